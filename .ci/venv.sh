@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Make the virtual environment $VENV and install the package into it, in editable form, at the versions of
+# constraints.txt. Called by `make venv`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+VENV=${VENV:-.venv}
+EXTRAS=${EXTRAS:-dev}
+
+is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; }
+can_make_venv() { "$1" -c 'import ensurepip, venv' 2>/dev/null; }
+
+python=
+for candidate in "${PYTHON:-python3}" python3.12 python3.11 python3.10; do
+  if is_supported "$candidate"; then python=$candidate && break; fi
+done
+if [[ -z $python ]]; then
+  echo "make venv: no Python 3.10, 3.11 or 3.12 found; install one, or name it: make venv PYTHON=/path/to/python3.12" >&2
+  exit 1
+fi
+
+# Debian and Ubuntu ship Python without ensurepip unless python3.X-venv is installed.
+if ! can_make_venv "$python"; then
+  package=$("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+  if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$package"
+  else
+    echo "make venv: $python cannot make virtual environments; install $package" >&2
+    exit 1
+  fi
+fi
+
+[[ -x $VENV/bin/python ]] || "$python" -m venv --clear "$VENV"
+pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
+"${pip[@]}" install --quiet --upgrade 'pip>=24' 'setuptools>=77' wheel
+
+# torch first and alone: it is the one package that comes in several builds.
+torch=$(grep -o '^torch==[0-9.]*' constraints.txt)
+index=()
+if [[ -n ${MINITRON_TORCH_INDEX:-} ]]; then
+  index=(--index-url "$MINITRON_TORCH_INDEX")
+elif ! command -v nvidia-smi >/dev/null; then
+  echo "make venv: no GPU here; where pip finds torch with CUDA, the smaller CPU build is had with" \
+    "MINITRON_TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+fi
+echo "make venv: installing $torch into $VENV"
+"${pip[@]}" install --quiet "${index[@]}" "$torch"
+
+echo "make venv: installing minitron_mcore[$EXTRAS] into $VENV"
+isolation=()
+[[ $EXTRAS != *gpu* ]] || isolation=(--no-build-isolation)
+"${pip[@]}" install --quiet "${isolation[@]}" --constraint constraints.txt --editable ".[$EXTRAS]"
+"${pip[@]}" check

@@ -1,0 +1,56 @@
+# Every target does its own set-up. `make help` lists them.
+#
+#   PYTHON=python3.12            the interpreter of the virtual environment (3.10 to 3.12; else one is looked for)
+#   MINITRON_TORCH_INDEX=URL     where torch comes from, e.g. https://download.pytorch.org/whl/cpu
+#   EXTRAS=dev,gpu               extras to install beside the package
+
+SHELL := /bin/bash
+VENV ?= .venv
+EXTRAS ?= dev
+ARGS ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Two ranks on two cores: more threads than that only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint format bench lock clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+
+venv: $(INSTALLED)  ## the virtual environment, with the package in editable form
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt .ci/venv.sh
+	@VENV=$(VENV) EXTRAS=$(EXTRAS) .ci/venv.sh
+	@touch $@
+
+demo: venv  ## the whole road on two ranks: teacher, pruning, distillation, evaluation, export (ARGS: key=value ...)
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m minitron_mcore run --config configs/quickstart.yaml $(ARGS)
+
+lint: venv  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+test: venv lint  ## lint, then the tests that are not slow (ARGS: further pytest arguments)
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+test-slow: venv  ## the slow tests alone
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+format: venv  ## sort imports and format
+	@$(BIN)/ruff check --select I --fix .
+	@$(BIN)/ruff format .
+
+bench: venv  ## the benchmarks that run on any machine
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+
+lock: venv  ## bring constraints.txt up to date with setup.py, for Python 3.10 to 3.12
+	@$(BIN)/pip install --quiet uv
+	@$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.10 --no-annotate --upgrade \
+		--custom-compile-command "make lock" --output-file constraints.txt
+
+clean:  ## everything that was built, but no run folder
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

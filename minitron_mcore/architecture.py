@@ -1,0 +1,196 @@
+"""What a model is: one record of Megatron's field names, and the exact arithmetic on it.
+
+Parameters are summed from the table of `layout.py`, so that what is counted, sharded, pruned and stored is one list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minitron_mcore.errors import InputError
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1's frequency scaling (`rope_type: llama3`)."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+# What a family fixes. A recipe may override any of it, as released models do (rotary_base, tied embeddings).
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": False,
+        "gated_linear_unit": True,
+        "activation": "silu",
+        "rotary_percent": 1.0,
+        "rotary_base": 500000.0,
+    },
+    "nemotron": {
+        "normalization": "LayerNorm",
+        "layernorm_zero_centered_gamma": True,
+        "gated_linear_unit": False,
+        "activation": "squared_relu",
+        "rotary_percent": 0.5,
+        "rotary_base": 10000.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only transformer, in Megatron's field names.
+
+    `kv_channels` is the head dimension, always explicit: it is not hidden_size / num_attention_heads after pruning.
+    `padded_vocab_size` is part of the model, not of the layout, so that a checkpoint loads at any tensor parallelism;
+    rows from `vocab_size` on are padding and masked in every loss.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    padded_vocab_size: int
+    max_position_embeddings: int
+    normalization: str
+    layernorm_zero_centered_gamma: bool
+    gated_linear_unit: bool
+    activation: str
+    rotary_percent: float
+    rotary_base: float
+    rope_scaling: RopeScaling | None = None
+    layernorm_epsilon: float = 1e-5
+    untie_embeddings_and_output_weights: bool = True
+    init_method_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise InputError(f"family={self.family!r} is not known: choose one of {', '.join(FAMILIES)}")
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+        for name in (*sizes, "kv_channels", "vocab_size", "max_position_embeddings"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.num_attention_heads % self.num_query_groups:
+            raise InputError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_query_groups={self.num_query_groups}: every group serves the same number of query heads"
+            )
+        if self.padded_vocab_size < self.vocab_size:
+            raise InputError(
+                f"padded_vocab_size={self.padded_vocab_size} must be at least vocab_size={self.vocab_size}"
+            )
+
+    @property
+    def heads_per_group(self) -> int:
+        return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def num_parameters(self) -> int:
+        """Every stored parameter, with the true vocabulary (padding rows are no parameters of the model)."""
+        from minitron_mcore.layout import parameter_table
+
+        return sum(p.count(self, self.vocab_size) for p in parameter_table(self))
+
+    @property
+    def num_non_embedding_parameters(self) -> int:
+        """Parameters without the input embedding and the output head (the papers' "non-embedding")."""
+        embedding = self.vocab_size * self.hidden_size
+        return self.num_parameters - embedding * (2 if self.untie_embeddings_and_output_weights else 1)
+
+    def forward_flops_per_token(self, sequence_length: int, *, output_head: bool = True) -> int:
+        """Floating-point operations of one token's forward pass: 2 for each multiply-add of the matrix products.
+
+        Attention counts the full score matrix over `sequence_length`, as Megatron's throughput does; norms,
+        activations and softmax are not counted. The true vocabulary is counted, not the padding.
+        """
+        attention_width = self.num_attention_heads * self.kv_channels
+        kv_width = self.num_query_groups * self.kv_channels
+        projections = self.hidden_size * (2 * attention_width + 2 * kv_width)
+        scores = 2 * sequence_length * attention_width
+        mlp = self.hidden_size * self.ffn_hidden_size * (3 if self.gated_linear_unit else 2)
+        head = self.hidden_size * self.vocab_size if output_head else 0
+        return 2 * (self.num_layers * (projections + scores + mlp) + head)
+
+    def training_flops_per_token(self, sequence_length: int) -> int:
+        """Forward and backward: three times the forward pass."""
+        return 3 * self.forward_flops_per_token(sequence_length)
+
+    def weight_bytes(self, precision: str) -> int:
+        """Bytes of the weights in `precision` (fp32, bf16), padding rows included: what a checkpoint stores."""
+        from minitron_mcore.layout import parameter_table
+
+        return BYTES[precision] * sum(p.count(self, self.padded_vocab_size) for p in parameter_table(self))
+
+    def replace(self, **changes: Any) -> Architecture:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def padded_vocab(vocab_size: int, make_vocab_size_divisible_by: int = 128) -> int:
+    """Megatron's padding, without its factor of tensor parallelism: 128 serves every power of two up to 128."""
+    return -(-vocab_size // make_vocab_size_divisible_by) * make_vocab_size_divisible_by
+
+
+def build_architecture(fields: dict[str, Any]) -> Architecture:
+    """Fill a family's defaults into `fields` (Megatron's names; None means not given).
+
+    Raises InputError when a needed field is missing or unknown.
+    """
+    given = {key: value for key, value in fields.items() if value is not None}
+    family = given.get("family", "llama")
+    if family not in FAMILIES:
+        raise InputError(f"family={family!r} is not known: choose one of {', '.join(FAMILIES)}")
+    merged: dict[str, Any] = {"family": family, **FAMILIES[family], **given}
+    divisor = merged.pop("make_vocab_size_divisible_by", 128)
+    known = {field.name for field in dataclasses.fields(Architecture)}
+    if unknown := sorted(set(merged) - known):
+        raise InputError(f"{unknown[0]!r} is no field of an architecture: {', '.join(sorted(known))}")
+    needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+    for name in needed:
+        if name not in merged:
+            raise InputError(f"{name} is missing: an architecture needs {', '.join(needed)}")
+    merged.setdefault("num_query_groups", merged["num_attention_heads"])
+    merged.setdefault("max_position_embeddings", 4096)
+    if "kv_channels" not in merged:
+        if merged["hidden_size"] % merged["num_attention_heads"]:
+            raise InputError(
+                f"hidden_size={merged['hidden_size']} is no multiple of "
+                f"num_attention_heads={merged['num_attention_heads']}: give kv_channels (the head dimension)"
+            )
+        merged["kv_channels"] = merged["hidden_size"] // merged["num_attention_heads"]
+    merged.setdefault("padded_vocab_size", padded_vocab(merged["vocab_size"], divisor))
+    if isinstance(merged.get("rope_scaling"), dict):
+        merged["rope_scaling"] = RopeScaling(**merged["rope_scaling"])
+    return Architecture(**merged)
+
+
+def save_architecture(architecture: Architecture, path: Path) -> None:
+    path.write_text(yaml.safe_dump(architecture.to_dict(), sort_keys=False))
+
+
+def load_architecture(path: Path) -> Architecture:
+    """Read `architecture.yaml`; raises InputError when it is missing or is none."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {path.parent} is not a checkpoint of minitron_mcore")
+    fields = yaml.safe_load(path.read_text())
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} holds no architecture: a mapping of fields is needed")
+    return build_architecture(fields)

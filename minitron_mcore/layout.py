@@ -1,0 +1,181 @@
+"""Where every parameter's axes lie: the one table behind counting, initialising, sharding, pruning and naming.
+
+Global shapes; h hidden, f ffn, G query groups, q query heads in a group, d head dimension, V padded vocabulary.
+Tensor-parallel rank r of R holds the contiguous r-th part of the sharded axis (marked |):
+
+    embedding.word_embeddings.weight          [V|, h]
+    self_attention.linear_qkv.weight          [G|(q+2)d, h]    a group: q query heads, key, value, d rows each
+    self_attention.linear_proj.weight         [h, G|qd]
+    mlp.linear_fc1.weight, not gated          [f|, h]
+    mlp.linear_fc1.weight, gated              [2|f, h]         on each rank [gate_r ; up_r]; globally gate, then up
+    mlp.linear_fc2.weight                     [h, f|]
+    norms                                     [h]
+    output_layer.weight (untied)              [V|, h]
+
+In a checkpoint the layers of one kind are one tensor with the layer as leading axis: `decoder.layers.mlp...`, [L, ...].
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.errors import InputError
+
+LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of the table. `axes` name what each axis is: vocab, hidden, qkv, heads, ffn or gated_ffn.
+
+    `initial`: how random initialisation fills it: "normal", "scaled" (output projections, std / sqrt(2 L)),
+    "one" or "zero".
+    """
+
+    key: str
+    axes: tuple[str, ...]
+    shard_axis: int | None
+    initial: str
+
+    @property
+    def per_layer(self) -> bool:
+        return self.key.startswith(LAYERS)
+
+    @property
+    def gated(self) -> bool:
+        return "gated_ffn" in self.axes
+
+    def shape(self, architecture: Architecture, vocab_size: int | None = None) -> tuple[int, ...]:
+        """Global shape of the parameter (of one layer, where it has layers); the padded vocabulary by default."""
+        sizes = axis_sizes(architecture)
+        if vocab_size is not None:
+            sizes["vocab"] = vocab_size
+        return tuple(sizes[axis] for axis in self.axes)
+
+    def count(self, architecture: Architecture, vocab_size: int) -> int:
+        layers = architecture.num_layers if self.per_layer else 1
+        return layers * prod(self.shape(architecture, vocab_size))
+
+
+def axis_sizes(architecture: Architecture) -> dict[str, int]:
+    """Global size of every named axis."""
+    a = architecture
+    return {
+        "vocab": a.padded_vocab_size,
+        "hidden": a.hidden_size,
+        "qkv": (a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels,
+        "heads": a.num_attention_heads * a.kv_channels,
+        "ffn": a.ffn_hidden_size,
+        "gated_ffn": 2 * a.ffn_hidden_size,
+    }
+
+
+def parameter_table(architecture: Architecture) -> list[Parameter]:
+    """Every stored parameter of `architecture`, in checkpoint order."""
+    norm_parts = ("weight", "bias") if architecture.normalization == "LayerNorm" else ("weight",)
+    fc1 = "gated_ffn" if architecture.gated_linear_unit else "ffn"
+    one = "zero" if architecture.layernorm_zero_centered_gamma else "one"
+    initial = {"weight": one, "bias": "zero"}
+
+    def norm(prefix: str) -> list[Parameter]:
+        return [Parameter(prefix + part, ("hidden",), None, initial[part]) for part in norm_parts]
+
+    rows = [
+        Parameter("embedding.word_embeddings.weight", ("vocab", "hidden"), 0, "normal"),
+        *norm(LAYERS + "self_attention.linear_qkv.layer_norm_"),
+        Parameter(LAYERS + "self_attention.linear_qkv.weight", ("qkv", "hidden"), 0, "normal"),
+        Parameter(LAYERS + "self_attention.linear_proj.weight", ("hidden", "heads"), 1, "scaled"),
+        *norm(LAYERS + "mlp.linear_fc1.layer_norm_"),
+        Parameter(LAYERS + "mlp.linear_fc1.weight", (fc1, "hidden"), 0, "normal"),
+        Parameter(LAYERS + "mlp.linear_fc2.weight", ("hidden", "ffn"), 1, "scaled"),
+        *norm("decoder.final_layernorm."),
+    ]
+    if architecture.untie_embeddings_and_output_weights:
+        rows.append(Parameter("output_layer.weight", ("vocab", "hidden"), 0, "normal"))
+    return rows
+
+
+# The local layer spec names a layer's norms by module; checkpoints use Transformer Engine's names for both specs.
+_LOCAL_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+_LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+def checkpoint_key(parameter_name: str) -> tuple[str, int | None]:
+    """A module's parameter name -> (checkpoint key, layer index on its stage or None).
+
+    `decoder.layers.3.input_layernorm.weight` -> (`decoder.layers.self_attention.linear_qkv.layer_norm_weight`, 3).
+    """
+    match = _LAYER_NAME.fullmatch(parameter_name)
+    if match is None:
+        return parameter_name, None
+    inner = match.group(2)
+    for local, stored in _LOCAL_NORMS.items():
+        if inner.startswith(local):
+            inner = stored + inner.removeprefix(local)
+    return LAYERS + inner, int(match.group(1))
+
+
+def shard_slices(parameter: Parameter, architecture: Architecture, rank: int, size: int) -> list[slice]:
+    """The parts of the sharded axis that tensor-parallel `rank` of `size` holds, in its local order.
+
+    One slice, but for a gated fc1: its gate part, then its up part. Empty where the parameter is replicated.
+    """
+    if parameter.shard_axis is None:
+        return []
+    full = parameter.shape(architecture)[parameter.shard_axis]
+    halves = 2 if parameter.gated else 1
+    part = full // halves // size
+    return [slice(half * full // halves + rank * part, half * full // halves + (rank + 1) * part)
+            for half in range(halves)]
+
+
+def local_shape(parameter: Parameter, architecture: Architecture, size: int) -> tuple[int, ...]:
+    """Shape of one tensor-parallel rank's part."""
+    shape = list(parameter.shape(architecture))
+    if parameter.shard_axis is not None:
+        shape[parameter.shard_axis] //= size
+    return tuple(shape)
+
+
+def check_tensor_parallel(architecture: Architecture, size: int, key: str = "parallel.tensor") -> None:
+    """Raise InputError, with the arithmetic, where `size` does not divide what it shards."""
+    counts = {
+        "num_query_groups": architecture.num_query_groups,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "padded_vocab_size": architecture.padded_vocab_size,
+    }
+    for name, count in counts.items():
+        if count % size:
+            raise InputError(
+                f"{key}={size} does not divide {name}={count} ({count} / {size} = {count / size:g}): "
+                f"choose a divisor of {count}"
+            )
+
+
+def split_layers(num_layers: int, pipeline: int, virtual_pipeline: int | None = None) -> list[list[list[int]]]:
+    """Global layer indices of every stage and virtual chunk: result[stage][chunk] -> layers.
+
+    Even where pipeline x virtual divides the layers. Otherwise (no virtual stages) the first stages take one more
+    each, since the last one also works out the output head and the loss. Raises InputError where it cannot be done.
+    """
+    chunks = pipeline * (virtual_pipeline or 1)
+    if num_layers < chunks:
+        keys = f"parallel.pipeline={pipeline}" + (
+            f" x parallel.virtual_pipeline={virtual_pipeline}" if virtual_pipeline else "")
+        raise InputError(f"num_layers={num_layers} is fewer than the {chunks} stages of {keys}: use fewer stages")
+    base, extra = divmod(num_layers, chunks)
+    if extra and virtual_pipeline:
+        raise InputError(
+            f"num_layers={num_layers} is no multiple of parallel.pipeline={pipeline} x "
+            f"parallel.virtual_pipeline={virtual_pipeline} = {chunks}: leave parallel.virtual_pipeline out")
+    counts = [base + (index < extra) for index in range(chunks)]
+    starts = [sum(counts[:index]) for index in range(chunks)]
+    ranges = [list(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]
+    # Interleaving: chunk c of stage s is the (c * pipeline + s)-th part of the model.
+    return [[ranges[chunk * pipeline + stage] for chunk in range(virtual_pipeline or 1)] for stage in range(pipeline)]

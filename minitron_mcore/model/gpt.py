@@ -1,0 +1,163 @@
+"""Architecture -> Megatron's GPTModel on this rank, in evaluation of the global model only.
+
+Legend: s sequence (its tensor-parallel part under sequence parallelism), b batch, h hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from minitron_mcore.architecture import Architecture, RopeScaling
+from minitron_mcore.layout import check_tensor_parallel, split_layers
+from minitron_mcore.model.specs import block_submodules
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.cpu_adapter import transformer_fields
+from minitron_mcore.runtime.repairs import pipeline_communication
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """Nemotron's activation. Megatron's own is compiled, which costs seconds at the first call on CPU."""
+    return torch.nn.functional.relu(x).square()
+
+
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "squared_relu": squared_relu}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose last stage gives the final (normed) hidden states [s, b, h], not logits.
+
+    Every loss of this project starts from hidden states (distillation/logit_loss.py), so full logits never exist.
+    Call `logits` where a user wants them.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+    def head_weight(self) -> torch.Tensor:
+        """This rank's shard of the output head [V / TP, h]; the embedding's where they are tied. Last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [s, b, h] -> this rank's logits [s, b, V / TP]. Last stage only."""
+        weight = self.head_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=weight)[0]
+
+
+def transformer_config(architecture: Architecture, parallel: ParallelConfig, precision: str) -> TransformerConfig:
+    """Megatron's config of `architecture` under `parallel`. Raises InputError for a layout that cannot hold it."""
+    a = architecture
+    check_tensor_parallel(a, parallel.tensor)
+    stages = split_layers(a.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    return TransformerConfig(
+        num_layers=a.num_layers,
+        hidden_size=a.hidden_size,
+        ffn_hidden_size=a.ffn_hidden_size,
+        num_attention_heads=a.num_attention_heads,
+        num_query_groups=a.num_query_groups,
+        kv_channels=a.kv_channels,
+        normalization=a.normalization,
+        layernorm_epsilon=a.layernorm_epsilon,
+        layernorm_zero_centered_gamma=a.layernorm_zero_centered_gamma,
+        gated_linear_unit=a.gated_linear_unit,
+        activation_func=ACTIVATIONS[a.activation],
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=a.init_method_std,
+        perform_initialization=False,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        pipeline_model_parallel_layout=_uneven_layout(stages, parallel),
+        pipeline_dtype=DTYPES[precision],
+        params_dtype=DTYPES[precision],
+        bf16=precision == "bf16",
+        calculate_per_token_loss=True,
+        persist_layer_norm=False,
+        **pipeline_communication(parallel.virtual_pipeline),
+        **transformer_fields(),
+    )
+
+
+def _uneven_layout(stages: list[list[list[int]]], parallel: ParallelConfig) -> list[list[str]] | None:
+    """Megatron's explicit layout, where the layers do not divide by the stages; None where they do."""
+    counts = [len(stage[0]) for stage in stages]
+    if parallel.virtual_pipeline or len(set(counts)) == 1:
+        return None
+    rows = [["decoder"] * count for count in counts]
+    rows[0].insert(0, "embedding")
+    rows[-1].append("loss")
+    return rows
+
+
+def build_model(
+    architecture: Architecture, parallel: ParallelConfig, precision: str, *, trainable: bool = True
+) -> list[LanguageModel]:
+    """This rank's chunks of the model (one, or one a virtual stage), with memory for the weights but no values.
+
+    Every rank calls, after `use_layout(parallel)`. Fill it with `initialize` or a checkpoint.
+    """
+    config = transformer_config(architecture, parallel, precision)
+    chunks = []
+    for chunk in range(parallel.virtual_pipeline or 1):
+        vp_stage = chunk if parallel.virtual_pipeline else None
+        model = LanguageModel(
+            config=config,
+            transformer_layer_spec=block_submodules(
+                config, vp_stage, parallel_state.get_pipeline_model_parallel_rank()
+            ),
+            vocab_size=architecture.padded_vocab_size,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_percent=architecture.rotary_percent,
+            rotary_base=architecture.rotary_base,  # type: ignore[arg-type]
+            vp_stage=vp_stage,
+        )
+        if architecture.rope_scaling is not None:
+            rope = model.rotary_pos_emb
+            rope.inv_freq = scale_frequencies(rope.inv_freq, architecture.rope_scaling)
+        if not trainable:
+            model.requires_grad_(False).eval()
+        chunks.append(model)
+    return chunks
+
+
+def scale_frequencies(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Llama-3.1's scaling of the rotary frequencies [rotary dim / 2] (Megatron fixes three of its four numbers).
+
+    Wavelengths beyond original / low are divided by `factor`, those below original / high are kept, and between the
+    two the result runs linearly in original / wavelength.
+    """
+    wavelength = 2 * math.pi / inv_freq
+    turns = scaling.original_max_position_embeddings / wavelength
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
+    return inv_freq * kept + inv_freq / scaling.factor * (1 - kept)
+
+
+def unwrap(model: torch.nn.Module) -> LanguageModel:
+    """The LanguageModel inside Megatron's DDP and Float16Module wrappers."""
+    while not isinstance(model, LanguageModel):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def to_precision(chunks: list[LanguageModel]) -> list[torch.nn.Module]:
+    """Megatron's Float16Module around bf16 chunks; fp32 chunks as they are."""
+    return [Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk for chunk in chunks]

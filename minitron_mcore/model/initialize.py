@@ -1,0 +1,70 @@
+"""Random initialisation, seeded by (seed, global parameter name): the same model at every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from megatron.core import parallel_state
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.layout import Parameter, checkpoint_key, parameter_table, shard_slices
+from minitron_mcore.model.gpt import LanguageModel
+
+
+def initialize(chunks: list[LanguageModel], architecture: Architecture, seed: int) -> None:
+    """Fill this rank's parameters in place; one global parameter at a time is drawn on the host, in float32.
+
+    Normal with `init_method_std`; output projections divided by sqrt(2 num_layers), as Megatron does. Every rank
+    calls; no communication.
+    """
+    table = {parameter.key: parameter for parameter in parameter_table(architecture)}
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for chunk in chunks:
+        for key, layer, tensor in named_parameters(chunk):
+            with torch.no_grad():
+                drawn = draw(table[key], architecture, seed, layer)
+                tensor.copy_(take_shard(drawn, table[key], architecture, rank, size))
+
+
+def named_parameters(chunk: LanguageModel) -> list[tuple[str, int | None, torch.nn.Parameter]]:
+    """(checkpoint key, global layer or None, local parameter) of every parameter of a chunk.
+
+    A tied head on a last stage that holds no embedding is the embedding again.
+    """
+    rows = []
+    first = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+    for name, tensor in chunk.named_parameters():
+        key, index = checkpoint_key(name)
+        if key == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+            key = "embedding.word_embeddings.weight"
+        rows.append((key, None if index is None else first + index, tensor))
+    return rows
+
+
+def draw(parameter: Parameter, architecture: Architecture, seed: int, layer: int | None) -> torch.Tensor:
+    """The global parameter (of one layer), float32 on the host; depends on nothing but (seed, name, shape)."""
+    shape = parameter.shape(architecture)
+    if parameter.initial in ("one", "zero"):
+        return torch.full(shape, float(parameter.initial == "one"))
+    name = parameter.key if layer is None else f"{parameter.key}@{layer}"
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    std = architecture.init_method_std
+    if parameter.initial == "scaled":
+        std /= math.sqrt(2 * architecture.num_layers)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def take_shard(
+    whole: torch.Tensor, parameter: Parameter, architecture: Architecture, rank: int, size: int
+) -> torch.Tensor:
+    """Tensor-parallel `rank`'s part of a global parameter, in that rank's order."""
+    slices = shard_slices(parameter, architecture, rank, size)
+    if not slices:
+        return whole
+    axis = parameter.shard_axis
+    assert axis is not None
+    return torch.cat([whole.narrow(axis, part.start, part.stop - part.start) for part in slices], dim=axis)

@@ -1,0 +1,38 @@
+"""Layer specs: Transformer Engine's layers where it is installed, megatron-core's local ones otherwise."""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as get_gpt_layer_te_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from minitron_mcore.model.attention import SDPACoreAttention
+from minitron_mcore.model.norm import Norm
+
+
+def use_transformer_engine() -> bool:
+    """Whether models are built from Transformer Engine's layers: it is installed and there is a CUDA device."""
+    import torch
+
+    return bool(HAVE_TE) and torch.cuda.is_available()
+
+
+def block_submodules(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
+    """The layers and the final norm of one pipeline stage (chunk `vp_stage` of it, when interleaved)."""
+    layer, final_norm = (get_gpt_layer_te_spec(), LayerNormImpl) if use_transformer_engine() else (_local(config), Norm)
+    num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
+
+
+def _local(config: TransformerConfig) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)
+    spec.submodules.input_layernorm = Norm
+    spec.submodules.pre_mlp_layernorm = Norm
+    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    return spec

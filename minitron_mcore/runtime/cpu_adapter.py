@@ -1,0 +1,136 @@
+"""megatron-core on CPU over gloo: the one file that knows.
+
+megatron-core asks for its device by the name "cuda" throughout. Where there is no CUDA, `install` makes that name mean
+the CPU: once, at start-up, before any process group exists. On a CUDA machine nothing here is entered.
+
+Factories and casts are wrapped once rather than under a TorchFunctionMode: a mode holds for one thread, and the
+checkpoint saver, the data loader and the watchdog run in others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+_FACTORIES = ("zeros", "empty", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "linspace", "eye",
+              "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "as_tensor",
+              "empty_strided")
+_installed = False
+
+
+def install() -> None:
+    """Make "cuda" mean the CPU in this process. Does nothing where CUDA is there, or when called again."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    _wrap_tensor_methods()
+    _replace_cuda_functions()
+    _replace_rng_state()
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, bool):
+        return False
+    return isinstance(device, int) or (isinstance(device, str | torch.device) and str(device).startswith("cuda"))
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _wrap_tensor_methods() -> None:
+    to, type_ = torch.Tensor.to, torch.Tensor.type
+
+    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        return to(self, *args, **kwargs)
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The optimizers compare the bare type's name with "torch.cuda.FloatTensor" and its kin.
+        if args or kwargs:
+            return type_(self, *args, **kwargs)
+        return type_(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.to = to_cpu  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+
+
+class _Stream:
+    """Stands in for a CUDA stream: on CPU everything is in order already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, other: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any: ...
+
+
+@contextlib.contextmanager
+def _stream_context(stream: Any) -> Iterator[None]:
+    yield
+
+
+def _replace_cuda_functions() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    # Not torch.manual_seed, which itself calls torch.cuda.manual_seed_all.
+    cuda.manual_seed = torch.default_generator.manual_seed
+    cuda.manual_seed_all = torch.default_generator.manual_seed
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.Stream = _Stream
+    cuda.stream = _stream_context
+    cuda.current_stream = lambda device=None: _Stream()
+    cuda.default_stream = lambda device=None: _Stream()
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(cuda, name, lambda device=None: 0)
+    cuda.reset_peak_memory_stats = lambda device=None: None
+    cuda.nvtx = types.SimpleNamespace(range_push=lambda message: None, range_pop=lambda: None)
+
+
+def _replace_rng_state() -> None:
+    """megatron-core's tracker forks the CUDA generator; here it forks the CPU's."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def transformer_fields() -> dict[str, Any]:
+    """TransformerConfig fields that depend on the device: which fused kernels there are."""
+    cuda = torch.cuda.is_available()
+    return {
+        "bias_dropout_fusion": cuda,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "deallocate_pipeline_outputs": True,
+    }

@@ -1,0 +1,97 @@
+"""The few places where megatron-core 0.16.1 is wrong without an error, mended. Each with its reason and a test.
+
+Tests: tests/distributed/test_repairs.py fails without each of these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def pipeline_communication(virtual_pipeline: int | None) -> dict[str, bool]:
+    """TransformerConfig fields for point-to-point communication.
+
+    Interleaved with two stages, the previous and the next rank are the same process; batched sends then pair up
+    wrongly and activations and gradients swap, without an error. Ordered sends do not.
+    """
+    interleaved = virtual_pipeline is not None
+    return {"overlap_p2p_comm": interleaved, "batch_p2p_comm": not interleaved}
+
+
+def optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """`optimizer.sharded_state_dict` in the fully reshardable form, right under torch's Adam too. All ranks call.
+
+    Torch's Adam (no Apex, no Transformer Engine) needs two repairs: before its first step there is no `step` to
+    save, on which state_dict asserts; and every call with `is_loading` leaves one `step` tensor shared by all
+    parameters, which then counts once a parameter.
+    """
+    inner = _distributed_optimizers(optimizer)
+    if is_loading:
+        for part in inner:
+            _fill_empty_adam_state(part)
+    state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
+    separate_steps(optimizer)
+    return state
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict`, with each parameter left its own `step` afterwards. All ranks call."""
+    inner = _distributed_optimizers(optimizer)
+    originals = [part._set_main_param_and_optimizer_states for part in inner]
+    for part, original in zip(inner, originals, strict=True):
+        part._set_main_param_and_optimizer_states = _with_step(part, original)
+    try:
+        optimizer.load_state_dict(state)
+    finally:
+        for part in inner:
+            del part._set_main_param_and_optimizer_states
+    separate_steps(optimizer)
+
+
+def separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter a `step` tensor of its own."""
+    for part in _distributed_optimizers(optimizer):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def _distributed_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+
+
+def _uses_torch_adam(part: Any) -> bool:
+    return isinstance(part.optimizer, torch.optim.Adam)
+
+
+def _fill_empty_adam_state(part: Any) -> None:
+    if not _uses_torch_adam(part) or len(part.optimizer.state) > 0:
+        return
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            part.optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _with_step(part: Any, original: Any) -> Any:
+    """Loading copies every entry of Adam's state, `step` among them, which the loaded tensors do not hold."""
+
+    def set_states(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        if _uses_torch_adam(part):
+            group_index, group_order = part.model_param_group_index_map[model_param]
+            main_param = part.optimizer.param_groups[group_index]["params"][group_order]
+            tensors = {"step": part.optimizer.state[main_param]["step"], **tensors}
+        original(model_param, tensors)
+
+    return set_states

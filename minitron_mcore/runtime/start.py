@@ -1,0 +1,138 @@
+"""One start-up for a single process, `torchrun` and `srun`: ranks, device, backend, process groups, seeds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import subprocess
+import warnings
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import numpy
+import torch
+
+from minitron_mcore.errors import InputError
+from minitron_mcore.runtime import cpu_adapter
+
+
+@dataclass
+class Runtime:
+    """Where this process stands. One for each process, passed to every stage."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *words: object) -> None:
+        """Print on the first rank alone, at once."""
+        if self.is_main:
+            print(*words, flush=True)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def broadcast(self, value: object) -> object:
+        """Any picklable value of the first rank, on every rank (all ranks call)."""
+        box = [value]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def read_environment(environment: dict[str, str]) -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's variables, else srun's, else a single process.
+
+    Fills MASTER_ADDR and MASTER_PORT into `environment` where SLURM alone started us.
+    """
+    env = environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0"))
+    return 0, 1, 0
+
+
+def _first_host(node_list: str) -> str:
+    """First host of a SLURM node list such as `gpu[003-007,12]`."""
+    if "[" not in node_list:
+        return node_list.split(",")[0] or "127.0.0.1"
+    try:
+        hosts = subprocess.run(["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True)
+        return hosts.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        prefix, _, rest = node_list.partition("[")
+        return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
+
+
+def start() -> Runtime:
+    """Start this process: device, adapter, and the world's process group (NCCL on CUDA, gloo on CPU).
+
+    Every rank calls it once. Model-parallel groups come later, from `parallel.use_layout`, since stages may differ.
+    """
+    quiet_libraries()
+    rank, world_size, local_rank = read_environment(os.environ)  # type: ignore[arg-type]
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
+                "start at most as many processes a node (--nproc-per-node)"
+            )
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "nccl"
+    else:
+        cpu_adapter.install()
+        device, backend = torch.device("cpu"), "gloo"
+    if not torch.distributed.is_initialized():
+        if world_size == 1:
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        minutes = int(os.environ.get("MINITRON_TIMEOUT_MINUTES", "30"))
+        torch.distributed.init_process_group(
+            backend, rank=rank, world_size=world_size, timeout=timedelta(minutes=minutes)
+        )
+    return Runtime(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+
+
+def stop() -> None:
+    """Leave the process group; safe to call twice."""
+    from minitron_mcore.runtime.parallel import release_layout
+
+    if torch.distributed.is_initialized():
+        release_layout()
+        torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def quiet_libraries() -> None:
+    """Megatron and torch warn at import about optional parts (Apex, Transformer Engine) that are not needed here."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", message=r".*(pynvml|No CUDA|destroy_process_group|is not a CUDA).*")
+    for name in ("megatron", "torch.distributed.elastic", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy, torch and Megatron's tensor-parallel generators (model-parallel groups must exist)."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -1,0 +1,245 @@
+"""Run a function on several gloo ranks from inside a test.
+
+`run_on_ranks(fn, world_size, *args)` calls the module-level function `fn` on ranks 0 .. world_size - 1, each in its own
+process, and returns the results by rank. The processes are started at the first call and reused until the tests end,
+since importing torch and megatron-core takes longer than most tests. Every call gets a fresh process group.
+"""
+
+import atexit
+import itertools
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MAX_WORLD_SIZE = 8
+START_TIMEOUT = 300.0  # seconds for a worker to import torch and megatron-core on a busy machine
+GRACE = 1.0  # seconds that the other ranks get to report, once one has failed
+DUMP_WAIT = 0.5  # seconds for faulthandler to write its dump
+
+
+class RankError(RuntimeError):
+    """A rank failed, died or did not finish in time; the message holds the rank's own traceback.
+
+    `rank` is the rank that failed first (None after a timeout); `__cause__` is the original exception if it could be
+    pickled.
+    """
+
+    def __init__(self, message: str, rank: int | None = None):
+        super().__init__(message)
+        self.rank = rank
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    log: Path
+
+    def signal_all(self, number: int) -> None:
+        """Signal the worker and what it started: it leads a session of its own."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def kill(self) -> None:
+        self.signal_all(signal.SIGKILL)
+        self.process.wait()
+        self.connection.close()
+
+    def written_since(self, offset: int, limit: int = 6000) -> str:
+        """What this worker wrote to stdout and stderr (and faulthandler's dump) after `offset` bytes, its end."""
+        with self.log.open("rb") as log:
+            log.seek(offset)
+            return log.read()[-limit:].decode(errors="replace").strip()
+
+
+def _start_worker(folder: Path, number: int) -> _Worker:
+    ours, theirs = Pipe(duplex=True)
+    log = folder / f"worker_{number}.log"
+    environment = dict(os.environ)
+    environment.update(
+        OMP_NUM_THREADS="1",
+        MKL_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",  # these ranks are always CPU + gloo, so that a result does not depend on the machine
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONPATH=os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        PYTHONUNBUFFERED="1",
+    )
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.rank_worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=REPOSITORY,
+            env=environment,
+            start_new_session=True,
+        )
+    theirs.close()
+    return _Worker(process, ours, log)
+
+
+class _Pool:
+    def __init__(self) -> None:
+        from torch.distributed import TCPStore
+
+        self.folder = Path(tempfile.mkdtemp(prefix="ranks_"))
+        self.workers: list[_Worker] = []
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.calls = itertools.count()
+        self.started = itertools.count()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+        self.workers.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def require(self, world_size: int) -> list[_Worker]:
+        """The first `world_size` workers, alive; starts what is missing, all at once."""
+        self.workers = [worker for worker in self.workers if worker.process.poll() is None]
+        fresh = [_start_worker(self.folder, next(self.started)) for _ in range(world_size - len(self.workers))]
+        deadline = time.monotonic() + START_TIMEOUT
+        for worker in fresh:
+            try:
+                ready = worker.connection.poll(max(0.0, deadline - time.monotonic())) and worker.connection.recv_bytes()
+            except (EOFError, OSError):
+                ready = b""
+            if not ready:
+                written = worker.written_since(0)
+                for other in fresh:
+                    other.kill()
+                raise RankError(f"a worker process did not start\n{written}")
+        self.workers += fresh
+        return self.workers[:world_size]
+
+    @staticmethod
+    def release(worker: _Worker) -> None:
+        """Tell a worker that has reported that it may take its process group down."""
+        try:
+            worker.connection.send_bytes(pickle.dumps({}))
+        except OSError:
+            pass
+
+    def discard(self, workers: list[_Worker]) -> None:
+        for worker in workers:
+            worker.kill()
+        self.workers = [worker for worker in self.workers if worker not in workers]
+
+
+_pool: _Pool | None = None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _shortened(text: str, limit: int = 8000) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]}\n[...]\n{text[-limit // 2 :]}"
+
+
+def _receive(worker: _Worker) -> dict[str, Any]:
+    """One rank's report: {"time", "result"} or {"time", "traceback", "exception"}."""
+    try:
+        report: dict[str, Any] = pickle.loads(worker.connection.recv_bytes())
+    except (EOFError, OSError):  # the process died: nothing but its exit code and its log can say why
+        code = worker.process.wait()
+        report = {"time": time.monotonic(), "traceback": f"the process ended with exit code {code}", "exception": None}
+    return report
+
+
+def _collect(workers: list[_Worker], timeout: float) -> dict[int, dict[str, Any]]:
+    """Reports by rank: all of them, or those that came before `timeout` or within GRACE after the first failure."""
+    reports: dict[int, dict[str, Any]] = {}
+    deadline = time.monotonic() + timeout
+    while len(reports) < len(workers):
+        waiting = {worker.connection: rank for rank, worker in enumerate(workers) if rank not in reports}
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for connection in ready:
+            rank = waiting[connection]  # type: ignore[index]
+            reports[rank] = _receive(workers[rank])
+            if "traceback" in reports[rank]:
+                deadline = min(deadline, time.monotonic() + GRACE)
+    return reports
+
+
+def _where(workers: list[_Worker], ranks: list[int], offsets: list[int]) -> str:
+    """Where the given ranks stand: every thread's Python stack."""
+    for rank in ranks:
+        workers[rank].signal_all(signal.SIGUSR1)
+    time.sleep(DUMP_WAIT)
+    return "\n".join(f"--- rank {rank} stands at:\n{workers[rank].written_since(offsets[rank])}" for rank in ranks)
+
+
+def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, **kwargs: Any) -> list:
+    """Call `fn(*args, **kwargs)` on `world_size` ranks of a fresh gloo group and return the results by rank.
+
+    `fn` is a function of a module that can be imported from the repository's root (a test module can). Arguments and
+    results are pickled; tensors in a result come back detached, on the CPU. RANK, LOCAL_RANK, WORLD_SIZE,
+    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set; every call starts from the same seeds, and afterwards the
+    process group and megatron-core's global state are taken down. Asserts in `fn` are not rewritten by pytest: give
+    them a message, or return the numbers and compare them in the test.
+
+    Raises RankError with the traceback of the rank that failed first (ranks left waiting in a collective are killed
+    and replaced at the next call), or, after `timeout` seconds, with the place where each unfinished rank stands.
+    """
+    global _pool
+    if not 1 <= world_size <= MAX_WORLD_SIZE:
+        raise ValueError(f"world_size is {world_size}; run_on_ranks takes 1 to {MAX_WORLD_SIZE}")
+    if "." in fn.__qualname__:
+        raise ValueError(f"{fn.__qualname__} is not a module-level function: workers import it by name")
+    if _pool is None:
+        _pool = _Pool()
+    workers = _pool.require(world_size)
+    offsets = [worker.log.stat().st_size for worker in workers]
+    call = {
+        "function": (fn.__module__, fn.__qualname__),
+        "world_size": world_size,
+        "store": (_pool.store.host, _pool.store.port, f"call_{next(_pool.calls)}"),
+        "master_port": _free_port(),
+        "timeout": timeout,
+    }
+    arguments = pickle.dumps((args, kwargs))
+    for rank, worker in enumerate(workers):
+        worker.connection.send_bytes(pickle.dumps({**call, "rank": rank, "arguments": arguments}))
+
+    reports = _collect(workers, timeout)
+    for rank in reports:
+        _pool.release(workers[rank])
+    failed = sorted((report["time"], rank) for rank, report in reports.items() if "traceback" in report)
+    if not failed and len(reports) == world_size:
+        return [reports[rank]["result"] for rank in range(world_size)]
+    missing = [rank for rank in range(world_size) if rank not in reports]
+    where = _where(workers, missing, offsets) if missing else ""
+    dead = [rank for _, rank in failed if workers[rank].process.poll() is not None]
+    written = workers[failed[0][1]].written_since(offsets[failed[0][1]]) if failed else ""
+    _pool.discard([workers[rank] for rank in {*missing, *dead}])
+    if not failed:
+        raise RankError(f"{fn.__qualname__}: ranks {missing} not done after {timeout:g} s\n{where}")
+    rank = failed[0][1]
+    message = [f"{fn.__qualname__} failed on rank {rank} of {world_size}:\n{_shortened(reports[rank]['traceback'])}"]
+    message += [f"--- then rank {r}: {reports[r]['traceback'].strip().splitlines()[-1]}" for _, r in failed[1:]]
+    message += [f"--- rank {rank} had written:\n{written}"] if written else []
+    raise RankError("\n".join([*message, where]), rank) from reports[rank]["exception"]
