@@ -49,5 +49,5 @@ echo "make venv: installing $torch into $VENV"
 echo "make venv: installing minitron_mcore[$EXTRAS] into $VENV"
 isolation=()
 [[ $EXTRAS != *gpu* ]] || isolation=(--no-build-isolation)
-"${pip[@]}" install --quiet "${isolation[@]}" --constraint constraints.txt --editable ".[$EXTRAS]"
+"${pip[@]}" install -qq "${isolation[@]}" --constraint constraints.txt --editable ".[$EXTRAS]"
 "${pip[@]}" check

@@ -1,4 +1,4 @@
-"""Architecture -> Megatron's GPTModel on this rank, in evaluation of the global model only.
+"""Architecture -> Megatron's GPTModel on this rank.
 
 Legend: s sequence (its tensor-parallel part under sequence parallelism), b batch, h hidden.
 """
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_mcore.architecture import Architecture, RopeScaling
@@ -152,12 +151,8 @@ def scale_frequencies(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Ten
 
 
 def unwrap(model: torch.nn.Module) -> LanguageModel:
-    """The LanguageModel inside Megatron's DDP and Float16Module wrappers."""
+    """The LanguageModel inside Megatron's DDP wrapper."""
     while not isinstance(model, LanguageModel):
         model = model.module  # type: ignore[assignment]
     return model
 
-
-def to_precision(chunks: list[LanguageModel]) -> list[torch.nn.Module]:
-    """Megatron's Float16Module around bf16 chunks; fp32 chunks as they are."""
-    return [Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk for chunk in chunks]

@@ -35,7 +35,7 @@ def _read_messages(connection: Connection, messages: "queue.Queue[dict[str, Any]
 
 
 def _dumps(value: Any) -> bytes:
-    """Pickle with every tensor as detached bytes on the CPU: no shared memory, no graph, no unused rest of a storage."""
+    """Pickle with every tensor as detached bytes on the CPU: no shared memory, no graph."""
     import torch
 
     class Pickler(pickle.Pickler):

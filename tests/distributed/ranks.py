@@ -6,6 +6,7 @@ since importing torch and megatron-core takes longer than most tests. Every call
 """
 
 import atexit
+import contextlib
 import itertools
 import os
 import pickle
@@ -50,10 +51,8 @@ class _Worker:
 
     def signal_all(self, number: int) -> None:
         """Signal the worker and what it started: it leads a session of its own."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def kill(self) -> None:
         self.signal_all(signal.SIGKILL)
@@ -134,10 +133,8 @@ class _Pool:
     @staticmethod
     def release(worker: _Worker) -> None:
         """Tell a worker that has reported that it may take its process group down."""
-        try:
+        with contextlib.suppress(OSError):
             worker.connection.send_bytes(pickle.dumps({}))
-        except OSError:
-            pass
 
     def discard(self, workers: list[_Worker]) -> None:
         for worker in workers:

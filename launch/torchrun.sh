@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# minitron under torchrun, on one node or several. All arguments go to minitron.
+#
+#   launch/torchrun.sh run --config configs/quickstart.yaml
+#
+# On several nodes, the same command on each, with its own NODE_RANK:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a launch/torchrun.sh distill --config recipe.yaml
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=node-a launch/torchrun.sh distill --config recipe.yaml
+set -euo pipefail
+
+gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c '^GPU ' || true)
+
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+NPROC_PER_NODE=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+MASTER_PORT=${MASTER_PORT:-29500}
+
+# One queue of kernels to the device: Megatron's overlap of communication and computation relies on their order.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+if ((NNODES > 1)); then
+  nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+else
+  nodes=(--standalone) # picks a free port
+fi
+
+exec torchrun "${nodes[@]}" --nproc-per-node "$NPROC_PER_NODE" -m "${MINITRON_MODULE:-minitron_mcore}" "$@"

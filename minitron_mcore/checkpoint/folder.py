@@ -1,0 +1,104 @@
+"""A checkpoint's folder: what lies beside the weights, and when an iteration counts as finished.
+
+    DIR/architecture.yaml                     what the model is
+    DIR/tokenizer/                            the tokenizer it was trained with
+    DIR/recipe.yaml                           the recipe that made it, resolved
+    DIR/lineage.yaml                          where it comes from: teacher, plan, data
+    DIR/iter_0000100/                         weights (and optimizer), in Megatron's torch_dist form
+    DIR/latest_checkpointed_iteration.txt     written last, once the iteration is whole
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minitron_mcore.architecture import Architecture, load_architecture, save_architecture
+from minitron_mcore.errors import InputError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def iteration_folder(folder: Path, iteration: int) -> Path:
+    return folder / f"iter_{iteration:07d}"
+
+
+def latest_iteration(folder: Path) -> int | None:
+    """Newest finished iteration in `folder`; None where there is none.
+
+    Raises InputError where the tracker names an iteration that is not whole.
+    """
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise InputError(f"{tracker} reads {text!r}: a whole number, the newest finished iteration, belongs there")
+    iteration = int(text)
+    if not (iteration_folder(folder, iteration) / "metadata.json").is_file():
+        raise InputError(
+            f"{tracker} names iteration {iteration}, but {iteration_folder(folder, iteration)} is not a finished "
+            "checkpoint: restore it, or write the number of a finished one into the file"
+        )
+    return iteration
+
+
+def find_checkpoint(folder: str | Path | None, key: str) -> tuple[Path, int]:
+    """(folder, newest iteration) of a checkpoint that must be there; `key` is the recipe's key for messages."""
+    if not folder:
+        raise InputError(f"{key} is not given: name the folder of a checkpoint")
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(f"{key}={path} is not there: name the folder of a checkpoint")
+    iteration = latest_iteration(path)
+    if iteration is None:
+        raise InputError(f"{key}={path} holds no finished checkpoint: {TRACKER} is missing")
+    return path, iteration
+
+
+def read_architecture(folder: Path) -> Architecture:
+    return load_architecture(folder / "architecture.yaml")
+
+
+def write_description(
+    folder: Path,
+    architecture: Architecture,
+    *,
+    lineage: dict[str, Any],
+    recipe: str,
+    save_tokenizer: Callable[[str], None] | None,
+) -> None:
+    """Write what lies beside the weights. One rank calls; `save_tokenizer` is `Tokenizer.save`, where there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_architecture(architecture, folder / "architecture.yaml")
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "lineage.yaml").write_text(yaml.safe_dump(lineage, sort_keys=False))
+    if save_tokenizer is not None:
+        save_tokenizer(str(folder / "tokenizer"))
+
+
+def read_lineage(folder: Path) -> dict[str, Any]:
+    path = folder / "lineage.yaml"
+    return (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+
+
+def tokenizer_folder(folder: Path) -> Path | None:
+    """The tokenizer that lies beside a checkpoint; None where there is none."""
+    target = folder / "tokenizer"
+    return target if target.is_dir() else None
+
+
+def finish_iteration(folder: Path, temporary: Path, iteration: int) -> None:
+    """Make a fully written iteration count: rename it into place, then move the tracker on. One rank calls."""
+    target = iteration_folder(folder, iteration)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(temporary, target)
+    partial = folder / (TRACKER + ".tmp")
+    partial.write_text(str(iteration))
+    os.replace(partial, folder / TRACKER)

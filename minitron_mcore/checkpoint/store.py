@@ -1,0 +1,126 @@
+"""Save and load sharded checkpoints through megatron-core's dist_checkpointing (torch_dist).
+
+Stored are the tensors of layout.py alone. Transformer Engine's `_extra_state` objects are left out, so that one
+checkpoint loads under both layer specs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.folder import finish_iteration, iteration_folder, read_architecture
+from minitron_mcore.errors import InputError
+from minitron_mcore.model.gpt import LanguageModel, unwrap
+from minitron_mcore.runtime.repairs import load_optimizer_state, optimizer_state
+from minitron_mcore.runtime.start import Runtime
+
+
+def model_state(chunks: list[torch.nn.Module]) -> dict[str, ShardedStateDict]:
+    """Sharded tensors of this rank's chunks: {"model": …} or {"model0": …, "model1": …} when interleaved."""
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    state = {}
+    for name, chunk in zip(names, chunks, strict=True):
+        tensors = unwrap(chunk).sharded_state_dict()
+        state[name] = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
+    return state
+
+
+def save_state(folder: Path, iteration: int, state: ShardedStateDict, runtime: Runtime) -> None:
+    """Write `state` as a whole iteration of `folder`, or nothing that counts as one. All ranks call.
+
+    Written to a temporary folder, renamed when every rank is done.
+    """
+    temporary = folder / f".unfinished_iter_{iteration:07d}"
+    if runtime.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    runtime.barrier()
+    dist_checkpointing.save(state, str(temporary), content_metadata={"iteration": iteration})
+    runtime.barrier()
+    if runtime.is_main:
+        finish_iteration(folder, temporary, iteration)
+    runtime.barrier()
+
+
+def load_state(folder: Path, iteration: int, state: ShardedStateDict) -> dict[str, Any]:
+    """Read what `state` asks for from a finished iteration; all ranks call."""
+    return dist_checkpointing.load(state, str(iteration_folder(folder, iteration)))
+
+
+def load_weights(
+    folder: Path, iteration: int, chunks: list[torch.nn.Module], architecture: Architecture
+) -> None:
+    """Fill the chunks from a checkpoint saved at any layout. All ranks call.
+
+    Raises InputError where the checkpoint is of another architecture.
+    """
+    check_architecture(folder, architecture)
+    loaded = load_state(folder, iteration, model_state(chunks))
+    fill_chunks(chunks, loaded)
+
+
+def fill_chunks(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    for name, chunk in zip(model_state(chunks), chunks, strict=True):
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[name], strict=False)
+        missing = [key for key in missing if not key.endswith("_extra_state")]
+        assert not missing and not unexpected, (missing, unexpected)
+
+
+def check_architecture(folder: Path, architecture: Architecture) -> None:
+    """Raise InputError, naming the first field, where the checkpoint in `folder` is of another architecture."""
+    stored = read_architecture(folder).to_dict()
+    for field, value in architecture.to_dict().items():
+        if stored[field] != value and field != "init_method_std":
+            raise InputError(
+                f"{folder} is a checkpoint of another architecture: {field} is {stored[field]} there "
+                f"and {value} here"
+            )
+
+
+def training_state(
+    chunks: list[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    progress: dict[str, Any],
+    *,
+    is_loading: bool,
+) -> ShardedStateDict:
+    """Everything a run resumes from: weights, optimizer, schedule, and `progress` (plain numbers)."""
+    model = model_state(chunks)
+    tensors = next(iter(model.values())) if len(model) == 1 else dict(enumerate(model.values()))
+    return {
+        **model,
+        "optimizer": optimizer_state(optimizer, tensors, is_loading=is_loading),
+        "opt_param_scheduler": scheduler.state_dict(),
+        "progress": progress,
+    }
+
+
+def load_training_state(
+    folder: Path,
+    iteration: int,
+    chunks: list[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> dict[str, Any]:
+    """Resume in place from a checkpoint saved at any layout; returns its `progress`. All ranks call."""
+    state = training_state(chunks, optimizer, scheduler, {}, is_loading=True)
+    loaded = load_state(folder, iteration, state)
+    fill_chunks(chunks, loaded)
+    load_optimizer_state(optimizer, loaded["optimizer"])
+    scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    return loaded["progress"]
+
+
+def as_chunks(models: list[LanguageModel]) -> list[torch.nn.Module]:
+    """The same list, under the wider type that Megatron's wrappers need."""
+    return list(models)

@@ -1,0 +1,70 @@
+"""`minitron VERB --config RECIPE.yaml [key=value …]`: parse, start this rank, run one stage, say what went wrong.
+
+Exit code 0: done. 2: wrong input, one sentence, no traceback. 1: a failure while running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from minitron_mcore import __version__
+from minitron_mcore.errors import InputError
+
+# verb -> (module of stages/, what it does)
+VERBS = {
+    "tokenizer": ("tokenizer", "train a SentencePiece model on text files"),
+    "preprocess": ("preprocess", "text or JSONL -> Megatron .bin/.idx"),
+    "train": ("train", "next-token training, from random weights or from a checkpoint"),
+    "score": ("score", "importance of every axis of the teacher, one forward pass"),
+    "plan": ("plan", "scores + target shape -> plan.json, without touching weights"),
+    "prune": ("prune", "plan the student and write its sharded checkpoint"),
+    "distill": ("distill", "train the student from the co-located teacher, for a token budget"),
+    "evaluate": ("evaluate", "held-out LM loss and perplexity of a checkpoint"),
+    "export": ("export", "Megatron checkpoint -> Hugging Face folder"),
+    "run": ("run", "the whole recipe, stage by stage, resumable"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    verbs = "\n".join(f"  {verb:<12}{does}" for verb, (_, does) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="minitron",
+        description="Prune and distil large language models on sharded Megatron checkpoints.",
+        epilog=f"verbs:\n{verbs}\n\nStart several ranks with torchrun or srun: "
+        "torchrun --nproc-per-node 8 -m minitron_mcore VERB …",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=sorted(VERBS), metavar="VERB", help="what to do, see below")
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="the recipe; defaults where left out")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
+    parser.add_argument("--version", action="version", version=f"minitron_mcore {__version__}")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code."""
+    options = build_parser().parse_intermixed_args(arguments)
+    try:
+        from minitron_mcore.recipe import load_recipe
+
+        recipe = load_recipe(options.config, options.overrides)
+        from minitron_mcore.runtime.start import quiet_libraries, start, stop
+
+        quiet_libraries()
+        stage = importlib.import_module(f"minitron_mcore.stages.{VERBS[options.verb][0]}")
+        runtime = start()
+        stage.run(recipe, runtime)
+        stop()
+    except InputError as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+            print(f"minitron {options.verb}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The samples that importance is measured on: drawn by seed, the same at every layout."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from minitron_mcore.data.dataset import Batch, Dataset, batches_once
+from minitron_mcore.errors import InputError
+
+
+def draw_samples(dataset: Dataset, num_samples: int, seed: int) -> list[int]:
+    """`num_samples` different sample numbers of `dataset`, in the order they are scored. Raises InputError."""
+    if num_samples < 1:
+        raise InputError(f"{num_samples} calibration samples are too few; ask for 1 or more")
+    if num_samples > len(dataset):
+        raise InputError(
+            f"{num_samples:,} calibration samples are more than the {len(dataset):,} there are; ask for fewer, give "
+            "more text (data.calibration), or lower data.sequence_length"
+        )
+    return random.Random(seed).sample(range(len(dataset)), num_samples)
+
+
+def calibration_batches(
+    dataset: Dataset,
+    *,
+    num_samples: int,
+    micro_batch_size: int,
+    seed: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """This rank's calibration microbatches: the fields of `data.dataset.batches` and `valid` fp32 [b].
+
+    The same samples are drawn at every layout and micro batch size, without replacement, and each is given once, to one
+    data-parallel rank; every rank gets `data.dataset.num_rounds` microbatches. Where samples run out, fillers with
+    `valid` 0 and `loss_mask` 0 stand in: multiply by `valid` before adding up. No communication. Raises InputError.
+    """
+    return batches_once(
+        dataset,
+        draw_samples(dataset, num_samples, seed),
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+        num_workers=num_workers,
+    )

@@ -1,0 +1,290 @@
+"""Tokenizers: load one for text, data and datasets; train a SentencePiece one.
+
+`megatron.core.tokenizers` reads the same models to the same ids (a test holds this), but importing it costs every
+worker process of `preprocess` four seconds; this module needs neither torch nor megatron.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import re
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Optional, Union
+
+from minitron_mcore.data.config import TokenizerConfig
+from minitron_mcore.data.corpus import documents, find_files
+from minitron_mcore.errors import InputError
+
+SENTENCEPIECE = "SentencePieceTokenizer"
+HUGGING_FACE = "HuggingFaceTokenizer"
+
+# What decides the ids of a Hugging Face tokenizer; its other files are chat templates and the like.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+PASSAGE_CHARACTERS = 2_000  # a training "sentence": whole lines, so that pieces may span a line end
+SEGMENT_CHARACTERS = 1_000_000  # SentencePiece needs about 60 bytes a character while it encodes
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back; what `GPTDataset` asks of a tokenizer (`eod`, `pad`, `unique_identifiers`) included."""
+
+    type: str  # SentencePieceTokenizer or HuggingFaceTokenizer
+    path: str  # the .model file, or the Hugging Face folder
+    vocab_size: int  # ids are in [0, vocab_size)
+    bos: Optional[int]
+    eod: int  # end of document, the tokenizer's end of sentence
+    fingerprint: str  # sha256 in hex, of the vocabulary alone: the same wherever the files lie
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
+    # No id is padding: GPT samples are never padded, and a dataset would mask every label that equals it.
+    pad = -1
+
+    @property
+    def eos(self) -> int:
+        return self.eod
+
+    @property
+    def unique_identifiers(self) -> OrderedDict:
+        """What dataset caches are keyed by."""
+        return OrderedDict(type=self.type, fingerprint=self.fingerprint)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of `text`; neither bos nor eod is added. Very long texts are encoded in parts cut at line ends."""
+        if len(text) <= SEGMENT_CHARACTERS:
+            return self.encode(text)
+        return [token for part in _segments(text, SEGMENT_CHARACTERS) for token in self.encode(part)]
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        return self.decode([int(token) for token in ids])
+
+    def save(self, folder: str) -> None:
+        """Copy the tokenizer's files into `folder`, byte for byte, so that `load_tokenizer(folder)` gives the same."""
+        os.makedirs(folder, exist_ok=True)
+        if self.type == SENTENCEPIECE:
+            _copy(self.path, os.path.join(folder, "tokenizer.model"))
+            return
+        for name in VOCABULARY_FILES + SETTINGS_FILES:
+            if os.path.isfile(os.path.join(self.path, name)):
+                _copy(os.path.join(self.path, name), os.path.join(folder, name))
+
+
+def load_tokenizer(source: Union[str, TokenizerConfig]) -> Tokenizer:
+    """The tokenizer at a path, or the one of the recipe's section `tokenizer`. Any rank may call it.
+
+    Raises InputError where there is none, where it is of another type, or where it has no end-of-sentence token.
+    """
+    path, kind = (source, None) if isinstance(source, str) else (source.model, source.type)
+    if not path:
+        raise InputError("tokenizer.model is not set; give a SentencePiece .model file or a Hugging Face folder")
+    if not os.path.exists(path):
+        raise InputError(f"tokenizer.model={path} does not exist; train one with the verb tokenizer, or give another")
+    if kind not in (None, SENTENCEPIECE, HUGGING_FACE):
+        raise InputError(f"tokenizer.type={kind} is unknown; use {SENTENCEPIECE} or {HUGGING_FACE}")
+    hugging_face_files = ("tokenizer.json", "tokenizer_config.json")
+    if os.path.basename(path) in hugging_face_files:
+        path = os.path.dirname(path) or "."
+    if os.path.isdir(path):
+        is_hugging_face = any(os.path.isfile(os.path.join(path, name)) for name in hugging_face_files)
+        if kind == HUGGING_FACE or (kind is None and is_hugging_face):
+            return _load_hugging_face(path)
+        if not os.path.isfile(os.path.join(path, "tokenizer.model")):
+            raise InputError(f"tokenizer.model={path} holds neither tokenizer.json nor tokenizer.model")
+        path = os.path.join(path, "tokenizer.model")
+    elif kind == HUGGING_FACE:
+        raise InputError(f"tokenizer.model={path} is a file; tokenizer.type={kind} needs a folder")
+    return _load_sentencepiece(path)
+
+
+def _load_sentencepiece(path: str) -> Tokenizer:
+    import sentencepiece
+
+    with open(path, "rb") as stream:
+        model = stream.read()
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise InputError(f"tokenizer.model={path} is not a SentencePiece model") from error
+    if processor.eos_id() < 0:
+        raise InputError(f"tokenizer.model={path} has no end-of-sentence token, which ends each document")
+    return Tokenizer(
+        type=SENTENCEPIECE,
+        path=path,
+        vocab_size=processor.get_piece_size(),
+        bos=processor.bos_id() if processor.bos_id() >= 0 else None,
+        eod=processor.eos_id(),
+        fingerprint=hashlib.sha256(model).hexdigest(),
+        encode=processor.encode,
+        decode=processor.decode,
+    )
+
+
+def _load_hugging_face(folder: str) -> Tokenizer:
+    # transformers takes seconds to import; SentencePiece users need not wait for it
+    from transformers import AutoTokenizer
+
+    try:
+        model = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever the files broke in
+        raise InputError(f"tokenizer.model={folder} is no Hugging Face tokenizer: {_first_line(error)}") from error
+    if model.eos_token_id is None:
+        raise InputError(f"tokenizer.model={folder} has no end-of-sentence token, which ends each document")
+    model.model_max_length = int(1e30)  # documents longer than a model's window are no mistake here
+    digest = hashlib.sha256(str(model.eos_token_id).encode())
+    for name in VOCABULARY_FILES:
+        if os.path.isfile(os.path.join(folder, name)):
+            with open(os.path.join(folder, name), "rb") as stream:
+                digest.update(stream.read())
+    return Tokenizer(
+        type=HUGGING_FACE,
+        path=folder,
+        vocab_size=len(model),
+        bos=model.bos_token_id,
+        eod=model.eos_token_id,
+        fingerprint=digest.hexdigest(),
+        encode=lambda text: model.encode(text, add_special_tokens=False),
+        decode=lambda ids: str(model.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
+    )
+
+
+def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str], None] = print) -> Tokenizer:
+    """Train a SentencePiece BPE model with byte fallback on `config.input` and write it to `config.model`.
+
+    Text comes back as it went in, white space included (one exception, SentencePiece's own: a literal U+2581 comes back
+    as a space). Ids follow Llama: unk 0, bos 1, eos 2, then the 256 bytes. One process calls it. Raises InputError.
+    """
+    if config.type not in (None, SENTENCEPIECE):
+        raise InputError(f"tokenizer.type={config.type} cannot be trained here; use {SENTENCEPIECE}")
+    if not config.model:
+        raise InputError("tokenizer.model is not set; it names the file to write")
+    if os.path.exists(config.model) and not config.overwrite:
+        raise InputError(f"tokenizer.model={config.model} exists; give another name, or set tokenizer.overwrite=true")
+    files = find_files(config.input, config.extensions, "tokenizer.input")
+    passages, read = _sample(_passages(documents(files, config.json_key)), config.input_sentence_size, seed)
+    if not passages:
+        raise InputError(f"tokenizer.input={config.input!r} holds no text: {len(files)} files are empty")
+    size = sum(map(len, passages))
+    report(
+        f"tokenizer: {len(files):,} files, {read / 1e6:,.1f}M characters; training {config.vocab_size:,} pieces on "
+        f"{size / 1e6:,.1f}M of them"
+    )
+    started = time.perf_counter()
+    with _Heartbeat(report, started):
+        model = _train_sentencepiece(passages, config)
+    os.makedirs(os.path.dirname(os.path.abspath(config.model)), exist_ok=True)
+    with open(config.model + ".tmp", "wb") as stream:
+        stream.write(model)
+    os.replace(config.model + ".tmp", config.model)
+    report(f"tokenizer: {config.model} written after {time.perf_counter() - started:.1f} s")
+    return _load_sentencepiece(config.model)
+
+
+def _train_sentencepiece(passages: list[str], config: TokenizerConfig) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(passages),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            split_digits=config.split_digits,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,  # indentation: one piece, not one a space
+            max_sentence_length=1 << 24,  # bytes; a longer line without end would be left out silently
+            num_threads=config.num_threads,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        message = str(error)
+        if most := re.search(r"value <= (\d+)", message):
+            raise InputError(
+                f"tokenizer.vocab_size={config.vocab_size} is too large for this text, which has {most[1]} pieces; "
+                "set it to that or less, or give more text"
+            ) from error
+        if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
+            raise InputError(
+                f"tokenizer.vocab_size={config.vocab_size} is too small: bytes and characters alone are {least[1]}; "
+                "raise it, or lower tokenizer.character_coverage"
+            ) from error
+        raise InputError(f"tokenizer.input: SentencePiece could not train on it: {_first_line(error)}") from error
+    return model.getvalue()
+
+
+def _passages(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        # SentencePiece leaves out passages that hold a zero byte
+        yield from (part for part in _segments(text.replace("\0", " "), PASSAGE_CHARACTERS) if part.strip())
+
+
+def _segments(text: str, size: int) -> Iterator[str]:
+    """`text` in parts of at most `size` characters, cut after a line end where there is one."""
+    start = 0
+    while len(text) - start > size:
+        cut = text.rfind("\n", start, start + size) + 1 or start + size
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
+
+
+def _sample(passages: Iterable[str], limit: int, seed: int) -> tuple[list[str], int]:
+    """At most `limit` passages drawn evenly in one reading (0: all), and the number of characters read."""
+    draw = random.Random(seed)
+    kept: list[str] = []
+    characters = 0
+    for seen, passage in enumerate(passages):
+        characters += len(passage)
+        if limit <= 0 or len(kept) < limit:
+            kept.append(passage)
+        elif (place := draw.randrange(seen + 1)) < limit:
+            kept[place] = passage
+    return kept, characters
+
+
+class _Heartbeat:
+    """A line every ten seconds while SentencePiece, which reports nothing readable, trains."""
+
+    def __init__(self, report: Callable[[str], None], started: float) -> None:
+        self.report, self.started, self.done = report, started, threading.Event()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+
+    def _beat(self) -> None:
+        while not self.done.wait(10.0):
+            self.report(f"tokenizer: training, {time.perf_counter() - self.started:.0f} s")
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+def _copy(source: str, target: str) -> None:
+    if os.path.abspath(source) != os.path.abspath(target):
+        shutil.copyfile(source, target + ".tmp")
+        os.replace(target + ".tmp", target)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,102 @@
+"""Softmax statistics and matrix products over vocabulary shards.
+
+Legend: C tokens of a chunk, R tensor-parallel ranks, V_r columns of one shard, K statistics a token, h hidden size.
+Rank r holds the rows [r * V_r, (r + 1) * V_r) of the output head. Global ids from `vocab_size` on are padding: they
+fill the end of the last shard, or whole shards.
+
+    ids    0 ........ V_r ........ 2 V_r .. vocab_size .. 3 V_r ........ 4 V_r
+    rank   |    0     |     1      |         2   |padding|   3: padding  |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Stands for -inf on a rank that holds only padding: exp of it is zero, and its difference with itself is not NaN.
+ABSENT = -1e30
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The columns of the vocabulary that this rank computes: global ids [start, start + width).
+
+    A rank that holds nothing but padding keeps one column, `absent`, with a logit of -1e30: it then takes the same
+    path as every other rank, and its column has probability zero.
+    """
+
+    group: dist.ProcessGroup | None
+    start: int
+    width: int
+    absent: bool
+
+    @classmethod
+    def of(cls, rows: int, vocab_size: int, group: dist.ProcessGroup | None) -> VocabularyShard:
+        """The shard of this rank, whose part of the head has `rows` rows, padding included."""
+        rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+        if rows * ranks < vocab_size:
+            raise ValueError(f"the output head has {rows * ranks} rows; it needs at least vocab_size = {vocab_size}")
+        start = rank * rows
+        true_columns = min(rows, vocab_size - start)
+        return cls(group if ranks > 1 else None, start, max(true_columns, 1), true_columns <= 0)
+
+    def locate(self, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Column of each label on this shard (0 where it lies elsewhere) and, as bool, whether it lies here."""
+        index_C = labels_C - self.start
+        here_C = (index_C >= 0) & (index_C < self.width)
+        if self.absent:
+            here_C = torch.zeros_like(here_C)
+        return index_C.masked_fill(~here_C, 0), here_C
+
+    def gather(self, statistics_KC: Tensor) -> Tensor:
+        """Every rank's statistics, [R, K, C]: the one collective of a chunk (none where one rank holds everything)."""
+        if self.group is None:
+            return statistics_KC.unsqueeze(0)
+        gathered = statistics_KC.new_empty(self.group.size() * statistics_KC.shape[0], statistics_KC.shape[1])
+        dist.all_gather_into_tensor(gathered, statistics_KC.contiguous(), group=self.group)
+        return gathered.view(self.group.size(), *statistics_KC.shape)
+
+
+def local_softmax(logits_CV: Tensor, out_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over this shard alone, written to `out_CV` (another buffer); returns, [C] each, the largest logit m and
+    the sum of exp(logit - m).
+
+    The sum is read off the result (the largest entry is 1 / sum, never below 1 / V_r), since torch's fused softmax
+    passes over the logits fewer times than separate exp and sum do.
+    """
+    torch.softmax(logits_CV, dim=-1, out=out_CV)
+    return logits_CV.amax(-1), out_CV.amax(-1).reciprocal_()
+
+
+def combine(maxima_RC: Tensor, sums_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """From each rank's largest logit and sum of exp(logit - largest): logsumexp over the vocabulary, [C], and each
+    shard's probability, [R, C]."""
+    maximum_C = maxima_RC.amax(0)
+    shares_RC = sums_RC * (maxima_RC - maximum_C).exp_()
+    total_C = shares_RC.sum(0)
+    return maximum_C + total_C.log(), shares_RC / total_C
+
+
+def product_operand(tensor: Tensor) -> Tensor:
+    """The tensor as the products below take it. CPU products round their output to the operands' type, so there the
+    operands are widened; CUDA multiplies bf16 with fp32 output."""
+    return tensor if tensor.is_cuda else tensor.float()
+
+
+def product_(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out = left @ right in fp32; the operands are of one type, as `product_operand` gives them."""
+    if left.dtype == torch.float32:
+        return torch.mm(left, right, out=out)
+    return torch.mm(left, right, out_dtype=torch.float32, out=out)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left @ right in fp32."""
+    if left.dtype == torch.float32:
+        return total.addmm_(left, right)
+    if torch.__version__ >= (2, 10):  # before, the addend had to be of the operands' type
+        return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    return total.add_(torch.mm(left, right, out_dtype=torch.float32))

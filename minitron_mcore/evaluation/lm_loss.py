@@ -1,0 +1,38 @@
+"""Held-out loss of a model at any layout, from its final hidden states; full logits never exist."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.model.schedule import Microbatch, run_schedule
+
+
+def mean_loss(
+    chunks: list[torch.nn.Module], batches: Iterable[list[Microbatch]], objective: Objective
+) -> dict[str, float]:
+    """Mean of each of the objective's losses over all counted tokens of `batches`, and the perplexity (`ppl`).
+
+    Nothing is trained: modules in evaluation mode, no gradients. Every rank calls; the same result on every rank.
+    """
+    totals: dict[str, float] = {}
+    count = 0.0
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        for batch in batches:
+            objective.prepare(batch)
+            means = run_schedule(chunks, batch, objective.loss, forward_only=True)
+            tokens = means.pop("num_tokens")
+            count += tokens
+            for name, value in means.items():
+                totals[name] = totals.get(name, 0.0) + value * tokens
+    for chunk, was_training in zip(chunks, training, strict=True):
+        chunk.train(was_training)
+    result = {name: value / max(count, 1.0) for name, value in totals.items()}
+    result["ppl"] = math.exp(min(result["lm loss"], 20.0))
+    return result

@@ -1,0 +1,26 @@
+"""Recipe section `model`: the architecture to train from random weights; Megatron's field names."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+
+@dataclass
+class ModelConfig:
+    """What is left out follows from the family, or from other fields (see architecture.py)."""
+
+    family: str = "llama"  # llama or nemotron
+    num_layers: Optional[int] = None
+    hidden_size: Optional[int] = None
+    ffn_hidden_size: Optional[int] = None
+    num_attention_heads: Optional[int] = None
+    num_query_groups: Optional[int] = None
+    kv_channels: Optional[int] = None
+    vocab_size: Optional[int] = None  # the tokenizer's, where left out
+    make_vocab_size_divisible_by: int = 128
+    max_position_embeddings: Optional[int] = None
+    rotary_base: Optional[float] = None
+    rotary_percent: Optional[float] = None
+    rope_scaling: Optional[dict[str, Any]] = None
+    layernorm_epsilon: float = 1e-5
+    untie_embeddings_and_output_weights: bool = True
+    init_method_std: float = 0.02

@@ -1,0 +1,189 @@
+"""The recipe: one dataclass of sections, read from YAML and `key=value` overrides.
+
+Each section's dataclass lies beside what it configures (`<package>/config.py`). OmegaConf merges and checks types;
+every error names the full path, what was given, what is allowed, and the nearest valid key.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from yaml import YAMLError
+
+from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
+from minitron_mcore.distillation.config import DistillConfig
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.config import ImportanceConfig
+from minitron_mcore.model.config import ModelConfig
+from minitron_mcore.pruning.config import PruneConfig, StudentConfig
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.training.config import LogConfig, TrainConfig
+
+
+@dataclass
+class TeacherConfig:
+    """The model that is pruned and distilled from."""
+
+    checkpoint: Optional[str] = None
+
+
+@dataclass
+class RunConfig:
+    """What `run` makes beside the student of `student.*`."""
+
+    variants: dict[str, StudentConfig] = field(default_factory=dict)  # more students, by name
+    baselines: list[str] = field(default_factory=list)  # of next_token (pruned, no teacher) and random (no pruning)
+
+
+@dataclass
+class EvaluateConfig:
+    """Held-out LM loss."""
+
+    samples: int = 64  # sequences of the validation set
+    micro_batch_size: int = 1
+
+
+@dataclass
+class Recipe:
+    """Everything a user can say. Verbs read the sections they need."""
+
+    name: str = "run"
+    output: Optional[str] = None  # folder of the run: metrics, resolved recipe, and every stage's files under `run`
+    seed: int = 1234
+    precision: str = "fp32"  # fp32 or bf16
+    input: Optional[Any] = None  # preprocess: text or JSONL files, or folders
+    output_prefix: Optional[str] = None  # preprocess: path of the .bin/.idx, without ending
+    checkpoint: Optional[str] = None  # evaluate, export: folder of a checkpoint
+    hf: Optional[str] = None  # export: Hugging Face folder to write
+    scores: Optional[str] = None  # score writes it, plan and prune read it
+    plan: Optional[str] = None  # plan writes it, prune reads it
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "precision": ("fp32", "bf16"),
+    "train.lr_decay_style": ("cosine", "linear", "constant"),
+    "distill.lr_decay_style": ("cosine", "linear", "constant"),
+    "importance.batch_aggregation": ("l2", "mean", "var"),
+    "importance.sequence_aggregation": ("l2", "mean", "var"),
+    "importance.neuron_site": ("pre_activation", "down_projection_input"),
+    "prune.layers": ("scattered", "contiguous"),
+    "log.wandb": ("offline", "online", "disabled"),
+}
+BASELINES = ("next_token", "random")
+
+
+def load_recipe(config: Optional[str], overrides: list[str]) -> Recipe:
+    """Defaults < the YAML file `config` < `key=value` overrides. Raises InputError naming the key."""
+    merged = OmegaConf.structured(Recipe)
+    if config is not None:
+        path = Path(config)
+        if not path.is_file():
+            raise InputError(f"--config {config} is not a file: name a recipe in YAML")
+        try:
+            loaded = OmegaConf.load(path)
+        except (YAMLError, OmegaConfBaseException, ValueError) as error:
+            raise InputError(f"--config {config} is no YAML: {_first_line(error)}") from error
+        merged = _merge(merged, loaded, f"in {config}")
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"{override!r} is no override: write key=value, as in train.lr=1e-4")
+        try:
+            given = OmegaConf.from_dotlist([override])
+        except (YAMLError, OmegaConfBaseException, ValueError) as error:
+            raise InputError(f"{override!r} cannot be read: {_first_line(error)}") from error
+        merged = _merge(merged, given, "on the command line")
+    try:
+        recipe = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key or 'the recipe'}: {_first_line(error)}") from error
+    assert isinstance(recipe, Recipe)
+    check_choices(recipe)
+    return recipe
+
+
+def _merge(merged: Any, given: Any, where: str) -> Any:
+    try:
+        return OmegaConf.merge(merged, given)
+    except ConfigKeyError as error:
+        raise InputError(_unknown_key(error.full_key, where)) from error
+    except ValidationError as error:
+        path = error.full_key
+        value = OmegaConf.select(given, path) if path else given
+        raise InputError(f"{path}={value!r} ({where}) is not allowed: {_allowed(path)}") from error
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key or 'the recipe'} ({where}): {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def key_paths(kind: type = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every key's full path -> its type."""
+    paths: dict[str, Any] = {}
+    for entry in dataclasses.fields(kind):
+        path = prefix + entry.name
+        if dataclasses.is_dataclass(entry.type):
+            paths[path] = dict
+            paths.update(key_paths(entry.type, path + "."))  # type: ignore[arg-type]
+        else:
+            paths[path] = entry.type
+    return paths
+
+
+def _unknown_key(path: str, where: str) -> str:
+    known = list(key_paths())
+    parent, _, leaf = path.rpartition(".")
+    siblings = [key for key in known if key.rpartition(".")[0] == parent]
+    close = difflib.get_close_matches(path, siblings or known, n=1, cutoff=0.0)
+    elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
+    nearest = elsewhere[0] if elsewhere and not difflib.get_close_matches(path, siblings, cutoff=0.75) else close[0]
+    return f"{path} ({where}) is no key of a recipe: the nearest is {nearest}"
+
+
+def _allowed(path: str) -> str:
+    kind = key_paths().get(path)
+    options = [part for part in typing.get_args(kind) if part is not type(None)] or [kind]
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section of keys"}
+    words = " or ".join(names.get(typing.get_origin(option) or option, str(option)) for option in options)
+    return words + (", or null" if type(None) in typing.get_args(kind) else "") + " is needed"
+
+
+def check_choices(recipe: Recipe) -> None:
+    """Raise InputError where a key with few values holds another."""
+    for path, allowed in CHOICES.items():
+        value: Any = recipe
+        for part in path.split("."):
+            value = getattr(value, part)
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), allowed, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise InputError(f"{path}={value!r} is not allowed: choose one of {', '.join(allowed)}{hint}")
+    for name in recipe.run.baselines:
+        if name not in BASELINES:
+            raise InputError(f"run.baselines={recipe.run.baselines} holds {name!r}: choose from {', '.join(BASELINES)}")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, as it is saved with every run."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))

@@ -1,0 +1,85 @@
+"""What several stages do in the same way: claim an output folder, read data, name a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+from megatron.core import parallel_state
+
+from minitron_mcore.data.dataset import build_datasets
+from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.errors import InputError
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.parallel import use_layout
+from minitron_mcore.runtime.start import Runtime, seed_everything
+from minitron_mcore.training.config import TrainConfig
+from minitron_mcore.training.loop import check_train, count_iterations
+from minitron_mcore.training.reader import BatchReader, batch_reader
+
+# Keys that may change between a run and its continuation: where and how it runs, not what it computes.
+MAY_CHANGE = {"checkpoint", "save_interval", "eval_interval", "eval_iters", "micro_batch_size", "num_workers",
+              "cache_path", "loss_chunk_tokens"}
+
+
+def lay_out(recipe: Recipe, runtime: Runtime) -> None:
+    """Process groups and seeds of the recipe; every rank calls."""
+    use_layout(recipe.parallel, runtime.world_size)
+    seed_everything(recipe.seed)
+
+
+def output_folder(value: str | None, key: str) -> Path:
+    if not value:
+        raise InputError(f"{key} is not given: name the folder to write to")
+    path = Path(value)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{key}={path} is a file: name a folder")
+    return path
+
+
+def refuse_other_run(folder: Path, recipe: Recipe, sections: tuple[str, ...], key: str) -> None:
+    """Raise InputError where `folder` holds a run of another recipe: it would be overwritten or mixed.
+
+    Compared are `sections` of the recipe and the seed, but for keys that do not change what is computed.
+    """
+    stored_file = folder / "recipe.yaml"
+    if not stored_file.is_file():
+        if folder.is_dir() and any(folder.glob("iter_*")):
+            raise InputError(f"{key}={folder} holds checkpoints but no recipe.yaml: name another folder")
+        return
+    stored = yaml.safe_load(stored_file.read_text()) or {}
+    for section in (*sections, "seed", "precision"):
+        here: Any = getattr(recipe, section)
+        here = dataclasses.asdict(here) if dataclasses.is_dataclass(here) else {"": here}  # type: ignore[arg-type]
+        there = stored.get(section)
+        there = there if isinstance(there, dict) else {"": there}
+        for name, value in here.items():
+            if name not in MAY_CHANGE and there.get(name) != value:
+                path = f"{section}.{name}".rstrip(".")
+                raise InputError(
+                    f"{key}={folder} holds another run: {path} is {there.get(name)!r} there and {value!r} here; "
+                    f"name another folder, or delete that one"
+                )
+
+
+def read_data(
+    recipe: Recipe, tokenizer: Tokenizer, train: TrainConfig, section: str
+) -> tuple[int, BatchReader, BatchReader]:
+    """(iterations of the budget, reader of training batches, reader of validation batches). Every rank calls."""
+    iterations = count_iterations(train, recipe.data.sequence_length, section)
+    check_train(train, parallel_state.get_data_parallel_world_size(), iterations, section)
+    training, validation, _ = build_datasets(
+        recipe.data,
+        tokenizer,
+        train_samples=iterations * train.global_batch_size,
+        valid_samples=max(1, train.eval_iters) * train.global_batch_size,
+        seed=recipe.seed,
+    )
+    shape: dict[str, Any] = {
+        "global_batch_size": train.global_batch_size,
+        "micro_batch_size": train.micro_batch_size,
+        "num_workers": recipe.data.num_workers,
+    }
+    return iterations, batch_reader(training, **shape), batch_reader(validation, **{**shape, "num_workers": 0})

@@ -1,0 +1,82 @@
+"""`train`: next-token training, from random weights (`model.*`) or onward from a checkpoint (`train.load`)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.checkpoint.folder import find_checkpoint, latest_iteration, read_architecture, write_description
+from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_weights
+from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.errors import InputError
+from minitron_mcore.model.gpt import build_model
+from minitron_mcore.model.initialize import initialize
+from minitron_mcore.recipe import Recipe, to_yaml
+from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages.common import lay_out, output_folder, read_data, refuse_other_run
+from minitron_mcore.training.loop import Job, Progress, fit
+
+
+def run(recipe: Recipe, runtime: Runtime) -> Progress:
+    """Train to the token budget `train.tokens`; the same command goes on where it was cut off."""
+    lay_out(recipe, runtime)
+    train = recipe.train
+    folder = output_folder(train.checkpoint, "train.checkpoint")
+    tokenizer = load_tokenizer(recipe.tokenizer)
+
+    # The model: as it was stored, or as the recipe describes it.
+    source = find_checkpoint(train.load, "train.load") if train.load else None
+    architecture = read_architecture(source[0]) if source else new_architecture(recipe, tokenizer)
+    check_tokenizer(tokenizer, architecture)
+    refuse_other_run(folder, recipe, ("model", "data", "train"), "train.checkpoint")
+    resuming = latest_iteration(folder) is not None
+    if resuming:
+        check_architecture(folder, architecture)
+    iterations, read_train, read_valid = read_data(recipe, tokenizer, train, "train")
+
+    chunks = build_model(architecture, recipe.parallel, recipe.precision)
+    if not resuming and source:
+        load_weights(*source, as_chunks(chunks), architecture)
+    elif not resuming:
+        initialize(chunks, architecture, recipe.seed)
+    runtime.print(
+        f"train: {architecture.num_parameters:,} parameters, {iterations} iterations of "
+        f"{train.global_batch_size * recipe.data.sequence_length:,} tokens -> {folder}"
+    )
+
+    def describe(progress: Progress) -> None:
+        lineage = {"stage": "train", "load": train.load, "tokens": progress.consumed_tokens,
+                   "tokenizer": tokenizer.fingerprint}
+        write_description(
+            folder, architecture, lineage=lineage, recipe=to_yaml(recipe), save_tokenizer=tokenizer.save
+        )
+
+    objective = Objective(vocab_size=architecture.vocab_size, chunk_tokens=train.loss_chunk_tokens)
+    return fit(
+        Job(
+            chunks=chunks, architecture=architecture, objective=objective, train=train, log=recipe.log,
+            runtime=runtime, read_train=read_train, read_valid=read_valid,
+            sequence_length=recipe.data.sequence_length, iterations=iterations, precision=recipe.precision,
+            folder=folder, describe=describe, recipe=dataclasses.asdict(recipe), name=recipe.name,
+        )
+    )
+
+
+def new_architecture(recipe: Recipe, tokenizer: Tokenizer) -> Architecture:
+    """The recipe's `model` section; the vocabulary is the tokenizer's unless given."""
+    fields = dataclasses.asdict(recipe.model)
+    fields["vocab_size"] = fields["vocab_size"] or tokenizer.vocab_size
+    try:
+        return build_architecture(fields)
+    except InputError as error:
+        raise InputError(f"model: {error}") from error
+
+
+def check_tokenizer(tokenizer: Tokenizer, architecture: Architecture) -> None:
+    """Raise InputError where the tokenizer has ids the model has no embedding for."""
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise InputError(
+            f"tokenizer.model={tokenizer.path} has {tokenizer.vocab_size} ids and the model vocab_size="
+            f"{architecture.vocab_size}: use the tokenizer the model was trained with"
+        )

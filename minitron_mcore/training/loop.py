@@ -1,0 +1,200 @@
+"""The training loop: next-token training and distillation alike, to a token budget, resumable.
+
+One iteration: read the global batch, let the teacher run ahead, Megatron's schedule forward and backward, clip,
+DistributedOptimizer step, learning-rate step, metrics, now and then validation and a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.folder import latest_iteration
+from minitron_mcore.checkpoint.store import load_training_state, save_state, training_state
+from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.errors import InputError
+from minitron_mcore.evaluation.lm_loss import mean_loss
+from minitron_mcore.model.gpt import LanguageModel
+from minitron_mcore.model.schedule import Microbatch, run_schedule
+from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.training.config import LogConfig, TrainConfig
+from minitron_mcore.training.metrics import MetricsLog
+from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from minitron_mcore.training.signals import StopRequest
+
+# (first sample, how many global batches) -> this rank's global batches, each a list of microbatches.
+BatchReader = Callable[[int, int], Iterator[list[Microbatch]]]
+
+
+@dataclass
+class Progress:
+    """What a resumed run goes on from, beside the tensors."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def count_iterations(train: TrainConfig, sequence_length: int, section: str) -> int:
+    """Iterations of the token budget, rounded up to whole global batches."""
+    if train.tokens < 1:
+        raise InputError(f"{section}.tokens={train.tokens} must be at least 1: it is the budget of training tokens")
+    return math.ceil(train.tokens / (train.global_batch_size * sequence_length))
+
+
+def check_train(train: TrainConfig, data_parallel: int, iterations: int, section: str) -> None:
+    """Raise InputError for numbers that cannot be trained with."""
+    share = train.micro_batch_size * data_parallel
+    if train.micro_batch_size < 1 or train.global_batch_size % share:
+        raise InputError(
+            f"{section}.global_batch_size={train.global_batch_size} is no multiple of {section}.micro_batch_size="
+            f"{train.micro_batch_size} x {data_parallel} data-parallel ranks = {share}"
+        )
+    if not 0 <= train.min_lr <= train.lr:
+        raise InputError(f"{section}.min_lr={train.min_lr} must lie between 0 and {section}.lr={train.lr}")
+    if train.lr_warmup_iters >= iterations:
+        raise InputError(
+            f"{section}.lr_warmup_iters={train.lr_warmup_iters} must be less than the {iterations} iterations "
+            f"of {section}.tokens={train.tokens}"
+        )
+
+
+@dataclass
+class Job:
+    """What to train, on what, how, and where it is kept."""
+
+    chunks: list[LanguageModel]
+    architecture: Architecture
+    objective: Objective
+    train: TrainConfig
+    log: LogConfig
+    runtime: Runtime
+    read_train: BatchReader
+    read_valid: BatchReader | None
+    sequence_length: int
+    iterations: int
+    precision: str
+    folder: Path  # checkpoints and metrics; resumed from where it holds a finished iteration
+    describe: Callable[[Progress], None]  # writes what lies beside the weights; the first rank calls
+    recipe: dict[str, Any]
+    name: str
+
+
+def fit(job: Job) -> Progress:
+    """Train up to `job.iterations`, from the newest checkpoint in the folder if there is one. Every rank calls.
+
+    SIGTERM to any rank saves a checkpoint and raises SystemExit(143).
+    """
+    train, runtime = job.train, job.runtime
+    chunks = wrap_model(job.chunks)
+    optimizer = build_optimizer(chunks, train, job.precision)
+    scheduler = build_scheduler(optimizer, train, job.iterations)
+    progress = Progress()
+    if (newest := latest_iteration(job.folder)) is not None:
+        progress = Progress(**load_training_state(job.folder, newest, chunks, optimizer, scheduler))
+        runtime.print(f"resumed {job.folder} at iteration {progress.iteration} of {job.iterations}")
+    if progress.iteration >= job.iterations:
+        return progress
+
+    metrics = MetricsLog(job.folder, job.log, name=job.name, recipe=job.recipe, active=runtime.is_main)
+    stop = StopRequest()
+    timer = StepTimer()
+    for batch in job.read_train(progress.consumed_samples, job.iterations - progress.iteration):
+        with timer:
+            row = train_step(chunks, optimizer, scheduler, job.objective, train, batch)
+        progress.iteration += 1
+        progress.consumed_samples += train.global_batch_size
+        progress.consumed_tokens += train.global_batch_size * job.sequence_length
+        last = progress.iteration == job.iterations
+        if last or progress.iteration % job.log.interval == 0:
+            row |= throughput(job, timer.mean_and_reset())
+            metrics.write(progress.iteration, job.iterations, {"consumed samples": progress.consumed_samples, **row})
+        if job.read_valid is not None and (last or _is_due(progress.iteration, train.eval_interval)):
+            valid = mean_loss(chunks, job.read_valid(0, train.eval_iters), job.objective)
+            progress.metrics = {f"{key} validation": value for key, value in valid.items()}
+            metrics.write(progress.iteration, job.iterations, progress.metrics, kind="validation")
+        asked_to_stop = stop.on_any_rank()
+        if last or asked_to_stop or _is_due(progress.iteration, train.save_interval):
+            if runtime.is_main:
+                job.describe(progress)
+            state = training_state(chunks, optimizer, scheduler, vars(progress).copy(), is_loading=False)
+            save_state(job.folder, progress.iteration, state, runtime)
+        if asked_to_stop and not last:
+            runtime.print(f"SIGTERM: saved {job.folder} at iteration {progress.iteration}; the same command goes on")
+            raise SystemExit(143)
+    stop.restore()
+    metrics.close()
+    return progress
+
+
+def _is_due(iteration: int, interval: int) -> bool:
+    return interval > 0 and iteration % interval == 0
+
+
+class StepTimer:
+    """Mean seconds of the steps since the last report."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps, self._started = 0.0, 0, 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._started
+        self.steps += 1
+
+    def mean_and_reset(self) -> float:
+        mean = self.seconds / max(self.steps, 1)
+        self.seconds, self.steps = 0.0, 0
+        return mean
+
+
+def train_step(
+    chunks: list[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    objective: Objective,
+    train: TrainConfig,
+    batch: list[Microbatch],
+) -> dict[str, float]:
+    """One iteration over a global batch; mean losses over its counted tokens. Every rank calls."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    objective.prepare(batch)
+    means = run_schedule(chunks, batch, objective.loss)
+    means.pop("num_tokens")
+    learning_rate = optimizer.param_groups[0]["lr"]
+    _, grad_norm, _ = optimizer.step()
+    scheduler.step(increment=train.global_batch_size)
+    batch_size = float(train.global_batch_size)
+    return {**means, "learning-rate": learning_rate, "grad-norm": float(grad_norm), "global batch size": batch_size}
+
+
+def throughput(job: Job, step_seconds: float) -> dict[str, float]:
+    """Tokens and floating-point operations a second; the teacher's operations count, and are shown apart."""
+    tokens_per_second = job.train.global_batch_size * job.sequence_length / step_seconds
+    scale = tokens_per_second / job.runtime.world_size / 1e12
+    student = job.architecture.training_flops_per_token(job.sequence_length) * scale
+    row = {
+        "elapsed time per iteration (ms)": 1000 * step_seconds,
+        "throughput per GPU (TFLOP/s/GPU)": student,
+        "tokens per second": tokens_per_second,
+    }
+    if job.objective.teacher is not None:
+        teacher = job.objective.teacher.architecture.forward_flops_per_token(job.sequence_length) * scale
+        row["throughput per GPU (TFLOP/s/GPU)"] += teacher
+        row["teacher throughput per GPU (TFLOP/s/GPU)"] = teacher
+    return row

@@ -1,0 +1,80 @@
+"""Where a run's numbers go: console, JSONL, TensorBoard, Weights & Biases; by Megatron's names.
+
+Only the first rank writes. One file `metrics.jsonl` a run folder, one line a logged iteration, appended on resume.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.training.config import LogConfig
+
+# Console order and form; what is not named here follows, as it comes.
+_FORMATS = {
+    "consumed samples": "{:>9.0f}",
+    "elapsed time per iteration (ms)": "{:.1f}",
+    "throughput per GPU (TFLOP/s/GPU)": "{:.3f}",
+    "learning-rate": "{:.3E}",
+    "global batch size": "{:.0f}",
+    "lm loss": "{:.6f}",
+    "logits distillation loss": "{:.6f}",
+    "grad-norm": "{:.3f}",
+}
+
+
+class MetricsLog:
+    """Writes rows of numbers. On other ranks than the first every call does nothing."""
+
+    def __init__(self, folder: Path, log: LogConfig, *, name: str, recipe: dict[str, Any], active: bool) -> None:
+        self.active = active
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        if log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        if log.wandb != "disabled":
+            import wandb
+
+            os.environ.setdefault("WANDB_SILENT", "true")
+            self._wandb = wandb.init(
+                project=log.wandb_project, name=name, dir=str(folder), mode=log.wandb, config=recipe,  # type: ignore
+                reinit="create_new",
+            )
+
+    def write(self, iteration: int, iterations: int, row: dict[str, float], *, kind: str = "train") -> None:
+        """One row everywhere. `kind`: train or validation; validation names are given with their own prefix."""
+        if not self.active:
+            return
+        record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **row}
+        self._file.write(json.dumps(record) + "\n")
+        print(_console_line(iteration, iterations, row, kind), flush=True)
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                self._tensorboard.add_scalar(name, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log(row, step=iteration)
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+
+def _console_line(iteration: int, iterations: int, row: dict[str, float], kind: str) -> str:
+    shown = [name for name in _FORMATS if name in row] + [name for name in row if name not in _FORMATS]
+    cells = [f"{name}: {_FORMATS.get(name, '{:.6f}').format(row[name])}" for name in shown]
+    head = f" iteration {iteration:>8}/{iterations:>8} |" if kind == "train" else f" {kind} at iteration {iteration} |"
+    return head + " " + " | ".join(cells) + " |"

@@ -1,0 +1,170 @@
+"""Imports point down only. The table is the order of the house; a module without a level fails the test."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "minitron_mcore"
+
+# From the ground up. A room sees the rooms on lower floors and itself, never its neighbours; the ground floor's
+# modules, which are pure, see each other.
+FLOORS = [
+    {"errors", "architecture", "recipe", "layout", "plan", "search", "estimate"},
+    {"runtime"},
+    {"model"},
+    {"checkpoint", "data"},
+    {"importance", "pruning", "distillation"},
+    {"evaluation"},
+    {"training", "report"},
+    {"stages"},
+    {"cli"},
+    {"__main__"},
+]
+FORBIDDEN_IN_PURE = ("megatron", "torch.distributed")
+
+
+def module_name(path: Path) -> str:
+    parts = ["minitron_mcore", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room(module: str) -> str:
+    """`minitron_mcore.runtime.start` → `runtime`."""
+    return module.split(".")[1]
+
+
+def floor(module: str) -> int:
+    if is_pure(module):
+        return 0
+    floors = [number for number, rooms in enumerate(FLOORS) if room(module) in rooms]
+    assert floors, f"{module} has no level: give {room(module)!r} one in FLOORS (and in CONTRIBUTING.md)"
+    return floors[0]
+
+
+def is_pure(module: str) -> bool:
+    return room(module) in FLOORS[0] or module.endswith(".config")
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return ast.unparse(test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def executed(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node below `node`, functions' bodies included, without what stands under `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and is_type_checking(child.test):
+            for other in child.orelse:
+                yield other
+                yield from executed(other)
+            continue
+        yield child
+        yield from executed(child)
+
+
+def imports(source: str, module: str, is_package: bool = False) -> set[str]:
+    """Dotted names that `source` imports, at any depth; of `from a import b` both `a` and `a.b`."""
+    names: set[str] = set()
+    for node in executed(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: None if is_package and node.level == 1 else -node.level + is_package]
+                base = ".".join([*parents, *([node.module] if node.module else [])])
+            names.add(base)
+            names.update(f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            names.update(str(word.value) for word in node.args[:1] if isinstance(word, ast.Constant))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            names.add("torch.distributed")
+    return names
+
+
+def violations(source: str, module: str, is_package: bool = False, modules: set[str] | None = None) -> list[str]:
+    """What in `source` breaks the rule, one sentence each."""
+    found = []
+    known = set(MODULES) if modules is None else modules
+    for name in sorted(imports(source, module, is_package)):
+        if is_pure(module) and any(name == bad or name.startswith(bad + ".") for bad in FORBIDDEN_IN_PURE):
+            found.append(f"{module} is pure and imports {name}")
+        if name not in known or name == "minitron_mcore":
+            continue
+        same_floor = floor(name) == floor(module) and floor(module) > 0 and room(name) != room(module)
+        if floor(name) > floor(module):
+            found.append(f"{module} imports {name}, which is above it")
+        elif same_floor:
+            found.append(f"{module} imports {name}, which is beside it")
+    return found
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "minitron_mcore"])
+def test_imports_point_down(module: str) -> None:
+    path = MODULES[module]
+    assert violations(path.read_text(encoding="utf-8"), module, path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=module_name)
+def test_package_files_hold_no_code(path: Path) -> None:
+    """An import in `__init__.py` would load what nobody asked for; the package's docstring and version are words."""
+    code = [
+        statement
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body
+        if not (isinstance(statement, ast.Expr | ast.Assign) and isinstance(statement.value, ast.Constant))
+    ]
+    assert code == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("minitron_mcore.plan", "import megatron.core"),
+        ("minitron_mcore.plan", "def f():\n    from torch import distributed"),
+        ("minitron_mcore.plan", "import torch\nx = torch.distributed.get_rank()"),
+        ("minitron_mcore.training.config", "from megatron.core.transformer import TransformerConfig"),
+        ("minitron_mcore.training.config", "from .loop import train"),
+        ("minitron_mcore.recipe", "from minitron_mcore.runtime.start import Runtime"),
+        ("minitron_mcore.model.gpt", "def f():\n    import minitron_mcore.training.loop"),
+        ("minitron_mcore.checkpoint.store", "from minitron_mcore.data import calibration"),
+        ("minitron_mcore.checkpoint.store", "from ..data import calibration"),
+        ("minitron_mcore.training.loop", "from minitron_mcore.stages import train"),
+        ("minitron_mcore.training.loop", "import importlib\nimportlib.import_module('minitron_mcore.cli')"),
+        (
+            "minitron_mcore.plan",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    import megatron",
+        ),
+    ],
+)
+def test_the_rule_refuses(module: str, source: str) -> None:
+    modules = {f"minitron_mcore.{rest}" for rest in ("runtime.start", "training.loop", "data", "data.calibration")}
+    modules |= {f"minitron_mcore.{rest}" for rest in ("stages", "stages.train", "cli")}
+    assert violations(source, module, modules=modules)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("minitron_mcore.plan", "import torch\nfrom minitron_mcore.layout import TABLE"),
+        ("minitron_mcore.recipe", "from minitron_mcore.training.config import TrainConfig"),
+        ("minitron_mcore.training.loop", "from . import metrics\nfrom ..evaluation.loss import evaluate"),
+        ("minitron_mcore.stages.run", "from minitron_mcore.stages import train"),
+        (
+            "minitron_mcore.plan",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from minitron_mcore.runtime.start import Runtime",
+        ),
+    ],
+)
+def test_the_rule_allows(module: str, source: str) -> None:
+    modules = {"minitron_mcore.layout", "minitron_mcore.training.config", "minitron_mcore.training.metrics"}
+    modules |= {f"minitron_mcore.{rest}" for rest in ("evaluation.loss", "stages.train", "runtime.start")}
+    assert violations(source, module, modules=modules) == []
+
+
+def test_a_module_without_a_level_is_refused() -> None:
+    with pytest.raises(AssertionError, match="attic"):
+        floor("minitron_mcore.attic.box")

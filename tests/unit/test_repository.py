@@ -1,0 +1,170 @@
+"""The repository itself: metadata, versions, sizes, the files that others rely on."""
+
+import ast
+import configparser
+import re
+import shutil
+import subprocess
+import sys
+from email.message import Message
+from email.parser import Parser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted(path for folder in ("minitron_mcore", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+
+
+@pytest.fixture(scope="module")
+def distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `.dist-info` folder that pip would build, made in a copy so that nothing is left in the tree."""
+    copy = tmp_path_factory.mktemp("build")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "minitron_mcore", copy / "minitron_mcore", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from setuptools import build_meta; print(build_meta.prepare_metadata_for_build_wheel('out'))"
+    (copy / "out").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return copy / "out" / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def package(distribution: Path) -> Message:
+    return Parser().parsestr((distribution / "METADATA").read_text(encoding="utf-8"))
+
+
+def pins() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.lstrip().startswith("#")]
+
+
+def test_metadata(package: Message, distribution: Path) -> None:
+    import minitron_mcore
+
+    assert package["Name"] == "minitron-mcore"
+    assert package["Version"] == minitron_mcore.__version__
+    assert SpecifierSet(package["Requires-Python"]) == SpecifierSet(">=3.10,<3.13")
+    assert set(package.get_all("Provides-Extra", [])) == {"gpu", "dev"}
+    scripts = configparser.ConfigParser()
+    scripts.read(distribution / "entry_points.txt")
+    assert scripts["console_scripts"]["minitron"] == "minitron_mcore.cli:main"
+
+
+def test_every_requirement_is_bounded_on_both_sides(package: Message) -> None:
+    for line in package.get_all("Requires-Dist", []):
+        operators = {specifier.operator for specifier in Requirement(line).specifier}
+        assert operators == {">=", "<"}, line
+
+
+def test_installed_and_pinned_versions_are_in_range(package: Message) -> None:
+    """What the tests run on is what setup.py allows, and constraints.txt fixes every direct requirement."""
+    for line in package.get_all("Requires-Dist", []):
+        requirement = Requirement(line)
+        if 'extra == "gpu"' in line:
+            continue
+        pinned = [pin for pin in pins() if canonicalize_name(pin.name) == canonicalize_name(requirement.name)]
+        assert pinned, f"{requirement.name} is not in constraints.txt: make lock"
+        for pin in pinned:
+            (version,) = pin.specifier
+            assert version.operator == "==" and requirement.specifier.contains(version.version), f"{pin} is not {line}"
+        if 'extra == "dev"' not in line:
+            installed = metadata.version(requirement.name)
+            assert requirement.specifier.contains(installed, prereleases=True), f"{installed} is not {line}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sizes(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION_LINES, node.name
+
+
+def test_nothing_is_left_unfinished() -> None:
+    unfinished = re.compile("TODO|FIXME|XXX|NotImplemented" + "Error")
+    package_files = [path for path in SOURCES if path.is_relative_to(ROOT / "minitron_mcore")]
+    assert [path for path in package_files if unfinished.search(path.read_text(encoding="utf-8"))] == []
+
+
+EXPECTED = """
+    .ci/run .pre-commit-config.yaml CHANGELOG.md CONTRIBUTING.md Dockerfile LICENSE Makefile README.md constraints.txt
+    configs/quickstart.yaml docs/index.md docs/log.md launch/README.md launch/slurm.sbatch launch/torchrun.sh
+"""
+
+
+@pytest.mark.parametrize("name", EXPECTED.split())
+def test_file_exists(name: str) -> None:
+    assert (ROOT / name).stat().st_size > 0
+
+
+def test_license_is_apache_2() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+@pytest.mark.parametrize("name", [".ci/run", ".ci/venv.sh", "launch/torchrun.sh", "launch/slurm.sbatch"])
+def test_scripts_can_be_run_and_parsed(name: str) -> None:
+    path = ROOT / name
+    assert path.stat().st_mode & 0o111 == 0o111, "not executable"
+    assert "set -euo pipefail" in path.read_text(encoding="utf-8")
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+def dry_run(target: str) -> str:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    command = [make, "--no-print-directory", "--dry-run", "VENV=no-such-environment", target]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_targets_do_their_own_set_up() -> None:
+    for target in ("demo", "test", "test-slow", "lint", "bench", "venv", "lock"):
+        assert ".ci/venv.sh" in dry_run(target), target
+    assert "-m minitron_mcore run --config configs/quickstart.yaml" in dry_run("demo")
+    test = dry_run("test")
+    assert test.index("ruff check") < test.index("mypy") < test.index("-m pytest")
+    dry_run("clean")
+
+
+def test_ci_runs_make_test() -> None:
+    assert re.search(r"^exec make .*\btest$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+            assert "://" in target or (document.parent / target).exists(), f"{document.name} → {target}"
+
+
+def test_dockerfile_copies_what_exists() -> None:
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    copies = [line.split()[1:-1] for line in lines if line.startswith("COPY ")]
+    assert copies
+    for name in (name for names in copies for name in names):
+        assert (ROOT / name).exists() and name not in ignored
+    assert not {"minitron_mcore", "configs", "launch", "setup.py", "README.md", "LICENSE"} & set(ignored)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_docker_image_builds_on_a_cpu_base() -> None:
+    """The recipe of the image, on a small base: NVIDIA's is 20 GB. Skipped where no Docker engine answers."""
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "info"], capture_output=True, timeout=60).returncode != 0:
+        pytest.skip("no Docker engine answers")
+    arguments = ["--build-arg", "BASE_IMAGE=python:3.12-slim", "--build-arg", "EXTRAS="]
+    subprocess.run([docker, "build", "--tag", "minitron-test", *arguments, "."], cwd=ROOT, check=True)
+    shown = subprocess.run([docker, "run", "--rm", "minitron-test"], capture_output=True, text=True, check=True)
+    assert "distill" in shown.stdout
