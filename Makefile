@@ -48,7 +48,7 @@ bench: venv  ## the benchmarks that run on any machine
 
 lock: venv  ## bring constraints.txt up to date with setup.py, for Python 3.10 to 3.12
 	@$(BIN)/pip install --quiet uv
-	@$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.10 --no-annotate --upgrade \
+	@$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.10 --no-annotate --no-python-downloads --upgrade \
 		--custom-compile-command "make lock" --output-file constraints.txt
 
 clean:  ## everything that was built, but no run folder

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from minitron_mcore import __version__
@@ -60,8 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stage.run(recipe, runtime)
         stop()
     except InputError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-            print(f"minitron {options.verb}: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0:
+            # The launcher ends every rank once one has ended. The first rank is to say it, and says it at once; a rank
+            # that is still here after this was alone in finding the fault.
+            time.sleep(3)
+        print(f"minitron {options.verb}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

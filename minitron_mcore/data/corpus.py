@@ -90,13 +90,13 @@ def json_texts(line: bytes, keys: Iterable[str], path: str, number: int) -> list
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {number}, is not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(record, dict):
-        raise InputError(f"{path}, line {number}, is a JSON {type(record).__name__}; each line must be an object")
+        raise InputError(f"{path}, line {number}, holds a {type(record).__name__}; each line must be an object")
     texts = []
     for key in keys:
         if key not in record:
             raise InputError(f"{path}, line {number}, has no key {key!r} (it has {sorted(record)}); set json_keys")
         if not isinstance(record[key], str):
-            raise InputError(f"{path}, line {number}: {key!r} is a {type(record[key]).__name__}; it must be a string")
+            raise InputError(f"{path}, line {number}: {key!r} is of type {type(record[key]).__name__}; it must be a string")
         # JSON may spell half of a surrogate pair, which no tokenizer accepts
         texts.append(record[key].encode("utf-8", errors="replace").decode("utf-8"))
     return texts

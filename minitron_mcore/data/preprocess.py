@@ -128,12 +128,12 @@ def _check(config: PreprocessConfig, files: list[str]) -> list[str]:
     if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
         raise InputError(f"preprocess.json_keys={config.json_keys} must be one or more different keys")
     plain = [path for path in files if not is_jsonl(path)]
-    if plain and len(plain) < len(files) and list(config.json_keys) != ["text"]:
+    if plain and list(config.json_keys) != ["text"]:
         raise InputError(
-            f"preprocess.json_keys={config.json_keys} cannot be read from plain text such as {plain[0]}; "
-            "preprocess text and JSON lines apart"
+            f"preprocess.json_keys={config.json_keys} cannot be read from plain text such as {plain[0]}, whose key is "
+            "text; preprocess text and JSON lines apart"
         )
-    return ["text"] if plain else list(config.json_keys)
+    return list(config.json_keys)
 
 
 def _tasks(files: Iterable[str]) -> Iterator[Task]:

@@ -42,13 +42,7 @@ class MetricsLog:
 
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
         if log.wandb != "disabled":
-            import wandb
-
-            os.environ.setdefault("WANDB_SILENT", "true")
-            self._wandb = wandb.init(
-                project=log.wandb_project, name=name, dir=str(folder), mode=log.wandb, config=recipe,  # type: ignore
-                reinit="create_new",
-            )
+            self._wandb = _start_wandb(folder, log, name, recipe)
 
     def write(self, iteration: int, iterations: int, row: dict[str, float], *, kind: str = "train") -> None:
         """One row everywhere. `kind`: train or validation; validation names are given with their own prefix."""
@@ -70,7 +64,21 @@ class MetricsLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
+
+
+def _start_wandb(folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]) -> Any:
+    """One wandb run a folder: a resumed run goes on under the same id."""
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    id_file = folder / "wandb_run_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id())
+    settings: dict[str, Any] = {"mode": log.wandb, "resume": "allow", "reinit": "create_new"}
+    return wandb.init(
+        project=log.wandb_project, name=name, id=id_file.read_text(), dir=str(folder), config=recipe, **settings
+    )
 
 
 def _console_line(iteration: int, iterations: int, row: dict[str, float], kind: str) -> str:

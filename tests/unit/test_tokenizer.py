@@ -1,0 +1,223 @@
+"""Tokenizers: exact round trips on real source files, the same ids as the libraries give, clear refusals."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from minitron_mcore.data import tokenizer as module
+from minitron_mcore.data.config import TokenizerConfig
+from minitron_mcore.data.tokenizer import load_tokenizer, train_tokenizer
+from minitron_mcore.errors import InputError
+from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, python_files, silent, small_tokenizer
+
+STRINGS = ["", " ", "  a", "a\n\n", "\n", "\t\tx ", "a\r\nb\r", "a  ", "é漢字🎉", "\x00a", "\ufeffx", "a\u00a0b", "<s></s>"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def text_of(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", errors="replace")
+
+
+@pytest.mark.parametrize("text", STRINGS)
+def test_every_string_comes_back(trained, text):
+    assert trained.detokenize(trained.tokenize(text)) == text
+
+
+def test_every_source_file_comes_back(trained):
+    files = python_files(EMAIL_PACKAGE) + sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
+    for path in files:
+        assert trained.detokenize(trained.tokenize(text_of(path))) == text_of(path), path
+
+
+def test_special_ids_and_bytes(trained):
+    processor = sentencepiece.SentencePieceProcessor(model_file=trained.path)
+    assert (processor.unk_id(), trained.bos, trained.eod, trained.eos, trained.pad) == (0, 1, 2, 2, -1)
+    assert trained.vocab_size == 600 == processor.get_piece_size()
+    assert [processor.id_to_piece(3 + byte) for byte in (0, 10, 255)] == ["<0x00>", "<0x0A>", "<0xFF>"]
+    assert all(0 not in trained.tokenize(text) for text in STRINGS), "byte fallback leaves nothing unknown"
+
+
+def test_indentation_and_line_ends_are_learned(trained):
+    processor = sentencepiece.SentencePieceProcessor(model_file=trained.path)
+    pieces = [processor.id_to_piece(i) for i in range(trained.vocab_size)]
+    assert "▁▁▁▁" in pieces and ":\n" in pieces
+
+
+def test_same_ids_as_sentencepiece_and_megatron(trained):
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    megatron = MegatronTokenizer.from_pretrained(trained.path, metadata_path={"library": "sentencepiece"})
+    plain = sentencepiece.SentencePieceProcessor(model_file=trained.path)
+    for path in python_files(JSON_PACKAGE):
+        ids = trained.tokenize(text_of(path))
+        assert ids == megatron.tokenize(text_of(path)) == plain.encode(text_of(path))
+    assert (trained.vocab_size, trained.eod, trained.bos) == (megatron.vocab_size, megatron.eod, megatron.bos)
+
+
+def test_training_is_deterministic(trained, tmp_path):
+    again = small_tokenizer(tmp_path / "again.model")
+    assert again.fingerprint == trained.fingerprint
+    assert again.unique_identifiers == trained.unique_identifiers
+    assert small_tokenizer(tmp_path / "other.model", vocab_size=601).fingerprint != trained.fingerprint
+
+
+def test_sampling_depends_on_the_seed_alone(tmp_path):
+    def train(name: str, seed: int) -> str:
+        config = TokenizerConfig(model=str(tmp_path / name), input=EMAIL_PACKAGE, extensions=["py"], vocab_size=400)
+        config.input_sentence_size = 30
+        return train_tokenizer(config, seed=seed, report=silent).fingerprint
+
+    assert train("a", 1) == train("b", 1)
+    assert train("c", 2) != train("a2", 1)
+
+
+def test_sample_is_even_and_bounded():
+    passages = [str(i) for i in range(1000)]
+    kept, characters = module._sample(iter(passages), 100, seed=5)
+    assert len(set(kept)) == 100 and set(kept) <= set(passages)
+    assert characters == sum(map(len, passages))
+    # 100 of 1000 from each tenth: 10 expected, standard deviation 3; 0 or 22 and more would be no even draw
+    tenths = [sum(1 for k in kept if int(k) // 100 == t) for t in range(10)]
+    assert all(0 < count < 22 for count in tenths)
+    assert module._sample(iter(passages), 0, seed=5)[0] == passages
+
+
+def test_long_text_is_encoded_in_parts(trained, monkeypatch):
+    text = text_of(Path(EMAIL_PACKAGE) / "message.py")
+    whole = trained.tokenize(text)
+    monkeypatch.setattr(module, "SEGMENT_CHARACTERS", 1000)
+    parts = trained.tokenize(text)
+    assert trained.detokenize(parts) == text
+    assert len(whole) <= len(parts) <= 1.01 * len(whole)
+    assert list(module._segments("ab\ncd\nefghij", 4)) == ["ab\n", "cd\n", "efgh", "ij"]
+
+
+def test_progress_is_reported_and_nothing_else_is_written(tmp_path):
+    lines: list[str] = []
+    config = TokenizerConfig(model=str(tmp_path / "new" / "t.model"), input=[JSON_PACKAGE], extensions=[".py"])
+    config.vocab_size = 400
+    train_tokenizer(config, seed=0, report=lines.append)
+    assert f"{len(python_files(JSON_PACKAGE))} files" in lines[0] and "t.model written" in lines[-1]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["t.model"]
+
+
+def test_trains_on_json_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one two two"}\n{"text": "two three"}\n')
+    config = TokenizerConfig(model=str(tmp_path / "t.model"), input=str(tmp_path), vocab_size=275)
+    assert train_tokenizer(config, seed=0, report=silent).vocab_size == 275
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    model.train([str(path) for path in python_files(JSON_PACKAGE)], trainer)
+    folder = tmp_path_factory.mktemp("hf")
+    PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def test_hugging_face_folder(hugging_face):
+    from tokenizers import Tokenizer
+
+    loaded = load_tokenizer(str(hugging_face))
+    reference = Tokenizer.from_file(str(hugging_face / "tokenizer.json"))
+    assert (loaded.vocab_size, loaded.bos, loaded.eod) == (reference.get_vocab_size(), 0, 1)
+    for text in STRINGS[:-1] + [text_of(path) for path in python_files(JSON_PACKAGE)]:
+        assert loaded.tokenize(text) == reference.encode(text, add_special_tokens=False).ids
+        assert loaded.detokenize(loaded.tokenize(text)) == text
+    same = load_tokenizer(TokenizerConfig(type="HuggingFaceTokenizer", model=str(hugging_face / "tokenizer.json")))
+    assert same.fingerprint == loaded.fingerprint
+
+
+def test_saved_copies_are_the_same_tokenizer(trained, hugging_face, tmp_path):
+    for number, original in enumerate([trained, load_tokenizer(str(hugging_face))]):
+        folder = tmp_path / str(number)
+        original.save(str(folder))
+        copy = load_tokenizer(str(folder))
+        assert (copy.fingerprint, copy.eod, copy.type) == (original.fingerprint, original.eod, original.type)
+        assert copy.tokenize("def f():\n") == original.tokenize("def f():\n")
+
+
+def config_for(tmp_path: Path, **settings: object) -> TokenizerConfig:
+    config = TokenizerConfig(model=str(tmp_path / "t.model"), input=JSON_PACKAGE, extensions=[".py"], vocab_size=400)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": None}, ["tokenizer.model is not set"]),
+        ({"type": "HuggingFaceTokenizer"}, ["tokenizer.type=HuggingFaceTokenizer"]),
+        ({"input": None}, ["tokenizer.input=None"]),
+        ({"input": 5}, ["tokenizer.input=5"]),
+        ({"input": "/nowhere/text"}, ["tokenizer.input", "/nowhere/text does not exist"]),
+        ({"extensions": [".nothing"]}, ["no file ending in .nothing", "extensions"]),
+        ({"vocab_size": 100_000}, ["tokenizer.vocab_size=100000 is too large", "set it to that or less"]),
+        ({"vocab_size": 100}, ["tokenizer.vocab_size=100 is too small"]),
+    ],
+)
+def test_training_refuses(tmp_path, settings, words):
+    with pytest.raises(InputError) as caught:
+        train_tokenizer(config_for(tmp_path, **settings), seed=0, report=silent)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_refuses_an_empty_corpus(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "empty.txt").write_text(" \n\n")
+    with pytest.raises(InputError, match="holds no text"):
+        train_tokenizer(config_for(tmp_path, input=str(text), extensions=[".txt"]), seed=0, report=silent)
+
+
+def test_training_keeps_an_existing_model(tmp_path):
+    (tmp_path / "t.model").write_text("precious")
+    with pytest.raises(InputError, match=r"t\.model exists.*tokenizer\.overwrite=true"):
+        train_tokenizer(config_for(tmp_path), seed=0, report=silent)
+    assert (tmp_path / "t.model").read_text() == "precious"
+    assert train_tokenizer(config_for(tmp_path, overwrite=True), seed=0, report=silent).vocab_size == 400
+
+
+def test_largest_vocabulary_named_in_the_refusal_works(tmp_path):
+    with pytest.raises(InputError) as caught:
+        train_tokenizer(config_for(tmp_path, vocab_size=100_000), seed=0, report=silent)
+    most = int(str(caught.value).split("which has ")[1].split(" ")[0])
+    assert train_tokenizer(config_for(tmp_path, vocab_size=most), seed=0, report=silent).vocab_size == most
+
+
+def test_loading_refuses(tmp_path):
+    (tmp_path / "not.model").write_text("text")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    for source, words in [
+        (TokenizerConfig(), "tokenizer.model is not set"),
+        (str(tmp_path / "none"), "does not exist"),
+        (str(tmp_path / "not.model"), "is not a SentencePiece model"),
+        (str(tmp_path / "folder"), "holds neither tokenizer.json nor tokenizer.model"),
+        (str(tmp_path / "hf"), "is no Hugging Face tokenizer"),
+        (TokenizerConfig(type="GPT2BPE", model=str(tmp_path)), "tokenizer.type=GPT2BPE is unknown"),
+        (TokenizerConfig(type="HuggingFaceTokenizer", model=str(tmp_path / "not.model")), "needs a folder"),
+    ]:
+        with pytest.raises(InputError) as caught:
+            load_tokenizer(source)
+        assert words in str(caught.value) and "\n" not in str(caught.value)

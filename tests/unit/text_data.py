@@ -1,0 +1,36 @@
+"""Small real text for tests: packages of Python's standard library, and a tokenizer trained on them."""
+
+from __future__ import annotations
+
+import email
+import json
+from pathlib import Path
+
+from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
+from minitron_mcore.data.preprocess import preprocess
+from minitron_mcore.data.tokenizer import Tokenizer, train_tokenizer
+
+JSON_PACKAGE = str(Path(json.__file__).parent)
+EMAIL_PACKAGE = str(Path(email.__file__).parent)
+
+
+def python_files(folder: str) -> list[Path]:
+    """In the order the corpus reader promises: folder by folder, by name."""
+    return sorted(Path(folder).glob("*.py")) + sorted(Path(folder).glob("*/*.py"))
+
+
+def silent(_: str) -> None:
+    """A report that prints nothing."""
+
+
+def small_tokenizer(path: Path, vocab_size: int = 600, package: str = JSON_PACKAGE) -> Tokenizer:
+    config = TokenizerConfig(model=str(path), input=package, extensions=[".py"], vocab_size=vocab_size)
+    return train_tokenizer(config, seed=1, report=silent)
+
+
+def small_data(prefix: Path, tokenizer: Tokenizer, package: str = EMAIL_PACKAGE, **settings: object) -> str:
+    """Preprocess a package's modules; returns the prefix of the token files."""
+    config = PreprocessConfig(input=package, output_prefix=str(prefix), extensions=[".py"], workers=1)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return preprocess(config, tokenizer, seed=1, report=silent)[0]
