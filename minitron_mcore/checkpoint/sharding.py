@@ -17,7 +17,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import iteration_folder
-from minitron_mcore.layout import Parameter, local_shape
+from minitron_mcore.errors import InputError
+from minitron_mcore.layout import Parameter, local_shape, parameter_table
 
 # One stored parameter: its key, and its layer where it has one.
 Name = tuple[str, int | None]
@@ -69,17 +70,23 @@ def read_parameters(
     """Local parts [layout.local_shape] of the `wanted` (parameter, layer)s, in the stored dtype, on the host.
 
     Every rank of the world calls, each with its own wishes (possibly none); layers may lie on any stage. The
-    checkpoint may have been saved at any layout.
+    checkpoint may have been saved at any layout. Raises InputError where it is no checkpoint of `architecture`.
     """
     stored = stored_dtypes(folder, iteration)
     state: dict[str, Any] = {}
     names: list[tuple[Parameter, int | None]] = list(wanted)
+    # The whole table, not this rank's wishes: every rank raises, or none.
+    for parameter in parameter_table(architecture):
+        if parameter.key not in stored:
+            raise InputError(f"{iteration_folder(folder, iteration)} holds no {parameter.key}: "
+                             "architecture.yaml beside it is of another model")
     for parameter, layer in names:
         empty = torch.empty(local_shape(parameter, architecture, tensor_size), dtype=stored[parameter.key])
         state[_flat(parameter.key, layer)] = sharded_parts(
             parameter, architecture, empty, layer=layer, tensor_rank=tensor_rank, tensor_size=tensor_size, data_rank=0)
     loaded = dist_checkpointing.load(
         state, str(iteration_folder(folder, iteration)), validate_access_integrity=False)
+    state.clear()  # its tensors are what the parts of a gated fc1 are views of
     result: dict[Name, torch.Tensor] = {}
     for parameter, layer in names:
         parts = loaded.pop(_flat(parameter.key, layer))

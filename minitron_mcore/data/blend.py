@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
 import numpy
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
@@ -146,12 +147,11 @@ def _check_exists(prefix: str, key: str) -> None:
 
 
 def _open(prefix: str, key: str) -> IndexedDataset:
+    if not _is_whole_index(prefix + ".idx"):  # Megatron's reader would fail in ways that depend on where it was cut
+        raise InputError(f"{key}: {prefix}.idx is no Megatron index, or a cut off one; preprocess the text again")
     if not os.path.getsize(prefix + ".bin"):
         raise InputError(f"{key}: {prefix}.bin is empty; preprocess the text again")
-    try:
-        dataset = IndexedDataset(prefix)
-    except (AssertionError, ValueError, KeyError, OSError) as error:
-        raise InputError(f"{key}: {prefix}.idx is no Megatron index, or a cut off one; preprocess again") from error
+    dataset = IndexedDataset(prefix)
     expected = int(dataset.sequence_lengths.sum(dtype=numpy.int64)) * numpy.dtype(dataset.index.dtype).itemsize
     if os.path.getsize(prefix + ".bin") != expected:
         raise InputError(
@@ -159,6 +159,18 @@ def _open(prefix: str, key: str) -> IndexedDataset:
             "preprocess the text again"
         )
     return dataset
+
+
+def _is_whole_index(path: str) -> bool:
+    """Header, then for each sequence its length (int32) and offset (int64), then the documents' ends (int64)."""
+    header = struct.Struct("<9sQBQQ")  # magic, version, code of the token type, sequences, document ends
+    with open(path, "rb") as stream:
+        content = stream.read(header.size)
+    if len(content) < header.size:
+        return False
+    magic, version, code, sequences, document_ends = header.unpack(content)
+    is_index = magic == b"MMIDIDX\x00\x00" and version == 1 and code in {kind.value for kind in DType}
+    return is_index and os.path.getsize(path) >= header.size + 12 * sequences + 8 * document_ends
 
 
 def _check_tokenizer(dataset: IndexedDataset, prefix: str, tokenizer: Tokenizer, key: str) -> None:

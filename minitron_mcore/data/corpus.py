@@ -1,4 +1,4 @@
-"""Text on disk: which files an input names, and the documents in them.
+"""Text on disk: which files an input names, the documents in them, and where output may go.
 
 A document is a whole text file, or one line of a .jsonl file. Bytes that are not UTF-8 become U+FFFD.
 """
@@ -59,6 +59,17 @@ def _files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
     return found
 
 
+def make_parent(path: str, key: str) -> None:
+    """The folder that `path` will lie in, made and writable. Raises InputError, naming `key`."""
+    folder = os.path.dirname(os.path.abspath(path))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{key}={path}: the folder {folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{key}={path}: the folder {folder} cannot be written to")
+
+
 def is_jsonl(path: str) -> bool:
     return path.endswith((".jsonl", ".json"))
 
@@ -96,7 +107,9 @@ def json_texts(line: bytes, keys: Iterable[str], path: str, number: int) -> list
         if key not in record:
             raise InputError(f"{path}, line {number}, has no key {key!r} (it has {sorted(record)}); set json_keys")
         if not isinstance(record[key], str):
-            raise InputError(f"{path}, line {number}: {key!r} is of type {type(record[key]).__name__}; it must be a string")
+            raise InputError(
+                f"{path}, line {number}: {key!r} is of type {type(record[key]).__name__}; it must be a string"
+            )
         # JSON may spell half of a surrogate pair, which no tokenizer accepts
         texts.append(record[key].encode("utf-8", errors="replace").decode("utf-8"))
     return texts

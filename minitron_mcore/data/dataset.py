@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional, Protocol
@@ -304,8 +305,10 @@ def _some_group(needed: bool) -> Iterator[None]:
     if not needed or torch.distributed.is_initialized():
         yield
         return
+    hook = sys.excepthook  # torch prefixes tracebacks with the rank, and does not undo it
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
         torch.distributed.destroy_process_group()
+        sys.excepthook = hook

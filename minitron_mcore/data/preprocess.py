@@ -27,7 +27,7 @@ from typing import Any, Union
 import numpy
 
 from minitron_mcore.data.config import PreprocessConfig
-from minitron_mcore.data.corpus import find_files, is_jsonl, json_texts, read_lines, read_text
+from minitron_mcore.data.corpus import find_files, is_jsonl, json_texts, make_parent, read_lines, read_text
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 
@@ -82,7 +82,7 @@ def preprocess(
     for name in names + held_out_names:
         if os.path.exists(name + ".idx") and not config.overwrite:
             raise InputError(f"{name}.idx exists; give another output_prefix, or set preprocess.overwrite=true")
-    os.makedirs(os.path.dirname(os.path.abspath(names[0])), exist_ok=True)
+    make_parent(names[0], "preprocess.output_prefix")
 
     encoding = Encoding(tokenizer.type, tokenizer.path, tuple(keys), config.append_eod)
     writers = [_Writer(name, tokenizer, config.append_eod) for name in names + held_out_names]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Optional, Union
 
 from minitron_mcore.data.config import TokenizerConfig
-from minitron_mcore.data.corpus import documents, find_files
+from minitron_mcore.data.corpus import documents, find_files, make_parent
 from minitron_mcore.errors import InputError
 
 SENTENCEPIECE = "SentencePieceTokenizer"
@@ -173,6 +173,7 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
     passages, read = _sample(_passages(documents(files, config.json_key)), config.input_sentence_size, seed)
     if not passages:
         raise InputError(f"tokenizer.input={config.input!r} holds no text: {len(files)} files are empty")
+    make_parent(config.model, "tokenizer.model")
     size = sum(map(len, passages))
     report(
         f"tokenizer: {len(files):,} files, {read / 1e6:,.1f}M characters; training {config.vocab_size:,} pieces on "
@@ -181,7 +182,6 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
     started = time.perf_counter()
     with _Heartbeat(report, started):
         model = _train_sentencepiece(passages, config)
-    os.makedirs(os.path.dirname(os.path.abspath(config.model)), exist_ok=True)
     with open(config.model + ".tmp", "wb") as stream:
         stream.write(model)
     os.replace(config.model + ".tmp", config.model)

@@ -45,14 +45,14 @@ class LogitLossOutput:
 
     `loss` = lm_weight * lm_loss + kd_weight * kd_loss is differentiable with respect to the student's hidden states and
     head; the rest is detached. `kd_loss` includes the factor temperature² and is zero without a teacher. `num_tokens`
-    is the sum of the loss mask. `token_loss_SB` is each token's next-token loss, without the mask.
+    is the sum of the loss mask. `token_loss`, [S, B], is each token's next-token loss without the mask.
     """
 
     loss: Tensor
     lm_loss: Tensor
     kd_loss: Tensor
     num_tokens: Tensor
-    token_loss_SB: Tensor
+    token_loss: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class _Objective:
     lm_weight: float
     kd_weight: float
     chunk_size: int
+    needs_gradient: bool
 
     @property
     def distils(self) -> bool:
@@ -81,26 +82,27 @@ class _Objective:
 
 def _next_token_chunk(
     logits_CV: Tensor, spare_CV: Tensor, labels_C: Tensor, objective: _Objective
-) -> tuple[Tensor, Tensor]:
-    """Next-token loss, [C], and its logit gradient (in `spare_CV`)."""
+) -> tuple[Tensor, Tensor | None]:
+    """Next-token loss, [C], and its logit gradient (in `spare_CV`) where wanted."""
     shard = objective.shard
     index_C, here_C = shard.locate(labels_C)
     label_logit_C = logits_CV.gather(1, index_C.unsqueeze(1)).squeeze(1).masked_fill(~here_C, 0.0)
     maximum_C, sum_C = local_softmax(logits_CV, spare_CV)
     maxima_RC, sums_RC, label_logits_RC = shard.gather(torch.stack((maximum_C, sum_C, label_logit_C))).unbind(1)
     logsumexp_C, shares_RC = combine(maxima_RC, sums_RC)
-
+    loss_C = logsumexp_C - label_logits_RC.sum(0)
+    if not objective.needs_gradient:
+        return loss_C, None
     if shard.group is not None:
         spare_CV.mul_(shares_RC[shard.group.rank()].unsqueeze(1))
-    spare_CV.scatter_add_(1, index_C.unsqueeze(1), -here_C.float().unsqueeze(1))
-    return logsumexp_C - label_logits_RC.sum(0), spare_CV
+    return loss_C, spare_CV.scatter_add_(1, index_C.unsqueeze(1), -here_C.float().unsqueeze(1))
 
 
 def _distillation_chunk(
     logits_CV: Tensor, teacher_CV: Tensor, spare_CV: Tensor, labels_C: Tensor, objective: _Objective
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Next-token loss and distillation loss, [C] each, and the logit gradient of their weighted sum divided by
-    `objective.scale`. All three [C, V] buffers are overwritten; the gradient lies in one of them."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Next-token loss and distillation loss, [C] each, and, where wanted, the logit gradient of their weighted sum
+    divided by `objective.scale`. All three [C, V] buffers are overwritten; the gradient lies in one of them."""
     shard, temperature = objective.shard, objective.temperature
     index_C, here_C = shard.locate(labels_C)
     label_logit_C = logits_CV.gather(1, index_C.unsqueeze(1)).squeeze(1).masked_fill(~here_C, 0.0)
@@ -129,7 +131,10 @@ def _distillation_chunk(
     if temperature != 1.0:
         soft_logsumexp_C, soft_shares_RC = combine(maxima_RC / temperature, gathered[6])
     difference_C = (teacher_shares_RC * differences_RC).sum(0)
+    loss_C = logsumexp_C - label_logits_RC.sum(0)
     kl_C = difference_C - teacher_logsumexp_C + soft_logsumexp_C
+    if not objective.needs_gradient:
+        return loss_C, kl_C * temperature**2, None
 
     rank = 0 if shard.group is None else shard.group.rank()
     gradient_CV = _distillation_gradient(
@@ -140,7 +145,7 @@ def _distillation_chunk(
     )
     onehot_C = here_C.float() * objective.lm_share
     gradient_CV.scatter_add_(1, index_C.unsqueeze(1), -onehot_C.unsqueeze(1))
-    return logsumexp_C - label_logits_RC.sum(0), kl_C * temperature**2, gradient_CV
+    return loss_C, kl_C * temperature**2, gradient_CV
 
 
 def _distillation_gradient(
@@ -168,10 +173,10 @@ def _distillation_gradient(
 
 @dataclass(frozen=True)
 class _Model:
-    """One model's final hidden states and its shard of the output head."""
+    """One model's final hidden states, [N, H], and its shard of the output head, [V, H]."""
 
-    hidden_NH: Tensor
-    weight_VH: Tensor
+    hidden: Tensor
+    weight: Tensor
 
 
 def _sweep(
@@ -191,24 +196,26 @@ def _sweep(
     lm_loss_N = mask_N.new_zeros(tokens)
     kd_loss_N = mask_N.new_zeros(tokens)
     models = [student] if teacher is None else [student, teacher]
-    heads = [product_operand(model.weight_VH[: shard.width]) for model in models]
+    heads = [product_operand(model.weight[: shard.width]) for model in models]
     # The logits of each model and one more; the chunks take turns in them.
     buffers = mask_N.new_empty(len(models) + 1, chunk_size, shard.width)
 
     for start in range(0, tokens, chunk_size):
         rows = slice(start, min(start + chunk_size, tokens))
-        logits_CV, *others = buffers[:, : rows.stop - rows.start].unbind(0)
-        hidden = [product_operand(model.hidden_NH[rows].to(model.weight_VH.dtype)) for model in models]
-        for buffer_CV, hidden_CH, head_VH in zip((logits_CV, *others), hidden, heads, strict=False):
-            product_(buffer_CV, hidden_CH, head_VH.t())
+        logits = buffers[:, : rows.stop - rows.start].unbind(0)
+        hidden = [product_operand(model.hidden[rows].to(model.weight.dtype)) for model in models]
+        for logits_CV, hidden_CH, head_VH in zip(logits, hidden, heads, strict=False):
+            product_(logits_CV, hidden_CH, head_VH.t())
             if shard.absent:
-                buffer_CV.fill_(ABSENT)
+                logits_CV.fill_(ABSENT)
         if teacher is None:
-            lm_loss_N[rows], gradient_CV = _next_token_chunk(logits_CV, others[0], labels_N[rows], objective)
+            lm_loss_N[rows], gradient_CV = _next_token_chunk(logits[0], logits[1], labels_N[rows], objective)
         else:
             lm_loss_N[rows], kd_loss_N[rows], gradient_CV = _distillation_chunk(
-                logits_CV, *others, labels_N[rows], objective
+                logits[0], logits[1], logits[2], labels_N[rows], objective
             )
+        if gradient_CV is None:
+            continue
         gradient_CV = gradient_CV.to(heads[0].dtype)
         # The mask weighs the narrow factors of the products instead of the [C, V] gradient.
         mask_C1 = mask_N[rows].unsqueeze(1)
@@ -244,11 +251,11 @@ class _LogitLoss(torch.autograd.Function):
         labels_N: Tensor,
         mask_N: Tensor,
         objective: _Objective,
-        needs_gradient: tuple[bool, bool],
+        needed: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         grads = [
-            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if needed else None
-            for tensor, needed in zip((hidden_NH, weight_VH), needs_gradient, strict=True)
+            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device) if wanted else None
+            for tensor, wanted in zip((hidden_NH, weight_VH), needed, strict=True)
         ]
         student = _Model(hidden_NH, weight_VH)
         lm_loss_N, kd_loss_N = _sweep(student, teacher, labels_N, mask_N, objective, *grads)
@@ -287,7 +294,7 @@ def logit_loss(
     teacher_weight_VH: Tensor | None = None,
     temperature: float = 1.0,
     sequence_parallel: bool = False,
-    chunk_size: int = 256,
+    chunk_size: int = 512,
 ) -> LogitLossOutput:
     """The training loss from final hidden states, without ever holding the logits of more than `chunk_size` tokens.
 
@@ -303,7 +310,7 @@ def logit_loss(
 
     Called by every rank of `tp_group`, on the pipeline's last stage. Gradients are computed only where grad mode and
     `requires_grad` ask for them. Extra memory beyond fp32 gradients of hidden states and head: two fp32 buffers of
-    [chunk_size, V], three with a teacher (on CPU, heads that are not fp32 are widened for the call).
+    [chunk_size, V], three with a teacher; in bf16 one more for the logit gradient on CUDA, widened heads on CPU.
     Where the head has a wider `main_grad`, its gradient is added there in fp32 during backward.
 
     Raises ValueError for shapes or settings that do not belong together.
@@ -336,9 +343,9 @@ def logit_loss(
         teacher = _Model(teacher_hidden_SBH.detach().flatten(0, 1), teacher_weight_VH.detach())
     mask_N = loss_mask_SB.detach().float().flatten()
     shard = VocabularyShard.of(weight_VH.shape[0], vocab_size, tp_group)
-    objective = _Objective(shard, temperature, lm_weight, kd_weight, chunk_size)
-    needs_gradient = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_SBH, weight_VH))
+    needed = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_SBH, weight_VH)]
+    objective = _Objective(shard, temperature, lm_weight, kd_weight, chunk_size, any(needed))
     loss, lm_loss, kd_loss, token_loss_N = _LogitLoss.apply(
-        hidden_SBH.flatten(0, 1), weight_VH, teacher, labels_SB.flatten(), mask_N, objective, needs_gradient
+        hidden_SBH.flatten(0, 1), weight_VH, teacher, labels_SB.flatten(), mask_N, objective, needed
     )
     return LogitLossOutput(loss, lm_loss, kd_loss, mask_N.sum(), token_loss_N.view(labels_SB.shape))

@@ -97,6 +97,6 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total += left @ right in fp32."""
     if left.dtype == torch.float32:
         return total.addmm_(left, right)
-    if torch.__version__ >= (2, 10):  # before, the addend had to be of the operands' type
+    if torch.__version__ >= "2.10":  # before, the addend had to be of the operands' type
         return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     return total.add_(torch.mm(left, right, out_dtype=torch.float32))

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_mcore.architecture import Architecture, RopeScaling
-from minitron_mcore.layout import check_tensor_parallel, split_layers
+from minitron_mcore.layout import check_tensor_parallel, checkpoint_key, parameter_table, split_layers
 from minitron_mcore.model.specs import block_submodules
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.cpu_adapter import transformer_fields
@@ -131,10 +132,24 @@ def build_model(
         if architecture.rope_scaling is not None:
             rope = model.rotary_pos_emb
             rope.inv_freq = scale_frequencies(rope.inv_freq, architecture.rope_scaling)
+        mark_tensor_parallel(model, architecture)
         if not trainable:
             model.requires_grad_(False).eval()
         chunks.append(model)
     return chunks
+
+
+def mark_tensor_parallel(model: LanguageModel, architecture: Architecture) -> None:
+    """Tell Megatron which parameters are shards: its gradient norm counts an unmarked one on the first rank alone.
+
+    Megatron marks them while it initialises them, which is not done here (`perform_initialization=False`).
+    """
+    axes = {parameter.key: parameter.shard_axis for parameter in parameter_table(architecture)}
+    axes.setdefault("output_layer.weight", 0)
+    for name, tensor in model.named_parameters():
+        axis = axes[checkpoint_key(name)[0]]
+        if axis is not None and not getattr(tensor, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(tensor, is_parallel=True, dim=axis, stride=1)
 
 
 def scale_frequencies(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:

@@ -58,6 +58,29 @@ def _keep(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
     return hidden
 
 
+def forward_only(
+    chunks: list[LanguageModel], batch: list[Microbatch], after: Callable[[LanguageModel, Microbatch], None]
+) -> None:
+    """Forward only, no gradients, nothing kept: what is wanted of it, hooks have to take. Every rank calls.
+
+    `after(chunk, microbatch)` is called when a chunk has run a microbatch, before another one starts. A collective in
+    it may be over tensor-parallel ranks alone: pipeline stages are at different microbatches.
+    """
+
+    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
+        microbatch = next(iterator)
+        hidden = model(microbatch["tokens"], microbatch["position_ids"], None)
+        after(unwrap(model), microbatch)
+        return hidden, _drop
+
+    with torch.no_grad():
+        _call_schedule(list(chunks), batch, forward_step, forward_only=True, collect_non_loss_data=True)
+
+
+def _drop(hidden: torch.Tensor, non_loss_data: bool = True) -> None:
+    return None
+
+
 def _schedule_loss(
     loss: LossFunction, model: LanguageModel, microbatch: Microbatch, hidden: torch.Tensor
 ) -> LossSums:

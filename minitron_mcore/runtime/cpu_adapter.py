@@ -125,12 +125,16 @@ def _replace_rng_state() -> None:
 
 
 def transformer_fields() -> dict[str, Any]:
-    """TransformerConfig fields that depend on the device: which fused kernels there are."""
+    """TransformerConfig fields that depend on the device: which fused kernels there are.
+
+    A pipeline output may be freed once its send is enqueued only where sends run in stream order: gloo reads the memory
+    later, and would send what has been written over it.
+    """
     cuda = torch.cuda.is_available()
     return {
         "bias_dropout_fusion": cuda,
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        "deallocate_pipeline_outputs": True,
+        "deallocate_pipeline_outputs": cuda,
     }

@@ -8,14 +8,18 @@ import random
 import socket
 import subprocess
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy
 import torch
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime import cpu_adapter
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -47,6 +51,27 @@ class Runtime:
         if self.world_size > 1:
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do `work` on the first rank alone and give its (picklable) result to every rank; all ranks call.
+
+        What `work` raises is raised on every rank, so that none is left waiting: an InputError as it is, anything
+        else as a RuntimeError beside the first rank's own.
+        """
+        result: Any = None
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        told = failure if failure is None or isinstance(failure, InputError) else RuntimeError(f"rank 0: {failure}")
+        result, told = self.broadcast((result, told))  # type: ignore[misc]
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise told
+        return result
 
 
 def read_environment(environment: dict[str, str]) -> tuple[int, int, int]:

@@ -62,7 +62,7 @@ def documents_of(prefix: str) -> list[list[int]]:
 
 
 def packed(documents: list[list[int]], seed: int) -> list[list[int]]:
-    """One pass of GPT samples: shuffle documents, join them, cut LENGTH + 1 tokens every LENGTH, shuffle the samples."""
+    """One pass of GPT samples: shuffle documents, join them, cut LENGTH + 1 tokens every LENGTH, shuffle again."""
     draw = numpy.random.RandomState(seed)
     order = numpy.arange(len(documents))
     draw.shuffle(order)
@@ -196,7 +196,7 @@ def test_resume_and_wrap_around(train):
     tokens = [row[:-1] for row in rows(train)]
     n = len(tokens)
     straight = stream(train, 0, 2, 1, 2, 4)
-    for _ in range(5 * 1):
+    for _ in range(5):
         next(straight)
     resumed = stream(train, 20, 2, 1, 2, 4)
     for _ in range(4):
@@ -323,7 +323,9 @@ def test_refuses_a_tokenizer_that_does_not_fit(config, prefixes, tokenizer, tmp_
     assert build(config, tokenizer)[0] is not None, "without a description the ids decide"
 
 
-@pytest.mark.parametrize(("ending", "words"), [(".bin", "bytes where its index says"), (".idx", "is no Megatron index")])
+@pytest.mark.parametrize(
+    ("ending", "words"), [(".bin", "bytes where its index says"), (".idx", "is no Megatron index")]
+)
 def test_refuses_cut_off_files(config, tokenizer, tmp_path, ending, words):
     prefix = small_data(tmp_path / "data", tokenizer, package=JSON_PACKAGE)
     content = Path(prefix + ending).read_bytes()

@@ -182,6 +182,7 @@ def test_a_run_cut_off_while_writing_leaves_no_index(tokenizer, tmp_path, monkey
         ('{"text": "a"}\n', {"workers": 0}, ["preprocess.workers=0"]),
         ('{"text": "a"}\n', {"json_keys": []}, ["preprocess.json_keys=[]"]),
         ('{"text": "a"}\n', {"output_prefix": None}, ["preprocess.output_prefix is not set"]),
+        ('{"text": "a"}\n', {"output_prefix": "/proc/nowhere/x"}, ["preprocess.output_prefix", "cannot be made"]),
         ('{"text": "a"}\n', {"extensions": [".py"]}, ["no file ending in .py"]),
         ('{"text": "a"}\n', {"input": "/nowhere/x.txt"}, ["/nowhere/x.txt does not exist"]),
     ],

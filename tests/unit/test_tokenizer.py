@@ -14,7 +14,7 @@ from minitron_mcore.data.tokenizer import load_tokenizer, train_tokenizer
 from minitron_mcore.errors import InputError
 from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, python_files, silent, small_tokenizer
 
-STRINGS = ["", " ", "  a", "a\n\n", "\n", "\t\tx ", "a\r\nb\r", "a  ", "é漢字🎉", "\x00a", "\ufeffx", "a\u00a0b", "<s></s>"]
+STRINGS = ["", " ", "  a", "a  ", "a\n\n", "\n", "\t\tx ", "a\r\nb\r", "é漢字🎉", "\x00a", "\ufeff", "a\u00a0", "<s>"]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +166,7 @@ def config_for(tmp_path: Path, **settings: object) -> TokenizerConfig:
     [
         ({"model": None}, ["tokenizer.model is not set"]),
         ({"type": "HuggingFaceTokenizer"}, ["tokenizer.type=HuggingFaceTokenizer"]),
+        ({"model": "/proc/nowhere/t.model"}, ["tokenizer.model=/proc/nowhere/t.model", "cannot be made"]),
         ({"input": None}, ["tokenizer.input=None"]),
         ({"input": 5}, ["tokenizer.input=5"]),
         ({"input": "/nowhere/text"}, ["tokenizer.input", "/nowhere/text does not exist"]),
@@ -209,7 +210,7 @@ def test_loading_refuses(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
-    for source, words in [
+    cases: list[tuple[str | TokenizerConfig, str]] = [
         (TokenizerConfig(), "tokenizer.model is not set"),
         (str(tmp_path / "none"), "does not exist"),
         (str(tmp_path / "not.model"), "is not a SentencePiece model"),
@@ -217,7 +218,8 @@ def test_loading_refuses(tmp_path):
         (str(tmp_path / "hf"), "is no Hugging Face tokenizer"),
         (TokenizerConfig(type="GPT2BPE", model=str(tmp_path)), "tokenizer.type=GPT2BPE is unknown"),
         (TokenizerConfig(type="HuggingFaceTokenizer", model=str(tmp_path / "not.model")), "needs a folder"),
-    ]:
+    ]
+    for source, words in cases:
         with pytest.raises(InputError) as caught:
             load_tokenizer(source)
         assert words in str(caught.value) and "\n" not in str(caught.value)

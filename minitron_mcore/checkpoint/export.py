@@ -1,0 +1,162 @@
+"""Megatron checkpoint -> Hugging Face folder, one parameter (of one layer) in memory at a time.
+
+    HF/config.json, generation_config.json, README.md
+    HF/model.safetensors, or model-00001-of-0000N.safetensors … with model.safetensors.index.json
+    HF/tokenizer.json …
+
+The first rank reads and writes; the others wait, file by file. The folder appears whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron_mcore.checkpoint.families.find import find_family
+from minitron_mcore.checkpoint.families.table import config_of, units
+from minitron_mcore.checkpoint.folder import read_architecture
+from minitron_mcore.checkpoint.model_card import model_card
+from minitron_mcore.checkpoint.reader import TensorReader
+from minitron_mcore.checkpoint.safetensors_file import Entry, split_files, write_safetensors
+from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.start import Runtime
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def export_checkpoint(
+    folder: Path,
+    iteration: int,
+    target: Path,
+    runtime: Runtime,
+    *,
+    bos: int | None = None,
+    eos: int | None = None,
+    save_tokenizer: Callable[[Path], None] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the finished iteration of `folder`, saved at any layout, as the Hugging Face folder `target`.
+
+    Weights keep their stored dtype; the vocabulary's padding is taken off. `bos` and `eos` are the tokenizer's marks,
+    `save_tokenizer` writes its files into a folder. All ranks call, whatever the layout; no model-parallel groups are
+    needed. Raises InputError, on every rank and with nothing written, where `target` exists, cannot be written, or
+    transformers has no such shape.
+    """
+    job = _Export(folder, iteration, target, max_shard_bytes)
+    try:
+        for number in range(runtime.on_main(job.begin)):
+            runtime.on_main(partial(job.write_weights, number))
+        runtime.on_main(partial(job.finish, bos, eos, save_tokenizer))
+    except BaseException:
+        if runtime.is_main:
+            job.discard()
+        raise
+
+
+class _Export:
+    """The first rank's work; the order of calls is that of `export_checkpoint`."""
+
+    def __init__(self, folder: Path, iteration: int, target: Path, max_shard_bytes: int) -> None:
+        self.folder, self.iteration, self.target = folder, iteration, target
+        self.max_shard_bytes = max_shard_bytes
+        self.temporary = target.parent / f".unfinished_{target.name}"
+        self.begun = False
+
+    def begin(self) -> int:
+        """Refuse what cannot be exported, make the temporary folder; returns the number of weight files."""
+        if self.target.exists():
+            raise InputError(f"hf={self.target} exists: name a folder that does not, or move that one away")
+        self.architecture = read_architecture(self.folder)
+        family = find_family(self.architecture.family, f"checkpoint={self.folder}")
+        self.config = config_of(family, self.architecture, f"hf={self.target}")
+        _ask_transformers(self.config, f"hf={self.target}")
+        self.reader = TensorReader(self.folder, self.iteration)
+        self.units = units(family, self.architecture)
+        entries = [
+            Entry(name, shape, self.reader.dtype(unit.parameter.key))
+            for unit in self.units
+            for name, shape in zip(unit.names, unit.shapes(self.architecture), strict=True)
+        ]
+        self.files = split_files(entries, self.max_shard_bytes)
+        self.stream = self._tensors()
+        self.begun = True
+        self._guard(self._make_temporary)
+        return len(self.files)
+
+    def write_weights(self, number: int) -> None:
+        """One safetensors file. The stream of tensors goes on over file ends, since one parameter makes several."""
+        entries = self.files[number]
+        path = self.temporary / self._file_name(number)
+        self._guard(lambda: write_safetensors(path, entries, islice(self.stream, len(entries))))
+
+    def finish(self, bos: int | None, eos: int | None, save_tokenizer: Callable[[Path], None] | None) -> None:
+        """What lies beside the weights; then the folder gets its name."""
+        marks = {"bos_token_id": bos, "eos_token_id": eos}
+        dtype = str(self.files[0][0].dtype).removeprefix("torch.")
+        documents: dict[str, dict[str, Any]] = {
+            "config.json": {**self.config, **marks, "torch_dtype": dtype, "use_cache": True},
+            "generation_config.json": {"_from_model_config": True, **marks},
+        }
+        if len(self.files) > 1:
+            documents["model.safetensors.index.json"] = self._index()
+
+        def write() -> None:
+            for name, content in documents.items():
+                (self.temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+            card = model_card(self.target.name, self.architecture, self.folder, self.iteration)
+            (self.temporary / "README.md").write_text(card)
+            if save_tokenizer is not None:
+                save_tokenizer(self.temporary)
+            os.rename(self.temporary, self.target)
+
+        self._guard(write)
+
+    def discard(self) -> None:
+        if self.begun:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def _make_temporary(self) -> None:
+        if self.temporary.exists():
+            shutil.rmtree(self.temporary)
+        self.temporary.mkdir(parents=True)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        for unit in self.units:
+            key, shape = unit.parameter.key, unit.parameter.shape(self.architecture)
+            yield from unit.layout.split(self.reader.read(key, unit.layer, shape), self.architecture)
+
+    def _file_name(self, number: int) -> str:
+        if len(self.files) == 1:
+            return "model.safetensors"
+        return f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
+
+    def _index(self) -> dict[str, Any]:
+        size = sum(entry.num_bytes for entries in self.files for entry in entries)
+        places = {entry.name: self._file_name(i) for i, entries in enumerate(self.files) for entry in entries}
+        return {"metadata": {"total_size": size}, "weight_map": places}
+
+    def _guard(self, write: Callable[[], None]) -> None:
+        """A full or forbidden disk is the user's to mend, in one sentence."""
+        try:
+            write()
+        except OSError as error:
+            raise InputError(f"hf={self.target} cannot be written: {error.strerror or error}") from error
+
+
+def _ask_transformers(config: dict[str, Any], where: str) -> None:
+    """The installed transformers checks a config when it is made; better now than when the folder is loaded."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.for_model(**config)
+    except Exception as error:
+        words = " ".join(str(error).split())
+        raise InputError(f"{where}: transformers refuses a model of this shape: {words}") from error

@@ -1,0 +1,89 @@
+"""Llama 2, 3, 3.1 and 3.2: RMSNorm, SwiGLU, rotary embedding with or without Llama-3.1's scaling, grouped queries."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.families.table import Family, Row
+from minitron_mcore.errors import InputError
+
+LAYER = "decoder.layers."
+THEIRS = "model.layers.{layer}."
+
+
+def rotary_to_config(a: Architecture) -> dict[str, Any]:
+    """The keys that transformers 4 writes, which transformers 5 reads too."""
+    scaling = None if a.rope_scaling is None else {"rope_type": "llama3", **dataclasses.asdict(a.rope_scaling)}
+    return {"rope_theta": a.rotary_base, "rope_scaling": scaling}
+
+
+def rotary_from_config(config: dict[str, Any]) -> dict[str, Any]:
+    """From transformers 5's `rope_parameters`, into which it also turns the older keys."""
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "default":
+        scaling = None
+    elif rope["rope_type"] == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = {name: rope[name] for name in names}
+    else:
+        raise InputError(f"rope_type={rope['rope_type']!r} is not supported: choose default or llama3")
+    return {"rotary_base": rope["rope_theta"], "rope_scaling": scaling}
+
+
+def refuse(a: Architecture, where: str) -> None:
+    if a.hidden_size % a.num_attention_heads:
+        raise InputError(
+            f"{where}: hidden_size={a.hidden_size} is no multiple of num_attention_heads={a.num_attention_heads}, "
+            "which transformers refuses in a Llama config even where head_dim is given: choose another "
+            "student.hidden_size or student.num_attention_heads"
+        )
+
+
+FAMILY = Family(
+    model_type="llama",
+    hugging_face_class="LlamaForCausalLM",
+    tensors=(
+        Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
+        Row(LAYER + "self_attention.linear_qkv.layer_norm_weight", (THEIRS + "input_layernorm.weight",)),
+        Row(
+            LAYER + "self_attention.linear_qkv.weight",
+            tuple(f"{THEIRS}self_attn.{part}_proj.weight" for part in "qkv"),
+            "qkv",
+        ),
+        Row(LAYER + "self_attention.linear_proj.weight", (THEIRS + "self_attn.o_proj.weight",)),
+        Row(LAYER + "mlp.linear_fc1.layer_norm_weight", (THEIRS + "post_attention_layernorm.weight",)),
+        Row(
+            LAYER + "mlp.linear_fc1.weight",
+            (THEIRS + "mlp.gate_proj.weight", THEIRS + "mlp.up_proj.weight"),
+            "gate_up",
+        ),
+        Row(LAYER + "mlp.linear_fc2.weight", (THEIRS + "mlp.down_proj.weight",)),
+        Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
+        Row("output_layer.weight", ("lm_head.weight",), "vocab"),
+    ),
+    fields={
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "ffn_hidden_size": "intermediate_size",
+        "num_attention_heads": "num_attention_heads",
+        "num_query_groups": "num_key_value_heads",
+        "kv_channels": "head_dim",
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "max_position_embeddings",
+        "layernorm_epsilon": "rms_norm_eps",
+        "init_method_std": "initializer_range",
+    },
+    fixed={
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": False,
+        "gated_linear_unit": True,
+        "activation": "silu",
+        "rotary_percent": 1.0,
+    },
+    constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    to_config=rotary_to_config,
+    from_config=rotary_from_config,
+    refuse=refuse,
+)

@@ -1,0 +1,151 @@
+"""What a family's file consists of: rows of tensor names, the layouts between the two sides, and config fields.
+
+Legend: G query groups, q query heads in a group, d head dimension, f ffn, h hidden, V vocabulary. A layout works on
+whole tensors and on tensor-parallel parts alike: rank r's part of a checkpoint tensor is made of the contiguous r-th
+parts of its Hugging Face tensors, along the same axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.errors import InputError
+from minitron_mcore.layout import Parameter, parameter_table
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one checkpoint tensor (of one layer) becomes Hugging Face tensors, and back."""
+
+    split: Callable[[torch.Tensor, Architecture], list[torch.Tensor]]
+    join: Callable[[list[torch.Tensor], Architecture], torch.Tensor]
+
+
+def _split_qkv(tensor: torch.Tensor, a: Architecture) -> list[torch.Tensor]:
+    """[G (q + 2) d, …], each group's queries, key and value together -> q [G q d, …], k [G d, …], v [G d, …]."""
+    groups = tensor.unflatten(0, (-1, a.heads_per_group + 2, a.kv_channels))
+    return [part.flatten(0, 2) for part in groups.split((a.heads_per_group, 1, 1), dim=1)]
+
+
+def _join_qkv(parts: list[torch.Tensor], a: Architecture) -> torch.Tensor:
+    heads = (a.heads_per_group, 1, 1)
+    groups = [part.unflatten(0, (-1, count, a.kv_channels)) for part, count in zip(parts, heads, strict=True)]
+    return torch.cat(groups, dim=1).flatten(0, 2)
+
+
+LAYOUTS = {
+    "same": Layout(lambda tensor, a: [tensor], lambda parts, a: parts[0]),
+    # [padded V, h] <-> [V, h]; whoever joins parts adds the padding, since it lies on the last ranks.
+    "vocab": Layout(lambda tensor, a: [tensor[: a.vocab_size]], lambda parts, a: parts[0]),
+    # [2 f, h], gate then up <-> gate [f, h], up [f, h].
+    "gate_up": Layout(lambda tensor, a: list(tensor.chunk(2)), lambda parts, a: torch.cat(parts)),
+    "qkv": Layout(_split_qkv, _join_qkv),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint tensor and its Hugging Face names; `{layer}` stands for the layer's number."""
+
+    key: str
+    names: tuple[str, ...]
+    layout: str = "same"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face architecture.
+
+    `fields` maps Architecture fields to config keys of the same meaning. `fixed` are Architecture fields that the
+    config cannot say, hence must have the family's values; `constants` are config keys that have no field here, hence
+    must hold these values. `to_config` and `from_config` translate the rest (activation, rotary embedding), `refuse`
+    raises InputError for a shape that transformers does not accept; its second argument names the key to blame.
+    """
+
+    model_type: str
+    hugging_face_class: str
+    tensors: tuple[Row, ...]
+    fields: dict[str, str]
+    fixed: dict[str, Any]
+    constants: dict[str, Any]
+    to_config: Callable[[Architecture], dict[str, Any]]
+    from_config: Callable[[dict[str, Any]], dict[str, Any]]
+    refuse: Callable[[Architecture, str], None] = field(default=lambda architecture, where: None)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is converted at a time: one checkpoint tensor (of one layer), and the Hugging Face tensors it makes."""
+
+    parameter: Parameter
+    layer: int | None
+    names: tuple[str, ...]
+    layout: Layout
+
+    def shapes(self, architecture: Architecture) -> list[tuple[int, ...]]:
+        """Shapes of the Hugging Face tensors, by name."""
+        whole = torch.empty(self.parameter.shape(architecture), device="meta")
+        return [tuple(part.shape) for part in self.layout.split(whole, architecture)]
+
+
+def units(family: Family, architecture: Architecture) -> list[Unit]:
+    """Everything to convert, in the model's order: embedding, layer after layer, final norm, output head."""
+    rows = {row.key: row for row in family.tensors}
+    parameters = parameter_table(architecture)
+
+    def unit(parameter: Parameter, layer: int | None) -> Unit:
+        row = rows[parameter.key]
+        names = tuple(name.format(layer=layer) for name in row.names)
+        return Unit(parameter, layer, names, LAYOUTS[row.layout])
+
+    per_layer = [parameter for parameter in parameters if parameter.per_layer]
+    first = parameters.index(per_layer[0])
+    before, after = parameters[:first], parameters[first + len(per_layer) :]
+    return [
+        *(unit(parameter, None) for parameter in before),
+        *(unit(parameter, layer) for layer in range(architecture.num_layers) for parameter in per_layer),
+        *(unit(parameter, None) for parameter in after),
+    ]
+
+
+def config_of(family: Family, architecture: Architecture, where: str) -> dict[str, Any]:
+    """The shape's part of `config.json`.
+
+    Raises InputError, blaming the key `where`, for an architecture that the family's config cannot say.
+    """
+    for name, needed in family.fixed.items():
+        if (value := getattr(architecture, name)) != needed:
+            raise InputError(
+                f"{where}: {name}={value!r} cannot be said in a {family.hugging_face_class} config, "
+                f"where it is always {needed!r}"
+            )
+    family.refuse(architecture, where)
+    return {
+        "architectures": [family.hugging_face_class],
+        "model_type": family.model_type,
+        **{theirs: getattr(architecture, ours) for ours, theirs in family.fields.items()},
+        "tie_word_embeddings": not architecture.untie_embeddings_and_output_weights,
+        **family.constants,
+        **family.to_config(architecture),
+    }
+
+
+def fields_of(family: Family, config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Architecture fields from a whole Hugging Face config (defaults filled in).
+
+    Raises InputError, naming the file `where`, for a config that asks for what the family's model does not have.
+    """
+    for name, needed in family.constants.items():
+        if (value := config.get(name, needed)) != needed:
+            raise InputError(f"{where}: {name}={value!r} is not supported for model_type={family.model_type!r}, "
+                             f"only {needed!r}")
+    return {
+        **{ours: config[theirs] for ours, theirs in family.fields.items()},
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
+        **family.from_config(config),
+    }

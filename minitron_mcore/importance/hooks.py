@@ -1,0 +1,159 @@
+"""Which activations are scored, and where they are read: forward hooks on Megatron's modules.
+
+    hidden                  LN(X) at every norm site: rows 2l (input norm of layer l), 2l + 1 (pre-MLP norm), 2L (final)
+    heads                   the L2 norm of each head's output, before the output projection
+    pre_activation          X W1ᵀ of the up projection (arXiv 2407.14679, section 2.2)
+    down_projection_input   what the down projection reads: after the activation and the gate
+    layers                  block influence of a token: 1 − cos(layer's input, layer's output)
+
+A measure of one's own is one more `Measure`: a shape, and a function that hooks a chunk and records values.
+
+Legend: s sequence, b micro-batch, C channels on this rank, h hidden, n heads on this rank, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.hooks import RemovableHandle
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.model.gpt import LanguageModel
+from minitron_mcore.model.norm import apply_norm
+
+Values = Callable[[torch.Tensor], torch.Tensor]
+# (global row, values [s, b, C], of any floating type)
+Record = Callable[[int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One kind of activation.
+
+    `shape`: global (rows, channels). `sharded`: a tensor-parallel rank records its contiguous part of the channels,
+    for the whole sequence; otherwise it records all channels, under sequence parallelism for its part of the sequence.
+    `attach` hooks one chunk and yields the handles.
+    """
+
+    name: str
+    shape: Callable[[Architecture], tuple[int, int]]
+    sharded: bool
+    attach: Callable[[LanguageModel, Record], Iterator[RemovableHandle]]
+    rows_per_layer: int = 1
+
+
+def layers_of(chunk: LanguageModel) -> Iterator[tuple[int, Any]]:
+    """(global index, TransformerLayer) of a chunk's layers."""
+    for layer in chunk.decoder.layers:
+        yield layer.layer_number - 1, layer
+
+
+def on_input(module: torch.nn.Module, row: int, record: Record, values: Values) -> RemovableHandle:
+    """Record `values(x)` at every `module(x)`."""
+
+    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        with torch.no_grad():
+            record(row, values(args[0]))
+
+    return module.register_forward_pre_hook(hook)
+
+
+def on_output(module: torch.nn.Module, row: int, record: Record, values: Values) -> RemovableHandle:
+    """Record `values(y)` at every `module(x)` -> (y, bias), as Megatron's linears answer."""
+
+    def hook(module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        with torch.no_grad():
+            record(row, values(output[0]))
+
+    return module.register_forward_hook(hook)
+
+
+def norm_sites(chunk: LanguageModel) -> Iterator[tuple[int, torch.nn.Module]]:
+    """(row, module that reads the norm's input and holds its parameters) of every norm of a chunk.
+
+    The local layers have norm modules. Transformer Engine fuses a layer's norms into the linears after them, so that
+    no module puts out the normed states: hence the input is read, and the norm applied here, for both.
+    """
+    for index, layer in layers_of(chunk):
+        sites = ((layer.input_layernorm, layer.self_attention.linear_qkv), (layer.pre_mlp_layernorm, layer.mlp.linear_fc1))
+        for place, (norm, linear) in enumerate(sites):
+            yield 2 * index + place, linear if getattr(linear, "layer_norm_weight", None) is not None else norm
+    if chunk.decoder.final_layernorm is not None:
+        yield 2 * chunk.config.num_layers, chunk.decoder.final_layernorm
+
+
+def normed(module: Any, config: TransformerConfig) -> Values:
+    """The norm of a site, as a function of its input [s, b, h]."""
+    prefix = "layer_norm_" if hasattr(module, "layer_norm_weight") else ""
+    weight, bias = getattr(module, prefix + "weight"), getattr(module, prefix + "bias", None)
+    return lambda x_SBH: apply_norm(x_SBH, weight, bias, config)
+
+
+def head_norms(head_dim: int) -> Values:
+    """[s, b, n d] -> [s, b, n], float32."""
+    return lambda x: torch.linalg.vector_norm(x.unflatten(-1, (-1, head_dim)), dim=-1, dtype=torch.float32)
+
+
+def block_influence(x_SBH: torch.Tensor, y_SBH: torch.Tensor) -> torch.Tensor:
+    """1 − cos(x, y) of every token, float32 [s, b, 1].
+
+    Written with the difference of x and y, which the layer's change is small against: 1 − x·y / (|x| |y|) would lose
+    most of its digits, and a product in bf16 all of them.
+    """
+    x_norm, y_norm, change = (
+        torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32)
+        for part in (x_SBH, y_SBH, y_SBH - x_SBH)
+    )
+    return (change.square() - (y_norm - x_norm).square()) / (2 * x_norm * y_norm).clamp_min(1e-30)
+
+
+def _attach_hidden(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
+    for row, module in norm_sites(chunk):
+        yield on_input(module, row, record, normed(module, chunk.config))
+
+
+def _attach_heads(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
+    for index, layer in layers_of(chunk):
+        yield on_input(layer.self_attention.linear_proj, index, record, head_norms(chunk.config.kv_channels))
+
+
+def _attach_pre_activation(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
+    # A gated rank's output is [gate_r ; up_r].
+    halves = 2 if chunk.config.gated_linear_unit else 1
+    for index, layer in layers_of(chunk):
+        yield on_output(layer.mlp.linear_fc1, index, record, lambda y: y.chunk(halves, dim=-1)[-1])
+
+
+def _attach_down_projection_input(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
+    for index, layer in layers_of(chunk):
+        yield on_input(layer.mlp.linear_fc2, index, record, lambda x: x)
+
+
+def _attach_layers(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
+    for index, layer in layers_of(chunk):
+        yield _on_layer(layer, index, record)
+
+
+def _on_layer(layer: Any, index: int, record: Record) -> RemovableHandle:
+    def hook(module: Any, args: Any, given: dict[str, Any], output: tuple[torch.Tensor, Any]) -> None:
+        with torch.no_grad():
+            record(index, block_influence(given["hidden_states"] if "hidden_states" in given else args[0], output[0]))
+
+    return layer.register_forward_hook(hook, with_kwargs=True)
+
+
+HIDDEN = Measure("hidden", lambda a: (2 * a.num_layers + 1, a.hidden_size), False, _attach_hidden, rows_per_layer=2)
+HEADS = Measure("heads", lambda a: (a.num_layers, a.num_attention_heads), True, _attach_heads)
+LAYERS = Measure("layers", lambda a: (a.num_layers, 1), False, _attach_layers)
+# Recipe value of importance.neuron_site -> measure.
+NEURON_SITES = {
+    name: Measure(name, lambda a: (a.num_layers, a.ffn_hidden_size), True, attach)
+    for name, attach in {
+        "pre_activation": _attach_pre_activation,
+        "down_projection_input": _attach_down_projection_input,
+    }.items()
+}

@@ -1,0 +1,252 @@
+"""The scoring pass: forward only, all axes at once, at any tensor x pipeline x data parallel layout.
+
+Every rank sums up what it sees of its layers and shards; what it alone answers for is added up over the world at the
+end. Inside the pass there is one small collective a microbatch, over tensor-parallel ranks, and only under sequence
+parallelism; pipeline stages are at different microbatches and never meet in one.
+
+Legend: s sequence, b micro-batch, C channels on this rank, R rows (layers or norm sites), K sums, A sequence
+aggregations.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import parallel_state
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.aggregate import SampleSums, over_sequence, sequence_sums, sums_for
+from minitron_mcore.importance.config import ImportanceConfig
+from minitron_mcore.importance.hooks import HEADS, HIDDEN, LAYERS, NEURON_SITES, Measure
+from minitron_mcore.importance.scores import Scores
+from minitron_mcore.model.gpt import LanguageModel
+from minitron_mcore.model.schedule import Microbatch, forward_only
+
+GROUP = 16  # microbatches a pipeline stage in one call of the schedule: filling it then costs a sixteenth at most
+_NONE = torch.iinfo(torch.int64).max
+
+# Which measures, each with the sequence aggregations to keep.
+Wanted = Mapping[Measure, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a pass leaves: sums over the samples, of the global model, the same on every rank."""
+
+    num_samples: float
+    sums: dict[str, SampleSums]  # by the measure's name
+
+    def aggregate(self, measure: Measure, batch: str, sequence: str) -> numpy.ndarray:
+        """Scores float64 [rows, channels] of a measure, for one pair of aggregations."""
+        return self.sums[measure.name].over_batch(batch, sequence, self.num_samples).cpu().numpy()
+
+
+def score_model(
+    chunks: Sequence[LanguageModel],
+    batches: Iterable[Microbatch],
+    architecture: Architecture,
+    config: ImportanceConfig,
+    *,
+    settings: dict[str, Any] | None = None,
+    report: Callable[[int], None] | None = None,
+) -> Scores:
+    """Scores of the global model from one pass over `batches`, as `config` asks; the same on every rank.
+
+    Every rank calls with its chunks and its data-parallel rank's microbatches; see `measure` for these and `report`.
+    Neurons and heads are scored for each layer, hidden channels by the sum over all norm sites, layers by their block
+    influence, the mean over all tokens. Raises InputError for NaN or Inf in the activations.
+    """
+    neurons = NEURON_SITES[config.neuron_site]
+    sequence = (config.sequence_aggregation,)
+    wanted = {HIDDEN: sequence, HEADS: sequence, neurons: sequence, LAYERS: ("mean",)}
+    statistics = measure(chunks, batches, architecture, wanted, report=report)
+    pair = (config.batch_aggregation, config.sequence_aggregation)
+    return Scores(
+        architecture=architecture,
+        hidden=statistics.aggregate(HIDDEN, *pair).sum(axis=0),
+        ffn=statistics.aggregate(neurons, *pair),
+        heads=statistics.aggregate(HEADS, *pair),
+        layers=statistics.aggregate(LAYERS, "mean", "mean")[:, 0],
+        settings=settings or {},
+    )
+
+
+def measure(
+    chunks: Sequence[LanguageModel],
+    batches: Iterable[Microbatch],
+    architecture: Architecture,
+    wanted: Wanted,
+    *,
+    report: Callable[[int], None] | None = None,
+) -> Statistics:
+    """One forward pass over `batches`, keeping the sums of every wanted measure.
+
+    `batches`: microbatches on the device, as many on every rank and all of one size, `tokens` and `position_ids`
+    [b, s] and, where some samples are fillers, `valid` [b] (0 for a filler, which does not count). All tokens of a
+    sample count. `report` is told how many microbatches of this rank are done. Every rank calls; all get the same.
+
+    Raises InputError, on every rank, where activations are NaN or Inf: which layer, which samples.
+    """
+    if parallel_state.get_context_parallel_world_size() > 1:
+        raise InputError(
+            f"parallel.context={parallel_state.get_context_parallel_world_size()} is not possible in scoring, which "
+            "needs a token's whole sequence on a rank: set parallel.context=1 and raise parallel.tensor"
+        )
+    collector = _Collector(chunks, architecture, wanted)
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    done = 0
+    try:
+        collector.attach()
+        for group, count in _groups(batches, parallel_state.get_pipeline_model_parallel_world_size(), len(chunks) > 1):
+            forward_only(list(chunks), group, collector.finish_microbatch)
+            collector.check_finite()
+            done += count
+            if report is not None:
+                report(done)
+    finally:
+        collector.detach()
+        for chunk, was_training in zip(chunks, training, strict=True):
+            chunk.train(was_training)
+    return collector.merge()
+
+
+def _groups(
+    batches: Iterable[Microbatch], stages: int, interleaved: bool
+) -> Iterator[tuple[list[Microbatch], int]]:
+    """(microbatches for one call of the schedule, how many of them are real).
+
+    The interleaved schedule takes multiples of the number of stages: the last group is filled up with fillers.
+    """
+    stream = iter(batches)
+    while group := list(itertools.islice(stream, GROUP * stages)):
+        count = len(group)
+        filler = {**group[-1], "valid": torch.zeros_like(group[-1]["tokens"][:, 0])}
+        yield group + [filler] * (-count % stages if interleaved else 0), count
+
+
+class _Collector:
+    """Hooks of this rank's chunks, what they recorded in the current microbatch, and the sums so far."""
+
+    def __init__(self, chunks: Sequence[LanguageModel], architecture: Architecture, wanted: Wanted) -> None:
+        self.chunks, self.architecture, self.wanted = chunks, architecture, wanted
+        self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+        self.data_rank = parallel_state.get_data_parallel_rank()
+        self.data_size = parallel_state.get_data_parallel_world_size()
+        self.split_sequence = chunks[0].config.sequence_parallel
+        self.device = next(chunks[0].parameters()).device
+        self.sums: dict[str, SampleSums] = {}
+        for each, sequence in wanted.items():
+            rows, channels = each.shape(architecture)
+            local = channels // self.tensor_size if each.sharded else channels
+            self.sums[each.name] = SampleSums(sequence, rows, local, self.device)
+        self.num_samples = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.handles: list[Any] = []
+        self.recorded: dict[str, list[tuple[int, int, torch.Tensor]]] = {each.name: [] for each in wanted}
+        self.row_tensors: dict[tuple[int, ...], torch.Tensor] = {}
+        self.rounds = {id(chunk): 0 for chunk in chunks}
+        self.micro_batch_size = 0
+        self.bad: list[torch.Tensor] = []
+
+    def attach(self) -> None:
+        for each, sequence in self.wanted.items():
+            record = self._recorder(each, sums_for(sequence))
+            for chunk in self.chunks:
+                self.handles += each.attach(chunk, record)
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def _recorder(self, each: Measure, names: Sequence[str]) -> Callable[[int, torch.Tensor], None]:
+        rows = self.recorded[each.name]
+
+        def record(row: int, values_SBC: torch.Tensor) -> None:
+            rows.append((row, values_SBC.shape[0], sequence_sums(values_SBC, names)))
+
+        return record
+
+    def finish_microbatch(self, chunk: LanguageModel, microbatch: Microbatch) -> None:
+        """Add what the hooks recorded while `chunk` ran `microbatch`. All tensor-parallel ranks are here at once."""
+        valid = microbatch.get("valid")
+        if valid is None:
+            valid = torch.ones_like(microbatch["tokens"][:, 0])
+        valid_B = valid.to(torch.float64)
+        self.micro_batch_size = len(valid_B)
+        number = self.rounds[id(chunk)] * self.data_size + self.data_rank
+        self.rounds[id(chunk)] += 1
+        if chunk is self.chunks[0]:
+            self.num_samples += valid_B.sum()
+        for index, (each, sequence) in enumerate(self.wanted.items()):
+            if not self.recorded[each.name]:
+                continue
+            rows, lengths, sums = zip(*self.recorded[each.name], strict=True)
+            self.recorded[each.name].clear()
+            sums_KRBC, length = torch.stack(sums, dim=1), lengths[0]
+            if self.split_sequence and not each.sharded:
+                torch.distributed.all_reduce(sums_KRBC, group=parallel_state.get_tensor_model_parallel_group())
+                length *= self.tensor_size
+            values_ARBC = over_sequence(sums_KRBC, sums_for(sequence), length, sequence)
+            row_numbers = self._row_numbers(rows)
+            self.sums[each.name].add(values_ARBC, valid_B, row_numbers)
+            self._note_bad(values_ARBC, valid_B, row_numbers, each, index, number)
+
+    def _row_numbers(self, rows: tuple[int, ...]) -> torch.Tensor:
+        if rows not in self.row_tensors:
+            self.row_tensors[rows] = torch.tensor(rows, device=self.device)
+        return self.row_tensors[rows]
+
+    def _note_bad(
+        self, values_ARBC: torch.Tensor, valid_B: torch.Tensor, rows: torch.Tensor, each: Measure, index: int, number: int
+    ) -> None:
+        """Keep, on the device, where values are NaN or Inf: microbatch, then layer, then measure, as one number.
+
+        The smallest number is then the earliest place of the earliest microbatch.
+        """
+        bad_R = ((~values_ARBC.isfinite()).any(dim=-1) & (valid_B > 0)).any(dim=-1).any(dim=0)
+        places = number * (self.architecture.num_layers + 1) + rows // each.rows_per_layer
+        self.bad.append(torch.where(bad_R, places * len(self.wanted) + index, _NONE).min())
+
+    def check_finite(self) -> None:
+        """Raise InputError, on every rank, where any rank has seen NaN or Inf since the last call."""
+        worst = torch.stack(self.bad).min() if self.bad else torch.tensor(_NONE, device=self.device)
+        self.bad.clear()
+        torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MIN)
+        if worst.item() == _NONE:
+            return
+        place, index = divmod(int(worst.item()), len(self.wanted))
+        number, layer = divmod(place, self.architecture.num_layers + 1)
+        where = "the final norm" if layer == self.architecture.num_layers else f"layer {layer} (the first is 0)"
+        first = number * self.micro_batch_size
+        samples = f"{first} to {first + self.micro_batch_size - 1}" if self.micro_batch_size > 1 else str(first)
+        raise InputError(
+            f"activations of {where} are NaN or Inf ({list(self.wanted)[index].name}) in microbatch {number}, "
+            f"calibration samples {samples}: check the weights of the checkpoint and the precision"
+        )
+
+    def merge(self) -> Statistics:
+        """Sums of the global model, on every rank: each adds what it alone answers for, zeros elsewhere."""
+        answers = self.tensor_rank == 0
+        merged = {}
+        for each, sequence in self.wanted.items():
+            local = self.sums[each.name].totals
+            whole = SampleSums(sequence, *each.shape(self.architecture), device=self.device)
+            if each.sharded:
+                width = local.shape[-1]
+                whole.totals[..., self.tensor_rank * width : (self.tensor_rank + 1) * width] = local
+            elif answers:
+                whole.totals.copy_(local)
+            torch.distributed.all_reduce(whole.totals)
+            merged[each.name] = whole
+        count = self.num_samples * float(answers and parallel_state.get_pipeline_model_parallel_rank() == 0)
+        torch.distributed.all_reduce(count)
+        return Statistics(num_samples=float(count), sums=merged)

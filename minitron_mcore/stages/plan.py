@@ -1,0 +1,71 @@
+"""`plan`: scores + the student's shape -> plan.json, without touching weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.scores import Scores, load_scores
+from minitron_mcore.plan import TARGETS, PruningPlan, check_same_model, make_plan, save_plan
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.start import Runtime
+
+
+def run(recipe: Recipe, runtime: Runtime) -> PruningPlan:
+    """Write `plan` and print what the student is; the same plan on every rank."""
+    if not recipe.plan:
+        raise InputError("plan is not given: name the file to write, as in plan=plan.json")
+    teacher = None
+    if recipe.teacher.checkpoint:
+        teacher = read_architecture(find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0])
+    plan = plan_from_scores(recipe, teacher)
+    if runtime.is_main:
+        save_plan(plan, Path(recipe.plan))
+    runtime.print(describe(plan))
+    runtime.print(f"plan: written to {recipe.plan}")
+    runtime.barrier()
+    return plan
+
+
+def plan_from_scores(recipe: Recipe, teacher: Architecture | None) -> PruningPlan:
+    """The plan of `scores` and `student.*`. Raises InputError where the scores are of another model than `teacher`."""
+    return make_plan(
+        read_scores(recipe, teacher),
+        {name: getattr(recipe.student, name) for name in TARGETS},
+        layers=recipe.prune.layers,
+        tensor=recipe.parallel.tensor,
+        pipeline=recipe.parallel.pipeline,
+        sequence_length=recipe.data.sequence_length,
+    )
+
+
+def read_scores(recipe: Recipe, teacher: Architecture | None) -> Scores:
+    scores = load_scores(recipe.scores)
+    if teacher is not None:
+        check_same_model(scores.architecture, teacher, f"scores={recipe.scores} are of")
+    return scores
+
+
+def describe(plan: PruningPlan) -> str:
+    """Before, after, and the narrowest cut of every axis, as a table; then the warnings."""
+    axes = {"num_layers": "layers", "hidden_size": "hidden", "ffn_hidden_size": "ffn", "num_attention_heads": "heads"}
+    rows = [("", "teacher", "student", "kept", "margin at the cut")]
+    for name, axis in axes.items():
+        before, after = getattr(plan.teacher, name), getattr(plan.student, name)
+        cut = plan.cuts.get(axis)
+        margin = "" if cut is None or cut.margin is None else f"{cut.margin:.1e}"
+        if margin and cut is not None and cut.layer is not None:
+            margin += f" (layer {cut.layer})"
+        rows.append((name, f"{before:,}", f"{after:,}", f"{after / before:.0%}", margin))
+    cost = plan.cost()
+    for name, before in cost["teacher"].items():
+        after = cost["student"][name]
+        rows.append((name.replace("_", " "), f"{before:,}", f"{after:,}", f"{after / before:.1%}", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])

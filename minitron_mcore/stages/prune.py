@@ -1,0 +1,120 @@
+"""`prune`: a plan applied to the teacher's sharded checkpoint -> the student's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.folder import (
+    find_checkpoint,
+    read_architecture,
+    read_lineage,
+    tokenizer_folder,
+    write_description,
+)
+from minitron_mcore.errors import InputError
+from minitron_mcore.layout import check_tensor_parallel, split_layers
+from minitron_mcore.plan import TARGETS, PruningPlan, load_plan, save_plan, scores_fingerprint
+from minitron_mcore.pruning.apply import prune_checkpoint
+from minitron_mcore.recipe import Recipe, to_yaml
+from minitron_mcore.runtime.parallel import use_layout
+from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages.common import output_folder
+from minitron_mcore.stages.plan import describe, plan_from_scores, read_scores
+
+
+def run(recipe: Recipe, runtime: Runtime) -> Path:
+    """Write `student.checkpoint`, iteration 0, and return it. Under a hidden name beside it until it is whole."""
+    use_layout(recipe.parallel, runtime.world_size)
+    source = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
+    plan = read_plan(recipe, read_architecture(source[0]))
+    check_tensor_parallel(plan.student, recipe.parallel.tensor)
+    stages = split_layers(plan.student.num_layers, recipe.parallel.pipeline)
+    target = student_folder(recipe, source[0])
+    runtime.barrier()  # every rank has looked at the folder before the first one changes it
+
+    runtime.print(describe(plan))
+    if len({len(stage[0]) for stage in stages}) > 1:
+        runtime.print(f"layers on each pipeline stage: {', '.join(str(len(stage[0])) for stage in stages)}")
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    if runtime.is_main:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    prune_checkpoint(source, plan, unfinished, runtime)
+    if runtime.is_main:
+        tokenizer = tokenizer_folder(source[0])
+        write_description(
+            unfinished,
+            plan.student,
+            lineage=lineage(recipe, source, plan),
+            recipe=to_yaml(recipe),
+            save_tokenizer=partial(shutil.copytree, tokenizer) if tokenizer else None,
+        )
+        save_plan(plan, unfinished / "plan.json")
+        put_in_place(unfinished, target)
+    runtime.barrier()
+    runtime.print(f"prune: {plan.teacher.num_parameters:,} -> {plan.student.num_parameters:,} parameters -> {target}")
+    return target
+
+
+def read_plan(recipe: Recipe, teacher: Architecture) -> PruningPlan:
+    """The plan in the file `plan` where given, else that of `scores` and `student.*`.
+
+    Raises InputError where the plan or the scores are of another model, or disagree with each other or `student.*`.
+    """
+    if not recipe.plan:
+        return plan_from_scores(recipe, teacher)
+    plan = load_plan(recipe.plan, teacher)
+    for name in TARGETS:
+        asked, planned = getattr(recipe.student, name), getattr(plan.student, name)
+        if asked is not None and asked != planned:
+            raise InputError(f"student.{name}={asked}, but plan={recipe.plan} is for {planned}: plan again, or leave "
+                             f"student.{name} out")
+    made_from = plan.settings.get("scores_fingerprint")
+    if recipe.scores and made_from and scores_fingerprint(read_scores(recipe, teacher)) != made_from:
+        raise InputError(f"plan={recipe.plan} was made from other scores than scores={recipe.scores}: plan again, or "
+                         "leave scores out")
+    return plan
+
+
+def student_folder(recipe: Recipe, teacher: Path) -> Path:
+    """Where the student goes. Raises InputError where that would mix it with, or overwrite, something else."""
+    target = output_folder(recipe.student.checkpoint, "student.checkpoint").resolve()
+    if teacher.resolve().is_relative_to(target) or target.is_relative_to(teacher.resolve()):
+        raise InputError(f"student.checkpoint={target} is the teacher's own folder, or one within the other: name "
+                         "another folder")
+    if target.is_dir() and any(target.iterdir()):
+        if not recipe.prune.overwrite:
+            raise InputError(f"student.checkpoint={target} is there already: name another folder, or set "
+                             "prune.overwrite=true")
+        if not (target / "architecture.yaml").is_file():
+            raise InputError(f"student.checkpoint={target} holds something other than a checkpoint, which "
+                             "prune.overwrite=true does not delete: name another folder")
+    return target
+
+
+def lineage(recipe: Recipe, source: tuple[Path, int], plan: PruningPlan) -> dict[str, Any]:
+    """What the student comes from; fingerprints are sha256."""
+    teacher = read_lineage(source[0])
+    return {
+        "stage": "prune",
+        "teacher": {"checkpoint": str(source[0]), "iteration": source[1], "lineage": teacher},
+        "plan": {"file": recipe.plan, "fingerprint": plan.fingerprint},
+        "scores": {"file": recipe.scores, "fingerprint": plan.settings.get("scores_fingerprint")},
+        "tokens": 0,
+        "tokenizer": teacher.get("tokenizer"),
+    }
+
+
+def put_in_place(unfinished: Path, target: Path) -> None:
+    """Rename the finished folder to `target`; what stood there goes only once the new one can take its place."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(unfinished, target)
+    shutil.rmtree(old, ignore_errors=True)

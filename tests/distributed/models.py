@@ -1,0 +1,122 @@
+"""Tiny models and batches for the multi-rank tests, and global tensors put together from what ranks return.
+
+Functions here run inside `run_on_ranks` workers, or in the test on what those returned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.layout import parameter_table, shard_slices
+from minitron_mcore.runtime.config import ParallelConfig
+
+# name -> (world size, parallel section)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1": (1, {}),
+    "TP2": (2, {"tensor": 2}),
+    "PP2": (2, {"pipeline": 2}),
+    "PP2-VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "TP2-SP": (2, {"tensor": 2, "sequence": True}),
+    "DP2": (2, {}),
+    "TP2-PP2": (4, {"tensor": 2, "pipeline": 2}),
+}
+SEQUENCE, MICRO_BATCH, MICROBATCHES = 16, 2, 4
+
+
+def tiny(family: str, **changes: Any) -> Architecture:
+    """Odd shapes on purpose: 6 heads on 2 groups, head_dim unlike hidden / heads, a vocabulary with padding."""
+    fields = {
+        "family": family,
+        "num_layers": 4,
+        "hidden_size": 48,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "kv_channels": 16,
+        "vocab_size": 1003,
+        "max_position_embeddings": 64,
+        "init_method_std": 0.08,
+    }
+    if family == "llama":
+        fields["rope_scaling"] = {"factor": 4.0, "high_freq_factor": 3.0, "original_max_position_embeddings": 32}
+    return build_architecture({**fields, **changes})
+
+
+def start_layout(parallel: dict[str, Any], world_size: int) -> ParallelConfig:
+    """Adapter, process groups and seeds inside a worker."""
+    from minitron_mcore.runtime.parallel import use_layout
+    from minitron_mcore.runtime.start import seed_everything, start
+
+    config = ParallelConfig(**parallel)
+    start()
+    use_layout(config, world_size)
+    seed_everything(7)
+    return config
+
+
+def global_batch(vocab_size: int, seed: int = 3, microbatches: int = MICROBATCHES) -> list[dict[str, torch.Tensor]]:
+    """The whole global batch: random ids, a quarter of the tokens not counted."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = []
+    for _ in range(microbatches):
+        ids = torch.randint(0, vocab_size, (MICRO_BATCH, SEQUENCE + 1), generator=generator)
+        mask = (torch.rand(MICRO_BATCH, SEQUENCE, generator=generator) > 0.25).float()
+        positions = torch.arange(SEQUENCE).expand(MICRO_BATCH, SEQUENCE).contiguous()
+        batch.append(
+            {
+                "tokens": ids[:, :-1].contiguous(),
+                "labels": ids[:, 1:].contiguous(),
+                "loss_mask": mask,
+                "position_ids": positions,
+            }
+        )
+    return batch
+
+
+def my_batch(batch: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """This data-parallel rank's microbatches, in Megatron's order."""
+    from megatron.core import parallel_state
+
+    rank = parallel_state.get_data_parallel_rank()
+    return [dict(part) for part in batch[rank :: parallel_state.get_data_parallel_world_size()]]
+
+
+def gather_named(rows: list[tuple[str, int | None, torch.Tensor]]) -> dict[str, Any]:
+    """What a rank returns for `assemble`: its place, and its local tensors by (key, layer)."""
+    from megatron.core import parallel_state
+
+    return {
+        "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "tensor_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "tensors": {(key, layer): tensor.detach().float().cpu().clone() for key, layer, tensor in rows},
+    }
+
+
+def assemble(parts: list[dict[str, Any]], architecture: Architecture) -> dict[tuple[str, int | None], torch.Tensor]:
+    """Global tensors from every rank's `gather_named`; replicas must agree to the last bit."""
+    table = {parameter.key: parameter for parameter in parameter_table(architecture)}
+    result: dict[tuple[str, int | None], torch.Tensor] = {}
+    filled: dict[tuple[str, int | None], torch.Tensor] = {}
+    for part in parts:
+        for name, local in part["tensors"].items():
+            parameter = table[name[0]]
+            whole = result.setdefault(name, torch.full(parameter.shape(architecture), float("nan")))
+            done = filled.setdefault(name, torch.zeros(parameter.shape(architecture), dtype=torch.bool))
+            axis = parameter.shard_axis or 0
+            pieces = shard_slices(parameter, architecture, part["tensor_rank"], part["tensor_size"])
+            chunks = local.chunk(len(pieces), dim=axis) if pieces else [local]
+            for piece, chunk in zip(pieces or [slice(0, local.shape[0])], chunks, strict=True):
+                where = (slice(None),) * axis + (piece,)
+                if done[where].any():
+                    torch.testing.assert_close(whole[where], chunk, rtol=0, atol=0, msg=f"replicas of {name} differ")
+                whole[where], done[where] = chunk, True
+    assert all(done.all() for done in filled.values())
+    return result
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative Frobenius norm of the difference."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12))

@@ -1,0 +1,95 @@
+"""Data on two ranks: the stages' files, the same datasets on both, and refusals that reach both."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_mcore.data.config import DataConfig
+from minitron_mcore.data.dataset import build_datasets
+from minitron_mcore.data.tokenizer import load_tokenizer
+from minitron_mcore.errors import InputError
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages import preprocess as preprocess_stage
+from minitron_mcore.stages import tokenizer as tokenizer_stage
+from tests.distributed.ranks import run_on_ranks
+from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, small_data, small_tokenizer
+
+
+def _stages(folder: str) -> tuple[str, list[str]]:
+    rank = torch.distributed.get_rank()
+    runtime = Runtime(rank=rank, world_size=2, local_rank=rank, device=torch.device("cpu"))
+    recipe = Recipe(input=JSON_PACKAGE, output_prefix=f"{folder}/json")
+    recipe.tokenizer = dataclasses.replace(
+        recipe.tokenizer, model=f"{folder}/tokenizer.model", extensions=[".py"], vocab_size=400
+    )
+    recipe.preprocess = dataclasses.replace(recipe.preprocess, extensions=[".py"], workers=2, valid_fraction=0.3)
+    return tokenizer_stage.run(recipe, runtime), preprocess_stage.run(recipe, runtime)
+
+
+def _rows(config: DataConfig, model: str, first_rank_only: bool) -> Any:
+    """Samples of (train, valid) on this rank, or the refusal."""
+    rank = torch.distributed.get_rank()
+    try:
+        train, valid, _ = build_datasets(
+            config,
+            load_tokenizer(model),
+            train_samples=300,
+            valid_samples=5,
+            seed=1,
+            is_built_on_rank=lambda: not first_rank_only or rank == 0,
+        )
+    except InputError as error:
+        return str(error)
+    if train is None or valid is None:
+        return None
+    return [train[i]["tokens"].tolist() for i in range(300)], [valid[i]["tokens"].tolist() for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    tokenizer = small_tokenizer(folder / "tokenizer_600.model")
+    first = small_data(folder / "a", tokenizer, package=EMAIL_PACKAGE)
+    second = small_data(folder / "b", tokenizer, package=JSON_PACKAGE)
+    return DataConfig(train=[2, first, 1, second], valid=second, sequence_length=32, cache_path=str(folder / "cache"))
+
+
+def test_stages_return_the_same_on_every_rank(folder):
+    first, second = run_on_ranks(_stages, 2, str(folder))
+    assert first == second
+    model, prefixes = first
+    assert prefixes == [f"{folder}/json_text_document", f"{folder}/json_valid_text_document"]
+    assert load_tokenizer(model).vocab_size == 400
+
+
+def test_every_rank_reads_the_same_samples(folder, config):
+    model = str(folder / "tokenizer_600.model")
+    first, second = run_on_ranks(_rows, 2, config, model, False)
+    assert first == second and len(first[0]) == 300
+    assert run_on_ranks(_rows, 2, config, model, True) == [first, None]
+    assert _rows_without_group(config, model) == first, "a process without process groups reads them too"
+
+
+def _rows_without_group(config: DataConfig, model: str) -> Any:
+    assert not torch.distributed.is_initialized()
+    train, valid, _ = build_datasets(config, load_tokenizer(model), train_samples=300, valid_samples=5, seed=1)
+    assert not torch.distributed.is_initialized() and train is not None and valid is not None
+    return [train[i]["tokens"].tolist() for i in range(300)], [valid[i]["tokens"].tolist() for i in range(5)]
+
+
+def test_a_refusal_reaches_every_rank(folder, config):
+    other = small_tokenizer(folder / "other.model", vocab_size=500)
+    first, second = run_on_ranks(_rows, 2, config, other.path, False)
+    assert first == second and "made with another tokenizer" in first
+    gone = dataclasses.replace(config, train=str(folder / "gone"))
+    first, second = run_on_ranks(_rows, 2, gone, other.path, False)
+    assert first == second and "are not both there" in first

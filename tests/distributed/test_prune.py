@@ -1,0 +1,319 @@
+"""Pruning of sharded checkpoints: every layout writes the same bits, which are those of plain slicing.
+
+The reference slices the teacher's global tensors in the open here, and reads students back whole with megatron-core's
+own `load_plain_tensors`; neither uses the package's tables. Legend: h hidden, f ffn, G KV groups, q query heads in a
+group, d head dimension.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.scores import Scores, save_scores
+from minitron_mcore.plan import PruningPlan, make_plan, save_plan
+from tests.distributed.models import global_batch, start_layout, tiny
+from tests.distributed.ranks import run_on_ranks
+
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("llama", {}, "fp32"),
+    "nemotron": ("nemotron", {}, "fp32"),
+    "tied-bf16": ("llama", {"untie_embeddings_and_output_weights": False}, "bf16"),
+}
+TARGET: dict[str, int | None] = {
+    "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
+TP2, PP2, TP2_PP2 = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}
+# world size -> student's name -> (parallel section, number of layers)
+STUDENTS: dict[int, dict[str, tuple[dict[str, Any], int]]] = {
+    1: {"TP1": ({}, 4)},
+    2: {"TP2": (TP2, 4), "PP2": (PP2, 4), "DP2": ({}, 4), "PP2-uneven": (PP2, 5), "TP2-5": (TP2, 5)},
+    4: {"TP2-PP2": (TP2_PP2, 4)},
+}
+LOADS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"1": {}},
+    2: {"PP2-VPP2": {"pipeline": 2, "virtual_pipeline": 2}, "TP2-SP": {"tensor": 2, "sequence": True}, "PP2": PP2},
+}
+
+
+def architecture_of(model: str) -> Architecture:
+    family, changes, _ = MODELS[model]
+    return tiny(family, num_layers=6, **changes)
+
+
+def scores_of(architecture: Architecture) -> Scores:
+    """Random, but in layer 1, where the better half of the neurons lies on the first of two shards."""
+    draw = numpy.random.default_rng(5)
+    a = architecture
+    ffn = draw.random((a.num_layers, a.ffn_hidden_size)) + 1
+    ffn[1] = numpy.linspace(2, 1, a.ffn_hidden_size)
+    return Scores(a, draw.random(a.hidden_size) + 1, ffn, draw.random((a.num_layers, a.num_attention_heads)) + 1,
+                  numpy.array([0.3, 0.5, 0.1, 0.4, 0.2, 0.6]))
+
+
+def plan_of(model: str, num_layers: int = 4) -> PruningPlan:
+    return make_plan(scores_of(architecture_of(model)), {**TARGET, "num_layers": num_layers})
+
+
+def teacher_tensors(architecture: Architecture) -> dict[str, torch.Tensor]:
+    """Checkpoint key -> random global tensor, layers stacked [L, …]. Shapes as the facts of the format have them."""
+    a = architecture
+    h, f, d, groups = a.hidden_size, a.ffn_hidden_size, a.kv_channels, a.num_query_groups
+    layer = "decoder.layers."
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.word_embeddings.weight": (a.padded_vocab_size, h),
+        layer + "self_attention.linear_qkv.weight": (6, (a.num_attention_heads + 2 * groups) * d, h),
+        layer + "self_attention.linear_proj.weight": (6, h, a.num_attention_heads * d),
+        layer + "mlp.linear_fc1.weight": (6, (2 if a.gated_linear_unit else 1) * f, h),
+        layer + "mlp.linear_fc2.weight": (6, h, f),
+    }
+    for part in ("weight", "bias") if a.family == "nemotron" else ("weight",):
+        shapes[layer + f"self_attention.linear_qkv.layer_norm_{part}"] = (6, h)
+        shapes[layer + f"mlp.linear_fc1.layer_norm_{part}"] = (6, h)
+        shapes[f"decoder.final_layernorm.{part}"] = (h,)
+    if a.untie_embeddings_and_output_weights:
+        shapes["output_layer.weight"] = (a.padded_vocab_size, h)
+    generator = torch.Generator().manual_seed(11)
+    return {
+        key: torch.randn(shape, generator=generator) * (0.3 if "norm" in key else 0.08) + ("norm_weight" in key)
+        for key, shape in sorted(shapes.items())
+    }
+
+
+def sliced(teacher: dict[str, torch.Tensor], plan: PruningPlan) -> dict[str, torch.Tensor]:
+    """The student by plain slicing of global tensors."""
+    a = plan.teacher
+    groups, q, d = a.num_query_groups, a.num_attention_heads // a.num_query_groups, a.kv_channels
+    student: dict[str, torch.Tensor] = {}
+    for key, whole in teacher.items():
+        if not key.startswith("decoder.layers."):
+            student[key] = whole[..., plan.hidden]
+            continue
+        rows = []
+        for layer in plan.layers:
+            one, neurons, heads = whole[layer], plan.ffn[layer], plan.heads[layer]
+            if "layer_norm" in key:
+                one = one[plan.hidden]
+            elif "linear_qkv" in key:
+                by_group = one.view(groups, q + 2, d, -1)
+                one = torch.cat([
+                    by_group[group, [head - group * q for head in heads if head // q == group] + [q, q + 1]].flatten(0, 1)
+                    for group in range(groups)
+                ])[:, plan.hidden]
+            elif "linear_proj" in key:
+                one = one.view(-1, a.num_attention_heads, d)[plan.hidden][:, heads].flatten(1)
+            elif "linear_fc1" in key:
+                halves = one.view(-1, a.ffn_hidden_size, one.shape[-1])
+                one = halves[:, neurons].flatten(0, 1)[:, plan.hidden]
+            else:
+                one = one[plan.hidden][:, neurons]
+            rows.append(one)
+        student[key] = torch.stack(rows)
+    return student
+
+
+# What runs on the ranks.
+
+
+def save_teacher(model: str, folder: Path, parallel: dict[str, Any], world_size: int) -> None:
+    """Through Megatron's own modules: GPTModel.sharded_state_dict says where each tensor lies."""
+    from minitron_mcore.checkpoint.folder import write_description
+    from minitron_mcore.checkpoint.store import as_chunks, model_state, save_state
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.initialize import named_parameters, take_shard
+    from minitron_mcore.layout import parameter_table
+    from minitron_mcore.runtime.start import start
+    from megatron.core import parallel_state
+
+    config = start_layout(parallel, world_size)
+    runtime, architecture = start(), architecture_of(model)
+    tensors = teacher_tensors(architecture)
+    table = {parameter.key: parameter for parameter in parameter_table(architecture)}
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    chunks = build_model(architecture, config, MODELS[model][2])
+    for chunk in chunks:
+        for key, layer, tensor in named_parameters(chunk):
+            whole = tensors[key] if layer is None else tensors[key][layer]
+            tensor.data.copy_(take_shard(whole, table[key], architecture, rank, config.tensor))
+    state = model_state(as_chunks(chunks))
+    save_state(folder, 0, state, runtime)
+    if runtime.is_main:
+        write_description(folder, architecture, lineage={"stage": "train", "tokens": 99, "tokenizer": "abc"},
+                          recipe="name: teacher\n", save_tokenizer=lambda path: Path(path).mkdir())
+        (folder / "tokenizer" / "tokenizer.model").write_text("pieces")
+    runtime.barrier()
+
+
+def write_students(root: Path, world_size: int) -> None:
+    from minitron_mcore.checkpoint.folder import write_description
+    from minitron_mcore.pruning.apply import prune_checkpoint
+    from minitron_mcore.runtime.start import start
+
+    for model in MODELS:
+        if world_size == 4:
+            save_teacher(model, root / model / "teacher", TP2_PP2, world_size)
+        for name, (parallel, num_layers) in STUDENTS[world_size].items():
+            start_layout(parallel, world_size)
+            runtime, plan = start(), plan_of(model, num_layers)
+            target = root / model / name
+            prune_checkpoint((root / model / "teacher", 0), plan, target, runtime)
+            if runtime.is_main:
+                write_description(target, plan.student, lineage={}, recipe="", save_tokenizer=None)
+
+
+def read_whole(root: Path) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+    """(model, student) -> its global tensors, layers stacked."""
+    from megatron.core import dist_checkpointing
+
+    return {
+        (model, folder.name): dist_checkpointing.load_plain_tensors(str(folder / "iter_0000000"))
+        for model in MODELS for folder in (root / model).iterdir()
+    }
+
+
+def logits_at(folder: Path, architecture: Architecture, parallel: dict[str, Any], world_size: int,
+              zeroed: PruningPlan | None = None, axes: tuple[str, ...] = ()) -> torch.Tensor:
+    """Logits [s, b, V] of the loaded model, on every rank. `zeroed`: what this plan drops of `axes` is masked."""
+    from megatron.core import parallel_state
+
+    from minitron_mcore.checkpoint.store import as_chunks, load_weights
+    from minitron_mcore.model.gpt import build_model, unwrap
+    from minitron_mcore.model.schedule import final_hidden_states
+
+    config = start_layout(parallel, world_size)
+    chunks = build_model(architecture, config, "fp32", trainable=False)
+    load_weights(folder, 0, as_chunks(chunks), architecture)
+    if zeroed is not None:
+        mask(chunks[0], zeroed, axes)
+    batch = global_batch(architecture.vocab_size, microbatches=1)
+    states = final_hidden_states(as_chunks(chunks), batch)
+    group = parallel_state.get_tensor_model_parallel_group()
+    box: list[Any] = [None]
+    if states:
+        local = unwrap(chunks[-1]).logits(states[0]).contiguous()
+        parts = [torch.empty_like(local) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, local, group=group)
+        box = [torch.cat(parts, dim=-1)[..., : architecture.vocab_size]]
+    torch.distributed.broadcast_object_list(box, src=world_size - 1)
+    return box[0]
+
+
+def mask(model: torch.nn.Module, plan: PruningPlan, axes: tuple[str, ...]) -> None:
+    """Zero what leads out of everything that the plan drops."""
+    d = plan.teacher.kv_channels
+    with torch.no_grad():
+        for index, layer in enumerate(model.decoder.layers):
+            proj, fc2 = layer.self_attention.linear_proj.weight, layer.mlp.linear_fc2.weight
+            if index not in plan.layers:
+                if "layers" in axes:
+                    proj.zero_(), fc2.zero_()
+                continue
+            if "ffn" in axes:
+                fc2[:, sorted(set(range(plan.teacher.ffn_hidden_size)) - set(plan.ffn[index]))] = 0
+            if "heads" in axes:
+                for head in set(range(plan.teacher.num_attention_heads)) - set(plan.heads[index]):
+                    proj[:, head * d : (head + 1) * d] = 0
+
+
+def load_students(root: Path, world_size: int) -> dict[tuple[str, str], torch.Tensor]:
+    """(model, layout it is loaded at) -> logits of a student that was written at another."""
+    result = {}
+    for model in ("llama", "nemotron"):
+        for name, parallel in LOADS[world_size].items():
+            result[model, name] = logits_at(root / model / "TP2-PP2", plan_of(model).student, parallel, world_size)
+        if world_size == 2:
+            uneven = plan_of(model, 5).student
+            result[model, "uneven"] = logits_at(root / model / "PP2-uneven", uneven, PP2, world_size)
+            result[model, "even"] = logits_at(root / model / "PP2-uneven", uneven, TP2, world_size)
+    return result
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Teachers written at TP2·PP2, and their students at every layout."""
+    path = tmp_path_factory.mktemp("prune")
+    for world_size in (4, 2, 1):
+        run_on_ranks(write_students, world_size, path, world_size)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+    return run_on_ranks(read_whole, 1, root)[0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_plan_is_uneven_over_tensor_parallel_shards(model: str) -> None:
+    """Else the tests below would not exercise the exchange; one shard of layer 1 keeps nothing."""
+    plan = plan_of(model)
+    assert plan.layers == [0, 1, 3, 5]
+    counts = [sum(neuron < 48 for neuron in plan.ffn[layer]) for layer in plan.layers]
+    assert counts[1] == 48 and any(count not in (24, 48) for count in counts)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layout_writes_the_bits_of_plain_slicing(
+    model: str, whole: dict[tuple[str, str], dict[str, torch.Tensor]]
+) -> None:
+    dtype = torch.bfloat16 if MODELS[model][2] == "bf16" else torch.float32
+    teacher = {key: value.to(dtype) for key, value in teacher_tensors(architecture_of(model)).items()}
+    stored = whole[model, "teacher"]
+    assert stored.keys() == teacher.keys()
+    assert all(torch.equal(stored[key], teacher[key]) for key in teacher)
+    for students in STUDENTS.values():
+        for name, (_, num_layers) in students.items():
+            expected = sliced(teacher, plan_of(model, num_layers))
+            assert whole[model, name].keys() == expected.keys()
+            for key, tensor in expected.items():
+                actual = whole[model, name][key]
+                assert actual.dtype == dtype and actual.shape == tensor.shape, (name, key)
+                assert torch.equal(actual, tensor), (name, key)
+
+
+def test_a_student_loads_at_every_other_layout(root: Path) -> None:
+    """fp32 logits of order one; 1e-5 covers the order of the tensor-parallel sums."""
+    found = run_on_ranks(load_students, 1, root, 1)[0] | run_on_ranks(load_students, 2, root, 2)[0]
+    for model in ("llama", "nemotron"):
+        expected = found[model, "1"]
+        assert expected.std() > 0.05
+        for name in LOADS[2]:
+            torch.testing.assert_close(found[model, name], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[model, "uneven"], found[model, "even"], rtol=0, atol=1e-5)
+
+
+MASKS = {"ffn": ("ffn_hidden_size",), "heads": ("num_attention_heads",), "layers": ("num_layers",),
+         "all": ("ffn_hidden_size", "num_attention_heads", "num_layers")}
+
+
+def masked_and_pruned(root: Path) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(model, axis) -> logits of the teacher, of the teacher with the dropped parts zeroed, and of the student."""
+    from minitron_mcore.checkpoint.folder import write_description
+    from minitron_mcore.pruning.apply import prune_checkpoint
+    from minitron_mcore.runtime.start import start
+
+    result = {}
+    for model in ("llama", "nemotron"):
+        teacher, architecture = root / model / "teacher", architecture_of(model)
+        untouched = logits_at(teacher, architecture, {}, 1)
+        for name, fields in MASKS.items():
+            plan = make_plan(scores_of(architecture), {field: TARGET[field] for field in fields})
+            axes = ("ffn", "heads", "layers") if name == "all" else (name,)
+            masked = logits_at(teacher, architecture, {}, 1, plan, axes)
+            folder = root / model / "masked" / name
+            prune_checkpoint((teacher, 0), plan, folder, start())
+            write_description(folder, plan.student, lineage={}, recipe="", save_tokenizer=None)
+            result[model, name] = untouched, masked, logits_at(folder, plan.student, {}, 1)
+    return result
+
+
+def test_pruned_is_masked_for_neurons_heads_and_layers(root: Path, whole: Any) -> None:
+    """fp32; the two add up the same terms but for exact zeros: 1e-5 on logits of order one."""
+    for name, (untouched, masked, pruned) in run_on_ranks(masked_and_pruned, 1, root)[0].items():
+        assert (untouched - masked).abs().max() > 1e-2, f"{name}: the mask does nothing"
+        torch.testing.assert_close(pruned, masked, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,0 +1,149 @@
+"""The trained model does not depend on the layout: loss, every gradient, the optimizer, ten steps.
+
+From one model (same seed, same global parameters), fp32, at seven layouts, for both families. Tolerances: layouts sum
+the same numbers in another order, which in fp32 leaves about 1e-7 in a loss and 1e-6 in a gradient's norm; a wrong
+factor of TP, PP or DP leaves 0.5 or more. Elementwise comparison of gradients is meaningless near zero.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_mcore.layout import parameter_table
+from tests.distributed.models import (
+    LAYOUTS,
+    assemble,
+    gather_named,
+    global_batch,
+    my_batch,
+    relative_error,
+    start_layout,
+    tiny,
+)
+from tests.distributed.ranks import run_on_ranks
+
+FAMILIES = ("llama", "nemotron", "llama-tied")
+OTHERS = [name for name in LAYOUTS if name != "1"]
+
+
+def architecture_of(family: str) -> Any:
+    name, _, tied = family.partition("-")
+    return tiny(name, untie_embeddings_and_output_weights=not tied)
+
+
+def train_on_rank(family: str, parallel: dict[str, Any], world_size: int, steps: int = 10) -> dict[str, Any]:
+    """First step's loss and gradients, an optimizer step on given gradients, then `steps` of training."""
+    from megatron.core.distributed import finalize_model_grads
+
+    from minitron_mcore.distillation.objective import Objective
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.initialize import draw, initialize, named_parameters, take_shard
+    from minitron_mcore.model.schedule import run_schedule
+    from minitron_mcore.training.config import TrainConfig
+    from minitron_mcore.training.loop import train_step
+    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+
+    layout = start_layout(parallel, world_size)
+    architecture = architecture_of(family)
+    objective = Objective(vocab_size=architecture.vocab_size, chunk_tokens=24)
+    train = TrainConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=2, global_batch_size=8, micro_batch_size=2)
+
+    def build() -> tuple[Any, Any, Any, Any]:
+        models = build_model(architecture, layout, "fp32")
+        initialize(models, architecture, seed=11)
+        chunks = wrap_model(models)
+        optimizer = build_optimizer(chunks, train, "fp32")
+        return models, chunks, optimizer, build_scheduler(optimizer, train, iterations=20)
+
+    models, chunks, optimizer, scheduler = build()
+    rows = [row for model in models for row in named_parameters(model)]
+    weights = gather_named(rows)
+
+    # All-reduced, not reduce-scattered, so that every rank holds whole gradients to compare.
+    def finalize(*args: Any, force_all_reduce: bool = False, **kwargs: Any) -> None:
+        finalize_model_grads(*args, force_all_reduce=True, **kwargs)
+
+    for model in models:
+        model.config.finalize_model_grads_func = finalize
+    sums = run_schedule(chunks, my_batch(global_batch(architecture.vocab_size)), objective.loss)
+    gradients = gather_named([(key, layer, tensor.main_grad) for key, layer, tensor in rows])
+
+    # The optimizer, fed the same gradients everywhere.
+    from megatron.core import parallel_state
+
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    table = {parameter.key: parameter for parameter in parameter_table(architecture)}
+    for key, layer, tensor in rows:
+        parameter = table[key]
+        whole = draw(parameter, architecture, 99, layer) + 0.01
+        tensor.main_grad.copy_(take_shard(whole, parameter, architecture, rank, size))
+    scheduler.step(increment=8)
+    _, fed_norm, _ = optimizer.step()
+    stepped = gather_named(rows)
+
+    # Ten steps from the start.
+    _, chunks, optimizer, scheduler = build()
+    history = [
+        train_step(
+            chunks, optimizer, scheduler, objective, train, my_batch(global_batch(architecture.vocab_size, step))
+        )
+        for step in range(steps)
+    ]
+    return {
+        "sums": sums,
+        "weights": weights,
+        "gradients": gradients,
+        "fed_norm": float(fed_norm),
+        "stepped": stepped,
+        "history": history,
+    }
+
+
+@lru_cache(maxsize=None)
+def trained(family: str, layout: str) -> dict[str, Any]:
+    world_size, parallel = LAYOUTS[layout]
+    ranks = run_on_ranks(train_on_rank, world_size, family, parallel, world_size)
+    architecture = architecture_of(family)
+    for rank in ranks:
+        assert rank["sums"] == ranks[0]["sums"], "every rank must report the same loss"
+    return {
+        **ranks[0],
+        **{
+            part: assemble([rank[part] for rank in ranks], architecture) for part in ("weights", "gradients", "stepped")
+        },
+    }
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layout_does_not_matter(family: str, layout: str) -> None:
+    single, other = trained(family, "1"), trained(family, layout)
+    for name, value in single["weights"].items():
+        torch.testing.assert_close(other["weights"][name], value, rtol=0, atol=0, msg=f"initial {name}")
+
+    assert other["sums"]["num_tokens"] == single["sums"]["num_tokens"]
+    assert other["sums"]["lm loss"] == pytest.approx(single["sums"]["lm loss"], rel=1e-5)
+    assert set(other["gradients"]) == set(single["gradients"])
+    for name, value in single["gradients"].items():
+        assert relative_error(other["gradients"][name], value) <= 1e-5, name
+
+    assert other["fed_norm"] == pytest.approx(single["fed_norm"], rel=1e-6)
+    for name, value in single["stepped"].items():
+        assert relative_error(other["stepped"][name], value) <= 1e-6, name
+
+    for ours, theirs in zip(other["history"], single["history"], strict=True):
+        assert ours["lm loss"] == pytest.approx(theirs["lm loss"], rel=1e-5)
+        assert ours["grad-norm"] == pytest.approx(theirs["grad-norm"], rel=1e-3)
+        assert ours["learning-rate"] == theirs["learning-rate"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_learns(family: str) -> None:
+    """A test above that compares nothing with nothing would pass on a model that does not train."""
+    history = trained(family, "1")["history"]
+    assert all(norm > 0 for norm in (row["grad-norm"] for row in history))
+    assert all(float(value.norm()) > 0 for value in trained(family, "1")["gradients"].values())
