@@ -148,7 +148,7 @@ class _Export:
         try:
             write()
         except OSError as error:
-            raise InputError(f"hf={self.target} cannot be written: {error.strerror or error}") from error
+            raise InputError(f"hf={self.target} cannot be written: {error}") from error
 
 
 def _ask_transformers(config: dict[str, Any], where: str) -> None:

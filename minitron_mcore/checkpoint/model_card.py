@@ -46,6 +46,7 @@ def _results(folder: Path, iteration: int) -> dict[str, Any]:
     if not path.is_file():
         return {}
     results = json.loads(path.read_text())
-    return {key: value for key, value in results.items() if key != "checkpoint"} if (
-        results.get("iteration") == iteration
-    ) else {}
+    if results.pop("iteration", None) != iteration:
+        return {}
+    results.pop("checkpoint", None)
+    return results

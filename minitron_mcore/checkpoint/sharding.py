@@ -7,6 +7,7 @@ The tensors are those of `GPTModel.sharded_state_dict` (a test holds that): per-
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,31 @@ def read_parameters(
                              "architecture.yaml beside it is of another model")
     for parameter, layer in names:
         empty = torch.empty(local_shape(parameter, architecture, tensor_size), dtype=stored[parameter.key])
-        state[_flat(parameter.key, layer)] = sharded_parts(
+        parts = sharded_parts(
             parameter, architecture, empty, layer=layer, tensor_rank=tensor_rank, tensor_size=tensor_size, data_rank=0)
+        state[_flat(parameter.key, layer)] = [_stacked(part) for part in parts]
     loaded = dist_checkpointing.load(
         state, str(iteration_folder(folder, iteration)), validate_access_integrity=False)
     state.clear()  # its tensors are what the parts of a gated fc1 are views of
     result: dict[Name, torch.Tensor] = {}
     for parameter, layer in names:
+        shape = local_shape(parameter, architecture, tensor_size)
         parts = loaded.pop(_flat(parameter.key, layer))
-        axis = parameter.shard_axis
-        result[parameter.key, layer] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis or 0)
+        stacked = parts[0].dim() - len(shape)
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=stacked + (parameter.shard_axis or 0))
+        result[parameter.key, layer] = whole.view(shape)
     return result
+
+
+def _stacked(part: ShardedTensor) -> ShardedTensor:
+    """The same part with the layer as an axis of its data, [1, …].
+
+    megatron-core 0.16.1 cannot read some of the layers of a stacked parameter in a single process: it lays what is
+    left out on the next rank, which is this one.
+    """
+    ones = (1,) * part.prepend_axis_num
+    shape = (*ones, *part.local_shape)
+    return dataclasses.replace(part, data=part.data.view(shape), local_shape=shape, prepend_axis_num=0)
 
 
 def _flat(key: str, layer: int | None) -> str:

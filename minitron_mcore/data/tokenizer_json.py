@@ -93,7 +93,6 @@ def convert_sentencepiece(proto: bytes, path: str) -> tuple[dict[str, Any], dict
         **marks,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": int(1e30),
     }
     return tokenizer_json, settings
 
@@ -107,6 +106,9 @@ def _check(model: Any, path: str) -> None:
         raise InputError(f"{where} it normalizes text (rule {normalizer.name or 'unknown'!r}, or runs of spaces)")
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise InputError(f"{where} it does not write a space as {SPACE} before the word")
+    user_defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
+    if any(SPACE in piece for piece in user_defined) or (user_defined and normalizer.add_dummy_prefix):
+        raise InputError(f"{where} its own symbols ({user_defined[0]!r} …) are looked for beside added spaces")
 
 
 def _merges(model: Any) -> list[list[str]]:

@@ -115,6 +115,8 @@ def measure(
         collector.detach()
         for chunk, was_training in zip(chunks, training, strict=True):
             chunk.train(was_training)
+    if not done:
+        raise InputError("there are no calibration samples to score: importance.num_samples must be at least 1")
     return collector.merge()
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 from megatron.core import parallel_state
 
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.folder import read_architecture, tokenizer_folder
 from minitron_mcore.data.dataset import build_datasets
-from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.parallel import use_layout
@@ -83,3 +85,30 @@ def read_data(
         "num_workers": recipe.data.num_workers,
     }
     return iterations, batch_reader(training, **shape), batch_reader(validation, **{**shape, "num_workers": 0})
+
+
+def checkpoint_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
+    """The tokenizer that lies beside the checkpoint in `folder`, else the recipe's. Any rank calls.
+
+    Raises InputError where there is neither, where the recipe names another one, or where it does not fit the model.
+    """
+    beside = tokenizer_folder(folder)
+    given = load_tokenizer(recipe.tokenizer) if recipe.tokenizer.model or beside is None else None
+    tokenizer = load_tokenizer(str(beside)) if beside is not None else given
+    assert tokenizer is not None
+    if given is not None and given.fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"tokenizer.model={recipe.tokenizer.model} is not the tokenizer that {folder} was trained with, which lies "
+            f"in {beside}: leave tokenizer.model out"
+        )
+    check_tokenizer(tokenizer, read_architecture(folder))
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, architecture: Architecture) -> None:
+    """Raise InputError where the tokenizer has ids the model has no embedding for."""
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise InputError(
+            f"tokenizer.model={tokenizer.path} has {tokenizer.vocab_size} ids and the model vocab_size="
+            f"{architecture.vocab_size}: use the tokenizer the model was trained with"
+        )

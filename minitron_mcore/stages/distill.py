@@ -20,8 +20,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import lay_out, output_folder, read_data, refuse_other_run
-from minitron_mcore.stages.train import check_tokenizer
+from minitron_mcore.stages.common import check_tokenizer, lay_out, output_folder, read_data, refuse_other_run
 from minitron_mcore.training.loop import Job, Progress, fit
 
 

@@ -14,7 +14,7 @@ from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.initialize import initialize
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import lay_out, output_folder, read_data, refuse_other_run
+from minitron_mcore.stages.common import check_tokenizer, lay_out, output_folder, read_data, refuse_other_run
 from minitron_mcore.training.loop import Job, Progress, fit
 
 
@@ -71,12 +71,3 @@ def new_architecture(recipe: Recipe, tokenizer: Tokenizer) -> Architecture:
         return build_architecture(fields)
     except InputError as error:
         raise InputError(f"model: {error}") from error
-
-
-def check_tokenizer(tokenizer: Tokenizer, architecture: Architecture) -> None:
-    """Raise InputError where the tokenizer has ids the model has no embedding for."""
-    if tokenizer.vocab_size > architecture.vocab_size:
-        raise InputError(
-            f"tokenizer.model={tokenizer.path} has {tokenizer.vocab_size} ids and the model vocab_size="
-            f"{architecture.vocab_size}: use the tokenizer the model was trained with"
-        )

@@ -171,10 +171,12 @@ def read_whole(root: Path) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
     """(model, student) -> its global tensors, layers stacked."""
     from megatron.core import dist_checkpointing
 
-    return {
-        (model, folder.name): dist_checkpointing.load_plain_tensors(str(folder / "iter_0000000"))
-        for model in MODELS for folder in (root / model).iterdir()
-    }
+    result = {}
+    for model in MODELS:
+        for folder in (root / model).iterdir():
+            result[model, folder.name] = dist_checkpointing.load_plain_tensors(str(folder / "iter_0000000"))
+            del result[model, folder.name]["content_metadata"]
+    return result
 
 
 def logits_at(folder: Path, architecture: Architecture, parallel: dict[str, Any], world_size: int,
@@ -191,12 +193,12 @@ def logits_at(folder: Path, architecture: Architecture, parallel: dict[str, Any]
     load_weights(folder, 0, as_chunks(chunks), architecture)
     if zeroed is not None:
         mask(chunks[0], zeroed, axes)
-    batch = global_batch(architecture.vocab_size, microbatches=1)
+    batch = global_batch(architecture.vocab_size, microbatches=2)  # as few as PP2·VPP2 takes
     states = final_hidden_states(as_chunks(chunks), batch)
     group = parallel_state.get_tensor_model_parallel_group()
     box: list[Any] = [None]
     if states:
-        local = unwrap(chunks[-1]).logits(states[0]).contiguous()
+        local = unwrap(chunks[-1]).logits(torch.cat(states, dim=1)).contiguous()
         parts = [torch.empty_like(local) for _ in range(group.size())]
         torch.distributed.all_gather(parts, local, group=group)
         box = [torch.cat(parts, dim=-1)[..., : architecture.vocab_size]]

@@ -1,0 +1,107 @@
+"""Verb `evaluate`: held-out LM loss and perplexity of a checkpoint, at any layout -> `results.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
+from minitron_mcore.checkpoint.store import as_chunks, load_weights
+from minitron_mcore.data.blend import parse_blend
+from minitron_mcore.data.dataset import Dataset, batches_once, build_datasets
+from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.errors import InputError
+from minitron_mcore.evaluation.lm_loss import mean_loss
+from minitron_mcore.model.gpt import build_model
+from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages.common import checkpoint_tokenizer, lay_out, output_folder
+from minitron_mcore.training.reader import to_device
+
+
+def run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
+    """Evaluate `checkpoint` and write `results.json` into `output`, or beside the checkpoint where that is not set."""
+    folder, _ = find_checkpoint(recipe.checkpoint, "checkpoint")
+    results = evaluate_checkpoint(recipe, runtime, folder)
+    target = (output_folder(recipe.output, "output") if recipe.output else folder) / "results.json"
+    runtime.on_main(lambda: write_results(target, results))
+    runtime.print(
+        f"evaluate: {folder}, iteration {results['iteration']}: lm loss {results['lm loss']:.6f}, ppl "
+        f"{results['ppl']:.3f} over {results['samples']} sequences of {results['sequence_length']} tokens -> {target}"
+    )
+    return results
+
+
+def evaluate_checkpoint(recipe: Recipe, runtime: Runtime, folder: str | Path) -> dict[str, Any]:
+    """Numbers of the newest iteration in `folder` over `evaluate.samples` held-out sequences; every rank calls.
+
+    `lm loss` (nats a token) and `ppl`; what was evaluated: `checkpoint`, `iteration`, `samples`, `sequence_length`,
+    `precision`. The same on every rank, and at every layout. Raises InputError.
+    """
+    lay_out(recipe, runtime)
+    path, iteration = find_checkpoint(folder, "checkpoint")
+    architecture = read_architecture(path)
+    dataset = held_out(recipe, checkpoint_tokenizer(recipe, path))
+    samples = min(recipe.evaluate.samples, len(dataset))
+    if samples < recipe.evaluate.samples:
+        runtime.print(f"evaluate: the held-out text has {samples} sequences, fewer than evaluate.samples="
+                      f"{recipe.evaluate.samples}")
+
+    chunks = as_chunks(build_model(architecture, recipe.parallel, recipe.precision, trainable=False))
+    load_weights(path, iteration, chunks, architecture)
+    microbatches = batches_once(
+        dataset,
+        range(samples),
+        micro_batch_size=recipe.evaluate.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    losses = mean_loss(chunks, grouped(microbatches, recipe.parallel), Objective(vocab_size=architecture.vocab_size))
+    facts = {"checkpoint": str(path), "iteration": iteration, "samples": samples,
+             "sequence_length": recipe.data.sequence_length, "precision": recipe.precision}
+    return {**losses, **facts}
+
+
+def held_out(recipe: Recipe, tokenizer: Tokenizer) -> Dataset:
+    """The validation set: one pass, so that no sequence counts twice; a weighted blend in its proportions."""
+    evaluate = recipe.evaluate
+    for name in ("samples", "micro_batch_size"):
+        if getattr(evaluate, name) < 1:
+            raise InputError(f"evaluate.{name}={getattr(evaluate, name)} must be at least 1")
+    data, key = recipe.data, "data.train"
+    if data.valid is not None:  # then the training text need not be named
+        data, key = dataclasses.replace(data, train=data.valid), "data.valid"
+    wanted = evaluate.samples if parse_blend(data.train, key).weights else None
+    _, valid, _ = build_datasets(data, tokenizer, train_samples=0, valid_samples=wanted, seed=recipe.seed)
+    assert valid is not None
+    return valid
+
+
+def grouped(microbatches: Iterator[Microbatch], parallel: ParallelConfig) -> Iterator[list[Microbatch]]:
+    """A few pipelines' fill of microbatches at a time, on the device.
+
+    The interleaved schedule needs a multiple of the stages: uncounted copies fill the last group.
+    """
+    while group := [to_device(microbatch) for microbatch in itertools.islice(microbatches, 4 * parallel.pipeline)]:
+        while parallel.virtual_pipeline and len(group) % parallel.pipeline:
+            group.append({**group[-1], "loss_mask": torch.zeros_like(group[-1]["loss_mask"])})
+        yield group
+
+
+def write_results(target: Path, results: dict[str, Any]) -> None:
+    """The file is whole, or as it was before."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".tmp")
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(partial, target)

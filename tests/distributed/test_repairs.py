@@ -1,0 +1,147 @@
+"""runtime/repairs.py: megatron-core 0.16.1 is wrong without each repair, and right with it.
+
+Every test shows both. One that fails because the unrepaired part is right tells that the repair can go.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.models import LAYOUTS, global_batch, my_batch, start_layout, tiny
+from tests.distributed.ranks import run_on_ranks
+
+
+def gradient_norm_on_rank(parallel: dict[str, Any], world_size: int, changes: dict[str, Any], marked: bool) -> float:
+    """The gradient norm of one step, with fields of the TransformerConfig changed or shards left unmarked."""
+    from minitron_mcore.distillation.objective import Objective
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.initialize import initialize
+    from minitron_mcore.training.config import TrainConfig
+    from minitron_mcore.training.loop import train_step
+    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+
+    layout = start_layout(parallel, world_size)
+    architecture = tiny("llama")
+    models = build_model(architecture, layout, "fp32")
+    initialize(models, architecture, seed=11)
+    for model in models:
+        for field, value in changes.items():
+            assert hasattr(model.config, field)
+            setattr(model.config, field, value)
+        for tensor in model.parameters():
+            if not marked:
+                tensor.tensor_model_parallel = False  # type: ignore[attr-defined]
+    train = TrainConfig(global_batch_size=8)
+    chunks = wrap_model(models)
+    optimizer = build_optimizer(chunks, train, "fp32")
+    scheduler = build_scheduler(optimizer, train, 10)
+    objective = Objective(vocab_size=architecture.vocab_size)
+    batch = my_batch(global_batch(architecture.vocab_size))
+    return train_step(chunks, optimizer, scheduler, objective, train, batch)["grad-norm"]
+
+
+def gradient_norm(layout: str, changes: dict[str, Any] | None = None, marked: bool = True) -> float:
+    world_size, parallel = LAYOUTS[layout]
+    return run_on_ranks(gradient_norm_on_rank, world_size, parallel, world_size, changes or {}, marked)[0]
+
+
+def test_interleaved_pipeline_needs_ordered_sends() -> None:
+    right = gradient_norm("1")
+    assert gradient_norm("PP2-VPP2") == pytest.approx(right, rel=1e-4)
+    wrong = gradient_norm("PP2-VPP2", {"overlap_p2p_comm": False, "batch_p2p_comm": True})
+    assert abs(wrong / right - 1) > 0.05
+
+
+def test_gradient_norm_needs_marked_shards() -> None:
+    right = gradient_norm("1")
+    assert gradient_norm("TP2") == pytest.approx(right, rel=1e-4)
+    assert abs(gradient_norm("TP2", marked=False) / right - 1) > 0.05
+
+
+def adam_on_rank() -> dict[str, Any]:
+    """What becomes of torch Adam's `step` when its state is asked for and loaded, with and without the repairs."""
+    from minitron_mcore.checkpoint.store import model_state
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.initialize import initialize
+    from minitron_mcore.runtime.repairs import SHARDING, optimizer_state
+    from minitron_mcore.training.config import TrainConfig
+    from minitron_mcore.training.optimizer import build_optimizer, wrap_model
+
+    layout = start_layout({}, 1)
+    architecture = tiny("llama")
+
+    def fresh() -> tuple[Any, Any]:
+        models = build_model(architecture, layout, "fp32")
+        initialize(models, architecture, seed=11)
+        chunks = wrap_model(models)
+        optimizer = build_optimizer(chunks, TrainConfig(), "fp32")
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        return optimizer, model_state(chunks)["model"]
+
+    def distinct_steps(optimizer: Any) -> int:
+        states = optimizer.chained_optimizers[0].optimizer.state.values()
+        return len({id(state["step"]) for state in states})
+
+    result: dict[str, Any] = {}
+    optimizer, tensors = fresh()
+    try:
+        optimizer.sharded_state_dict(tensors, is_loading=True, metadata=SHARDING)
+        result["before the first step"] = "saved"
+    except AssertionError:
+        result["before the first step"] = "asserts"
+    optimizer, tensors = fresh()
+    optimizer_state(optimizer, tensors, is_loading=True)
+    result["repaired: steps"] = distinct_steps(optimizer)
+    result["parameters"] = len(optimizer.chained_optimizers[0].optimizer.state)
+
+    optimizer, tensors = fresh()
+    optimizer.step()
+    optimizer.sharded_state_dict(tensors, is_loading=True, metadata=SHARDING)
+    result["unrepaired: steps"] = distinct_steps(optimizer)
+    return result
+
+
+def test_torch_adam_step() -> None:
+    (result,) = run_on_ranks(adam_on_rank, 1)
+    assert result["before the first step"] == "asserts"
+    assert result["unrepaired: steps"] == 1
+    assert result["repaired: steps"] == result["parameters"] > 1
+
+
+def load_step_on_rank(folder: str) -> str:
+    """Loading into a fresh optimizer without the `step` stand-in."""
+    from pathlib import Path
+
+    from minitron_mcore.checkpoint.store import load_state, save_state, training_state
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.initialize import initialize
+    from minitron_mcore.runtime.repairs import load_optimizer_state
+    from minitron_mcore.runtime.start import start
+    from minitron_mcore.training.config import TrainConfig
+    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+
+    layout = start_layout({}, 1)
+    architecture = tiny("llama")
+    models = build_model(architecture, layout, "fp32")
+    initialize(models, architecture, seed=11)
+    chunks = wrap_model(models)
+    optimizer = build_optimizer(chunks, TrainConfig(), "fp32")
+    scheduler = build_scheduler(optimizer, TrainConfig(), 10)
+    optimizer.step()
+    save_state(Path(folder), 1, training_state(chunks, optimizer, scheduler, {}, is_loading=False), start())
+    state = training_state(chunks, optimizer, scheduler, {}, is_loading=True)
+    loaded = load_state(Path(folder), 1, state)["optimizer"]
+    try:
+        optimizer.load_state_dict({**loaded, "optimizer": dict(loaded["optimizer"])})
+    except KeyError as error:
+        load_optimizer_state(optimizer, loaded)
+        return str(error)
+    return "loaded"
+
+
+def test_loading_adam_needs_its_step(tmp_path: Any) -> None:
+    (result,) = run_on_ranks(load_step_on_rank, 1, str(tmp_path))
+    assert result == "'step'"

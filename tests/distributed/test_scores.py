@@ -1,0 +1,269 @@
+"""Scores of sharded models, at every layout and micro-batch size, against a dense float64 computation of the formulas.
+
+Tolerance 1e-5 of an axis' largest score in fp32 (seen: 2e-6). In bf16 the activations themselves are rounded to 8 bits:
+BF16_BOUND is what that was seen to leave in the scores of these models, doubled.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.config import ImportanceConfig
+from tests.distributed.dense_reference import EMBEDDING, FC2, PROJ, DenseModel, draw_weights, fill
+from tests.distributed.models import start_layout, tiny
+from tests.distributed.ranks import run_on_ranks
+
+AXES = ("hidden", "ffn", "heads", "layers")
+AGGREGATIONS = ("mean", "l2", "var")
+SITES = ("pre_activation", "down_projection_input")
+DEFAULT = ("l2", "mean", "pre_activation")
+SAMPLES, LENGTH = 10, 24
+SEED = 11
+TOLERANCE = 1e-5
+BF16_BOUND = 2e-2
+
+# By world size, so that one call of the ranks serves many cases: (parallel section, micro-batch sizes).
+LAYOUTS: dict[int, list[tuple[dict[str, Any], tuple[int, ...]]]] = {
+    1: [({}, (1, 2, 4))],
+    2: [
+        ({"tensor": 2}, (1, 2, 4)),
+        ({"pipeline": 2}, (1, 2, 4)),
+        ({"pipeline": 2, "virtual_pipeline": 2}, (1, 2, 4)),
+        ({"tensor": 2, "sequence": True}, (1, 2, 4)),
+        ({}, (1, 2, 4)),
+    ],
+    4: [
+        ({"tensor": 2, "pipeline": 2}, (1, 2, 4)),
+        ({"tensor": 2, "pipeline": 2, "sequence": True}, (1, 2, 4)),
+        ({"tensor": 2, "sequence": True}, (2,)),
+        ({"pipeline": 2, "virtual_pipeline": 2}, (2,)),
+    ],
+}
+FAMILIES = ("llama", "nemotron")
+Case = tuple[str, str, str]  # batch aggregation, sequence aggregation, neuron site
+
+
+class Samples:
+    """A dataset of SAMPLES sequences; enough of `data.dataset.Dataset` for calibration batches."""
+
+    def __init__(self, vocab_size: int) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.tokens = torch.randint(0, vocab_size, (SAMPLES, LENGTH), generator=generator)
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = self.tokens[index]
+        return {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(LENGTH), "position_ids": torch.arange(LENGTH)}
+
+
+def my_batches(dataset: Any, micro_batch_size: int) -> Any:
+    from megatron.core import parallel_state
+
+    from minitron_mcore.data.dataset import batches_once
+
+    return batches_once(
+        dataset,
+        range(len(dataset)),
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def score(chunks: Any, architecture: Any, case: Case, micro_batch_size: int, dataset: Any = None) -> dict[str, Any]:
+    from minitron_mcore.importance.score import score_model
+
+    batch, sequence, site = case
+    config = ImportanceConfig(batch_aggregation=batch, sequence_aggregation=sequence, neuron_site=site)
+    dataset = dataset or Samples(architecture.vocab_size)
+    scores = score_model(chunks, my_batches(dataset, micro_batch_size), architecture, config)
+    return {axis: getattr(scores, axis) for axis in AXES}
+
+
+def build(family: str, parallel: Any, precision: str = "fp32") -> tuple[Any, Any]:
+    from minitron_mcore.model.gpt import build_model
+
+    architecture = tiny(family)
+    chunks = build_model(architecture, parallel, precision)
+    fill(chunks, architecture, draw_weights(architecture, SEED))
+    return architecture, chunks
+
+
+def scores_on_rank(world_size: int) -> dict[Any, Any]:
+    """Every layout of this world size: both families, the default aggregations, every micro-batch size."""
+    results = {}
+    for parallel, sizes in LAYOUTS[world_size]:
+        layout = start_layout(parallel, world_size)
+        for family in FAMILIES:
+            architecture, chunks = build(family, layout)
+            for size in sizes:
+                key = (family, "-".join(f"{k}{v}" for k, v in parallel.items()), size)
+                results[key] = score(chunks, architecture, DEFAULT, size)
+    return results
+
+
+def every_case_on_rank(world_size: int, parallel: dict[str, Any], family: str) -> dict[Case, Any]:
+    layout = start_layout(parallel, world_size)
+    architecture, chunks = build(family, layout)
+    cases = itertools.product(AGGREGATIONS, AGGREGATIONS, SITES)
+    return {case: score(chunks, architecture, case, 4) for case in cases}
+
+
+@lru_cache(maxsize=4)
+def dense_states(family: str, precision: str = "fp32") -> dict[str, Any]:
+    architecture = tiny(family)
+    weights = draw_weights(architecture, SEED, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return DenseModel(architecture, weights).forward(Samples(architecture.vocab_size).tokens)
+
+
+def aggregate(aggregation: str, values: numpy.ndarray, axis: int) -> numpy.ndarray:
+    if aggregation == "mean":
+        return numpy.abs(values).mean(axis)
+    if aggregation == "l2":
+        return numpy.sqrt((values**2).sum(axis))
+    return ((values - values.mean(axis, keepdims=True)) ** 2).mean(axis)
+
+
+def dense_scores(family: str, case: Case, precision: str = "fp32") -> dict[str, numpy.ndarray]:
+    """The formulas of arXiv 2407.14679, section 2.2, on whole float64 states."""
+    batch, sequence, site = case
+    states = dense_states(family, precision)
+
+    def over_both(values: torch.Tensor) -> numpy.ndarray:
+        return aggregate(batch, aggregate(sequence, values.numpy(), 1), 0)
+
+    sites = [*states["input_normed"], *states["pre_mlp_normed"], states["final_hidden"]]
+    neurons = states["fc2_input"]
+    if site == "pre_activation":
+        neurons = [inner[..., -tiny(family).ffn_hidden_size :] for inner in states["fc1_output"]]
+    cosines = [
+        ((x * y).sum(-1) / x.square().sum(-1).sqrt() / y.square().sum(-1).sqrt()).mean().item()
+        for x, y in zip(states["layer_input"], states["layer_output"], strict=True)
+    ]
+    return {
+        "hidden": numpy.sum([over_both(values) for values in sites], axis=0),
+        "ffn": numpy.stack([over_both(values) for values in neurons]),
+        "heads": numpy.stack([over_both(heads.square().sum(-1).sqrt()) for heads in states["head_output"]]),
+        "layers": 1 - numpy.array(cosines),
+    }
+
+
+def errors(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """Largest difference of each axis, relative to its largest score."""
+    for axis in AXES:
+        assert actual[axis].dtype == numpy.float64 and actual[axis].shape == expected[axis].shape
+    return {axis: float(abs(actual[axis] - expected[axis]).max() / abs(expected[axis]).max()) for axis in AXES}
+
+
+@pytest.mark.parametrize("world_size", list(LAYOUTS))
+def test_every_layout_and_micro_batch_size(world_size: int) -> None:
+    ranks = run_on_ranks(scores_on_rank, world_size, world_size)
+    assert len(ranks[0]) == sum(len(FAMILIES) * len(sizes) for _, sizes in LAYOUTS[world_size])
+    for key, scores in ranks[0].items():
+        found = errors(scores, dense_scores(key[0], DEFAULT))
+        assert max(found.values()) <= TOLERANCE, f"{key}: {found}"
+        for other in ranks[1:]:
+            assert all(numpy.array_equal(other[key][axis], scores[axis]) for axis in AXES), f"{key}: ranks differ"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_pair_of_aggregations_and_both_neuron_sites(family: str) -> None:
+    scores = run_on_ranks(every_case_on_rank, 2, 2, {"tensor": 2, "sequence": True}, family)[0]
+    for case, found in scores.items():
+        found = errors(found, dense_scores(family, case))
+        assert max(found.values()) <= TOLERANCE, f"{case}: {found}"
+
+
+def bf16_on_rank() -> dict[Any, Any]:
+    results = {}
+    for parallel in ({}, {"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}):
+        layout = start_layout(parallel, 2)
+        for family in FAMILIES:
+            architecture, chunks = build(family, layout, "bf16")
+            results[family, str(parallel)] = score(chunks, architecture, DEFAULT, 2)
+    return results
+
+
+def test_bf16_stays_within_its_bound() -> None:
+    for (family, layout), scores in run_on_ranks(bf16_on_rank, 2)[0].items():
+        found = errors(scores, dense_scores(family, DEFAULT, "bf16"))
+        assert max(found.values()) <= BF16_BOUND, f"{family} {layout}: {found}"
+
+
+class FusedLinear(torch.nn.Module):
+    """A linear with the norm before it inside, and its parameters named as in Transformer Engine."""
+
+    def __init__(self, norm: Any, linear: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer_norm_weight, self.layer_norm_bias = norm.weight, norm.bias
+        self.inner, self.config = linear, norm.config
+
+    def forward(self, x: torch.Tensor) -> Any:
+        from minitron_mcore.model.norm import apply_norm
+
+        return self.inner(apply_norm(x, self.layer_norm_weight, self.layer_norm_bias, self.config))
+
+
+def fused_norms_on_rank(family: str) -> dict[str, Any]:
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    layout = start_layout({"tensor": 2, "sequence": True}, 2)
+    architecture, chunks = build(family, layout)
+    for layer in chunks[0].decoder.layers:
+        layer.self_attention.linear_qkv = FusedLinear(layer.input_layernorm, layer.self_attention.linear_qkv)
+        layer.mlp.linear_fc1 = FusedLinear(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)
+        layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp()
+    return score(chunks, architecture, DEFAULT, 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_fused_into_the_next_linear(family: str) -> None:
+    found = errors(run_on_ranks(fused_norms_on_rank, 2, family)[0], dense_scores(family, DEFAULT))
+    assert max(found.values()) <= TOLERANCE, str(found)
+
+
+def traces_on_rank() -> dict[str, Any]:
+    """What scoring leaves behind, and what is said of activations that are not finite."""
+    layout = start_layout({"tensor": 2, "pipeline": 2}, 4)
+    architecture, chunks = build("llama", layout)
+    chunks[0].train()
+    score(chunks, architecture, DEFAULT, 2)
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in chunks[0].modules())
+    result: dict[str, Any] = {"hooks": hooks, "training": chunks[0].training, "messages": []}
+    result["graph"] = any(tensor.grad is not None for tensor in chunks[0].parameters())
+
+    weights = draw_weights(architecture, SEED)
+    dataset = Samples(architecture.vocab_size)
+    token = 1002
+    dataset.tokens[dataset.tokens == token] = 0
+    dataset.tokens[6, 3] = token
+    for name, row in ((PROJ, 2), (FC2, 3), (EMBEDDING, None)):
+        broken = {key: value.clone() for key, value in weights.items()}
+        place = token if name == EMBEDDING else 5
+        broken[name, row][place] = float("nan") if name != FC2 else float("inf")
+        fill(chunks, architecture, broken)
+        try:
+            score(chunks, architecture, DEFAULT, 4, dataset)
+            result["messages"].append("")
+        except InputError as error:
+            result["messages"].append(str(error))
+    return result
+
+
+def test_nothing_is_left_behind_and_broken_activations_are_named() -> None:
+    ranks = run_on_ranks(traces_on_rank, 4)
+    for rank in ranks:
+        assert rank["hooks"] == 0 and rank["training"] and not rank["graph"]
+        attention, mlp, embedding = rank["messages"]
+        assert "layer 2 " in attention and "samples 0 to 3" in attention
+        assert "layer 3 " in mlp and "samples 0 to 3" in mlp
+        assert "layer 0 " in embedding and "samples 4 to 7" in embedding
