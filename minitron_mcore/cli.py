@@ -19,6 +19,7 @@ from minitron_mcore.errors import InputError
 VERBS = {
     "tokenizer": ("tokenizer", "train a SentencePiece model on text files"),
     "preprocess": ("preprocess", "text or JSONL -> Megatron .bin/.idx"),
+    "import": ("import_", "Hugging Face folder -> sharded Megatron checkpoint"),
     "train": ("train", "next-token training, from random weights or from a checkpoint"),
     "score": ("score", "importance of every axis of the teacher, one forward pass"),
     "plan": ("plan", "scores + target shape -> plan.json, without touching weights"),

@@ -131,8 +131,9 @@ def shard_slices(parameter: Parameter, architecture: Architecture, rank: int, si
     full = parameter.shape(architecture)[parameter.shard_axis]
     halves = 2 if parameter.gated else 1
     part = full // halves // size
-    return [slice(half * full // halves + rank * part, half * full // halves + (rank + 1) * part)
-            for half in range(halves)]
+    return [
+        slice(half * full // halves + rank * part, half * full // halves + (rank + 1) * part) for half in range(halves)
+    ]
 
 
 def local_shape(parameter: Parameter, architecture: Architecture, size: int) -> tuple[int, ...]:
@@ -167,13 +168,15 @@ def split_layers(num_layers: int, pipeline: int, virtual_pipeline: int | None = 
     chunks = pipeline * (virtual_pipeline or 1)
     if num_layers < chunks:
         keys = f"parallel.pipeline={pipeline}" + (
-            f" x parallel.virtual_pipeline={virtual_pipeline}" if virtual_pipeline else "")
+            f" x parallel.virtual_pipeline={virtual_pipeline}" if virtual_pipeline else ""
+        )
         raise InputError(f"num_layers={num_layers} is fewer than the {chunks} stages of {keys}: use fewer stages")
     base, extra = divmod(num_layers, chunks)
     if extra and virtual_pipeline:
         raise InputError(
             f"num_layers={num_layers} is no multiple of parallel.pipeline={pipeline} x "
-            f"parallel.virtual_pipeline={virtual_pipeline} = {chunks}: leave parallel.virtual_pipeline out")
+            f"parallel.virtual_pipeline={virtual_pipeline} = {chunks}: leave parallel.virtual_pipeline out"
+        )
     counts = [base + (index < extra) for index in range(chunks)]
     starts = [sum(counts[:index]) for index in range(chunks)]
     ranges = [list(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]

@@ -94,8 +94,9 @@ class PruningPlan:
                 raise InputError(f"plan: {axis} has layers {sorted(by_layer)}, but the kept layers are {self.layers}")
         for layer in self.layers:
             _check_indices(f"ffn.{layer}", self.ffn[layer], self.student.ffn_hidden_size, self.teacher.ffn_hidden_size)
-            _check_indices(f"heads.{layer}", self.heads[layer], self.student.num_attention_heads,
-                           self.teacher.num_attention_heads)
+            _check_indices(
+                f"heads.{layer}", self.heads[layer], self.student.num_attention_heads, self.teacher.num_attention_heads
+            )
             groups = [head // self.teacher.heads_per_group for head in self.heads[layer]]
             for group in range(self.teacher.num_query_groups):
                 if groups.count(group) != self.student.heads_per_group:
@@ -120,25 +121,35 @@ class PruningPlan:
     @property
     def fingerprint(self) -> str:
         """sha256 of what is kept, whatever decided it."""
-        kept = [self.teacher.to_dict(), self.student.to_dict(), self.layers, self.hidden,
-                [(self.ffn[layer], self.heads[layer]) for layer in self.layers]]
+        kept = [
+            self.teacher.to_dict(),
+            self.student.to_dict(),
+            self.layers,
+            self.hidden,
+            [(self.ffn[layer], self.heads[layer]) for layer in self.layers],
+        ]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Readable: one line for each list of indices."""
-        return _readable({
-            "format": FORMAT,
-            "teacher": self.teacher.to_dict(),
-            "student": self.student.to_dict(),
-            "cost": self.cost(),
-            "cuts": {axis: asdict(cut) for axis, cut in self.cuts.items()},
-            "settings": self.settings,
-            "warnings": self.warnings,
-            "layers": self.layers,
-            "hidden": self.hidden,
-            "ffn": {str(layer): indices for layer, indices in self.ffn.items()},
-            "heads": {str(layer): indices for layer, indices in self.heads.items()},
-        }) + "\n"
+        return (
+            _readable(
+                {
+                    "format": FORMAT,
+                    "teacher": self.teacher.to_dict(),
+                    "student": self.student.to_dict(),
+                    "cost": self.cost(),
+                    "cuts": {axis: asdict(cut) for axis, cut in self.cuts.items()},
+                    "settings": self.settings,
+                    "warnings": self.warnings,
+                    "layers": self.layers,
+                    "hidden": self.hidden,
+                    "ffn": {str(layer): indices for layer, indices in self.ffn.items()},
+                    "heads": {str(layer): indices for layer, indices in self.heads.items()},
+                }
+            )
+            + "\n"
+        )
 
     @staticmethod
     def from_json(text: str) -> PruningPlan:
@@ -261,8 +272,10 @@ def check_same_model(stated: Architecture, teacher: Architecture, what: str) -> 
     """Raise InputError, beginning with `what`, where `stated` is another model than `teacher`."""
     for name, value in teacher.to_dict().items():
         if name != "init_method_std" and stated.to_dict()[name] != value:
-            raise InputError(f"{what} another model than teacher.checkpoint: {name} is {stated.to_dict()[name]!r} "
-                             f"there and {value!r} in the checkpoint")
+            raise InputError(
+                f"{what} another model than teacher.checkpoint: {name} is {stated.to_dict()[name]!r} "
+                f"there and {value!r} in the checkpoint"
+            )
 
 
 def _student_shape(
@@ -275,12 +288,16 @@ def _student_shape(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"student.{name}={value!r} must be a whole number of at least 1")
         if value > getattr(teacher, name):
-            raise InputError(f"student.{name}={value} is larger than the teacher's {getattr(teacher, name)}: "
-                             "pruning only makes a model smaller")
+            raise InputError(
+                f"student.{name}={value} is larger than the teacher's {getattr(teacher, name)}: "
+                "pruning only makes a model smaller"
+            )
     heads, groups = wanted.get("num_attention_heads", teacher.num_attention_heads), teacher.num_query_groups
     if heads % groups:
-        raise InputError(f"student.num_attention_heads={heads} is no multiple of the teacher's num_query_groups="
-                         f"{groups}: every KV group stays and keeps as many query heads as the others")
+        raise InputError(
+            f"student.num_attention_heads={heads} is no multiple of the teacher's num_query_groups="
+            f"{groups}: every KV group stays and keeps as many query heads as the others"
+        )
     target = teacher.replace(**wanted)
     if target.ffn_hidden_size % tensor:
         raise InputError(f"student.ffn_hidden_size={target.ffn_hidden_size} is no multiple of parallel.tensor={tensor}")
@@ -344,14 +361,18 @@ def _close_cuts(cuts: dict[str, Cut], tolerance: float) -> Iterator[str]:
         if cut.margin is not None and cut.margin <= 2 * tolerance:
             where = "" if cut.layer is None else f" of layer {cut.layer}"
             where += "" if cut.group is None else f", KV group {cut.group}"
-            yield (f"{axis}: the margin at the cut{where} is {cut.margin:.1e}, within the scores' tolerance of "
-                   f"{tolerance:.0e}: scores from another layout may keep another index")
+            yield (
+                f"{axis}: the margin at the cut{where} is {cut.margin:.1e}, within the scores' tolerance of "
+                f"{tolerance:.0e}: scores from another layout may keep another index"
+            )
 
 
 def _export_warnings(student: Architecture) -> Iterator[str]:
     if student.family == "llama" and student.hidden_size % student.num_attention_heads:
-        yield (f"hidden_size={student.hidden_size} is no multiple of num_attention_heads="
-               f"{student.num_attention_heads}: transformers 5 refuses such a LlamaConfig, even with head_dim given")
+        yield (
+            f"hidden_size={student.hidden_size} is no multiple of num_attention_heads="
+            f"{student.num_attention_heads}: transformers 5 refuses such a LlamaConfig, even with head_dim given"
+        )
 
 
 def _check_indices(name: str, indices: Any, count: int, size: int) -> None:

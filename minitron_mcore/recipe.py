@@ -6,6 +6,7 @@ every error names the full path, what was given, what is allowed, and the neares
 
 import dataclasses
 import difflib
+import sysconfig
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,10 +35,12 @@ class TeacherConfig:
 
 @dataclass
 class RunConfig:
-    """What `run` makes beside the student of `student.*`."""
+    """What `run` makes."""
 
-    variants: dict[str, StudentConfig] = field(default_factory=dict)  # more students, by name
-    baselines: list[str] = field(default_factory=list)  # of next_token (pruned, no teacher) and random (no pruning)
+    students: dict[str, StudentConfig] = field(default_factory=dict)  # by name; none: the one of `student.*`
+    # What the first student is compared with, on the same tokens: next_token (pruned, trained without a teacher) and
+    # random (the same shape from random weights).
+    baselines: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -58,8 +61,8 @@ class Recipe:
     precision: str = "fp32"  # fp32 or bf16
     input: Optional[Any] = None  # preprocess: text or JSONL files, or folders
     output_prefix: Optional[str] = None  # preprocess: path of the .bin/.idx, without ending
-    checkpoint: Optional[str] = None  # evaluate, export: folder of a checkpoint
-    hf: Optional[str] = None  # export: Hugging Face folder to write
+    checkpoint: Optional[str] = None  # evaluate, export: folder of a checkpoint; import writes it
+    hf: Optional[str] = None  # Hugging Face folder: import reads it, export writes it
     scores: Optional[str] = None  # score writes it, plan and prune read it
     plan: Optional[str] = None  # plan writes it, prune reads it
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -88,6 +91,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "prune.layers": ("scattered", "contiguous"),
     "log.wandb": ("offline", "online", "disabled"),
 }
+# `input: ${python_stdlib:}` names real text that is on every machine: the Python standard library's own source.
+OmegaConf.register_new_resolver("python_stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
+
 BASELINES = ("next_token", "random")
 
 
@@ -125,9 +131,9 @@ def _merge(merged: Any, given: Any, where: str) -> Any:
     try:
         return OmegaConf.merge(merged, given)
     except ConfigKeyError as error:
-        raise InputError(_unknown_key(error.full_key, where)) from error
+        raise InputError(_unknown_key(error.full_key or "", where)) from error
     except ValidationError as error:
-        path = error.full_key
+        path = error.full_key or ""
         value = OmegaConf.select(given, path) if path else given
         raise InputError(f"{path}={value!r} ({where}) is not allowed: {_allowed(path)}") from error
     except OmegaConfBaseException as error:

@@ -60,6 +60,6 @@ def write_safetensors(path: Path, entries: list[Entry], tensors: Iterable[torch.
         stream.write(len(text).to_bytes(8, "little") + text)
         for entry, tensor in zip(entries, tensors, strict=True):
             assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry
-            stream.write(tensor.contiguous().view(torch.uint8).numpy())
+            stream.write(tensor.contiguous().view(torch.uint8).numpy().data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -96,7 +96,7 @@ def training_state(
 ) -> ShardedStateDict:
     """Everything a run resumes from: weights, optimizer, schedule, and `progress` (plain numbers)."""
     model = model_state(chunks)
-    tensors = next(iter(model.values())) if len(model) == 1 else dict(enumerate(model.values()))
+    tensors: Any = next(iter(model.values())) if len(model) == 1 else dict(enumerate(model.values()))
     return {
         **model,
         "optimizer": optimizer_state(optimizer, tensors, is_loading=is_loading),

@@ -12,6 +12,7 @@ class TokenizerConfig:
     model: Optional[str] = None  # a SentencePiece .model file, or a Hugging Face folder
     input: Any = None  # text to train on: a file, folder or glob, or a list of them; null: the recipe's `input`
     extensions: list[str] = field(default_factory=lambda: [".txt", ".jsonl"])  # taken from folders
+    exclude: list[str] = field(default_factory=list)  # names of folders not to enter
     json_key: str = "text"  # which value of a .jsonl line is the text
     vocab_size: int = 32000
     character_coverage: float = 0.9995  # rarer characters are spelled in bytes
@@ -28,6 +29,7 @@ class PreprocessConfig:
     input: Any = None  # a file, folder or glob, or a list of them; null: the recipe's `input`
     output_prefix: Optional[str] = None  # null: the recipe's `output_prefix`
     extensions: list[str] = field(default_factory=lambda: [".txt", ".jsonl"])  # taken from folders
+    exclude: list[str] = field(default_factory=list)  # names of folders not to enter
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     append_eod: bool = True  # samples are cut across documents: without the mark they run together
     workers: Optional[int] = None  # null: every core this process may use

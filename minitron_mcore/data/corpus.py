@@ -25,17 +25,19 @@ def as_list(value: Any, key: str) -> list[str]:
     return items
 
 
-def find_files(inputs: Any, extensions: Iterable[str], key: str) -> list[str]:
+def find_files(inputs: Any, extensions: Iterable[str], key: str, exclude: Iterable[str] = ()) -> list[str]:
     """The files that `inputs` names, each once, in an order that depends on names alone.
 
-    Folders are read to the bottom for files with one of `extensions`; files and globs are taken as they are.
+    Folders are read to the bottom for files with one of `extensions`, but for folders whose name is in `exclude`; files
+    and globs are taken as they are.
     Raises InputError, naming `key`, for a path that is not there and where no file is left.
     """
     endings = tuple(e if e.startswith(".") else "." + e for e in extensions)
+    skipped = set(exclude)
     files: list[str] = []
     for path in as_list(inputs, key):
         if os.path.isdir(path):
-            files += _files_below(path, endings)
+            files += _files_below(path, endings, skipped)
         elif os.path.isfile(path):
             files.append(path)
         else:
@@ -43,7 +45,7 @@ def find_files(inputs: Any, extensions: Iterable[str], key: str) -> list[str]:
             if not matches:
                 raise InputError(f"{key}: {path} does not exist")
             for match in matches:
-                files += _files_below(match, endings) if os.path.isdir(match) else [match]
+                files += _files_below(match, endings, skipped) if os.path.isdir(match) else [match]
     if not files:
         raise InputError(
             f"{key}={inputs!r} holds no file ending in {', '.join(endings)}; give others or set extensions"
@@ -51,10 +53,10 @@ def find_files(inputs: Any, extensions: Iterable[str], key: str) -> list[str]:
     return list(dict.fromkeys(files))
 
 
-def _files_below(folder: str, endings: tuple[str, ...]) -> list[str]:
+def _files_below(folder: str, endings: tuple[str, ...], exclude: set[str]) -> list[str]:
     found = []
     for parent, folders, names in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if name not in exclude)
         found += [os.path.join(parent, name) for name in sorted(names) if name.endswith(endings)]
     return found
 

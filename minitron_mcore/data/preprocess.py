@@ -75,7 +75,7 @@ def preprocess(
     One process calls it. `seed` decides which documents are held out. Raises InputError, with nothing left behind, for
     input that is missing, empty or malformed, and for output that exists (unless `config.overwrite`).
     """
-    files = find_files(config.input, config.extensions, "preprocess.input")
+    files = find_files(config.input, config.extensions, "preprocess.input", config.exclude)
     keys = _check(config, files)
     names = [f"{config.output_prefix}_{key}_document" for key in keys]
     held_out_names = [f"{config.output_prefix}_valid_{key}_document" for key in keys] if config.valid_fraction else []

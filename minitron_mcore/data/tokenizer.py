@@ -169,7 +169,7 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
         raise InputError("tokenizer.model is not set; it names the file to write")
     if os.path.exists(config.model) and not config.overwrite:
         raise InputError(f"tokenizer.model={config.model} exists; give another name, or set tokenizer.overwrite=true")
-    files = find_files(config.input, config.extensions, "tokenizer.input")
+    files = find_files(config.input, config.extensions, "tokenizer.input", config.exclude)
     passages, read = _sample(_passages(documents(files, config.json_key)), config.input_sentence_size, seed)
     if not passages:
         raise InputError(f"tokenizer.input={config.input!r} holds no text: {len(files)} files are empty")

@@ -40,7 +40,7 @@ def convert_sentencepiece(proto: bytes, path: str) -> tuple[dict[str, Any], dict
     """A serialized SentencePiece model -> (tokenizer.json, tokenizer_config.json). `path` is for messages."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+    model = sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]  # made at import
     _check(model, path)
     pieces = [piece.piece for piece in model.pieces]
     special = [i for i, piece in enumerate(model.pieces) if piece.type in (UNKNOWN, CONTROL)]

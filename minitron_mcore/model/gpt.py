@@ -170,4 +170,3 @@ def unwrap(model: torch.nn.Module) -> LanguageModel:
     while not isinstance(model, LanguageModel):
         model = model.module  # type: ignore[assignment]
     return model
-

@@ -81,9 +81,7 @@ def _drop(hidden: torch.Tensor, non_loss_data: bool = True) -> None:
     return None
 
 
-def _schedule_loss(
-    loss: LossFunction, model: LanguageModel, microbatch: Microbatch, hidden: torch.Tensor
-) -> LossSums:
+def _schedule_loss(loss: LossFunction, model: LanguageModel, microbatch: Microbatch, hidden: torch.Tensor) -> LossSums:
     total, num_tokens, sums = loss(model, hidden, microbatch)
     return total, num_tokens.detach().to(torch.int), {"num_tokens": num_tokens.detach(), **sums}
 
@@ -118,9 +116,7 @@ def _mean_over_tokens(rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         box = [dict(zip(names, total.tolist(), strict=True))]
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
-        torch.distributed.broadcast_object_list(
-            box, src=last, group=parallel_state.get_pipeline_model_parallel_group()
-        )
+        torch.distributed.broadcast_object_list(box, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     sums: dict[str, float] = box[0]
     count = max(sums["num_tokens"], 1.0)
     return {name: value if name == "num_tokens" else value / count for name, value in sums.items()}

@@ -18,9 +18,27 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
-_FACTORIES = ("zeros", "empty", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "linspace", "eye",
-              "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "as_tensor",
-              "empty_strided")
+_FACTORIES = (
+    "zeros",
+    "empty",
+    "ones",
+    "full",
+    "tensor",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+    "linspace",
+    "eye",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "as_tensor",
+    "empty_strided",
+)
 _installed = False
 
 

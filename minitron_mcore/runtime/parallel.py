@@ -30,9 +30,7 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
             "leave it out for the plain 1F1B schedule"
         )
     if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
-        raise InputError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of at least 2"
-        )
+        raise InputError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of at least 2")
     if parallel.sequence and parallel.tensor == 1:
         raise InputError("parallel.sequence=true shards the sequence over tensor-parallel ranks: parallel.tensor is 1")
 

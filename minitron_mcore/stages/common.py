@@ -22,8 +22,16 @@ from minitron_mcore.training.loop import check_train, count_iterations
 from minitron_mcore.training.reader import BatchReader, batch_reader
 
 # Keys that may change between a run and its continuation: where and how it runs, not what it computes.
-MAY_CHANGE = {"checkpoint", "save_interval", "eval_interval", "eval_iters", "micro_batch_size", "num_workers",
-              "cache_path", "loss_chunk_tokens"}
+MAY_CHANGE = {
+    "checkpoint",
+    "save_interval",
+    "eval_interval",
+    "eval_iters",
+    "micro_batch_size",
+    "num_workers",
+    "cache_path",
+    "loss_chunk_tokens",
+}
 
 
 def lay_out(recipe: Recipe, runtime: Runtime) -> None:
@@ -58,8 +66,8 @@ def refuse_other_run(folder: Path, recipe: Recipe, sections: tuple[str, ...], ke
         there = stored.get(section)
         there = there if isinstance(there, dict) else {"": there}
         for name, value in here.items():
-            if name not in MAY_CHANGE and there.get(name) != value:
-                path = f"{section}.{name}".rstrip(".")
+            path = f"{section}.{name}".rstrip(".")
+            if there.get(name) != value and (name not in MAY_CHANGE or path == "teacher.checkpoint"):
                 raise InputError(
                     f"{key}={folder} holds another run: {path} is {there.get(name)!r} there and {value!r} here; "
                     f"name another folder, or delete that one"

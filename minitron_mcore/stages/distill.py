@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import (
     find_checkpoint,
     latest_iteration,
     read_architecture,
     read_lineage,
-    write_description,
 )
 from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_weights
-from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.teacher import Teacher
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.gpt import build_model
-from minitron_mcore.recipe import Recipe, to_yaml
+from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import check_tokenizer, lay_out, output_folder, read_data, refuse_other_run
-from minitron_mcore.training.loop import Job, Progress, fit
+from minitron_mcore.stages.common import (
+    check_tokenizer,
+    checkpoint_tokenizer,
+    lay_out,
+    output_folder,
+    read_data,
+    refuse_other_run,
+)
+from minitron_mcore.stages.fitting import fit_model
+from minitron_mcore.training.loop import Progress
 
 
 def run(recipe: Recipe, runtime: Runtime) -> Progress:
@@ -39,7 +43,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
         raise InputError(f"distill.checkpoint={folder} is the student's or the teacher's own folder: name another")
 
     # Teacher and student: the same vocabulary, and the tokenizer of both.
-    tokenizer = load_tokenizer(recipe.tokenizer)
+    tokenizer = checkpoint_tokenizer(recipe, teacher_folder)
     teacher_architecture, architecture = read_architecture(teacher_folder), read_architecture(student_folder)
     check_vocabulary(teacher_architecture, architecture)
     check_tokenizer(tokenizer, architecture)
@@ -47,32 +51,17 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     resuming = latest_iteration(folder) is not None
     if resuming:
         check_architecture(folder, architecture)
-    iterations, read_train, read_valid = read_data(recipe, tokenizer, distill, "distill")
+    data = read_data(recipe, tokenizer, distill, "distill")
 
-    teacher = Teacher.load(
-        teacher_folder, teacher_iteration, teacher_architecture, recipe.parallel, recipe.precision
-    )
+    teacher = Teacher.load(teacher_folder, teacher_iteration, teacher_architecture, recipe.parallel, recipe.precision)
     chunks = build_model(architecture, recipe.parallel, recipe.precision)
     if not resuming:
         load_weights(student_folder, student_iteration, as_chunks(chunks), architecture)
     runtime.print(
         f"distill: teacher {teacher_architecture.num_parameters:,} -> student {architecture.num_parameters:,} "
-        f"parameters, {iterations} iterations of {distill.global_batch_size * recipe.data.sequence_length:,} tokens "
+        f"parameters, {data[0]} iterations of {distill.global_batch_size * recipe.data.sequence_length:,} tokens "
         f"-> {folder}"
     )
-
-    def describe(progress: Progress) -> None:
-        lineage = {
-            "stage": "distill",
-            "student": {"checkpoint": str(student_folder), **read_lineage(student_folder)},
-            "teacher": {"checkpoint": str(teacher_folder), "iteration": teacher_iteration},
-            "tokens": progress.consumed_tokens,
-            "tokenizer": tokenizer.fingerprint,
-        }
-        write_description(
-            folder, architecture, lineage=lineage, recipe=to_yaml(recipe), save_tokenizer=tokenizer.save
-        )
-
     objective = Objective(
         vocab_size=architecture.vocab_size,
         lm_weight=distill.lm_weight,
@@ -81,13 +70,21 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
         chunk_tokens=distill.loss_chunk_tokens,
         teacher=teacher,
     )
-    return fit(
-        Job(
-            chunks=chunks, architecture=architecture, objective=objective, train=distill, log=recipe.log,
-            runtime=runtime, read_train=read_train, read_valid=read_valid,
-            sequence_length=recipe.data.sequence_length, iterations=iterations, precision=recipe.precision,
-            folder=folder, describe=describe, recipe=dataclasses.asdict(recipe), name=recipe.name,
-        )
+    return fit_model(
+        recipe,
+        runtime,
+        train=distill,
+        folder=folder,
+        chunks=chunks,
+        architecture=architecture,
+        objective=objective,
+        tokenizer=tokenizer,
+        data=data,
+        lineage=lambda: {
+            "stage": "distill",
+            "student": {"checkpoint": str(student_folder), **read_lineage(student_folder)},
+            "teacher": {"checkpoint": str(teacher_folder), "iteration": teacher_iteration},
+        },
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
+from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, read_lineage
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.blend import parse_blend
 from minitron_mcore.data.dataset import Dataset, batches_once, build_datasets
@@ -55,8 +55,10 @@ def evaluate_checkpoint(recipe: Recipe, runtime: Runtime, folder: str | Path) ->
     dataset = held_out(recipe, checkpoint_tokenizer(recipe, path))
     samples = min(recipe.evaluate.samples, len(dataset))
     if samples < recipe.evaluate.samples:
-        runtime.print(f"evaluate: the held-out text has {samples} sequences, fewer than evaluate.samples="
-                      f"{recipe.evaluate.samples}")
+        runtime.print(
+            f"evaluate: the held-out text has {samples} sequences, fewer than evaluate.samples="
+            f"{recipe.evaluate.samples}"
+        )
 
     chunks = as_chunks(build_model(architecture, recipe.parallel, recipe.precision, trainable=False))
     load_weights(path, iteration, chunks, architecture)
@@ -68,8 +70,15 @@ def evaluate_checkpoint(recipe: Recipe, runtime: Runtime, folder: str | Path) ->
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
     losses = mean_loss(chunks, grouped(microbatches, recipe.parallel), Objective(vocab_size=architecture.vocab_size))
-    facts = {"checkpoint": str(path), "iteration": iteration, "samples": samples,
-             "sequence_length": recipe.data.sequence_length, "precision": recipe.precision}
+    facts = {
+        "checkpoint": str(path),
+        "iteration": iteration,
+        "parameters": architecture.num_parameters,
+        "tokens": read_lineage(path).get("tokens", 0),
+        "samples": samples,
+        "sequence_length": recipe.data.sequence_length,
+        "precision": recipe.precision,
+    }
     return {**losses, **facts}
 
 

@@ -21,7 +21,6 @@ def run(recipe: Recipe, runtime: Runtime) -> list[str]:
         config = dataclasses.replace(config, input=recipe.input)
     if config.output_prefix is None:
         config = dataclasses.replace(config, output_prefix=recipe.output_prefix)
-    prefixes: list[str] = []
-    if runtime.is_main:
-        prefixes = preprocess(config, load_tokenizer(recipe.tokenizer), seed=recipe.seed, report=runtime.print)
-    return runtime.broadcast(prefixes)  # type: ignore[return-value]
+    return runtime.on_main(
+        lambda: preprocess(config, load_tokenizer(recipe.tokenizer), seed=recipe.seed, report=runtime.print)
+    )

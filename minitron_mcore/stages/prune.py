@@ -72,12 +72,16 @@ def read_plan(recipe: Recipe, teacher: Architecture) -> PruningPlan:
     for name in TARGETS:
         asked, planned = getattr(recipe.student, name), getattr(plan.student, name)
         if asked is not None and asked != planned:
-            raise InputError(f"student.{name}={asked}, but plan={recipe.plan} is for {planned}: plan again, or leave "
-                             f"student.{name} out")
+            raise InputError(
+                f"student.{name}={asked}, but plan={recipe.plan} is for {planned}: plan again, or leave "
+                f"student.{name} out"
+            )
     made_from = plan.settings.get("scores_fingerprint")
     if recipe.scores and made_from and scores_fingerprint(read_scores(recipe, teacher)) != made_from:
-        raise InputError(f"plan={recipe.plan} was made from other scores than scores={recipe.scores}: plan again, or "
-                         "leave scores out")
+        raise InputError(
+            f"plan={recipe.plan} was made from other scores than scores={recipe.scores}: plan again, or "
+            "leave scores out"
+        )
     return plan
 
 
@@ -85,15 +89,19 @@ def student_folder(recipe: Recipe, teacher: Path) -> Path:
     """Where the student goes. Raises InputError where that would mix it with, or overwrite, something else."""
     target = output_folder(recipe.student.checkpoint, "student.checkpoint").resolve()
     if teacher.resolve().is_relative_to(target) or target.is_relative_to(teacher.resolve()):
-        raise InputError(f"student.checkpoint={target} is the teacher's own folder, or one within the other: name "
-                         "another folder")
+        raise InputError(
+            f"student.checkpoint={target} is the teacher's own folder, or one within the other: name another folder"
+        )
     if target.is_dir() and any(target.iterdir()):
         if not recipe.prune.overwrite:
-            raise InputError(f"student.checkpoint={target} is there already: name another folder, or set "
-                             "prune.overwrite=true")
+            raise InputError(
+                f"student.checkpoint={target} is there already: name another folder, or set prune.overwrite=true"
+            )
         if not (target / "architecture.yaml").is_file():
-            raise InputError(f"student.checkpoint={target} holds something other than a checkpoint, which "
-                             "prune.overwrite=true does not delete: name another folder")
+            raise InputError(
+                f"student.checkpoint={target} holds something other than a checkpoint, which "
+                "prune.overwrite=true does not delete: name another folder"
+            )
     return target
 
 

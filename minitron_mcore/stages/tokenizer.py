@@ -14,8 +14,6 @@ def run(recipe: Recipe, runtime: Runtime) -> str:
     config = recipe.tokenizer
     if config.input is None:
         config = dataclasses.replace(config, input=recipe.input)
-    if runtime.is_main:
-        train_tokenizer(config, seed=recipe.seed, report=runtime.print)
-    runtime.barrier()
+    runtime.on_main(lambda: train_tokenizer(config, seed=recipe.seed, report=runtime.print) and None)
     assert config.model, "train_tokenizer refuses a recipe without tokenizer.model"
     return config.model

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 
 from minitron_mcore.architecture import Architecture, build_architecture
-from minitron_mcore.checkpoint.folder import find_checkpoint, latest_iteration, read_architecture, write_description
+from minitron_mcore.checkpoint.folder import find_checkpoint, latest_iteration, read_architecture
 from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_weights
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.initialize import initialize
-from minitron_mcore.recipe import Recipe, to_yaml
+from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import check_tokenizer, lay_out, output_folder, read_data, refuse_other_run
-from minitron_mcore.training.loop import Job, Progress, fit
+from minitron_mcore.stages.fitting import fit_model
+from minitron_mcore.training.loop import Progress
 
 
 def run(recipe: Recipe, runtime: Runtime) -> Progress:
@@ -33,7 +34,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     resuming = latest_iteration(folder) is not None
     if resuming:
         check_architecture(folder, architecture)
-    iterations, read_train, read_valid = read_data(recipe, tokenizer, train, "train")
+    data = read_data(recipe, tokenizer, train, "train")
 
     chunks = build_model(architecture, recipe.parallel, recipe.precision)
     if not resuming and source:
@@ -41,25 +42,20 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     elif not resuming:
         initialize(chunks, architecture, recipe.seed)
     runtime.print(
-        f"train: {architecture.num_parameters:,} parameters, {iterations} iterations of "
+        f"train: {architecture.num_parameters:,} parameters, {data[0]} iterations of "
         f"{train.global_batch_size * recipe.data.sequence_length:,} tokens -> {folder}"
     )
-
-    def describe(progress: Progress) -> None:
-        lineage = {"stage": "train", "load": train.load, "tokens": progress.consumed_tokens,
-                   "tokenizer": tokenizer.fingerprint}
-        write_description(
-            folder, architecture, lineage=lineage, recipe=to_yaml(recipe), save_tokenizer=tokenizer.save
-        )
-
-    objective = Objective(vocab_size=architecture.vocab_size, chunk_tokens=train.loss_chunk_tokens)
-    return fit(
-        Job(
-            chunks=chunks, architecture=architecture, objective=objective, train=train, log=recipe.log,
-            runtime=runtime, read_train=read_train, read_valid=read_valid,
-            sequence_length=recipe.data.sequence_length, iterations=iterations, precision=recipe.precision,
-            folder=folder, describe=describe, recipe=dataclasses.asdict(recipe), name=recipe.name,
-        )
+    return fit_model(
+        recipe,
+        runtime,
+        train=train,
+        folder=folder,
+        chunks=chunks,
+        architecture=architecture,
+        objective=Objective(vocab_size=architecture.vocab_size, chunk_tokens=train.loss_chunk_tokens),
+        tokenizer=tokenizer,
+        data=data,
+        lineage=lambda: {"stage": "train", "load": train.load},
     )
 
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -171,7 +172,7 @@ def train_step(
 ) -> dict[str, float]:
     """One iteration over a global batch; mean losses over its counted tokens. Every rank calls."""
     for chunk in chunks:
-        chunk.zero_grad_buffer()
+        cast(DistributedDataParallel, chunk).zero_grad_buffer()
     optimizer.zero_grad()
     objective.prepare(batch)
     means = run_schedule(chunks, batch, objective.loss)

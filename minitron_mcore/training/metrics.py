@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def _start_wandb(folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]
     os.environ.setdefault("WANDB_SILENT", "true")
     id_file = folder / "wandb_run_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(uuid.uuid4().hex[:8])
     settings: dict[str, Any] = {"mode": log.wandb, "resume": "allow", "reinit": "create_new"}
     return wandb.init(
         project=log.wandb_project, name=name, id=id_file.read_text(), dir=str(folder), config=recipe, **settings

@@ -161,7 +161,8 @@ def _receive(worker: _Worker) -> dict[str, Any]:
         report: dict[str, Any] = pickle.loads(worker.connection.recv_bytes())
     except (EOFError, OSError):  # the process died: nothing but its exit code and its log can say why
         code = worker.process.wait()
-        report = {"time": time.monotonic(), "traceback": f"the process ended with exit code {code}", "exception": None}
+        # Before all others: what its peers report is that it is gone.
+        report = {"time": 0.0, "traceback": f"the process ended with exit code {code}", "exception": None}
     return report
 
 

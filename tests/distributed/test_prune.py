@@ -7,7 +7,6 @@ group, d head dimension.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import numpy
 import pytest
 import torch
 
-from minitron_mcore.architecture import Architecture, build_architecture
-from minitron_mcore.errors import InputError
-from minitron_mcore.importance.scores import Scores, save_scores
-from minitron_mcore.plan import PruningPlan, make_plan, save_plan
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.importance.scores import Scores
+from minitron_mcore.plan import PruningPlan, make_plan
 from tests.distributed.models import global_batch, start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
 
@@ -123,13 +121,14 @@ def sliced(teacher: dict[str, torch.Tensor], plan: PruningPlan) -> dict[str, tor
 
 def save_teacher(model: str, folder: Path, parallel: dict[str, Any], world_size: int) -> None:
     """Through Megatron's own modules: GPTModel.sharded_state_dict says where each tensor lies."""
+    from megatron.core import parallel_state
+
     from minitron_mcore.checkpoint.folder import write_description
     from minitron_mcore.checkpoint.store import as_chunks, model_state, save_state
+    from minitron_mcore.layout import parameter_table
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import named_parameters, take_shard
-    from minitron_mcore.layout import parameter_table
     from minitron_mcore.runtime.start import start
-    from megatron.core import parallel_state
 
     config = start_layout(parallel, world_size)
     runtime, architecture = start(), architecture_of(model)

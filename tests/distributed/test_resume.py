@@ -41,15 +41,29 @@ def fit_on_rank(parallel: dict[str, Any], world_size: int, folder: str, precisio
             yield my_batch(global_batch(architecture.vocab_size, first_sample // 8 + index))
 
     target = Path(folder)
-    fit(Job(
-        chunks=models, architecture=architecture, objective=Objective(vocab_size=architecture.vocab_size),
-        train=TrainConfig(tokens=1, lr=1e-2, min_lr=1e-3, lr_warmup_iters=2, global_batch_size=8, save_interval=CUT),
-        log=LogConfig(interval=1, tensorboard=False, wandb="disabled"), runtime=start(), read_train=read,
-        read_valid=None, sequence_length=16, iterations=STEPS, precision=precision, folder=target,
-        describe=lambda progress: write_description(
-            target, architecture, lineage={}, recipe="", save_tokenizer=None),
-        recipe={}, name="resume",
-    ))
+    fit(
+        Job(
+            chunks=models,
+            architecture=architecture,
+            objective=Objective(vocab_size=architecture.vocab_size),
+            train=TrainConfig(
+                tokens=1, lr=1e-2, min_lr=1e-3, lr_warmup_iters=2, global_batch_size=8, save_interval=CUT
+            ),
+            log=LogConfig(interval=1, tensorboard=False, wandb="disabled"),
+            runtime=start(),
+            read_train=read,
+            read_valid=None,
+            sequence_length=16,
+            iterations=STEPS,
+            precision=precision,
+            folder=target,
+            describe=lambda progress: write_description(
+                target, architecture, lineage={}, recipe="", save_tokenizer=None
+            ),
+            recipe={},
+            name="resume",
+        )
+    )
     rows = [row for model in models for row in named_parameters(model)]
     lines = (target / "metrics.jsonl").read_text().splitlines() if start().is_main else []
     history = {row["iteration"]: (row["lm loss"], row["grad-norm"]) for row in map(json.loads, lines)}
@@ -102,8 +116,17 @@ def test_same_layout_is_bit_for_bit(layout: str, whole: dict[str, Any], tmp_path
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("TP2", "1"), ("TP2", "PP2"), ("TP2", "DP2"), ("1", "TP2"), ("PP2", "TP2"), ("DP2", "TP2"),
-     ("PP2-VPP2", "TP2"), ("TP2", "PP2-VPP2"), ("DP2", "TP2-PP2")],
+    [
+        ("TP2", "1"),
+        ("TP2", "PP2"),
+        ("TP2", "DP2"),
+        ("1", "TP2"),
+        ("PP2", "TP2"),
+        ("DP2", "TP2"),
+        ("PP2-VPP2", "TP2"),
+        ("TP2", "PP2-VPP2"),
+        ("DP2", "TP2-PP2"),
+    ],
 )
 def test_another_layout_agrees(before: str, after: str, whole: dict[str, Any], tmp_path: Path) -> None:
     folder, history, _ = whole["of"](before)

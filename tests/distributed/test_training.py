@@ -7,7 +7,7 @@ factor of TP, PP or DP leaves 0.5 or more. Elementwise comparison of gradients i
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -48,8 +48,14 @@ def objective_of(family: str, layout: Any) -> Any:
     architecture = student.replace(hidden_size=64, num_layers=8, ffn_hidden_size=128)
     chunks = build_model(architecture, layout, "fp32", trainable=False)
     initialize(chunks, architecture, seed=5)
-    return Objective(vocab_size=student.vocab_size, chunk_tokens=24, lm_weight=0.3, kd_weight=1.0, temperature=2.0,
-                     teacher=Teacher(chunks, architecture))
+    return Objective(
+        vocab_size=student.vocab_size,
+        chunk_tokens=24,
+        lm_weight=0.3,
+        kd_weight=1.0,
+        temperature=2.0,
+        teacher=Teacher(chunks, architecture),
+    )
 
 
 def train_on_rank(family: str, parallel: dict[str, Any], world_size: int, steps: int = 10) -> dict[str, Any]:
@@ -121,7 +127,7 @@ def train_on_rank(family: str, parallel: dict[str, Any], world_size: int, steps:
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def trained(family: str, layout: str) -> dict[str, Any]:
     world_size, parallel = LAYOUTS[layout]
     ranks = run_on_ranks(train_on_rank, world_size, family, parallel, world_size)

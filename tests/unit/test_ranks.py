@@ -41,8 +41,11 @@ def fail_on_rank(rank: int) -> None:
 
 
 def fail_while_another_hangs() -> None:
+    word = torch.zeros(1)
     if dist.get_rank() == 1:
+        dist.recv(word, 0)
         raise ValueError("first")
+    dist.send(word, 1)
     time.sleep(1000)
 
 

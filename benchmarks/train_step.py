@@ -1,0 +1,206 @@
+"""Tokens a second of our training step against a plain transformers + AdamW loop, on the same model, data and threads.
+
+    python benchmarks/train_step.py                  one process (TP = 1), ratio to the plain loop
+    python benchmarks/train_step.py --tensor 2       our step alone on two ranks (TP = 2), as well
+
+Both sides: fp32, SDPA attention, AdamW, clipping at 1.0, the same weights, the same random ids, the same number of
+threads, one micro-batch an iteration. Repeats are interleaved; medians are compared. Ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SHAPE = {
+    "family": "llama", "num_layers": 6, "hidden_size": 192, "ffn_hidden_size": 512, "num_attention_heads": 6,
+    "num_query_groups": 2, "kv_channels": 32, "vocab_size": 4096, "max_position_embeddings": 1024,
+    "rotary_base": 10000.0,
+}
+BATCH, SEQUENCE = 8, 256
+
+
+def ids(step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, SHAPE["vocab_size"], (BATCH, SEQUENCE + 1), generator=generator)
+
+
+class Ours:
+    """One step of the training loop at the given tensor parallelism."""
+
+    def __init__(self, tensor: int) -> None:
+        from minitron_mcore.architecture import build_architecture
+        from minitron_mcore.distillation.objective import Objective
+        from minitron_mcore.model.gpt import build_model
+        from minitron_mcore.model.initialize import initialize
+        from minitron_mcore.runtime.config import ParallelConfig
+        from minitron_mcore.runtime.parallel import use_layout
+        from minitron_mcore.runtime.start import seed_everything, start
+        from minitron_mcore.training.config import TrainConfig
+        from minitron_mcore.training.loop import train_step
+        from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+
+        self.runtime = start()
+        layout = ParallelConfig(tensor=tensor)
+        use_layout(layout, self.runtime.world_size)
+        seed_everything(1)
+        self.architecture = build_architecture(SHAPE)
+        self.models = build_model(self.architecture, layout, "fp32")
+        initialize(self.models, self.architecture, seed=1)
+        train = TrainConfig(lr=1e-3, min_lr=1e-3, lr_decay_style="constant", global_batch_size=BATCH)
+        chunks = wrap_model(self.models)
+        optimizer = build_optimizer(chunks, train, "fp32")
+        scheduler = build_scheduler(optimizer, train, 1000)
+        objective = Objective(vocab_size=self.architecture.vocab_size)
+        self._step = lambda batch: train_step(chunks, optimizer, scheduler, objective, train, batch)
+
+    def step(self, number: int) -> float:
+        tokens = ids(number)
+        positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
+        batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(),
+                 "loss_mask": torch.ones(BATCH, SEQUENCE), "position_ids": positions}
+        return self._step([batch])["lm loss"]
+
+
+class Plain:
+    """transformers' LlamaForCausalLM with the same weights, torch's AdamW, clipping."""
+
+    def __init__(self, ours: Ours) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        a = ours.architecture
+        config = LlamaConfig(
+            vocab_size=a.vocab_size, hidden_size=a.hidden_size, intermediate_size=a.ffn_hidden_size,
+            num_hidden_layers=a.num_layers, num_attention_heads=a.num_attention_heads,
+            num_key_value_heads=a.num_query_groups, head_dim=a.kv_channels, rms_norm_eps=a.layernorm_epsilon,
+            max_position_embeddings=a.max_position_embeddings, tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": a.rotary_base},
+        )
+        config._attn_implementation = "sdpa"
+        self.model = LlamaForCausalLM(config)
+        self.model.load_state_dict(hugging_face_weights(ours), strict=True)
+        decay = [p for p in self.model.parameters() if p.dim() > 1]
+        rest = [p for p in self.model.parameters() if p.dim() == 1]
+        groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+
+    def step(self, number: int) -> float:
+        tokens = ids(number)
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.model(tokens[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return float(loss)
+
+
+def hugging_face_weights(ours: Ours) -> dict[str, torch.Tensor]:
+    """Our parameters (TP = 1) under transformers' names."""
+    a = ours.architecture
+    weights = dict(ours.models[0].named_parameters())
+    result = {
+        "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"],
+        "model.norm.weight": weights["decoder.final_layernorm.weight"],
+        "lm_head.weight": weights["output_layer.weight"],
+    }
+    q, d = a.heads_per_group, a.kv_channels
+    for layer in range(a.num_layers):
+        here, there = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        qkv = weights[here + "self_attention.linear_qkv.weight"].view(a.num_query_groups, q + 2, d, a.hidden_size)
+        gate, up = weights[here + "mlp.linear_fc1.weight"].chunk(2)
+        result |= {
+            there + "self_attn.q_proj.weight": qkv[:, :q].reshape(-1, a.hidden_size),
+            there + "self_attn.k_proj.weight": qkv[:, q].reshape(-1, a.hidden_size),
+            there + "self_attn.v_proj.weight": qkv[:, q + 1].reshape(-1, a.hidden_size),
+            there + "self_attn.o_proj.weight": weights[here + "self_attention.linear_proj.weight"],
+            there + "mlp.gate_proj.weight": gate,
+            there + "mlp.up_proj.weight": up,
+            there + "mlp.down_proj.weight": weights[here + "mlp.linear_fc2.weight"],
+            there + "input_layernorm.weight": weights[here + "input_layernorm.weight"],
+            there + "post_attention_layernorm.weight": weights[here + "pre_mlp_layernorm.weight"],
+        }
+    return {name: value.detach().clone() for name, value in result.items()}
+
+
+def seconds_of(side: Any, first: int, steps: int) -> tuple[float, float]:
+    started = time.perf_counter()
+    for number in range(first, first + steps):
+        loss = side.step(number)
+    return time.perf_counter() - started, loss
+
+
+def compare(repeats: int, steps: int, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    ours = Ours(tensor=1)
+    plain = Plain(ours)
+    losses = [(ours.step(number), plain.step(number)) for number in range(3)]
+    times: dict[str, list[float]] = {"ours": [], "plain": []}
+    for repeat in range(repeats):
+        first = 3 + repeat * steps
+        order = [("ours", ours), ("plain", plain)]
+        for name, side in order if repeat % 2 == 0 else reversed(order):
+            times[name].append(seconds_of(side, first, steps)[0])
+    rates = {name: BATCH * SEQUENCE * steps / statistics.median(values) for name, values in times.items()}
+    pairs = [theirs / mine for mine, theirs in zip(times["ours"], times["plain"], strict=True)]
+    return {
+        "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+        "ratio": round(rates["ours"] / rates["plain"], 4),
+        "ratio_of_pairs_median": round(statistics.median(pairs), 4),
+        "losses_first_steps": [[round(a, 6), round(b, 6)] for a, b in losses],
+        "repeats": repeats, "steps": steps, "threads": threads,
+    }
+
+
+def rank_main(repeats: int, steps: int, threads: int) -> None:
+    """What each rank of `--tensor N` runs."""
+    torch.set_num_threads(threads)
+    ours = Ours(tensor=int(os.environ["WORLD_SIZE"]))
+    seconds_of(ours, 0, 3)
+    times = [seconds_of(ours, 3 + repeat * steps, steps)[0] for repeat in range(repeats)]
+    if ours.runtime.is_main:
+        print(json.dumps({"tokens_per_second": round(BATCH * SEQUENCE * steps / statistics.median(times), 1)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5, help="steps a repeat")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--tensor", type=int, default=1)
+    options = parser.parse_args()
+    if "WORLD_SIZE" in os.environ:
+        rank_main(options.repeats, options.steps, options.threads)
+        return
+    result: dict[str, Any] = {"benchmark": "train_step", **compare(options.repeats, options.steps, options.threads)}
+    print(f"ours {result['tokens_per_second']['ours']:.0f} tokens/s, transformers + AdamW "
+          f"{result['tokens_per_second']['plain']:.0f} tokens/s: {result['ratio']:.3f}x")
+    if options.tensor > 1:
+        each = max(1, options.threads // options.tensor)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(options.tensor), __file__,
+                   "--repeats", str(options.repeats), "--steps", str(options.steps), "--threads", str(each)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True,
+                                env={**os.environ, "OMP_NUM_THREADS": str(each)}).stdout
+        rate = json.loads(output.strip().splitlines()[-1])["tokens_per_second"]
+        result[f"tensor_{options.tensor}"] = {
+            "tokens_per_second": rate, "threads_a_rank": each,
+            "ratio_to_plain": round(rate / result["tokens_per_second"]["plain"], 4),
+        }
+        print(f"ours at TP = {options.tensor}, {each} thread(s) a rank: {rate:.0f} tokens/s")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

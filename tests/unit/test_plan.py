@@ -1,0 +1,295 @@
+"""Plans: what is kept, by properties over random shapes and scores; how close the cuts are; what is refused."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.scores import Scores
+from minitron_mcore.plan import TARGETS, PruningPlan, load_plan, make_plan, save_plan, scores_fingerprint
+
+
+def model(**changes: Any) -> Architecture:
+    fields = {"num_layers": 6, "hidden_size": 12, "ffn_hidden_size": 20, "num_attention_heads": 6,
+              "num_query_groups": 2, "kv_channels": 4, "vocab_size": 50, "max_position_embeddings": 64}
+    return build_architecture({**fields, **changes})
+
+
+def scores_of(architecture: Architecture, seed: int = 0, levels: int = 0, **arrays: Any) -> Scores:
+    """Random scores in (1, 2); with `levels`, of that many values only, so that there are ties."""
+    a, draw = architecture, numpy.random.default_rng(seed)
+    shapes = {"hidden": (a.hidden_size,), "ffn": (a.num_layers, a.ffn_hidden_size),
+              "heads": (a.num_layers, a.num_attention_heads), "layers": (a.num_layers,)}
+    random = {axis: draw.random(shape) + 1 for axis, shape in shapes.items()}
+    if levels:
+        random = {axis: numpy.floor(values * levels) for axis, values in random.items()}
+    return Scores(a, **{**random, **arrays})
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Scores, dict[str, int | None]]:
+    """Scores of a random teacher, with or without ties, and a student it can be pruned to."""
+    groups, q = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    teacher = model(
+        num_layers=draw(st.integers(1, 6)), hidden_size=draw(st.integers(1, 16)),
+        ffn_hidden_size=draw(st.integers(1, 16)), num_attention_heads=groups * q, num_query_groups=groups)
+    target = {name: draw(st.integers(1, getattr(teacher, name))) for name in TARGETS}
+    target["num_attention_heads"] = groups * draw(st.integers(1, q))
+    return scores_of(teacher, draw(st.integers(0, 1000)), draw(st.sampled_from([0, 3]))), target
+
+
+def best(values: numpy.ndarray, count: int) -> list[int]:
+    """Independent of the code: pick the highest one after another, the first of equal ones."""
+    left = list(range(len(values)))
+    picked = []
+    for _ in range(count):
+        picked.append(max(left, key=lambda index: values[index]))
+        left.remove(picked[-1])
+    return sorted(picked)
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_the_best_are_kept_and_of_equal_scores_the_lower_index(case: tuple[Scores, dict[str, int | None]]) -> None:
+    scores, target = case
+    plan, teacher = make_plan(scores, target), scores.architecture
+    assert plan.layers == best(scores.layers, plan.student.num_layers)
+    assert plan.hidden == best(scores.hidden, plan.student.hidden_size)
+    assert list(plan.ffn) == list(plan.heads) == plan.layers
+    q = teacher.heads_per_group
+    for layer in plan.layers:
+        assert plan.ffn[layer] == best(scores.ffn[layer], plan.student.ffn_hidden_size)
+        assert plan.heads[layer] == [
+            group * q + head
+            for group in range(teacher.num_query_groups)
+            for head in best(scores.heads[layer, group * q : (group + 1) * q], plan.student.heads_per_group)
+        ]
+    assert plan.student == teacher.replace(**target)
+
+
+@given(cases())
+@settings(max_examples=30, deadline=None)
+def test_nothing_asked_for_keeps_everything(case: tuple[Scores, dict[str, int | None]]) -> None:
+    scores, _ = case
+    a = scores.architecture
+    for layers in ("scattered", "contiguous"):
+        plan = make_plan(scores, {name: None for name in TARGETS}, layers=layers)
+        assert plan.student == a and plan.layers == list(range(a.num_layers))
+        assert plan.hidden == list(range(a.hidden_size))
+        assert all(kept == list(range(a.ffn_hidden_size)) for kept in plan.ffn.values())
+        assert all(kept == list(range(a.num_attention_heads)) for kept in plan.heads.values())
+        assert all(cut.margin is None for cut in plan.cuts.values())
+        assert not [warning for warning in plan.warnings if "margin" in warning]
+
+
+@given(cases())
+@settings(max_examples=30, deadline=None)
+def test_json_round_trip(case: tuple[Scores, dict[str, int | None]]) -> None:
+    plan = make_plan(*case)
+    again = PruningPlan.from_json(plan.to_json())
+    assert again == plan and again.fingerprint == plan.fingerprint
+
+
+@given(st.integers(0, 100), st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_permuting_what_is_scored_permutes_the_plan(seed: int, random: Any) -> None:
+    scores = scores_of(model(), seed)
+    order = {axis: random.sample(range(size), size) for axis, size in (("hidden", 12), ("ffn", 20))}
+    # Heads may change places within their KV group alone.
+    order["heads"] = random.sample(range(3), 3) + random.sample(range(3, 6), 3)
+    permuted = Scores(scores.architecture, scores.hidden[order["hidden"]], scores.ffn[:, order["ffn"]],
+                      scores.heads[:, order["heads"]], scores.layers)
+    target: dict[str, int | None] = {"hidden_size": 7, "ffn_hidden_size": 9, "num_attention_heads": 4}
+    before, after = make_plan(scores, target), make_plan(permuted, target)
+    assert sorted(order["hidden"][index] for index in after.hidden) == before.hidden
+    for layer in before.layers:
+        assert sorted(order["ffn"][index] for index in after.ffn[layer]) == before.ffn[layer]
+        assert sorted(order["heads"][index] for index in after.heads[layer]) == before.heads[layer]
+
+
+def test_a_contiguous_block_goes() -> None:
+    influence = numpy.array([0.9, 0.1, 0.6, 0.2, 0.3, 0.8])
+    plan = make_plan(scores_of(model(), layers=influence), {"num_layers": 4}, layers="contiguous")
+    assert plan.layers == [0, 1, 2, 5]
+    assert plan.cuts["layers"].margin == pytest.approx((0.7 - 0.5) / 0.7)
+    assert make_plan(scores_of(model(), layers=influence), {"num_layers": 4}).layers == [0, 2, 4, 5]
+    # Of equal blocks the later one goes: the lower indices stay. The sums are equal whatever their order.
+    equal = make_plan(scores_of(model(), layers=numpy.array([0.1, 0.2, 0.3, 0.3, 0.2, 0.1])), {"num_layers": 3},
+                      layers="contiguous")
+    assert equal.layers == [0, 1, 2] and equal.cuts["layers"].margin == 0
+
+
+def test_margins_are_those_of_the_narrowest_cut() -> None:
+    ffn = numpy.tile(numpy.linspace(10, 1, 20), (6, 1))
+    ffn[3, :2] = 8.0, 7.999999
+    heads = numpy.tile([6.0, 4.0, 1.0], (6, 2))
+    heads[2] = [6, 4, 1, 5, 3, 2]
+    hidden = numpy.arange(12.0)
+    plan = make_plan(
+        scores_of(model(), hidden=hidden, ffn=ffn, heads=heads),
+        {"ffn_hidden_size": 4, "num_attention_heads": 4, "hidden_size": 11})
+    # Layer 3's fourth and fifth best; in the other layers the margin is larger.
+    ordered = sorted(ffn[3], reverse=True)
+    cut = plan.cuts["ffn"]
+    assert (cut.layer, cut.lowest_kept, cut.highest_dropped) == (3, ordered[3], ordered[4])
+    assert cut.margin == pytest.approx((ordered[3] - ordered[4]) / ordered[3])
+    assert (plan.cuts["heads"].layer, plan.cuts["heads"].group) == (2, 1)
+    assert plan.cuts["heads"].margin == pytest.approx((3 - 2) / 3)
+    assert plan.cuts["hidden"].margin == 1.0  # the best of what was dropped scores 0
+    assert plan.cuts["layers"].margin is None
+
+
+def close_scores(tolerance: float | None) -> Scores:
+    hidden = numpy.ones(12)
+    hidden[:6] += 1e-4
+    scores = scores_of(model(), hidden=hidden)
+    return scores if tolerance is None else Scores(
+        scores.architecture, scores.hidden, scores.ffn, scores.heads, scores.layers, {"tolerance": tolerance})
+
+
+@pytest.mark.parametrize(("tolerance", "warned"), [(None, False), (1e-3, True), (6e-5, True), (4e-5, False)])
+def test_a_margin_within_the_tolerance_is_warned_about(tolerance: float | None, warned: bool) -> None:
+    """The cut's margin is 1e-4; both of its scores may move, so twice the tolerance counts."""
+    plan = make_plan(close_scores(tolerance), {"hidden_size": 6})
+    assert any("hidden: the margin at the cut is 1.0e-04" in warning for warning in plan.warnings) == warned
+
+
+def test_scores_of_zero_and_below_give_finite_margins() -> None:
+    for hidden in (numpy.zeros(12), -numpy.arange(12.0)):
+        plan = make_plan(scores_of(model(), hidden=hidden), {"hidden_size": 1})
+        assert plan.hidden == [0] and numpy.isfinite(plan.cuts["hidden"].margin or 0.0)
+        json.loads(plan.to_json(), parse_constant=pytest.fail)
+
+
+def test_transformers_refuses_what_the_export_warning_says() -> None:
+    from transformers import LlamaConfig, NemotronConfig
+
+    plan = make_plan(scores_of(model()), {"hidden_size": 8})
+    assert any("no multiple of num_attention_heads=6" in warning for warning in plan.warnings)
+    fields = {"hidden_size": 8, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
+    with pytest.raises(Exception, match="not a multiple"):
+        LlamaConfig(**fields)
+    NemotronConfig(**fields)
+    assert not make_plan(scores_of(model(family="nemotron")), {"hidden_size": 8}).warnings
+    assert not make_plan(scores_of(model()), {"hidden_size": 6}).warnings
+
+
+def test_costs_before_and_after() -> None:
+    plan = make_plan(scores_of(model()), {"num_layers": 3}, sequence_length=32)
+    cost = plan.cost()
+    assert cost["teacher"]["parameters"] == model().num_parameters
+    assert cost["student"]["forward_flops_per_token"] == model(num_layers=3).forward_flops_per_token(32)
+    assert json.loads(plan.to_json())["cost"] == cost
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ({"hidden_size": 13}, {}, "student.hidden_size=13 is larger than the teacher's 12"),
+        ({"num_layers": 0}, {}, "student.num_layers=0 must be a whole number of at least 1"),
+        ({"ffn_hidden_size": 2.5}, {}, "student.ffn_hidden_size=2.5 must be a whole number"),
+        ({"num_attention_heads": 3}, {}, "student.num_attention_heads=3 is no multiple of the teacher's num_query_gro"),
+        ({"num_attention_heads": True}, {}, "student.num_attention_heads=True must be"),
+        ({"kv_channels": 2}, {}, "student.kv_channels=2 cannot be pruned to"),
+        ({"ffn_hidden_size": 9}, {"tensor": 2}, "student.ffn_hidden_size=9 is no multiple of parallel.tensor=2"),
+        ({}, {"tensor": 4}, "parallel.tensor=4 does not divide num_query_groups=2"),
+        ({"num_layers": 3}, {"pipeline": 4}, "student.num_layers=3 is fewer than parallel.pipeline=4 stages"),
+        ({}, {"layers": "middle"}, "prune.layers='middle' is not allowed: choose one of scattered, contiguous"),
+    ],
+)
+def test_impossible_students_are_refused(target: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        make_plan(scores_of(model()), target, **options)
+    assert message in str(error.value)
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    scores = scores_of(model())
+    scores.ffn[2, 3] = numpy.nan
+    with pytest.raises(InputError, match="scores: ffn holds NaN or Inf"):
+        make_plan(scores, {})
+
+
+def edited(**changes: Any) -> str:
+    plan = make_plan(scores_of(model()), {"num_layers": 2, "hidden_size": 3, "num_attention_heads": 4})
+    data = json.loads(plan.to_json())
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        target = data
+        for parent in parents:
+            target = target[parent]
+        if value is None:
+            del target[last]
+        else:
+            target[last] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, '"format": "minitron_plan" is missing'),
+        ({"hidden": None}, "hidden is missing"),
+        ({"ffn": [1]}, "ffn must map"),
+        ({"hidden": [0, 5, 12]}, "hidden holds 12, but the teacher has the indices 0 to 11"),
+        ({"hidden": [-1, 5, 6]}, "hidden holds -1"),
+        ({"hidden": [0, 5, 5]}, "hidden must be in ascending order, each index once"),
+        ({"hidden": [6, 5, 7]}, "hidden must be in ascending order"),
+        ({"hidden": [5, 7]}, "hidden keeps 2 indices where the student's shape needs 3"),
+        ({"hidden": [1, 2, 3.5]}, "hidden must be a list of whole numbers"),
+        ({"hidden": "all"}, "hidden must be a list of whole numbers"),
+        ({"layers": [0, 1]}, "ffn has layers"),
+        ({"student__kv_channels": 2}, "student.kv_channels=2 must be the teacher's 4"),
+        ({"student__num_layers": "two"}, "num_layers='two' must be a whole number"),
+        ({"cuts": {"ffn": {"depth": 3}}}, "it cannot be read"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_when_it_is_read(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        PruningPlan.from_json(edited(**changes))
+    assert message in str(error.value)
+
+
+def test_heads_must_be_as_many_in_each_group() -> None:
+    data = json.loads(edited())
+    layer = next(iter(data["heads"]))
+    data["heads"][layer] = [0, 1, 2, 3]
+    with pytest.raises(InputError, match=f"heads.{layer} keeps 3 query heads of KV group 0"):
+        PruningPlan.from_json(json.dumps(data))
+
+
+def test_files(tmp_path: Path) -> None:
+    plan, path = make_plan(scores_of(model()), {"num_layers": 2}), tmp_path / "plans" / "plan.json"
+    save_plan(plan, path)
+    assert load_plan(path, model()) == plan and [*path.parent.iterdir()] == [path]
+    # One line for each list of indices.
+    assert f'  "hidden": {list(range(12))},' in path.read_text().splitlines()
+    with pytest.raises(InputError, match="hidden_size is 12 there and 16 in the checkpoint"):
+        load_plan(path, model(hidden_size=16))
+    with pytest.raises(InputError, match="is not there"):
+        load_plan(tmp_path / "none.json")
+    path.write_text("{")
+    with pytest.raises(InputError, match="this is no JSON"):
+        load_plan(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="^plan="):
+        load_plan(path)
+
+
+def test_fingerprints_follow_what_they_name() -> None:
+    scores = scores_of(model())
+    other = copy.deepcopy(scores)
+    assert scores_fingerprint(other) == scores_fingerprint(scores)
+    other.heads[0, 0] *= 1.5
+    assert scores_fingerprint(other) != scores_fingerprint(scores)
+    plan = make_plan(scores, {"num_layers": 3})
+    assert plan.settings["scores_fingerprint"] == scores_fingerprint(scores)
+    assert plan.fingerprint == make_plan(scores, {"num_layers": 3}, sequence_length=8).fingerprint
+    assert plan.fingerprint != make_plan(scores, {"num_layers": 2}).fingerprint
