@@ -1,7 +1,7 @@
 # Every target does its own set-up. `make help` lists them.
 #
 #   PYTHON=python3.12            the interpreter of the virtual environment (3.10 to 3.12; else one is looked for)
-#   MINITRON_TORCH_INDEX=URL     where torch comes from, e.g. https://download.pytorch.org/whl/cpu
+#   MINITRON_TORCH_INDEX=URL     where torch comes from; the default is a CPU build where there is no GPU
 #   EXTRAS=dev,gpu               extras to install beside the package
 
 SHELL := /bin/bash

@@ -34,14 +34,16 @@ fi
 pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet --upgrade 'pip>=24' 'setuptools>=77' wheel
 
-# torch first and alone: it is the one package that comes in several builds.
+# torch first and alone: it is the one package that comes in several builds. Without a GPU the CPU build is taken: from
+# pip's own index where that one is such a build, else from PyTorch's.
 torch=$(grep -o '^torch==[0-9.]*' constraints.txt)
 index=()
 if [[ -n ${MINITRON_TORCH_INDEX:-} ]]; then
   index=(--index-url "$MINITRON_TORCH_INDEX")
 elif ! command -v nvidia-smi >/dev/null; then
-  echo "make venv: no GPU here; where pip finds torch with CUDA, the smaller CPU build is had with" \
-    "MINITRON_TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+  found=$("${pip[@]}" install --quiet --no-deps --dry-run --ignore-installed --report - "$torch" 2>/dev/null |
+    "$VENV/bin/python" -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["metadata"]["version"])' || true)
+  [[ $found == *+cpu ]] || index=(--index-url https://download.pytorch.org/whl/cpu)
 fi
 echo "make venv: installing $torch into $VENV"
 "${pip[@]}" install --quiet "${index[@]}" "$torch"

@@ -92,7 +92,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "log.wandb": ("offline", "online", "disabled"),
 }
 # `input: ${python_stdlib:}` names real text that is on every machine: the Python standard library's own source.
-OmegaConf.register_new_resolver("python_stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
+OmegaConf.register_resolver("python_stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
 
 BASELINES = ("next_token", "random")
 

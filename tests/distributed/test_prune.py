@@ -100,10 +100,9 @@ def sliced(teacher: dict[str, torch.Tensor], plan: PruningPlan) -> dict[str, tor
                 one = one[plan.hidden]
             elif "linear_qkv" in key:
                 by_group = one.view(groups, q + 2, d, -1)
-                one = torch.cat([
-                    by_group[group, [head - group * q for head in heads if head // q == group] + [q, q + 1]].flatten(0, 1)
-                    for group in range(groups)
-                ])[:, plan.hidden]
+                places = [[head - group * q for head in heads if head // q == group] for group in range(groups)]
+                parts = [by_group[group, [*places[group], q, q + 1]].flatten(0, 1) for group in range(groups)]
+                one = torch.cat(parts)[:, plan.hidden]
             elif "linear_proj" in key:
                 one = one.view(-1, a.num_attention_heads, d)[plan.hidden][:, heads].flatten(1)
             elif "linear_fc1" in key:

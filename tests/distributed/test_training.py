@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from minitron_mcore.layout import parameter_table
+from tests.distributed.dense_reference import DenseModel
 from tests.distributed.models import (
     LAYOUTS,
     assemble,
@@ -35,6 +36,21 @@ def architecture_of(family: str) -> Any:
     return tiny(name, untie_embeddings_and_output_weights=variant != "tied")
 
 
+def teacher_architecture(student: Any) -> Any:
+    return student.replace(hidden_size=64, num_layers=8, ffn_hidden_size=128)
+
+
+def draw_plain_weights(architecture: Any, seed: int) -> dict[Any, torch.Tensor]:
+    """What `initialize` fills in, globally."""
+    from minitron_mcore.model.initialize import draw
+
+    return {
+        (parameter.key, layer): draw(parameter, architecture, seed, layer)
+        for parameter in parameter_table(architecture)
+        for layer in (range(architecture.num_layers) if parameter.per_layer else [None])
+    }
+
+
 def objective_of(family: str, layout: Any) -> Any:
     """Next-token loss, or both losses at temperature 2 under a wider teacher of the other depth."""
     from minitron_mcore.distillation.objective import Objective
@@ -45,7 +61,7 @@ def objective_of(family: str, layout: Any) -> Any:
     student = architecture_of(family)
     if not family.endswith("-distill"):
         return Objective(vocab_size=student.vocab_size, chunk_tokens=24)
-    architecture = student.replace(hidden_size=64, num_layers=8, ffn_hidden_size=128)
+    architecture = teacher_architecture(student)
     chunks = build_model(architecture, layout, "fp32", trainable=False)
     initialize(chunks, architecture, seed=5)
     return Objective(
@@ -166,6 +182,38 @@ def test_layout_does_not_matter(family: str, layout: str) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
         assert ours["grad-norm"] == pytest.approx(theirs["grad-norm"], rel=1e-3)
         assert ours["learning-rate"] == theirs["learning-rate"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_against_dense_float64(family: str) -> None:
+    """Loss and every gradient of the first step against formulas written out on the global weights, in float64."""
+    single, student = trained(family, "1"), architecture_of(family)
+    model = DenseModel(student, single["weights"]).requires_grad()
+    teacher = None
+    if family.endswith("-distill"):
+        wide = teacher_architecture(student)
+        teacher = DenseModel(wide, draw_plain_weights(wide, seed=5))
+    sums, total = {"lm loss": 0.0, "logits distillation loss": 0.0}, torch.zeros((), dtype=torch.float64)
+    batch = global_batch(student.vocab_size)
+    count = sum(float(part["loss_mask"].sum()) for part in batch)
+    for part in batch:
+        mask = part["loss_mask"].double()
+        logits = model.forward(part["tokens"])["logits"][..., : student.vocab_size]
+        lm_loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), part["labels"], reduction="none")
+        sums["lm loss"] += float((lm_loss * mask).sum()) / count
+        loss = lm_loss
+        if teacher is not None:
+            with torch.no_grad():
+                target = (teacher.forward(part["tokens"])["logits"][..., : student.vocab_size] / 2).log_softmax(-1)
+            kl = (target.exp() * (target - (logits / 2).log_softmax(-1))).sum(-1) * 4
+            sums["logits distillation loss"] += float((kl * mask).sum()) / count
+            loss = 0.3 * lm_loss + kl
+        total = total + (loss * mask).sum() / count
+    total.backward()
+    for name, value in single["sums"].items():
+        assert value == pytest.approx(sums.get(name, count), rel=1e-5), name
+    for name, gradient in single["gradients"].items():
+        assert relative_error(gradient, model.weights[name].grad) <= 1e-5, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

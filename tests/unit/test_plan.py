@@ -276,10 +276,10 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not there"):
         load_plan(tmp_path / "none.json")
     path.write_text("{")
-    with pytest.raises(InputError, match="this is no JSON"):
+    with pytest.raises(InputError, match="no JSON"):
         load_plan(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="^plan="):
+    with pytest.raises(InputError, match="plan="):
         load_plan(path)
 
 

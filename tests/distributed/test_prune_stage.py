@@ -1,0 +1,203 @@
+"""The verbs `plan` and `prune` at TP2: what they write, and that wrong input changes nothing on the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import yaml
+
+from minitron_mcore.importance.scores import Scores, save_scores
+from minitron_mcore.plan import load_plan
+from tests.distributed.models import start_layout, tiny
+from tests.distributed.ranks import run_on_ranks
+
+TARGET = ["student.num_layers=3", "student.hidden_size=32", "student.ffn_hidden_size=64"]
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def save_teacher(folder: Path, world_size: int) -> None:
+    from minitron_mcore.checkpoint.folder import write_description
+    from minitron_mcore.checkpoint.store import as_chunks, model_state, save_state
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.initialize import initialize
+    from minitron_mcore.runtime.start import start
+
+    config, architecture = start_layout({"tensor": 2}, world_size), tiny("llama")
+    runtime, chunks = start(), build_model(architecture, config, "fp32")
+    initialize(chunks, architecture, seed=1)
+    save_state(folder, 7, model_state(as_chunks(chunks)), runtime)
+    if runtime.is_main:
+        write_description(folder, architecture, lineage={"stage": "train", "tokens": 99, "tokenizer": "abc"},
+                          recipe="name: teacher\n", save_tokenizer=lambda path: Path(path).mkdir())
+        (folder / "tokenizer" / "tokenizer.model").write_text("pieces")
+    runtime.barrier()
+
+
+def run_verb(verb: str, overrides: list[str], root: Path) -> str:
+    """What the verb refused, or ""; `@` stands for the folder of the test."""
+    import importlib
+
+    from minitron_mcore.errors import InputError
+    from minitron_mcore.recipe import load_recipe
+    from minitron_mcore.runtime.start import start
+
+    recipe = load_recipe(None, ["parallel.tensor=2", *(text.replace("@", str(root)) for text in overrides)])
+    try:
+        importlib.import_module(f"minitron_mcore.stages.{verb}").run(recipe, start())
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def build(root: Path, world_size: int) -> list[str]:
+    save_teacher(root / "teacher", world_size)
+    common = ["teacher.checkpoint=@/teacher", "scores=@/scores.safetensors"]
+    return [
+        run_verb("plan", [*common, *TARGET, "plan=@/plan.json"], root),
+        run_verb("prune", [*common, "plan=@/plan.json", "student.checkpoint=@/planned"], root),
+        run_verb("prune", [*common, *TARGET, "student.checkpoint=@/students/scored"], root),
+    ]
+
+
+def run_all(cases: list[tuple[str, list[str]]], root: Path) -> list[tuple[str, bool]]:
+    """Each case's refusal, and whether the folder is as it was."""
+    result = []
+    for verb, overrides in cases:
+        before = listing(root)
+        torch.distributed.barrier()
+        message = run_verb(verb, overrides, root)
+        torch.distributed.barrier()
+        result.append((message, listing(root) == before))
+        torch.distributed.barrier()
+    return result
+
+
+def read_whole(folders: list[Path]) -> list[dict[str, torch.Tensor]]:
+    from megatron.core import dist_checkpointing
+
+    return [dist_checkpointing.load_plain_tensors(str(folder / "iter_0000000")) for folder in folders]
+
+
+def fail_while_saving(root: Path) -> list[bool]:
+    """A rank dies while the student is saved: what stood there before, and nothing that looks like a new one."""
+    import minitron_mcore.pruning.apply as apply
+
+    def broken(*arguments: Any) -> None:
+        raise OSError("disk full")
+
+    common = ["teacher.checkpoint=@/teacher", "scores=@/scores.safetensors"]
+    original, apply.save_state = apply.save_state, broken  # type: ignore[assignment]
+    result = []
+    try:
+        for target in ("planned", "fresh"):
+            before = listing(root / target)
+            with pytest.raises(OSError, match="disk full"):
+                run_verb("prune", [*common, f"student.checkpoint=@/{target}", "prune.overwrite=true"], root)
+            result.append(listing(root / target) == before)
+    finally:
+        apply.save_state = original
+    return result
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prune_stage")
+    for name, architecture in (("scores", tiny("llama")), ("other", tiny("llama", hidden_size=64)),
+                               ("again", tiny("llama"))):
+        draw = numpy.random.default_rng(len(name))
+        a = architecture
+        shapes = ((a.hidden_size,), (a.num_layers, a.ffn_hidden_size), (a.num_layers, a.num_attention_heads),
+                  (a.num_layers,))
+        save_scores(Scores(a, *(draw.random(shape) + 1 for shape in shapes)), path / f"{name}.safetensors")
+    assert run_on_ranks(build, 2, path, 2) == [["", "", ""]] * 2
+    plan = json.loads((path / "plan.json").read_text())
+    plan["hidden"][-1] = 48
+    (path / "beyond.json").write_text(json.dumps(plan))
+    (path / "papers").mkdir()
+    (path / "papers" / "thesis.txt").write_text("years of work")
+    return path
+
+
+def test_the_student_describes_itself(root: Path) -> None:
+    plan, folder = load_plan(root / "plan.json", tiny("llama")), root / "planned"
+    assert {path.name for path in folder.iterdir()} == {
+        "architecture.yaml", "recipe.yaml", "lineage.yaml", "plan.json", "tokenizer", "iter_0000000",
+        "latest_checkpointed_iteration.txt"}
+    assert (folder / "tokenizer" / "tokenizer.model").read_text() == "pieces"
+    assert load_plan(folder / "plan.json") == plan
+    lineage = yaml.safe_load((folder / "lineage.yaml").read_text())
+    assert lineage["teacher"] == {"checkpoint": str(root / "teacher"), "iteration": 7,
+                                  "lineage": {"stage": "train", "tokens": 99, "tokenizer": "abc"}}
+    assert lineage["plan"]["fingerprint"] == plan.fingerprint
+    assert lineage["scores"]["fingerprint"] == plan.settings["scores_fingerprint"]
+    assert (lineage["stage"], lineage["tokenizer"]) == ("prune", "abc")
+    assert (plan.student.num_layers, plan.student.hidden_size, plan.student.ffn_hidden_size) == (3, 32, 64)
+    assert not [path for path in root.rglob(".*")], "something unfinished is left"
+
+
+def test_a_plan_and_its_scores_give_the_same_student(root: Path) -> None:
+    planned, scored = run_on_ranks(read_whole, 1, [root / "planned", root / "students" / "scored"])[0]
+    assert planned.pop("content_metadata") == scored.pop("content_metadata")
+    assert planned.keys() == scored.keys() and all(torch.equal(planned[key], scored[key]) for key in planned)
+
+
+SCORED = ["teacher.checkpoint=@/teacher", "scores=@/scores.safetensors"]
+INTO = "student.checkpoint=@/new"
+BAD: list[tuple[str, list[str], str]] = [
+    ("plan", [*SCORED], "plan is not given"),
+    ("plan", ["plan=@/new.json"], "scores is not given"),
+    ("plan", ["plan=@/new.json", "scores=@/none"], "scores=@/none is not there"),
+    ("plan", ["plan=@/new.json", "scores=@/plan.json"], "scores=@/plan.json"),
+    ("plan", ["plan=@/new.json", SCORED[0], "scores=@/other.safetensors"],
+     "scores=@/other.safetensors are of another model than teacher.checkpoint: hidden_size is 64 there and 48"),
+    ("plan", [*SCORED, "plan=@/new.json", "student.ffn_hidden_size=97"], "is larger than the teacher's 96"),
+    ("prune", [SCORED[1], INTO], "teacher.checkpoint is not given"),
+    ("prune", [SCORED[0], INTO], "scores is not given"),
+    ("prune", ["teacher.checkpoint=@/papers", SCORED[1], INTO], "teacher.checkpoint=@/papers holds no finished"),
+    ("prune", [SCORED[0], "scores=@/other.safetensors", INTO], "are of another model than teacher.checkpoint"),
+    ("prune", [*SCORED, INTO, "student.num_attention_heads=3"], "no multiple of the teacher's num_query_groups=2"),
+    ("prune", [*SCORED, INTO, "student.ffn_hidden_size=33"], "student.ffn_hidden_size=33 is no multiple of"),
+    ("prune", [*SCORED, INTO, "parallel.tensor=1", "parallel.pipeline=2", "student.num_layers=1"],
+     "student.num_layers=1 is fewer than parallel.pipeline=2 stages"),
+    ("prune", [*SCORED, INTO, "parallel.tensor=4"], "but 2 were started"),
+    ("prune", [*SCORED, INTO, "plan=@/none.json"], "plan=@/none.json is not there"),
+    ("prune", [*SCORED, INTO, "plan=@/beyond.json"], "hidden holds 48, but the teacher has the indices 0 to 47"),
+    ("prune", [*SCORED, INTO, "plan=@/plan.json", "student.num_layers=2"], "student.num_layers=2, but plan=@/plan.json"),
+    ("prune", [SCORED[0], "scores=@/again.safetensors", INTO, "plan=@/plan.json"], "was made from other scores"),
+    ("prune", [*SCORED], "student.checkpoint is not given"),
+    ("prune", [*SCORED, "student.checkpoint=@/plan.json"], "is a file"),
+    ("prune", [*SCORED, "student.checkpoint=@/planned"], "is there already: name another folder, or set prune.overw"),
+    ("prune", [*SCORED, "student.checkpoint=@/papers", "prune.overwrite=true"], "something other than a checkpoint"),
+    ("prune", [*SCORED, "student.checkpoint=@/teacher", "prune.overwrite=true"], "the teacher's own folder"),
+    ("prune", [*SCORED, "student.checkpoint=@", "prune.overwrite=true"], "one within the other"),
+]
+
+
+def test_wrong_input_is_named_and_nothing_is_written(root: Path) -> None:
+    ranks = run_on_ranks(run_all, 2, [(verb, overrides) for verb, overrides, _ in BAD], root)
+    for rank in ranks:
+        for (_, overrides, words), (message, untouched) in zip(BAD, rank, strict=True):
+            assert words.replace("@", str(root)) in message and untouched, (overrides, message)
+            assert "\n" not in message
+
+
+def test_a_failure_while_saving_leaves_what_was_there(root: Path) -> None:
+    assert run_on_ranks(fail_while_saving, 2, root) == [[True, True]] * 2
+    assert not (root / "fresh").exists()
+
+
+def test_overwrite_replaces_a_student(root: Path) -> None:
+    (root / "planned" / "old_file").write_text("of the old student")
+    overrides = [*SCORED, "student.checkpoint=@/planned", "prune.overwrite=true", "student.num_layers=2"]
+    assert [rank[0][0] for rank in run_on_ranks(run_all, 2, [("prune", overrides)], root)] == ["", ""]
+    assert not (root / "planned" / "old_file").exists()
+    assert load_plan(root / "planned" / "plan.json").student.num_layers == 2
+    assert not [path for path in root.rglob(".*")], "what earlier attempts left goes too"
