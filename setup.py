@@ -17,7 +17,7 @@ def read_version() -> str:
 
 
 REQUIREMENTS = [
-    "torch>=2.6,<2.14",
+    "torch>=2.8,<2.14",
     "megatron-core>=0.16.1,<0.17",
     # Undeclared by megatron-core, and dist_checkpointing.save hangs without it.
     "psutil>=5.9,<8",

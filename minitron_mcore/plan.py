@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +20,12 @@ import numpy
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import check_tensor_parallel
+from minitron_mcore.ranking import Cut, best, best_in_groups, closest, narrowest, without_block
 
 FORMAT = "minitron_plan"
 TARGETS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 LAYER_CHOICES = ("scattered", "contiguous")
-TOLERANCE = 1e-5  # relative; to which fp32 scores of two layouts agree
+TOLERANCE = 1e-5  # relative to an axis' largest score: how closely fp32 scores of two layouts agree
 
 
 class ScoresLike(Protocol):
@@ -43,24 +43,6 @@ class ScoresLike(Protocol):
     def layers(self) -> numpy.ndarray: ...  # [num_layers]
     @property
     def settings(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The narrowest place at which one axis was cut, and the two scores that decided there.
-
-    margin = (lowest_kept - highest_dropped) / |lowest_kept|: how much the scores may move, relatively, before another
-    index is kept. None where nothing was dropped. For a contiguous block of layers the two are block totals: of the
-    next best block, and of the one that goes.
-    """
-
-    kept: int
-    of: int
-    margin: float | None = None
-    lowest_kept: float | None = None
-    highest_dropped: float | None = None
-    layer: int | None = None  # the teacher's layer, for axes that are ranked within one
-    group: int | None = None  # its KV group, for heads
 
 
 @dataclass(frozen=True)
@@ -208,26 +190,25 @@ def make_plan(
             raise InputError(f"scores: {axis} holds NaN or Inf: score again")
     if layers not in LAYER_CHOICES:
         raise InputError(f"prune.layers={layers!r} is not allowed: choose one of {', '.join(LAYER_CHOICES)}")
-    choose = _best if layers == "scattered" else _without_block
-    kept_layers, layer_cut = choose(scores.layers, target.num_layers)
-    hidden, hidden_cut = _best(scores.hidden, target.hidden_size)
-    ffn = {layer: _best(scores.ffn[layer], target.ffn_hidden_size, layer=layer) for layer in kept_layers}
-    heads = {layer: _best_heads(scores.heads[layer], teacher, target.heads_per_group, layer) for layer in kept_layers}
-    cuts = {
-        "layers": layer_cut,
-        "hidden": hidden_cut,
-        "ffn": _narrowest([cut for _, cut in ffn.values()]),
-        "heads": _narrowest([cut for _, group_cuts in heads.values() for cut in group_cuts]),
-    }
+    kept_layers, layer_cut = (best if layers == "scattered" else without_block)(scores.layers, target.num_layers)
+    hidden, hidden_cut = best(scores.hidden, target.hidden_size)
+    cuts: dict[str, list[Cut]] = {"layers": [layer_cut], "hidden": [hidden_cut], "ffn": [], "heads": []}
+    ffn: dict[int, list[int]] = {}
+    heads: dict[int, list[int]] = {}
+    for layer in kept_layers:
+        ffn[layer], cut = best(scores.ffn[layer], target.ffn_hidden_size)
+        heads[layer], group_cuts = best_in_groups(scores.heads[layer], teacher.num_query_groups, target.heads_per_group)
+        cuts["ffn"].append(replace(cut, layer=layer))
+        cuts["heads"] += [replace(cut, layer=layer) for cut in group_cuts]
     tolerance = float(scores.settings.get("tolerance", TOLERANCE))
     return PruningPlan(
         teacher=teacher,
         student=target,
         layers=kept_layers,
         hidden=hidden,
-        ffn={layer: kept for layer, (kept, _) in ffn.items()},
-        heads={layer: kept for layer, (kept, _) in heads.items()},
-        cuts=cuts,
+        ffn=ffn,
+        heads=heads,
+        cuts={axis: narrowest(places) for axis, places in cuts.items()},
         settings={
             "layers": layers,
             "tolerance": tolerance,
@@ -235,7 +216,7 @@ def make_plan(
             "scores_fingerprint": scores_fingerprint(scores),
             "scores": dict(scores.settings),
         },
-        warnings=[*_close_cuts(cuts, tolerance), *_export_warnings(target)],
+        warnings=[*_close_cuts(cuts, scores, tolerance, layers == "contiguous"), *_export_warnings(target)],
     )
 
 
@@ -307,63 +288,17 @@ def _student_shape(
     return target
 
 
-def _best(scores: numpy.ndarray, count: int, layer: int | None = None) -> tuple[list[int], Cut]:
-    """The `count` indices of highest score, ascending; of equal scores the lower index."""
-    order = numpy.argsort(-scores, kind="stable")
-    kept = sorted(order[:count].tolist())
-    if count == len(scores):
-        return kept, Cut(count, count, layer=layer)
-    return kept, _cut(count, len(scores), scores[order[count - 1]], scores[order[count]], layer=layer)
-
-
-def _best_heads(scores: numpy.ndarray, teacher: Architecture, count: int, layer: int) -> tuple[list[int], list[Cut]]:
-    """The `count` best query heads of every KV group, as indices of the layer's heads, and each group's cut."""
-    kept: list[int] = []
-    cuts: list[Cut] = []
-    size = teacher.heads_per_group
-    for group in range(teacher.num_query_groups):
-        best, cut = _best(scores[group * size : (group + 1) * size], count, layer=layer)
-        kept += [group * size + head for head in best]
-        cuts.append(Cut(**{**asdict(cut), "group": group}))
-    return kept, cuts
-
-
-def _without_block(influence: numpy.ndarray, count: int) -> tuple[list[int], Cut]:
-    """Every layer but the contiguous block of least total influence; of equal blocks the later one goes."""
-    total = len(influence)
-    length = total - count
-    if length == 0:
-        return list(range(total)), Cut(total, total)
-    # fsum: a block's total does not depend on the order of its layers, so equal blocks are equal.
-    blocks = numpy.array([math.fsum(influence[start : start + length]) for start in range(count + 1)])
-    order = sorted(range(count + 1), key=lambda start: (blocks[start], -start))
-    gone = range(order[0], order[0] + length)
-    kept = [layer for layer in range(total) if layer not in gone]
-    return kept, _cut(count, total, blocks[order[1]], blocks[order[0]])
-
-
-def _cut(kept: int, of: int, lowest_kept: float, highest_dropped: float, layer: int | None = None) -> Cut:
-    # Scores are positive, where the larger of the two is |lowest_kept|; so it stays finite for any scores.
-    scale = max(abs(lowest_kept), abs(highest_dropped))
-    margin = float((lowest_kept - highest_dropped) / scale) if scale else 0.0
-    return Cut(kept, of, margin, float(lowest_kept), float(highest_dropped), layer)
-
-
-def _narrowest(cuts: Sequence[Cut]) -> Cut:
-    """The cut of least margin (the first of equal ones); counts alone where nothing was dropped."""
-    real = [cut for cut in cuts if cut.margin is not None]
-    return min(real, key=lambda cut: cut.margin or 0.0) if real else Cut(cuts[0].kept, cuts[0].of)
-
-
-def _close_cuts(cuts: dict[str, Cut], tolerance: float) -> Iterator[str]:
-    """Each of the two scores at a cut may move by the tolerance, so margins up to twice of it are warned about."""
-    for axis, cut in cuts.items():
-        if cut.margin is not None and cut.margin <= 2 * tolerance:
+def _close_cuts(cuts: dict[str, list[Cut]], scores: ScoresLike, tolerance: float, contiguous: bool) -> Iterator[str]:
+    """Both scores at a cut may move by `tolerance` of the axis' largest; a block's total by that for each layer."""
+    for axis, places in cuts.items():
+        cut = closest(places)
+        terms = cut.of - cut.kept if axis == "layers" and contiguous else 1
+        if cut.gap() <= 2 * terms * tolerance * float(numpy.abs(getattr(scores, axis)).max()):
             where = "" if cut.layer is None else f" of layer {cut.layer}"
             where += "" if cut.group is None else f", KV group {cut.group}"
             yield (
                 f"{axis}: the margin at the cut{where} is {cut.margin:.1e}, within the scores' tolerance of "
-                f"{tolerance:.0e}: scores from another layout may keep another index"
+                f"{tolerance:.0e} of the largest: scores from another layout may keep another index"
             )
 
 

@@ -6,14 +6,15 @@ every error names the full path, what was given, what is allowed, and the neares
 
 import dataclasses
 import difflib
+import json
 import sysconfig
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
@@ -101,78 +102,119 @@ def load_recipe(config: Optional[str], overrides: list[str]) -> Recipe:
     """Defaults < the YAML file `config` < `key=value` overrides. Raises InputError naming the key."""
     merged = OmegaConf.structured(Recipe)
     if config is not None:
-        path = Path(config)
-        if not path.is_file():
-            raise InputError(f"--config {config} is not a file: name a recipe in YAML")
-        try:
-            loaded = OmegaConf.load(path)
-        except (YAMLError, OmegaConfBaseException, ValueError) as error:
-            raise InputError(f"--config {config} is no YAML: {_first_line(error)}") from error
-        merged = _merge(merged, loaded, f"in {config}")
+        merged = _merge(merged, _read_yaml(config), f"in {config}")
     for override in overrides:
         key, equals, _ = override.partition("=")
-        if not equals or not key:
+        if not equals or not key.strip("."):
             raise InputError(f"{override!r} is no override: write key=value, as in train.lr=1e-4")
         try:
             given = OmegaConf.from_dotlist([override])
         except (YAMLError, OmegaConfBaseException, ValueError) as error:
-            raise InputError(f"{override!r} cannot be read: {_first_line(error)}") from error
+            raise InputError(f"{override!r} cannot be read: {_one_line(error)}") from error
         merged = _merge(merged, given, "on the command line")
     try:
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key or 'the recipe'}: {_first_line(error)}") from error
+        raise InputError(f"{error.full_key or 'the recipe'}: {_one_line(error)}") from error
     assert isinstance(recipe, Recipe)
     check_choices(recipe)
     return recipe
 
 
-def _merge(merged: Any, given: Any, where: str) -> Any:
+def _read_yaml(config: str) -> DictConfig:
+    path = Path(config)
+    if not path.is_file():
+        raise InputError(f"--config {config} is not a file: name a recipe in YAML")
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise InputError(f"--config {config} is no YAML: {_one_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"--config {config} holds a list: a recipe is written as key: value")
+    return loaded
+
+
+def _merge(merged: Any, given: DictConfig, where: str) -> Any:
+    _check_keys(OmegaConf.to_container(given, resolve=False), Recipe, "", where)
     try:
         return OmegaConf.merge(merged, given)
-    except ConfigKeyError as error:
-        raise InputError(_unknown_key(error.full_key or "", where)) from error
     except ValidationError as error:
         path = error.full_key or ""
-        value = OmegaConf.select(given, path) if path else given
-        raise InputError(f"{path}={value!r} ({where}) is not allowed: {_allowed(path)}") from error
+        value = OmegaConf.select(given, path)
+        raise InputError(f"{path}={_shown(value)} ({where}) is not allowed: {_allowed(path)}") from error
     except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key or 'the recipe'} ({where}): {_first_line(error)}") from error
+        raise InputError(f"{error.full_key or 'the recipe'} ({where}): {_one_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _check_keys(given: Any, kind: Any, path: str, where: str) -> None:
+    """Raise InputError for a key that is none, and for a value where a section of keys belongs; sections are walked."""
+    if not (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict):
+        return
+    if not isinstance(given, dict):
+        raise InputError(f"{path}={_shown(given)} ({where}) is not allowed: {_allowed(path)}")
+    for name, value in given.items():
+        inner = f"{path}.{name}".lstrip(".")
+        if _type_of(inner) is None:
+            raise InputError(f"{inner} ({where}) is no key of a recipe: the nearest is {_nearest(inner)}")
+        _check_keys(value, _type_of(inner), inner, where)
+
+
+def _one_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:  # a YAML error: what is wrong comes last
+        return f"{error.problem} in line {mark.line + 1}"  # type: ignore[attr-defined]
     return str(error).strip().split("\n")[0]
 
 
-def key_paths(kind: type = Recipe, prefix: str = "") -> dict[str, Any]:
-    """Every key's full path -> its type."""
-    paths: dict[str, Any] = {}
-    for entry in dataclasses.fields(kind):
-        path = prefix + entry.name
-        if dataclasses.is_dataclass(entry.type):
-            paths[path] = dict
-            paths.update(key_paths(entry.type, path + "."))  # type: ignore[arg-type]
+def _shown(value: Any) -> str:
+    """A value as YAML writes it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def _type_of(path: str) -> Any:
+    """The type of the value at a key's full path; None where there is no such key."""
+    kind: Any = Recipe
+    for name in path.split("."):
+        if dataclasses.is_dataclass(kind):
+            kind = {entry.name: entry.type for entry in dataclasses.fields(kind)}.get(name)
         else:
-            paths[path] = entry.type
+            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+    return kind
+
+
+def key_paths(kind: Any = Recipe, prefix: str = "") -> list[str]:
+    """Every key's full path, sections included; a dictionary's own keys are the user's."""
+    paths: list[str] = []
+    for entry in dataclasses.fields(kind):
+        paths.append(prefix + entry.name)
+        if dataclasses.is_dataclass(entry.type):
+            paths += key_paths(entry.type, prefix + entry.name + ".")
     return paths
 
 
-def _unknown_key(path: str, where: str) -> str:
-    known = list(key_paths())
+def _nearest(path: str) -> str:
+    """The valid key most like `path`: by name, rather one of the same section."""
     parent, _, leaf = path.rpartition(".")
-    siblings = [key for key in known if key.rpartition(".")[0] == parent]
-    close = difflib.get_close_matches(path, siblings or known, n=1, cutoff=0.0)
-    elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
-    nearest = elsewhere[0] if elsewhere and not difflib.get_close_matches(path, siblings, cutoff=0.75) else close[0]
-    return f"{path} ({where}) is no key of a recipe: the nearest is {nearest}"
+    known = key_paths()
+    kind = _type_of(parent) if parent else None
+    if dataclasses.is_dataclass(kind):
+        known += [f"{parent}.{entry.name}" for entry in dataclasses.fields(kind)]
+
+    def likeness(key: str) -> float:
+        section, _, name = key.rpartition(".")
+        return difflib.SequenceMatcher(None, leaf, name).ratio() + 0.3 * (section == parent)
+
+    return max(known, key=likeness)
 
 
 def _allowed(path: str) -> str:
-    kind = key_paths().get(path)
-    options = [part for part in typing.get_args(kind) if part is not type(None)] or [kind]
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a section of keys"}
-    words = " or ".join(names.get(typing.get_origin(option) or option, str(option)) for option in options)
-    return words + (", or null" if type(None) in typing.get_args(kind) else "") + " is needed"
+    """What may stand at a key's path, in words."""
+    kind = _type_of(path)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    options = typing.get_args(kind) if typing.get_origin(kind) is Union else (kind,)
+    sections = {list: "a list as in [first,second]"}
+    words = [names.get(option) or sections.get(typing.get_origin(option), "a section of keys") for option in options]
+    return f"{' or '.join(words)} is needed"
 
 
 def check_choices(recipe: Recipe) -> None:

@@ -61,23 +61,43 @@ def import_checkpoint(
     """
     check_tensor_parallel(architecture, parallel.tensor)
     stages = split_layers(architecture.num_layers, parallel.pipeline)
-    folder = SafetensorsFolder(source)
     wanted = units(find_family(architecture.family, f"hf={source}"), architecture)
-    folder.check(wanted, architecture)
+    # Embedding on the first stage, final norm and output head on the last; replicas of a shard have nothing to write.
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    mine = [
+        unit
+        for unit in wanted
+        if (unit.layer in stages[stage][0] if unit.layer is not None else first if _is_embedding(unit) else last)
+        and parallel_state.get_data_parallel_rank() == 0
+    ]
+    save_state(target, 0, _read_shard(source, architecture, wanted, mine, parallel.tensor), runtime)
 
-    stage, last = parallel_state.get_pipeline_model_parallel_rank(), parallel.pipeline - 1
+
+def _is_embedding(unit: Unit) -> bool:
+    return unit.parameter.key.startswith("embedding.")
+
+
+def _read_shard(
+    source: Path, architecture: Architecture, wanted: list[Unit], mine: list[Unit], size: int
+) -> dict[str, Any]:
+    """This tensor-parallel rank's parts of `mine`, once the folder is seen to hold just what is `wanted`."""
+    folder = SafetensorsFolder(source)
+    folder.check(wanted, architecture)
+    rank = parallel_state.get_tensor_model_parallel_rank()
     state: dict[str, Any] = {}
-    for unit in wanted if parallel_state.get_data_parallel_rank() == 0 else []:
-        key, layer = unit.parameter.key, unit.layer
-        at_end = not key.startswith("embedding.")
-        mine = layer in stages[stage][0] if layer is not None else stage == (last if at_end else 0)
-        if mine:
-            rank = parallel_state.get_tensor_model_parallel_rank()
-            local = folder.read_part(unit, architecture, rank, parallel.tensor)
-            state[f"{key}@{layer}"] = sharded_parts(
-                unit.parameter, architecture, local, layer=layer, tensor_rank=rank, tensor_size=parallel.tensor,
-                data_rank=0)
-    save_state(target, 0, state, runtime)
+    for unit in mine:
+        local = folder.read_part(unit, architecture, rank, size)
+        state[f"{unit.parameter.key}@{unit.layer}"] = sharded_parts(
+            unit.parameter,
+            architecture,
+            local,
+            layer=unit.layer,
+            tensor_rank=rank,
+            tensor_size=size,
+            data_rank=0,
+        )
+    return state
 
 
 class SafetensorsFolder:
@@ -117,9 +137,7 @@ class SafetensorsFolder:
     def check(self, wanted: list[Unit], architecture: Architecture) -> None:
         """Raise InputError unless the folder holds exactly what `wanted` needs, in its shapes."""
         shapes = {
-            name: shape
-            for unit in wanted
-            for name, shape in zip(unit.names, unit.shapes(architecture), strict=True)
+            name: shape for unit in wanted for name, shape in zip(unit.names, unit.shapes(architecture), strict=True)
         }
         for name, shape in shapes.items():
             if name not in self.places:
@@ -132,8 +150,10 @@ class SafetensorsFolder:
         known = {"lm_head.weight"} if not architecture.untie_embeddings_and_output_weights else set()
         for name in self.places:
             if name not in shapes and name not in known and not name.endswith("rotary_emb.inv_freq"):
-                raise InputError(f"{self.source / self.places[name]} holds a tensor {name}, which a "
-                                 f"{architecture.family} model does not have")
+                raise InputError(
+                    f"{self.source / self.places[name]} holds a tensor {name}, which a "
+                    f"{architecture.family} model does not have"
+                )
 
     def read_part(self, unit: Unit, architecture: Architecture, rank: int, size: int) -> torch.Tensor:
         """Tensor-parallel `rank`'s part of a checkpoint tensor [layout.local_shape], vocabulary padding as zeros."""

@@ -23,7 +23,10 @@ class TensorReader:
     def __init__(self, folder: Path, iteration: int) -> None:
         self.folder = iteration_folder(folder, iteration)
         self.storage = FileSystemReader(self.folder)
-        metadata: Metadata = self.storage.read_metadata()
+        try:
+            metadata: Metadata = self.storage.read_metadata()
+        except Exception as error:  # unpickling raises whatever the damage led to
+            raise InputError(f"{self.folder} has no readable .metadata: {error}") from error
         self.storage.set_up_storage_reader(metadata, is_coordinator=True)
         self.tensors = {
             key: entry
@@ -43,7 +46,7 @@ class TensorReader:
         """The global tensor `key` (layer `layer` of it, where it has layers), of `shape`, in the stored dtype.
 
         On the host; beside it only one stored piece is in memory. Raises InputError where the checkpoint holds no such
-        tensor, or holds another shape.
+        tensor, holds another shape, or is damaged.
         """
         entry = self._entry(key)
         stored = tuple(entry.size) if layer is None else tuple(entry.size[1:])
@@ -61,7 +64,10 @@ class TensorReader:
         ]
         assert sum(size.numel() // (1 if layer is None else size[0]) for _, size in pieces) == whole.numel(), key
         items = [_read_item(key, offsets, sizes, layer) for offsets, sizes in pieces]
-        self.storage.read_data(LoadPlan(items), _Into(target)).wait()  # type: ignore[arg-type]
+        try:
+            self.storage.read_data(LoadPlan(items), _Into(target)).wait()  # type: ignore[arg-type]
+        except Exception as error:  # torch.load raises whatever the damage led to
+            raise InputError(f"{self.folder} is damaged, {key} cannot be read: {error}") from error
         return whole
 
 

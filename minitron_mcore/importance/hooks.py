@@ -63,34 +63,32 @@ def on_input(module: torch.nn.Module, row: int, record: Record, values: Values) 
 
 
 def on_output(module: torch.nn.Module, row: int, record: Record, values: Values) -> RemovableHandle:
-    """Record `values(y)` at every `module(x)` -> (y, bias), as Megatron's linears answer."""
+    """Record `values(y)` at every `module(x)` -> y, or (y, bias) as Megatron's linears answer."""
 
-    def hook(module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    def hook(module: torch.nn.Module, args: Any, output: torch.Tensor | tuple[torch.Tensor, Any]) -> None:
         with torch.no_grad():
-            record(row, values(output[0]))
+            record(row, values(output[0] if isinstance(output, tuple) else output))
 
     return module.register_forward_hook(hook)
 
 
-def norm_sites(chunk: LanguageModel) -> Iterator[tuple[int, torch.nn.Module]]:
-    """(row, module that reads the norm's input and holds its parameters) of every norm of a chunk.
-
-    The local layers have norm modules. Transformer Engine fuses a layer's norms into the linears after them, so that
-    no module puts out the normed states: hence the input is read, and the norm applied here, for both.
-    """
+def norm_sites(chunk: LanguageModel) -> Iterator[tuple[int, torch.nn.Module, Any]]:
+    """(row, norm, linear after it) of every norm of a chunk; the linear is None after the final norm."""
     for index, layer in layers_of(chunk):
-        sites = ((layer.input_layernorm, layer.self_attention.linear_qkv), (layer.pre_mlp_layernorm, layer.mlp.linear_fc1))
-        for place, (norm, linear) in enumerate(sites):
-            yield 2 * index + place, linear if getattr(linear, "layer_norm_weight", None) is not None else norm
+        yield 2 * index, layer.input_layernorm, layer.self_attention.linear_qkv
+        yield 2 * index + 1, layer.pre_mlp_layernorm, layer.mlp.linear_fc1
     if chunk.decoder.final_layernorm is not None:
-        yield 2 * chunk.config.num_layers, chunk.decoder.final_layernorm
+        yield 2 * chunk.config.num_layers, chunk.decoder.final_layernorm, None
 
 
-def normed(module: Any, config: TransformerConfig) -> Values:
-    """The norm of a site, as a function of its input [s, b, h]."""
-    prefix = "layer_norm_" if hasattr(module, "layer_norm_weight") else ""
-    weight, bias = getattr(module, prefix + "weight"), getattr(module, prefix + "bias", None)
-    return lambda x_SBH: apply_norm(x_SBH, weight, bias, config)
+def fused_norm(linear: Any, config: TransformerConfig) -> Values | None:
+    """The norm fused into a linear, as a function of the linear's input [s, b, h]; None where there is none."""
+    weight, bias = getattr(linear, "layer_norm_weight", None), getattr(linear, "layer_norm_bias", None)
+    return None if weight is None else lambda x_SBH: apply_norm(x_SBH, weight, bias, config)
+
+
+def unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def head_norms(head_dim: int) -> Values:
@@ -112,8 +110,11 @@ def block_influence(x_SBH: torch.Tensor, y_SBH: torch.Tensor) -> torch.Tensor:
 
 
 def _attach_hidden(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
-    for row, module in norm_sites(chunk):
-        yield on_input(module, row, record, normed(module, chunk.config))
+    # Transformer Engine fuses a layer's norms into the linears after them, so that no module puts out the normed
+    # states: there the linear's input is read, and the norm applied once more.
+    for row, norm, linear in norm_sites(chunk):
+        fused = fused_norm(linear, chunk.config)
+        yield on_output(norm, row, record, unchanged) if fused is None else on_input(linear, row, record, fused)
 
 
 def _attach_heads(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
@@ -130,7 +131,7 @@ def _attach_pre_activation(chunk: LanguageModel, record: Record) -> Iterator[Rem
 
 def _attach_down_projection_input(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
     for index, layer in layers_of(chunk):
-        yield on_input(layer.mlp.linear_fc2, index, record, lambda x: x)
+        yield on_input(layer.mlp.linear_fc2, index, record, unchanged)
 
 
 def _attach_layers(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:

@@ -200,23 +200,21 @@ class _Collector:
             values_ARBC = over_sequence(sums_KRBC, sums_for(sequence), length, sequence)
             row_numbers = self._row_numbers(rows)
             self.sums[each.name].add(values_ARBC, valid_B, row_numbers)
-            self._note_bad(values_ARBC, valid_B, row_numbers, each, index, number)
+            bad_ARB = ~values_ARBC.isfinite().all(dim=-1) & (valid_B > 0)
+            self._note_bad(bad_ARB.any(dim=-1).any(dim=0), row_numbers // each.rows_per_layer, index, number)
 
     def _row_numbers(self, rows: tuple[int, ...]) -> torch.Tensor:
         if rows not in self.row_tensors:
             self.row_tensors[rows] = torch.tensor(rows, device=self.device)
         return self.row_tensors[rows]
 
-    def _note_bad(
-        self, values_ARBC: torch.Tensor, valid_B: torch.Tensor, rows: torch.Tensor, each: Measure, index: int, number: int
-    ) -> None:
+    def _note_bad(self, bad_R: torch.Tensor, layers_R: torch.Tensor, index: int, number: int) -> None:
         """Keep, on the device, where values are NaN or Inf: microbatch, then layer, then measure, as one number.
 
         The smallest number is then the earliest place of the earliest microbatch.
         """
-        bad_R = ((~values_ARBC.isfinite()).any(dim=-1) & (valid_B > 0)).any(dim=-1).any(dim=0)
-        places = number * (self.architecture.num_layers + 1) + rows // each.rows_per_layer
-        self.bad.append(torch.where(bad_R, places * len(self.wanted) + index, _NONE).min())
+        places_R = number * (self.architecture.num_layers + 1) + layers_R
+        self.bad.append(torch.where(bad_R, places_R * len(self.wanted) + index, _NONE).min())
 
     def check_finite(self) -> None:
         """Raise InputError, on every rank, where any rank has seen NaN or Inf since the last call."""

@@ -2,12 +2,12 @@
 
 Work is laid out as the student is: a rank reads its tensor-parallel part of the teacher's layers that become its
 stage's layers, wherever they lay, and prunes one parameter at a time. A global plan keeps unevenly many rows of each
-teacher shard, so on the sharded axis the kept parts are gathered over the tensor-parallel ranks and each takes its
-contiguous part of the student's axis:
+teacher shard, so on the sharded axis the tensor-parallel ranks send each other the rows that now lie elsewhere, until
+each has its contiguous part of the student's axis:
 
-    teacher's rows   rank 0: 0 1 2 3 | rank 1: 4 5 6 7        kept: 0 2 3 6
-    kept parts       rank 0: 0 2 3   | rank 1: 6              gathered: 0 2 3 6
-    student's rows   rank 0: 0 2     | rank 1: 3 6
+    teacher's rows   rank 0: 0 1 2 3 | rank 1: 4 5 6 7        the plan keeps 0 2 3 6
+    kept parts       rank 0: 0 2 3   | rank 1: 6              rank 0 sends row 3
+    student's part   rank 0: 0 2     | rank 1: 3 6
 
 Where every rank keeps just what it needs (query heads, whose KV groups stay; the vocabulary) nothing is sent. Values
 are copied, never computed: every layout gives the same bits, in the stored dtype.
@@ -61,7 +61,8 @@ def prune_checkpoint(source: tuple[Path, int], plan: PruningPlan, target: Path, 
         local = teacher.pop((parameter.key, teacher_layer))
         local = prune_shard(local, parameter, plan, teacher_layer, group=group, device=runtime.device)
         student[f"{parameter.key}@{layer}"] = sharded_parts(
-            parameter, plan.student, local, layer=layer, tensor_rank=group.rank(), tensor_size=tensor_size, data_rank=0)
+            parameter, plan.student, local, layer=layer, tensor_rank=group.rank(), tensor_size=tensor_size, data_rank=0
+        )
     save_state(target, 0, {"model": student}, runtime)
 
 
@@ -104,7 +105,7 @@ def prune_shard(
     local = take(local, parameter.shard_axis, held[rank][:, 0])
     if all(numpy.array_equal(held[r][:, 1], wanted[r]) for r in range(group.size())):
         return local
-    return _exchange(local, parameter.shard_axis, [part[:, 1] for part in held], wanted[rank], group, device)
+    return _exchange(local, parameter.shard_axis, [part[:, 1] for part in held], wanted, group, device)
 
 
 def shard_moves(
@@ -130,24 +131,28 @@ def _exchange(
     local: torch.Tensor,
     axis: int,
     held: list[numpy.ndarray],
-    wanted: numpy.ndarray,
+    wanted: list[numpy.ndarray],
     group: torch.distributed.ProcessGroup,
     device: torch.device,
 ) -> torch.Tensor:
-    """Rows `wanted` of the student's global axis, when rank r holds rows held[r] of it along `axis` of its `local`.
+    """Rows wanted[this rank] of the student's global axis; rank r holds rows held[r] of it along `axis` of its `local`.
 
-    Gathered as bytes, one row of `axis` after another, each rank's part padded to the longest: any dtype, any backend.
+    One row of `axis` after another goes to the rank that wants it, as bytes: any dtype, any backend.
     """
-    rows = local.movedim(axis, 0)
-    longest = max(len(part) for part in held)
-    width = prod(rows.shape[1:])
-    padded = rows.new_zeros((longest, width))
-    padded[: len(rows)] = rows.reshape(len(rows), width)
-    mine = padded.view(torch.uint8).to(device)
-    gathered = mine.new_empty((len(held) * longest, mine.shape[1]))
-    torch.distributed.all_gather_into_tensor(gathered, mine, group=group)
-    place = numpy.empty(sum(len(part) for part in held), dtype=numpy.int64)
+    me = group.rank()
+    holder, place = (numpy.empty(sum(len(part) for part in held), dtype=numpy.int64) for _ in range(2))
     for rank, part in enumerate(held):
-        place[part] = rank * longest + numpy.arange(len(part))
-    taken = gathered.index_select(0, torch.from_numpy(place[wanted]).to(device)).to(local.device)
+        holder[part], place[part] = rank, numpy.arange(len(part))
+    sent = [place[part[holder[part] == me]] for part in wanted]
+    arriving = [numpy.nonzero(holder[wanted[me]] == rank)[0] for rank in range(len(held))]
+
+    rows = local.movedim(axis, 0)
+    outgoing = rows.index_select(0, torch.from_numpy(numpy.concatenate(sent)))
+    outgoing = outgoing.reshape(-1, prod(rows.shape[1:])).view(torch.uint8).to(device)
+    incoming = outgoing.new_empty((len(wanted[me]), outgoing.shape[1]))
+    torch.distributed.all_to_all_single(
+        incoming, outgoing, [len(part) for part in arriving], [len(part) for part in sent], group=group
+    )
+    order = torch.from_numpy(numpy.argsort(numpy.concatenate(arriving)))
+    taken = incoming.to(local.device).index_select(0, order)
     return taken.view(local.dtype).view(-1, *rows.shape[1:]).movedim(0, axis).contiguous()

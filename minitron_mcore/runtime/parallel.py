@@ -12,17 +12,16 @@ from minitron_mcore.runtime.config import ParallelConfig
 _current: ParallelConfig | None = None
 
 
-def check_layout(parallel: ParallelConfig, world_size: int) -> None:
-    """Raise InputError, with the arithmetic, where `world_size` ranks cannot be laid out so."""
+def check_parallel(parallel: ParallelConfig) -> None:
+    """Raise InputError for a layout that no number of ranks can have."""
     for name in ("tensor", "pipeline", "context"):
         if getattr(parallel, name) < 1:
             raise InputError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % model_ranks:
+    if parallel.context > 1:
+        # Nothing here cuts a sequence: every rank would attend to its own copy of the whole, and count it again.
         raise InputError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} x "
-            f"parallel.context={parallel.context} = {model_ranks} ranks for one copy of the model, "
-            f"but {world_size} were started: start a multiple of {model_ranks}, or change parallel.*"
+            f"parallel.context={parallel.context} is not supported: a sequence stays whole, so set parallel.context=1 "
+            "and raise parallel.tensor, with parallel.sequence=true"
         )
     if parallel.virtual_pipeline is not None and parallel.virtual_pipeline < 2:
         raise InputError(
@@ -33,6 +32,17 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
         raise InputError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of at least 2")
     if parallel.sequence and parallel.tensor == 1:
         raise InputError("parallel.sequence=true shards the sequence over tensor-parallel ranks: parallel.tensor is 1")
+
+
+def check_layout(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise InputError, with the arithmetic, where `world_size` ranks cannot be laid out so."""
+    check_parallel(parallel)
+    model_ranks = parallel.tensor * parallel.pipeline
+    if world_size % model_ranks:
+        raise InputError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} = {model_ranks} ranks for one "
+            f"copy of the model, but {world_size} were started: start a multiple of {model_ranks}, or change parallel.*"
+        )
 
 
 def use_layout(parallel: ParallelConfig, world_size: int) -> None:

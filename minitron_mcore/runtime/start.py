@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import socket
 import subprocess
 import warnings
@@ -84,21 +85,20 @@ def read_environment(environment: dict[str, str]) -> tuple[int, int, int]:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 12000))
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0"))
     return 0, 1, 0
 
 
 def _first_host(node_list: str) -> str:
-    """First host of a SLURM node list such as `gpu[003-007,12]`."""
-    if "[" not in node_list:
-        return node_list.split(",")[0] or "127.0.0.1"
-    try:
-        hosts = subprocess.run(["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True)
-        return hosts.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        prefix, _, rest = node_list.partition("[")
-        return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
+    """First host of a SLURM node list such as `gpu[003-007,12]-ib,login1`."""
+    if "[" in node_list:
+        try:
+            command = ["scontrol", "show", "hostnames", node_list]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            node_list = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", node_list)  # in a container without scontrol
+    return node_list.split(",")[0] or "127.0.0.1"
 
 
 def start() -> Runtime:
@@ -149,6 +149,7 @@ def quiet_libraries() -> None:
     """Megatron and torch warn at import about optional parts (Apex, Transformer Engine) that are not needed here."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=r".*(pynvml|No CUDA|destroy_process_group|is not a CUDA).*")
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     for name in ("megatron", "torch.distributed.elastic", "torch.distributed.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

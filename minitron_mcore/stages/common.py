@@ -79,7 +79,7 @@ def read_data(
 ) -> tuple[int, BatchReader, BatchReader]:
     """(iterations of the budget, reader of training batches, reader of validation batches). Every rank calls."""
     iterations = count_iterations(train, recipe.data.sequence_length, section)
-    check_train(train, parallel_state.get_data_parallel_world_size(), iterations, section)
+    check_train(train, recipe.parallel, parallel_state.get_data_parallel_world_size(), iterations, section)
     training, validation, _ = build_datasets(
         recipe.data,
         tokenizer,

@@ -38,6 +38,8 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     runtime.barrier()  # every rank has looked at the folder before the first one changes it
 
     runtime.print(describe(plan))
+    for warning in other_teacher(plan, source):
+        runtime.print(warning)
     if len({len(stage[0]) for stage in stages}) > 1:
         runtime.print(f"layers on each pipeline stage: {', '.join(str(len(stage[0])) for stage in stages)}")
     unfinished = target.with_name(f".{target.name}.unfinished")
@@ -83,6 +85,17 @@ def read_plan(recipe: Recipe, teacher: Architecture) -> PruningPlan:
             "leave scores out"
         )
     return plan
+
+
+def other_teacher(plan: PruningPlan, source: tuple[Path, int]) -> list[str]:
+    """A warning where the plan's scores are of other weights of the same architecture; none where they say nothing."""
+    scored = plan.settings.get("scores", {}).get("teacher")
+    if not scored or (Path(scored["checkpoint"]).resolve(), scored["iteration"]) == (source[0].resolve(), source[1]):
+        return []
+    return [
+        f"warning: the scores are of iteration {scored['iteration']} of {scored['checkpoint']}, but iteration "
+        f"{source[1]} of {source[0]} is pruned"
+    ]
 
 
 def student_folder(recipe: Recipe, teacher: Path) -> Path:

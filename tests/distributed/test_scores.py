@@ -1,7 +1,7 @@
 """Scores of sharded models, at every layout and micro-batch size, against a dense float64 computation of the formulas.
 
-Tolerance 1e-5 of an axis' largest score in fp32 (seen: 2e-6). In bf16 the activations themselves are rounded to 8 bits:
-BF16_BOUND is what that was seen to leave in the scores of these models, doubled.
+Tolerances are those the scores' file states (importance.scores.TOLERANCE), relative to an axis' largest score: 1e-5 in
+fp32, where 1e-6 was seen (variances; 1e-7 for means), and 5e-3 in bf16, where 3e-3 was seen on these few tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import ImportanceConfig
+from minitron_mcore.importance.scores import TOLERANCE
 from tests.distributed.dense_reference import EMBEDDING, FC2, PROJ, DenseModel, draw_weights, fill
 from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
@@ -26,8 +27,6 @@ SITES = ("pre_activation", "down_projection_input")
 DEFAULT = ("l2", "mean", "pre_activation")
 SAMPLES, LENGTH = 10, 24
 SEED = 11
-TOLERANCE = 1e-5
-BF16_BOUND = 2e-2
 
 # By world size, so that one call of the ranks serves many cases: (parallel section, micro-batch sizes).
 LAYOUTS: dict[int, list[tuple[dict[str, Any], tuple[int, ...]]]] = {
@@ -42,7 +41,6 @@ LAYOUTS: dict[int, list[tuple[dict[str, Any], tuple[int, ...]]]] = {
     4: [
         ({"tensor": 2, "pipeline": 2}, (1, 2, 4)),
         ({"tensor": 2, "pipeline": 2, "sequence": True}, (1, 2, 4)),
-        ({"tensor": 2, "sequence": True}, (2,)),
         ({"pipeline": 2, "virtual_pipeline": 2}, (2,)),
     ],
 }
@@ -62,7 +60,8 @@ class Samples:
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         tokens = self.tokens[index]
-        return {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(LENGTH), "position_ids": torch.arange(LENGTH)}
+        mask, positions = torch.ones(LENGTH), torch.arange(LENGTH)
+        return {"tokens": tokens, "labels": tokens, "loss_mask": mask, "position_ids": positions}
 
 
 def my_batches(dataset: Any, micro_batch_size: int) -> Any:
@@ -170,7 +169,7 @@ def test_every_layout_and_micro_batch_size(world_size: int) -> None:
     assert len(ranks[0]) == sum(len(FAMILIES) * len(sizes) for _, sizes in LAYOUTS[world_size])
     for key, scores in ranks[0].items():
         found = errors(scores, dense_scores(key[0], DEFAULT))
-        assert max(found.values()) <= TOLERANCE, f"{key}: {found}"
+        assert max(found.values()) <= TOLERANCE["fp32"], f"{key}: {found}"
         for other in ranks[1:]:
             assert all(numpy.array_equal(other[key][axis], scores[axis]) for axis in AXES), f"{key}: ranks differ"
 
@@ -180,7 +179,7 @@ def test_every_pair_of_aggregations_and_both_neuron_sites(family: str) -> None:
     scores = run_on_ranks(every_case_on_rank, 2, 2, {"tensor": 2, "sequence": True}, family)[0]
     for case, found in scores.items():
         found = errors(found, dense_scores(family, case))
-        assert max(found.values()) <= TOLERANCE, f"{case}: {found}"
+        assert max(found.values()) <= TOLERANCE["fp32"], f"{case}: {found}"
 
 
 def bf16_on_rank() -> dict[Any, Any]:
@@ -196,7 +195,7 @@ def bf16_on_rank() -> dict[Any, Any]:
 def test_bf16_stays_within_its_bound() -> None:
     for (family, layout), scores in run_on_ranks(bf16_on_rank, 2)[0].items():
         found = errors(scores, dense_scores(family, DEFAULT, "bf16"))
-        assert max(found.values()) <= BF16_BOUND, f"{family} {layout}: {found}"
+        assert max(found.values()) <= TOLERANCE["bf16"], f"{family} {layout}: {found}"
 
 
 class FusedLinear(torch.nn.Module):
@@ -228,7 +227,7 @@ def fused_norms_on_rank(family: str) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_fused_into_the_next_linear(family: str) -> None:
     found = errors(run_on_ranks(fused_norms_on_rank, 2, family)[0], dense_scores(family, DEFAULT))
-    assert max(found.values()) <= TOLERANCE, str(found)
+    assert max(found.values()) <= TOLERANCE["fp32"], str(found)
 
 
 def traces_on_rank() -> dict[str, Any]:

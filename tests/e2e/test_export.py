@@ -26,7 +26,7 @@ from tests.distributed.models import LAYOUTS
 from tests.distributed.ranks import run_on_ranks
 from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, python_files, small_data, small_tokenizer
 
-SAMPLES, MICRO_BATCH, LENGTH = 7, 2, 32  # an odd number: the last microbatch is half filler
+SAMPLES, MICRO_BATCH, LENGTH = 9, 2, 32  # five microbatches, the last one half filler; no multiple of two stages
 
 
 def command_on_rank(arguments: list[str]) -> tuple[int, str]:
@@ -58,11 +58,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = small_tokenizer(root / "tokenizer.model")
     train, valid = small_data(root / "train", tokenizer), small_data(root / "valid", tokenizer, package=JSON_PACKAGE)
     recipe = {
-        "data": {"train": train, "valid": valid, "sequence_length": LENGTH, "num_workers": 0,
-                 "cache_path": str(root / "cache")},
+        "data": {
+            "train": train,
+            "valid": valid,
+            "sequence_length": LENGTH,
+            "num_workers": 0,
+            "cache_path": str(root / "cache"),
+        },
         "tokenizer": {"model": str(root / "tokenizer.model")},
-        "model": {"num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 72, "num_attention_heads": 6,
-                  "num_query_groups": 2, "kv_channels": 12, "max_position_embeddings": 64, "rotary_base": 10000.0},
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 48,
+            "ffn_hidden_size": 72,
+            "num_attention_heads": 6,
+            "num_query_groups": 2,
+            "kv_channels": 12,
+            "max_position_embeddings": 64,
+            "rotary_base": 10000.0,
+        },
         "train": {"tokens": 4 * 8 * LENGTH, "lr": 1e-2, "micro_batch_size": 4, "eval_iters": 1},
         "evaluate": {"samples": SAMPLES, "micro_batch_size": MICRO_BATCH},
         "log": {"wandb": "disabled", "tensorboard": False},
@@ -87,8 +100,9 @@ def transformers_loss(root: Path, folder: str, count: int) -> float:
     _, valid, _ = build_datasets(data, tokenizer, train_samples=0, valid_samples=None, seed=1234)
     assert valid is not None and len(valid) > count
     samples = [valid[index] for index in range(count)]
-    tokens, labels, mask = (torch.stack([sample[key] for sample in samples]) for key in
-                            ("tokens", "labels", "loss_mask"))
+    tokens, labels, mask = (
+        torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "loss_mask")
+    )
     model = AutoModelForCausalLM.from_pretrained(root / folder, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(tokens).logits
@@ -116,8 +130,15 @@ def test_the_exported_folder(root: Path) -> None:
     from transformers import AutoConfig, GenerationConfig
 
     names = {path.name for path in (root / "hf").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
-                     "tokenizer_config.json", "tokenizer.model"}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "README.md",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+    }
     config = AutoConfig.from_pretrained(root / "hf")
     assert (config.vocab_size, config.head_dim, config.bos_token_id, config.eos_token_id) == (600, 12, 1, 2)
     assert config.dtype == torch.float32

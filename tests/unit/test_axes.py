@@ -1,5 +1,6 @@
 """What is kept of every parameter, on tensors whose rows carry their own names; and that shards make up the whole."""
 
+import math
 from typing import Any
 
 import numpy
@@ -91,7 +92,7 @@ def test_shards_exchange_into_the_shards_of_the_dense_student(plan: PruningPlan,
     """What ranks send each other, played through in one process."""
     for parameter, layer in parameters(plan):
         shape = parameter.shape(plan.teacher)
-        whole = torch.arange(numpy.prod(shape), dtype=torch.float64).view(shape)
+        whole = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
         student = prune_dense(whole, parameter, plan, layer)
         assert student.shape == parameter.shape(plan.student)
         if parameter.shard_axis is None:

@@ -40,7 +40,7 @@ def cases(draw: st.DrawFn) -> tuple[Scores, dict[str, int | None]]:
     teacher = model(
         num_layers=draw(st.integers(1, 6)), hidden_size=draw(st.integers(1, 16)),
         ffn_hidden_size=draw(st.integers(1, 16)), num_attention_heads=groups * q, num_query_groups=groups)
-    target = {name: draw(st.integers(1, getattr(teacher, name))) for name in TARGETS}
+    target: dict[str, int | None] = {name: draw(st.integers(1, getattr(teacher, name))) for name in TARGETS}
     target["num_attention_heads"] = groups * draw(st.integers(1, q))
     return scores_of(teacher, draw(st.integers(0, 1000)), draw(st.sampled_from([0, 3]))), target
 
@@ -146,19 +146,30 @@ def test_margins_are_those_of_the_narrowest_cut() -> None:
     assert plan.cuts["layers"].margin is None
 
 
-def close_scores(tolerance: float | None) -> Scores:
+def warned(hidden: numpy.ndarray, tolerance: float | None, **options: Any) -> bool:
+    settings = {} if tolerance is None else {"tolerance": tolerance}
+    scores = scores_of(model(), hidden=hidden, settings=settings)
+    plan = make_plan(scores, {"hidden_size": 6}, **options)
+    return any(warning.startswith("hidden: the margin at the cut is 1.0e-04") for warning in plan.warnings)
+
+
+@pytest.mark.parametrize(("tolerance", "expected"), [(None, False), (1e-3, True), (6e-5, True), (4e-5, False)])
+def test_a_margin_within_the_tolerance_is_warned_about(tolerance: float | None, expected: bool) -> None:
+    """The cut's margin is 1e-4; both of its scores may move, so twice the tolerance counts."""
     hidden = numpy.ones(12)
     hidden[:6] += 1e-4
-    scores = scores_of(model(), hidden=hidden)
-    return scores if tolerance is None else Scores(
-        scores.architecture, scores.hidden, scores.ffn, scores.heads, scores.layers, {"tolerance": tolerance})
+    assert warned(hidden, tolerance) == expected
+    # The tolerance is relative to the largest score: the same margin among small scores is less certain.
+    hidden[0] = 100.0
+    assert warned(hidden, tolerance)
 
 
-@pytest.mark.parametrize(("tolerance", "warned"), [(None, False), (1e-3, True), (6e-5, True), (4e-5, False)])
-def test_a_margin_within_the_tolerance_is_warned_about(tolerance: float | None, warned: bool) -> None:
-    """The cut's margin is 1e-4; both of its scores may move, so twice the tolerance counts."""
-    plan = make_plan(close_scores(tolerance), {"hidden_size": 6})
-    assert any("hidden: the margin at the cut is 1.0e-04" in warning for warning in plan.warnings) == warned
+def test_a_block_is_known_less_closely_than_a_layer() -> None:
+    """Totals of three layers, 5e-5 apart, where a layer's influence is known to 1e-5."""
+    influence = numpy.array([1.0, 1, 1, 1, 1, 1 - 5e-5])
+    scores = scores_of(model(), layers=influence)
+    assert make_plan(scores, {"num_layers": 3}, layers="contiguous").warnings
+    assert not make_plan(scores, {"num_layers": 5}, layers="scattered").warnings
 
 
 def test_scores_of_zero_and_below_give_finite_margins() -> None:
@@ -173,7 +184,7 @@ def test_transformers_refuses_what_the_export_warning_says() -> None:
 
     plan = make_plan(scores_of(model()), {"hidden_size": 8})
     assert any("no multiple of num_attention_heads=6" in warning for warning in plan.warnings)
-    fields = {"hidden_size": 8, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
+    fields: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
     with pytest.raises(Exception, match="not a multiple"):
         LlamaConfig(**fields)
     NemotronConfig(**fields)

@@ -142,8 +142,9 @@ def fields_of(family: Family, config: dict[str, Any], where: str) -> dict[str, A
     """
     for name, needed in family.constants.items():
         if (value := config.get(name, needed)) != needed:
-            raise InputError(f"{where}: {name}={value!r} is not supported for model_type={family.model_type!r}, "
-                             f"only {needed!r}")
+            raise InputError(
+                f"{where}: {name}={value!r} is not supported for model_type={family.model_type!r}, only {needed!r}"
+            )
     return {
         **{ours: config[theirs] for ours, theirs in family.fields.items()},
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],

@@ -1,0 +1,76 @@
+"""Shapes, families and small helpers of the Hugging Face tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.runtime.start import Runtime
+
+# head_dim is not hidden / heads, nothing is a power of two, and the vocabulary ends inside the last rank's part.
+SHAPE: dict[str, Any] = {
+    "num_layers": 3,
+    "hidden_size": 96,
+    "ffn_hidden_size": 136,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "kv_channels": 20,
+    "vocab_size": 1003,
+    "max_position_embeddings": 64,
+    "init_method_std": 0.08,
+}
+SCALING = {"factor": 6.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0, "original_max_position_embeddings": 24}
+CASES: dict[str, dict[str, Any]] = {
+    "llama-scaled": {"family": "llama", "rope_scaling": SCALING, "layernorm_epsilon": 3e-4},
+    "llama-tied": {"family": "llama", "untie_embeddings_and_output_weights": False, "rotary_base": 10000.0},
+    "nemotron": {"family": "nemotron"},
+}
+
+
+def architecture_of(case: str) -> Architecture:
+    return build_architecture({**SHAPE, **CASES[case]})
+
+
+def save_with_transformers(case: str, path: Path) -> None:
+    """A random model that transformers makes and saves, in several files; its norms are all different."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    a = architecture_of(case)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": a.rotary_base}
+    if a.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **SCALING}
+    if a.family == "nemotron":
+        rope |= {"partial_rotary_factor": a.rotary_percent}
+    config = AutoConfig.for_model(
+        a.family,
+        hidden_size=a.hidden_size,
+        intermediate_size=a.ffn_hidden_size,
+        head_dim=a.kv_channels,
+        num_hidden_layers=a.num_layers,
+        num_attention_heads=a.num_attention_heads,
+        vocab_size=a.vocab_size,
+        num_key_value_heads=a.num_query_groups,
+        max_position_embeddings=a.max_position_embeddings,
+        initializer_range=a.init_method_std,
+        tie_word_embeddings=not a.untie_embeddings_and_output_weights,
+        rope_parameters=rope,
+        **{("norm_eps" if a.family == "nemotron" else "rms_norm_eps"): a.layernorm_epsilon},
+    )
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, tensor in model.named_parameters():
+        if "norm" in name:
+            tensor.data += 0.3 * torch.randn(tensor.shape)
+    model.save_pretrained(path, max_shard_size="400KB")
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def alone() -> Runtime:
+    return Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

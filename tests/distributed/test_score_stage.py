@@ -1,0 +1,120 @@
+"""The verb `score`: its file, the same at every layout, left alone when made in the same way, refused otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from minitron_mcore.importance.scores import AXES, TOLERANCE, load_scores
+from tests.distributed.models import start_layout, tiny
+from tests.distributed.ranks import run_on_ranks
+from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
+
+COMMON = ["tokenizer.model=@/tokenizer.model", "data.calibration=@/json_text_document", "data.sequence_length=32",
+          "data.num_workers=0", "importance.num_samples=13", "seed=5"]
+TEACHER = ["teacher.checkpoint=@/teacher"]
+# name -> layout and micro-batch size, which must not matter
+LAYOUTS = {
+    "TP2": ["parallel.tensor=2"],
+    "TP2-SP": ["parallel.tensor=2", "parallel.sequence=true", "importance.micro_batch_size=2"],
+    "PP2": ["parallel.pipeline=2", "importance.micro_batch_size=3"],
+    "PP2-VPP2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "DP2": ["importance.micro_batch_size=4"],
+}
+
+
+def save_teacher(folder: Path, value: float | None) -> None:
+    """A small teacher, one weight of its second layer set to `value`."""
+    from minitron_mcore.checkpoint.folder import write_description
+    from minitron_mcore.checkpoint.store import as_chunks, model_state, save_state
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.initialize import initialize
+    from minitron_mcore.runtime.start import start
+
+    config, architecture, runtime = start_layout({}, 2), tiny("llama"), start()
+    chunks = build_model(architecture, config, "fp32")
+    initialize(chunks, architecture, seed=1)
+    if value is not None:
+        with torch.no_grad():
+            chunks[0].decoder.layers[1].mlp.linear_fc2.weight[0, 0] = value
+    save_state(folder, 3, model_state(as_chunks(chunks)), runtime)
+    if runtime.is_main:
+        write_description(folder, architecture, lineage={"stage": "train"}, recipe="", save_tokenizer=None)
+    runtime.barrier()
+
+
+def score(root: Path, overrides: list[str]) -> tuple[str, str]:
+    """(what was printed, what was refused); `@` stands for the folder of the test."""
+    from minitron_mcore.errors import InputError
+    from minitron_mcore.recipe import load_recipe
+    from minitron_mcore.runtime.start import start
+    from minitron_mcore.stages import score as stage
+
+    recipe = load_recipe(None, [text.replace("@", str(root)) for text in [*COMMON, *overrides]])
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            assert stage.run(recipe, start()) == Path(recipe.scores or ""), "the stage returns its file"
+    except InputError as error:
+        return printed.getvalue(), str(error)
+    return printed.getvalue(), ""
+
+
+def score_everywhere(root: Path) -> dict[str, Any]:
+    save_teacher(root / "teacher", None)
+    save_teacher(root / "broken", float("nan"))
+    results: dict[str, Any] = {
+        name: score(root, [*TEACHER, *layout, f"scores=@/{name}"]) for name, layout in LAYOUTS.items()
+    }
+    before = (root / "TP2").read_bytes()
+    results["again"] = score(root, [*TEACHER, *LAYOUTS["DP2"], "scores=@/TP2"])
+    refused = {
+        "seed": [*TEACHER, "scores=@/TP2", "seed=6"],
+        "importance.sequence_aggregation": [*TEACHER, "scores=@/TP2", "importance.sequence_aggregation=l2"],
+        "is no scores file": [*TEACHER, "scores=@/tokenizer.model"],
+        "scores is not given": TEACHER,
+        "teacher.checkpoint is not given": ["scores=@/new"],
+        "calibration samples": [*TEACHER, "scores=@/new", "importance.num_samples=100000"],
+        "importance.micro_batch_size=0": [*TEACHER, "scores=@/new", "importance.micro_batch_size=0"],
+        "layer 1 ": ["teacher.checkpoint=@/broken", "scores=@/new"],
+    }
+    results["refused"] = {word: score(root, overrides)[1] for word, overrides in refused.items()}
+    results["unchanged"] = (root / "TP2").read_bytes() == before and not list(root.glob("new*"))
+    return results
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("score")
+    tokenizer = small_tokenizer(folder / "tokenizer.model")
+    small_data(folder / "json", tokenizer, package=JSON_PACKAGE)
+    return folder
+
+
+def test_scores_from_the_command_line(root) -> None:
+    ranks = run_on_ranks(score_everywhere, 2, root)
+    first = load_scores(root / "TP2")
+    assert first.architecture == tiny("llama")
+    assert first.settings["teacher"] == {"checkpoint": str(root / "teacher"), "iteration": 3}
+    assert first.settings["num_samples"] == 13 and first.settings["sequence_length"] == 32
+    assert first.settings["tolerance"] == TOLERANCE["fp32"]
+    for name in LAYOUTS:
+        printed, refused = ranks[0][name]
+        assert refused == "" and ranks[1][name] == ("", ""), f"{name}: only the first rank prints"
+        assert "13/13 samples" in printed and "samples/s" in printed and "block influence" in printed
+        scores = load_scores(root / name)
+        for axis in AXES:
+            found, wanted = getattr(scores, axis), getattr(first, axis)
+            assert numpy.abs(found - wanted).max() <= TOLERANCE["fp32"] * numpy.abs(wanted).max(), f"{name} {axis}"
+
+    assert "made in the same way" in ranks[0]["again"][0]
+    for rank in ranks:
+        for word, message in rank["refused"].items():
+            assert word in message, f"{word!r} is not named in: {message!r}"
+        assert rank["unchanged"]

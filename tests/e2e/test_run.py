@@ -1,0 +1,123 @@
+"""The whole road on two ranks, as a user starts it: killed in the middle, started again, started once more."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.e2e.launchers import ROOT, environment
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+
+
+def write_recipe(folder: Path) -> Path:
+    """Everything of the quickstart, tiny: real source text, a teacher of two layers."""
+    sections: dict[str, Any] = {
+        "name": "tiny",
+        "output": str(folder / "run"),
+        "parallel": {"tensor": 2},
+        "input": [str(STDLIB / "json"), str(STDLIB / "email")],
+        "tokenizer": {"vocab_size": 400, "extensions": [".py"]},
+        "preprocess": {"extensions": [".py"], "valid_fraction": 0.2, "workers": 1},
+        "data": {"sequence_length": 32, "num_workers": 0},
+        "model": {"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 6}
+        | {"num_query_groups": 2, "kv_channels": 8, "max_position_embeddings": 64, "rotary_base": 10000},
+        "importance": {"num_samples": 8, "micro_batch_size": 4},
+        "train": {"tokens": 5120, "global_batch_size": 8, "micro_batch_size": 4, "lr": 3e-3, "save_interval": 5},
+        "distill": {"tokens": 1280, "global_batch_size": 8, "micro_batch_size": 4, "lr": 1e-3},
+        "evaluate": {"samples": 16, "micro_batch_size": 4},
+        "run": {
+            "students": {"width": {"hidden_size": 36, "ffn_hidden_size": 64}, "depth": {"num_layers": 2}},
+            "baselines": ["next_token", "random"],
+        },
+        "log": {"interval": 5, "wandb": "disabled"},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def start(recipe: Path, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "minitron_mcore", "run", "--config", str(recipe), *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Killed once the teacher has a first checkpoint, run to the end, and run again."""
+    folder = tmp_path_factory.mktemp("road")
+    recipe = write_recipe(folder)
+    killed = start(recipe, folder / "killed.log")
+    tracker = folder / "run" / "teacher" / "latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 200
+    while not tracker.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-KILL", "-f", str(recipe)], check=False)
+    killed.wait()
+    at_kill = {path.stem for path in (folder / "run" / "done").glob("*.json")}
+    outputs = []
+    for name in ("finished", "again"):
+        log = folder / f"{name}.log"
+        process = start(recipe, log)
+        assert process.wait(timeout=280) == 0, log.read_text()
+        outputs.append(log.read_text())
+    return {"folder": folder, "recipe": recipe, "at_kill": at_kill, "finished": outputs[0], "again": outputs[1],
+            "results": json.loads((folder / "run" / "results.json").read_text())}
+
+
+def test_goes_on_where_it_was_killed(road: dict[str, Any]) -> None:
+    assert {"tokenizer", "preprocess"} <= road["at_kill"]
+    assert "evaluate-teacher" not in road["at_kill"], "killed too late to show anything"
+    assert "train the tokenizer: done before" in road["finished"]
+    assert "resumed" in road["finished"] or "train-teacher" in road["at_kill"]
+    steps = [line for line in road["again"].splitlines() if line.startswith("[")]
+    assert len(steps) == 19
+    assert all(line.endswith("done before") for line in steps)
+
+
+def test_closing_table(road: dict[str, Any]) -> None:
+    names = ["teacher", "width pruned", "width distilled", "depth pruned", "depth distilled", "width next-token loss",
+             "width random weights"]
+    assert list(road["results"]) == names
+    for name, row in road["results"].items():
+        assert f"{row['lm loss']:.4f}" in road["finished"].split("held-out LM loss")[1], name
+    assert road["results"]["width distilled"]["lm loss"] < road["results"]["width pruned"]["lm loss"]
+    assert road["results"]["width distilled"]["tokens"] == road["results"]["width random weights"]["tokens"] == 1280
+
+
+def test_exports_load_in_transformers(road: dict[str, Any]) -> None:
+    """The exported student, on the text that `evaluate` read, in one transformers forward: the same loss."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for student in ("width", "depth"):
+        folder = road["folder"] / "run" / "hf" / student
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert AutoTokenizer.from_pretrained(folder).decode([5]) is not None
+        assert sum(tensor.numel() for tensor in model.parameters()) == road["results"][f"{student} distilled"]["parameters"]
+        assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
+
+
+def test_another_recipe_is_refused(road: dict[str, Any], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    before = sorted(path.stat().st_mtime_ns for path in (road["folder"] / "run").rglob("*") if path.is_file())
+    process = start(road["recipe"], log, "train.lr=0.5")
+    assert process.wait(timeout=120) != 0
+    sentences = [line for line in log.read_text().splitlines() if line.startswith("minitron run:")]
+    assert len(sentences) == 1
+    assert "holds another run: train.lr is 0.003 there and 0.5 here" in sentences[0]
+    assert before == sorted(path.stat().st_mtime_ns for path in (road["folder"] / "run").rglob("*") if path.is_file())
