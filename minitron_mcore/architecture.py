@@ -6,6 +6,7 @@ Parameters are summed from the table of `layout.py`, so that what is counted, sh
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,16 @@ class Architecture:
             raise InputError(
                 f"padded_vocab_size={self.padded_vocab_size} must be at least vocab_size={self.vocab_size}"
             )
+        for name in ("rotary_percent", "rotary_base", "layernorm_epsilon", "init_method_std"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise InputError(f"{name}={value} must be a number above 0")
+        if self.rotary_percent > 1 or int(self.kv_channels * self.rotary_percent) % 2:
+            raise InputError(
+                f"kv_channels={self.kv_channels} x rotary_percent={self.rotary_percent} = "
+                f"{self.kv_channels * self.rotary_percent:g} channels of a head are rotated: an even number, at most "
+                "kv_channels, is needed"
+            )
 
     @property
     def heads_per_group(self) -> int:
@@ -160,6 +171,8 @@ def build_architecture(fields: dict[str, Any]) -> Architecture:
         raise InputError(f"family={family!r} is not known: choose one of {', '.join(FAMILIES)}")
     merged: dict[str, Any] = {"family": family, **FAMILIES[family], **given}
     divisor = merged.pop("make_vocab_size_divisible_by", 128)
+    if divisor < 1:
+        raise InputError(f"make_vocab_size_divisible_by={divisor} must be at least 1")
     known = {field.name for field in dataclasses.fields(Architecture)}
     if unknown := sorted(set(merged) - known):
         raise InputError(f"{unknown[0]!r} is no field of an architecture: {', '.join(sorted(known))}")
@@ -170,6 +183,8 @@ def build_architecture(fields: dict[str, Any]) -> Architecture:
     merged.setdefault("num_query_groups", merged["num_attention_heads"])
     merged.setdefault("max_position_embeddings", 4096)
     if "kv_channels" not in merged:
+        if merged["num_attention_heads"] < 1:
+            raise InputError(f"num_attention_heads={merged['num_attention_heads']} must be at least 1")
         if merged["hidden_size"] % merged["num_attention_heads"]:
             raise InputError(
                 f"hidden_size={merged['hidden_size']} is no multiple of "
@@ -178,8 +193,25 @@ def build_architecture(fields: dict[str, Any]) -> Architecture:
         merged["kv_channels"] = merged["hidden_size"] // merged["num_attention_heads"]
     merged.setdefault("padded_vocab_size", padded_vocab(merged["vocab_size"], divisor))
     if isinstance(merged.get("rope_scaling"), dict):
-        merged["rope_scaling"] = RopeScaling(**merged["rope_scaling"])
+        merged["rope_scaling"] = _rope_scaling(merged["rope_scaling"])
     return Architecture(**merged)
+
+
+def _rope_scaling(given: dict[str, Any]) -> RopeScaling:
+    """Raises InputError for an unknown field, and for numbers that scale nothing."""
+    known = [field.name for field in dataclasses.fields(RopeScaling)]
+    for name, value in given.items():
+        if name not in known:
+            raise InputError(f"rope_scaling.{name} is no field of rope_scaling: choose from {', '.join(known)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InputError(f"rope_scaling.{name}={value!r} must be a number above 0")
+    scaling = RopeScaling(**given)
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise InputError(
+            f"rope_scaling.high_freq_factor={scaling.high_freq_factor} must be above "
+            f"rope_scaling.low_freq_factor={scaling.low_freq_factor}"
+        )
+    return scaling
 
 
 def save_architecture(architecture: Architecture, path: Path) -> None:
@@ -190,7 +222,18 @@ def load_architecture(path: Path) -> Architecture:
     """Read `architecture.yaml`; raises InputError when it is missing or is none."""
     if not path.is_file():
         raise InputError(f"{path} is missing: {path.parent} is not a checkpoint of minitron_mcore")
-    fields = yaml.safe_load(path.read_text())
+    try:
+        return build_architecture(read_mapping(path))
+    except InputError as error:
+        raise InputError(f"{path} is no architecture: {error}") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a small YAML file that lies beside a checkpoint. Raises InputError where it holds none."""
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
-        raise InputError(f"{path} holds no architecture: a mapping of fields is needed")
-    return build_architecture(fields)
+        raise InputError(f"{path} holds no mapping of names to values")
+    return fields

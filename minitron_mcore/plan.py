@@ -184,7 +184,7 @@ def make_plan(
     Raises InputError naming student.<field>, prune.layers or the scores' axis. Source: arXiv 2407.14679, section 2.
     """
     teacher = scores.architecture
-    target = _student_shape(teacher, student, tensor, pipeline)
+    target = student_shape(teacher, student, tensor, pipeline)
     for axis in ("hidden", "ffn", "heads", "layers"):
         if not numpy.isfinite(getattr(scores, axis)).all():
             raise InputError(f"scores: {axis} holds NaN or Inf: score again")
@@ -259,9 +259,10 @@ def check_same_model(stated: Architecture, teacher: Architecture, what: str) -> 
             )
 
 
-def _student_shape(
+def student_shape(
     teacher: Architecture, student: Mapping[str, int | None], tensor: int, pipeline: int
 ) -> Architecture:
+    """The teacher cut to `student` (TARGETS -> size or None). Raises InputError naming student.<field>."""
     wanted = {name: value for name, value in student.items() if value is not None}
     for name, value in wanted.items():
         if name not in TARGETS:

@@ -12,11 +12,11 @@ from minitron_mcore.errors import InputError
 def draw_samples(dataset: Dataset, num_samples: int, seed: int) -> list[int]:
     """`num_samples` different sample numbers of `dataset`, in the order they are scored. Raises InputError."""
     if num_samples < 1:
-        raise InputError(f"{num_samples} calibration samples are too few; ask for 1 or more")
+        raise InputError(f"importance.num_samples={num_samples} calibration samples are too few; ask for 1 or more")
     if num_samples > len(dataset):
         raise InputError(
-            f"{num_samples:,} calibration samples are more than the {len(dataset):,} there are; ask for fewer, give "
-            "more text (data.calibration), or lower data.sequence_length"
+            f"importance.num_samples={num_samples:,} calibration samples are more than the {len(dataset):,} there are; "
+            "ask for fewer, give more text (data.calibration), or lower data.sequence_length"
         )
     return random.Random(seed).sample(range(len(dataset)), num_samples)
 

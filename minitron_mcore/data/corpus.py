@@ -61,15 +61,40 @@ def _files_below(folder: str, endings: tuple[str, ...], exclude: set[str]) -> li
     return found
 
 
-def make_parent(path: str, key: str) -> None:
-    """The folder that `path` will lie in, made and writable. Raises InputError, naming `key`."""
-    folder = os.path.dirname(os.path.abspath(path))
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{key}={path}: the folder {folder} cannot be made: {error.strerror}") from error
+def check_folder(path: str, key: str) -> None:
+    """Raise InputError, naming `key`, unless `path` is a folder to write to, or one could be made. Makes nothing."""
+    folder = os.path.abspath(path)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        raise InputError(f"{key}={path} cannot be written: {folder} is not a folder")
     if not os.access(folder, os.W_OK):
-        raise InputError(f"{key}={path}: the folder {folder} cannot be written to")
+        raise InputError(f"{key}={path} cannot be written: the folder {folder} is not open to you")
+
+
+def check_file(path: str, key: str) -> None:
+    """Raise InputError, naming `key`, unless a file can be written at `path`. Makes nothing."""
+    if os.path.isdir(path):
+        raise InputError(f"{key}={path} is a folder: name a file")
+    check_folder(os.path.dirname(path) or ".", key)
+
+
+def make_parent(path: str, key: str) -> list[str]:
+    """Make the folder that `path` will lie in; returns the folders that were not there before, innermost first.
+
+    Raises InputError, naming `key`, where that cannot be.
+    """
+    check_file(path, key)
+    folder = parent = os.path.dirname(os.path.abspath(path))
+    made = []
+    while not os.path.isdir(folder):
+        made.append(folder)
+        folder = os.path.dirname(folder)
+    try:
+        os.makedirs(parent, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{key}={path}: the folder {parent} cannot be made: {error.strerror}") from error
+    return made
 
 
 def is_jsonl(path: str) -> bool:

@@ -88,7 +88,7 @@ def build_calibration_dataset(
     """
     _check_settings(data)
     if num_samples < 1:
-        raise InputError(f"{num_samples} calibration samples are too few; ask for 1 or more")
+        raise InputError(f"importance.num_samples={num_samples} calibration samples are too few; ask for 1 or more")
     if data.calibration is not None:
         blend, share = parse_blend(data.calibration, "data.calibration"), WHOLE
     else:
@@ -202,6 +202,8 @@ def _collate(samples: list[dict[str, Any]]) -> Batch:
 def _check_settings(data: DataConfig) -> None:
     if data.sequence_length < 1:
         raise InputError(f"data.sequence_length={data.sequence_length} must be 1 or more")
+    if data.num_workers < 0:
+        raise InputError(f"data.num_workers={data.num_workers} must be 0 or more: 0 reads in the training process")
     if data.reset_attention_mask:
         raise InputError(
             "data.reset_attention_mask=true is not possible, as attention here is causal without a mask tensor; "

@@ -12,6 +12,7 @@ workers. The .idx comes last, so a run that was cut off leaves nothing that look
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -82,7 +83,7 @@ def preprocess(
     for name in names + held_out_names:
         if os.path.exists(name + ".idx") and not config.overwrite:
             raise InputError(f"{name}.idx exists; give another output_prefix, or set preprocess.overwrite=true")
-    make_parent(names[0], "preprocess.output_prefix")
+    made = make_parent(names[0], "preprocess.output_prefix")
 
     encoding = Encoding(tokenizer.type, tokenizer.path, tuple(keys), config.append_eod)
     writers = [_Writer(name, tokenizer, config.append_eod) for name in names + held_out_names]
@@ -102,6 +103,9 @@ def preprocess(
     except BaseException:
         for writer in writers:
             writer.discard()
+        with contextlib.suppress(OSError):  # not empty: another process writes there
+            for folder in made:
+                os.rmdir(folder)
         raise
     for writer in writers:
         writer.publish()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Optional, Union
 
 from minitron_mcore.data.config import TokenizerConfig
-from minitron_mcore.data.corpus import documents, find_files, make_parent
+from minitron_mcore.data.corpus import check_file, documents, find_files, make_parent
 from minitron_mcore.errors import InputError
 
 SENTENCEPIECE = "SentencePieceTokenizer"
@@ -169,11 +169,12 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
         raise InputError("tokenizer.model is not set; it names the file to write")
     if os.path.exists(config.model) and not config.overwrite:
         raise InputError(f"tokenizer.model={config.model} exists; give another name, or set tokenizer.overwrite=true")
+    check_file(config.model, "tokenizer.model")
+    _check_numbers(config)
     files = find_files(config.input, config.extensions, "tokenizer.input", config.exclude)
     passages, read = _sample(_passages(documents(files, config.json_key)), config.input_sentence_size, seed)
     if not passages:
         raise InputError(f"tokenizer.input={config.input!r} holds no text: {len(files)} files are empty")
-    make_parent(config.model, "tokenizer.model")
     size = sum(map(len, passages))
     report(
         f"tokenizer: {len(files):,} files, {read / 1e6:,.1f}M characters; training {config.vocab_size:,} pieces on "
@@ -182,11 +183,20 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
     started = time.perf_counter()
     with _Heartbeat(report, started):
         model = _train_sentencepiece(passages, config)
+    make_parent(config.model, "tokenizer.model")
     with open(config.model + ".tmp", "wb") as stream:
         stream.write(model)
     os.replace(config.model + ".tmp", config.model)
     report(f"tokenizer: {config.model} written after {time.perf_counter() - started:.1f} s")
     return _load_sentencepiece(config.model)
+
+
+def _check_numbers(config: TokenizerConfig) -> None:
+    for name, least in (("vocab_size", 1), ("num_threads", 1), ("input_sentence_size", 0)):
+        if getattr(config, name) < least:
+            raise InputError(f"tokenizer.{name}={getattr(config, name)} must be at least {least}")
+    if not 0.0 < config.character_coverage <= 1.0:
+        raise InputError(f"tokenizer.character_coverage={config.character_coverage} must be above 0 and at most 1")
 
 
 def _train_sentencepiece(passages: list[str], config: TokenizerConfig) -> bytes:

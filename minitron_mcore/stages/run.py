@@ -25,9 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.checkpoint.folder import read_architecture
+from minitron_mcore.architecture import build_architecture
+from minitron_mcore.checkpoint.families.find import find_family
+from minitron_mcore.checkpoint.families.table import config_of
+from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
 from minitron_mcore.errors import InputError
+from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.model.config import ModelConfig
+from minitron_mcore.plan import TARGETS, student_shape
+from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import distill, evaluate, export, preprocess, prune, score, tokenizer, train
@@ -71,6 +77,7 @@ def run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     refuse_other_run(folder, recipe, SECTIONS, "output")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
         raise InputError(f"output={folder} holds something other than a run: name another folder")
+    road = plan_road(recipe, runtime, folder)
     runtime.barrier()
     if runtime.is_main:
         (folder / "done").mkdir(parents=True, exist_ok=True)
@@ -78,7 +85,6 @@ def run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     runtime.barrier()
 
     started = time.perf_counter()
-    road = plan_road(recipe, runtime, folder)
     results: dict[str, Any] = {}
     for number, step in enumerate(road, start=1):
         results[step.name] = do(step, f"[{number}/{len(road)}]", folder, runtime)
@@ -106,10 +112,28 @@ def do(step: Step, number: str, folder: Path, runtime: Runtime) -> Any:
     return result
 
 
+def check_students(recipe: Recipe, students: dict[str, StudentConfig]) -> None:
+    """Raise InputError now for a student that could not be pruned, laid out or exported hours from now."""
+    if recipe.teacher.checkpoint:
+        teacher = read_architecture(find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0])
+    else:
+        fields = dataclasses.asdict(recipe.model)
+        teacher = build_architecture({**fields, "vocab_size": fields["vocab_size"] or recipe.tokenizer.vocab_size})
+    parallel = recipe.parallel
+    check_tensor_parallel(teacher, parallel.tensor)
+    for name, student in students.items():
+        where = f"run.students.{name}" if recipe.run.students else "student"
+        target = {field: getattr(student, field) for field in TARGETS}
+        shape = student_shape(teacher, target, parallel.tensor, parallel.pipeline)
+        split_layers(shape.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+        config_of(find_family(shape.family, where), shape, where)
+
+
 def plan_road(recipe: Recipe, runtime: Runtime, folder: Path) -> list[Step]:
     """All steps in order, with the recipes each stage gets."""
     base, road = with_data(recipe, runtime, folder)
     students = recipe.run.students or {"student": recipe.student}
+    check_students(recipe, students)
 
     def add(name: str, title: str, act: Callable[..., Any], *arguments: Any) -> None:
         road.append(Step(name, title, partial(act, *arguments)))
@@ -176,7 +200,7 @@ def with_train(recipe: Recipe, checkpoint: str) -> Recipe:
     )
 
 
-def with_student(recipe: Recipe, student: Any, pruned: Path, distilled: Path) -> Recipe:
+def with_student(recipe: Recipe, student: StudentConfig, pruned: Path, distilled: Path) -> Recipe:
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name}-{pruned.parent.name}",

@@ -200,7 +200,7 @@ def test_a_workers_refusal_reaches_the_user(tokenizer, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 1000}] * 3000 + [{"body": ""}])
     with pytest.raises(InputError, match=r"a\.jsonl, line 3001, has no key 'text'"):
         preprocess(config_for(tmp_path, tmp_path, workers=2), tokenizer, seed=0, report=silent)
-    assert not os.listdir(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_keys_need_json(tokenizer, tmp_path):
