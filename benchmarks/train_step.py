@@ -24,9 +24,17 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+VOCABULARY = 4096
 SHAPE = {
-    "family": "llama", "num_layers": 6, "hidden_size": 192, "ffn_hidden_size": 512, "num_attention_heads": 6,
-    "num_query_groups": 2, "kv_channels": 32, "vocab_size": 4096, "max_position_embeddings": 1024,
+    "family": "llama",
+    "num_layers": 6,
+    "hidden_size": 192,
+    "ffn_hidden_size": 512,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "kv_channels": 32,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 1024,
     "rotary_base": 10000.0,
 }
 BATCH, SEQUENCE = 8, 256
@@ -34,7 +42,7 @@ BATCH, SEQUENCE = 8, 256
 
 def ids(step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
-    return torch.randint(0, SHAPE["vocab_size"], (BATCH, SEQUENCE + 1), generator=generator)
+    return torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1), generator=generator)
 
 
 class Ours:
@@ -69,8 +77,12 @@ class Ours:
     def step(self, number: int) -> float:
         tokens = ids(number)
         positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
-        batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(),
-                 "loss_mask": torch.ones(BATCH, SEQUENCE), "position_ids": positions}
+        batch = {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "loss_mask": torch.ones(BATCH, SEQUENCE),
+            "position_ids": positions,
+        }
         return self._step([batch])["lm loss"]
 
 
@@ -82,10 +94,16 @@ class Plain:
 
         a = ours.architecture
         config = LlamaConfig(
-            vocab_size=a.vocab_size, hidden_size=a.hidden_size, intermediate_size=a.ffn_hidden_size,
-            num_hidden_layers=a.num_layers, num_attention_heads=a.num_attention_heads,
-            num_key_value_heads=a.num_query_groups, head_dim=a.kv_channels, rms_norm_eps=a.layernorm_epsilon,
-            max_position_embeddings=a.max_position_embeddings, tie_word_embeddings=False,
+            vocab_size=a.vocab_size,
+            hidden_size=a.hidden_size,
+            intermediate_size=a.ffn_hidden_size,
+            num_hidden_layers=a.num_layers,
+            num_attention_heads=a.num_attention_heads,
+            num_key_value_heads=a.num_query_groups,
+            head_dim=a.kv_channels,
+            rms_norm_eps=a.layernorm_epsilon,
+            max_position_embeddings=a.max_position_embeddings,
+            tie_word_embeddings=False,
             rope_parameters={"rope_type": "default", "rope_theta": a.rotary_base},
         )
         config._attn_implementation = "sdpa"
@@ -160,7 +178,9 @@ def compare(repeats: int, steps: int, threads: int) -> dict[str, Any]:
         "ratio": round(rates["ours"] / rates["plain"], 4),
         "ratio_of_pairs_median": round(statistics.median(pairs), 4),
         "losses_first_steps": [[round(a, 6), round(b, 6)] for a, b in losses],
-        "repeats": repeats, "steps": steps, "threads": threads,
+        "repeats": repeats,
+        "steps": steps,
+        "threads": threads,
     }
 
 
@@ -185,17 +205,33 @@ def main() -> None:
         rank_main(options.repeats, options.steps, options.threads)
         return
     result: dict[str, Any] = {"benchmark": "train_step", **compare(options.repeats, options.steps, options.threads)}
-    print(f"ours {result['tokens_per_second']['ours']:.0f} tokens/s, transformers + AdamW "
-          f"{result['tokens_per_second']['plain']:.0f} tokens/s: {result['ratio']:.3f}x")
+    print(
+        f"ours {result['tokens_per_second']['ours']:.0f} tokens/s, transformers + AdamW "
+        f"{result['tokens_per_second']['plain']:.0f} tokens/s: {result['ratio']:.3f}x"
+    )
     if options.tensor > 1:
         each = max(1, options.threads // options.tensor)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(options.tensor), __file__,
-                   "--repeats", str(options.repeats), "--steps", str(options.steps), "--threads", str(each)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True,
-                                env={**os.environ, "OMP_NUM_THREADS": str(each)}).stdout
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(options.tensor),
+            __file__,
+            "--repeats",
+            str(options.repeats),
+            "--steps",
+            str(options.steps),
+            "--threads",
+            str(each),
+        ]
+        output = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": str(each)}
+        ).stdout
         rate = json.loads(output.strip().splitlines()[-1])["tokens_per_second"]
         result[f"tensor_{options.tensor}"] = {
-            "tokens_per_second": rate, "threads_a_rank": each,
+            "tokens_per_second": rate,
+            "threads_a_rank": each,
             "ratio_to_plain": round(rate / result["tokens_per_second"]["plain"], 4),
         }
         print(f"ours at TP = {options.tensor}, {each} thread(s) a rank: {rate:.0f} tokens/s")

@@ -96,15 +96,17 @@ class Architecture:
             raise InputError(
                 f"padded_vocab_size={self.padded_vocab_size} must be at least vocab_size={self.vocab_size}"
             )
-        for name in ("rotary_percent", "rotary_base", "layernorm_epsilon", "init_method_std"):
+        for name in ("rotary_base", "layernorm_epsilon", "init_method_std"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if not 0 <= value < math.inf or (value == 0 and name != "init_method_std"):
                 raise InputError(f"{name}={value} must be a number above 0")
-        if self.rotary_percent > 1 or int(self.kv_channels * self.rotary_percent) % 2:
+        if not 0 < self.rotary_percent <= 1:
+            raise InputError(f"rotary_percent={self.rotary_percent} must be above 0 and at most 1")
+        rotated = int(self.kv_channels * self.rotary_percent)
+        if rotated % 2 or not rotated:
             raise InputError(
-                f"kv_channels={self.kv_channels} x rotary_percent={self.rotary_percent} = "
-                f"{self.kv_channels * self.rotary_percent:g} channels of a head are rotated: an even number, at most "
-                "kv_channels, is needed"
+                f"kv_channels={self.kv_channels} x rotary_percent={self.rotary_percent} rotates {rotated} channels of "
+                "a head: they are rotated in pairs"
             )
 
     @property
@@ -222,8 +224,9 @@ def load_architecture(path: Path) -> Architecture:
     """Read `architecture.yaml`; raises InputError when it is missing or is none."""
     if not path.is_file():
         raise InputError(f"{path} is missing: {path.parent} is not a checkpoint of minitron_mcore")
+    fields = read_mapping(path)
     try:
-        return build_architecture(read_mapping(path))
+        return build_architecture(fields)
     except InputError as error:
         raise InputError(f"{path} is no architecture: {error}") from error
 

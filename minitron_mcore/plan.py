@@ -259,9 +259,7 @@ def check_same_model(stated: Architecture, teacher: Architecture, what: str) -> 
             )
 
 
-def student_shape(
-    teacher: Architecture, student: Mapping[str, int | None], tensor: int, pipeline: int
-) -> Architecture:
+def student_shape(teacher: Architecture, student: Mapping[str, int | None], tensor: int, pipeline: int) -> Architecture:
     """The teacher cut to `student` (TARGETS -> size or None). Raises InputError naming student.<field>."""
     wanted = {name: value for name, value in student.items() if value is not None}
     for name, value in wanted.items():

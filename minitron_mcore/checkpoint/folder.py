@@ -1,11 +1,11 @@
 """A checkpoint's folder: what lies beside the weights, and when an iteration counts as finished.
 
-    DIR/architecture.yaml                     what the model is
-    DIR/tokenizer/                            the tokenizer it was trained with
-    DIR/recipe.yaml                           the recipe that made it, resolved
-    DIR/lineage.yaml                          where it comes from: teacher, plan, data
-    DIR/iter_0000100/                         weights (and optimizer), in Megatron's torch_dist form
-    DIR/latest_checkpointed_iteration.txt     written last, once the iteration is whole
+DIR/architecture.yaml                     what the model is
+DIR/tokenizer/                            the tokenizer it was trained with
+DIR/recipe.yaml                           the recipe that made it, resolved
+DIR/lineage.yaml                          where it comes from: teacher, plan, data
+DIR/iter_0000100/                         weights (and optimizer), in Megatron's torch_dist form
+DIR/latest_checkpointed_iteration.txt     written last, once the iteration is whole
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from minitron_mcore.architecture import Architecture, load_architecture, save_architecture
+from minitron_mcore.architecture import Architecture, load_architecture, read_mapping, save_architecture
 from minitron_mcore.errors import InputError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -36,8 +36,8 @@ def latest_iteration(folder: Path) -> int | None:
     tracker = folder / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_text().strip()
-    if not text.isdigit():
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdecimal():
         raise InputError(f"{tracker} reads {text!r}: a whole number, the newest finished iteration, belongs there")
     iteration = int(text)
     if not (iteration_folder(folder, iteration) / "metadata.json").is_file():
@@ -84,7 +84,7 @@ def write_description(
 
 def read_lineage(folder: Path) -> dict[str, Any]:
     path = folder / "lineage.yaml"
-    return (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    return read_mapping(path) if path.is_file() else {}
 
 
 def tokenizer_folder(folder: Path) -> Path | None:

@@ -42,8 +42,9 @@ def sharded_parts(
     axis = parameter.shard_axis
     if axis is None:
         replica = (0, tensor_rank, data_rank)
-        return [ShardedTensor.from_rank_offsets(
-            parameter.key, local, *prepend, replica_id=replica, prepend_axis_num=shift)]
+        return [
+            ShardedTensor.from_rank_offsets(parameter.key, local, *prepend, replica_id=replica, prepend_axis_num=shift)
+        ]
     parts = local.chunk(2, dim=axis) if parameter.gated else (local,)
     fragments = tensor_size * len(parts)
     return [
@@ -79,15 +80,17 @@ def read_parameters(
     # The whole table, not this rank's wishes: every rank raises, or none.
     for parameter in parameter_table(architecture):
         if parameter.key not in stored:
-            raise InputError(f"{iteration_folder(folder, iteration)} holds no {parameter.key}: "
-                             "architecture.yaml beside it is of another model")
+            raise InputError(
+                f"{iteration_folder(folder, iteration)} holds no {parameter.key}: "
+                "architecture.yaml beside it is of another model"
+            )
     for parameter, layer in names:
         empty = torch.empty(local_shape(parameter, architecture, tensor_size), dtype=stored[parameter.key])
         parts = sharded_parts(
-            parameter, architecture, empty, layer=layer, tensor_rank=tensor_rank, tensor_size=tensor_size, data_rank=0)
+            parameter, architecture, empty, layer=layer, tensor_rank=tensor_rank, tensor_size=tensor_size, data_rank=0
+        )
         state[_flat(parameter.key, layer)] = [_stacked(part) for part in parts]
-    loaded = dist_checkpointing.load(
-        state, str(iteration_folder(folder, iteration)), validate_access_integrity=False)
+    loaded = dist_checkpointing.load(state, str(iteration_folder(folder, iteration)), validate_access_integrity=False)
     state.clear()  # its tensors are what the parts of a gated fc1 are views of
     result: dict[Name, torch.Tensor] = {}
     for parameter, layer in names:

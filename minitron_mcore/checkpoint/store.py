@@ -56,9 +56,7 @@ def load_state(folder: Path, iteration: int, state: ShardedStateDict) -> dict[st
     return dist_checkpointing.load(state, str(iteration_folder(folder, iteration)))
 
 
-def load_weights(
-    folder: Path, iteration: int, chunks: list[torch.nn.Module], architecture: Architecture
-) -> None:
+def load_weights(folder: Path, iteration: int, chunks: list[torch.nn.Module], architecture: Architecture) -> None:
     """Fill the chunks from a checkpoint saved at any layout. All ranks call.
 
     Raises InputError where the checkpoint is of another architecture.
@@ -81,8 +79,7 @@ def check_architecture(folder: Path, architecture: Architecture) -> None:
     for field, value in architecture.to_dict().items():
         if stored[field] != value and field != "init_method_std":
             raise InputError(
-                f"{folder} is a checkpoint of another architecture: {field} is {stored[field]} there "
-                f"and {value} here"
+                f"{folder} is a checkpoint of another architecture: {field} is {stored[field]} there and {value} here"
             )
 
 

@@ -100,4 +100,3 @@ class SampleSums:
         """The score [R, C] after aggregating over the sequence, then over `num_samples` samples."""
         total, square = self.totals[self.sequence.index(sequence)]
         return from_sums({"abs": total, "sum": total, "square": square}, max(num_samples, 1.0), batch)
-

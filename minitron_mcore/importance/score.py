@@ -120,9 +120,7 @@ def measure(
     return collector.merge()
 
 
-def _groups(
-    batches: Iterable[Microbatch], stages: int, interleaved: bool
-) -> Iterator[tuple[list[Microbatch], int]]:
+def _groups(batches: Iterable[Microbatch], stages: int, interleaved: bool) -> Iterator[tuple[list[Microbatch], int]]:
     """(microbatches for one call of the schedule, how many of them are real).
 
     The interleaved schedule takes multiples of the number of stages: the last group is filled up with fillers.

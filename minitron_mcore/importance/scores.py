@@ -39,8 +39,12 @@ class Scores:
 
     def __post_init__(self) -> None:
         a = self.architecture
-        shapes = {"hidden": (a.hidden_size,), "ffn": (a.num_layers, a.ffn_hidden_size),
-                  "heads": (a.num_layers, a.num_attention_heads), "layers": (a.num_layers,)}
+        shapes = {
+            "hidden": (a.hidden_size,),
+            "ffn": (a.num_layers, a.ffn_hidden_size),
+            "heads": (a.num_layers, a.num_attention_heads),
+            "layers": (a.num_layers,),
+        }
         for axis, shape in shapes.items():
             values = getattr(self, axis)
             if values.shape != shape:
@@ -53,8 +57,11 @@ class Scores:
 def save_scores(scores: Scores, path: Path) -> None:
     """Write `path` (safetensors, global indices); whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "minitron_scores", "architecture": json.dumps(scores.architecture.to_dict()),
-                "settings": json.dumps(scores.settings)}
+    metadata = {
+        "format": "minitron_scores",
+        "architecture": json.dumps(scores.architecture.to_dict()),
+        "settings": json.dumps(scores.settings),
+    }
     partial = path.with_name(path.name + ".tmp")
     save_file({axis: numpy.ascontiguousarray(getattr(scores, axis)) for axis in AXES}, str(partial), metadata=metadata)
     os.replace(partial, path)

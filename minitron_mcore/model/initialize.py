@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state
@@ -19,14 +20,20 @@ def initialize(chunks: list[LanguageModel], architecture: Architecture, seed: in
     Normal with `init_method_std`; output projections divided by sqrt(2 num_layers), as Megatron does. Every rank
     calls; no communication.
     """
+    fill(chunks, architecture, lambda parameter, layer: draw(parameter, architecture, seed, layer))
+
+
+def fill(
+    chunks: list[LanguageModel], architecture: Architecture, whole: Callable[[Parameter, int | None], torch.Tensor]
+) -> None:
+    """Copy this rank's part of `whole(parameter, layer)`, a global parameter, into every parameter of the chunks."""
     table = {parameter.key: parameter for parameter in parameter_table(architecture)}
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     for chunk in chunks:
         for key, layer, tensor in named_parameters(chunk):
             with torch.no_grad():
-                drawn = draw(table[key], architecture, seed, layer)
-                tensor.copy_(take_shard(drawn, table[key], architecture, rank, size))
+                tensor.copy_(take_shard(whole(table[key], layer), table[key], architecture, rank, size))
 
 
 def named_parameters(chunk: LanguageModel) -> list[tuple[str, int | None, torch.nn.Parameter]]:

@@ -139,7 +139,8 @@ def plan_road(recipe: Recipe, runtime: Runtime, folder: Path) -> list[Step]:
         road.append(Step(name, title, partial(act, *arguments)))
 
     def add_evaluation(name: str, checkpoint: Path | str) -> None:
-        add(EVALUATE + name, f"evaluate {name}", evaluate.evaluate_checkpoint, base, runtime, checkpoint)
+        evaluating = dataclasses.replace(base, checkpoint=str(checkpoint), output=None)
+        add(EVALUATE + name, f"evaluate {name}", evaluate.run, evaluating, runtime)
 
     teacher = recipe.teacher.checkpoint or str(folder / "teacher")
     base = dataclasses.replace(

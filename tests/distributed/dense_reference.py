@@ -50,17 +50,9 @@ def draw_weights(architecture: Architecture, seed: int, dtype: torch.dtype = tor
 
 def fill(chunks: list[Any], architecture: Architecture, weights: Mapping[Name, torch.Tensor]) -> None:
     """Put global weights into this rank's chunks of the sharded model, in place. Every rank calls."""
-    from megatron.core import parallel_state
+    from minitron_mcore.model import initialize
 
-    from minitron_mcore.model.initialize import named_parameters, take_shard
-
-    table = {parameter.key: parameter for parameter in parameter_table(architecture)}
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    for chunk in chunks:
-        for key, layer, tensor in named_parameters(chunk):
-            with torch.no_grad():
-                tensor.copy_(take_shard(weights[key, layer], table[key], architecture, rank, size))
+    initialize.fill(chunks, architecture, lambda parameter, layer: weights[parameter.key, layer])
 
 
 class DenseModel:
@@ -87,8 +79,16 @@ class DenseModel:
         """
         a = self.architecture
         states: dict[str, Any] = {
-            name: [] for name in ("layer_input", "input_normed", "head_output", "pre_mlp_normed", "fc1_output",
-                                  "fc2_input", "layer_output")
+            name: []
+            for name in (
+                "layer_input",
+                "input_normed",
+                "head_output",
+                "pre_mlp_normed",
+                "fc1_output",
+                "fc2_input",
+                "layer_output",
+            )
         }
         x = self.weights[EMBEDDING, None][tokens]
         for layer in range(a.num_layers):

@@ -5,6 +5,7 @@ Functions here run inside `run_on_ranks` workers, or in the test on what those r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def my_batch(batch: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tenso
     return [dict(part) for part in batch[rank :: parallel_state.get_data_parallel_world_size()]]
 
 
-def gather_named(rows: list[tuple[str, int | None, torch.Tensor]]) -> dict[str, Any]:
+def gather_named(rows: Sequence[tuple[str, int | None, torch.Tensor]]) -> dict[str, Any]:
     """What a rank returns for `assemble`: its place, and its local tensors by (key, layer)."""
     from megatron.core import parallel_state
 

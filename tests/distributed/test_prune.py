@@ -24,11 +24,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("llama", {}, "fp32"),
     "nemotron": ("nemotron", {}, "fp32"),
     # Two query heads in each of four groups, so that it can be split four ways.
-    "tied-bf16": ("llama", {"untie_embeddings_and_output_weights": False, "num_attention_heads": 8,
-                            "num_query_groups": 4}, "bf16"),
+    "tied-bf16": (
+        "llama",
+        {"untie_embeddings_and_output_weights": False, "num_attention_heads": 8, "num_query_groups": 4},
+        "bf16",
+    ),
 }
-TARGET: dict[str, int | None] = {
-    "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
+TARGET: dict[str, int | None] = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
 TP2, PP2, TP2_PP2 = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}
 # world size -> student's name -> (parallel section, number of layers)
 STUDENTS: dict[int, dict[str, tuple[dict[str, Any], int]]] = {
@@ -59,8 +61,13 @@ def scores_of(architecture: Architecture) -> Scores:
     a = architecture
     ffn = draw.random((a.num_layers, a.ffn_hidden_size)) + 1
     ffn[1] = numpy.linspace(2, 1, a.ffn_hidden_size)
-    return Scores(a, draw.random(a.hidden_size) + 1, ffn, draw.random((a.num_layers, a.num_attention_heads)) + 1,
-                  numpy.array([0.3, 0.5, 0.1, 0.4, 0.2, 0.6]))
+    return Scores(
+        a,
+        draw.random(a.hidden_size) + 1,
+        ffn,
+        draw.random((a.num_layers, a.num_attention_heads)) + 1,
+        numpy.array([0.3, 0.5, 0.1, 0.4, 0.2, 0.6]),
+    )
 
 
 def plan_of(model: str, num_layers: int = 4) -> PruningPlan:
@@ -150,8 +157,13 @@ def save_teacher(model: str, folder: Path, parallel: dict[str, Any], world_size:
     state = model_state(as_chunks(chunks))
     save_state(folder, 0, state, runtime)
     if runtime.is_main:
-        write_description(folder, architecture, lineage={"stage": "train", "tokens": 99, "tokenizer": "abc"},
-                          recipe="name: teacher\n", save_tokenizer=lambda path: Path(path).mkdir())
+        write_description(
+            folder,
+            architecture,
+            lineage={"stage": "train", "tokens": 99, "tokenizer": "abc"},
+            recipe="name: teacher\n",
+            save_tokenizer=lambda path: Path(path).mkdir(),
+        )
         (folder / "tokenizer" / "tokenizer.model").write_text("pieces")
     runtime.barrier()
 
@@ -185,8 +197,14 @@ def read_whole(root: Path) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
     return result
 
 
-def logits_at(folder: Path, architecture: Architecture, parallel: dict[str, Any], world_size: int,
-              zeroed: PruningPlan | None = None, axes: tuple[str, ...] = ()) -> torch.Tensor:
+def logits_at(
+    folder: Path,
+    architecture: Architecture,
+    parallel: dict[str, Any],
+    world_size: int,
+    zeroed: PruningPlan | None = None,
+    axes: tuple[str, ...] = (),
+) -> torch.Tensor:
     """Logits [s, b, V] of the loaded model, on every rank. `zeroed`: what this plan drops of `axes` is masked."""
     from megatron.core import parallel_state
 
@@ -296,8 +314,12 @@ def test_a_student_loads_at_every_other_layout(root: Path) -> None:
         torch.testing.assert_close(found[model, "uneven"], found[model, "even"], rtol=0, atol=1e-5)
 
 
-MASKS = {"ffn": ("ffn_hidden_size",), "heads": ("num_attention_heads",), "layers": ("num_layers",),
-         "all": ("ffn_hidden_size", "num_attention_heads", "num_layers")}
+MASKS = {
+    "ffn": ("ffn_hidden_size",),
+    "heads": ("num_attention_heads",),
+    "layers": ("num_layers",),
+    "all": ("ffn_hidden_size", "num_attention_heads", "num_layers"),
+}
 
 
 def masked_and_pruned(root: Path) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

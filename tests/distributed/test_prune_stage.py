@@ -35,8 +35,13 @@ def save_teacher(folder: Path, world_size: int) -> None:
     initialize(chunks, architecture, seed=1)
     save_state(folder, 7, model_state(as_chunks(chunks)), runtime)
     if runtime.is_main:
-        write_description(folder, architecture, lineage={"stage": "train", "tokens": 99, "tokenizer": "abc"},
-                          recipe="name: teacher\n", save_tokenizer=lambda path: Path(path).mkdir())
+        write_description(
+            folder,
+            architecture,
+            lineage={"stage": "train", "tokens": 99, "tokenizer": "abc"},
+            recipe="name: teacher\n",
+            save_tokenizer=lambda path: Path(path).mkdir(),
+        )
         (folder / "tokenizer" / "tokenizer.model").write_text("pieces")
     runtime.barrier()
 
@@ -110,12 +115,19 @@ def fail_while_saving(root: Path) -> list[bool]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prune_stage")
-    for name, architecture in (("scores", tiny("llama")), ("other", tiny("llama", hidden_size=64)),
-                               ("again", tiny("llama"))):
+    for name, architecture in (
+        ("scores", tiny("llama")),
+        ("other", tiny("llama", hidden_size=64)),
+        ("again", tiny("llama")),
+    ):
         draw = numpy.random.default_rng(len(name))
         a = architecture
-        shapes = {"hidden": (a.hidden_size,), "ffn": (a.num_layers, a.ffn_hidden_size),
-                  "heads": (a.num_layers, a.num_attention_heads), "layers": (a.num_layers,)}
+        shapes = {
+            "hidden": (a.hidden_size,),
+            "ffn": (a.num_layers, a.ffn_hidden_size),
+            "heads": (a.num_layers, a.num_attention_heads),
+            "layers": (a.num_layers,),
+        }
         arrays: dict[str, Any] = {axis: draw.random(shape) + 1 for axis, shape in shapes.items()}
         save_scores(Scores(a, **arrays), path / f"{name}.safetensors")
     assert run_on_ranks(build, 2, path, 2) == [["", "", ""]] * 2
@@ -130,13 +142,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_student_describes_itself(root: Path) -> None:
     plan, folder = load_plan(root / "plan.json", tiny("llama")), root / "planned"
     assert {path.name for path in folder.iterdir()} == {
-        "architecture.yaml", "recipe.yaml", "lineage.yaml", "plan.json", "tokenizer", "iter_0000000",
-        "latest_checkpointed_iteration.txt"}
+        "architecture.yaml",
+        "recipe.yaml",
+        "lineage.yaml",
+        "plan.json",
+        "tokenizer",
+        "iter_0000000",
+        "latest_checkpointed_iteration.txt",
+    }
     assert (folder / "tokenizer" / "tokenizer.model").read_text() == "pieces"
     assert load_plan(folder / "plan.json") == plan
     lineage = yaml.safe_load((folder / "lineage.yaml").read_text())
-    assert lineage["teacher"] == {"checkpoint": str(root / "teacher"), "iteration": 7,
-                                  "lineage": {"stage": "train", "tokens": 99, "tokenizer": "abc"}}
+    assert lineage["teacher"] == {
+        "checkpoint": str(root / "teacher"),
+        "iteration": 7,
+        "lineage": {"stage": "train", "tokens": 99, "tokenizer": "abc"},
+    }
     assert lineage["plan"]["fingerprint"] == plan.fingerprint
     assert lineage["scores"]["fingerprint"] == plan.settings["scores_fingerprint"]
     assert (lineage["stage"], lineage["tokenizer"]) == ("prune", "abc")
@@ -157,8 +178,11 @@ BAD: list[tuple[str, list[str], str]] = [
     ("plan", ["plan=@/new.json"], "scores is not given"),
     ("plan", ["plan=@/new.json", "scores=@/none"], "scores=@/none is not there"),
     ("plan", ["plan=@/new.json", "scores=@/plan.json"], "scores=@/plan.json"),
-    ("plan", ["plan=@/new.json", SCORED[0], "scores=@/other.safetensors"],
-     "scores=@/other.safetensors are of another model than teacher.checkpoint: hidden_size is 64 there and 48"),
+    (
+        "plan",
+        ["plan=@/new.json", SCORED[0], "scores=@/other.safetensors"],
+        "scores=@/other.safetensors are of another model than teacher.checkpoint: hidden_size is 64 there and 48",
+    ),
     ("plan", [*SCORED, "plan=@/new.json", "student.ffn_hidden_size=97"], "is larger than the teacher's 96"),
     ("prune", [SCORED[1], INTO], "teacher.checkpoint is not given"),
     ("prune", [SCORED[0], INTO], "scores is not given"),
@@ -166,8 +190,11 @@ BAD: list[tuple[str, list[str], str]] = [
     ("prune", [SCORED[0], "scores=@/other.safetensors", INTO], "are of another model than teacher.checkpoint"),
     ("prune", [*SCORED, INTO, "student.num_attention_heads=3"], "no multiple of the teacher's num_query_groups=2"),
     ("prune", [*SCORED, INTO, "student.ffn_hidden_size=33"], "student.ffn_hidden_size=33 is no multiple of"),
-    ("prune", [*SCORED, INTO, "parallel.tensor=1", "parallel.pipeline=2", "student.num_layers=1"],
-     "student.num_layers=1 is fewer than parallel.pipeline=2 stages"),
+    (
+        "prune",
+        [*SCORED, INTO, "parallel.tensor=1", "parallel.pipeline=2", "student.num_layers=1"],
+        "student.num_layers=1 is fewer than parallel.pipeline=2 stages",
+    ),
     ("prune", [*SCORED, INTO, "parallel.tensor=4"], "but 2 were started"),
     ("prune", [*SCORED, INTO, "plan=@/none.json"], "plan=@/none.json is not there"),
     ("prune", [*SCORED, INTO, "plan=@/beyond.json"], "hidden holds 48, but the teacher has the indices 0 to 47"),
@@ -195,8 +222,10 @@ def test_scores_of_other_weights_are_warned_about(root: Path) -> None:
 
     plan, source = load_plan(root / "plan.json"), (root / "teacher", 7)
     assert other_teacher(plan, source) == []
-    for scored, count in (({"checkpoint": str(root / "x" / ".." / "teacher"), "iteration": 7}, 0),
-                          ({"checkpoint": str(root / "teacher"), "iteration": 6}, 1)):
+    for scored, count in (
+        ({"checkpoint": str(root / "x" / ".." / "teacher"), "iteration": 7}, 0),
+        ({"checkpoint": str(root / "teacher"), "iteration": 6}, 1),
+    ):
         plan.settings["scores"]["teacher"] = scored
         assert len(other_teacher(plan, source)) == count
 

@@ -75,7 +75,7 @@ def adam_on_rank() -> dict[str, Any]:
     def fresh() -> tuple[Any, Any]:
         models = build_model(architecture, layout, "fp32")
         initialize(models, architecture, seed=11)
-        chunks = wrap_model(models)
+        chunks: Any = wrap_model(models)
         optimizer = build_optimizer(chunks, TrainConfig(), "fp32")
         for chunk in chunks:
             chunk.zero_grad_buffer()

@@ -16,8 +16,14 @@ from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
 from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
 
-COMMON = ["tokenizer.model=@/tokenizer.model", "data.calibration=@/json_text_document", "data.sequence_length=32",
-          "data.num_workers=0", "importance.num_samples=13", "seed=5"]
+COMMON = [
+    "tokenizer.model=@/tokenizer.model",
+    "data.calibration=@/json_text_document",
+    "data.sequence_length=32",
+    "data.num_workers=0",
+    "importance.num_samples=13",
+    "seed=5",
+]
 TEACHER = ["teacher.checkpoint=@/teacher"]
 # name -> layout and micro-batch size, which must not matter
 LAYOUTS = {

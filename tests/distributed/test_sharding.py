@@ -26,7 +26,8 @@ def both_forms(world_size: int) -> dict[tuple[str, str], tuple[set[Any], set[Any
     """(model, layout) -> this rank's main replicas by GPTModel and by our table; whether their values are equal too."""
     return {
         (name, str(parallel)): compare(name, parallel, world_size)
-        for parallel in LAYOUTS[world_size] for name in MODELS
+        for parallel in LAYOUTS[world_size]
+        for name in MODELS
         if not (name == "uneven" and "virtual_pipeline" in parallel)
     }
 
@@ -46,8 +47,17 @@ def compare(name: str, parallel: dict[str, Any], world_size: int) -> tuple[set[A
     def named(tensors: list[ShardedTensor]) -> dict[Any, torch.Tensor]:
         main = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
         rows = {
-            (t.key, t.global_shape, t.global_offset, t.axis_fragmentations, t.local_shape, t.prepend_axis_num, t.dtype):
-            t.data for t in main}
+            (
+                t.key,
+                t.global_shape,
+                t.global_offset,
+                t.axis_fragmentations,
+                t.local_shape,
+                t.prepend_axis_num,
+                t.dtype,
+            ): t.data
+            for t in main
+        }
         assert len(rows) == len(main), "one part twice"
         return rows
 
@@ -61,19 +71,29 @@ def compare(name: str, parallel: dict[str, Any], world_size: int) -> tuple[set[A
     theirs = named(list(nested_values(state)))
 
     table = {parameter.key: parameter for parameter in parameter_table(architecture)}
-    tied_copy = parallel.get("pipeline", 1) > 1 and name == "tied" and parallel_state.is_pipeline_last_stage(
-        ignore_virtual=True)
-    ours = named([
-        part
-        for chunk in chunks
-        for key, layer, tensor in named_parameters(chunk)
-        # The first stage writes a tied embedding; the last stage's copy is a replica.
-        if not (tied_copy and key == "embedding.word_embeddings.weight")
-        for part in sharded_parts(
-            table[key], architecture, tensor, layer=layer,
-            tensor_rank=parallel_state.get_tensor_model_parallel_rank(), tensor_size=config.tensor,
-            data_rank=parallel_state.get_data_parallel_rank())
-    ])
+    tied_copy = (
+        parallel.get("pipeline", 1) > 1
+        and name == "tied"
+        and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    )
+    ours = named(
+        [
+            part
+            for chunk in chunks
+            for key, layer, tensor in named_parameters(chunk)
+            # The first stage writes a tied embedding; the last stage's copy is a replica.
+            if not (tied_copy and key == "embedding.word_embeddings.weight")
+            for part in sharded_parts(
+                table[key],
+                architecture,
+                tensor,
+                layer=layer,
+                tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+                tensor_size=config.tensor,
+                data_rank=parallel_state.get_data_parallel_rank(),
+            )
+        ]
+    )
     same = all(torch.equal(ours[row], theirs[row]) for row in ours if row in theirs)
     return set(theirs), set(ours), same
 

@@ -98,7 +98,7 @@ def train_on_rank(family: str, parallel: dict[str, Any], world_size: int, steps:
         return models, chunks, optimizer, build_scheduler(optimizer, train, iterations=20)
 
     models, chunks, optimizer, scheduler = build()
-    rows = [row for model in models for row in named_parameters(model)]
+    rows: Any = [row for model in models for row in named_parameters(model)]
     weights = gather_named(rows)
 
     # All-reduced, not reduce-scattered, so that every rank holds whole gradients to compare.
@@ -200,20 +200,22 @@ def test_against_dense_float64(family: str) -> None:
         mask = part["loss_mask"].double()
         logits = model.forward(part["tokens"])["logits"][..., : student.vocab_size]
         lm_loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), part["labels"], reduction="none")
-        sums["lm loss"] += float((lm_loss * mask).sum()) / count
+        sums["lm loss"] += float((lm_loss.detach() * mask).sum()) / count
         loss = lm_loss
         if teacher is not None:
             with torch.no_grad():
                 target = (teacher.forward(part["tokens"])["logits"][..., : student.vocab_size] / 2).log_softmax(-1)
             kl = (target.exp() * (target - (logits / 2).log_softmax(-1))).sum(-1) * 4
-            sums["logits distillation loss"] += float((kl * mask).sum()) / count
+            sums["logits distillation loss"] += float((kl.detach() * mask).sum()) / count
             loss = 0.3 * lm_loss + kl
         total = total + (loss * mask).sum() / count
     total.backward()
     for name, value in single["sums"].items():
         assert value == pytest.approx(sums.get(name, count), rel=1e-5), name
     for name, gradient in single["gradients"].items():
-        assert relative_error(gradient, model.weights[name].grad) <= 1e-5, name
+        expected = model.weights[name].grad
+        assert expected is not None
+        assert relative_error(gradient, expected) <= 1e-5, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

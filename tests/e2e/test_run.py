@@ -48,8 +48,20 @@ def write_recipe(folder: Path) -> Path:
 
 
 def start(recipe: Path, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "minitron_mcore", "run", "--config", str(recipe), *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "minitron_mcore",
+        "run",
+        "--config",
+        str(recipe),
+        *overrides,
+    ]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -75,8 +87,14 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         process = start(recipe, log)
         assert process.wait(timeout=280) == 0, log.read_text()
         outputs.append(log.read_text())
-    return {"folder": folder, "recipe": recipe, "at_kill": at_kill, "finished": outputs[0], "again": outputs[1],
-            "results": json.loads((folder / "run" / "results.json").read_text())}
+    return {
+        "folder": folder,
+        "recipe": recipe,
+        "at_kill": at_kill,
+        "finished": outputs[0],
+        "again": outputs[1],
+        "results": json.loads((folder / "run" / "results.json").read_text()),
+    }
 
 
 def test_goes_on_where_it_was_killed(road: dict[str, Any]) -> None:
@@ -90,8 +108,15 @@ def test_goes_on_where_it_was_killed(road: dict[str, Any]) -> None:
 
 
 def test_closing_table(road: dict[str, Any]) -> None:
-    names = ["teacher", "width pruned", "width distilled", "depth pruned", "depth distilled", "width next-token loss",
-             "width random weights"]
+    names = [
+        "teacher",
+        "width pruned",
+        "width distilled",
+        "depth pruned",
+        "depth distilled",
+        "width next-token loss",
+        "width random weights",
+    ]
     assert list(road["results"]) == names
     for name, row in road["results"].items():
         assert f"{row['lm loss']:.4f}" in road["finished"].split("held-out LM loss")[1], name
@@ -108,7 +133,9 @@ def test_exports_load_in_transformers(road: dict[str, Any]) -> None:
         folder = road["folder"] / "run" / "hf" / student
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert AutoTokenizer.from_pretrained(folder).decode([5]) is not None
-        assert sum(tensor.numel() for tensor in model.parameters()) == road["results"][f"{student} distilled"]["parameters"]
+        stored = road["results"][f"{student} distilled"]
+        assert sum(tensor.numel() for tensor in model.parameters()) == stored["parameters"]
+        assert f"{stored['lm loss']:.4f}" in (folder / "README.md").read_text(), "the model card shows the evaluation"
         assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
 
 

@@ -18,8 +18,15 @@ from minitron_mcore.architecture import (
 from minitron_mcore.errors import InputError
 
 SMALL: dict[str, Any] = {
-    "num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 6, "num_query_groups": 2,
-    "kv_channels": 16, "vocab_size": 103, "max_position_embeddings": 64}
+    "num_layers": 3,
+    "hidden_size": 48,
+    "ffn_hidden_size": 80,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "kv_channels": 16,
+    "vocab_size": 103,
+    "max_position_embeddings": 64,
+}
 
 # Of arXiv 2407.14679 and 2408.11796 and the released models' config.json: family, layers, hidden, ffn, heads,
 # vocabulary, parameters and those without embeddings in billions (the papers print one digit less: 8.3 and 6.2, 4.5
@@ -43,9 +50,18 @@ def small(**changes: Any) -> Architecture:
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models_have_the_printed_sizes(name: str) -> None:
     family, layers, hidden, ffn, heads, vocab, total, without_embeddings = RELEASED[name]
-    model = build_architecture({
-        "family": family, "num_layers": layers, "hidden_size": hidden, "ffn_hidden_size": ffn, "vocab_size": vocab,
-        "num_attention_heads": heads, "num_query_groups": 8, "kv_channels": 128})
+    model = build_architecture(
+        {
+            "family": family,
+            "num_layers": layers,
+            "hidden_size": hidden,
+            "ffn_hidden_size": ffn,
+            "vocab_size": vocab,
+            "num_attention_heads": heads,
+            "num_query_groups": 8,
+            "kv_channels": 128,
+        }
+    )
     assert f"{model.num_parameters / 1e9:.2f}" == total
     assert f"{model.num_non_embedding_parameters / 1e9:.2f}" == without_embeddings
 
@@ -55,8 +71,15 @@ def test_parameters_are_as_many_as_in_transformers(tied: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, NemotronConfig, NemotronForCausalLM
 
     fields: dict[str, Any] = {
-        "num_hidden_layers": 3, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 103, "tie_word_embeddings": tied}
+        "num_hidden_layers": 3,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 103,
+        "tie_word_embeddings": tied,
+    }
     with torch.device("meta"):
         llama, nemotron = LlamaForCausalLM(LlamaConfig(**fields)), NemotronForCausalLM(NemotronConfig(**fields))
     for family, theirs in (("llama", llama), ("nemotron", nemotron)):
@@ -127,6 +150,15 @@ def test_defaults_follow_from_the_family_and_the_other_fields() -> None:
         ({"num_query_groups": 4}, "num_attention_heads=6 must be a multiple of num_query_groups=4"),
         ({"kv_channels": None, "hidden_size": 50}, "hidden_size=50 is no multiple of num_attention_heads=6"),
         ({"padded_vocab_size": 100}, "padded_vocab_size=100 must be at least vocab_size=103"),
+        ({"kv_channels": 7}, "kv_channels=7 x rotary_percent=1.0 rotates 7 channels of a head"),
+        ({"rotary_percent": 1.5}, "rotary_percent=1.5 must be above 0 and at most 1"),
+        ({"rotary_base": 0.0}, "rotary_base=0.0 must be a number above 0"),
+        ({"layernorm_epsilon": float("nan")}, "layernorm_epsilon=nan must be a number above 0"),
+        ({"make_vocab_size_divisible_by": 0}, "make_vocab_size_divisible_by=0 must be at least 1"),
+        ({"kv_channels": None, "num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
+        ({"rope_scaling": {"factors": 2}}, "rope_scaling.factors is no field of rope_scaling: choose from factor, low"),
+        ({"rope_scaling": {"factor": "8"}}, "rope_scaling.factor='8' must be a number above 0"),
+        ({"rope_scaling": {"high_freq_factor": 1.0}}, "rope_scaling.high_freq_factor=1.0 must be above"),
     ],
 )
 def test_impossible_architectures_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -142,5 +174,11 @@ def test_file_round_trip(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is missing"):
         load_architecture(tmp_path / "none" / "architecture.yaml")
     (tmp_path / "wrong.yaml").write_text("- 1\n")
-    with pytest.raises(InputError, match="holds no architecture"):
+    with pytest.raises(InputError, match="holds no mapping"):
+        load_architecture(tmp_path / "wrong.yaml")
+    (tmp_path / "wrong.yaml").write_bytes(b"num_layers: [\xff")
+    with pytest.raises(InputError, match=r"wrong\.yaml is no YAML"):
+        load_architecture(tmp_path / "wrong.yaml")
+    (tmp_path / "wrong.yaml").write_text("num_layers: 3\n")
+    with pytest.raises(InputError, match=r"wrong\.yaml is no architecture: hidden_size is missing"):
         load_architecture(tmp_path / "wrong.yaml")

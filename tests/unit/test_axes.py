@@ -23,15 +23,31 @@ def random_plan(seed: int, family: str, groups: int, q: int, kept_q: int, ffn: i
     def choose(count: int, size: int) -> list[int]:
         return sorted(draw.choice(size, count, replace=False).tolist())
 
-    teacher = build_architecture({
-        "family": family, "num_layers": 3, "hidden_size": 6, "ffn_hidden_size": ffn, "num_attention_heads": groups * q,
-        "num_query_groups": groups, "kv_channels": 2, "vocab_size": 20, "make_vocab_size_divisible_by": 8})
+    teacher = build_architecture(
+        {
+            "family": family,
+            "num_layers": 3,
+            "hidden_size": 6,
+            "ffn_hidden_size": ffn,
+            "num_attention_heads": groups * q,
+            "num_query_groups": groups,
+            "kv_channels": 2,
+            "vocab_size": 20,
+            "make_vocab_size_divisible_by": 8,
+        }
+    )
     student = teacher.replace(
-        num_layers=2, hidden_size=4, ffn_hidden_size=kept_ffn, num_attention_heads=groups * kept_q)
+        num_layers=2, hidden_size=4, ffn_hidden_size=kept_ffn, num_attention_heads=groups * kept_q
+    )
     layers = choose(2, 3)
     return PruningPlan(
-        teacher, student, layers, choose(4, 6), {layer: choose(kept_ffn, ffn) for layer in layers},
-        {layer: [g * q + head for g in range(groups) for head in choose(kept_q, q)] for layer in layers})
+        teacher,
+        student,
+        layers,
+        choose(4, 6),
+        {layer: choose(kept_ffn, ffn) for layer in layers},
+        {layer: [g * q + head for g in range(groups) for head in choose(kept_q, q)] for layer in layers},
+    )
 
 
 def pairs(most: int) -> st.SearchStrategy[list[int]]:
@@ -41,7 +57,12 @@ def pairs(most: int) -> st.SearchStrategy[list[int]]:
 # Everything that is sharded divides by 4.
 plans = st.builds(
     lambda seed, family, groups, q, ffn: random_plan(seed, family, groups, q[1], q[0], 4 * ffn[1], 4 * ffn[0]),
-    st.integers(0, 1000), st.sampled_from(["llama", "nemotron"]), st.sampled_from([4, 8]), pairs(4), pairs(5))
+    st.integers(0, 1000),
+    st.sampled_from(["llama", "nemotron"]),
+    st.sampled_from([4, 8]),
+    pairs(4),
+    pairs(5),
+)
 
 
 def row_names(axis: str, model: Architecture) -> list[Any]:

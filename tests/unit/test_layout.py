@@ -19,8 +19,15 @@ from minitron_mcore.layout import (
 
 
 def model(**changes: Any) -> Architecture:
-    fields = {"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 8,
-              "num_query_groups": 4, "kv_channels": 16, "vocab_size": 103}
+    fields = {
+        "num_layers": 3,
+        "hidden_size": 48,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "kv_channels": 16,
+        "vocab_size": 103,
+    }
     return build_architecture({**fields, **changes})
 
 

@@ -17,16 +17,28 @@ from minitron_mcore.plan import TARGETS, PruningPlan, load_plan, make_plan, save
 
 
 def model(**changes: Any) -> Architecture:
-    fields = {"num_layers": 6, "hidden_size": 12, "ffn_hidden_size": 20, "num_attention_heads": 6,
-              "num_query_groups": 2, "kv_channels": 4, "vocab_size": 50, "max_position_embeddings": 64}
+    fields = {
+        "num_layers": 6,
+        "hidden_size": 12,
+        "ffn_hidden_size": 20,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "kv_channels": 4,
+        "vocab_size": 50,
+        "max_position_embeddings": 64,
+    }
     return build_architecture({**fields, **changes})
 
 
 def scores_of(architecture: Architecture, seed: int = 0, levels: int = 0, **arrays: Any) -> Scores:
     """Random scores in (1, 2); with `levels`, of that many values only, so that there are ties."""
     a, draw = architecture, numpy.random.default_rng(seed)
-    shapes = {"hidden": (a.hidden_size,), "ffn": (a.num_layers, a.ffn_hidden_size),
-              "heads": (a.num_layers, a.num_attention_heads), "layers": (a.num_layers,)}
+    shapes = {
+        "hidden": (a.hidden_size,),
+        "ffn": (a.num_layers, a.ffn_hidden_size),
+        "heads": (a.num_layers, a.num_attention_heads),
+        "layers": (a.num_layers,),
+    }
     random = {axis: draw.random(shape) + 1 for axis, shape in shapes.items()}
     if levels:
         random = {axis: numpy.floor(values * levels) for axis, values in random.items()}
@@ -38,8 +50,12 @@ def cases(draw: st.DrawFn) -> tuple[Scores, dict[str, int | None]]:
     """Scores of a random teacher, with or without ties, and a student it can be pruned to."""
     groups, q = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     teacher = model(
-        num_layers=draw(st.integers(1, 6)), hidden_size=draw(st.integers(1, 16)),
-        ffn_hidden_size=draw(st.integers(1, 16)), num_attention_heads=groups * q, num_query_groups=groups)
+        num_layers=draw(st.integers(1, 6)),
+        hidden_size=draw(st.integers(1, 16)),
+        ffn_hidden_size=draw(st.integers(1, 16)),
+        num_attention_heads=groups * q,
+        num_query_groups=groups,
+    )
     target: dict[str, int | None] = {name: draw(st.integers(1, getattr(teacher, name))) for name in TARGETS}
     target["num_attention_heads"] = groups * draw(st.integers(1, q))
     return scores_of(teacher, draw(st.integers(0, 1000)), draw(st.sampled_from([0, 3]))), target
@@ -104,8 +120,13 @@ def test_permuting_what_is_scored_permutes_the_plan(seed: int, random: Any) -> N
     order = {axis: random.sample(range(size), size) for axis, size in (("hidden", 12), ("ffn", 20))}
     # Heads may change places within their KV group alone.
     order["heads"] = random.sample(range(3), 3) + random.sample(range(3, 6), 3)
-    permuted = Scores(scores.architecture, scores.hidden[order["hidden"]], scores.ffn[:, order["ffn"]],
-                      scores.heads[:, order["heads"]], scores.layers)
+    permuted = Scores(
+        scores.architecture,
+        scores.hidden[order["hidden"]],
+        scores.ffn[:, order["ffn"]],
+        scores.heads[:, order["heads"]],
+        scores.layers,
+    )
     target: dict[str, int | None] = {"hidden_size": 7, "ffn_hidden_size": 9, "num_attention_heads": 4}
     before, after = make_plan(scores, target), make_plan(permuted, target)
     assert sorted(order["hidden"][index] for index in after.hidden) == before.hidden
@@ -121,8 +142,9 @@ def test_a_contiguous_block_goes() -> None:
     assert plan.cuts["layers"].margin == pytest.approx((0.7 - 0.5) / 0.7)
     assert make_plan(scores_of(model(), layers=influence), {"num_layers": 4}).layers == [0, 2, 4, 5]
     # Of equal blocks the later one goes: the lower indices stay. The sums are equal whatever their order.
-    equal = make_plan(scores_of(model(), layers=numpy.array([0.1, 0.2, 0.3, 0.3, 0.2, 0.1])), {"num_layers": 3},
-                      layers="contiguous")
+    equal = make_plan(
+        scores_of(model(), layers=numpy.array([0.1, 0.2, 0.3, 0.3, 0.2, 0.1])), {"num_layers": 3}, layers="contiguous"
+    )
     assert equal.layers == [0, 1, 2] and equal.cuts["layers"].margin == 0
 
 
@@ -134,7 +156,8 @@ def test_margins_are_those_of_the_narrowest_cut() -> None:
     hidden = numpy.arange(12.0)
     plan = make_plan(
         scores_of(model(), hidden=hidden, ffn=ffn, heads=heads),
-        {"ffn_hidden_size": 4, "num_attention_heads": 4, "hidden_size": 11})
+        {"ffn_hidden_size": 4, "num_attention_heads": 4, "hidden_size": 11},
+    )
     # Layer 3's fourth and fifth best; in the other layers the margin is larger.
     ordered = sorted(ffn[3], reverse=True)
     cut = plan.cuts["ffn"]
