@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ def _rope_scaling(given: dict[str, Any]) -> RopeScaling:
 
 
 def save_architecture(architecture: Architecture, path: Path) -> None:
-    path.write_text(yaml.safe_dump(architecture.to_dict(), sort_keys=False))
+    write_whole(path, yaml.safe_dump(architecture.to_dict(), sort_keys=False))
 
 
 def load_architecture(path: Path) -> Architecture:
@@ -229,6 +230,13 @@ def load_architecture(path: Path) -> Architecture:
         return build_architecture(fields)
     except InputError as error:
         raise InputError(f"{path} is no architecture: {error}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that no reader ever sees half of it. One process calls."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from minitron_mcore.architecture import Architecture, load_architecture, read_mapping, save_architecture
+from minitron_mcore.architecture import Architecture, load_architecture, read_mapping, save_architecture, write_whole
 from minitron_mcore.errors import InputError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -76,8 +76,8 @@ def write_description(
     """Write what lies beside the weights. One rank calls; `save_tokenizer` is `Tokenizer.save`, where there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     save_architecture(architecture, folder / "architecture.yaml")
-    (folder / "recipe.yaml").write_text(recipe)
-    (folder / "lineage.yaml").write_text(yaml.safe_dump(lineage, sort_keys=False))
+    write_whole(folder / "recipe.yaml", recipe)
+    write_whole(folder / "lineage.yaml", yaml.safe_dump(lineage, sort_keys=False))
     if save_tokenizer is not None:
         save_tokenizer(str(folder / "tokenizer"))
 
@@ -99,6 +99,4 @@ def finish_iteration(folder: Path, temporary: Path, iteration: int) -> None:
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)
-    partial = folder / (TRACKER + ".tmp")
-    partial.write_text(str(iteration))
-    os.replace(partial, folder / TRACKER)
+    write_whole(folder / TRACKER, str(iteration))

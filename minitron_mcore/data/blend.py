@@ -96,8 +96,8 @@ def inspect_parts(
     them too.
     """
     prefixes = list(dict.fromkeys((part.blend.key, prefix) for part in parts for prefix in part.blend.prefixes))
-    for key, prefix in prefixes:
-        _check_exists(prefix, key)
+    for part in parts:
+        check_prefixes(part.blend)
     if not thorough:
         return None
     digest = hashlib.sha256()
@@ -120,6 +120,12 @@ def inspect_parts(
             _check_enough(part, prefix, counts[-1], end - begin, len(lengths), sequence_length)
         tokens.append(tuple(counts))
     return Facts(digest.hexdigest(), tuple(tokens))
+
+
+def check_prefixes(blend: Blend) -> None:
+    """Raise InputError where files of a blend are not there."""
+    for prefix in blend.prefixes:
+        _check_exists(prefix, blend.key)
 
 
 def surplus(blend: Blend, size: int) -> float:

@@ -6,19 +6,21 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
 from megatron.core import parallel_state
 
-from minitron_mcore.architecture import Architecture
+from minitron_mcore.architecture import Architecture, read_mapping
 from minitron_mcore.checkpoint.folder import read_architecture, tokenizer_folder
+from minitron_mcore.data.corpus import check_folder
 from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.parallel import use_layout
 from minitron_mcore.runtime.start import Runtime, seed_everything
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.loop import check_train, count_iterations
+from minitron_mcore.training.metrics import check_log
 from minitron_mcore.training.reader import BatchReader, batch_reader
 
 # Keys that may change between a run and its continuation: where and how it runs, not what it computes.
@@ -43,10 +45,10 @@ def lay_out(recipe: Recipe, runtime: Runtime) -> None:
 def output_folder(value: str | None, key: str) -> Path:
     if not value:
         raise InputError(f"{key} is not given: name the folder to write to")
-    path = Path(value)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{key}={path} is a file: name a folder")
-    return path
+    if Path(value).is_file():
+        raise InputError(f"{key}={value} is a file: name a folder")
+    check_folder(value, key)
+    return Path(value)
 
 
 def refuse_other_run(folder: Path, recipe: Recipe, sections: tuple[str, ...], key: str) -> None:
@@ -59,7 +61,7 @@ def refuse_other_run(folder: Path, recipe: Recipe, sections: tuple[str, ...], ke
         if folder.is_dir() and any(folder.glob("iter_*")):
             raise InputError(f"{key}={folder} holds checkpoints but no recipe.yaml: name another folder")
         return
-    stored = yaml.safe_load(stored_file.read_text()) or {}
+    stored = read_mapping(stored_file)
     for section in (*sections, "seed", "precision"):
         here: Any = getattr(recipe, section)
         here = dataclasses.asdict(here) if dataclasses.is_dataclass(here) else {"": here}  # type: ignore[arg-type]
@@ -67,24 +69,42 @@ def refuse_other_run(folder: Path, recipe: Recipe, sections: tuple[str, ...], ke
         there = there if isinstance(there, dict) else {"": there}
         for name, value in here.items():
             path = f"{section}.{name}".rstrip(".")
-            if there.get(name) != value and (name not in MAY_CHANGE or path == "teacher.checkpoint"):
+            if name in there and there[name] != value and (name not in MAY_CHANGE or path == "teacher.checkpoint"):
                 raise InputError(
-                    f"{key}={folder} holds another run: {path} is {there.get(name)!r} there and {value!r} here; "
+                    f"{key}={folder} holds another run: {path} is {there[name]!r} there and {value!r} here; "
                     f"name another folder, or delete that one"
                 )
 
 
+def check_model(architecture: Architecture, recipe: Recipe) -> None:
+    """Raise InputError where the recipe's layout or sequence length does not suit the model."""
+    parallel, length = recipe.parallel, recipe.data.sequence_length
+    check_tensor_parallel(architecture, parallel.tensor)
+    split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    if length > architecture.max_position_embeddings:
+        raise InputError(
+            f"data.sequence_length={length} is longer than the model's max_position_embeddings="
+            f"{architecture.max_position_embeddings}: shorten it, or use a model of longer context"
+        )
+    if parallel.sequence and length % parallel.tensor:
+        raise InputError(
+            f"data.sequence_length={length} is no multiple of parallel.tensor={parallel.tensor} "
+            f"({length} / {parallel.tensor} = {length / parallel.tensor:g}), as parallel.sequence=true needs"
+        )
+
+
 def read_data(
     recipe: Recipe, tokenizer: Tokenizer, train: TrainConfig, section: str
-) -> tuple[int, BatchReader, BatchReader]:
-    """(iterations of the budget, reader of training batches, reader of validation batches). Every rank calls."""
+) -> tuple[int, BatchReader, BatchReader | None]:
+    """(iterations of the budget, reader of training batches, of validation batches if any). Every rank calls."""
+    check_log(recipe.log)
     iterations = count_iterations(train, recipe.data.sequence_length, section)
     check_train(train, recipe.parallel, parallel_state.get_data_parallel_world_size(), iterations, section)
     training, validation, _ = build_datasets(
         recipe.data,
         tokenizer,
         train_samples=iterations * train.global_batch_size,
-        valid_samples=max(1, train.eval_iters) * train.global_batch_size,
+        valid_samples=train.eval_iters * train.global_batch_size,
         seed=recipe.seed,
     )
     shape: dict[str, Any] = {
@@ -92,7 +112,8 @@ def read_data(
         "micro_batch_size": train.micro_batch_size,
         "num_workers": recipe.data.num_workers,
     }
-    return iterations, batch_reader(training, **shape), batch_reader(validation, **{**shape, "num_workers": 0})
+    read_valid = batch_reader(validation, **{**shape, "num_workers": 0}) if validation is not None else None
+    return iterations, batch_reader(training, **shape), read_valid
 
 
 def checkpoint_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import (
     find_checkpoint,
@@ -10,6 +12,7 @@ from minitron_mcore.checkpoint.folder import (
     read_lineage,
 )
 from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_weights
+from minitron_mcore.distillation.config import DistillConfig
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.teacher import Teacher
 from minitron_mcore.errors import InputError
@@ -17,6 +20,7 @@ from minitron_mcore.model.gpt import build_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import (
+    check_model,
     check_tokenizer,
     checkpoint_tokenizer,
     lay_out,
@@ -35,6 +39,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     """
     lay_out(recipe, runtime)
     distill = recipe.distill
+    check_loss(distill)
     teacher_folder, teacher_iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
     key = "distill.load" if distill.load else "student.checkpoint"
     student_folder, student_iteration = find_checkpoint(distill.load or recipe.student.checkpoint, key)
@@ -47,6 +52,8 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     teacher_architecture, architecture = read_architecture(teacher_folder), read_architecture(student_folder)
     check_vocabulary(teacher_architecture, architecture)
     check_tokenizer(tokenizer, architecture)
+    for model in (teacher_architecture, architecture):
+        check_model(model, recipe)
     refuse_other_run(folder, recipe, ("data", "distill", "teacher"), "distill.checkpoint")
     resuming = latest_iteration(folder) is not None
     if resuming:
@@ -86,6 +93,17 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
             "teacher": {"checkpoint": str(teacher_folder), "iteration": teacher_iteration},
         },
     )
+
+
+def check_loss(distill: DistillConfig) -> None:
+    """Raise InputError for weights and a temperature that make no loss."""
+    if not 0 < distill.temperature < math.inf:
+        raise InputError(f"distill.temperature={distill.temperature} must be finite and above 0")
+    for name in ("kd_weight", "lm_weight"):
+        if not 0 <= getattr(distill, name) < math.inf:
+            raise InputError(f"distill.{name}={getattr(distill, name)} must be finite and at least 0")
+    if distill.kd_weight == distill.lm_weight == 0:
+        raise InputError("distill.kd_weight=0 and distill.lm_weight=0 leave no loss to train on: raise one of them")
 
 
 def check_vocabulary(teacher: Architecture, student: Architecture) -> None:

@@ -23,18 +23,18 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.schedule import Microbatch
-from minitron_mcore.recipe import Recipe
+from minitron_mcore.recipe import EvaluateConfig, Recipe
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import checkpoint_tokenizer, lay_out, output_folder
+from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out, output_folder
 from minitron_mcore.training.reader import to_device
 
 
 def run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     """Evaluate `checkpoint` and write `results.json` into `output`, or beside the checkpoint where that is not set."""
     folder, _ = find_checkpoint(recipe.checkpoint, "checkpoint")
-    results = evaluate_checkpoint(recipe, runtime, folder)
     target = (output_folder(recipe.output, "output") if recipe.output else folder) / "results.json"
+    results = evaluate_checkpoint(recipe, runtime, folder)
     runtime.on_main(lambda: write_results(target, results))
     runtime.print(
         f"evaluate: {folder}, iteration {results['iteration']}: lm loss {results['lm loss']:.6f}, ppl "
@@ -52,6 +52,7 @@ def evaluate_checkpoint(recipe: Recipe, runtime: Runtime, folder: str | Path) ->
     lay_out(recipe, runtime)
     path, iteration = find_checkpoint(folder, "checkpoint")
     architecture = read_architecture(path)
+    check_model(architecture, recipe)
     dataset = held_out(recipe, checkpoint_tokenizer(recipe, path))
     samples = min(recipe.evaluate.samples, len(dataset))
     if samples < recipe.evaluate.samples:
@@ -82,16 +83,20 @@ def evaluate_checkpoint(recipe: Recipe, runtime: Runtime, folder: str | Path) ->
     return {**losses, **facts}
 
 
-def held_out(recipe: Recipe, tokenizer: Tokenizer) -> Dataset:
-    """The validation set: one pass, so that no sequence counts twice; a weighted blend in its proportions."""
-    evaluate = recipe.evaluate
+def check_evaluate(evaluate: EvaluateConfig) -> None:
+    """Raise InputError for numbers that cannot be evaluated with."""
     for name in ("samples", "micro_batch_size"):
         if getattr(evaluate, name) < 1:
             raise InputError(f"evaluate.{name}={getattr(evaluate, name)} must be at least 1")
+
+
+def held_out(recipe: Recipe, tokenizer: Tokenizer) -> Dataset:
+    """The validation set: one pass, so that no sequence counts twice; a weighted blend in its proportions."""
+    check_evaluate(recipe.evaluate)
     data, key = recipe.data, "data.train"
     if data.valid is not None:  # then the training text need not be named
         data, key = dataclasses.replace(data, train=data.valid), "data.valid"
-    wanted = evaluate.samples if parse_blend(data.train, key).weights else None
+    wanted = recipe.evaluate.samples if parse_blend(data.train, key).weights else None
     _, valid, _ = build_datasets(data, tokenizer, train_samples=0, valid_samples=wanted, seed=recipe.seed)
     assert valid is not None
     return valid

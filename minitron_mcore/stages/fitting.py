@@ -29,7 +29,7 @@ def fit_model(
     architecture: Architecture,
     objective: Objective,
     tokenizer: Tokenizer,
-    data: tuple[int, BatchReader, BatchReader],
+    data: tuple[int, BatchReader, BatchReader | None],
     lineage: Callable[[], dict[str, Any]],
 ) -> Progress:
     """Train `chunks` into `folder`. `train` is the recipe's section, `data` what `read_data` gave. Every rank calls."""

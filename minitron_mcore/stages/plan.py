@@ -6,10 +6,12 @@ from pathlib import Path
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
+from minitron_mcore.data.corpus import check_file
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.plan import TARGETS, PruningPlan, check_same_model, make_plan, save_plan
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.parallel import check_parallel
 from minitron_mcore.runtime.start import Runtime
 
 
@@ -17,6 +19,8 @@ def run(recipe: Recipe, runtime: Runtime) -> PruningPlan:
     """Write `plan` and print what the student is; the same plan on every rank."""
     if not recipe.plan:
         raise InputError("plan is not given: name the file to write, as in plan=plan.json")
+    check_file(recipe.plan, "plan")
+    check_parallel(recipe.parallel)
     teacher = None
     if recipe.teacher.checkpoint:
         teacher = read_architecture(find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0])

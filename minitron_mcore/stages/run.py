@@ -25,24 +25,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.architecture import build_architecture
-from minitron_mcore.checkpoint.families.find import find_family
-from minitron_mcore.checkpoint.families.table import config_of
-from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
+from minitron_mcore.checkpoint.folder import read_architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.model.config import ModelConfig
-from minitron_mcore.plan import TARGETS, student_shape
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import distill, evaluate, export, preprocess, prune, score, tokenizer, train
+from minitron_mcore.stages.checks import check_road
 from minitron_mcore.stages.common import lay_out, output_folder, refuse_other_run
 from minitron_mcore.stages.table import closing_table
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.loop import Progress
 
 SECTIONS = (
+    "input",
     "tokenizer",
     "preprocess",
     "data",
@@ -112,28 +109,11 @@ def do(step: Step, number: str, folder: Path, runtime: Runtime) -> Any:
     return result
 
 
-def check_students(recipe: Recipe, students: dict[str, StudentConfig]) -> None:
-    """Raise InputError now for a student that could not be pruned, laid out or exported hours from now."""
-    if recipe.teacher.checkpoint:
-        teacher = read_architecture(find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0])
-    else:
-        fields = dataclasses.asdict(recipe.model)
-        teacher = build_architecture({**fields, "vocab_size": fields["vocab_size"] or recipe.tokenizer.vocab_size})
-    parallel = recipe.parallel
-    check_tensor_parallel(teacher, parallel.tensor)
-    for name, student in students.items():
-        where = f"run.students.{name}" if recipe.run.students else "student"
-        target = {field: getattr(student, field) for field in TARGETS}
-        shape = student_shape(teacher, target, parallel.tensor, parallel.pipeline)
-        split_layers(shape.num_layers, parallel.pipeline, parallel.virtual_pipeline)
-        config_of(find_family(shape.family, where), shape, where)
-
-
 def plan_road(recipe: Recipe, runtime: Runtime, folder: Path) -> list[Step]:
     """All steps in order, with the recipes each stage gets."""
     base, road = with_data(recipe, runtime, folder)
     students = recipe.run.students or {"student": recipe.student}
-    check_students(recipe, students)
+    check_road(recipe, students, runtime.world_size, folder)
 
     def add(name: str, title: str, act: Callable[..., Any], *arguments: Any) -> None:
         road.append(Step(name, title, partial(act, *arguments)))

@@ -16,17 +16,18 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.calibration import calibration_batches
+from minitron_mcore.data.corpus import check_file
 from minitron_mcore.data.dataset import build_calibration_dataset
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.importance.score import score_model
 from minitron_mcore.importance.scores import AXES, TOLERANCE, Scores, load_scores, save_scores
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.plan import check_same_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import lay_out
-from minitron_mcore.stages.train import check_tokenizer
+from minitron_mcore.stages.common import check_model, check_tokenizer, lay_out
 from minitron_mcore.training.reader import to_device
 
 REPORT_SECONDS = 10.0
@@ -38,12 +39,12 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     """Write `scores` and return its path; a file made in the same way stays as it is. Every rank calls."""
     lay_out(recipe, runtime)
     importance = recipe.importance
-    if importance.micro_batch_size < 1:
-        raise InputError(f"importance.micro_batch_size={importance.micro_batch_size} must be at least 1")
+    check_importance(importance)
     folder, iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
     architecture = read_architecture(folder)
     tokenizer = load_tokenizer(recipe.tokenizer)
     check_tokenizer(tokenizer, architecture)
+    check_model(architecture, recipe)
     settings = describe(recipe, folder, iteration, tokenizer.fingerprint)
     path = scores_file(recipe, architecture, settings)
     if path.exists():
@@ -77,6 +78,13 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     return path
 
 
+def check_importance(importance: ImportanceConfig) -> None:
+    """Raise InputError for numbers that nothing can be scored with."""
+    for name in ("num_samples", "micro_batch_size"):
+        if getattr(importance, name) < 1:
+            raise InputError(f"importance.{name}={getattr(importance, name)} must be at least 1")
+
+
 def describe(recipe: Recipe, folder: Path, iteration: int, fingerprint: str) -> dict[str, Any]:
     """How the scores are made, and how closely they are known; the layout does not matter and is not told."""
     data = recipe.data
@@ -100,6 +108,7 @@ def scores_file(recipe: Recipe, architecture: Architecture, settings: dict[str, 
     if not recipe.scores:
         raise InputError("scores is not given: name the file to write, as in scores=scores.safetensors")
     path = Path(recipe.scores)
+    check_file(recipe.scores, "scores")
     if not path.exists():
         return path
     try:

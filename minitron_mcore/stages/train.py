@@ -14,7 +14,14 @@ from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.initialize import initialize
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import check_tokenizer, lay_out, output_folder, read_data, refuse_other_run
+from minitron_mcore.stages.common import (
+    check_model,
+    check_tokenizer,
+    lay_out,
+    output_folder,
+    read_data,
+    refuse_other_run,
+)
 from minitron_mcore.stages.fitting import fit_model
 from minitron_mcore.training.loop import Progress
 
@@ -30,6 +37,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     source = find_checkpoint(train.load, "train.load") if train.load else None
     architecture = read_architecture(source[0]) if source else new_architecture(recipe, tokenizer)
     check_tokenizer(tokenizer, architecture)
+    check_model(architecture, recipe)
     refuse_other_run(folder, recipe, ("model", "data", "train"), "train.checkpoint")
     resuming = latest_iteration(folder) is not None
     if resuming:

@@ -47,10 +47,36 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+# The least that each number of the section may be.
+LEAST = {
+    "global_batch_size": 1,
+    "micro_batch_size": 1,
+    "loss_chunk_tokens": 1,
+    "lr_warmup_iters": 0,
+    "eval_interval": 0,
+    "eval_iters": 0,
+    "save_interval": 0,
+    "lr": 0,
+    "min_lr": 0,
+    "weight_decay": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "adam_eps": 0,
+    "clip_grad": 0,
+}
+
+
 def count_iterations(train: TrainConfig, sequence_length: int, section: str) -> int:
-    """Iterations of the token budget, rounded up to whole global batches."""
+    """Iterations of the token budget, rounded up to whole global batches. Raises InputError for sizes below 1."""
+    if sequence_length < 1:
+        raise InputError(f"data.sequence_length={sequence_length} must be at least 1")
     if train.tokens < 1:
         raise InputError(f"{section}.tokens={train.tokens} must be at least 1: it is the budget of training tokens")
+    for name, least in LEAST.items():
+        value = getattr(train, name)
+        if not least <= value < math.inf:
+            words = "finite and at least" if isinstance(value, float) else "at least"
+            raise InputError(f"{section}.{name}={value} must be {words} {least}")
     return math.ceil(train.tokens / (train.global_batch_size * sequence_length))
 
 
@@ -59,7 +85,7 @@ def check_train(
 ) -> None:
     """Raise InputError for numbers that cannot be trained with."""
     share = train.micro_batch_size * data_parallel
-    if train.micro_batch_size < 1 or train.global_batch_size % share:
+    if train.global_batch_size % share:
         raise InputError(
             f"{section}.global_batch_size={train.global_batch_size} is no multiple of {section}.micro_batch_size="
             f"{train.micro_batch_size} x {data_parallel} data-parallel ranks = {share}"
@@ -72,6 +98,9 @@ def check_train(
         )
     if not 0 <= train.min_lr <= train.lr:
         raise InputError(f"{section}.min_lr={train.min_lr} must lie between 0 and {section}.lr={train.lr}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(train, name) >= 1:
+            raise InputError(f"{section}.{name}={getattr(train, name)} must be below 1")
     if train.lr_warmup_iters >= iterations:
         raise InputError(
             f"{section}.lr_warmup_iters={train.lr_warmup_iters} must be less than the {iterations} iterations "
@@ -116,8 +145,28 @@ def fit(job: Job) -> Progress:
     if progress.iteration >= job.iterations:
         return progress
 
-    metrics = MetricsLog(job.folder, job.log, name=job.name, recipe=job.recipe, active=runtime.is_main)
+    metrics = MetricsLog(job.folder, job.log, name=job.name, recipe=job.recipe)
+    runtime.on_main(metrics.open)
     stop = StopRequest()
+    try:
+        _iterate(job, progress, chunks, optimizer, scheduler, metrics, stop)
+    finally:
+        stop.restore()
+        metrics.close(finished=progress.iteration == job.iterations)
+    return progress
+
+
+def _iterate(
+    job: Job,
+    progress: Progress,
+    chunks: list[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    metrics: MetricsLog,
+    stop: StopRequest,
+) -> None:
+    """From `progress`, which moves along, to the last iteration, or to the one at which a stop was asked for."""
+    train, runtime = job.train, job.runtime
     timer = StepTimer()
     for batch in job.read_train(progress.consumed_samples, job.iterations - progress.iteration):
         with timer:
@@ -142,9 +191,6 @@ def fit(job: Job) -> Progress:
         if asked_to_stop and not last:
             runtime.print(f"SIGTERM: saved {job.folder} at iteration {progress.iteration}; the same command goes on")
             raise SystemExit(143)
-    stop.restore()
-    metrics.close()
-    return progress
 
 
 def _is_due(iteration: int, interval: int) -> bool:

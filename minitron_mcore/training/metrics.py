@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.errors import InputError
 from minitron_mcore.training.config import LogConfig
 
 # Console order and form; what is not named here follows, as it comes.
@@ -27,27 +28,35 @@ _FORMATS = {
 }
 
 
-class MetricsLog:
-    """Writes rows of numbers. On other ranks than the first every call does nothing."""
+def check_log(log: LogConfig) -> None:
+    """Raise InputError for a section `log` that cannot be followed."""
+    if log.interval < 1:
+        raise InputError(f"log.interval={log.interval} must be at least 1 iteration between two lines")
 
-    def __init__(self, folder: Path, log: LogConfig, *, name: str, recipe: dict[str, Any], active: bool) -> None:
-        self.active = active
+
+class MetricsLog:
+    """Writes rows of numbers. Until `open`, which the first rank alone calls, every call does nothing."""
+
+    def __init__(self, folder: Path, log: LogConfig, *, name: str, recipe: dict[str, Any]) -> None:
+        self.folder, self.log, self.name, self.recipe = folder, log, name, recipe
+        self._file: Any = None
         self._tensorboard: Any = None
         self._wandb: Any = None
-        if not active:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-        if log.tensorboard:
+
+    def open(self) -> None:
+        """Start every writer. Raises InputError where Weights & Biases will not."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.log.wandb != "disabled":
+            self._wandb = _start_wandb(self.folder, self.log, self.name, self.recipe)
+        self._file = (self.folder / "metrics.jsonl").open("a", buffering=1)
+        if self.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
-        if log.wandb != "disabled":
-            self._wandb = _start_wandb(folder, log, name, recipe)
+            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
 
     def write(self, iteration: int, iterations: int, row: dict[str, float], *, kind: str = "train") -> None:
         """One row everywhere. `kind`: train or validation; validation names are given with their own prefix."""
-        if not self.active:
+        if self._file is None:
             return
         record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **row}
         self._file.write(json.dumps(record) + "\n")
@@ -58,14 +67,14 @@ class MetricsLog:
         if self._wandb is not None:
             self._wandb.log(row, step=iteration)
 
-    def close(self) -> None:
-        if not self.active:
-            return
-        self._file.close()
+    def close(self, *, finished: bool = True) -> None:
+        """Write out what is still held back: TensorBoard and Weights & Biases gather rows before they write."""
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=0 if finished else 1)
 
 
 def _start_wandb(folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]) -> Any:
@@ -77,9 +86,16 @@ def _start_wandb(folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8])
     settings: dict[str, Any] = {"mode": log.wandb, "resume": "allow", "reinit": "create_new"}
-    return wandb.init(
-        project=log.wandb_project, name=name, id=id_file.read_text(), dir=str(folder), config=recipe, **settings
-    )
+    try:
+        return wandb.init(
+            project=log.wandb_project, name=name, id=id_file.read_text(), dir=str(folder), config=recipe, **settings
+        )
+    except wandb.errors.Error as error:
+        words = " ".join(str(error).split())
+        raise InputError(
+            f"log.wandb={log.wandb} is refused by Weights & Biases ({words.rstrip('.')}): log in with `wandb login`, "
+            "or set log.wandb=offline"
+        ) from error
 
 
 def _console_line(iteration: int, iterations: int, row: dict[str, float], kind: str) -> str:

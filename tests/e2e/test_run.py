@@ -43,7 +43,7 @@ def write_recipe(folder: Path) -> Path:
         "log": {"interval": 5, "wandb": "disabled"},
     }
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(sections))
+    path.write_text(yaml.safe_dump(sections, sort_keys=False))
     return path
 
 
@@ -135,7 +135,7 @@ def test_exports_load_in_transformers(road: dict[str, Any]) -> None:
         assert AutoTokenizer.from_pretrained(folder).decode([5]) is not None
         stored = road["results"][f"{student} distilled"]
         assert sum(tensor.numel() for tensor in model.parameters()) == stored["parameters"]
-        assert f"{stored['lm loss']:.4f}" in (folder / "README.md").read_text(), "the model card shows the evaluation"
+        assert str(stored["lm loss"]) in (folder / "README.md").read_text(), "the model card shows the evaluation"
         assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
 
 

@@ -1,0 +1,88 @@
+"""What `run` refuses before its first step, rather than hours later: everything its steps would refuse by themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.checkpoint.families.find import find_family
+from minitron_mcore.checkpoint.families.table import config_of
+from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
+from minitron_mcore.data.blend import check_prefixes, parse_blend
+from minitron_mcore.data.corpus import find_files
+from minitron_mcore.data.tokenizer import load_tokenizer
+from minitron_mcore.errors import InputError
+from minitron_mcore.plan import TARGETS, student_shape
+from minitron_mcore.pruning.config import StudentConfig
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.stages.common import check_model, check_tokenizer
+from minitron_mcore.stages.distill import check_loss
+from minitron_mcore.stages.evaluate import check_evaluate
+from minitron_mcore.stages.score import check_importance
+from minitron_mcore.training.loop import check_train, count_iterations
+from minitron_mcore.training.metrics import check_log
+
+
+def check_road(recipe: Recipe, students: dict[str, StudentConfig], world_size: int, folder: Path) -> None:
+    """Raise InputError for what no step of the road through `folder` could do. Any rank calls; nothing is written."""
+    teacher = teacher_architecture(recipe)
+    check_model(teacher, recipe)
+    check_students(recipe, teacher, students)
+    check_text(recipe, teacher, folder)
+    check_log(recipe.log)
+    check_importance(recipe.importance)
+    check_evaluate(recipe.evaluate)
+    check_loss(recipe.distill)
+    data_parallel = world_size // (recipe.parallel.tensor * recipe.parallel.pipeline)
+    for section, train in (("train", recipe.train), ("distill", recipe.distill)):
+        if section == "train" and recipe.teacher.checkpoint:
+            continue
+        iterations = count_iterations(train, recipe.data.sequence_length, section)
+        check_train(train, recipe.parallel, data_parallel, iterations, section)
+
+
+def teacher_architecture(recipe: Recipe) -> Architecture:
+    """The teacher's, stored or yet to be trained."""
+    if recipe.teacher.checkpoint:
+        return read_architecture(find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0])
+    fields = dataclasses.asdict(recipe.model)
+    if fields["vocab_size"] is None:
+        made = recipe.tokenizer.model is None
+        fields["vocab_size"] = recipe.tokenizer.vocab_size if made else load_tokenizer(recipe.tokenizer).vocab_size
+    try:
+        return build_architecture(fields)
+    except InputError as error:
+        raise InputError(f"model: {error}") from error
+
+
+def check_students(recipe: Recipe, teacher: Architecture, students: dict[str, StudentConfig]) -> None:
+    """Raise InputError for a student that could not be pruned, laid out or exported."""
+    parallel = recipe.parallel
+    for name, student in students.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise InputError(f"run.students: {name!r} is to be a folder's name: use letters, digits, dot, - and _")
+        where = f"run.students.{name}" if recipe.run.students else "student"
+        target = {field: getattr(student, field) for field in TARGETS}
+        shape = student_shape(teacher, target, parallel.tensor, parallel.pipeline)
+        check_model(shape, recipe)
+        config_of(find_family(shape.family, where), shape, where)
+
+
+def check_text(recipe: Recipe, teacher: Architecture, folder: Path) -> None:
+    """Raise InputError where the text, the tokens or the tokenizer that the recipe names are not there."""
+    if recipe.tokenizer.model:
+        check_tokenizer(load_tokenizer(recipe.tokenizer), teacher)
+    elif recipe.data.train is not None:
+        raise InputError(f"data.train={recipe.data.train} holds token ids: name the tokenizer's tokenizer.model too")
+    makes = {"tokenizer": not recipe.tokenizer.model, "preprocess": recipe.data.train is None}
+    for section, is_made in makes.items():
+        # Once it is made, the text may be gone.
+        if is_made and not (folder / "done" / f"{section}.json").is_file():
+            config = getattr(recipe, section)
+            key, text = ("input", recipe.input) if config.input is None else (f"{section}.input", config.input)
+            find_files(text, config.extensions, key, config.exclude)
+    for name in ("train", "valid", "calibration"):
+        if (blend := getattr(recipe.data, name)) is not None:
+            check_prefixes(parse_blend(blend, f"data.{name}"))
