@@ -6,15 +6,18 @@ checkpoint loads under both layer specs.
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import finish_iteration, iteration_folder, read_architecture
@@ -52,8 +55,19 @@ def save_state(folder: Path, iteration: int, state: ShardedStateDict, runtime: R
 
 
 def load_state(folder: Path, iteration: int, state: ShardedStateDict) -> dict[str, Any]:
-    """Read what `state` asks for from a finished iteration; all ranks call."""
-    return dist_checkpointing.load(state, str(iteration_folder(folder, iteration)))
+    """Read what `state` asks for from a finished iteration; all ranks call.
+
+    Raises InputError where files of it are missing, cut short or of another model.
+    """
+    source = iteration_folder(folder, iteration)
+    try:
+        return dist_checkpointing.load(state, str(source))
+    except CheckpointException as error:  # torch's, with what each failing rank met; no Exception by birth
+        cause: BaseException = next(iter(error.failures.values()))[0]
+    except (CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
+        cause = error
+    words = " ".join(str(cause).split()) or type(cause).__name__
+    raise InputError(f"{source} is damaged or of another model ({words}): restore it, or name another") from cause
 
 
 def load_weights(folder: Path, iteration: int, chunks: list[torch.nn.Module], architecture: Architecture) -> None:

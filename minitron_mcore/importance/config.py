@@ -11,4 +11,6 @@ class ImportanceConfig:
     micro_batch_size: int = 1
     batch_aggregation: str = "l2"  # l2, mean or var, over the samples
     sequence_aggregation: str = "mean"  # l2, mean or var, over a sample's tokens
-    neuron_site: str = "pre_activation"  # pre_activation (paper) or down_projection_input
+    # pre_activation (the paper's, for an MLP without a gate) or down_projection_input, after activation and gate, which
+    # keeps the better neurons of a gated MLP (docs/log.md, 2026-11-22).
+    neuron_site: str = "down_projection_input"

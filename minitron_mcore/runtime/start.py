@@ -150,6 +150,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=r".*(pynvml|No CUDA|destroy_process_group|is not a CUDA).*")
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"Please use DTensor instead", category=FutureWarning)
     for name in ("megatron", "torch.distributed.elastic", "torch.distributed.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""What `run` refuses before its first step, rather than hours later: everything its steps would refuse by themselves."""
+"""What `run` refuses before its first step, rather than hours later."""
 
 from __future__ import annotations
 
@@ -72,6 +72,10 @@ def check_students(recipe: Recipe, teacher: Architecture, students: dict[str, St
 
 def check_text(recipe: Recipe, teacher: Architecture, folder: Path) -> None:
     """Raise InputError where the text, the tokens or the tokenizer that the recipe names are not there."""
+    if recipe.teacher.checkpoint and not recipe.tokenizer.model:
+        raise InputError(
+            f"teacher.checkpoint={recipe.teacher.checkpoint} was trained with a tokenizer: name it as tokenizer.model"
+        )
     if recipe.tokenizer.model:
         check_tokenizer(load_tokenizer(recipe.tokenizer), teacher)
     elif recipe.data.train is not None:

@@ -65,7 +65,7 @@ def refuse_other_run(folder: Path, recipe: Recipe, sections: tuple[str, ...], ke
     for section in (*sections, "seed", "precision"):
         here: Any = getattr(recipe, section)
         here = dataclasses.asdict(here) if dataclasses.is_dataclass(here) else {"": here}  # type: ignore[arg-type]
-        there = stored.get(section)
+        there = stored.get(section, {})
         there = there if isinstance(there, dict) else {"": there}
         for name, value in here.items():
             path = f"{section}.{name}".rstrip(".")
