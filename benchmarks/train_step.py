@@ -122,7 +122,7 @@ class Plain:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        return float(loss)
+        return loss.item()
 
 
 def hugging_face_weights(ours: Ours) -> dict[str, torch.Tensor]:

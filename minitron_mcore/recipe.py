@@ -193,7 +193,7 @@ def key_paths(kind: Any = Recipe, prefix: str = "") -> list[str]:
 
 
 def _nearest(path: str) -> str:
-    """The valid key most like `path`: by name, rather one of the same section."""
+    """The valid key most like `path`: of the same name elsewhere, or of a like name, rather in the same section."""
     parent, _, leaf = path.rpartition(".")
     known = key_paths()
     kind = _type_of(parent) if parent else None
@@ -202,7 +202,7 @@ def _nearest(path: str) -> str:
 
     def likeness(key: str) -> float:
         section, _, name = key.rpartition(".")
-        return difflib.SequenceMatcher(None, leaf, name).ratio() + 0.3 * (section == parent)
+        return difflib.SequenceMatcher(None, leaf, name).ratio() + 0.5 * (section == parent) + 0.2 * (name == leaf)
 
     return max(known, key=likeness)
 

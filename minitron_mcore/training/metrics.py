@@ -64,11 +64,12 @@ class MetricsLog:
         if self._tensorboard is not None:
             for name, value in row.items():
                 self._tensorboard.add_scalar(name, value, iteration)
+            self._tensorboard.flush()  # a run that is killed resumes after these rows and never writes them again
         if self._wandb is not None:
             self._wandb.log(row, step=iteration)
 
     def close(self, *, finished: bool = True) -> None:
-        """Write out what is still held back: TensorBoard and Weights & Biases gather rows before they write."""
+        """End the writers; Weights & Biases shows the run as `finished`, or as failed."""
         if self._file is not None:
             self._file.close()
         if self._tensorboard is not None:

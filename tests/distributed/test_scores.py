@@ -24,7 +24,7 @@ from tests.distributed.ranks import run_on_ranks
 AXES = ("hidden", "ffn", "heads", "layers")
 AGGREGATIONS = ("mean", "l2", "var")
 SITES = ("pre_activation", "down_projection_input")
-DEFAULT = ("l2", "mean", "pre_activation")
+DEFAULT = ("l2", "mean", "down_projection_input")
 SAMPLES, LENGTH = 10, 24
 SEED = 11
 

@@ -291,14 +291,22 @@ CHECKPOINTS: list[Case] = [
     ("import", ["hf=@/none"], "hf=@/none is not there"),
     ("import", ["hf=@/papers"], "hf=@/papers holds no config.json"),
     ("import", ["hf=@/hf_one_layer", "checkpoint=@/teacher"], f"checkpoint=@/teacher exists: {EXISTS}"),
-    ("import", ["hf=@/hf_one_layer", "checkpoint=@/file/inner"], "checkpoint=@/file/inner cannot be written: @/file is not a folder"),
+    (
+        "import",
+        ["hf=@/hf_one_layer", "checkpoint=@/file/inner"],
+        "checkpoint=@/file/inner cannot be written: @/file is not a folder",
+    ),
 ]
 
 RUN: list[Case] = [
     ("run", ["output=null"], "output is not given"),
     ("run", ["output=@/file"], "output=@/file is a file"),
     ("run", ["output=@/papers"], "output=@/papers holds something other than a run"),
-    ("run", ["output=@/other_run"], "output=@/other_run holds another run: data.sequence_length is 17 there and 16 here"),
+    (
+        "run",
+        ["output=@/other_run"],
+        "output=@/other_run holds another run: data.sequence_length is 17 there and 16 here",
+    ),
     (
         "run",
         ["tokenizer.model=null", "data.train=null", "tokenizer.input=@/none"],

@@ -31,7 +31,7 @@ def random_plan(seed: int, family: str, groups: int, q: int, kept_q: int, ffn: i
             "ffn_hidden_size": ffn,
             "num_attention_heads": groups * q,
             "num_query_groups": groups,
-            "kv_channels": 2,
+            "kv_channels": 4,
             "vocab_size": 20,
             "make_vocab_size_divisible_by": 8,
         }

@@ -1,0 +1,114 @@
+"""Runs that are stopped: SIGTERM saves first, and a crash at any moment of a save costs no more than that save.
+
+What goes on afterwards is the uninterrupted run, bit for bit (the same layout).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_mcore.checkpoint import folder as checkpoint_folder
+from minitron_mcore.checkpoint import store
+from minitron_mcore.checkpoint.folder import TRACKER, latest_iteration
+from tests.distributed import test_resume
+from tests.distributed.models import LAYOUTS
+from tests.distributed.ranks import run_on_ranks
+from tests.distributed.test_resume import CUT, STEPS, fit_on_rank, run
+
+TERMINATED = 5  # no multiple of the interval between checkpoints, and not the last iteration
+
+
+def terminated_on_rank(parallel: dict[str, Any], world_size: int, folder: str, iteration: int) -> tuple[Any, bool]:
+    """`fit` until the last rank gets a SIGTERM: how this rank left, and whether it has its old handler back."""
+    calls, my_batch = itertools.count(1), test_resume.my_batch
+
+    def interrupting(batch: Any) -> Any:
+        if next(calls) == iteration and torch.distributed.get_rank() == world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return my_batch(batch)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    test_resume.my_batch = interrupting  # type: ignore[assignment]
+    code: Any = "finished"
+    try:
+        fit_on_rank(parallel, world_size, folder)
+    except SystemExit as leaving:
+        code = leaving.code
+    finally:
+        test_resume.my_batch = my_batch  # type: ignore[assignment]
+    return code, signal.getsignal(signal.SIGTERM) is handler
+
+
+class Crash(BaseException):
+    """The process is gone: nothing catches it."""
+
+
+def crashed_on_rank(folder: str, moment: str) -> str:
+    """`fit` until the process dies while it saves the last iteration."""
+
+    def die(*arguments: Any, **keywords: Any) -> None:
+        if latest_iteration(Path(folder)) == CUT and (file is None or arguments[0].name == file):
+            raise Crash(moment)
+        original(*arguments, **keywords)
+
+    module, name, file = MOMENTS[moment]
+    original = getattr(module, name)
+    setattr(module, name, die)
+    try:
+        fit_on_rank({}, 1, folder)
+    except Crash as crash:
+        return str(crash)
+    finally:
+        setattr(module, name, original)
+    return "finished"
+
+
+# In the order of a save: (module, function that is not reached, for this file alone).
+MOMENTS: dict[str, tuple[Any, str, str | None]] = {
+    "while it is described": (checkpoint_folder, "write_whole", "lineage.yaml"),
+    "before the weights are whole": (store.dist_checkpointing, "save", None),
+    "before the folder has its name": (store, "finish_iteration", None),
+    "before the tracker moves": (checkpoint_folder, "write_whole", TRACKER),
+}
+LEFT = [[], [f".unfinished_iter_{STEPS:07d}"], [f".unfinished_iter_{STEPS:07d}"], [f"iter_{STEPS:07d}"]]
+
+
+def test_sigterm_to_one_rank_saves_and_stops_all(tmp_path: Path) -> None:
+    world_size, parallel = LAYOUTS["TP2"]
+    history, weights = run("TP2", tmp_path / "whole")
+    folder = tmp_path / "stopped"
+    ranks = run_on_ranks(terminated_on_rank, world_size, parallel, world_size, str(folder), TERMINATED)
+    assert ranks == [(143, True)] * world_size
+    assert latest_iteration(folder) == TERMINATED
+    resumed_history, resumed_weights = run("TP2", folder)
+    assert sorted(history) == list(range(1, STEPS + 1)) and resumed_history == history
+    for name, value in weights.items():
+        torch.testing.assert_close(resumed_weights[name], value, rtol=0, atol=0, msg=str(name))
+
+
+def test_sigterm_in_the_last_iteration_comes_too_late(tmp_path: Path) -> None:
+    assert run_on_ranks(terminated_on_rank, 1, {}, 1, str(tmp_path), STEPS) == [("finished", True)]
+    assert latest_iteration(tmp_path) == STEPS
+
+
+@pytest.mark.parametrize(("moment", "left"), list(zip(MOMENTS, LEFT, strict=True)))
+def test_a_crash_while_saving_leaves_the_last_checkpoint(moment: str, left: list[str], tmp_path: Path) -> None:
+    assert run_on_ranks(crashed_on_rank, 1, str(tmp_path), moment) == [moment]
+    folders = {path.name for path in tmp_path.iterdir() if "iter_" in path.name}
+    assert folders == {f"iter_{CUT:07d}", *left}
+    assert latest_iteration(tmp_path) == CUT, "an unfinished checkpoint is none"
+    # The crash came after the last step, so the losses of the whole run are there already.
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    before = {line["iteration"]: (line["lm loss"], line["grad-norm"]) for line in lines}
+    (tmp_path / "metrics.jsonl").unlink()
+    after, _ = run("1", tmp_path)
+    assert after == {step: before[step] for step in range(CUT + 1, STEPS + 1)}
+    assert latest_iteration(tmp_path) == STEPS and not list(tmp_path.glob(".unfinished*"))

@@ -1,0 +1,135 @@
+"""`minitron train` as a process of its own: killed while it saves, ended by SIGTERM, and still the whole run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from minitron_mcore.checkpoint.folder import latest_iteration
+from tests.distributed.ranks import run_on_ranks
+from tests.e2e.launchers import ROOT, environment
+from tests.unit.text_data import small_data, small_tokenizer
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("killed")
+    tokenizer = small_tokenizer(root / "tokenizer.model")
+    sections: dict[str, dict[str, Any]] = {
+        "tokenizer": {"model": tokenizer.path},
+        "data": {
+            "num_workers": 0,
+            "split": "1",
+            "train": small_data(root / "tokens", tokenizer),
+            "sequence_length": 32,
+        },
+        "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
+        | {"num_query_groups": 2, "max_position_embeddings": 64, "rotary_base": 10000},
+        "train": {"tokens": STEPS * 8 * 32, "micro_batch_size": 4, "lr": 1e-2, "save_interval": 1, "eval_iters": 0},
+        "log": {"interval": 1, "wandb": "disabled"},
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(sections))
+    return root / "recipe.yaml"
+
+
+def arguments(recipe: Path, folder: Path) -> list[str]:
+    return ["train", "--config", str(recipe), f"train.checkpoint={folder}"]
+
+
+def start(recipe: Path, folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "minitron_mcore", *arguments(recipe, folder)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(process: subprocess.Popen[str], what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 100
+    while not what():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.001)
+
+
+def train_on_rank(commands: list[list[str]], folders: list[str]) -> list[dict[str, torch.Tensor]]:
+    """Run the commands; the final weights and optimizer states in the folders."""
+    from megatron.core import dist_checkpointing
+
+    from minitron_mcore.cli import main
+    from minitron_mcore.runtime.start import start
+
+    for command in commands:
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main(command) == 0, command
+    start()
+    states = [dist_checkpointing.load_plain_tensors(f"{folder}/iter_{STEPS:07d}") for folder in folders]
+    return [{key: value for key, value in state.items() if isinstance(value, torch.Tensor)} for state in states]
+
+
+def losses(folder: Path) -> dict[int, tuple[float, float]]:
+    """By iteration; of an iteration that was done again, the last."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {row["iteration"]: (row["lm loss"], row["grad-norm"]) for row in rows}
+
+
+def test_killed_and_terminated(recipe: Path, tmp_path: Path) -> None:
+    folder, whole = tmp_path / "stopped", tmp_path / "whole"
+    tracker = folder / "latest_checkpointed_iteration.txt"
+
+    # kill -9, to it and its helpers, while iteration 3 or a later one is being written
+    process = start(recipe, folder)
+    wait_until(process, lambda: tracker.exists() and int(tracker.read_text()) >= 2)
+    wait_until(process, lambda: any(folder.glob(".unfinished_iter_*")))
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    killed_at = latest_iteration(folder)
+    assert killed_at is not None and 2 <= killed_at < STEPS - 2
+
+    # The same command goes on; SIGTERM, as SLURM sends it before a time limit, saves and leaves with 143.
+    process = start(recipe, folder)
+    wait_until(process, lambda: int(tracker.read_text()) > killed_at)
+    process.terminate()
+    shown = process.communicate(timeout=60)[0]
+    stopped_at = latest_iteration(folder)
+    assert process.returncode == 143 and stopped_at is not None and killed_at < stopped_at < STEPS, shown
+    assert f"resumed {folder} at iteration {killed_at} of {STEPS}" in shown
+    assert f"SIGTERM: saved {folder} at iteration {stopped_at}; the same command goes on" in shown
+    assert "Traceback" not in shown
+
+    commands = [arguments(recipe, path) for path in (folder, whole)]
+    resumed, uninterrupted = run_on_ranks(train_on_rank, 1, commands, [str(folder), str(whole)])[0]
+    assert losses(folder) == losses(whole) and sorted(losses(whole)) == list(range(1, STEPS + 1))
+    assert resumed.keys() == uninterrupted.keys() and len(resumed) > 10
+    for key, value in uninterrupted.items():
+        torch.testing.assert_close(resumed[key], value, rtol=0, atol=0, msg=key)
+    assert not list(folder.glob(".unfinished*"))
+    assert curve(folder) == curve(whole), "TensorBoard has lost nothing"
+
+
+def curve(folder: Path) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder / "tensorboard"))
+    accumulator.Reload()
+    return {event.step: event.value for event in accumulator.Scalars("lm loss")}

@@ -1,0 +1,197 @@
+"""Start-up: who this process is, under every launcher; which layouts there can be; one rank's work for all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.parallel import check_layout
+from minitron_mcore.runtime.start import read_environment
+from tests.distributed.ranks import run_on_ranks
+from tests.e2e.launchers import write_tool
+
+
+def test_torchruns_variables() -> None:
+    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    before = dict(environment)
+    assert read_environment(environment) == (5, 8, 1)
+    # torchrun inside an allocation: SLURM's variables describe the agents, not the ranks.
+    slurm = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    assert read_environment({**environment, **slurm}) == (5, 8, 1)
+    assert environment == before, "the address is the launcher's"
+
+
+def test_a_single_process() -> None:
+    for environment in (
+        {},
+        # In an allocation's own shell there is no step; and a step of one task is a single process.
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "3"},
+    ):
+        before = dict(environment)
+        assert read_environment(environment) == (0, 1, 0)
+        assert environment == before
+
+
+def srun(node_list: str, **changes: str) -> dict[str, str]:
+    step = {"SLURM_PROCID": "11", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3", "SLURM_STEP_ID": "0"}
+    return {**step, "SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": node_list, **changes}
+
+
+@pytest.mark.parametrize(
+    ("node_list", "first"),
+    [
+        ("gpu001", "gpu001"),
+        ("gpu001,gpu002", "gpu001"),
+        ("gpu[003-007,12]", "gpu003"),
+        ("gpu[12,003-007]", "gpu12"),
+        ("gpu[4,7]", "gpu4"),
+        ("login1,gpu[3-4]", "login1"),
+        ("node[1-2]-ib,login1", "node1-ib"),
+        ("rack[0-1]node[00-31]", "rack0node00"),
+        ("gpu-a-[01-02].cluster.org", "gpu-a-01.cluster.org"),
+        ("", "127.0.0.1"),
+    ],
+)
+def test_sruns_variables(node_list: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container without scontrol the node list is read here."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    environment = srun(node_list)
+    assert read_environment(environment) == (11, 16, 3)
+    assert environment["MASTER_ADDR"] == first
+    assert environment["MASTER_PORT"] == str(20000 + 123456 % 12000), "as launch/slurm.sbatch has it"
+
+
+def test_srun_asks_slurm_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tool(tmp_path, "scontrol", '#!/bin/sh\n[ "$*" = "show hostnames odd[1-2]" ] && echo first && echo second\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    environment = srun("odd[1-2]")
+    read_environment(environment)
+    assert environment["MASTER_ADDR"] == "first"
+    environment = srun("other[5-6]")
+    read_environment(environment)
+    assert environment["MASTER_ADDR"] == "other5", "scontrol failed"
+
+
+def test_an_address_that_is_given_stays() -> None:
+    environment = srun("gpu[1-2]", MASTER_ADDR="10.0.0.1", MASTER_PORT="29501")
+    read_environment(environment)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "29501")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "words"),
+    [
+        ({"tensor": 2}, 3, "parallel.tensor=2 x parallel.pipeline=1 = 2 ranks for one copy of the model, but 3 were"),
+        ({"tensor": 4, "pipeline": 3}, 8, "parallel.tensor=4 x parallel.pipeline=3 = 12 ranks"),
+        ({"tensor": 4, "pipeline": 3}, 8, "start a multiple of 12, or change parallel.*"),
+        ({"tensor": 0}, 1, "parallel.tensor=0 must be at least 1"),
+        ({"pipeline": -2}, 1, "parallel.pipeline=-2 must be at least 1"),
+        ({"context": 0}, 1, "parallel.context=0 must be at least 1"),
+        ({"context": 2}, 2, "parallel.context=2 is not supported"),
+        ({"pipeline": 2, "virtual_pipeline": 1}, 2, "parallel.virtual_pipeline=1 must be at least 2 chunks a stage"),
+        ({"virtual_pipeline": 2}, 1, "parallel.virtual_pipeline=2 needs parallel.pipeline of at least 2"),
+        ({"sequence": True}, 1, "parallel.sequence=true shards the sequence over tensor-parallel ranks"),
+    ],
+)
+def test_impossible_layouts_are_refused(parallel: dict[str, Any], world_size: int, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_layout(ParallelConfig(**parallel), world_size)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size"),
+    [({}, 1), ({}, 7), ({"tensor": 4}, 8), ({"tensor": 2, "pipeline": 2, "virtual_pipeline": 3, "sequence": True}, 12)],
+)
+def test_possible_layouts_are_not(parallel: dict[str, Any], world_size: int) -> None:
+    check_layout(ParallelConfig(**parallel), world_size)
+
+
+def groups_on_rank(layouts: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
+    """(tensor, pipeline, data) sizes of one layout after another in the same processes."""
+    from megatron.core import parallel_state
+
+    from minitron_mcore.runtime.parallel import use_layout
+
+    found: list[tuple[int, int, int]] = []
+    for parallel in layouts:
+        use_layout(ParallelConfig(**parallel), 2)
+        group = parallel_state.get_tensor_model_parallel_group()
+        use_layout(ParallelConfig(**parallel), 2)
+        assert group is parallel_state.get_tensor_model_parallel_group(), "the same layout keeps its groups"
+        found.append(
+            (
+                parallel_state.get_tensor_model_parallel_world_size(),
+                parallel_state.get_pipeline_model_parallel_world_size(),
+                parallel_state.get_data_parallel_world_size(),
+            )
+        )
+    return found
+
+
+def test_layouts_follow_one_another() -> None:
+    layouts: list[dict[str, Any]] = [{"tensor": 2}, {"pipeline": 2}, {}, {"tensor": 2}]
+    assert run_on_ranks(groups_on_rank, 2, layouts) == [[(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 1)]] * 2
+
+
+def on_main_on_rank(work: str) -> tuple[str, Any]:
+    from minitron_mcore.runtime.start import start
+
+    runtime = start()
+    done = []
+
+    def act() -> dict[str, int]:
+        done.append(runtime.rank)
+        if work == "refuses":
+            raise InputError("train.lr=-1 must be at least 0")
+        if work == "fails":
+            raise KeyError("iteration")
+        return {"rank": runtime.rank}
+
+    try:
+        result: Any = ("gave", runtime.on_main(act))
+    except Exception as error:
+        result = (type(error).__name__, str(error))
+    assert done == ([0] if runtime.rank == 0 else []), "only the first rank works"
+    torch.distributed.barrier()  # every rank has come this far
+    return result
+
+
+def test_one_ranks_work_is_every_ranks_result() -> None:
+    assert run_on_ranks(on_main_on_rank, 2, "works") == [("gave", {"rank": 0})] * 2
+
+
+def test_one_ranks_failure_is_raised_on_every_rank() -> None:
+    """The user's mistake as it is, for each rank to leave with exit code 2; anything else beside the rank's own."""
+    assert run_on_ranks(on_main_on_rank, 2, "refuses") == [("InputError", "train.lr=-1 must be at least 0")] * 2
+    first, second = run_on_ranks(on_main_on_rank, 2, "fails")
+    assert first == ("KeyError", "'iteration'")
+    assert second == ("RuntimeError", "rank 0: 'iteration'")
+
+
+def started_on_rank() -> tuple[Any, ...]:
+    from minitron_mcore.runtime.start import start, stop
+
+    first = start()
+    stop()
+    second = start()  # in the same process, as a second stage would
+    facts = (second.rank, second.world_size, second.local_rank, second.is_main, str(second.device))
+    total = torch.tensor([1.0 + second.rank])
+    torch.distributed.all_reduce(total)
+    stop()
+    stop()
+    return (first.rank, torch.distributed.is_initialized(), float(total), *facts)
+
+
+def test_start_and_stop() -> None:
+    assert run_on_ranks(started_on_rank, 2) == [
+        (0, False, 3.0, 0, 2, 0, True, "cpu"),
+        (1, False, 3.0, 1, 2, 1, False, "cpu"),
+    ]

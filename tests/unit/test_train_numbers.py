@@ -1,0 +1,96 @@
+"""The numbers of a training run: iterations of a token budget, and what cannot be trained with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.training.config import LogConfig, TrainConfig
+from minitron_mcore.training.loop import check_train, count_iterations
+from minitron_mcore.training.metrics import check_log
+
+GOOD = TrainConfig(tokens=1000, global_batch_size=8, micro_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "iterations"), [(1, 1), (128, 1), (129, 2), (1000, 8), (1024, 8), (94_000_000_000, 734_375_000)]
+)
+def test_the_budget_in_whole_global_batches(tokens: int, iterations: int) -> None:
+    """8 sequences of 16 tokens an iteration; never fewer tokens than asked for."""
+    assert count_iterations(replace(GOOD, tokens=tokens), 16, "train") == iterations
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokens": 0}, "distill.tokens=0 must be at least 1: it is the budget of training tokens"),
+        ({"tokens": -5}, "distill.tokens=-5 must be at least 1"),
+        ({"global_batch_size": 0}, "distill.global_batch_size=0 must be at least 1"),
+        ({"micro_batch_size": -1}, "distill.micro_batch_size=-1 must be at least 1"),
+        ({"loss_chunk_tokens": 0}, "distill.loss_chunk_tokens=0 must be at least 1"),
+        ({"lr_warmup_iters": -1}, "distill.lr_warmup_iters=-1 must be at least 0"),
+        ({"lr": -1e-4}, "distill.lr=-0.0001 must be finite and at least 0"),
+        ({"lr": float("inf")}, "distill.lr=inf must be finite and at least 0"),
+        ({"lr": float("nan")}, "distill.lr=nan must be finite and at least 0"),
+        ({"min_lr": float("nan")}, "distill.min_lr=nan must be finite and at least 0"),
+        ({"weight_decay": -0.1}, "distill.weight_decay=-0.1 must be finite and at least 0"),
+        ({"clip_grad": -1.0}, "distill.clip_grad=-1.0 must be finite and at least 0"),
+        ({"adam_beta1": -0.1}, "distill.adam_beta1=-0.1 must be finite and at least 0"),
+    ],
+)
+def test_numbers_out_of_range(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        count_iterations(replace(GOOD, **changes), 16, "distill")
+    assert str(caught.value).startswith(words)
+
+
+def test_a_sequence_has_a_token() -> None:
+    with pytest.raises(InputError, match=r"data\.sequence_length=0 must be at least 1"):
+        count_iterations(GOOD, 0, "train")
+
+
+def check(data_parallel: int = 1, iterations: int = 8, parallel: dict[str, Any] | None = None, **changes: Any) -> None:
+    check_train(replace(GOOD, **changes), ParallelConfig(**(parallel or {})), data_parallel, iterations, "train")
+
+
+def test_numbers_that_can_be_trained_with() -> None:
+    check()
+    check(data_parallel=4)
+    check(lr=1e-3, min_lr=1e-3, lr_warmup_iters=7)
+    check(lr=0.0, min_lr=0.0)
+    check(parallel={"pipeline": 2, "virtual_pipeline": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"data_parallel": 3},
+            "train.global_batch_size=8 is no multiple of train.micro_batch_size=2 x 3 data-parallel ranks = 6",
+        ),
+        ({"micro_batch_size": 3}, "train.global_batch_size=8 is no multiple of train.micro_batch_size=3 x 1"),
+        ({"min_lr": 1e-2}, "train.min_lr=0.01 must lie between 0 and train.lr=0.0003"),
+        ({"lr": 0.0}, "train.min_lr=3e-05 must lie between 0 and train.lr=0.0"),
+        ({"lr_warmup_iters": 8}, "train.lr_warmup_iters=8 must be less than the 8 iterations of train.tokens=1000"),
+        ({"adam_beta2": 1.0}, "train.adam_beta2=1.0 must be below 1"),
+        (
+            {"parallel": {"pipeline": 3, "virtual_pipeline": 2}},
+            "train.global_batch_size=8 makes 4 microbatches, which the interleaved schedule needs to be a multiple of "
+            "parallel.pipeline=3",
+        ),
+    ],
+)
+def test_numbers_that_do_not_go_together(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check(**changes)
+    assert str(caught.value).startswith(words)
+
+
+def test_lines_of_the_log() -> None:
+    check_log(LogConfig(interval=1))
+    with pytest.raises(InputError, match=r"log\.interval=0 must be at least 1"):
+        check_log(LogConfig(interval=0))
