@@ -23,7 +23,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import finish_iteration, iteration_folder, read_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.gpt import LanguageModel, unwrap
-from minitron_mcore.runtime.repairs import load_optimizer_state, optimizer_state
+from minitron_mcore.runtime.repairs import load_optimizer_state, optimizer_state, save_without_helper
 from minitron_mcore.runtime.start import Runtime
 
 
@@ -47,6 +47,7 @@ def save_state(folder: Path, iteration: int, state: ShardedStateDict, runtime: R
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     runtime.barrier()
+    save_without_helper()
     dist_checkpointing.save(state, str(temporary), content_metadata={"iteration": iteration})
     runtime.barrier()
     if runtime.is_main:

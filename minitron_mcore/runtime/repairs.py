@@ -5,9 +5,11 @@ Tests: tests/distributed/test_repairs.py fails without each of these.
 
 from __future__ import annotations
 
+import queue
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -61,6 +63,16 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+def save_without_helper() -> None:
+    """Before the first synchronous `dist_checkpointing.save`: its results pass through a queue of this process.
+
+    megatron-core's own queue lies in a helper process, which takes seconds to start and 200 MB as long as the rank
+    lives, and is left behind, for good, by a rank that is killed. Only an asynchronous save needs another process.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def _distributed_optimizers(optimizer: MegatronOptimizer) -> list[Any]:

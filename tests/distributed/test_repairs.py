@@ -13,6 +13,35 @@ from tests.distributed.models import LAYOUTS, global_batch, my_batch, start_layo
 from tests.distributed.ranks import run_on_ranks
 
 
+def helpers_on_rank() -> tuple[list[str], list[str]]:
+    """Processes that the queue for the results of a save starts: with the repair, and without."""
+    import multiprocessing
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from minitron_mcore.runtime.repairs import save_without_helper
+
+    def started() -> list[str]:
+        before = multiprocessing.active_children()
+        filesystem_async._get_write_results_queue()
+        return [type(child).__name__ for child in multiprocessing.active_children() if child not in before]
+
+    kept, filesystem_async._results_queue = filesystem_async._results_queue, None
+    try:
+        save_without_helper()
+        repaired = started()
+        filesystem_async._results_queue = None
+        return repaired, started()
+    finally:
+        filesystem_async._results_queue = kept
+
+
+def test_a_save_needs_no_helper_process() -> None:
+    """That the save itself works, and that a killed rank leaves no process: tests/e2e/test_killed.py."""
+    repaired, unrepaired = run_on_ranks(helpers_on_rank, 1)[0]
+    assert repaired == [] and len(unrepaired) == 1
+
+
 def gradient_norm_on_rank(parallel: dict[str, Any], world_size: int, changes: dict[str, Any], marked: bool) -> float:
     """The gradient norm of one step, with fields of the TransformerConfig changed or shards left unmarked."""
     from minitron_mcore.distillation.objective import Objective

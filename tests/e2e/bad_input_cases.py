@@ -71,6 +71,12 @@ LAYOUTS += [
     ),
     (
         2,
+        "train",
+        ["parallel.tensor=2", "model.vocab_size=301", "model.make_vocab_size_divisible_by=1"],
+        "parallel.tensor=2 does not divide padded_vocab_size=301",
+    ),
+    (
+        2,
         "run",
         ["parallel.tensor=2", "model.ffn_hidden_size=63"],
         "parallel.tensor=2 does not divide ffn_hidden_size=63",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from tests.distributed.ranks import run_on_ranks
 from tests.e2e.launchers import ROOT, environment
 from tests.unit.text_data import small_data, small_tokenizer
 
-STEPS = 12
+STEPS = 9
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +71,17 @@ def wait_until(process: subprocess.Popen[str], what: Callable[[], bool]) -> None
         time.sleep(0.001)
 
 
+def members(group: int) -> list[str]:
+    """The command lines of a process group's processes that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(path.with_name("cmdline").read_text().replace("\0", " "))
+    return found
+
+
 def train_on_rank(commands: list[list[str]], folders: list[str]) -> list[dict[str, torch.Tensor]]:
     """Run the commands; the final weights and optimizer states in the folders."""
     from megatron.core import dist_checkpointing
@@ -97,12 +107,16 @@ def test_killed_and_terminated(recipe: Path, tmp_path: Path) -> None:
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
     tracker = folder / "latest_checkpointed_iteration.txt"
 
-    # kill -9, to it and its helpers, while iteration 3 or a later one is being written
+    # kill -9 while iteration 3 or a later one is being written
     process = start(recipe, folder)
     wait_until(process, lambda: tracker.exists() and int(tracker.read_text()) >= 2)
     wait_until(process, lambda: any(folder.glob(".unfinished_iter_*")))
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 10  # for the processes that write to end
+    while (left := members(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, "a killed run leaves no process behind"
     killed_at = latest_iteration(folder)
     assert killed_at is not None and 2 <= killed_at < STEPS - 2
 

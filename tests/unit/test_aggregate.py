@@ -76,7 +76,10 @@ def test_variance_survives_a_large_mean() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_cuts_parts_and_fillers_change_nothing(data: st.DataObject) -> None:
-    """Micro-batches, parts of a sequence, fillers: float64 sums in another order, 1e-6 from the float32 parts."""
+    """Micro-batches, parts of a sequence, fillers: float64 sums in another order, from float32 parts.
+
+    The parts carry about 1e-7; the variance over samples of a variance over tokens loses up to two digits of it.
+    """
     samples = data.draw(st.integers(2, 9))
     cuts = sorted(data.draw(st.sets(st.integers(1, samples - 1))))
     parts = data.draw(st.sampled_from([1, 2, 4]))
@@ -85,7 +88,7 @@ def test_cuts_parts_and_fillers_change_nothing(data: st.DataObject) -> None:
     values = torch.randn(2, samples, 8, 3) + torch.randn(3)
     whole, cut = scores(values, []), scores(values, cuts, parts, fillers)
     for pair in PAIRS:
-        assert_close(cut[pair], whole[pair], tolerance=1e-6)
+        assert_close(cut[pair], whole[pair], tolerance=1e-5)
 
 
 def test_one_pass_keeps_only_what_is_asked_for() -> None:
