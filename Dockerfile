@@ -28,7 +28,7 @@ RUN PIP_CONSTRAINT= pip list --format=freeze \
 # scripts and recipes beside the package are at hand and the code exists once.
 WORKDIR /opt/minitron
 COPY . .
-RUN pip install 'setuptools>=77' wheel && pip install 'torch>=2.6,<2.14' && \
+RUN pip install 'setuptools>=77' wheel && pip install 'torch>=2.8,<2.14' && \
     pip install --no-build-isolation --editable ".${EXTRAS:+[$EXTRAS]}"
 
 ENTRYPOINT ["minitron"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import read_mapping, write_whole
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -130,7 +130,7 @@ class Architecture:
     def forward_flops_per_token(self, sequence_length: int, *, output_head: bool = True) -> int:
         """Floating-point operations of one token's forward pass: 2 for each multiply-add of the matrix products.
 
-        Attention counts the full score matrix over `sequence_length`, as Megatron's throughput does; norms,
+        Attention counts the full score matrix over `sequence_length`, where Megatron-LM counts the causal half; norms,
         activations and softmax are not counted. The true vocabulary is counted, not the padding.
         """
         attention_width = self.num_attention_heads * self.kv_channels
@@ -230,21 +230,3 @@ def load_architecture(path: Path) -> Architecture:
         return build_architecture(fields)
     except InputError as error:
         raise InputError(f"{path} is no architecture: {error}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that no reader ever sees half of it. One process calls."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a small YAML file that lies beside a checkpoint. Raises InputError where it holds none."""
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{path} holds no mapping of names to values")
-    return fields

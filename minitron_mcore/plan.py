@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -19,6 +18,7 @@ import numpy
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import write_whole
 from minitron_mcore.layout import check_tensor_parallel
 from minitron_mcore.ranking import Cut, best, best_in_groups, closest, narrowest, without_block
 
@@ -231,9 +231,7 @@ def scores_fingerprint(scores: ScoresLike) -> str:
 def save_plan(plan: PruningPlan, path: Path) -> None:
     """Write `path`, whole or not at all. One rank calls."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(plan.to_json(), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, plan.to_json())
 
 
 def load_plan(path: str | Path, teacher: Architecture | None = None) -> PruningPlan:

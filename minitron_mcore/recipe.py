@@ -64,6 +64,7 @@ class Recipe:
     output_prefix: Optional[str] = None  # preprocess: path of the .bin/.idx, without ending
     checkpoint: Optional[str] = None  # evaluate, export: folder of a checkpoint; import writes it
     hf: Optional[str] = None  # Hugging Face folder: import reads it, export writes it
+    results: Optional[str] = None  # evaluate: file to write; none: results.json beside the checkpoint
     scores: Optional[str] = None  # score writes it, plan and prune read it
     plan: Optional[str] = None  # plan writes it, prune reads it
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -90,7 +91,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "importance.sequence_aggregation": ("l2", "mean", "var"),
     "importance.neuron_site": ("pre_activation", "down_projection_input"),
     "prune.layers": ("scattered", "contiguous"),
-    "log.wandb": ("offline", "online", "disabled"),
+    "log.wandb": ("auto", "online", "offline", "disabled"),
 }
 # `input: ${python_stdlib:}` names real text that is on every machine: the Python standard library's own source.
 OmegaConf.register_resolver("python_stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)

@@ -18,8 +18,9 @@ from typing import Any
 
 import yaml
 
-from minitron_mcore.architecture import Architecture, load_architecture, read_mapping, save_architecture, write_whole
+from minitron_mcore.architecture import Architecture, load_architecture, save_architecture
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import read_mapping, write_whole
 
 TRACKER = "latest_checkpointed_iteration.txt"
 

@@ -204,6 +204,11 @@ def _check_settings(data: DataConfig) -> None:
         raise InputError(f"data.sequence_length={data.sequence_length} must be 1 or more")
     if data.num_workers < 0:
         raise InputError(f"data.num_workers={data.num_workers} must be 0 or more: 0 reads in the training process")
+    if data.reset_position_ids:
+        raise InputError(
+            "data.reset_position_ids=true has no effect, as rotary positions are counted from the sample's start; "
+            "set it to false"
+        )
     if data.reset_attention_mask:
         raise InputError(
             "data.reset_attention_mask=true is not possible, as attention here is causal without a mask tensor; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as get_gpt_layer_te_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -16,16 +17,19 @@ from minitron_mcore.model.attention import SDPACoreAttention
 from minitron_mcore.model.norm import Norm
 
 
-def use_transformer_engine() -> bool:
-    """Whether models are built from Transformer Engine's layers: it is installed and there is a CUDA device."""
-    import torch
+def use_transformer_engine(config: TransformerConfig) -> bool:
+    """Whether models are built from Transformer Engine's layers: installed, on a CUDA device, in bf16.
 
-    return bool(HAVE_TE) and torch.cuda.is_available()
+    Its matrix products are TF32 where the weights are fp32; the local layers keep fp32.
+    """
+    return bool(HAVE_TE) and torch.cuda.is_available() and config.bf16
 
 
 def block_submodules(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
     """The layers and the final norm of one pipeline stage (chunk `vp_stage` of it, when interleaved)."""
-    layer, final_norm = (get_gpt_layer_te_spec(), LayerNormImpl) if use_transformer_engine() else (_local(config), Norm)
+    layer, final_norm = (
+        (get_gpt_layer_te_spec(), LayerNormImpl) if use_transformer_engine(config) else (_local(config), Norm)
+    )
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
 

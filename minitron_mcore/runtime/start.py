@@ -8,9 +8,10 @@ import random
 import re
 import socket
 import subprocess
+import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ class Runtime:
     world_size: int
     local_rank: int
     device: torch.device
-    notes: list[str] = field(default_factory=list)
+    _waits: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -53,6 +54,18 @@ class Runtime:
             torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
+    def _wait_for_main(self) -> None:
+        """Wait on the store, not in a collective: the first rank may work for longer than a collective may take."""
+        if self.world_size == 1:
+            return
+        store = torch.distributed.distributed_c10d._get_default_store()
+        self._waits += 1
+        key = f"minitron/main/{self._waits}"
+        if self.is_main:
+            store.set(key, "done")
+        while not self.is_main and not store.check([key]):
+            time.sleep(0.02)
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Do `work` on the first rank alone and give its (picklable) result to every rank; all ranks call.
 
@@ -66,6 +79,7 @@ class Runtime:
                 result = work()
             except Exception as error:
                 failure = error
+        self._wait_for_main()
         told = failure if failure is None or isinstance(failure, InputError) else RuntimeError(f"rank 0: {failure}")
         result, told = self.broadcast((result, told))  # type: ignore[misc]
         if failure is not None:
@@ -83,10 +97,12 @@ def read_environment(environment: dict[str, str]) -> tuple[int, int, int]:
     env = environment
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    # The step's own number of tasks: inside `salloc`, SLURM_NTASKS is the allocation's.
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and tasks > 1:
         env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 12000))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", "0"))
+        return int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", "0"))
     return 0, 1, 0
 
 
@@ -109,6 +125,8 @@ def start() -> Runtime:
     quiet_libraries()
     rank, world_size, local_rank = read_environment(os.environ)  # type: ignore[arg-type]
     if torch.cuda.is_available():
+        if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
+            local_rank = 0  # --gpus-per-task=1: each task sees its own GPU alone
         if local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "

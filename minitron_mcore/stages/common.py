@@ -8,12 +8,13 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from minitron_mcore.architecture import Architecture, read_mapping
-from minitron_mcore.checkpoint.folder import read_architecture, tokenizer_folder
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.folder import read_architecture, read_lineage, tokenizer_folder
 from minitron_mcore.data.corpus import check_folder
 from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import read_mapping
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.parallel import use_layout
@@ -51,16 +52,22 @@ def output_folder(value: str | None, key: str) -> Path:
     return Path(value)
 
 
-def refuse_other_run(folder: Path, recipe: Recipe, sections: tuple[str, ...], key: str) -> None:
+def refuse_other_run(
+    folder: Path, recipe: Recipe, sections: tuple[str, ...], key: str, stage: str | None = None
+) -> None:
     """Raise InputError where `folder` holds a run of another recipe: it would be overwritten or mixed.
 
-    Compared are `sections` of the recipe and the seed, but for keys that do not change what is computed.
+    Compared are `sections` of the recipe and the seed, but for keys that do not change what is computed; and, where
+    `stage` is given, that a checkpoint there is of that stage.
     """
     stored_file = folder / "recipe.yaml"
     if not stored_file.is_file():
         if folder.is_dir() and any(folder.glob("iter_*")):
             raise InputError(f"{key}={folder} holds checkpoints but no recipe.yaml: name another folder")
         return
+    made_by = read_lineage(folder).get("stage")
+    if stage and made_by and made_by != stage:
+        raise InputError(f"{key}={folder} holds a checkpoint that `{made_by}` made, not `{stage}`: name another folder")
     stored = read_mapping(stored_file)
     for section in (*sections, "seed", "precision"):
         here: Any = getattr(recipe, section)

@@ -54,7 +54,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     check_tokenizer(tokenizer, architecture)
     for model in (teacher_architecture, architecture):
         check_model(model, recipe)
-    refuse_other_run(folder, recipe, ("data", "distill", "teacher"), "distill.checkpoint")
+    refuse_other_run(folder, recipe, ("data", "distill", "teacher"), "distill.checkpoint", "distill")
     resuming = latest_iteration(folder) is not None
     if resuming:
         check_architecture(folder, architecture)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,27 @@ from megatron.core import parallel_state
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, read_lineage
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.blend import parse_blend
+from minitron_mcore.data.corpus import check_file
 from minitron_mcore.data.dataset import Dataset, batches_once, build_datasets
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
+from minitron_mcore.files import write_whole
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.recipe import EvaluateConfig, Recipe
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out, output_folder
+from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out
 from minitron_mcore.training.reader import to_device
 
 
 def run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
-    """Evaluate `checkpoint` and write `results.json` into `output`, or beside the checkpoint where that is not set."""
+    """Evaluate `checkpoint` and write the file `results`, by default results.json beside the checkpoint."""
     folder, _ = find_checkpoint(recipe.checkpoint, "checkpoint")
-    target = (output_folder(recipe.output, "output") if recipe.output else folder) / "results.json"
+    target = Path(recipe.results) if recipe.results else folder / "results.json"
+    check_file(str(target), "results")
     results = evaluate_checkpoint(recipe, runtime, folder)
     runtime.on_main(lambda: write_results(target, results))
     runtime.print(
@@ -116,6 +118,4 @@ def grouped(microbatches: Iterator[Microbatch], parallel: ParallelConfig) -> Ite
 def write_results(target: Path, results: dict[str, Any]) -> None:
     """The file is whole, or as it was before."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".tmp")
-    partial.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(partial, target)
+    write_whole(target, json.dumps(results, indent=2) + "\n")

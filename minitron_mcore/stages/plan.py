@@ -25,8 +25,12 @@ def run(recipe: Recipe, runtime: Runtime) -> PruningPlan:
     if recipe.teacher.checkpoint:
         teacher = read_architecture(find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0])
     plan = plan_from_scores(recipe, teacher)
+    target = Path(recipe.plan)
+    if target.exists() and target.read_text(encoding="utf-8") != plan.to_json() and not recipe.prune.overwrite:
+        raise InputError(f"plan={target} holds another plan: name another file, or set prune.overwrite=true")
+    runtime.barrier()
     if runtime.is_main:
-        save_plan(plan, Path(recipe.plan))
+        save_plan(plan, target)
     runtime.print(describe(plan))
     runtime.print(f"plan: written to {recipe.plan}")
     runtime.barrier()

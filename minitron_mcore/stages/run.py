@@ -2,7 +2,7 @@
 
 output/tokenizer/tokenizer.model          (unless the recipe names one)
 output/data/tokens_text_document.*        (unless the recipe names data)
-output/teacher/                           trained to train.tokens (unless the recipe names a teacher)
+output/teacher/                           trained to train.tokens (of a teacher that the recipe names: results.json)
 output/scores.safetensors                 one scoring pass for all students
 output/students/NAME/pruned, distilled    one for each of run.students
 output/baselines/next_token, random       of the first student's shape, on the same tokens
@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from typing import Any
 
 from minitron_mcore.checkpoint.folder import read_architecture
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import write_whole
 from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, to_yaml
@@ -78,7 +78,7 @@ def run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     runtime.barrier()
     if runtime.is_main:
         (folder / "done").mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(to_yaml(recipe))
+        write_whole(folder / "recipe.yaml", to_yaml(recipe))
     runtime.barrier()
 
     started = time.perf_counter()
@@ -118,8 +118,8 @@ def plan_road(recipe: Recipe, runtime: Runtime, folder: Path) -> list[Step]:
     def add(name: str, title: str, act: Callable[..., Any], *arguments: Any) -> None:
         road.append(Step(name, title, partial(act, *arguments)))
 
-    def add_evaluation(name: str, checkpoint: Path | str) -> None:
-        evaluating = dataclasses.replace(base, checkpoint=str(checkpoint), output=None)
+    def add_evaluation(name: str, checkpoint: Path | str, results: Path | None = None) -> None:
+        evaluating = dataclasses.replace(base, checkpoint=str(checkpoint), results=str(results) if results else None)
         add(EVALUATE + name, f"evaluate {name}", evaluate.run, evaluating, runtime)
 
     teacher = recipe.teacher.checkpoint or str(folder / "teacher")
@@ -130,7 +130,8 @@ def plan_road(recipe: Recipe, runtime: Runtime, folder: Path) -> list[Step]:
     )
     if not recipe.teacher.checkpoint:
         add("train-teacher", "train the teacher", train.run, with_train(base, teacher), runtime)
-    add_evaluation("teacher", teacher)
+    # Nothing is written into the folder of a teacher that the recipe names.
+    add_evaluation("teacher", teacher, folder / "teacher" if recipe.teacher.checkpoint else None)
     add("score", "score the teacher", score.run, base, runtime)
     for name, student in students.items():
         pruned, distilled = folder / "students" / name / "pruned", folder / "students" / name / "distilled"
@@ -197,7 +198,9 @@ def train_baseline(recipe: Recipe, runtime: Runtime, baseline: str, pruned: Path
     shared |= {"checkpoint": str(target), "load": str(pruned) if baseline == "next_token" else None}
     shape = read_architecture(pruned).to_dict()
     fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name in shape]
-    model = ModelConfig(**{name: shape[name] for name in fields})
+    # The student's own padding, whatever multiple the recipe names.
+    padding = {"make_vocab_size_divisible_by": shape["padded_vocab_size"]}
+    model = ModelConfig(**{name: shape[name] for name in fields}, **padding)
     name = f"{recipe.name}-{baseline}"
     return train.run(dataclasses.replace(recipe, name=name, train=TrainConfig(**shared), model=model), runtime)
 
@@ -218,6 +221,4 @@ def _plain(result: Any) -> Any:
 
 
 def _write(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -18,7 +18,6 @@ from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.calibration import calibration_batches
 from minitron_mcore.data.corpus import check_file
 from minitron_mcore.data.dataset import build_calibration_dataset
-from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.importance.score import score_model
@@ -27,7 +26,7 @@ from minitron_mcore.model.gpt import build_model
 from minitron_mcore.plan import check_same_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import check_model, check_tokenizer, lay_out
+from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out
 from minitron_mcore.training.reader import to_device
 
 REPORT_SECONDS = 10.0
@@ -42,8 +41,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     check_importance(importance)
     folder, iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
     architecture = read_architecture(folder)
-    tokenizer = load_tokenizer(recipe.tokenizer)
-    check_tokenizer(tokenizer, architecture)
+    tokenizer = checkpoint_tokenizer(recipe, folder)
     check_model(architecture, recipe)
     settings = describe(recipe, folder, iteration, tokenizer.fingerprint)
     path = scores_file(recipe, architecture, settings)

@@ -17,6 +17,7 @@ from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import (
     check_model,
     check_tokenizer,
+    checkpoint_tokenizer,
     lay_out,
     output_folder,
     read_data,
@@ -31,14 +32,16 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     lay_out(recipe, runtime)
     train = recipe.train
     folder = output_folder(train.checkpoint, "train.checkpoint")
-    tokenizer = load_tokenizer(recipe.tokenizer)
 
-    # The model: as it was stored, or as the recipe describes it.
+    # The model and its tokenizer: as they were stored, or as the recipe describes them.
     source = find_checkpoint(train.load, "train.load") if train.load else None
+    tokenizer = checkpoint_tokenizer(recipe, source[0]) if source else load_tokenizer(recipe.tokenizer)
+    if source and folder.resolve() == source[0].resolve():
+        raise InputError(f"train.checkpoint={folder} is train.load's own folder: name another")
     architecture = read_architecture(source[0]) if source else new_architecture(recipe, tokenizer)
     check_tokenizer(tokenizer, architecture)
     check_model(architecture, recipe)
-    refuse_other_run(folder, recipe, ("model", "data", "train"), "train.checkpoint")
+    refuse_other_run(folder, recipe, ("model", "data", "train"), "train.checkpoint", "train")
     resuming = latest_iteration(folder) is not None
     if resuming:
         check_architecture(folder, architecture)

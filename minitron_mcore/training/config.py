@@ -32,7 +32,7 @@ class TrainConfig:
 class LogConfig:
     """Where metrics go. JSONL and the console always; TensorBoard and Weights & Biases by key."""
 
-    interval: int = 10  # iterations between lines
+    interval: int = 10  # iterations between lines on the console; files and dashboards get every iteration
     tensorboard: bool = True
-    wandb: str = "offline"  # offline, online or disabled
+    wandb: str = "auto"  # auto (online when logged in, else offline), online, offline or disabled
     wandb_project: str = "minitron"

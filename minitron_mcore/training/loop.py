@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -31,10 +31,8 @@ from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.config import LogConfig, TrainConfig
 from minitron_mcore.training.metrics import MetricsLog
 from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from minitron_mcore.training.reader import BatchReader
 from minitron_mcore.training.signals import StopRequest
-
-# (first sample, how many global batches) -> this rank's global batches, each a list of microbatches.
-BatchReader = Callable[[int, int], Iterator[list[Microbatch]]]
 
 
 @dataclass
@@ -167,21 +165,28 @@ def _iterate(
 ) -> None:
     """From `progress`, which moves along, to the last iteration, or to the one at which a stop was asked for."""
     train, runtime = job.train, job.runtime
-    timer = StepTimer()
+    interval = Interval()
     for batch in job.read_train(progress.consumed_samples, job.iterations - progress.iteration):
-        with timer:
-            row = train_step(chunks, optimizer, scheduler, job.objective, train, batch)
+        row = train_step(chunks, optimizer, scheduler, job.objective, train, batch)
+        interval.add(row)
+        check_finite(row, progress)
         progress.iteration += 1
         progress.consumed_samples += train.global_batch_size
         progress.consumed_tokens += train.global_batch_size * job.sequence_length
         last = progress.iteration == job.iterations
+        row = {"consumed samples": progress.consumed_samples, **row}
+        shown = None
         if last or progress.iteration % job.log.interval == 0:
-            row |= throughput(job, timer.mean_and_reset())
-            metrics.write(progress.iteration, job.iterations, {"consumed samples": progress.consumed_samples, **row})
+            seconds, losses = interval.report()
+            row |= throughput(job, seconds)
+            shown = {**row, **losses}
+        metrics.write(progress.iteration, job.iterations, row, shown=shown)
         if job.read_valid is not None and (last or _is_due(progress.iteration, train.eval_interval)):
             valid = mean_loss(chunks, job.read_valid(0, train.eval_iters), job.objective)
             progress.metrics = {f"{key} validation": value for key, value in valid.items()}
-            metrics.write(progress.iteration, job.iterations, progress.metrics, kind="validation")
+            metrics.write(
+                progress.iteration, job.iterations, progress.metrics, shown=progress.metrics, kind="validation"
+            )
         asked_to_stop = stop.on_any_rank()
         if last or asked_to_stop or _is_due(progress.iteration, train.save_interval):
             if runtime.is_main:
@@ -191,30 +196,48 @@ def _iterate(
         if asked_to_stop and not last:
             runtime.print(f"SIGTERM: saved {job.folder} at iteration {progress.iteration}; the same command goes on")
             raise SystemExit(143)
+        interval.start()
+
+
+def check_finite(row: dict[str, float], progress: Progress) -> None:
+    """Raise FloatingPointError where a loss or the gradient norm is none: before the checkpoint it would spoil."""
+    for name, value in row.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"iteration {progress.iteration + 1}, samples from {progress.consumed_samples} on: {name} is {value}; "
+                "the newest checkpoint is from before it"
+            )
 
 
 def _is_due(iteration: int, interval: int) -> bool:
     return interval > 0 and iteration % interval == 0
 
 
-class StepTimer:
-    """Mean seconds of the steps since the last report."""
+class Interval:
+    """Time (reading the data included; validation and saving not) and mean losses since the last line."""
 
     def __init__(self) -> None:
-        self.seconds, self.steps, self._started = 0.0, 0, 0.0
+        self.seconds, self.steps = 0.0, 0
+        self.losses: dict[str, float] = {}
+        self.start()
 
-    def __enter__(self) -> None:
+    def start(self) -> None:
         self._started = time.perf_counter()
 
-    def __exit__(self, *error: object) -> None:
-        torch.cuda.synchronize()
+    def add(self, row: dict[str, float]) -> None:
+        """End a step that began at `start`; the next one begins."""
         self.seconds += time.perf_counter() - self._started
         self.steps += 1
+        for name, value in row.items():
+            if name.endswith("loss"):
+                self.losses[name] = self.losses.get(name, 0.0) + value
+        self.start()
 
-    def mean_and_reset(self) -> float:
-        mean = self.seconds / max(self.steps, 1)
-        self.seconds, self.steps = 0.0, 0
-        return mean
+    def report(self) -> tuple[float, dict[str, float]]:
+        """(seconds a step, mean losses), and begin anew."""
+        seconds, losses = self.seconds / self.steps, {name: value / self.steps for name, value in self.losses.items()}
+        self.seconds, self.steps, self.losses = 0.0, 0, {}
+        return seconds, losses
 
 
 def train_step(

@@ -1,6 +1,7 @@
 """Where a run's numbers go: console, JSONL, TensorBoard, Weights & Biases; by Megatron's names.
 
-Only the first rank writes. One file `metrics.jsonl` a run folder, one line a logged iteration, appended on resume.
+Only the first rank writes. One file `metrics.jsonl` a run folder, one line an iteration, appended on resume; the
+console shows a line every `log.interval` iterations, with the losses' means over them.
 """
 
 from __future__ import annotations
@@ -54,13 +55,25 @@ class MetricsLog:
 
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
 
-    def write(self, iteration: int, iterations: int, row: dict[str, float], *, kind: str = "train") -> None:
-        """One row everywhere. `kind`: train or validation; validation names are given with their own prefix."""
+    def write(
+        self,
+        iteration: int,
+        iterations: int,
+        row: dict[str, float],
+        *,
+        shown: dict[str, float] | None,
+        kind: str = "train",
+    ) -> None:
+        """`row` to the files and dashboards; `shown`, where there is something, to the console.
+
+        `kind`: train or validation; validation names are given with their own suffix.
+        """
         if self._file is None:
             return
         record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **row}
         self._file.write(json.dumps(record) + "\n")
-        print(_console_line(iteration, iterations, row, kind), flush=True)
+        if shown is not None:
+            print(_console_line(iteration, iterations, shown, kind), flush=True)
         if self._tensorboard is not None:
             for name, value in row.items():
                 self._tensorboard.add_scalar(name, value, iteration)
@@ -86,7 +99,10 @@ def _start_wandb(folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]
     id_file = folder / "wandb_run_id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8])
-    settings: dict[str, Any] = {"mode": log.wandb, "resume": "allow", "reinit": "create_new"}
+    mode = log.wandb
+    if mode == "auto":
+        mode = "online" if wandb.api.api_key else "offline"
+    settings: dict[str, Any] = {"mode": mode, "resume": "allow", "reinit": "create_new"}
     try:
         return wandb.init(
             project=log.wandb_project, name=name, id=id_file.read_text(), dir=str(folder), config=recipe, **settings
@@ -94,7 +110,7 @@ def _start_wandb(folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]
     except wandb.errors.Error as error:
         words = " ".join(str(error).split())
         raise InputError(
-            f"log.wandb={log.wandb} is refused by Weights & Biases ({words.rstrip('.')}): log in with `wandb login`, "
+            f"log.wandb={mode} is refused by Weights & Biases ({words.rstrip('.')}): log in with `wandb login`, "
             "or set log.wandb=offline"
         ) from error
 

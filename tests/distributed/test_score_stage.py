@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from minitron_mcore.importance.scores import AXES, TOLERANCE, load_scores
+from minitron_mcore.plan import make_plan
 from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
 from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
@@ -33,6 +34,9 @@ LAYOUTS = {
     "PP2-VPP2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     "DP2": ["importance.micro_batch_size=4"],
 }
+
+
+STUDENT = {"num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
 
 
 def save_teacher(folder: Path, value: float | None) -> None:
@@ -118,6 +122,7 @@ def test_scores_from_the_command_line(root) -> None:
         for axis in AXES:
             found, wanted = getattr(scores, axis), getattr(first, axis)
             assert numpy.abs(found - wanted).max() <= TOLERANCE["fp32"] * numpy.abs(wanted).max(), f"{name} {axis}"
+        assert make_plan(scores, STUDENT).fingerprint == make_plan(first, STUDENT).fingerprint, f"{name}: other indices"
 
     assert "made in the same way" in ranks[0]["again"][0]
     for rank in ranks:

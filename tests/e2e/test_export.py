@@ -117,7 +117,12 @@ def test_evaluate_is_the_same_at_every_layout(root: Path, tmp_path: Path) -> Non
         world_size, parallel = LAYOUTS[name]
         output = tmp_path / name
         keys = [f"parallel.{key}={value}" for key, value in parallel.items()]
-        config = ["--config", str(root / "recipe.yaml"), f"checkpoint={root / 'teacher'}", f"output={output}"]
+        config = [
+            "--config",
+            str(root / "recipe.yaml"),
+            f"checkpoint={root / 'teacher'}",
+            f"results={output / 'results.json'}",
+        ]
         run_well("evaluate", *config, *keys, world_size=world_size)
         results = json.loads((output / "results.json").read_text())
         assert results["lm loss"] == pytest.approx(expected, rel=1e-5), name

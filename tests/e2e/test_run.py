@@ -125,7 +125,7 @@ def test_closing_table(road: dict[str, Any]) -> None:
 
 
 def test_exports_load_in_transformers(road: dict[str, Any]) -> None:
-    """The exported student, on the text that `evaluate` read, in one transformers forward: the same loss."""
+    """With as many parameters as were evaluated, and a card that shows the evaluation; logits: test_export.py."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

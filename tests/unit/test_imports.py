@@ -11,13 +11,13 @@ PACKAGE = Path(__file__).resolve().parents[2] / "minitron_mcore"
 # From the ground up. A room sees the rooms on lower floors and itself, never its neighbours; the ground floor's
 # modules, which are pure, see each other.
 FLOORS = [
-    {"errors", "architecture", "recipe", "layout", "ranking", "plan", "search", "estimate"},
+    {"errors", "files", "architecture", "recipe", "layout", "ranking", "plan"},
     {"runtime"},
     {"model"},
     {"checkpoint", "data"},
     {"importance", "pruning", "distillation"},
     {"evaluation"},
-    {"training", "report"},
+    {"training"},
     {"stages"},
     {"cli"},
     {"__main__"},

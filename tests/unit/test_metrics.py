@@ -26,7 +26,7 @@ def log_rows(folder: Path, rows: list[Any], **settings: Any) -> None:
     metrics = MetricsLog(folder, log, name="test", recipe={"seed": 7})
     metrics.open()
     for iteration, row, kind in rows:
-        metrics.write(iteration, 20, row, kind=kind)
+        metrics.write(iteration, 20, row, shown=row, kind=kind)
     metrics.close()
 
 
@@ -46,7 +46,7 @@ def test_a_line_is_there_once_it_is_written(tmp_path: Path) -> None:
     """A killed run has lost none of its lines."""
     metrics = MetricsLog(tmp_path, LogConfig(tensorboard=False, wandb="disabled"), name="test", recipe={})
     metrics.open()
-    metrics.write(1, 20, {"lm loss": 2.0})
+    metrics.write(1, 20, {"lm loss": 2.0}, shown=None)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["lm loss"] == 2.0
     metrics.close()
 
@@ -63,7 +63,7 @@ def test_the_console_shows_megatrons_names(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_rank_that_does_not_open_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = MetricsLog(tmp_path / "run", LogConfig(), name="test", recipe={})
-    metrics.write(1, 20, {"lm loss": 2.0})
+    metrics.write(1, 20, {"lm loss": 2.0}, shown=None)
     metrics.close()
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 

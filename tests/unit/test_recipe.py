@@ -168,7 +168,7 @@ def test_an_unknown_key_is_named_with_its_path(tmp_path: Path, override: str, pa
         ("run.baselines=random", f"run.baselines='random' {COMMAND} is not allowed: a list as in [first,second]"),
         ("name=null", f"name=null {COMMAND} is not allowed: text is needed"),
         ("precision=bf61", "precision='bf61' is not allowed: choose one of fp32, bf16 (did you mean bf16?)"),
-        ("log.wandb=of", "log.wandb='of' is not allowed: choose one of offline, online, disabled"),
+        ("log.wandb=of", "log.wandb='of' is not allowed: choose one of auto, online, offline, disabled"),
         (
             "distill.lr_decay_style=wsd",
             "distill.lr_decay_style='wsd' is not allowed: choose one of cosine, linear, con",

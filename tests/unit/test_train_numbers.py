@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from minitron_mcore.architecture import build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.training.config import LogConfig, TrainConfig
-from minitron_mcore.training.loop import check_train, count_iterations
+from minitron_mcore.training.loop import Interval, Progress, check_finite, check_train, count_iterations, throughput
 from minitron_mcore.training.metrics import check_log
 
 GOOD = TrainConfig(tokens=1000, global_batch_size=8, micro_batch_size=2)
@@ -94,3 +96,47 @@ def test_lines_of_the_log() -> None:
     check_log(LogConfig(interval=1))
     with pytest.raises(InputError, match=r"log\.interval=0 must be at least 1"):
         check_log(LogConfig(interval=0))
+
+
+def test_throughput_counts_the_teacher() -> None:
+    """Three student passes and one of the teacher, over all ranks, by multiplication."""
+    student = build_architecture(
+        {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2, "vocab_size": 100}
+    )
+    wide = student.replace(hidden_size=16, num_layers=4)
+    job = SimpleNamespace(
+        train=TrainConfig(global_batch_size=6),
+        sequence_length=32,
+        runtime=SimpleNamespace(world_size=4),
+        architecture=student,
+        objective=SimpleNamespace(teacher=None),
+    )
+    tokens = 6 * 32 / 0.5
+    alone = throughput(job, 0.5)  # type: ignore[arg-type]
+    assert alone["tokens per second"] == tokens and alone["elapsed time per iteration (ms)"] == 500
+    expected = 3 * student.forward_flops_per_token(32) * tokens / 4 / 1e12
+    assert alone["throughput per GPU (TFLOP/s/GPU)"] == pytest.approx(expected)
+    assert "teacher throughput per GPU (TFLOP/s/GPU)" not in alone
+
+    job.objective.teacher = SimpleNamespace(architecture=wide)
+    both = throughput(job, 0.5)  # type: ignore[arg-type]
+    teacher = wide.forward_flops_per_token(32) * tokens / 4 / 1e12
+    assert both["teacher throughput per GPU (TFLOP/s/GPU)"] == pytest.approx(teacher)
+    assert both["throughput per GPU (TFLOP/s/GPU)"] == pytest.approx(expected + teacher)
+
+
+def test_the_console_shows_means() -> None:
+    interval = Interval()
+    for loss in (1.0, 2.0, 6.0):
+        interval.add({"lm loss": loss, "grad-norm": 1.0})
+    seconds, losses = interval.report()
+    assert losses == {"lm loss": 3.0} and seconds >= 0
+    interval.add({"lm loss": 5.0})
+    assert interval.report()[1] == {"lm loss": 5.0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_none_ends_the_run(value: float) -> None:
+    check_finite({"lm loss": 2.0, "grad-norm": 1.0}, Progress())
+    with pytest.raises(FloatingPointError, match="iteration 4, samples from 24 on: grad-norm is"):
+        check_finite({"lm loss": 2.0, "grad-norm": value}, Progress(iteration=3, consumed_samples=24))
