@@ -47,23 +47,16 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
-def start(recipe: Path, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "minitron_mcore",
-        "run",
-        "--config",
-        str(recipe),
-        *overrides,
-    ]
+def start(recipe: Path, log: Path, *overrides: str, ranks: int = 2, **variables: str) -> subprocess.Popen[bytes]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    verb = ["-m", "minitron_mcore", "run", "--config", str(recipe), *overrides]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True
+        [sys.executable, *launcher, *verb],
+        cwd=ROOT,
+        env=environment(**variables),
+        stdout=log.open("wb"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
