@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import time
@@ -27,6 +28,7 @@ VERBS = {
     "distill": ("distill", "train the student from the co-located teacher, for a token budget"),
     "evaluate": ("evaluate", "held-out LM loss and perplexity of a checkpoint"),
     "export": ("export", "Megatron checkpoint -> Hugging Face folder"),
+    "inspect": ("inspect", "what a folder or file is, and whether it is whole: inspect PATH [json=true]"),
     "run": ("run", "the whole recipe, stage by stage, resumable"),
 }
 
@@ -47,13 +49,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def overrides_of(verb: str, words: list[str]) -> list[str]:
+    """`words` as key=value: the one bare word of `inspect` is its path, taken as it stands."""
+    bare = [word for word in words if "=" not in word]
+    if verb != "inspect" or len(bare) != 1:
+        return words
+    return [f"path={json.dumps(word)}" if word == bare[0] else word for word in words]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
     options = build_parser().parse_intermixed_args(arguments)
     try:
         from minitron_mcore.recipe import load_recipe
 
-        recipe = load_recipe(options.config, options.overrides)
+        recipe = load_recipe(options.config, overrides_of(options.verb, options.overrides))
         from minitron_mcore.runtime.start import quiet_libraries, start, stop
 
         quiet_libraries()

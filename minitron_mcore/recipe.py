@@ -67,6 +67,8 @@ class Recipe:
     results: Optional[str] = None  # evaluate: file to write; none: results.json beside the checkpoint
     scores: Optional[str] = None  # score writes it, plan and prune read it
     plan: Optional[str] = None  # plan writes it, prune reads it
+    path: Optional[str] = None  # inspect: the folder or file to describe
+    json: bool = False  # inspect: print JSON, not a table
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)

@@ -1,0 +1,199 @@
+"""What a folder of weights is, and whether it is whole, as far as names, shapes and sizes tell: no tensor is read.
+
+Nothing here is a collective, and nothing writes. Every function gives a mapping that JSON can hold, or raises
+InputError with the file and tensor that are wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.families.find import find_family
+from minitron_mcore.checkpoint.families.table import units
+from minitron_mcore.checkpoint.folder import (
+    TRACKER,
+    iteration_folder,
+    latest_iteration,
+    read_architecture,
+    read_lineage,
+)
+from minitron_mcore.checkpoint.import_hf import INDEX, SafetensorsFolder, read_config
+from minitron_mcore.checkpoint.reader import TensorReader
+from minitron_mcore.checkpoint.safetensors_file import TYPE_NAMES
+from minitron_mcore.errors import InputError
+from minitron_mcore.files import read_mapping
+from minitron_mcore.layout import parameter_table
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / "architecture.yaml").is_file() or (folder / TRACKER).is_file() or any(folder.glob("iter_*"))
+
+
+def is_hugging_face(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+
+
+def describe_architecture(architecture: Architecture) -> dict[str, Any]:
+    return {
+        "architecture": architecture.to_dict(),
+        "parameters": architecture.num_parameters,
+        "non_embedding_parameters": architecture.num_non_embedding_parameters,
+    }
+
+
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    """Description of a checkpoint folder of this project; any one process calls.
+
+    The newest finished iteration must hold every tensor of the layout table in its global shape, in files as long as
+    `.metadata` says. Raises InputError where it does not, or where no iteration is finished; what is wrong with an
+    older iteration is a warning.
+    """
+    architecture = read_architecture(folder)
+    leftovers = sorted(path.name for path in folder.glob(".unfinished_iter_*"))
+    iterations = sorted(
+        int(path.name.removeprefix("iter_"))
+        for path in folder.glob("iter_*")
+        if path.name.removeprefix("iter_").isdecimal()
+    )
+    newest = latest_iteration(folder)
+    if newest is None:
+        lying = [*(iteration_folder(folder, iteration).name for iteration in iterations), *leftovers]
+        there = f"; there lies {', '.join(lying)}" if lying else ""
+        raise InputError(f"{folder} holds no finished checkpoint: {TRACKER} is missing{there}")
+    stored = check_iteration(folder, newest, architecture)
+    warnings = []
+    for iteration in iterations:
+        if iteration > newest:
+            warnings.append(
+                f"iteration {iteration} does not count: {TRACKER} names {newest} as the newest finished one"
+            )
+        elif iteration < newest:
+            try:
+                check_iteration(folder, iteration, architecture)
+            except InputError as error:
+                warnings.append(str(error))
+    warnings += [f"{name} is left over from a save that was cut off: it may be deleted" for name in leftovers]
+    recipe = folder / "recipe.yaml"
+    return {
+        "path": str(folder),
+        "kind": "checkpoint",
+        **describe_architecture(architecture),
+        "iterations": iterations,
+        "newest_finished": newest,
+        "unfinished": leftovers,
+        **stored,
+        "saved_at": read_mapping(recipe).get("parallel") if recipe.is_file() else None,
+        "lineage": read_lineage(folder),
+        "warnings": warnings,
+    }
+
+
+def check_iteration(folder: Path, iteration: int, architecture: Architecture) -> dict[str, Any]:
+    """Stored dtypes, bytes, and whether an optimizer lies there too; raises InputError where the iteration is damaged.
+
+    Seen are absent tensors, other shapes, parts that do not add up to a tensor, and absent or shortened files; changed
+    bytes are not.
+    """
+    place = iteration_folder(folder, iteration)
+    if not (place / "metadata.json").is_file():
+        raise InputError(f"{place} is not a finished checkpoint: metadata.json is missing")
+    reader = TensorReader(folder, iteration)
+    table = parameter_table(architecture)
+    for parameter in table:
+        if parameter.key not in reader.tensors:
+            raise InputError(f"{place} holds no {parameter.key}: architecture.yaml beside it is of another model")
+        shape = parameter.shape(architecture)
+        shape = (architecture.num_layers, *shape) if parameter.per_layer else shape
+        found = tuple(reader.tensors[parameter.key].size)
+        if found != shape:
+            raise InputError(f"{place}: {parameter.key} is of shape {found}, but architecture.yaml means {shape}")
+    for key, entry in reader.tensors.items():
+        if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
+            raise InputError(f"{place}: the stored parts of {key} do not add up to its shape {tuple(entry.size)}")
+    return {
+        "dtypes": sorted({_name(reader.dtype(parameter.key)) for parameter in table}),
+        "optimizer": any(key.startswith("optimizer.") for key in reader.tensors),
+        "stored_bytes": _check_files(place, reader),
+    }
+
+
+def _check_files(place: Path, reader: TensorReader) -> int:
+    """Bytes of the files that `.metadata` names, each of which must reach as far as its last part does."""
+    ends: dict[str, int] = {}
+    for info in reader.storage.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    total = 0
+    for name, end in ends.items():
+        path = place / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing, though .metadata names it")
+        size = path.stat().st_size
+        if size < end:
+            raise InputError(f"{path} is cut off: it has {size:,} bytes where .metadata needs {end:,}")
+        total += size
+    return total
+
+
+def inspect_hugging_face(folder: Path) -> dict[str, Any]:
+    """Description of a Hugging Face folder; any one process calls.
+
+    Every tensor of the family's table must lie in the safetensors files in its shape, and no other. Raises InputError
+    where it does not, or where the family is not known here.
+    """
+    try:
+        # The files hold no padding rows, so none are shown.
+        architecture = read_config(_with_mappings(folder), make_vocab_size_divisible_by=1)
+        wanted = units(find_family(architecture.family, str(folder)), architecture)
+        files = SafetensorsFolder(folder)
+        files.check(wanted, architecture)
+    except InputError as error:
+        raise InputError(str(error).removeprefix("hf=")) from error
+    names = {short: _name(dtype) for dtype, short in TYPE_NAMES.items()}
+    dtypes = {files.handles[files.places[name]].get_slice(name).get_dtype() for unit in wanted for name in unit.names}
+    used = sorted(set(files.places.values()))
+    other = sorted({path.name for path in folder.glob("*.safetensors")} - set(used))
+    return {
+        "path": str(folder),
+        "kind": "hugging_face",
+        **describe_architecture(architecture),
+        "dtypes": sorted(names.get(dtype, dtype) for dtype in dtypes),
+        "files": len(used),
+        "stored_bytes": sum((folder / name).stat().st_size for name in used),
+        "lineage": _card_lineage(folder / "README.md"),
+        "warnings": [f"{name} belongs to no index: it is not read" for name in other],
+    }
+
+
+def _with_mappings(folder: Path) -> Path:
+    """`folder`; raises InputError where its config or its index is JSON of another form."""
+    for name, key in (("config.json", None), (INDEX, "weight_map")):
+        try:
+            given = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # whoever reads it says so
+        if not isinstance(given, dict) or (key and not isinstance(given.get(key), dict)):
+            raise InputError(f"{folder / name} holds no mapping{f' {key}' if key else ''} of names to values")
+    return folder
+
+
+def _card_lineage(card: Path) -> dict[str, Any]:
+    """The lineage that `export` writes into a model card; empty where there is none."""
+    if not card.is_file():
+        return {}
+    _, mark, rest = card.read_text(encoding="utf-8", errors="replace").partition("```yaml\n")
+    try:
+        lineage = yaml.safe_load(rest.partition("```")[0]) if mark else None
+    except yaml.YAMLError:
+        return {}  # somebody else's model card
+    return lineage if isinstance(lineage, dict) and "stage" in lineage else {}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

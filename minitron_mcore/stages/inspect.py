@@ -1,0 +1,144 @@
+"""Verb `inspect`: what a folder or file is, and whether it is whole, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.checkpoint.folder import tokenizer_folder
+from minitron_mcore.checkpoint.inspection import (
+    describe_architecture,
+    inspect_checkpoint,
+    inspect_hugging_face,
+    is_checkpoint,
+    is_hugging_face,
+)
+from minitron_mcore.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.scores import AXES, load_scores
+from minitron_mcore.plan import load_plan
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.start import Runtime
+
+KINDS = {
+    "checkpoint": "Megatron checkpoint of minitron_mcore",
+    "hugging_face": "Hugging Face folder",
+    "scores": "scores of a teacher's axes",
+    "plan": "pruning plan",
+}
+COUNTS = ("parameters", "non_embedding_parameters", "stored_bytes", "tokens")  # shown in groups of three digits
+
+
+def run(recipe: Recipe, runtime: Runtime) -> None:
+    """Print what `path` is; the first rank looks, and every rank raises InputError where it is nothing known."""
+
+    def show() -> None:
+        if not recipe.path:
+            raise InputError("path is not given: name what to inspect, as in minitron inspect PATH")
+        found = describe(Path(recipe.path))
+        runtime.print(json.dumps(found, indent=2, default=str) if recipe.json else table(found))
+
+    runtime.on_main(show)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What `path` is, by its `kind`. Raises InputError where it is none of KINDS, or damaged. One process calls."""
+    if not path.exists():
+        raise InputError(f"path={path} is not there: name a checkpoint, a Hugging Face folder, a scores file or a plan")
+    if path.is_dir() and is_checkpoint(path):
+        return _with_tokenizer(inspect_checkpoint(path), tokenizer_folder(path))
+    if path.is_dir() and is_hugging_face(path):
+        found = inspect_hugging_face(path)
+        has_tokenizer = any((path / name).is_file() for name in VOCABULARY_FILES)
+        try:
+            return _with_tokenizer(found, path if has_tokenizer else None)
+        except InputError as error:  # the weights are of use without it
+            return {**found, "tokenizer": None, "warnings": [*found["warnings"], str(error)]}
+    if path.is_file():
+        with path.open("rb") as stream:
+            head = stream.read(9)
+        # Safetensors: eight bytes say how long the header is, which is JSON.
+        if head[5:] == b"\0\0\0{":
+            return _scores(path)
+        if head.lstrip().startswith(b"{"):
+            return _plan(path)
+    raise InputError(f"path={path} is no checkpoint, Hugging Face folder, scores file or plan: name one of these")
+
+
+def _with_tokenizer(found: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """`found` and its tokenizer; raises InputError where it is not the one the lineage of a checkpoint names."""
+    if folder is None:
+        return {**found, "tokenizer": None}
+    tokenizer: Tokenizer = load_tokenizer(str(folder))
+    stated = found["lineage"].get("tokenizer")
+    if found["kind"] == "checkpoint" and isinstance(stated, str) and stated != tokenizer.fingerprint:
+        raise InputError(
+            f"{folder} is another tokenizer than the checkpoint was made with: its fingerprint is "
+            f"{tokenizer.fingerprint}, lineage.yaml says {stated}"
+        )
+    about = {"type": tokenizer.type, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
+    return {**found, "tokenizer": about}
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    try:
+        scores = load_scores(path)
+    except InputError:
+        raise
+    except (KeyError, ValueError) as error:
+        raise InputError(f"path={path} is a damaged scores file: its description cannot be read ({error})") from error
+    axes = {
+        axis: {"shape": list(values.shape), "smallest": float(values.min()), "largest": float(values.max())}
+        for axis, values in ((axis, getattr(scores, axis)) for axis in AXES)
+    }
+    return {
+        "path": str(path),
+        "kind": "scores",
+        **describe_architecture(scores.architecture),
+        "scores": axes,
+        "lineage": scores.settings,
+        "warnings": [],
+    }
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    plan = load_plan(path)
+    return {
+        "path": str(path),
+        "kind": "plan",
+        "fingerprint": plan.fingerprint,
+        "teacher": describe_architecture(plan.teacher),
+        "student": describe_architecture(plan.student),
+        "kept_layers": plan.layers,
+        "lineage": plan.settings,
+        "warnings": plan.warnings,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Names and values below each other, sections indented; warnings last, each on a line of its own."""
+    rows = _rows({name: value for name, value in found.items() if name not in ("path", "kind", "warnings")}, "")
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
+    warnings = [f"warning: {warning}" for warning in found["warnings"]]
+    return "\n".join([f"{found['path']}: {KINDS[found['kind']]}", *lines, *warnings])
+
+
+def _rows(section: dict[str, Any], indent: str) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in section.items():
+        if isinstance(value, dict) and value:
+            rows += [(f"{indent}{name}", ""), *_rows(value, indent + "  ")]
+        else:
+            counts = isinstance(value, int) and not isinstance(value, bool) and name in COUNTS
+            rows.append((f"{indent}{name}", f"{value:,}" if counts else _shown(value)))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(_shown(entry) for entry in value) or "none"
+    return "none" if value is None or value == {} else str(value)
