@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
-from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.families.find import find_family
 from minitron_mcore.checkpoint.families.table import config_of
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
@@ -21,6 +20,7 @@ from minitron_mcore.stages.common import check_model, check_tokenizer
 from minitron_mcore.stages.distill import check_loss
 from minitron_mcore.stages.evaluate import check_evaluate
 from minitron_mcore.stages.score import check_importance
+from minitron_mcore.stages.train import new_architecture
 from minitron_mcore.training.loop import check_train, count_iterations
 from minitron_mcore.training.metrics import check_log
 
@@ -47,14 +47,10 @@ def teacher_architecture(recipe: Recipe) -> Architecture:
     """The teacher's, stored or yet to be trained."""
     if recipe.teacher.checkpoint:
         return read_architecture(find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0])
-    fields = dataclasses.asdict(recipe.model)
-    if fields["vocab_size"] is None:
-        made = recipe.tokenizer.model is None
-        fields["vocab_size"] = recipe.tokenizer.vocab_size if made else load_tokenizer(recipe.tokenizer).vocab_size
-    try:
-        return build_architecture(fields)
-    except InputError as error:
-        raise InputError(f"model: {error}") from error
+    made = recipe.tokenizer.model is None
+    return new_architecture(
+        recipe, recipe.tokenizer.vocab_size if made else load_tokenizer(recipe.tokenizer).vocab_size
+    )
 
 
 def check_students(recipe: Recipe, teacher: Architecture, students: dict[str, StudentConfig]) -> None:

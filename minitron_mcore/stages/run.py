@@ -131,7 +131,7 @@ def plan_road(recipe: Recipe, runtime: Runtime, folder: Path) -> list[Step]:
     if not recipe.teacher.checkpoint:
         add("train-teacher", "train the teacher", train.run, with_train(base, teacher), runtime)
     # Nothing is written into the folder of a teacher that the recipe names.
-    add_evaluation("teacher", teacher, folder / "teacher" if recipe.teacher.checkpoint else None)
+    add_evaluation("teacher", teacher, folder / "teacher" / "results.json" if recipe.teacher.checkpoint else None)
     add("score", "score the teacher", score.run, base, runtime)
     for name, student in students.items():
         pruned, distilled = folder / "students" / name / "pruned", folder / "students" / name / "distilled"

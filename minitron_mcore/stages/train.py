@@ -7,7 +7,7 @@ import dataclasses
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, latest_iteration, read_architecture
 from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_weights
-from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.gpt import build_model
@@ -38,7 +38,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     tokenizer = checkpoint_tokenizer(recipe, source[0]) if source else load_tokenizer(recipe.tokenizer)
     if source and folder.resolve() == source[0].resolve():
         raise InputError(f"train.checkpoint={folder} is train.load's own folder: name another")
-    architecture = read_architecture(source[0]) if source else new_architecture(recipe, tokenizer)
+    architecture = read_architecture(source[0]) if source else new_architecture(recipe, tokenizer.vocab_size)
     check_tokenizer(tokenizer, architecture)
     check_model(architecture, recipe)
     refuse_other_run(folder, recipe, ("model", "data", "train"), "train.checkpoint", "train")
@@ -70,10 +70,11 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     )
 
 
-def new_architecture(recipe: Recipe, tokenizer: Tokenizer) -> Architecture:
-    """The recipe's `model` section; the vocabulary is the tokenizer's unless given."""
+def new_architecture(recipe: Recipe, vocab_size: int) -> Architecture:
+    """The recipe's `model` section; its vocabulary is `vocab_size`, the tokenizer's, unless given."""
     fields = dataclasses.asdict(recipe.model)
-    fields["vocab_size"] = fields["vocab_size"] or tokenizer.vocab_size
+    if fields["vocab_size"] is None:
+        fields["vocab_size"] = vocab_size
     try:
         return build_architecture(fields)
     except InputError as error:

@@ -141,3 +141,18 @@ def test_another_recipe_is_refused(road: dict[str, Any], tmp_path: Path) -> None
     assert len(sentences) == 1
     assert "holds another run: train.lr is 0.003 there and 0.5 here" in sentences[0]
     assert before == sorted(path.stat().st_mtime_ns for path in (road["folder"] / "run").rglob("*") if path.is_file())
+
+
+def test_a_given_teacher_is_left_alone(road: dict[str, Any], tmp_path: Path) -> None:
+    """A run from somebody's teacher and data writes into its own folder, and nothing into theirs."""
+    theirs, output, log = road["folder"] / "run", tmp_path / "run", tmp_path / "log"
+    before = {path: path.stat().st_mtime_ns for path in theirs.rglob("*")}
+    named = [f"teacher.checkpoint={theirs / 'teacher'}", f"tokenizer.model={theirs / 'tokenizer/tokenizer.model'}"]
+    named += [
+        f"data.{part}={theirs}/data/tokens{name}_text_document" for part, name in (("train", ""), ("valid", "_valid"))
+    ]
+    process = start(road["recipe"], log, f"output={output}", "run.baselines=[]", *named)
+    assert process.wait(timeout=200) == 0, log.read_text()
+    ours = json.loads((output / "teacher" / "results.json").read_text())
+    assert ours["lm loss"] == road["results"]["teacher"]["lm loss"]
+    assert before == {path: path.stat().st_mtime_ns for path in theirs.rglob("*")}
