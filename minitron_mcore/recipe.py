@@ -69,6 +69,9 @@ class Recipe:
     plan: Optional[str] = None  # plan writes it, prune reads it
     path: Optional[str] = None  # inspect: the folder or file to describe
     json: bool = False  # inspect: print JSON, not a table
+    verify: bool = False  # inspect: check every tensor's checksum; import: compare logits with transformers
+    trust: bool = False  # read checkpoints whose pickles hold more than tensors and plain values: they may run code
+    max_shard_size: str = "5GB"  # export: largest weight file, as 500MB or 5GB
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
