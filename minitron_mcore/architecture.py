@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from minitron_mcore.errors import InputError
+from minitron_mcore.families.find import known_families
 from minitron_mcore.files import read_mapping, write_whole
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -27,27 +28,6 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-
-
-# What a family fixes. A recipe may override any of it, as released models do (rotary_base, tied embeddings).
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {
-        "normalization": "RMSNorm",
-        "layernorm_zero_centered_gamma": False,
-        "gated_linear_unit": True,
-        "activation": "silu",
-        "rotary_percent": 1.0,
-        "rotary_base": 500000.0,
-    },
-    "nemotron": {
-        "normalization": "LayerNorm",
-        "layernorm_zero_centered_gamma": True,
-        "gated_linear_unit": False,
-        "activation": "squared_relu",
-        "rotary_percent": 0.5,
-        "rotary_base": 10000.0,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -79,10 +59,12 @@ class Architecture:
     layernorm_epsilon: float = 1e-5
     untie_embeddings_and_output_weights: bool = True
     init_method_std: float = 0.02
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise InputError(f"family={self.family!r} is not known: choose one of {', '.join(FAMILIES)}")
+        if self.family not in (known := known_families()):
+            raise InputError(f"family={self.family!r} is not known: choose one of {', '.join(known)}")
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
         for name in (*sizes, "kv_channels", "vocab_size", "max_position_embeddings"):
             value = getattr(self, name)
@@ -170,9 +152,9 @@ def build_architecture(fields: dict[str, Any]) -> Architecture:
     """
     given = {key: value for key, value in fields.items() if value is not None}
     family = given.get("family", "llama")
-    if family not in FAMILIES:
-        raise InputError(f"family={family!r} is not known: choose one of {', '.join(FAMILIES)}")
-    merged: dict[str, Any] = {"family": family, **FAMILIES[family], **given}
+    if family not in (families := known_families()):
+        raise InputError(f"family={family!r} is not known: choose one of {', '.join(families)}")
+    merged: dict[str, Any] = {"family": family, **families[family].fixed, **families[family].defaults, **given}
     divisor = merged.pop("make_vocab_size_divisible_by", 128)
     if divisor < 1:
         raise InputError(f"make_vocab_size_divisible_by={divisor} must be at least 1")

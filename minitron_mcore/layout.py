@@ -5,6 +5,8 @@ Tensor-parallel rank r of R holds the contiguous r-th part of the sharded axis (
 
     embedding.word_embeddings.weight          [V|, h]
     self_attention.linear_qkv.weight          [G|(q+2)d, h]    a group: q query heads, key, value, d rows each
+    self_attention.linear_qkv.bias            [G|(q+2)d]       where add_qkv_bias (Qwen2)
+    self_attention.q_layernorm, k_layernorm   [d]              where qk_layernorm (Qwen3)
     self_attention.linear_proj.weight         [h, G|qd]
     mlp.linear_fc1.weight, not gated          [f|, h]
     mlp.linear_fc1.weight, gated              [2|f, h]         on each rank [gate_r ; up_r]; globally gate, then up
@@ -29,7 +31,7 @@ LAYERS = "decoder.layers."
 
 @dataclass(frozen=True)
 class Parameter:
-    """One row of the table. `axes` name what each axis is: vocab, hidden, qkv, heads, ffn or gated_ffn.
+    """One row of the table. `axes` name what each axis is: vocab, hidden, qkv, heads, head, ffn or gated_ffn.
 
     `initial`: how random initialisation fills it: "normal", "scaled" (output projections, std / sqrt(2 L)),
     "one" or "zero".
@@ -68,6 +70,7 @@ def axis_sizes(architecture: Architecture) -> dict[str, int]:
         "hidden": a.hidden_size,
         "qkv": (a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels,
         "heads": a.num_attention_heads * a.kv_channels,
+        "head": a.kv_channels,
         "ffn": a.ffn_hidden_size,
         "gated_ffn": 2 * a.ffn_hidden_size,
     }
@@ -83,10 +86,19 @@ def parameter_table(architecture: Architecture) -> list[Parameter]:
     def norm(prefix: str) -> list[Parameter]:
         return [Parameter(prefix + part, ("hidden",), None, initial[part]) for part in norm_parts]
 
+    attention = [Parameter(LAYERS + "self_attention.linear_qkv.weight", ("qkv", "hidden"), 0, "normal")]
+    if architecture.add_qkv_bias:
+        attention.append(Parameter(LAYERS + "self_attention.linear_qkv.bias", ("qkv",), 0, "zero"))
+    if architecture.qk_layernorm:
+        attention += [
+            Parameter(f"{LAYERS}self_attention.{part}_layernorm.{side}", ("head",), None, initial[side])
+            for part in "qk"
+            for side in norm_parts
+        ]
     rows = [
         Parameter("embedding.word_embeddings.weight", ("vocab", "hidden"), 0, "normal"),
         *norm(LAYERS + "self_attention.linear_qkv.layer_norm_"),
-        Parameter(LAYERS + "self_attention.linear_qkv.weight", ("qkv", "hidden"), 0, "normal"),
+        *attention,
         Parameter(LAYERS + "self_attention.linear_proj.weight", ("hidden", "heads"), 1, "scaled"),
         *norm(LAYERS + "mlp.linear_fc1.layer_norm_"),
         Parameter(LAYERS + "mlp.linear_fc1.weight", (fc1, "hidden"), 0, "normal"),

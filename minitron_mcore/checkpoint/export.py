@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from minitron_mcore.checkpoint.families.find import find_family
-from minitron_mcore.checkpoint.families.table import config_of, units
+from minitron_mcore.families.find import find_family
+from minitron_mcore.checkpoint.conversion import units
+from minitron_mcore.families.table import config_of
 from minitron_mcore.checkpoint.folder import read_architecture
 from minitron_mcore.checkpoint.model_card import model_card
 from minitron_mcore.checkpoint.reader import TensorReader

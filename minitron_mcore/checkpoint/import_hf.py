@@ -11,8 +11,9 @@ from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 
 from minitron_mcore.architecture import Architecture, build_architecture
-from minitron_mcore.checkpoint.families.find import find_family
-from minitron_mcore.checkpoint.families.table import Unit, fields_of, units
+from minitron_mcore.families.find import find_family
+from minitron_mcore.checkpoint.conversion import Unit, units
+from minitron_mcore.families.table import fields_of
 from minitron_mcore.checkpoint.sharding import sharded_parts
 from minitron_mcore.checkpoint.store import save_state
 from minitron_mcore.errors import InputError

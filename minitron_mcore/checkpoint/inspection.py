@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.families.find import find_family
-from minitron_mcore.checkpoint.families.table import units
+from minitron_mcore.families.find import find_family
+from minitron_mcore.checkpoint.conversion import units
 from minitron_mcore.checkpoint.folder import (
     TRACKER,
     iteration_folder,

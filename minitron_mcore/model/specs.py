@@ -28,7 +28,9 @@ def use_transformer_engine(config: TransformerConfig) -> bool:
 def block_submodules(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
     """The layers and the final norm of one pipeline stage (chunk `vp_stage` of it, when interleaved)."""
     layer, final_norm = (
-        (get_gpt_layer_te_spec(), LayerNormImpl) if use_transformer_engine(config) else (_local(config), Norm)
+        (get_gpt_layer_te_spec(qk_layernorm=config.qk_layernorm), LayerNormImpl)
+        if use_transformer_engine(config)
+        else (_local(config), Norm)
     )
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
@@ -38,5 +40,8 @@ def _local(config: TransformerConfig) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
     spec.submodules.input_layernorm = Norm
     spec.submodules.pre_mlp_layernorm = Norm
-    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = SDPACoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = Norm
     return spec

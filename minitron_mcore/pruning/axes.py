@@ -52,6 +52,11 @@ def _qkv(plan: PruningPlan, layer: int) -> numpy.ndarray:
     return _blocks(blocks.reshape(-1), plan.teacher.kv_channels)
 
 
+def _head(plan: PruningPlan, layer: int) -> numpy.ndarray:
+    """[d]: the channels of a head are never pruned."""
+    return numpy.arange(plan.teacher.kv_channels)
+
+
 def _blocks(indices: numpy.ndarray, size: int) -> numpy.ndarray:
     """Rows of the given blocks of `size` rows each."""
     return (indices[:, None] * size + numpy.arange(size)).reshape(-1)
@@ -63,6 +68,7 @@ AXES: dict[str, Rows] = {
     "ffn": _ffn,
     "gated_ffn": _gated_ffn,
     "heads": _heads,
+    "head": _head,
     "qkv": _qkv,
 }
 

@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.families.find import find_family
-from minitron_mcore.checkpoint.families.table import config_of
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
 from minitron_mcore.data.blend import check_prefixes, parse_blend
 from minitron_mcore.data.corpus import find_files
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.families.find import find_family
+from minitron_mcore.families.table import config_of
 from minitron_mcore.plan import TARGETS, student_shape
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe

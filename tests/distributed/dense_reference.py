@@ -23,6 +23,8 @@ EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
 INPUT_NORM = LAYERS + "self_attention.linear_qkv.layer_norm_"
 QKV = LAYERS + "self_attention.linear_qkv.weight"
+QKV_BIAS = LAYERS + "self_attention.linear_qkv.bias"
+Q_NORM, K_NORM = (f"{LAYERS}self_attention.{part}_layernorm." for part in "qk")
 PROJ = LAYERS + "self_attention.linear_proj.weight"
 PRE_MLP_NORM = LAYERS + "mlp.linear_fc1.layer_norm_"
 FC1 = LAYERS + "mlp.linear_fc1.weight"
@@ -31,7 +33,7 @@ FINAL_NORM = "decoder.final_layernorm."
 
 
 def draw_weights(architecture: Architecture, seed: int, dtype: torch.dtype = torch.float32) -> dict[Name, torch.Tensor]:
-    """Global weights by (checkpoint key, layer): the package's initialisation, and norms that differ by channel.
+    """Global weights by (checkpoint key, layer): as initialised, but norms and biases differ by channel.
 
     Freshly initialised norms are all ones, which would hide a norm that is left out or taken from another site.
     """
@@ -42,7 +44,7 @@ def draw_weights(architecture: Architecture, seed: int, dtype: torch.dtype = tor
     for parameter in parameter_table(architecture):
         for layer in range(architecture.num_layers) if parameter.per_layer else [None]:
             value = draw(parameter, architecture, seed, layer)
-            if parameter.axes == ("hidden",):
+            if len(parameter.axes) == 1:
                 value = value + 0.5 * torch.randn(value.shape, generator=generator)
             weights[parameter.key, layer] = value.to(dtype)
     return weights
@@ -95,7 +97,7 @@ class DenseModel:
             states["layer_input"].append(x)
             normed = self._norm(x, INPUT_NORM, layer)
             states["input_normed"].append(normed)
-            heads = self._attention(normed @ self.weights[QKV, layer].T)
+            heads = self._attention(self._qkv(normed, layer), layer)
             states["head_output"].append(heads)
             x = x + heads.flatten(2) @ self.weights[PROJ, layer].T
 
@@ -121,13 +123,21 @@ class DenseModel:
         scaled = centred / (centred.square().mean(-1, keepdim=True) + a.layernorm_epsilon).sqrt()
         return scaled * weight + self.weights[prefix + "bias", layer]
 
-    def _attention(self, qkv: torch.Tensor) -> torch.Tensor:
+    def _qkv(self, normed: torch.Tensor, layer: int) -> torch.Tensor:
+        """[b, s, g (q + 2) d]"""
+        qkv = normed @ self.weights[QKV, layer].T
+        return qkv + self.weights[QKV_BIAS, layer] if self.architecture.add_qkv_bias else qkv
+
+    def _attention(self, qkv: torch.Tensor, layer: int) -> torch.Tensor:
         """[b, s, g (q + 2) d] -> outputs of the heads [b, s, n, d], causal."""
         a = self.architecture
         groups, per_group = a.num_query_groups, a.num_attention_heads // a.num_query_groups
         qkv = qkv.unflatten(-1, (groups, per_group + 2, a.kv_channels))
         query, key, value = qkv[:, :, :, :per_group], qkv[:, :, :, per_group], qkv[:, :, :, per_group + 1]
-        query, key = self._rotate(query.flatten(2, 3)), self._rotate(key)
+        query = query.flatten(2, 3)
+        if a.qk_layernorm:
+            query, key = (self._norm(x, norm, layer) for x, norm in ((query, Q_NORM), (key, K_NORM)))
+        query, key = self._rotate(query), self._rotate(key)
         query = query.unflatten(2, (groups, per_group))
         scores = torch.einsum("bsgqd,btgd->bgqst", query, key) / math.sqrt(a.kv_channels)
         length = scores.shape[-1]

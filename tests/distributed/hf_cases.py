@@ -28,6 +28,10 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-scaled": {"family": "llama", "rope_scaling": SCALING, "layernorm_epsilon": 3e-4},
     "llama-tied": {"family": "llama", "untie_embeddings_and_output_weights": False, "rotary_base": 10000.0},
     "nemotron": {"family": "nemotron"},
+    "mistral": {"family": "mistral"},
+    "qwen2": {"family": "qwen2", "layernorm_epsilon": 1e-6},
+    "qwen2-tied": {"family": "qwen2", "untie_embeddings_and_output_weights": False},
+    "qwen3": {"family": "qwen3", "rotary_base": 5000.0},
 }
 
 
@@ -36,7 +40,7 @@ def architecture_of(case: str) -> Architecture:
 
 
 def save_with_transformers(case: str, path: Path) -> None:
-    """A random model that transformers makes and saves, in several files; its norms are all different."""
+    """A random model that transformers makes and saves, in several files; its norms and biases are all different."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     a = architecture_of(case)
@@ -58,12 +62,13 @@ def save_with_transformers(case: str, path: Path) -> None:
         initializer_range=a.init_method_std,
         tie_word_embeddings=not a.untie_embeddings_and_output_weights,
         rope_parameters=rope,
+        **({"sliding_window": None} if a.family == "mistral" else {}),
         **{("norm_eps" if a.family == "nemotron" else "rms_norm_eps"): a.layernorm_epsilon},
     )
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config)
     for name, tensor in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name or "bias" in name:
             tensor.data += 0.3 * torch.randn(tensor.shape)
     model.save_pretrained(path, max_shard_size="400KB")
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.export import export_checkpoint
-from minitron_mcore.checkpoint.families.find import known_families
 from minitron_mcore.checkpoint.import_hf import import_checkpoint, read_config
+from minitron_mcore.families.find import known_families
 from minitron_mcore.model.initialize import draw
 from tests.distributed.hf_cases import CASES, SHAPE, alone, architecture_of, save_with_transformers, tensors_of
 from tests.distributed.models import LAYOUTS, start_layout
@@ -30,13 +30,20 @@ MAX_SHARD = 300_000  # bytes: several files
 
 
 def source_tensor(parameter: Any, architecture: Architecture, layer: int | None) -> torch.Tensor:
-    """The global parameter of the tests' model: as initialised, but for norms, which are all different here."""
+    """The global parameter of the tests' model: as initialised, but norms and biases are all different."""
     drawn = draw(parameter, architecture, SEED, layer)
-    if parameter.axes != ("hidden",):
+    if len(parameter.axes) > 1:
         return drawn
     digest = hashlib.sha256(f"{parameter.key}@{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
     return drawn + 0.3 * torch.randn(drawn.shape, generator=generator)
+
+
+def tensor_parallel() -> tuple[int, int]:
+    """Rank and size."""
+    from megatron.core import parallel_state as state
+
+    return state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()
 
 
 def token_ids() -> torch.Tensor:
@@ -66,10 +73,9 @@ def convert_on_rank(folder: str, name: str, parallel: dict[str, Any], world_size
         initialize(chunks, architecture, SEED)
         for chunk in chunks:
             for key, layer, tensor in named_parameters(chunk):
-                if table[key].axes == ("hidden",):
-                    tensor.data.copy_(
-                        take_shard(source_tensor(table[key], architecture, layer), table[key], architecture, 0, 1)
-                    )
+                if len(table[key].axes) == 1:
+                    whole = source_tensor(table[key], architecture, layer)
+                    tensor.data.copy_(take_shard(whole, table[key], architecture, *tensor_parallel()))
         ours = Path(folder, f"ours-{case}-{name}")
         if runtime.is_main:
             write_description(ours, architecture, lineage={"stage": "train"}, recipe="", save_tokenizer=None)
@@ -176,17 +182,22 @@ def expected_tensors(case: str) -> dict[str, torch.Tensor]:
         result[f"model.norm.{kind}"] = source[f"decoder.final_layernorm.{kind}", None]
     for layer in range(a.num_layers):
         ours, theirs = "decoder.layers.", f"model.layers.{layer}."
-        rows = iter(source[ours + "self_attention.linear_qkv.weight", layer].split(d))
-        heads: dict[str, list[torch.Tensor]] = {"q": [], "k": [], "v": []}
-        for _ in range(a.num_query_groups):
-            heads["q"] += [next(rows) for _ in range(q)]
-            heads["k"].append(next(rows))
-            heads["v"].append(next(rows))
-        for part, tensors in heads.items():
-            result[f"{theirs}self_attn.{part}_proj.weight"] = torch.cat(tensors)
+        for kind in ("weight", "bias") if a.family == "qwen2" else ("weight",):
+            rows = iter(source[f"{ours}self_attention.linear_qkv.{kind}", layer].split(d))
+            heads: dict[str, list[torch.Tensor]] = {"q": [], "k": [], "v": []}
+            for _ in range(a.num_query_groups):
+                heads["q"] += [next(rows) for _ in range(q)]
+                heads["k"].append(next(rows))
+                heads["v"].append(next(rows))
+            for part, tensors in heads.items():
+                result[f"{theirs}self_attn.{part}_proj.{kind}"] = torch.cat(tensors)
+        if a.family == "qwen3":
+            for part in "qk":
+                norm = source[f"{ours}self_attention.{part}_layernorm.weight", layer]
+                result[f"{theirs}self_attn.{part}_norm.weight"] = norm
         result[theirs + "self_attn.o_proj.weight"] = source[ours + "self_attention.linear_proj.weight", layer]
         fc1 = source[ours + "mlp.linear_fc1.weight", layer]
-        if a.family == "llama":
+        if a.family != "nemotron":
             result[theirs + "mlp.gate_proj.weight"] = fc1[: a.ffn_hidden_size]
         result[theirs + "mlp.up_proj.weight"] = fc1[-a.ffn_hidden_size :]
         result[theirs + "mlp.down_proj.weight"] = source[ours + "mlp.linear_fc2.weight", layer]
@@ -249,10 +260,9 @@ def test_configs(folder: Path, converted: dict[str, Any], case: str) -> None:
 
 
 def test_every_family_has_a_row_for_every_parameter() -> None:
-    from minitron_mcore.architecture import FAMILIES
     from minitron_mcore.layout import parameter_table
 
-    assert set(known_families()) == set(FAMILIES)
+    assert set(known_families()) == {"llama", "mistral", "nemotron", "qwen2", "qwen3"}
     for name, family in known_families().items():
         parameters = parameter_table(build_architecture({**SHAPE, "family": name}))
         assert {row.key for row in family.tensors} == {parameter.key for parameter in parameters}

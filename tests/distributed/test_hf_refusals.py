@@ -13,11 +13,11 @@ import yaml
 from safetensors.torch import save_file
 
 from minitron_mcore.architecture import build_architecture
+from minitron_mcore.checkpoint.conversion import units
 from minitron_mcore.checkpoint.export import export_checkpoint
-from minitron_mcore.checkpoint.families.find import known_families
-from minitron_mcore.checkpoint.families.table import units
 from minitron_mcore.checkpoint.import_hf import SafetensorsFolder, import_checkpoint, read_config
 from minitron_mcore.errors import InputError
+from minitron_mcore.families.find import known_families
 from minitron_mcore.runtime.config import ParallelConfig
 from tests.distributed.hf_cases import SHAPE, alone, architecture_of, save_with_transformers, tensors_of
 from tests.distributed.models import start_layout

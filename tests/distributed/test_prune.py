@@ -23,6 +23,7 @@ from tests.distributed.ranks import run_on_ranks
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("llama", {}, "fp32"),
     "nemotron": ("nemotron", {}, "fp32"),
+    "qwen": ("qwen3", {"add_qkv_bias": True}, "fp32"),  # Qwen3's norms, and Qwen2's biases besides
     # Two query heads in each of four groups, so that it can be split four ways.
     "tied-bf16": (
         "llama",
@@ -90,11 +91,16 @@ def teacher_tensors(architecture: Architecture) -> dict[str, torch.Tensor]:
         shapes[layer + f"self_attention.linear_qkv.layer_norm_{part}"] = (6, h)
         shapes[layer + f"mlp.linear_fc1.layer_norm_{part}"] = (6, h)
         shapes[f"decoder.final_layernorm.{part}"] = (h,)
+    if a.add_qkv_bias:
+        shapes[layer + "self_attention.linear_qkv.bias"] = (6, (a.num_attention_heads + 2 * groups) * d)
+    if a.qk_layernorm:
+        shapes |= {f"{layer}self_attention.{part}_layernorm.weight": (6, d) for part in "qk"}
     if a.untie_embeddings_and_output_weights:
         shapes["output_layer.weight"] = (a.padded_vocab_size, h)
     generator = torch.Generator().manual_seed(11)
     return {
-        key: torch.randn(shape, generator=generator) * (0.3 if "norm" in key else 0.08) + ("norm_weight" in key)
+        key: torch.randn(shape, generator=generator) * (0.3 if "norm" in key else 0.08)
+        + key.endswith(("norm_weight", "norm.weight"))
         for key, shape in sorted(shapes.items())
     }
 
@@ -113,11 +119,14 @@ def sliced(teacher: dict[str, torch.Tensor], plan: PruningPlan) -> dict[str, tor
             one, neurons, heads = whole[layer], plan.ffn[layer], plan.heads[layer]
             if "layer_norm" in key:
                 one = one[plan.hidden]
+            elif "k_layernorm" in key or "q_layernorm" in key:
+                pass
             elif "linear_qkv" in key:
                 by_group = one.view(groups, q + 2, d, -1)
                 places = [[head - group * q for head in heads if head // q == group] for group in range(groups)]
                 parts = [by_group[group, [*places[group], q, q + 1]].flatten(0, 1) for group in range(groups)]
-                one = torch.cat(parts)[:, plan.hidden]
+                one = torch.cat(parts)
+                one = one.flatten() if key.endswith("bias") else one[:, plan.hidden]
             elif "linear_proj" in key:
                 one = one.view(-1, a.num_attention_heads, d)[plan.hidden][:, heads].flatten(1)
             elif "linear_fc1" in key:
@@ -251,7 +260,7 @@ def mask(model: Any, plan: PruningPlan, axes: tuple[str, ...]) -> None:
 def load_students(root: Path, world_size: int) -> dict[tuple[str, str], torch.Tensor]:
     """(model, layout it is loaded at) -> logits of a student that was written at another."""
     result = {}
-    for model in ("llama", "nemotron"):
+    for model in ("llama", "nemotron", "qwen"):
         for name, parallel in LOADS[world_size].items():
             result[model, name] = logits_at(root / model / "TP2-PP2", plan_of(model).student, parallel, world_size)
         if world_size == 2:
@@ -306,7 +315,7 @@ def test_every_layout_writes_the_bits_of_plain_slicing(
 def test_a_student_loads_at_every_other_layout(root: Path) -> None:
     """fp32 logits of order one; 1e-5 covers the order of the tensor-parallel sums."""
     found = run_on_ranks(load_students, 1, root, 1)[0] | run_on_ranks(load_students, 2, root, 2)[0]
-    for model in ("llama", "nemotron"):
+    for model in ("llama", "nemotron", "qwen"):
         expected = found[model, "1"]
         assert expected.std() > 0.05
         for name in LOADS[2]:
@@ -329,7 +338,7 @@ def masked_and_pruned(root: Path) -> dict[tuple[str, str], tuple[torch.Tensor, t
     from minitron_mcore.runtime.start import start
 
     result = {}
-    for model in ("llama", "nemotron"):
+    for model in ("llama", "nemotron", "qwen"):
         teacher, architecture = root / model / "teacher", architecture_of(model)
         untouched = logits_at(teacher, architecture, {}, 1)
         for name, fields in MASKS.items():

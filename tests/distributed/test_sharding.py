@@ -14,6 +14,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"num_layers": 4}),
     "nemotron": ("nemotron", {"num_layers": 4}),
     "tied": ("llama", {"num_layers": 4, "untie_embeddings_and_output_weights": False}),
+    "qwen": ("qwen3", {"num_layers": 4, "add_qkv_bias": True}),
     "uneven": ("nemotron", {"num_layers": 5}),
 }
 LAYOUTS: dict[int, list[dict[str, Any]]] = {

@@ -1,8 +1,8 @@
 """The trained model does not depend on the layout: loss, every gradient, the optimizer, ten steps.
 
-From one model (same seed, same global parameters), fp32, at seven layouts, for both families. Tolerances: layouts sum
-the same numbers in another order, which in fp32 leaves about 1e-7 in a loss and 1e-6 in a gradient's norm; a wrong
-factor of TP, PP or DP leaves 0.5 or more. Elementwise comparison of gradients is meaningless near zero.
+From one model (same seed, same global parameters), fp32, at seven layouts, for every kind of block. Tolerances:
+layouts sum the same numbers in another order, which in fp32 leaves about 1e-7 in a loss and 1e-6 in a gradient's norm;
+a wrong factor of TP, PP or DP leaves 0.5 or more. Elementwise comparison of gradients is meaningless near zero.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from tests.distributed.models import (
 )
 from tests.distributed.ranks import run_on_ranks
 
-FAMILIES = ("llama", "nemotron", "llama-tied", "llama-distill", "nemotron-distill")
+FAMILIES = ("llama", "nemotron", "qwen", "llama-tied", "llama-distill", "nemotron-distill")
 OTHERS = [name for name in LAYOUTS if name != "1"]
 
 
 def architecture_of(family: str) -> Any:
     name, _, variant = family.partition("-")
+    if name == "qwen":  # Qwen3's norms of queries and keys, and Qwen2's biases besides
+        return tiny("qwen3", add_qkv_bias=True)
     return tiny(name, untie_embeddings_and_output_weights=variant != "tied")
 
 

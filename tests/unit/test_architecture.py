@@ -16,6 +16,7 @@ from minitron_mcore.architecture import (
     save_architecture,
 )
 from minitron_mcore.errors import InputError
+from minitron_mcore.families.find import known_families
 
 SMALL: dict[str, Any] = {
     "num_layers": 3,
@@ -38,8 +39,8 @@ RELEASED = {
     "Llama-3.1-8B": ("llama", 32, 4096, 14336, 32, 128256, "8.03", "6.98"),
     "Llama-3.1-Minitron-4B-Width": ("llama", 32, 3072, 9216, 32, 128256, "4.51", "3.72"),
     "Llama-3.1-Minitron-4B-Depth": ("llama", 16, 4096, 14336, 32, 128256, "4.54", "3.49"),
-    "Mistral-NeMo 12B": ("llama", 40, 5120, 14336, 32, 131072, "12.25", "10.91"),
-    "Mistral-NeMo-Minitron-8B": ("llama", 40, 4096, 11520, 32, 131072, "8.41", "7.34"),
+    "Mistral-NeMo 12B": ("mistral", 40, 5120, 14336, 32, 131072, "12.25", "10.91"),
+    "Mistral-NeMo-Minitron-8B": ("mistral", 40, 4096, 11520, 32, 131072, "8.41", "7.34"),
 }
 
 
@@ -66,9 +67,10 @@ def test_released_models_have_the_printed_sizes(name: str) -> None:
     assert f"{model.num_non_embedding_parameters / 1e9:.2f}" == without_embeddings
 
 
+@pytest.mark.parametrize("family", known_families())
 @pytest.mark.parametrize("tied", [False, True])
-def test_parameters_are_as_many_as_in_transformers(tied: bool) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM, NemotronConfig, NemotronForCausalLM
+def test_parameters_are_as_many_as_in_transformers(tied: bool, family: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     fields: dict[str, Any] = {
         "num_hidden_layers": 3,
@@ -81,10 +83,9 @@ def test_parameters_are_as_many_as_in_transformers(tied: bool) -> None:
         "tie_word_embeddings": tied,
     }
     with torch.device("meta"):
-        llama, nemotron = LlamaForCausalLM(LlamaConfig(**fields)), NemotronForCausalLM(NemotronConfig(**fields))
-    for family, theirs in (("llama", llama), ("nemotron", nemotron)):
-        ours = small(family=family, untie_embeddings_and_output_weights=not tied)
-        assert ours.num_parameters == theirs.num_parameters()
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+    ours = small(family=family, untie_embeddings_and_output_weights=not tied)
+    assert ours.num_parameters == theirs.num_parameters()
 
 
 def matrix_products(model: Architecture, s: int) -> None:
@@ -142,7 +143,7 @@ def test_defaults_follow_from_the_family_and_the_other_fields() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"family": "gpt5"}, "family='gpt5' is not known: choose one of llama, nemotron"),
+        ({"family": "gpt5"}, "family='gpt5' is not known: choose one of llama, mistral, nemotron, qwen2, qwen3"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_layer": 3}, "'num_layer' is no field"),
         ({"num_layers": 0}, "num_layers=0 must be a whole number of at least 1"),

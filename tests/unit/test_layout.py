@@ -31,7 +31,7 @@ def model(**changes: Any) -> Architecture:
     return build_architecture({**fields, **changes})
 
 
-@pytest.mark.parametrize("family", ["llama", "nemotron"])
+@pytest.mark.parametrize("family", ["llama", "nemotron", "qwen2", "qwen3"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_shards_cover_the_sharded_axis_exactly_once(family: str, size: int) -> None:
     architecture = model(family=family)

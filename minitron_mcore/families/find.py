@@ -6,9 +6,9 @@ import importlib
 import pkgutil
 from functools import cache
 
-from minitron_mcore.checkpoint import families
-from minitron_mcore.checkpoint.families.table import Family
+from minitron_mcore import families
 from minitron_mcore.errors import InputError
+from minitron_mcore.families.table import Family
 
 
 @cache

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.families.table import Family, Row
-from minitron_mcore.errors import InputError
+from minitron_mcore.families.rotary import plain_from_config, plain_to_config
+from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
 
-LAYER = "decoder.layers."
-THEIRS = "model.layers.{layer}."
+if TYPE_CHECKING:
+    from minitron_mcore.architecture import Architecture
 
 
 def rotary_to_config(a: Architecture) -> dict[str, Any]:
-    return {"rope_theta": a.rotary_base, "partial_rotary_factor": a.rotary_percent}
+    return {**plain_to_config(a), "partial_rotary_factor": a.rotary_percent}
 
 
 def rotary_from_config(config: dict[str, Any]) -> dict[str, Any]:
-    rope = config["rope_parameters"]
-    if rope["rope_type"] != "default":
-        raise InputError(f"rope_type={rope['rope_type']!r} is not supported: Nemotron's rotary embedding is not scaled")
-    return {"rotary_base": rope["rope_theta"], "rotary_percent": rope["partial_rotary_factor"]}
+    return {**plain_from_config(config), "rotary_percent": config["rope_parameters"]["partial_rotary_factor"]}
 
 
 FAMILY = Family(
@@ -62,7 +58,10 @@ FAMILY = Family(
         "gated_linear_unit": False,
         "activation": "squared_relu",
         "rope_scaling": None,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
     },
+    defaults={"rotary_base": 10000.0, "rotary_percent": 0.5},
     constants={"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False},
     to_config=rotary_to_config,
     from_config=rotary_from_config,

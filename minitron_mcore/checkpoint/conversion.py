@@ -1,4 +1,4 @@
-"""What a family's file consists of: rows of tensor names, the layouts between the two sides, and config fields.
+"""Checkpoint tensors <-> Hugging Face tensors: a family's rows applied to an Architecture.
 
 Legend: G query groups, q query heads in a group, d head dimension, f ffn, h hidden, V vocabulary. A layout works on
 whole tensors and on tensor-parallel parts alike: rank r's part of a checkpoint tensor is made of the contiguous r-th
@@ -8,13 +8,12 @@ parts of its Hugging Face tensors, along the same axis.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.errors import InputError
+from minitron_mcore.families.table import Family
 from minitron_mcore.layout import Parameter, parameter_table
 
 
@@ -46,36 +45,6 @@ LAYOUTS = {
     "gate_up": Layout(lambda tensor, a: list(tensor.chunk(2)), lambda parts, a: torch.cat(parts)),
     "qkv": Layout(_split_qkv, _join_qkv),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One checkpoint tensor and its Hugging Face names; `{layer}` stands for the layer's number."""
-
-    key: str
-    names: tuple[str, ...]
-    layout: str = "same"
-
-
-@dataclass(frozen=True)
-class Family:
-    """One Hugging Face architecture.
-
-    `fields` maps Architecture fields to config keys of the same meaning. `fixed` are Architecture fields that the
-    config cannot say, hence must have the family's values; `constants` are config keys that have no field here, hence
-    must hold these values. `to_config` and `from_config` translate the rest (activation, rotary embedding), `refuse`
-    raises InputError for a shape that transformers does not accept; its second argument names the key to blame.
-    """
-
-    model_type: str
-    hugging_face_class: str
-    tensors: tuple[Row, ...]
-    fields: dict[str, str]
-    fixed: dict[str, Any]
-    constants: dict[str, Any]
-    to_config: Callable[[Architecture], dict[str, Any]]
-    from_config: Callable[[dict[str, Any]], dict[str, Any]]
-    refuse: Callable[[Architecture, str], None] = field(default=lambda architecture, where: None)
 
 
 @dataclass(frozen=True)
@@ -111,42 +80,3 @@ def units(family: Family, architecture: Architecture) -> list[Unit]:
         *(unit(parameter, layer) for layer in range(architecture.num_layers) for parameter in per_layer),
         *(unit(parameter, None) for parameter in after),
     ]
-
-
-def config_of(family: Family, architecture: Architecture, where: str) -> dict[str, Any]:
-    """The shape's part of `config.json`.
-
-    Raises InputError, blaming the key `where`, for an architecture that the family's config cannot say.
-    """
-    for name, needed in family.fixed.items():
-        if (value := getattr(architecture, name)) != needed:
-            raise InputError(
-                f"{where}: {name}={value!r} cannot be said in a {family.hugging_face_class} config, "
-                f"where it is always {needed!r}"
-            )
-    family.refuse(architecture, where)
-    return {
-        "architectures": [family.hugging_face_class],
-        "model_type": family.model_type,
-        **{theirs: getattr(architecture, ours) for ours, theirs in family.fields.items()},
-        "tie_word_embeddings": not architecture.untie_embeddings_and_output_weights,
-        **family.constants,
-        **family.to_config(architecture),
-    }
-
-
-def fields_of(family: Family, config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Architecture fields from a whole Hugging Face config (defaults filled in).
-
-    Raises InputError, naming the file `where`, for a config that asks for what the family's model does not have.
-    """
-    for name, needed in family.constants.items():
-        if (value := config.get(name, needed)) != needed:
-            raise InputError(
-                f"{where}: {name}={value!r} is not supported for model_type={family.model_type!r}, only {needed!r}"
-            )
-    return {
-        **{ours: config[theirs] for ours, theirs in family.fields.items()},
-        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
-        **family.from_config(config),
-    }

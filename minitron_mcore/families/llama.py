@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.families.table import Family, Row
 from minitron_mcore.errors import InputError
+from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
 
-LAYER = "decoder.layers."
-THEIRS = "model.layers.{layer}."
+if TYPE_CHECKING:
+    from minitron_mcore.architecture import Architecture
 
 
 def rotary_to_config(a: Architecture) -> dict[str, Any]:
@@ -81,7 +80,10 @@ FAMILY = Family(
         "gated_linear_unit": True,
         "activation": "silu",
         "rotary_percent": 1.0,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
     },
+    defaults={"rotary_base": 500000.0},
     constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     to_config=rotary_to_config,
     from_config=rotary_from_config,

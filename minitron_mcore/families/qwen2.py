@@ -1,0 +1,26 @@
+"""Qwen2 and Qwen2.5: Llama's block with biases on queries, keys and values."""
+
+from __future__ import annotations
+
+from minitron_mcore.families import llama
+from minitron_mcore.families.rotary import plain_from_config, plain_to_config
+from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
+
+FAMILY = Family(
+    model_type="qwen2",
+    hugging_face_class="Qwen2ForCausalLM",
+    tensors=(
+        *llama.FAMILY.tensors,
+        Row(
+            LAYER + "self_attention.linear_qkv.bias",
+            tuple(f"{THEIRS}self_attn.{part}_proj.bias" for part in "qkv"),
+            "qkv",
+        ),
+    ),
+    fields=llama.FAMILY.fields,
+    fixed={**llama.FAMILY.fixed, "rope_scaling": None, "add_qkv_bias": True},
+    defaults={"rotary_base": 1000000.0},
+    constants={"hidden_act": "silu", "use_sliding_window": False},
+    to_config=plain_to_config,
+    from_config=plain_from_config,
+)
