@@ -28,7 +28,7 @@ VERBS = {
     "distill": ("distill", "train the student from the co-located teacher, for a token budget"),
     "evaluate": ("evaluate", "held-out LM loss and perplexity of a checkpoint"),
     "export": ("export", "Megatron checkpoint -> Hugging Face folder"),
-    "inspect": ("inspect", "what a folder or file is, and whether it is whole: inspect PATH [json=true]"),
+    "inspect": ("inspect", "what a folder or file is, and whether it is whole: inspect PATH [--json] [--verify]"),
     "run": ("run", "the whole recipe, stage by stage, resumable"),
 }
 
@@ -45,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("verb", choices=sorted(VERBS), metavar="VERB", help="what to do, see below")
     parser.add_argument("--config", metavar="RECIPE.yaml", help="the recipe; defaults where left out")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
+    parser.add_argument("--json", action="store_true", help="inspect: print JSON, not a table (the key json=true)")
+    parser.add_argument("--verify", action="store_true", help="inspect: read every tensor too (the key verify=true)")
     parser.add_argument("--version", action="version", version=f"minitron_mcore {__version__}")
     return parser
 
@@ -57,19 +59,31 @@ def overrides_of(verb: str, words: list[str]) -> list[str]:
     return [f"path={json.dumps(word)}" if word == bare[0] else word for word in words]
 
 
+def flags_of(options: argparse.Namespace) -> list[str]:
+    """The flags of `inspect` as key=value. Raises InputError where another verb has one."""
+    given = [name for name in ("json", "verify") if getattr(options, name)]
+    if given and options.verb != "inspect":
+        raise InputError(f"--{given[0]} is a flag of inspect alone: leave it out, or write a key as key=value")
+    return [f"{name}=true" for name in given]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
     options = build_parser().parse_intermixed_args(arguments)
     try:
         from minitron_mcore.recipe import load_recipe
 
-        recipe = load_recipe(options.config, overrides_of(options.verb, options.overrides))
+        words = [*overrides_of(options.verb, options.overrides), *flags_of(options)]
+        recipe = load_recipe(options.config, words)
         from minitron_mcore.runtime.start import quiet_libraries, start, stop
 
         quiet_libraries()
+        from minitron_mcore.checkpoint.unpickle import trusting
+
         stage = importlib.import_module(f"minitron_mcore.stages.{VERBS[options.verb][0]}")
         runtime = start()
-        stage.run(recipe, runtime)
+        with trusting(recipe.trust):
+            stage.run(recipe, runtime)
         stop()
     except InputError as error:
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0:

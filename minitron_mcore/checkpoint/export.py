@@ -3,6 +3,7 @@
     HF/config.json, generation_config.json, README.md
     HF/model.safetensors, or model-00001-of-0000N.safetensors … with model.safetensors.index.json
     HF/tokenizer.json …
+    HF/manifest.json                  a checksum of every tensor and every small file (see manifest.py)
 
 The first rank reads and writes; the others wait, file by file. The folder appears whole, or not at all.
 """
@@ -20,14 +21,16 @@ from typing import Any
 
 import torch
 
-from minitron_mcore.families.find import find_family
+from minitron_mcore.checkpoint.companions import token_ids, write_companions
 from minitron_mcore.checkpoint.conversion import units
-from minitron_mcore.families.table import config_of
 from minitron_mcore.checkpoint.folder import read_architecture
+from minitron_mcore.checkpoint.manifest import StoredPiece, write_manifest
 from minitron_mcore.checkpoint.model_card import model_card
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.safetensors_file import Entry, split_files, write_safetensors
 from minitron_mcore.errors import InputError
+from minitron_mcore.families.find import find_family
+from minitron_mcore.families.table import config_of
 from minitron_mcore.runtime.start import Runtime
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -69,6 +72,7 @@ class _Export:
         self.folder, self.iteration, self.target = folder, iteration, target
         self.max_shard_bytes = max_shard_bytes
         self.temporary = target.parent / f".unfinished_{target.name}"
+        self.stored: list[StoredPiece] = []
         self.begun = False
 
     def begin(self) -> int:
@@ -96,15 +100,21 @@ class _Export:
         """One safetensors file. The stream of tensors goes on over file ends, since one parameter makes several."""
         entries = self.files[number]
         path = self.temporary / self._file_name(number)
-        self._guard(lambda: write_safetensors(path, entries, islice(self.stream, len(entries))))
+
+        def write() -> None:
+            checksums = write_safetensors(path, entries, islice(self.stream, len(entries)))
+            for entry, checksum in zip(entries, checksums, strict=True):
+                dtype = str(entry.dtype).removeprefix("torch.")
+                self.stored.append(StoredPiece(entry.name, (), entry.shape, dtype, checksum))
+
+        self._guard(write)
 
     def finish(self, bos: int | None, eos: int | None, save_tokenizer: Callable[[Path], None] | None) -> None:
         """What lies beside the weights; then the folder gets its name."""
-        marks = {"bos_token_id": bos, "eos_token_id": eos}
+        marks = token_ids(self.folder, {"bos_token_id": bos, "eos_token_id": eos})
         dtype = str(self.files[0][0].dtype).removeprefix("torch.")
         documents: dict[str, dict[str, Any]] = {
             "config.json": {**self.config, **marks, "torch_dtype": dtype, "use_cache": True},
-            "generation_config.json": {"_from_model_config": True, **marks},
         }
         if len(self.files) > 1:
             documents["model.safetensors.index.json"] = self._index()
@@ -113,9 +123,11 @@ class _Export:
             for name, content in documents.items():
                 (self.temporary / name).write_text(json.dumps(content, indent=2) + "\n")
             card = model_card(self.target.name, self.architecture, self.folder, self.iteration)
-            (self.temporary / "README.md").write_text(card)
+            (self.temporary / "README.md").write_text(card, encoding="utf-8")
+            write_companions(self.folder, self.temporary, marks)
             if save_tokenizer is not None:
                 save_tokenizer(self.temporary)
+            write_manifest(self.temporary, self.stored)
             os.rename(self.temporary, self.target)
 
         self._guard(write)

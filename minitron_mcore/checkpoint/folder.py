@@ -2,10 +2,14 @@
 
 DIR/architecture.yaml                     what the model is
 DIR/tokenizer/                            the tokenizer it was trained with
+DIR/hugging_face/                         what lay beside the imported weights (companions.py)
 DIR/recipe.yaml                           the recipe that made it, resolved
 DIR/lineage.yaml                          where it comes from: teacher, plan, data
 DIR/iter_0000100/                         weights (and optimizer), in Megatron's torch_dist form
 DIR/latest_checkpointed_iteration.txt     written last, once the iteration is whole
+
+Other projects on megatron-core write the last two alone; what the model is then follows from what lies in the
+iteration (foreign.py). An iteration's folder may be named instead of DIR, as one that was copied alone.
 """
 
 from __future__ import annotations
@@ -26,7 +30,22 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:
-    return folder / f"iter_{iteration:07d}"
+    """Where to read an iteration of the checkpoint `folder`."""
+    return folder if is_iteration(folder) else folder / _name(iteration)
+
+
+def _name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def is_iteration(folder: Path) -> bool:
+    """Whether `folder` is itself a finished iteration, not the folder of several."""
+    return (folder / "metadata.json").is_file() and not (folder / TRACKER).exists()
+
+
+def beside(folder: Path, name: str) -> Path:
+    """Where `name` lies that describes the checkpoint `folder`: in it, or in its parent where it is an iteration."""
+    return folder.parent / name if is_iteration(folder) and (folder.parent / name).exists() else folder / name
 
 
 def latest_iteration(folder: Path) -> int | None:
@@ -56,6 +75,15 @@ def find_checkpoint(folder: str | Path | None, key: str) -> tuple[Path, int]:
     path = Path(folder)
     if not path.is_dir():
         raise InputError(f"{key}={path} is not there: name the folder of a checkpoint")
+    if (
+        (path / TRACKER).is_file()
+        and (path / TRACKER).read_bytes().strip() == b"release"
+        and is_iteration(path / "release")
+    ):
+        path = path / "release"  # how Megatron-LM's converters name what has no iteration
+    if is_iteration(path):
+        number = path.resolve().name.removeprefix("iter_")
+        return path, int(number) if number.isdecimal() else 0
     iteration = latest_iteration(path)
     if iteration is None:
         raise InputError(f"{key}={path} holds no finished checkpoint: {TRACKER} is missing")
@@ -63,7 +91,32 @@ def find_checkpoint(folder: str | Path | None, key: str) -> tuple[Path, int]:
 
 
 def read_architecture(folder: Path) -> Architecture:
-    return load_architecture(folder / "architecture.yaml")
+    """The model in `folder`: as architecture.yaml says, else as another project's files in its newest iteration.
+
+    Raises InputError where nothing says it, or where the stored tensors contradict it.
+    """
+    if (described := beside(folder, "architecture.yaml")).is_file():
+        return load_architecture(described)
+    from minitron_mcore.checkpoint.foreign import infer_architecture
+
+    place = _newest(folder)
+    return load_architecture(described) if place is None else infer_architecture(place)
+
+
+def said_by(folder: Path) -> str:
+    """The file that `read_architecture` reads, for messages."""
+    from minitron_mcore.checkpoint.foreign import description_file
+
+    described = beside(folder, "architecture.yaml")
+    place = None if described.is_file() else _newest(folder)
+    return str(described if place is None else description_file(place))
+
+
+def _newest(folder: Path) -> Path | None:
+    if is_iteration(folder):
+        return folder
+    newest = latest_iteration(folder)
+    return None if newest is None else iteration_folder(folder, newest)
 
 
 def write_description(
@@ -84,19 +137,19 @@ def write_description(
 
 
 def read_lineage(folder: Path) -> dict[str, Any]:
-    path = folder / "lineage.yaml"
+    path = beside(folder, "lineage.yaml")
     return read_mapping(path) if path.is_file() else {}
 
 
 def tokenizer_folder(folder: Path) -> Path | None:
     """The tokenizer that lies beside a checkpoint; None where there is none."""
-    target = folder / "tokenizer"
+    target = beside(folder, "tokenizer")
     return target if target.is_dir() else None
 
 
 def finish_iteration(folder: Path, temporary: Path, iteration: int) -> None:
     """Make a fully written iteration count: rename it into place, then move the tracker on. One rank calls."""
-    target = iteration_folder(folder, iteration)
+    target = folder / _name(iteration)
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)

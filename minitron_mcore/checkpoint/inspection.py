@@ -1,4 +1,6 @@
-"""What a folder of weights is, and whether it is whole, as far as names, shapes and sizes tell: no tensor is read.
+"""What a folder of weights is, and whether it is whole.
+
+As far as names, shapes and sizes tell; only `verify` reads the tensors.
 
 Nothing here is a collective, and nothing writes. Every function gives a mapping that JSON can hold, or raises
 InputError with the file and tensor that are wrong.
@@ -15,19 +17,22 @@ import torch
 import yaml
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.families.find import find_family
 from minitron_mcore.checkpoint.conversion import units
 from minitron_mcore.checkpoint.folder import (
     TRACKER,
+    is_iteration,
     iteration_folder,
     latest_iteration,
     read_architecture,
     read_lineage,
+    said_by,
 )
-from minitron_mcore.checkpoint.import_hf import INDEX, SafetensorsFolder, read_config
+from minitron_mcore.checkpoint.import_hf import read_config
+from minitron_mcore.checkpoint.integrity import Verification, verify_checkpoint, verify_hugging_face
 from minitron_mcore.checkpoint.reader import TensorReader
-from minitron_mcore.checkpoint.safetensors_file import TYPE_NAMES
+from minitron_mcore.checkpoint.safetensors_folder import INDEX, SafetensorsFolder
 from minitron_mcore.errors import InputError
+from minitron_mcore.families.find import find_family
 from minitron_mcore.files import read_mapping
 from minitron_mcore.layout import parameter_table
 
@@ -105,20 +110,12 @@ def check_iteration(folder: Path, iteration: int, architecture: Architecture) ->
     if not (place / "metadata.json").is_file():
         raise InputError(f"{place} is not a finished checkpoint: metadata.json is missing")
     reader = TensorReader(folder, iteration)
-    table = parameter_table(architecture)
-    for parameter in table:
-        if parameter.key not in reader.tensors:
-            raise InputError(f"{place} holds no {parameter.key}: architecture.yaml beside it is of another model")
-        shape = parameter.shape(architecture)
-        shape = (architecture.num_layers, *shape) if parameter.per_layer else shape
-        found = tuple(reader.tensors[parameter.key].size)
-        if found != shape:
-            raise InputError(f"{place}: {parameter.key} is of shape {found}, but architecture.yaml means {shape}")
+    reader.check(architecture, said_by(folder))
     for key, entry in reader.tensors.items():
         if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
             raise InputError(f"{place}: the stored parts of {key} do not add up to its shape {tuple(entry.size)}")
     return {
-        "dtypes": sorted({_name(reader.dtype(parameter.key)) for parameter in table}),
+        "dtypes": sorted({_name(reader.dtype(parameter.key)) for parameter in parameter_table(architecture)}),
         "optimizer": any(key.startswith("optimizer.") for key in reader.tensors),
         "stored_bytes": _check_files(place, reader),
     }
@@ -155,20 +152,32 @@ def inspect_hugging_face(folder: Path) -> dict[str, Any]:
         files.check(wanted, architecture)
     except InputError as error:
         raise InputError(str(error).removeprefix("hf=")) from error
-    names = {short: _name(dtype) for dtype, short in TYPE_NAMES.items()}
-    dtypes = {files.handles[files.places[name]].get_slice(name).get_dtype() for unit in wanted for name in unit.names}
+    dtypes = {_name(files.dtype(name)) for unit in wanted for name in unit.names}
     used = sorted(set(files.places.values()))
     other = sorted({path.name for path in folder.glob("*.safetensors")} - set(used))
     return {
         "path": str(folder),
         "kind": "hugging_face",
         **describe_architecture(architecture),
-        "dtypes": sorted(names.get(dtype, dtype) for dtype in dtypes),
+        "dtypes": sorted(dtypes),
         "files": len(used),
         "stored_bytes": sum((folder / name).stat().st_size for name in used),
         "lineage": _card_lineage(folder / "README.md"),
         "warnings": [f"{name} belongs to no index: it is not read" for name in other],
     }
+
+
+def verify(path: Path) -> Verification:
+    """Read every tensor of a checkpoint (its newest finished iteration) or of a Hugging Face folder, whatever wrote it.
+
+    Compared with the manifest's checksums, sizes and names, where one lies there. One process calls; one stored piece
+    is in memory at a time. Raises InputError where `path` is a checkpoint without a finished iteration, or neither.
+    """
+    if is_iteration(path) or is_checkpoint(path):
+        return verify_checkpoint(path)
+    if is_hugging_face(path):
+        return verify_hugging_face(path)
+    raise InputError(f"path={path} is no folder of weights: name a checkpoint or a Hugging Face folder")
 
 
 def _with_mappings(folder: Path) -> Path:

@@ -1,4 +1,7 @@
-"""The model card of an exported model: what it is and where it comes from, as far as its checkpoint says."""
+"""The model card of an exported model: what it is and where it comes from, as far as its checkpoint says.
+
+Nothing in it is a guess: what neither the checkpoint nor the folder it was imported from states is left out.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +12,95 @@ from typing import Any
 import yaml
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import read_lineage
+from minitron_mcore.checkpoint.companions import source_card
+from minitron_mcore.checkpoint.folder import beside, read_lineage
+from minitron_mcore.errors import InputError
+from minitron_mcore.plan import PruningPlan, load_plan
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+# A stage in the lineage -> the tag it makes.
+TAGS = {"prune": "pruned", "distill": "knowledge-distillation"}
 
 
 def model_card(name: str, architecture: Architecture, folder: Path, iteration: int) -> str:
     """Markdown, with the front matter that model hubs read; lineage and results are read from beside the weights."""
-    a = architecture
-    rows = {
-        "parameters": f"{a.num_parameters:,}",
-        "non-embedding parameters": f"{a.num_non_embedding_parameters:,}",
-        **{field: str(getattr(a, field)) for field in SHAPE},
-        "vocab_size": str(a.vocab_size),
-    }
+    lineage = read_lineage(folder)
+    plan = _plan(folder, architecture, lineage)
     sections = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        f"---\n{yaml.safe_dump(_front_matter(architecture, folder, lineage), sort_keys=False).strip()}\n---",
         f"# {name}",
-        f"A decoder-only language model of the {a.family} family, exported from iteration {iteration} of a Megatron "
-        "checkpoint by minitron_mcore.",
-        "| | |\n|---|---|\n" + "\n".join(f"| {field} | {value} |" for field, value in rows.items()),
+        f"A decoder-only language model of the {architecture.family} family, exported from iteration {iteration} of a "
+        "Megatron checkpoint by minitron_mcore.",
+        _shape_table(architecture, plan),
+        *([f"Layers kept, of the teacher's {plan.teacher.num_layers}: {_ranges(plan.layers)}."] if plan else []),
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```',
     ]
-    if lineage := read_lineage(folder):
+    if lineage:
         sections += ["## Lineage", f"```yaml\n{yaml.safe_dump(lineage, sort_keys=False).strip()}\n```"]
     if results := _results(folder, iteration):
-        sections += ["## Evaluation", "| | |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in results.items())]
+        rows = "\n".join(f"| {measure} | {value} |" for measure, value in results.items())
+        sections += ["## Evaluation", f"On held-out text, by `minitron evaluate`.\n\n| | |\n|---|---|\n{rows}"]
     return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(architecture: Architecture, folder: Path, lineage: dict[str, Any]) -> dict[str, Any]:
+    stages = {step.get("stage") for step in _past(lineage)}
+    tags = [architecture.family, "minitron_mcore", *(tag for stage, tag in TAGS.items() if stage in stages)]
+    return {"library_name": "transformers", "pipeline_tag": "text-generation", **source_card(folder), "tags": tags}
+
+
+def _past(lineage: Any) -> list[dict[str, Any]]:
+    """The lineages of the weights themselves, newest first, down to the pruning: what a teacher went through is not."""
+    if not isinstance(lineage, dict):
+        return []
+    return [lineage, *_past(lineage.get("student")), *_past(lineage.get("lineage"))]
+
+
+def _plan(folder: Path, architecture: Architecture, lineage: dict[str, Any]) -> PruningPlan | None:
+    """The plan beside the weights, where it is the one the lineage names and made this shape."""
+    try:
+        plan = load_plan(beside(folder, "plan.json"))
+    except InputError:
+        return None
+    plans = [step["plan"] for step in _past(lineage) if isinstance(step.get("plan"), dict)]
+    same_shape = all(getattr(plan.student, field) == getattr(architecture, field) for field in SHAPE)
+    return plan if same_shape and plans and plans[0].get("fingerprint") == plan.fingerprint else None
+
+
+def _shape_table(architecture: Architecture, plan: PruningPlan | None) -> str:
+    models = [architecture, *([plan.teacher] if plan else [])]
+    rows = {
+        "parameters": [f"{model.num_parameters:,}" for model in models],
+        "non-embedding parameters": [f"{model.num_non_embedding_parameters:,}" for model in models],
+        **{field: [str(getattr(model, field)) for model in models] for field in (*SHAPE, "vocab_size")},
+    }
+    head = "| | this model | its teacher |\n|---|---|---|" if plan else "| | |\n|---|---|"
+    return "\n".join([head, *(f"| {field} | {' | '.join(values)} |" for field, values in rows.items())])
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0–2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
 
 
 def _results(folder: Path, iteration: int) -> dict[str, Any]:
     """Numbers that `evaluate` left beside the weights, if they are this iteration's."""
-    path = folder / "results.json"
+    path = beside(folder, "results.json")
     if not path.is_file():
         return {}
-    results = json.loads(path.read_text())
-    if results.pop("iteration", None) != iteration:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    if not isinstance(results, dict) or results.pop("iteration", None) != iteration:
         return {}
     results.pop("checkpoint", None)
     return results

@@ -1,46 +1,114 @@
-"""Whole tensors out of a torch_dist checkpoint, one at a time, by one process alone.
+"""Tensors out of a torch_dist checkpoint, each rank just its parts, one parameter at a time.
 
-`dist_checkpointing.load` is a collective; what only one rank does (export) reads through this instead.
+Everything that reads weights reads through this: whatever layout and names they were saved under, whoever wrote them.
+`dist_checkpointing.load` would unpickle what it finds (see unpickle.py), knows one set of names, and is a collective.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import iteration_folder
+from minitron_mcore.checkpoint.stored_names import Place, StoredNames
+from minitron_mcore.checkpoint.unpickle import read_common, read_metadata
 from minitron_mcore.errors import InputError
+from minitron_mcore.layout import Parameter, local_shape, parameter_table, shard_slices
+
+T = TypeVar("T")
+# Which fields of an Architecture an axis of the layout table is made of.
+FIELDS = {
+    "vocab": ("padded_vocab_size",),
+    "hidden": ("hidden_size",),
+    "qkv": ("num_attention_heads", "num_query_groups", "kv_channels"),
+    "heads": ("num_attention_heads", "kv_channels"),
+    "head": ("kv_channels",),
+    "ffn": ("ffn_hidden_size",),
+    "gated_ffn": ("ffn_hidden_size",),
+}
 
 
 class TensorReader:
-    """Reads global tensors of one finished iteration, whatever layout it was saved at. No collective."""
+    """Reads tensors of one finished iteration, whatever layout it was saved at. No collective.
+
+    `tensors`: what is stored, by stored name. Raises InputError where the iteration is damaged, or where a file of it
+    asks for code to be run (see unpickle.py).
+    """
 
     def __init__(self, folder: Path, iteration: int) -> None:
         self.folder = iteration_folder(folder, iteration)
+        metadata = read_metadata(self.folder)
+        read_common(self.folder)
         self.storage = FileSystemReader(self.folder)
-        try:
-            metadata: Metadata = self.storage.read_metadata()
-        except Exception as error:  # unpickling raises whatever the damage led to
-            raise InputError(f"{self.folder} has no readable .metadata: {error}") from error
         self.storage.set_up_storage_reader(metadata, is_coordinator=True)
         self.tensors = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        try:
+            self.names = StoredNames(self.tensors)
+        except InputError as error:
+            raise InputError(f"{self.folder}: {error}") from error
 
-    def _entry(self, key: str) -> TensorStorageMetadata:
-        if key not in self.tensors:
-            raise InputError(f"{self.folder} holds no tensor {key}: it does not fit its architecture.yaml")
-        return self.tensors[key]
+    def _find(self, key: str, layer: int | None) -> tuple[Place, TensorStorageMetadata]:
+        place = self.names.find(key, layer)
+        if place is None:
+            of_layer = "" if layer is None else f" of layer {layer}"
+            raise InputError(f"{self.folder} holds no tensor {key}{of_layer}: it does not fit its architecture.yaml")
+        return place, self.tensors[place.name]
 
-    def dtype(self, key: str) -> torch.dtype:
-        return self._entry(key).properties.dtype
+    def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
+        """The stored dtype; where layers are stored one by one, that of `layer`, by default the first."""
+        layers = None if layer is not None else self.names.layers(key)
+        return self._find(key, layers[0] if layers else layer)[1].properties.dtype
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """Global shape [L, …] of a parameter with layers, which need not be stacked, or [...]; None where it is not
+        stored. Raises InputError where layers that are stored one by one are not 0 .. L - 1 of the same shape."""
+        layers = self.names.layers(key)
+        if layers is None:
+            return tuple(self.tensors[self.names.names[key, None]].size)
+        if not layers:
+            return None
+        shapes = {tuple(self._find(key, layer)[1].size) for layer in layers}
+        if len(shapes) > 1 or layers != list(range(len(layers))):
+            raise InputError(
+                f"{self.folder}: {key} is stored for the layers {layers} in the shapes {sorted(shapes)}: all layers of "
+                "a model are needed, in one shape"
+            )
+        return (len(layers), *shapes.pop())
+
+    def check(self, architecture: Architecture, said_by: str) -> None:
+        """Raise InputError where the stored parameters are not those of `architecture`, which `said_by` describes.
+
+        Of no account are the optimizer and whatever else lies beside the model.
+        """
+        table = parameter_table(architecture)
+        for parameter in table:
+            found = self.shape(parameter.key)
+            if found is None:
+                raise InputError(f"{self.folder} holds no {parameter.key}: {said_by} is of another model")
+            wanted = parameter.shape(architecture)
+            axes = ("num_layers", *parameter.axes) if parameter.per_layer else parameter.axes
+            wanted = (architecture.num_layers, *wanted) if parameter.per_layer else wanted
+            for axis, (is_there, needed) in zip(axes, zip(found, wanted, strict=False), strict=False):
+                if is_there != needed or len(found) != len(wanted):
+                    fields = [f"{name}={getattr(architecture, name)}" for name in FIELDS.get(axis, (axis,))]
+                    raise InputError(
+                        f"{self.folder}: {parameter.key} is of shape {found}, but {', '.join(fields)} in {said_by} "
+                        f"means {wanted}"
+                    )
+        if other := sorted(self.names.keys() - {parameter.key for parameter in table}):
+            raise InputError(f"{self.folder} holds {other[0]}, for which the model in {said_by} has no place")
 
     def read(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The global tensor `key` (layer `layer` of it, where it has layers), of `shape`, in the stored dtype.
@@ -48,41 +116,86 @@ class TensorReader:
         On the host; beside it only one stored piece is in memory. Raises InputError where the checkpoint holds no such
         tensor, holds another shape, or is damaged.
         """
-        entry = self._entry(key)
-        stored = tuple(entry.size) if layer is None else tuple(entry.size[1:])
-        if stored != shape or (layer is not None and layer >= entry.size[0]):
+        whole = torch.empty(shape, dtype=self.dtype(key, layer))
+        self.fill(whole, key, layer, shape)
+        return whole
+
+    def read_part(
+        self, parameter: Parameter, architecture: Architecture, layer: int | None, rank: int, size: int
+    ) -> torch.Tensor:
+        """Tensor-parallel `rank`'s part of a parameter, of `layout.local_shape`, in the stored dtype, on the host."""
+        part = torch.empty(local_shape(parameter, architecture, size), dtype=self.dtype(parameter.key, layer))
+        self.fill_part(part, parameter, architecture, layer, rank, size)
+        return part
+
+    def fill_part(
+        self,
+        part: torch.Tensor,
+        parameter: Parameter,
+        architecture: Architecture,
+        layer: int | None,
+        rank: int,
+        size: int,
+    ) -> None:
+        """`read_part` into a tensor of any dtype and device."""
+        slices = shard_slices(parameter, architecture, rank, size)
+        self.fill(part, parameter.key, layer, parameter.shape(architecture), parameter.shard_axis, slices)
+
+    def fill(
+        self,
+        target: torch.Tensor,
+        key: str,
+        layer: int | None,
+        shape: tuple[int, ...],
+        axis: int | None = None,
+        slices: Sequence[slice] = (),
+    ) -> None:
+        """Fill `target` with the global tensor of `shape`, or with `slices` of its `axis`, one after the other."""
+        place, entry = self._find(key, layer)
+        stored = tuple(entry.size) if place.layer is None else tuple(entry.size[1:])
+        if stored != shape or (place.layer is not None and place.layer >= entry.size[0]):
             raise InputError(
-                f"{self.folder}: {key} is of shape {tuple(entry.size)}, which does not fit its architecture.yaml "
-                f"({shape}{'' if layer is None else ' in each layer'})"
+                f"{self.folder}: {place.name} is of shape {tuple(entry.size)}, which does not fit its "
+                f"architecture.yaml ({shape}{'' if place.layer is None else ' in each layer'})"
             )
-        whole = torch.empty(shape, dtype=entry.properties.dtype)
-        target = whole if layer is None else whole[None]
-        pieces = [
-            (chunk.offsets, chunk.sizes)
-            for chunk in entry.chunks
-            if layer is None or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
-        ]
-        assert sum(size.numel() // (1 if layer is None else size[0]) for _, size in pieces) == whole.numel(), key
-        items = [_read_item(key, offsets, sizes, layer) for offsets, sizes in pieces]
+        target = target.detach() if place.layer is None else target.detach()[None]
+        shift = 0 if place.layer is None else 1
+        items, at = [], 0
+        for part in slices or [slice(0, shape[axis or 0])]:
+            box = [(0, length) for length in stored]
+            box[axis or 0] = (part.start, part.stop)
+            box = box if place.layer is None else [(place.layer, place.layer + 1), *box]
+            # Where the box's first element goes in the target.
+            origin = [0] * len(box)
+            origin[(axis or 0) + shift] = at
+            items += [item for chunk in entry.chunks if (item := _read_item(place.name, chunk, box, origin))]
+            at += part.stop - part.start
+        if sum(prod(item.lengths) for item in items) != target.numel():
+            raise InputError(f"{self.folder}: the stored parts of {place.name} do not add up to its shape {shape}")
         try:
             self.storage.read_data(LoadPlan(items), _Into(target)).wait()  # type: ignore[arg-type]
         except Exception as error:  # torch.load raises whatever the damage led to
-            raise InputError(f"{self.folder} is damaged, {key} cannot be read: {error}") from error
-        return whole
+            words = " ".join(str(error).split())
+            raise InputError(f"{self.folder} is damaged, {place.name} cannot be read: {words}") from error
 
 
-def _read_item(key: str, offsets: torch.Size, sizes: torch.Size, layer: int | None) -> ReadItem:
-    """One stored piece, cut to the layer."""
-    storage, target, lengths = [0] * len(sizes), list(offsets), list(sizes)
-    if layer is not None:
-        storage[0], target[0], lengths[0] = layer - offsets[0], 0, 1
+def _read_item(
+    name: str, chunk: ChunkStorageMetadata, box: list[tuple[int, int]], origin: list[int]
+) -> ReadItem | None:
+    """What of `box` (start, stop on every axis) lies in one stored piece; None where nothing does."""
+    starts = [max(low, offset) for (low, _), offset in zip(box, chunk.offsets, strict=True)]
+    stops = [min(high, offset + size) for (_, high), offset, size in zip(box, chunk.offsets, chunk.sizes, strict=True)]
+    if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
+        return None
     return ReadItem(
         type=LoadItemType.TENSOR,
-        dest_index=MetadataIndex(key),
-        dest_offsets=torch.Size(target),
-        storage_index=MetadataIndex(key, offsets),
-        storage_offsets=torch.Size(storage),
-        lengths=torch.Size(lengths),
+        dest_index=MetadataIndex(name),
+        dest_offsets=torch.Size(
+            place + start - low for place, start, (low, _) in zip(origin, starts, box, strict=True)
+        ),
+        storage_index=MetadataIndex(name, chunk.offsets),
+        storage_offsets=torch.Size(start - offset for start, offset in zip(starts, chunk.offsets, strict=True)),
+        lengths=torch.Size(stop - start for start, stop in zip(starts, stops, strict=True)),
     )
 
 
@@ -100,3 +213,26 @@ class _Into:
 
     def commit_tensor(self, item: ReadItem, tensor: Any) -> None:
         """The piece already lies in place."""
+
+
+def all_or_none(work: Callable[[], T]) -> T:
+    """Do `work` on every rank of the world; where it fails on any, every rank raises.
+
+    A rank that alone went on would wait for the others in its next collective. Every rank calls; needs no group but
+    the world's, and none in a single process.
+    """
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    told: list[Any] = [failure if isinstance(failure, InputError) else failure and RuntimeError(str(failure))]
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        told = told * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(told, told[torch.distributed.get_rank()])
+    if failure is not None:
+        raise failure
+    if (other := next((error for error in told if error is not None), None)) is not None:
+        raise other
+    return result

@@ -7,22 +7,28 @@ checkpoint loads under both layer specs.
 from __future__ import annotations
 
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import finish_iteration, iteration_folder, read_architecture
+from minitron_mcore.checkpoint.folder import iteration_folder, read_architecture, said_by
+from minitron_mcore.checkpoint.manifest import StoredPiece, stored_piece
+from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
+from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, refuse_objects
+from minitron_mcore.checkpoint.writer import pieces_of, write_iteration
 from minitron_mcore.errors import InputError
+from minitron_mcore.layout import parameter_table
 from minitron_mcore.model.gpt import LanguageModel, unwrap
+from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.runtime.repairs import load_optimizer_state, optimizer_state, save_without_helper
 from minitron_mcore.runtime.start import Runtime
 
@@ -40,27 +46,35 @@ def model_state(chunks: list[torch.nn.Module]) -> dict[str, ShardedStateDict]:
 def save_state(folder: Path, iteration: int, state: ShardedStateDict, runtime: Runtime) -> None:
     """Write `state` as a whole iteration of `folder`, or nothing that counts as one. All ranks call.
 
-    Written to a temporary folder, renamed when every rank is done.
+    Written to a temporary folder, renamed when every rank is done; with a manifest of the tensors' checksums.
     """
-    temporary = folder / f".unfinished_iter_{iteration:07d}"
-    if runtime.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    runtime.barrier()
-    save_without_helper()
-    dist_checkpointing.save(state, str(temporary), content_metadata={"iteration": iteration})
-    runtime.barrier()
-    if runtime.is_main:
-        finish_iteration(folder, temporary, iteration)
-    runtime.barrier()
+
+    def write(temporary: Path) -> list[StoredPiece]:
+        save_without_helper()
+        dist_checkpointing.save(state, str(temporary), content_metadata={"iteration": iteration})
+        return _stored_pieces(state)
+
+    write_iteration(folder, iteration, runtime, write)
+
+
+def _stored_pieces(state: ShardedStateDict) -> list[StoredPiece]:
+    """What this rank stored of a saved `state`: the tensors it is the main replica of, optimizer and all."""
+    return [
+        stored_piece(piece.key, piece.offsets, part.data.reshape(piece.shape))
+        for part in nested_values(state)
+        if isinstance(part, ShardedTensor)
+        for piece in pieces_of([part])
+    ]
 
 
 def load_state(folder: Path, iteration: int, state: ShardedStateDict) -> dict[str, Any]:
-    """Read what `state` asks for from a finished iteration; all ranks call.
+    """Read what `state` asks for from a finished iteration of a run of this project; all ranks call.
 
-    Raises InputError where files of it are missing, cut short or of another model.
+    Raises InputError where files of it are missing, cut short or of another model, or ask for code to be run.
     """
     source = iteration_folder(folder, iteration)
+    read_common(source)
+    refuse_objects(source, read_metadata(source))
     try:
         return dist_checkpointing.load(state, str(source))
     except CheckpointException as error:  # torch's, with what each failing rank met; no Exception by birth
@@ -72,13 +86,24 @@ def load_state(folder: Path, iteration: int, state: ShardedStateDict) -> dict[st
 
 
 def load_weights(folder: Path, iteration: int, chunks: list[torch.nn.Module], architecture: Architecture) -> None:
-    """Fill the chunks from a checkpoint saved at any layout. All ranks call.
+    """Fill the chunks from a checkpoint saved at any layout, by this project or by another on megatron-core.
 
-    Raises InputError where the checkpoint is of another architecture.
+    All ranks call; each reads just its parts, straight into its parameters. Raises InputError, on every rank, where the
+    checkpoint is of another architecture or damaged.
     """
-    check_architecture(folder, architecture)
-    loaded = load_state(folder, iteration, model_state(chunks))
-    fill_chunks(chunks, loaded)
+
+    def fill_here() -> None:
+        check_architecture(folder, architecture)
+        reader = TensorReader(folder, iteration)
+        reader.check(architecture, said_by(folder))
+        table = {parameter.key: parameter for parameter in parameter_table(architecture)}
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        for chunk in chunks:
+            for key, layer, tensor in named_parameters(unwrap(chunk)):
+                reader.fill_part(tensor, table[key], architecture, layer, rank, size)
+
+    all_or_none(fill_here)
 
 
 def fill_chunks(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:

@@ -192,7 +192,7 @@ def _check_tokenizer(dataset: IndexedDataset, prefix: str, tokenizer: Tokenizer,
                 f"tokenizer.model={tokenizer.path}; give the tokenizer that made it, or preprocess again"
             ) from None
         return
-    if fingerprint != tokenizer.fingerprint:
+    if not tokenizer.is_named_by(fingerprint):
         raise InputError(
             f"{key}: {prefix} was made with another tokenizer ({model}, {fingerprint[:12]}) than "
             f"tokenizer.model={tokenizer.path} ({tokenizer.fingerprint[:12]}); give that one, or preprocess again"

@@ -6,7 +6,6 @@ worker process of `preprocess` four seconds; this module needs neither torch nor
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import random
@@ -21,14 +20,26 @@ from typing import Optional, Union
 
 from minitron_mcore.data.config import TokenizerConfig
 from minitron_mcore.data.corpus import check_file, documents, find_files, make_parent
+from minitron_mcore.data.fingerprint import (
+    fingerprint,
+    hugging_face_files_fingerprint,
+    sentencepiece_file_fingerprint,
+)
 from minitron_mcore.errors import InputError
 
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE = "HuggingFaceTokenizer"
 
-# What decides the ids of a Hugging Face tokenizer; its other files are chat templates and the like.
+# Any of these makes a folder one with a tokenizer; the others say how it is used.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
-SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+SETTINGS_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tekken.json",
+)
 
 PASSAGE_CHARACTERS = 2_000  # a training "sentence": whole lines, so that pieces may span a line end
 SEGMENT_CHARACTERS = 1_000_000  # SentencePiece needs about 60 bytes a character while it encodes
@@ -43,7 +54,7 @@ class Tokenizer:
     vocab_size: int  # ids are in [0, vocab_size)
     bos: Optional[int]
     eod: int  # end of document, the tokenizer's end of sentence
-    fingerprint: str  # sha256 in hex, of the vocabulary alone: the same wherever the files lie
+    fingerprint: str  # sha256 in hex, of what the ids mean: the same wherever the files lie, and in either type
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
 
@@ -68,15 +79,31 @@ class Tokenizer:
     def detokenize(self, ids: Iterable[int]) -> str:
         return self.decode([int(token) for token in ids])
 
+    def is_named_by(self, recorded: str) -> bool:
+        """Whether `recorded`, a fingerprint beside data or in a lineage, is this tokenizer's; older forms count too."""
+        if recorded == self.fingerprint:
+            return True
+        if self.type == SENTENCEPIECE:
+            return recorded == sentencepiece_file_fingerprint(self.path)
+        if recorded == hugging_face_files_fingerprint(self.path, self.eod):
+            return True
+        model = os.path.join(self.path, "tokenizer.model")
+        return (
+            recorded == sentencepiece_file_fingerprint(model)
+            and _load_sentencepiece(model).fingerprint == self.fingerprint
+        )
+
     def save(self, folder: str) -> None:
         """Copy the tokenizer's files into `folder`, byte for byte, so that `load_tokenizer(folder)` gives the same."""
         os.makedirs(folder, exist_ok=True)
         if self.type == SENTENCEPIECE:
             _copy(self.path, os.path.join(folder, "tokenizer.model"))
+            if os.path.basename(self.path) == "tokenizer.model":
+                # Not tokenizer_config.json, with which the copy would be of the other type.
+                copy_files(os.path.dirname(self.path), folder, SETTINGS_FILES[1:])
             return
-        for name in VOCABULARY_FILES + SETTINGS_FILES:
-            if os.path.isfile(os.path.join(self.path, name)):
-                _copy(os.path.join(self.path, name), os.path.join(folder, name))
+        # AutoTokenizer looks into the model's config.json for what tokenizer_config.json leaves open.
+        copy_files(self.path, folder, (*VOCABULARY_FILES, *SETTINGS_FILES, "config.json"))
 
 
 def load_tokenizer(source: Union[str, TokenizerConfig]) -> Tokenizer:
@@ -117,13 +144,18 @@ def _load_sentencepiece(path: str) -> Tokenizer:
         raise InputError(f"tokenizer.model={path} is not a SentencePiece model") from error
     if processor.eos_id() < 0:
         raise InputError(f"tokenizer.model={path} has no end-of-sentence token, which ends each document")
+    bos, eos, unk = (
+        index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id(), processor.unk_id())
+    )
+    ids = list(range(processor.get_piece_size()))
+    pieces = zip(ids, processor.id_to_piece(ids), strict=True)
     return Tokenizer(
         type=SENTENCEPIECE,
         path=path,
-        vocab_size=processor.get_piece_size(),
-        bos=processor.bos_id() if processor.bos_id() >= 0 else None,
+        vocab_size=len(ids),
+        bos=bos,
         eod=processor.eos_id(),
-        fingerprint=hashlib.sha256(model).hexdigest(),
+        fingerprint=fingerprint(pieces, {"bos": bos, "eos": eos, "unk": unk}, processor.encode),
         encode=processor.encode,
         decode=processor.decode,
     )
@@ -140,19 +172,20 @@ def _load_hugging_face(folder: str) -> Tokenizer:
     if model.eos_token_id is None:
         raise InputError(f"tokenizer.model={folder} has no end-of-sentence token, which ends each document")
     model.model_max_length = int(1e30)  # documents longer than a model's window are no mistake here
-    digest = hashlib.sha256(str(model.eos_token_id).encode())
-    for name in VOCABULARY_FILES:
-        if os.path.isfile(os.path.join(folder, name)):
-            with open(os.path.join(folder, name), "rb") as stream:
-                digest.update(stream.read())
+
+    def encode(text: str) -> list[int]:
+        return list(model.encode(text, add_special_tokens=False))
+
+    vocabulary = {index: piece for piece, index in model.get_vocab().items()}
+    marks = {"bos": model.bos_token_id, "eos": model.eos_token_id, "unk": model.unk_token_id}
     return Tokenizer(
         type=HUGGING_FACE,
         path=folder,
-        vocab_size=len(model),
+        vocab_size=max(vocabulary) + 1,  # ids may have gaps
         bos=model.bos_token_id,
         eod=model.eos_token_id,
-        fingerprint=digest.hexdigest(),
-        encode=lambda text: model.encode(text, add_special_tokens=False),
+        fingerprint=fingerprint(vocabulary.items(), marks, encode),
+        encode=encode,
         decode=lambda ids: str(model.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
     )
 
@@ -288,6 +321,13 @@ class _Heartbeat:
     def __exit__(self, *_: object) -> None:
         self.done.set()
         self.thread.join()
+
+
+def copy_files(source: str, target: str, names: Iterable[str]) -> None:
+    """Copy those of `names` that lie in the folder `source` into the folder `target`, byte for byte."""
+    for name in names:
+        if os.path.isfile(os.path.join(source, name)):
+            _copy(os.path.join(source, name), os.path.join(target, name))
 
 
 def _copy(source: str, target: str) -> None:

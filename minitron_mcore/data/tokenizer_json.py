@@ -2,6 +2,10 @@
 
 SentencePiece BPE merges, of all adjacent pairs whose union is a piece, the one whose piece has the best score. The
 `tokenizers` library merges by a list of ranked pairs: every way to cut a piece in two pieces, by the piece's score.
+
+A unigram model takes the cut whose pieces' scores add up to most, in both libraries; SentencePiece adds in single
+precision from the text's start. Where two cuts are equally good, as the pieces of a long run of spaces in another order
+are, or nearly so after tens of thousands of characters, the two may differ; the text that comes back does not.
 """
 
 from __future__ import annotations
@@ -10,12 +14,13 @@ import json
 import os
 from typing import Any
 
-from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
+from minitron_mcore.data.tokenizer import SENTENCEPIECE, SETTINGS_FILES, VOCABULARY_FILES, Tokenizer, copy_files
 from minitron_mcore.errors import InputError
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
 # ModelProto.SentencePiece.Type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NEVER = 1e6  # more than the scores of any text's pieces add up to
 
 
 def save_for_transformers(tokenizer: Tokenizer, folder: str) -> None:
@@ -26,7 +31,7 @@ def save_for_transformers(tokenizer: Tokenizer, folder: str) -> None:
     (`</s>`) are ordinary characters. Raises InputError for a SentencePiece model of a kind that has no equal there.
     """
     if tokenizer.type != SENTENCEPIECE:
-        tokenizer.save(folder)
+        copy_files(tokenizer.path, folder, VOCABULARY_FILES + SETTINGS_FILES)
         return
     with open(tokenizer.path, "rb") as stream:
         model, settings = convert_sentencepiece(stream.read(), tokenizer.path)
@@ -75,18 +80,7 @@ def convert_sentencepiece(proto: bytes, path: str) -> tuple[dict[str, Any], dict
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": marks.get("unk_token"),
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": any(piece.type == BYTE for piece in model.pieces),
-            "ignore_merges": False,
-            "vocab": {piece: index for index, piece in enumerate(pieces)},
-            "merges": _merges(model),
-        },
+        "model": _unigram(model) if _is_unigram(model) else _bpe(model, marks.get("unk_token")),
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -97,11 +91,45 @@ def convert_sentencepiece(proto: bytes, path: str) -> tuple[dict[str, Any], dict
     return tokenizer_json, settings
 
 
+def _is_unigram(model: Any) -> bool:
+    return model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
+
+
+def _has_bytes(model: Any) -> bool:
+    return any(piece.type == BYTE for piece in model.pieces)
+
+
+def _bpe(model: Any, unk_token: str | None) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unk_token,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,  # a run of unknown characters is one unk to SentencePiece
+        "byte_fallback": _has_bytes(model),
+        "ignore_merges": False,
+        "vocab": {piece.piece: index for index, piece in enumerate(model.pieces)},
+        "merges": _merges(model),
+    }
+
+
+def _unigram(model: Any) -> dict[str, Any]:
+    """Marks and bytes get a score so low that their names in a text (`</s>`, `<0x0A>`) are cut as any other text."""
+    lowest = min(piece.score for piece in model.pieces) - NEVER
+    return {
+        "type": "Unigram",
+        "unk_id": model.trainer_spec.unk_id,
+        "vocab": [[piece.piece, piece.score if piece.type == NORMAL else lowest] for piece in model.pieces],
+        "byte_fallback": _has_bytes(model),
+    }
+
+
 def _check(model: Any, path: str) -> None:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     where = f"tokenizer.model={path} cannot be written for transformers:"
-    if trainer.model_type != trainer.BPE:
-        raise InputError(f"{where} it is no BPE model")
+    if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM):
+        raise InputError(f"{where} it is neither a BPE nor a unigram model")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise InputError(f"{where} it normalizes text (rule {normalizer.name or 'unknown'!r}, or runs of spaces)")
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
@@ -109,6 +137,15 @@ def _check(model: Any, path: str) -> None:
     user_defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
     if any(SPACE in piece for piece in user_defined) or (user_defined and normalizer.add_dummy_prefix):
         raise InputError(f"{where} its own symbols ({user_defined[0]!r} …) are looked for beside added spaces")
+    if not _is_unigram(model):
+        return
+    if user_defined:
+        raise InputError(f"{where} it is a unigram model with symbols of its own ({user_defined[0]!r} …)")
+    # What an unknown character costs differs between the libraries: it must not decide between two cuts.
+    normal = {piece.piece for piece in model.pieces if piece.type == NORMAL}
+    names = {piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL, BYTE)}
+    if missing := sorted(set("".join(normal | names)) - normal):
+        raise InputError(f"{where} it is a unigram model without a piece for {missing[0]!r} alone, which others hold")
 
 
 def _merges(model: Any) -> list[list[str]]:

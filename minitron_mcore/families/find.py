@@ -20,9 +20,9 @@ def known_families() -> dict[str, Family]:
     return {family.model_type: family for family in found}
 
 
-def find_family(model_type: str | None, where: str) -> Family:
+def find_family(model_type: object, where: str) -> Family:
     """Raises InputError, naming `where` it was asked for, when there is no such family."""
     known = known_families()
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise InputError(f"{where}: model_type={model_type!r} is not known: choose one of {', '.join(sorted(known))}")
     return known[model_type]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _FACTORIES = (
@@ -48,6 +49,9 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
+    # `with torch.device(…)`, under which transformers makes its models, knows the factories by identity, from a list
+    # drawn up at its first use: afterwards the wrapped ones would be strangers, and buffers left unfilled.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _wrap_tensor_methods()

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
+from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, tokenizer_folder
 from minitron_mcore.data.blend import check_prefixes, parse_blend
 from minitron_mcore.data.corpus import find_files
 from minitron_mcore.data.tokenizer import load_tokenizer
@@ -16,7 +16,7 @@ from minitron_mcore.families.table import config_of
 from minitron_mcore.plan import TARGETS, student_shape
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.stages.common import check_model, check_tokenizer
+from minitron_mcore.stages.common import check_model, check_tokenizer, checkpoint_tokenizer
 from minitron_mcore.stages.distill import check_loss
 from minitron_mcore.stages.evaluate import check_evaluate
 from minitron_mcore.stages.score import check_importance
@@ -68,11 +68,16 @@ def check_students(recipe: Recipe, teacher: Architecture, students: dict[str, St
 
 def check_text(recipe: Recipe, teacher: Architecture, folder: Path) -> None:
     """Raise InputError where the text, the tokens or the tokenizer that the recipe names are not there."""
-    if recipe.teacher.checkpoint and not recipe.tokenizer.model:
+    given = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0] if recipe.teacher.checkpoint else None
+    if given and not recipe.tokenizer.model:
+        beside = tokenizer_folder(given)
         raise InputError(
-            f"teacher.checkpoint={recipe.teacher.checkpoint} was trained with a tokenizer: name it as tokenizer.model"
+            f"teacher.checkpoint={given} was trained with a tokenizer: name it as tokenizer.model"
+            + (f", as in tokenizer.model={beside}" if beside else "")
         )
-    if recipe.tokenizer.model:
+    if given:
+        checkpoint_tokenizer(recipe, given)
+    elif recipe.tokenizer.model:
         check_tokenizer(load_tokenizer(recipe.tokenizer), teacher)
     elif recipe.data.train is not None:
         raise InputError(f"data.train={recipe.data.train} holds token ids: name the tokenizer's tokenizer.model too")

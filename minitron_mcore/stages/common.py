@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core import parallel_state
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import read_architecture, read_lineage, tokenizer_folder
+from minitron_mcore.checkpoint.folder import is_iteration, read_architecture, read_lineage, tokenizer_folder
 from minitron_mcore.data.corpus import check_folder
 from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
@@ -48,6 +48,8 @@ def output_folder(value: str | None, key: str) -> Path:
         raise InputError(f"{key} is not given: name the folder to write to")
     if Path(value).is_file():
         raise InputError(f"{key}={value} is a file: name a folder")
+    if is_iteration(Path(value)):
+        raise InputError(f"{key}={value} is an iteration of a checkpoint: name another folder to write to")
     check_folder(value, key)
     return Path(value)
 
@@ -137,8 +139,30 @@ def checkpoint_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
             f"tokenizer.model={recipe.tokenizer.model} is not the tokenizer that {folder} was trained with, which lies "
             f"in {beside}: leave tokenizer.model out"
         )
+    check_lineage(tokenizer, folder)
     check_tokenizer(tokenizer, read_architecture(folder))
     return tokenizer
+
+
+def check_lineage(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raise InputError where the lineage of the checkpoint in `folder` names another tokenizer."""
+    stated = read_lineage(folder).get("tokenizer")
+    if isinstance(stated, str) and not tokenizer.is_named_by(stated):
+        raise InputError(
+            f"tokenizer.model={tokenizer.path} is not the tokenizer that {folder} was made with: its fingerprint is "
+            f"{tokenizer.fingerprint[:12]}, lineage.yaml says {stated[:12]}; give that one"
+        )
+
+
+def check_same_tokenizer(teacher: Tokenizer, student_folder: Path, key: str) -> None:
+    """Raise InputError where the checkpoint `key`=`student_folder` has another tokenizer than its teacher."""
+    beside = tokenizer_folder(student_folder)
+    student = load_tokenizer(str(beside)).fingerprint if beside else read_lineage(student_folder).get("tokenizer")
+    if isinstance(student, str) and not teacher.is_named_by(student):
+        raise InputError(
+            f"{key}={student_folder} has another tokenizer ({student[:12]}) than its teacher ({teacher.path}, "
+            f"{teacher.fingerprint[:12]}): a student is distilled from a teacher of the same tokenizer"
+        )
 
 
 def check_tokenizer(tokenizer: Tokenizer, architecture: Architecture) -> None:

@@ -21,6 +21,7 @@ from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import (
     check_model,
+    check_same_tokenizer,
     check_tokenizer,
     checkpoint_tokenizer,
     lay_out,
@@ -52,6 +53,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     teacher_architecture, architecture = read_architecture(teacher_folder), read_architecture(student_folder)
     check_vocabulary(teacher_architecture, architecture)
     check_tokenizer(tokenizer, architecture)
+    check_same_tokenizer(tokenizer, student_folder, key)
     for model in (teacher_architecture, architecture):
         check_model(model, recipe)
     refuse_other_run(folder, recipe, ("data", "distill", "teacher"), "distill.checkpoint", "distill")
@@ -87,6 +89,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
         objective=objective,
         tokenizer=tokenizer,
         data=data,
+        source=student_folder,
         lineage=lambda: {
             "stage": "distill",
             "student": {"checkpoint": str(student_folder), **read_lineage(student_folder)},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.companions import carry_companions
 from minitron_mcore.checkpoint.folder import write_description
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.objective import Objective
@@ -30,14 +31,20 @@ def fit_model(
     objective: Objective,
     tokenizer: Tokenizer,
     data: tuple[int, BatchReader, BatchReader | None],
+    source: Path | None,
     lineage: Callable[[], dict[str, Any]],
 ) -> Progress:
-    """Train `chunks` into `folder`. `train` is the recipe's section, `data` what `read_data` gave. Every rank calls."""
+    """Train `chunks` into `folder`. Every rank calls.
+
+    `train` is the recipe's section, `data` what `read_data` gave, `source` the checkpoint that the weights are from.
+    """
     iterations, read_train, read_valid = data
 
     def describe(progress: Progress) -> None:
         facts = {**lineage(), "tokens": progress.consumed_tokens, "tokenizer": tokenizer.fingerprint}
         write_description(folder, architecture, lineage=facts, recipe=to_yaml(recipe), save_tokenizer=tokenizer.save)
+        if source is not None:
+            carry_companions(source, folder)
 
     return fit(
         Job(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from minitron_mcore.checkpoint.companions import keep_companions
 from minitron_mcore.checkpoint.folder import write_description
 from minitron_mcore.checkpoint.import_hf import import_checkpoint, read_config
+from minitron_mcore.checkpoint.verify import TOLERANCE, compare_with_transformers
 from minitron_mcore.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.recipe import Recipe, to_yaml
@@ -16,8 +20,20 @@ from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import check_tokenizer, output_folder
 
 
+@contextmanager
+def told_as(what: str) -> Iterator[None]:
+    """A full or forbidden disk is the user's to mend, in one sentence that names `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what} cannot be written: {error}") from error
+
+
 def run(recipe: Recipe, runtime: Runtime) -> Path:
-    """Write `hf` to the new folder `checkpoint`, iteration 0, and return it; it is whole, or not there."""
+    """Write `hf` to the new folder `checkpoint`, iteration 0, and return it; it is whole, or not there.
+
+    With `verify`, the checkpoint's logits are compared with those of transformers' model first.
+    """
     use_layout(recipe.parallel, runtime.world_size)
     if not recipe.hf:
         raise InputError("hf is not given: name the Hugging Face folder to read")
@@ -36,17 +52,37 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
 
     runtime.print(f"import: {source}, {architecture.num_parameters:,} parameters -> {target}")
     unfinished = target.with_name(f".{target.name}.unfinished")
-    runtime.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-    import_checkpoint(source, unfinished, architecture, recipe.parallel, runtime)
 
-    def finish() -> None:
+    def make_room() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with told_as(f"checkpoint={target}"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+
+    runtime.on_main(make_room)
+    checked = import_checkpoint(source, unfinished, architecture, recipe.parallel, runtime)
+    runtime.print(f"import: {checked}")
+
+    def describe() -> None:
         fingerprint = tokenizer.fingerprint if tokenizer else None
         lineage = {"stage": "import", "hf": str(source), "tokens": 0, "tokenizer": fingerprint}
         save = tokenizer.save if tokenizer else None
-        write_description(unfinished, architecture, lineage=lineage, recipe=to_yaml(recipe), save_tokenizer=save)
-        os.rename(unfinished, target)
+        with told_as(f"checkpoint={target}"):
+            write_description(unfinished, architecture, lineage=lineage, recipe=to_yaml(recipe), save_tokenizer=save)
+            keep_companions(source, unfinished)
 
-    runtime.on_main(finish)
+    try:
+        runtime.on_main(describe)
+        if recipe.verify:
+            error = compare_with_transformers(source, unfinished, architecture, recipe.parallel, runtime)
+            runtime.print(
+                f"import: logits differ from transformers' by at most {error:.1e} of the largest one "
+                f"(up to {TOLERANCE:.0e} is rounding)"
+            )
+        runtime.on_main(lambda: os.rename(unfinished, target))
+    except BaseException:
+        if runtime.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if tokenizer is None:
         runtime.print(f"import: {source} holds no tokenizer; stages that read text need tokenizer.model")
     return target

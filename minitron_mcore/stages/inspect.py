@@ -6,13 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.checkpoint.folder import tokenizer_folder
+from minitron_mcore.checkpoint.folder import (
+    beside,
+    find_checkpoint,
+    is_iteration,
+    iteration_folder,
+    read_architecture,
+    read_lineage,
+    said_by,
+    tokenizer_folder,
+)
 from minitron_mcore.checkpoint.inspection import (
+    check_iteration,
     describe_architecture,
     inspect_checkpoint,
     inspect_hugging_face,
     is_checkpoint,
     is_hugging_face,
+    verify,
 )
 from minitron_mcore.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
@@ -23,11 +34,13 @@ from minitron_mcore.runtime.start import Runtime
 
 KINDS = {
     "checkpoint": "Megatron checkpoint of minitron_mcore",
+    "megatron": "Megatron checkpoint of another project",
     "hugging_face": "Hugging Face folder",
     "scores": "scores of a teacher's axes",
     "plan": "pruning plan",
 }
-COUNTS = ("parameters", "non_embedding_parameters", "stored_bytes", "tokens")  # shown in groups of three digits
+# Shown in groups of three digits.
+COUNTS = ("parameters", "non_embedding_parameters", "stored_bytes", "bytes", "tokens")
 
 
 def run(recipe: Recipe, runtime: Runtime) -> None:
@@ -37,7 +50,10 @@ def run(recipe: Recipe, runtime: Runtime) -> None:
         if not recipe.path:
             raise InputError("path is not given: name what to inspect, as in minitron inspect PATH")
         found = describe(Path(recipe.path))
+        faults = _verify(found, Path(recipe.path)) if recipe.verify else []
         runtime.print(json.dumps(found, indent=2, default=str) if recipe.json else table(found))
+        if faults:
+            raise InputError(f"{recipe.path} is damaged, {len(faults)} fault{'s' * (len(faults) > 1)}: {faults[0]}")
 
     runtime.on_main(show)
 
@@ -46,8 +62,8 @@ def describe(path: Path) -> dict[str, Any]:
     """What `path` is, by its `kind`. Raises InputError where it is none of KINDS, or damaged. One process calls."""
     if not path.exists():
         raise InputError(f"path={path} is not there: name a checkpoint, a Hugging Face folder, a scores file or a plan")
-    if path.is_dir() and is_checkpoint(path):
-        return _with_tokenizer(inspect_checkpoint(path), tokenizer_folder(path))
+    if path.is_dir() and (is_iteration(path) or is_checkpoint(path)):
+        return _with_tokenizer(_checkpoint(path), tokenizer_folder(path))
     if path.is_dir() and is_hugging_face(path):
         found = inspect_hugging_face(path)
         has_tokenizer = any((path / name).is_file() for name in VOCABULARY_FILES)
@@ -66,13 +82,48 @@ def describe(path: Path) -> dict[str, Any]:
     raise InputError(f"path={path} is no checkpoint, Hugging Face folder, scores file or plan: name one of these")
 
 
+def _checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's folder or one iteration of it; this project's, or of another on megatron-core."""
+    if is_iteration(path):
+        _, iteration = find_checkpoint(path, "path")
+        architecture = read_architecture(path)
+        found = {
+            "path": str(path),
+            "kind": "checkpoint",
+            **describe_architecture(architecture),
+            "iterations": [iteration],
+            "newest_finished": iteration,
+            **check_iteration(path, iteration, architecture),
+            "lineage": read_lineage(path),
+            "warnings": [],
+        }
+    else:
+        found = inspect_checkpoint(path)
+    if not beside(path, "architecture.yaml").is_file():
+        found |= {"kind": "megatron", "described_by": said_by(path)}
+    # torch_dist names its files by the rank that wrote them: __RANK_NUMBER.distcp.
+    files = [file.name for file in iteration_folder(path, found["newest_finished"]).glob("__*.distcp")]
+    return found | {"files": len(files), "written_by_ranks": len({name.split("_")[2] for name in files})}
+
+
+def _verify(found: dict[str, Any], path: Path) -> list[str]:
+    """Read every tensor of a folder of weights, and add to `found` what was read and what is wrong."""
+    if found["kind"] in ("scores", "plan"):
+        found["warnings"] = [*found["warnings"], f"a {found['kind']} file has no checksums: verify=true adds nothing"]
+        return []
+    result = verify(path)
+    found["warnings"] = [*found["warnings"], *result.notes]
+    found["verified"] = {"tensors": result.tensors, "bytes": result.num_bytes, "faults": result.faults}
+    return result.faults
+
+
 def _with_tokenizer(found: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     """`found` and its tokenizer; raises InputError where it is not the one the lineage of a checkpoint names."""
     if folder is None:
         return {**found, "tokenizer": None}
     tokenizer: Tokenizer = load_tokenizer(str(folder))
     stated = found["lineage"].get("tokenizer")
-    if found["kind"] == "checkpoint" and isinstance(stated, str) and stated != tokenizer.fingerprint:
+    if found["kind"] == "checkpoint" and isinstance(stated, str) and not tokenizer.is_named_by(stated):
         raise InputError(
             f"{folder} is another tokenizer than the checkpoint was made with: its fingerprint is "
             f"{tokenizer.fingerprint}, lineage.yaml says {stated}"
@@ -117,11 +168,18 @@ def _plan(path: Path) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Names and values below each other, sections indented; warnings last, each on a line of its own."""
-    rows = _rows({name: value for name, value in found.items() if name not in ("path", "kind", "warnings")}, "")
+    """Names and values below each other, sections indented; warnings and faults last, each on a line of its own."""
+    verified = found.get("verified", {})
+    shown = {name: value for name, value in found.items() if name not in ("path", "kind", "warnings")}
+    if "lineage" in shown:
+        shown["lineage"] = shown["lineage"] or "unknown"
+    if verified:
+        shown["verified"] = {**verified, "faults": len(verified["faults"])}
+    rows = _rows(shown, "")
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
     warnings = [f"warning: {warning}" for warning in found["warnings"]]
+    warnings += [f"fault: {fault}" for fault in verified.get("faults", [])]
     return "\n".join([f"{found['path']}: {KINDS[found['kind']]}", *lines, *warnings])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.companions import carry_companions
 from minitron_mcore.checkpoint.folder import (
     find_checkpoint,
     read_architecture,
@@ -56,6 +57,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
             recipe=to_yaml(recipe),
             save_tokenizer=partial(shutil.copytree, tokenizer) if tokenizer else None,
         )
+        carry_companions(source[0], unfinished)
         save_plan(plan, unfinished / "plan.json")
         put_in_place(unfinished, target)
     runtime.barrier()

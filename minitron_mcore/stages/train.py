@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from minitron_mcore.architecture import Architecture, build_architecture
-from minitron_mcore.checkpoint.folder import find_checkpoint, latest_iteration, read_architecture
+from minitron_mcore.checkpoint.folder import find_checkpoint, latest_iteration, read_architecture, read_lineage
 from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_weights
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.distillation.objective import Objective
@@ -66,7 +66,12 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
         objective=Objective(vocab_size=architecture.vocab_size, chunk_tokens=train.loss_chunk_tokens),
         tokenizer=tokenizer,
         data=data,
-        lineage=lambda: {"stage": "train", "load": train.load},
+        source=source[0] if source else None,
+        lineage=lambda: {
+            "stage": "train",
+            "load": train.load,
+            **({"lineage": read_lineage(source[0])} if source else {}),
+        },
     )
 
 

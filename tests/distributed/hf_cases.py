@@ -25,6 +25,7 @@ SHAPE: dict[str, Any] = {
 }
 SCALING = {"factor": 6.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0, "original_max_position_embeddings": 24}
 CASES: dict[str, dict[str, Any]] = {
+    "llama2": {"family": "llama", "num_query_groups": 6, "rotary_base": 10000.0, "layernorm_epsilon": 1e-6},
     "llama-scaled": {"family": "llama", "rope_scaling": SCALING, "layernorm_epsilon": 3e-4},
     "llama-tied": {"family": "llama", "untie_embeddings_and_output_weights": False, "rotary_base": 10000.0},
     "nemotron": {"family": "nemotron"},
@@ -39,7 +40,7 @@ def architecture_of(case: str) -> Architecture:
     return build_architecture({**SHAPE, **CASES[case]})
 
 
-def save_with_transformers(case: str, path: Path) -> None:
+def save_with_transformers(case: str, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """A random model that transformers makes and saves, in several files; its norms and biases are all different."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -70,11 +71,52 @@ def save_with_transformers(case: str, path: Path) -> None:
     for name, tensor in model.named_parameters():
         if "norm" in name or "bias" in name:
             tensor.data += 0.3 * torch.randn(tensor.shape)
-    model.save_pretrained(path, max_shard_size="400KB")
+    model.to(dtype).save_pretrained(path, max_shard_size="400KB")
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def token_ids() -> torch.Tensor:
+    """[b, s]"""
+    return torch.randint(0, SHAPE["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(3))
+
+
+def transformers_logits(path: Path) -> torch.Tensor:
+    """[b, s, V]; nothing may be missing, left over or of another shape."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
+    model, info = loaded
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        return model.eval()(token_ids()).logits
+
+
+def logits_of(chunks: list[Any]) -> torch.Tensor | None:
+    """[s, b, V / TP] on the last stage. Every rank calls."""
+    from minitron_mcore.model.gpt import unwrap
+    from minitron_mcore.model.schedule import final_hidden_states
+
+    tokens = token_ids()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+    hidden = final_hidden_states(chunks, [{"tokens": tokens, "position_ids": positions}])
+    with torch.no_grad():
+        return unwrap(chunks[-1]).logits(hidden[0]) if hidden else None
+
+
+def whole_logits(ranks: list[dict[str, torch.Tensor]], tensor: int) -> dict[str, torch.Tensor]:
+    """[b, s, V] by model, from every rank's `logits_of` by model."""
+    last = ranks[-tensor:]  # tensor-parallel ranks are neighbours, the last stage comes last
+    return {
+        model: torch.cat([rank[model] for rank in last], dim=-1)[..., : SHAPE["vocab_size"]].transpose(0, 1)
+        for model in last[0]
+    }
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def alone() -> Runtime:

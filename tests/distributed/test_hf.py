@@ -20,7 +20,18 @@ from minitron_mcore.checkpoint.export import export_checkpoint
 from minitron_mcore.checkpoint.import_hf import import_checkpoint, read_config
 from minitron_mcore.families.find import known_families
 from minitron_mcore.model.initialize import draw
-from tests.distributed.hf_cases import CASES, SHAPE, alone, architecture_of, save_with_transformers, tensors_of
+from tests.distributed.hf_cases import (
+    CASES,
+    SHAPE,
+    alone,
+    architecture_of,
+    error,
+    logits_of,
+    save_with_transformers,
+    tensors_of,
+    transformers_logits,
+    whole_logits,
+)
 from tests.distributed.models import LAYOUTS, start_layout
 from tests.distributed.ranks import run_on_ranks
 
@@ -44,11 +55,6 @@ def tensor_parallel() -> tuple[int, int]:
     from megatron.core import parallel_state as state
 
     return state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()
-
-
-def token_ids() -> torch.Tensor:
-    """[b, s]"""
-    return torch.randint(0, SHAPE["vocab_size"], (2, 48), generator=torch.Generator().manual_seed(3))
 
 
 def convert_on_rank(folder: str, name: str, parallel: dict[str, Any], world_size: int) -> dict[str, Any]:
@@ -97,17 +103,6 @@ def convert_on_rank(folder: str, name: str, parallel: dict[str, Any], world_size
     return logits
 
 
-def logits_of(chunks: list[Any]) -> torch.Tensor | None:
-    from minitron_mcore.model.gpt import unwrap
-    from minitron_mcore.model.schedule import final_hidden_states
-
-    tokens = token_ids()
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
-    hidden = final_hidden_states(chunks, [{"tokens": tokens, "position_ids": positions}])
-    with torch.no_grad():
-        return unwrap(chunks[-1]).logits(hidden[0]) if hidden else None
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`theirs-CASE`: models made and saved by transformers, in several files."""
@@ -124,28 +119,8 @@ def converted(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     for name in PLACES:
         world_size, parallel = LAYOUTS[name]
         ranks = run_on_ranks(convert_on_rank, world_size, str(folder), name, parallel, world_size, timeout=240)
-        size = parallel.get("tensor", 1)
-        last = ranks[-size:]  # tensor-parallel ranks are neighbours, the last stage comes last
-        results[name] = {
-            model: torch.cat([rank[model] for rank in last], dim=-1)[..., : SHAPE["vocab_size"]].transpose(0, 1)
-            for model in last[0]
-        }
+        results[name] = whole_logits(ranks, parallel.get("tensor", 1))
     return results
-
-
-def transformers_logits(path: Path) -> torch.Tensor:
-    """[b, s, V]; nothing may be missing, left over or of another shape."""
-    from transformers import AutoModelForCausalLM
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-    model, info = loaded
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    with torch.no_grad():
-        return model.eval()(token_ids()).logits
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("case", CASES)

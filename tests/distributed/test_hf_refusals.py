@@ -131,7 +131,7 @@ DAMAGES = {
     "missing": "holds no tensor model.layers.1.mlp.up_proj.weight",
     "left over": "model.safetensors holds a tensor model.layers.1.self_attn.q_proj.bias",
     "shape": r"model.safetensors: model.norm.weight is of shape \(97,\), but config.json means \(96,\)",
-    "model_type": "model_type='gpt2' is not known: choose one of llama, nemotron",
+    "model_type": "model_type='gpt2' is not known: choose one of llama, mistral, nemotron, qwen2, qwen3",
     "bias": "attention_bias=True is not supported",
     "rope": "rope_type='linear' is not supported",
     "cut off": "model.safetensors is no whole safetensors file",

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from minitron_mcore.checkpoint import folder as checkpoint_folder
-from minitron_mcore.checkpoint import store
+from minitron_mcore.checkpoint import store, writer
 from minitron_mcore.checkpoint.folder import TRACKER, latest_iteration
 from tests.distributed import test_resume
 from tests.distributed.models import LAYOUTS
@@ -75,7 +75,7 @@ def crashed_on_rank(folder: str, moment: str) -> str:
 MOMENTS: dict[str, tuple[Any, str, str | None]] = {
     "while it is described": (checkpoint_folder, "write_whole", "lineage.yaml"),
     "before the weights are whole": (store.dist_checkpointing, "save", None),
-    "before the folder has its name": (store, "finish_iteration", None),
+    "before the folder has its name": (writer, "finish_iteration", None),
     "before the tracker moves": (checkpoint_folder, "write_whole", TRACKER),
 }
 LEFT = [[], [f".unfinished_iter_{STEPS:07d}"], [f".unfinished_iter_{STEPS:07d}"], [f"iter_{STEPS:07d}"]]

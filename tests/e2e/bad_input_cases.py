@@ -196,7 +196,11 @@ TRAINING += [
     ("train", ["model.hidden_size=0"], "model: hidden_size=0 must be a whole number of at least 1"),
     ("train", ["model.num_layers=null"], "model: num_layers is missing"),
     ("train", ["model.num_attention_heads=3"], "model: num_attention_heads=3 must be a multiple of num_query_groups=2"),
-    ("train", ["model.family=lama"], "model: family='lama' is not known: choose one of llama, nemotron"),
+    (
+        "train",
+        ["model.family=lama"],
+        "model: family='lama' is not known: choose one of llama, mistral, nemotron, qwen2, qwen3",
+    ),
     ("train", ["model.kv_channels=7"], "model: kv_channels=7"),
     ("train", ["model.rope_scaling.factors=7"], "model: rope_scaling.factors is no field"),
     ("train", ["model.make_vocab_size_divisible_by=0"], "model: make_vocab_size_divisible_by=0 must be at least 1"),

@@ -6,12 +6,7 @@ Each case takes a command that is right and makes one thing wrong. `@` stands fo
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
-import tempfile
-import traceback
-import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +14,7 @@ import yaml
 
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.bad_input_cases import CASES, Case
+from tests.e2e.verbs import all_typed, typed
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -58,50 +54,6 @@ RIGHT = {
     "export": ["checkpoint=@/teacher", "hf=@/new/hf"],
     "run": ["output=@/new/run"],
 }
-
-
-def typed(arguments: list[str]) -> tuple[int, str]:
-    """Exit code of a command and all that reaches the terminal's stderr, C++'s included. Runs in a worker."""
-    from minitron_mcore import cli
-
-    cli.time = types.SimpleNamespace(sleep=lambda seconds: None)  # type: ignore[assignment]  # no launcher to wait for
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as written:
-        os.dup2(written.fileno(), 2)
-        try:
-            code = cli.main(arguments)
-        except SystemExit as leaving:
-            code = int(str(leaving.code))
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)
-        written.seek(0)
-        return code, written.read().decode()
-
-
-def all_typed(commands: list[list[str]], root: Path) -> list[tuple[int, str, bool]]:
-    """Each command's exit code, its stderr, and whether it left everything below `root` as it was."""
-    results = []
-    for words in commands:
-        before = snapshot(root)
-        wait_for_all()
-        try:
-            code, shown = typed(words)
-        except BaseException:
-            code, shown = 1, traceback.format_exc()
-        wait_for_all()
-        results.append((code, shown, snapshot(root) == before))
-        wait_for_all()
-    return results
-
-
-def wait_for_all() -> None:
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def command(root: Path, verb: str, overrides: list[str]) -> list[str]:
@@ -172,13 +124,6 @@ def make_wrong_checkpoints(teacher: Path, folder: Path) -> None:
     (folder / "torn_architecture" / "architecture.yaml").write_text("num_layers: [\n")
     for path in (folder / "damaged" / "iter_0000001").glob("*.distcp"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def snapshot(root: Path) -> dict[str, tuple[int, int]]:
-    """Names, sizes and times of everything below; a folder's time tells of names made and gone again."""
-    return {
-        str(path.relative_to(root)): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(root.rglob("*"))
-    }
 
 
 def case_name(case: Case) -> str:

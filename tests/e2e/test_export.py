@@ -6,8 +6,6 @@ Losses: 1e-5 relative, since fp32 sums in another order leave about 1e-7 and a w
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -23,32 +21,10 @@ from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.data.tokenizer import load_tokenizer
 from tests.distributed.models import LAYOUTS
-from tests.distributed.ranks import run_on_ranks
+from tests.e2e.verbs import minitron, run_well
 from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, python_files, small_data, small_tokenizer
 
 SAMPLES, MICRO_BATCH, LENGTH = 9, 2, 32  # five microbatches, the last one half filler; no multiple of two stages
-
-
-def command_on_rank(arguments: list[str]) -> tuple[int, str]:
-    """Exit code, and what the user saw."""
-    from minitron_mcore.cli import main
-
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
-        code = main(arguments)
-    return code, shown.getvalue()
-
-
-def minitron(*arguments: str, world_size: int = 1) -> tuple[int, str]:
-    """Every rank must leave with the same code; shown is the first rank's."""
-    results = run_on_ranks(command_on_rank, world_size, list(arguments))
-    assert len({code for code, _ in results}) == 1, results
-    return results[0]
-
-
-def run_well(*arguments: str, world_size: int = 1) -> None:
-    code, shown = minitron(*arguments, world_size=world_size)
-    assert code == 0, shown
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +114,7 @@ def test_the_exported_folder(root: Path) -> None:
     assert names == {
         "config.json",
         "generation_config.json",
+        "manifest.json",
         "model.safetensors",
         "README.md",
         "tokenizer.json",
@@ -179,8 +156,8 @@ def test_import_in_bf16_and_evaluate(root: Path, tmp_path: Path) -> None:
     for path in (root / "hf").glob("tokenizer*"):
         shutil.copy(path, source)
     run_well("import", f"hf={source}", f"checkpoint={checkpoint}", "parallel.pipeline=2", world_size=2)
-    # The token files were made by the SentencePiece model, which gives the same ids.
-    shutil.rmtree(checkpoint / "tokenizer")
+    # The tokenizer is now of another kind than the SentencePiece model that the token files were made with.
+    assert load_tokenizer(str(checkpoint / "tokenizer")).type == "HuggingFaceTokenizer"
     config = ["--config", str(root / "recipe.yaml"), f"checkpoint={checkpoint}"]
     run_well("evaluate", *config, "parallel.tensor=2", world_size=2)
     results = json.loads((checkpoint / "results.json").read_text())
@@ -194,6 +171,22 @@ def test_import_in_bf16_and_evaluate(root: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "again" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert f"| lm loss | {results['lm loss']} |" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_weight_files_have_the_size_asked_for(root: Path, tmp_path: Path) -> None:
+    """No file is larger, but for a tensor that is larger by itself; transformers reads them as one model."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    limit = 24_000
+    run_well("export", f"checkpoint={root / 'teacher'}", f"hf={tmp_path / 'hf'}", "max_shard_size=24KB", world_size=2)
+    files = {path.name: load_file(path) for path in (tmp_path / "hf").glob("*.safetensors")}
+    sizes = {name: sum(tensor.nbytes for tensor in tensors.values()) for name, tensors in files.items()}
+    assert len(files) > 4 and max(sizes.values()) > limit, "the embedding is larger"
+    assert all(size <= limit or len(files[name]) == 1 for name, size in sizes.items())
+    whole = load_file(root / "hf" / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    assert loaded.keys() == whole.keys() and all(torch.equal(loaded[name], whole[name]) for name in whole)
 
 
 def bad_commands(root: Path, folder: Path) -> dict[str, list[str]]:
@@ -210,6 +203,7 @@ def bad_commands(root: Path, folder: Path) -> dict[str, list[str]]:
     commands: dict[str, list[Any]] = {
         "checkpoint is not given": ["export", target],
         "hf is not given": ["export", checkpoint],
+        "max_shard_size=5gb is no size": ["export", checkpoint, target, "max_shard_size=5gb"],
         f"checkpoint={folder / 'nowhere'} is not there": ["export", f"checkpoint={folder / 'nowhere'}", target],
         "holds no finished checkpoint": ["export", f"checkpoint={folder / 'unfinished'}", target],
         "is not a finished checkpoint": ["evaluate", *recipe, f"checkpoint={folder / 'cut-off'}"],

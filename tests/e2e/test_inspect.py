@@ -17,6 +17,7 @@ import yaml
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.importance.scores import Scores, save_scores
 from minitron_mcore.plan import make_plan, save_plan
+from tests.distributed.foreign_models import LLAMA, arguments, save_foreign
 from tests.distributed.hf_cases import architecture_of, save_with_transformers, tensors_of
 from tests.distributed.ranks import run_on_ranks
 from tests.unit.text_data import small_tokenizer
@@ -112,6 +113,91 @@ def test_leftovers_are_named(root: Path, tmp_path: Path) -> None:
     assert "warning: .unfinished_iter_0000007 is left over" in table
 
 
+def test_one_iteration_may_be_named(root: Path, tmp_path: Path) -> None:
+    """Within its checkpoint it has the lineage; copied alone it is described as far as it goes."""
+    place = root / "checkpoint" / "iter_0000000"
+    whole, one = (
+        json.loads(shown)
+        for _, shown, _ in minitron(*(["inspect", str(p), "--json"] for p in (root / "checkpoint", place)))
+    )
+    for name in ("kind", "architecture", "dtypes", "stored_bytes", "lineage", "tokenizer", "files", "written_by_ranks"):
+        assert one[name] == whole[name], name
+    assert (one["iterations"], one["files"], one["written_by_ranks"]) == ([0], 1, 1)
+    shutil.copytree(place, tmp_path / "iter_0000000")
+    ((code, shown, said),) = minitron(["inspect", str(tmp_path / "iter_0000000")])
+    assert code == 2 and not shown and said.count("\n") == 1 and "iter_0000000" in said
+
+
+def write_foreign(folder: str) -> None:
+    save_foreign(folder, arguments(**LLAMA), {"tensor": 2}, 2)
+
+
+def test_checkpoints_of_other_projects(tmp_path: Path) -> None:
+    """What is not known of them is said to be unknown; the layout shows in the files."""
+    run_on_ranks(write_foreign, 2, str(tmp_path / "foreign"))
+    for path in (tmp_path / "foreign", tmp_path / "foreign" / "iter_0000100"):
+        (code, shown, said), (_, table, _) = minitron(
+            ["inspect", str(path), "--json", "--verify"], ["inspect", str(path)]
+        )
+        assert code == 0, said
+        found = json.loads(shown)
+        assert (found["kind"], found["newest_finished"], found["written_by_ranks"]) == ("megatron", 100, 2)
+        assert found["described_by"].endswith("common.pt") and found["architecture"]["hidden_size"] == 48
+        assert found["lineage"] == {} and found["tokenizer"] is None
+        assert found["verified"]["tensors"] > 0 and not found["verified"]["faults"]
+        assert any("manifest.json" in warning for warning in found["warnings"]), "compared with nothing"
+        assert table.startswith(f"{path}: Megatron checkpoint of another project\n")
+        assert any(line.split() == ["lineage", "unknown"] for line in table.splitlines())
+
+
+def flip(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def test_verify_finds_changed_bytes(root: Path, tmp_path: Path) -> None:
+    """Faults one a line below the table, and exit code 2 with the first; without --verify they are not seen."""
+    ((code, _, said),) = minitron(["export", f"checkpoint={root / 'checkpoint'}", f"hf={root / 'exported'}"])
+    assert code == 0, said
+    for name in ("checkpoint", "exported"):
+        shutil.copytree(root / name, tmp_path / name)
+    whole = [["inspect", str(tmp_path / name), "--verify"] for name in ("checkpoint", "exported")]
+    for code, shown, said in minitron(*whole):
+        assert code == 0 and "\nfault: " not in shown and not said, (shown, said)
+        assert shown.split("verified\n")[1].split()[:2] in (["tensors", "9"], ["tensors", "30"])
+    weights = next((tmp_path / "checkpoint" / "iter_0000000").glob("*.distcp"))
+    flip(weights, 0.5)
+    flip(tmp_path / "exported" / "model.safetensors", 1.0)
+    flip(tmp_path / "exported" / "tokenizer.model", 1.0)
+    for (code, shown, said), path, count in zip(
+        minitron(*whole), (weights, tmp_path / "exported"), (1, 2), strict=True
+    ):
+        faults = [line for line in shown.splitlines() if line.startswith("fault: ")]
+        assert code == 2 and len(faults) == count and str(path) in faults[0], shown
+        assert said == f"minitron inspect: {said.split(': ')[1]}: {faults[0].removeprefix('fault: ')}\n"
+        assert f"is damaged, {count} fault{'s' if count > 1 else ''}: " in said
+    ((code, shown, _),) = minitron([*whole[1], "--json"])
+    assert code == 2 and len(json.loads(shown)["verified"]["faults"]) == 2
+    assert [code for code, _, _ in minitron(*(words[:2] for words in whole))] == [0, 0]
+
+
+def test_flags_are_of_inspect_alone(root: Path) -> None:
+    plan = str(root / "plan.json")
+    answers = minitron(
+        ["inspect", "--verify", plan, "--json"],
+        ["--json", "inspect", plan],
+        ["plan", "--json"],
+        ["import", "--verify", f"hf={root / 'hf'}"],
+    )
+    assert [code for code, _, _ in answers] == [0, 0, 2, 2], answers
+    found = json.loads(answers[0][1])
+    assert found["warnings"][-1] == "a plan file has no checksums: verify=true adds nothing"
+    assert json.loads(answers[1][1])["warnings"] == found["warnings"][:-1]
+    assert answers[2][2].startswith("minitron plan: --json is a flag of inspect alone")
+    assert answers[3][2].startswith("minitron import: --verify is a flag of inspect alone")
+
+
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -130,7 +216,7 @@ def damaged(root: Path, folder: Path) -> dict[str, Path]:
         return path
 
     found = {"linear_fc1.weight is of shape (3, 272, 96), but": changed("other-ffn", ffn_hidden_size=134)}
-    found["is of shape (3, 96), but architecture.yaml means (2, 96)"] = changed("fewer-layers", num_layers=2)
+    found["is of shape (3, 96), but num_layers=2 in"] = changed("fewer-layers", num_layers=2)
     found["holds no decoder.layers.self_attention.linear_qkv.layer_norm_bias"] = changed(
         "other-norm", normalization="LayerNorm"
     )

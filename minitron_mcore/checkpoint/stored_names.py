@@ -1,0 +1,69 @@
+"""Where a checkpoint parameter lies in a stored iteration, under whichever names it was saved.
+
+    ours, of layer 7                                  stored as
+    decoder.layers.mlp.linear_fc2.weight   decoder.layers.mlp.linear_fc2.weight      [L, …], its 8th part
+                                           decoder.layers.7.mlp.linear_fc2.weight    layers saved one by one
+    decoder.layers.self_attention.linear_qkv.layer_norm_weight
+                                           decoder.layers.7.input_layernorm.weight   the local layers' own name
+
+and each of them behind `module.` or `model.`, as wrappers add it. Optimizer, random states and Transformer Engine's
+`_extra_state` are not the model's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from minitron_mcore.errors import InputError
+from minitron_mcore.layout import LAYERS, checkpoint_key
+
+_PREFIX = re.compile(r"(?:(?:module|model)\.)*")
+_NOT_THE_MODEL = re.compile(
+    r"(^|\.)(optimizer|chained_\d+|rng_state|rerun_state_machine_state|opt_param_scheduler)(\.|$)"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A stored tensor, and which part of its leading axis is meant; None for all of it."""
+
+    name: str
+    layer: int | None
+
+
+class StoredNames:
+    """Looks up (checkpoint key, layer); layers either all stacked in one tensor or each in its own."""
+
+    def __init__(self, stored: Iterable[str]) -> None:
+        """`stored`: names of the tensors. Raises InputError where two of them are the same parameter."""
+        self.names: dict[tuple[str, int | None], str] = {}
+        for name in stored:
+            if name.endswith("_extra_state") or _NOT_THE_MODEL.search(name):
+                continue
+            plain = name[_PREFIX.match(name).end() :]  # type: ignore[union-attr]
+            stacked = plain.startswith(LAYERS) and not plain.removeprefix(LAYERS)[:1].isdigit()
+            key, layer = checkpoint_key(plain.replace(LAYERS, LAYERS + "0.", 1) if stacked else plain)
+            place = (key, None if stacked else layer)
+            if place in self.names:
+                raise InputError(f"{name} and {self.names[place]} are the same parameter twice")
+            self.names[place] = name
+
+    def find(self, key: str, layer: int | None) -> Place | None:
+        """None where the checkpoint holds no such parameter."""
+        if (key, layer) in self.names:
+            return Place(self.names[key, layer], None)
+        if layer is not None and (key, None) in self.names:
+            return Place(self.names[key, None], layer)
+        return None
+
+    def keys(self) -> set[str]:
+        """Keys of all parameters that are stored."""
+        return {key for key, _ in self.names}
+
+    def layers(self, key: str) -> list[int] | None:
+        """Which layers of `key` are stored one by one; None where they are stacked in one tensor."""
+        if (key, None) in self.names:
+            return None
+        return sorted(layer for stored, layer in self.names if stored == key and layer is not None)

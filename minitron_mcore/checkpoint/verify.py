@@ -1,0 +1,78 @@
+"""A checkpoint just imported, against transformers' own model of its source: the same ids in, the same logits out.
+
+Legend: s sequence, b batch (1), V vocabulary. Both in fp32, whatever is stored.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.store import as_chunks, load_weights
+from minitron_mcore.errors import InputError
+from minitron_mcore.model.gpt import build_model, unwrap
+from minitron_mcore.model.schedule import final_hidden_states
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.start import Runtime
+
+# The same products, summed in another order, differ by about 1e-6 of the largest logit in a few layers, and by some
+# 1e-5 in a hundred; a head in the wrong place or a wrong rotary frequency makes 1e-2 and more.
+TOLERANCE = 1e-4
+SEQUENCES, LENGTH, SEED = 4, 32, 1234
+
+
+def compare_with_transformers(
+    source: Path, folder: Path, architecture: Architecture, parallel: ParallelConfig, runtime: Runtime
+) -> float:
+    """Largest |difference| of the logits / largest |logit|, of iteration 0 of `folder` against the folder `source`.
+
+    Every rank calls, after `use_layout(parallel)`, and gets the same number; each loads its shard in fp32, the first
+    one also transformers' whole model. Raises InputError above TOLERANCE, or where transformers cannot load `source`.
+    """
+    # As many microbatches as interleaved stages need, each of as many tokens as sequence parallelism divides.
+    count = -(-SEQUENCES // parallel.pipeline) * parallel.pipeline
+    length = -(-min(LENGTH, architecture.max_position_embeddings) // parallel.tensor) * parallel.tensor
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(0, architecture.vocab_size, (count, 1, length), generator=generator)
+    expected = runtime.on_main(lambda: _reference_logits(source, ids))
+
+    chunks = as_chunks(build_model(architecture, parallel, "fp32", trainable=False))
+    load_weights(folder, 0, chunks, architecture)
+    positions = torch.arange(length).expand(1, length).contiguous()
+    batch: list[Any] = [
+        {"tokens": tokens.to(runtime.device), "position_ids": positions.to(runtime.device)} for tokens in ids
+    ]
+    largest = torch.zeros(1, dtype=torch.float64)
+    for sequence, hidden in enumerate(final_hidden_states(chunks, batch)):
+        with torch.no_grad():
+            mine = unwrap(chunks[-1]).logits(hidden).cpu().transpose(0, 1)  # [b, s, V / tensor]
+        first = parallel_state.get_tensor_model_parallel_rank() * mine.shape[-1]
+        theirs = expected[sequence][..., first : first + mine.shape[-1]]
+        if theirs.numel():  # a rank's part of the vocabulary may be padding alone
+            difference = (mine[..., : theirs.shape[-1]] - theirs).abs().max()
+            largest = torch.maximum(largest, difference.double().nan_to_num(torch.inf))
+    largest = largest.to(runtime.device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    error = float(largest) / float(expected.abs().max())
+    if not error <= TOLERANCE:
+        raise InputError(
+            f"hf={source}: the imported model's logits differ from transformers' by {error:.1e} of the largest, more "
+            f"than {TOLERANCE:.0e}: the import is wrong for this model, so nothing is kept; please report it"
+        )
+    return error
+
+
+def _reference_logits(source: Path, ids: torch.Tensor) -> torch.Tensor:
+    """[microbatch, b, s, V], fp32, on the host, from `ids` [microbatch, b, s]."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
+    except Exception as error:  # transformers raises whatever it met
+        raise InputError(f"hf={source} cannot be loaded by transformers: {' '.join(str(error).split())}") from error
+    with torch.no_grad():
+        return torch.stack([model(tokens).logits for tokens in ids])

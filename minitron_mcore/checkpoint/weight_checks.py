@@ -1,0 +1,95 @@
+"""What is looked at in every tensor that an import reads: its numbers are counted, finite, and not all zero.
+
+Worked out part by part while the tensors stream through memory; judged over whole Hugging Face tensors, so that a
+k_proj of zeros is found though it becomes a part of a fused tensor, sharded over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.conversion import Unit
+from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.start import Runtime
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of one tensor, or of the parts of it seen so far."""
+
+    num_elements: int = 0
+    finite: bool = True
+    zero: bool = True
+
+    def __add__(self, other: Seen) -> Seen:
+        return Seen(self.num_elements + other.num_elements, self.finite and other.finite, self.zero and other.zero)
+
+
+@dataclass(frozen=True)
+class CheckedWeights:
+    """What an import found: parameters and tensors read, and how many tensors are legitimately all zero."""
+
+    num_parameters: int
+    num_tensors: int
+    num_zero: int
+
+    def __str__(self) -> str:
+        zeros = (
+            f"; all zero, as in a fresh model: {self.num_zero} biases or zero-centred norms" if self.num_zero else ""
+        )
+        return (
+            f"{self.num_parameters:,} parameters in {self.num_tensors:,} tensors, as the config says; "
+            f"no NaN, no Inf, no matrix all zero{zeros}"
+        )
+
+
+class WeightChecks:
+    """One for each rank; `look` at every part that is read, then `judge` on all ranks together."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Seen] = {}
+
+    def look(self, name: str, part: torch.Tensor) -> None:
+        """`part` of the Hugging Face tensor `name`; each element is to be seen once, on one rank."""
+        found = Seen()
+        if part.numel():
+            low, high = (float(edge) for edge in torch.aminmax(part))  # NaN where there is one anywhere
+            found = Seen(part.numel(), math.isfinite(low) and math.isfinite(high), low == high == 0)
+        self.seen[name] = self.seen.get(name, Seen()) + found
+
+    def judge(
+        self, wanted: Iterable[Unit], architecture: Architecture, path: Callable[[str], Path], runtime: Runtime
+    ) -> CheckedWeights:
+        """All ranks call, when all parts were seen, and all raise InputError for the same tensor, or none does.
+
+        `path(name)` is the file of a tensor, for messages.
+        """
+        ranks: list[Any] = [self.seen]
+        if runtime.world_size > 1:
+            ranks = [None] * runtime.world_size
+            torch.distributed.all_gather_object(ranks, self.seen)
+        zeros = 0
+        totals: dict[str, Seen] = {}
+        for unit in wanted:
+            for name in unit.names:
+                total = sum((seen[name] for seen in ranks if name in seen), Seen())
+                totals[name] = total
+                if not total.finite:
+                    raise InputError(f"{path(name)}: {name} holds NaN or Inf: the file is damaged, get it anew")
+                if total.zero and unit.parameter.initial != "zero":
+                    raise InputError(f"{path(name)}: {name} is all zero: its weights were never filled in")
+                zeros += total.zero
+        count = sum(total.num_elements for total in totals.values())
+        if count != architecture.num_parameters:
+            raise InputError(
+                f"{count:,} parameters were read, where the architecture in config.json has "
+                f"{architecture.num_parameters:,}"
+            )
+        return CheckedWeights(count, len(totals), zeros)

@@ -1,0 +1,262 @@
+"""Checkpoints written as a stream: one parameter at a time is in memory, whatever the size of the shard.
+
+What is left is the torch_dist checkpoint that `dist_checkpointing.save` would leave, and a manifest of its checksums:
+
+    iter_NNNNNNN/__R_0.distcp     what rank R wrote, one torch.save after the other
+    iter_NNNNNNN/.metadata        which piece of which tensor lies where
+    iter_NNNNNNN/common.pt, metadata.json, manifest.json
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
+from torch.distributed.checkpoint import (
+    BytesStorageMetadata,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    save,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from minitron_mcore.checkpoint.folder import finish_iteration
+from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, stored_piece, write_manifest
+from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.start import Runtime
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a global tensor that one rank stores: where it begins (`offsets`) and its `shape`, both as long as
+    `global_shape`; a layer's parameter has the layer as its leading axis, of length 1 here."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pieces that come from one read: `read()` gives their tensors, each of as many elements as its piece has, when it
+    is their turn to be written. It may hold collectives, where all ranks concerned have their sources in one order."""
+
+    pieces: tuple[Piece, ...]
+    read: Callable[[], Sequence[torch.Tensor]]
+
+
+def pieces_of(parts: Iterable[ShardedTensor]) -> tuple[Piece, ...]:
+    """The pieces that this rank stores of Megatron's sharded tensors, whose data may be on the meta device."""
+    return tuple(
+        Piece(
+            part.key,
+            tuple(part.global_shape),
+            tuple(part.global_offset),
+            (*(1,) * part.prepend_axis_num, *part.local_shape),
+            part.dtype,
+        )
+        for part in parts
+        if is_main_replica(part.replica_id)
+    )
+
+
+def save_stream(
+    folder: Path,
+    iteration: int,
+    sources: Iterable[Source],
+    runtime: Runtime,
+    *,
+    before_finish: Callable[[], None] = lambda: None,
+) -> None:
+    """Write each rank's `sources` as a whole iteration of `folder`; all ranks call, each with its own, possibly none.
+
+    In memory at a time: the tensors of one source. `before_finish` is called on every rank when all is written, and
+    may refuse it. Whatever is raised, is raised on every rank, and nothing of the iteration is left behind; an
+    InputError of `read` comes through as it is, and a full or forbidden disk becomes one.
+    """
+    chosen = list(sources)
+
+    def write(temporary: Path) -> list[StoredPiece]:
+        writer = _StreamWriter(temporary, chosen)
+        # A stored tensor's own checksum is in the manifest; torch.load never reads the CRC-32, which takes longer.
+        with _without_crc32():
+            save({}, storage_writer=writer, planner=_StreamPlanner(chosen))
+        if runtime.is_main:
+            common = {"content_metadata": {"iteration": iteration}}
+            get_default_save_common_strategy().save_common(common, temporary)
+            save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
+        before_finish()
+        return writer.stored
+
+    existed = folder.exists()
+    try:
+        write_iteration(folder, iteration, runtime, write)
+    except (Exception, CheckpointException) as error:
+        if runtime.is_main:
+            shutil.rmtree(_unfinished(folder, iteration), ignore_errors=True)
+            if not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+        raise _told(error, folder) from error
+
+
+def write_iteration(folder: Path, iteration: int, runtime: Runtime, write: Callable[[Path], list[StoredPiece]]) -> None:
+    """Have `write` fill a temporary folder, on every rank, and make it the finished `iteration` of `folder`.
+
+    `write` returns the pieces that this rank stored. All ranks call. Raises InputError where the folder cannot be made.
+    """
+    temporary = _unfinished(folder, iteration)
+
+    def begin() -> None:
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error}") from error
+
+    runtime.on_main(begin)
+    stored = write(temporary)
+    ranks: list[Any] = [stored]
+    if runtime.world_size > 1:
+        ranks = [None] * runtime.world_size
+        torch.distributed.gather_object(stored, ranks if runtime.is_main else None, dst=0)
+
+    def finish() -> None:
+        write_manifest(temporary, (piece for pieces in ranks for piece in pieces), _objects(temporary))
+        finish_iteration(folder, temporary, iteration)
+
+    runtime.on_main(finish)
+
+
+def _unfinished(folder: Path, iteration: int) -> Path:
+    return folder / f".unfinished_iter_{iteration:07d}"
+
+
+def _objects(place: Path) -> dict[str, str]:
+    """Checksums of what is stored beside tensors, by key."""
+    metadata = FileSystemReader(place).read_metadata()
+    return {
+        index.fqn: bytes_checksum(place / info.relative_path, info.offset, info.length)
+        for index, info in (metadata.storage_data or {}).items()
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata)
+    }
+
+
+def _told(error: BaseException, folder: Path) -> BaseException:
+    """What the user is to see of an error that torch gathered from the ranks: the first sentence there is."""
+    causes = [error]
+    if isinstance(error, CheckpointException):
+        causes = [failure[0] for failure in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, InputError):
+            return cause
+    for cause in causes:
+        if isinstance(cause, OSError):
+            return InputError(f"{folder} cannot be written: {cause}")
+    return error
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
+
+
+class _StreamPlanner(DefaultSavePlanner):
+    """Plans from shapes alone; the tensors come later."""
+
+    def __init__(self, sources: list[Source]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.sources = sources
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(piece) for source in self.sources for piece in source.pieces])
+        return self.plan
+
+
+def _write_item(piece: Piece) -> WriteItem:
+    offsets = torch.Size(piece.offsets)
+    return WriteItem(
+        index=MetadataIndex(piece.key, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(piece.shape)),
+            properties=TensorProperties(dtype=piece.dtype),
+            size=torch.Size(piece.global_shape),
+        ),
+    )
+
+
+class _StreamWriter(FileSystemWriter):
+    """Reads one source after another, and writes its tensors, when torch asks for the rank's data."""
+
+    def __init__(self, path: Path, sources: list[Source]) -> None:
+        super().__init__(path, thread_count=1)
+        self.sources = sources
+        self.stored: list[StoredPiece] = []
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        if not plan.items:
+            return done
+        name = f"{plan.storage_data.prefix}0.distcp"
+        items = iter(plan.items)
+        with (Path(self.path) / name).open("wb") as stream:
+            for source in self.sources:
+                self._write_source(source, items, stream, name, results)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return done
+
+    def _write_source(
+        self, source: Source, items: Iterator[WriteItem], stream: Any, name: str, results: list[WriteResult]
+    ) -> None:
+        for piece, tensor in zip(source.pieces, source.read(), strict=True):
+            item = next(items)
+            assert (item.index.fqn, item.index.offset) == (piece.key, torch.Size(piece.offsets)), (item, piece)
+            assert tensor.dtype == piece.dtype, piece
+            # torch.save stores the whole storage that a view looks at.
+            whole = tensor.detach().cpu().contiguous().view(piece.shape)
+            whole = whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
+            self.stored.append(stored_piece(piece.key, piece.offsets, whole))
+            start = stream.tell()
+            _save_tensor(whole, stream)
+            length = stream.tell() - start
+            results.append(
+                WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, start, length))
+            )
+
+
+def _save_tensor(tensor: torch.Tensor, stream: Any) -> None:
+    try:
+        torch.save(tensor, stream)
+    except RuntimeError as error:
+        # Of a full disk torch says, when it closes its archive, that the archive is broken.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise cause from None

@@ -1,0 +1,248 @@
+"""A stranger's checkpoint is read without running what lies in it, whichever way it is read.
+
+The checkpoint is written by torch alone; its pickles are then replaced by ones that make a folder when they are loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from minitron_mcore import cli
+from minitron_mcore.architecture import build_architecture
+from minitron_mcore.checkpoint.folder import (
+    TRACKER,
+    find_checkpoint,
+    finish_iteration,
+    iteration_folder,
+    read_architecture,
+)
+from minitron_mcore.checkpoint.inspection import inspect_checkpoint
+from minitron_mcore.checkpoint.reader import TensorReader
+from minitron_mcore.checkpoint.sharding import read_parameters
+from minitron_mcore.checkpoint.store import load_state, load_weights
+from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, trusting
+from minitron_mcore.errors import InputError
+from minitron_mcore.layout import parameter_table
+from minitron_mcore.stages.common import output_folder
+
+ARCHITECTURE = build_architecture(
+    {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "num_attention_heads": 2, "vocab_size": 16}
+)
+ARGUMENTS = {
+    "num_layers": 2,
+    "hidden_size": 8,
+    "ffn_hidden_size": 12,
+    "num_attention_heads": 2,
+    "vocab_size": 16,
+    "max_position_embeddings": 32,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "untie_embeddings_and_output_weights": True,
+    "position_embedding_type": "rope",
+    "exit_signal": signal.SIGTERM,
+}
+
+
+class Evil:
+    """Makes the folder `marker` when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.makedirs, (str(self.marker), 0o777, True)
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """What the architecture consists of, by stored name; layers stacked."""
+    shapes = {
+        parameter.key: ((2,) if parameter.per_layer else ()) + parameter.shape(ARCHITECTURE)
+        for parameter in parameter_table(ARCHITECTURE)
+    }
+    generator = torch.Generator().manual_seed(1)
+    return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "checkpoint" / "iter_0000005"
+    place.mkdir(parents=True)
+    checkpoint.save(tensors(), checkpoint_id=place, no_dist=True)
+    torch.save({"args": argparse.Namespace(**ARGUMENTS), "iteration": 5}, place / "common.pt")
+    (place / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    (place.parent / TRACKER).write_text("5")
+    return place.parent
+
+
+def read_all(folder: Path) -> Any:
+    table = parameter_table(ARCHITECTURE)
+    wanted = [(parameter, 1 if parameter.per_layer else None) for parameter in table]
+    return read_parameters(folder, 5, ARCHITECTURE, wanted, tensor_rank=1, tensor_size=2)
+
+
+WAYS_IN: dict[str, Callable[[Path], Any]] = {
+    "TensorReader": lambda folder: TensorReader(folder, 5),
+    "read_parameters": read_all,
+    "load_weights": lambda folder: load_weights(folder, 5, [], ARCHITECTURE),
+    "load_state": lambda folder: load_state(folder, 5, {}),
+    "inspect": inspect_checkpoint,
+    "read_architecture": read_architecture,
+}
+
+
+def put_evil(folder: Path, name: str, marker: Path) -> None:
+    """Replace one of the two files by the same content and an Evil."""
+    path = folder / "iter_0000005" / name
+    if name == "common.pt":
+        torch.save({**torch.load(path, weights_only=False), "evil": Evil(marker)}, path)
+        return
+    metadata = pickle.loads(path.read_bytes())
+    metadata.planner_data = {"evil": Evil(marker)}
+    path.write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_nothing_is_run(folder: Path, tmp_path: Path, way: str, name: str) -> None:
+    marker = tmp_path / "marker"
+    put_evil(folder, name, marker)
+    with pytest.raises(
+        InputError, match=rf"iter_0000005/{name} asks for os\.makedirs, .* may run code: set trust=true"
+    ):
+        WAYS_IN[way](folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_trusted_files_are_read(folder: Path, tmp_path: Path, name: str) -> None:
+    """And run what lies in them: the Evil above is one."""
+    marker = tmp_path / "marker"
+    put_evil(folder, name, marker)
+    with trusting(True):
+        part = read_all(folder)["output_layer.weight", None]
+    assert marker.is_dir() and torch.equal(part, tensors()["output_layer.weight"][64:])
+    with pytest.raises(InputError, match="set trust=true"), trusting(False):
+        read_all(folder)
+
+
+def test_the_recipes_key_is_what_trusts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As typed; the process group, which this needs none of, is left out."""
+    runtime = argparse.Namespace(on_main=lambda work: work(), print=print)
+    monkeypatch.setattr("minitron_mcore.runtime.start.start", lambda: runtime)
+    monkeypatch.setattr("minitron_mcore.runtime.start.stop", lambda: None)
+    put_evil(folder, ".metadata", tmp_path / "marker")
+    assert cli.main(["inspect", str(folder)]) == 2 and not (tmp_path / "marker").exists()
+    assert "set trust=true if you trust where it comes from" in capsys.readouterr().err
+    assert cli.main(["inspect", str(folder), "trust=true"]) == 0 and (tmp_path / "marker").is_dir()
+
+
+def test_every_way_in_reads_what_is_harmless(folder: Path) -> None:
+    whole = tensors()
+    assert read_architecture(folder) == ARCHITECTURE.replace(
+        rotary_base=10000.0, max_position_embeddings=32, padded_vocab_size=128
+    )
+    reader, parts = TensorReader(folder, 5), read_all(folder)
+    for parameter in parameter_table(ARCHITECTURE):
+        layer = 1 if parameter.per_layer else None
+        expected = whole[parameter.key] if layer is None else whole[parameter.key][layer]
+        assert torch.equal(reader.read(parameter.key, layer, parameter.shape(ARCHITECTURE)), expected)
+        # Rank 1 of 2: the second half of the sharded axis; of the gate's part and of the up part where it is gated.
+        pieces = expected.chunk(2) if parameter.gated else [expected]
+        if parameter.shard_axis is not None:
+            expected = torch.cat([piece.chunk(2, dim=parameter.shard_axis)[1] for piece in pieces])
+        assert torch.equal(parts[parameter.key, layer], expected)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"cbuiltins\neval\n(V1\ntR.",
+        b"cos\nsystem\n(Vtrue\ntR.",
+        b"ctorch\nload\n(Vx\ntR.",
+        b"ctorch\nnn\n.",
+        b"\x80\x04\x8c\x05torch\x8c\x10serialization.os\x93.",
+        b"\x80\x04\x8c\x13torch.serialization\x8c\x17_get_layout.__globals__\x93.",
+        b"cfunctools\npartial\n.",
+        b"coperator\nattrgetter\n.",
+        b"cbuiltins\ngetattr\n.",
+    ],
+)
+def test_only_a_checkpoints_own_classes_are_admitted(tmp_path: Path, code: bytes) -> None:
+    (tmp_path / ".metadata").write_bytes(code)
+    with pytest.raises(InputError, match=r"asks for [\w.]+, which no checkpoint needs and which may run code"):
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["../other/__0_0.distcp", "/etc/passwd", "inner/__0_0.distcp"])
+def test_files_elsewhere_are_not_read(folder: Path, place: str) -> None:
+    path = folder / "iter_0000005" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = place
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError, match="a checkpoint's files lie beside it"):
+        TensorReader(folder, 5)
+
+
+def test_an_object_in_a_tensors_place(folder: Path) -> None:
+    """torch unpickles an object without restriction where its `.metadata` names one under a tensor's name."""
+    path = folder / "iter_0000005" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["output_layer.weight"] = BytesStorageMetadata()
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError, match=r"the pickled object output_layer\.weight, .* may run code"):
+        load_state(folder, 5, {})
+    with pytest.raises(InputError, match=r"holds no output_layer\.weight"):
+        read_all(folder)
+
+
+def test_what_is_damaged_is_said_in_one_sentence(folder: Path) -> None:
+    place = folder / "iter_0000005"
+    whole = {name: (place / name).read_bytes() for name in (".metadata", "common.pt")}
+    cases = {
+        ".metadata": (b"", whole[".metadata"][:100], b"garbage", pickle.dumps({"a": 1}), pickle.dumps(Metadata({}))),
+        "common.pt": (b"", whole["common.pt"][:100], b"garbage"),
+    }
+    for name, contents in cases.items():
+        for content in contents:
+            (place / name).write_bytes(content)
+            with pytest.raises(InputError, match=rf"{name}|is damaged") as said:
+                TensorReader(folder, 5)
+            assert "\n" not in str(said.value)
+        (place / name).unlink()
+        with pytest.raises(InputError, match=name):
+            TensorReader(folder, 5)
+        (place / name).write_bytes(whole[name])
+    torch.save([1], place / "common.pt")
+    with pytest.raises(InputError, match="holds a list"):
+        read_common(place)
+
+
+def test_an_iterations_folder_may_be_named(folder: Path) -> None:
+    place = folder / "iter_0000005"
+    assert find_checkpoint(place, "checkpoint") == (place, 5) and iteration_folder(place, 5) == place
+    assert read_architecture(place) == read_architecture(folder)
+    with pytest.raises(InputError, match="is an iteration of a checkpoint: name another folder to write to"):
+        output_folder(str(place), "train.checkpoint")
+    (place / ".unfinished").mkdir()
+    finish_iteration(place, place / ".unfinished", 9)  # never in its own place
+    assert (place / "iter_0000009").is_dir() and (place / ".metadata").is_file()
+    (place / TRACKER).unlink()
+    alone = folder.rename(folder.with_name("moved")) / "iter_0000005"
+    alone = alone.rename(alone.with_name("release"))
+    assert find_checkpoint(alone, "checkpoint") == (alone, 0) and TensorReader(alone, 0).dtype("output_layer.weight")
+    (alone.parent / TRACKER).write_text("release\n")
+    assert find_checkpoint(alone.parent, "checkpoint") == (alone, 0)
