@@ -24,6 +24,7 @@ REQUIREMENTS = [
     "transformers>=5,<6",
     "sentencepiece>=0.2,<0.3",
     "safetensors>=0.4.3,<1",
+    "xxhash>=3.4,<5",
     "omegaconf>=2.3,<3",
     "numpy>=1.26,<3",
     "pyyaml>=6,<7",

@@ -121,8 +121,8 @@ def copy(source: Path, target: Path) -> float:
     return time.perf_counter() - started
 
 
-def rank_main(job: str, source: Path, target: Path, report: Path) -> None:
-    """One rank of one job, import or export."""
+def convert_on_rank(job: str, source: Path, target: Path) -> float:
+    """One rank of one job, import or export; seconds from when all ranks have started until all are done."""
     from transformers import AutoConfig
 
     from minitron_mcore.checkpoint.export import export_checkpoint
@@ -130,7 +130,7 @@ def rank_main(job: str, source: Path, target: Path, report: Path) -> None:
     from minitron_mcore.checkpoint.import_hf import import_checkpoint, read_config
     from minitron_mcore.runtime.config import ParallelConfig
     from minitron_mcore.runtime.parallel import use_layout
-    from minitron_mcore.runtime.start import start, stop
+    from minitron_mcore.runtime.start import start
 
     runtime = start()
     parallel = ParallelConfig(tensor=runtime.world_size)
@@ -146,8 +146,16 @@ def rank_main(job: str, source: Path, target: Path, report: Path) -> None:
     else:
         export_checkpoint(source, 0, target, runtime)
     runtime.barrier()
-    seconds = time.perf_counter() - started
-    (report / f"rank_{runtime.rank}.json").write_text(json.dumps({"seconds": seconds, "peak": peak_bytes()}))
+    return time.perf_counter() - started
+
+
+def rank_main(job: str, source: Path, target: Path, report: Path) -> None:
+    """What each process of a job does."""
+    from minitron_mcore.runtime.start import stop
+
+    seconds = convert_on_rank(job, source, target)
+    path = report / f"rank_{os.environ['RANK']}.json"
+    path.write_text(json.dumps({"seconds": seconds, "peak": peak_bytes()}))
     stop()
 
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from minitron_mcore.errors import InputError
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """A full or forbidden disk is the user's to mend: an OSError within becomes one sentence that names `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what} cannot be written: {error}") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ import numpy
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
+from minitron_mcore.families.find import find_family
 from minitron_mcore.files import write_whole
 from minitron_mcore.layout import check_tensor_parallel
 from minitron_mcore.ranking import Cut, best, best_in_groups, closest, narrowest, without_block
@@ -300,11 +301,10 @@ def _close_cuts(cuts: dict[str, list[Cut]], scores: ScoresLike, tolerance: float
 
 
 def _export_warnings(student: Architecture) -> Iterator[str]:
-    if student.family == "llama" and student.hidden_size % student.num_attention_heads:
-        yield (
-            f"hidden_size={student.hidden_size} is no multiple of num_attention_heads="
-            f"{student.num_attention_heads}: transformers 5 refuses such a LlamaConfig, even with head_dim given"
-        )
+    try:
+        find_family(student.family, "plan").refuse(student, "student")
+    except InputError as error:
+        yield f"{error}: export will refuse it"
 
 
 def _check_indices(name: str, indices: Any, count: int, size: int) -> None:

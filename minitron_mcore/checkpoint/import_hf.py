@@ -55,13 +55,20 @@ def read_config(source: Path, make_vocab_size_divisible_by: int = 128) -> Archit
 
 
 def import_checkpoint(
-    source: Path, target: Path, architecture: Architecture, parallel: ParallelConfig, runtime: Runtime
+    source: Path,
+    target: Path,
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    runtime: Runtime,
+    *,
+    called: str | None = None,
 ) -> CheckedWeights:
     """Write the weights of the Hugging Face folder `source` as iteration 0 of `target`, in their stored dtype.
 
     Every rank calls, after `use_layout(parallel)`. A rank reads the parts it stores, one parameter after another, and
     holds no more than one. Raises InputError on every rank, naming file and tensor, where tensors are missing, left
-    over, of another shape, cut off, all zero, or hold NaN or Inf; nothing is left behind then.
+    over, of another shape, cut off, all zero, or hold NaN or Inf, and where `target` cannot be written, which messages
+    call `called`; nothing is left behind then.
     """
     check_tensor_parallel(architecture, parallel.tensor)
     stages = split_layers(architecture.num_layers, parallel.pipeline)
@@ -90,6 +97,7 @@ def import_checkpoint(
         0,
         sources,
         runtime,
+        called=called,
         before_finish=lambda: result.append(checks.judge(wanted, architecture, folder.path, runtime)),
     )
     return result[0]

@@ -14,8 +14,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -41,7 +42,9 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from minitron_mcore.checkpoint.folder import finish_iteration
 from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, stored_piece, write_manifest
+from minitron_mcore.checkpoint.safetensors_file import write_in_blocks
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import writing
 from minitron_mcore.runtime.start import Runtime
 
 
@@ -87,52 +90,62 @@ def save_stream(
     sources: Iterable[Source],
     runtime: Runtime,
     *,
+    called: str | None = None,
     before_finish: Callable[[], None] = lambda: None,
 ) -> None:
     """Write each rank's `sources` as a whole iteration of `folder`; all ranks call, each with its own, possibly none.
 
     In memory at a time: the tensors of one source. `before_finish` is called on every rank when all is written, and
     may refuse it. Whatever is raised, is raised on every rank, and nothing of the iteration is left behind; an
-    InputError of `read` comes through as it is, and a full or forbidden disk becomes one.
+    InputError of `read` comes through as it is, and a full or forbidden disk becomes one, in which the folder is
+    `called` so.
     """
-    chosen = list(sources)
+    chosen, called = list(sources), called or str(folder)
+
+    def write_common(temporary: Path) -> None:
+        with writing(called):
+            common = {"content_metadata": {"iteration": iteration}}
+            get_default_save_common_strategy().save_common(common, temporary)
+            save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
 
     def write(temporary: Path) -> list[StoredPiece]:
         writer = _StreamWriter(temporary, chosen)
         # A stored tensor's own checksum is in the manifest; torch.load never reads the CRC-32, which takes longer.
         with _without_crc32():
             save({}, storage_writer=writer, planner=_StreamPlanner(chosen))
-        if runtime.is_main:
-            common = {"content_metadata": {"iteration": iteration}}
-            get_default_save_common_strategy().save_common(common, temporary)
-            save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
+        runtime.on_main(partial(write_common, temporary))
         before_finish()
         return writer.stored
 
     existed = folder.exists()
     try:
-        write_iteration(folder, iteration, runtime, write)
+        write_iteration(folder, iteration, runtime, write, called)
     except (Exception, CheckpointException) as error:
         if runtime.is_main:
             shutil.rmtree(_unfinished(folder, iteration), ignore_errors=True)
             if not existed:
                 shutil.rmtree(folder, ignore_errors=True)
-        raise _told(error, folder) from error
+        raise _told(error, called) from error
 
 
-def write_iteration(folder: Path, iteration: int, runtime: Runtime, write: Callable[[Path], list[StoredPiece]]) -> None:
+def write_iteration(
+    folder: Path,
+    iteration: int,
+    runtime: Runtime,
+    write: Callable[[Path], list[StoredPiece]],
+    called: str | None = None,
+) -> None:
     """Have `write` fill a temporary folder, on every rank, and make it the finished `iteration` of `folder`.
 
-    `write` returns the pieces that this rank stored. All ranks call. Raises InputError where the folder cannot be made.
+    `write` returns the pieces that this rank stored. All ranks call. Raises InputError, which calls the
+    folder `called`, where it cannot be made or what describes the iteration cannot be written.
     """
     temporary = _unfinished(folder, iteration)
 
     def begin() -> None:
-        try:
+        with writing(called or str(folder)):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"{folder} cannot be written: {error}") from error
 
     runtime.on_main(begin)
     stored = write(temporary)
@@ -142,8 +155,9 @@ def write_iteration(folder: Path, iteration: int, runtime: Runtime, write: Calla
         torch.distributed.gather_object(stored, ranks if runtime.is_main else None, dst=0)
 
     def finish() -> None:
-        write_manifest(temporary, (piece for pieces in ranks for piece in pieces), _objects(temporary))
-        finish_iteration(folder, temporary, iteration)
+        with writing(called or str(folder)):
+            write_manifest(temporary, (piece for pieces in ranks for piece in pieces), _objects(temporary))
+            finish_iteration(folder, temporary, iteration)
 
     runtime.on_main(finish)
 
@@ -162,7 +176,7 @@ def _objects(place: Path) -> dict[str, str]:
     }
 
 
-def _told(error: BaseException, folder: Path) -> BaseException:
+def _told(error: BaseException, called: str) -> BaseException:
     """What the user is to see of an error that torch gathered from the ranks: the first sentence there is."""
     causes = [error]
     if isinstance(error, CheckpointException):
@@ -172,7 +186,7 @@ def _told(error: BaseException, folder: Path) -> BaseException:
             return cause
     for cause in causes:
         if isinstance(cause, OSError):
-            return InputError(f"{folder} cannot be written: {cause}")
+            return InputError(f"{called} cannot be written: {cause}")
     return error
 
 
@@ -253,10 +267,23 @@ class _StreamWriter(FileSystemWriter):
             )
 
 
-def _save_tensor(tensor: torch.Tensor, stream: Any) -> None:
+def _save_tensor(tensor: torch.Tensor, stream: BinaryIO) -> None:
     try:
-        torch.save(tensor, stream)
+        torch.save(tensor, _InBlocks(stream))  # type: ignore[arg-type]
     except RuntimeError as error:
         # Of a full disk torch says, when it closes its archive, that the archive is broken.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise cause from None
+
+
+class _InBlocks:
+    """As much of a file as torch.save asks for."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+
+    def write(self, content: bytes | memoryview) -> int:
+        return write_in_blocks(self.stream, memoryview(content))
+
+    def flush(self) -> None:
+        self.stream.flush()

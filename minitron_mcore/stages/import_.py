@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from minitron_mcore.checkpoint.companions import keep_companions
@@ -14,19 +12,11 @@ from minitron_mcore.checkpoint.import_hf import import_checkpoint, read_config
 from minitron_mcore.checkpoint.verify import TOLERANCE, compare_with_transformers
 from minitron_mcore.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import writing
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.parallel import use_layout
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import check_tokenizer, output_folder
-
-
-@contextmanager
-def told_as(what: str) -> Iterator[None]:
-    """A full or forbidden disk is the user's to mend, in one sentence that names `what`."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{what} cannot be written: {error}") from error
 
 
 def run(recipe: Recipe, runtime: Runtime) -> Path:
@@ -52,23 +42,22 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
 
     runtime.print(f"import: {source}, {architecture.num_parameters:,} parameters -> {target}")
     unfinished = target.with_name(f".{target.name}.unfinished")
-
-    def make_room() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with told_as(f"checkpoint={target}"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-
-    runtime.on_main(make_room)
-    checked = import_checkpoint(source, unfinished, architecture, recipe.parallel, runtime)
+    runtime.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+    called = f"checkpoint={target}"
+    checked = import_checkpoint(source, unfinished, architecture, recipe.parallel, runtime, called=called)
     runtime.print(f"import: {checked}")
 
     def describe() -> None:
         fingerprint = tokenizer.fingerprint if tokenizer else None
         lineage = {"stage": "import", "hf": str(source), "tokens": 0, "tokenizer": fingerprint}
         save = tokenizer.save if tokenizer else None
-        with told_as(f"checkpoint={target}"):
+        with writing(called):
             write_description(unfinished, architecture, lineage=lineage, recipe=to_yaml(recipe), save_tokenizer=save)
             keep_companions(source, unfinished)
+
+    def put_in_place() -> None:
+        with writing(called):
+            os.rename(unfinished, target)
 
     try:
         runtime.on_main(describe)
@@ -78,7 +67,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
                 f"import: logits differ from transformers' by at most {error:.1e} of the largest one "
                 f"(up to {TOLERANCE:.0e} is rounding)"
             )
-        runtime.on_main(lambda: os.rename(unfinished, target))
+        runtime.on_main(put_in_place)
     except BaseException:
         if runtime.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)

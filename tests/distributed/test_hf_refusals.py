@@ -121,6 +121,7 @@ def damaged(folder: Path, tmp_path: Path, kind: str) -> Path:
         (source / "model.safetensors").unlink()
     elif kind == "no shard":
         index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
+        (source / "model.safetensors").unlink()
         (source / "model.safetensors.index.json").write_text(json.dumps(index))
     elif kind == "no config":
         (source / "config.json").unlink()

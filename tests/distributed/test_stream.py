@@ -13,6 +13,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,7 +72,7 @@ def described(place: Path) -> dict[str, Any]:
     """What `.metadata` says of each tensor, whichever file its pieces lie in."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    metadata = FileSystemReader(place).read_metadata()
+    metadata: Any = FileSystemReader(place).read_metadata()
     assert {(index.fqn, index.offset) for index in metadata.storage_data} == {
         (key, chunk.offsets) for key, entry in metadata.state_dict_metadata.items() for chunk in entry.chunks
     }
@@ -105,17 +106,17 @@ def stream_on_rank(folder: str) -> int:
     from minitron_mcore.runtime.start import start
 
     start_layout({}, 1)
-    made: list[weakref.ref[torch.Tensor]] = []
+    made: list[weakref.ref[numpy.ndarray]] = []  # an array lives as long as any tensor on its memory
     alive = []
 
     def read(count: int) -> list[torch.Tensor]:
         alive.append(sum(ref() is not None for ref in made))
-        tensors = [torch.full((1, 8), float(len(made)), dtype=torch.bfloat16) for _ in range(count)]
-        made.extend(weakref.ref(tensor) for tensor in tensors)
-        return tensors
+        arrays = [numpy.full((1, 8), len(made), dtype=numpy.float32) for _ in range(count)]
+        made.extend(weakref.ref(array) for array in arrays)
+        return [torch.from_numpy(array) for array in arrays]
 
     def piece(row: int) -> Piece:
-        return Piece("x", (6, 8), (row, 0), (1, 8), torch.bfloat16)
+        return Piece("x", (6, 8), (row, 0), (1, 8), torch.float32)
 
     sources = [
         Source((piece(0),), lambda: read(1)),

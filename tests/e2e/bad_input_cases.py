@@ -199,7 +199,7 @@ TRAINING += [
     (
         "train",
         ["model.family=lama"],
-        "model: family='lama' is not known: choose one of llama, mistral, nemotron, qwen2, qwen3",
+        "model: family='lama' is not known: choose one of llama, mistral, nemotron",
     ),
     ("train", ["model.kv_channels=7"], "model: kv_channels=7"),
     ("train", ["model.rope_scaling.factors=7"], "model: rope_scaling.factors is no field"),

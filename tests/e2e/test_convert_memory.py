@@ -6,6 +6,7 @@ more strictly, with what streaming means: a few tensors above an empty process, 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -60,32 +61,25 @@ def memory(line: str) -> int:
 
 def above_on_rank(root: str, ranks: int) -> dict[str, int]:
     """Peak above what a worker held that had converted a small model before, in bytes, by job."""
-    import torch
+    convert_on_rank = importlib.import_module("benchmarks.convert").convert_on_rank
 
-    from benchmarks.convert import rank_main
-
-    report = Path(root, f"report-{ranks}")
-    report.mkdir(exist_ok=True)
     found = {}
     for size in ("tiny", "large"):
         for job, given in (("import", "source"), ("export", f"import-{ranks}")):
-            torch.distributed.barrier() if torch.distributed.is_initialized() else None
             Path("/proc/self/clear_refs").write_text("5")
             before = memory("VmRSS")
-            rank_main(job, Path(root, size, given), Path(root, size, f"{job}-{ranks}"), report)
+            convert_on_rank(job, Path(root, size, given), Path(root, size, f"{job}-{ranks}"))
             found[job] = memory("VmHWM") - before
     return found
 
 
 def test_memory(tmp_path: Path) -> None:
     """In workers that live on: malloc may keep 64 MiB of freed blocks, the model has three times as much."""
-    from benchmarks.convert import KEPT, TINY, make_source
-    from benchmarks.convert import SHAPE as WIDE
-
-    make_source(tmp_path / "tiny" / "source", TINY, MIB)
-    shape = {**WIDE, **SHAPE, "num_layers": 10, "ffn_hidden_size": 2560}
-    sizes = make_source(tmp_path / "large" / "source", shape, 60 * MIB)
-    allowed = 2 * sizes["largest_parameter"] + KEPT
+    benchmark = importlib.import_module("benchmarks.convert")
+    benchmark.make_source(tmp_path / "tiny" / "source", benchmark.TINY, MIB)
+    shape = {**benchmark.SHAPE, **SHAPE, "num_layers": 10, "ffn_hidden_size": 2560}
+    sizes = benchmark.make_source(tmp_path / "large" / "source", shape, 60 * MIB)
+    allowed = 2 * sizes["largest_parameter"] + benchmark.KEPT
     assert sizes["bytes"] > 2.5 * allowed
     for ranks in (1, 2):
         for found in run_on_ranks(above_on_rank, ranks, str(tmp_path), ranks):

@@ -6,7 +6,9 @@ nothing written. A rank that waits for another would run into the time limit of 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import shutil
 import signal
@@ -35,11 +37,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("refusals")
     small_tokenizer(root / "tokenizer.model")
     save_with_transformers("llama-scaled", root / "sharded")
-    for name, case in {
-        "single": "llama-scaled",
-        **dict.fromkeys(("llama-tied", "nemotron", "mistral", "qwen2")),
-    }.items():
-        save_with_transformers(case or name, root / "several" / name)
+    cases = {"single": "llama-scaled", "llama-tied": "llama-tied", "nemotron": "nemotron", "mistral": "mistral"}
+    for name, case in {**cases, "qwen2": "qwen2"}.items():
+        save_with_transformers(case, root / "several" / name)
         (root / name).mkdir()
         shutil.copy(root / "several" / name / "config.json", root / name)
         save_file(tensors_of(root / "several" / name), root / name / SINGLE, metadata={"format": "pt"})
@@ -235,6 +235,85 @@ def test_a_full_disk(root: Path, tmp_path: Path, verb: str, room: int, world_siz
     assert left in ([], [target.parent]), "something half-written is left"
     run_well(*command, world_size=world_size)
     assert target.is_dir() and list(target.parent.iterdir()) == [target]
+
+
+# What of the target's files cannot be opened for writing: those of one rank, and what the first rank alone writes.
+UNWRITABLE = [
+    ("import", name)
+    for name in (
+        "__0_0.distcp",
+        "__1_0.distcp",
+        ".metadata.tmp",
+        "metadata.json",
+        "manifest.json.tmp",
+        "latest_checkpointed_iteration.txt.tmp",
+        "architecture.yaml.tmp",
+        "tokenizer.model.tmp",
+        "hugging_face/config.json.tmp",
+    )
+]
+UNWRITABLE += [
+    ("export", name)
+    for name in (
+        "model-00002-of-00005.safetensors",
+        "model.safetensors.index.json",
+        "/config.json",
+        "generation_config.json.tmp",
+        "tokenizer.json",
+        "manifest.json.tmp",
+        "README.md",
+    )
+]
+
+
+def typed_on_a_full_disk(cases: list[tuple[str, list[str]]], root: Path) -> list[Result]:
+    """Each command, with ENOSPC for whoever opens a file whose path ends so to write it."""
+    full: list[str] = []
+
+    def watch(event: str, arguments: tuple) -> None:
+        if (
+            full
+            and event == "open"
+            and str(arguments[0]).endswith(full[0])
+            and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
+
+    sys.addaudithook(watch)  # for good, hence without effect once `full` is empty
+    results = []
+    for ending, command in cases:
+        full[:] = [ending]
+        try:
+            results += all_typed([command], root)
+        finally:
+            full.clear()
+    return results
+
+
+@pytest.fixture(scope="module")
+def full_disk_results(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Result]:
+    """On two ranks."""
+    folder = tmp_path_factory.mktemp("full")
+    given = {
+        "import": [f"hf={root / 'sharded'}"],
+        "export": [f"checkpoint={root / 'checkpoint'}", "max_shard_size=400KB"],
+    }
+    target = {"import": "checkpoint", "export": "hf"}
+    cases = [
+        (name, [verb, *given[verb], f"{target[verb]}={folder / f'{verb} {number}'}", "parallel.tensor=2"])
+        for number, (verb, name) in enumerate(UNWRITABLE)
+    ]
+    ranks = run_on_ranks(typed_on_a_full_disk, 2, cases, folder)
+    assert ranks[0] == ranks[1], "ranks say different things"
+    return dict(zip(UNWRITABLE, ranks[0], strict=True))
+
+
+@pytest.mark.parametrize(("verb", "name"), UNWRITABLE)
+def test_a_full_disk_at_any_file(full_disk_results: dict[tuple[str, str], Result], verb: str, name: str) -> None:
+    key = {"import": "checkpoint=", "export": "hf="}[verb]
+    check(verb, full_disk_results[verb, name], f"minitron {verb}: {key}")
+    _, shown, _ = full_disk_results[verb, name]
+    assert "cannot be written: [Errno 28] No space left on device" in shown and name in shown, shown
 
 
 # A moment -> how the watch below knows it: the audit event, and how the path ends that it is about.
