@@ -116,9 +116,32 @@ class TensorReader:
         On the host; beside it only one stored piece is in memory. Raises InputError where the checkpoint holds no such
         tensor, holds another shape, or is damaged.
         """
+        if (alone := self._only_piece(key, layer, shape)) is not None:
+            return alone.view(shape)
         whole = torch.empty(shape, dtype=self.dtype(key, layer))
         self.fill(whole, key, layer, shape)
         return whole
+
+    def _only_piece(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """The stored piece that is the whole tensor (the layer) and no more, as it is loaded; None where none is."""
+        place, entry = self._find(key, layer)
+        sizes = torch.Size(shape if place.layer is None else (1, *shape))
+        offsets = torch.Size([place.layer or 0] + [0] * (len(sizes) - 1))
+        if len(entry.size) != len(sizes) or ChunkStorageMetadata(offsets, sizes) not in entry.chunks:
+            return None
+        info = self.storage.storage_data[MetadataIndex(place.name, offsets)]
+        if info.transform_descriptors:  # compressed: torch's own reader knows how
+            return None
+        try:
+            with (self.folder / info.relative_path).open("rb") as stream:
+                loaded = torch.load(self.storage._slice_file(stream, info), map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises whatever the damage led to
+            raise self._damaged(place, error) from error
+        return loaded if loaded.shape == sizes else None
+
+    def _damaged(self, place: Place, error: Exception) -> InputError:
+        words = " ".join(str(error).split())
+        return InputError(f"{self.folder} is damaged, {place.name} cannot be read: {words}")
 
     def read_part(
         self, parameter: Parameter, architecture: Architecture, layer: int | None, rank: int, size: int
@@ -175,8 +198,7 @@ class TensorReader:
         try:
             self.storage.read_data(LoadPlan(items), _Into(target)).wait()  # type: ignore[arg-type]
         except Exception as error:  # torch.load raises whatever the damage led to
-            words = " ".join(str(error).split())
-            raise InputError(f"{self.folder} is damaged, {place.name} cannot be read: {words}") from error
+            raise self._damaged(place, error) from error
 
 
 def _read_item(
