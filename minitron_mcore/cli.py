@@ -25,6 +25,7 @@ VERBS = {
     "score": ("score", "importance of every axis of the teacher, one forward pass"),
     "plan": ("plan", "scores + target shape -> plan.json, without touching weights"),
     "prune": ("prune", "plan the student and write its sharded checkpoint"),
+    "ablate": ("ablate", "a grid of importance settings, each pruned in memory and evaluated: table, CSV and plot"),
     "distill": ("distill", "train the student from the co-located teacher, for a token budget"),
     "evaluate": ("evaluate", "held-out LM loss and perplexity of a checkpoint"),
     "export": ("export", "Megatron checkpoint -> Hugging Face folder"),

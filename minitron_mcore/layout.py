@@ -174,8 +174,8 @@ def check_tensor_parallel(architecture: Architecture, size: int, key: str = "par
 def split_layers(num_layers: int, pipeline: int, virtual_pipeline: int | None = None) -> list[list[list[int]]]:
     """Global layer indices of every stage and virtual chunk: result[stage][chunk] -> layers.
 
-    Even where pipeline x virtual divides the layers. Otherwise (no virtual stages) the first stages take one more
-    each, since the last one also works out the output head and the loss. Raises InputError where it cannot be done.
+    Even where pipeline x virtual divides the layers. Otherwise the first parts of the model take one more each, since
+    the last one also works out the output head and the loss. Raises InputError where there are too few layers.
     """
     chunks = pipeline * (virtual_pipeline or 1)
     if num_layers < chunks:
@@ -184,11 +184,6 @@ def split_layers(num_layers: int, pipeline: int, virtual_pipeline: int | None = 
         )
         raise InputError(f"num_layers={num_layers} is fewer than the {chunks} stages of {keys}: use fewer stages")
     base, extra = divmod(num_layers, chunks)
-    if extra and virtual_pipeline:
-        raise InputError(
-            f"num_layers={num_layers} is no multiple of parallel.pipeline={pipeline} x "
-            f"parallel.virtual_pipeline={virtual_pipeline} = {chunks}: leave parallel.virtual_pipeline out"
-        )
     counts = [base + (index < extra) for index in range(chunks)]
     starts = [sum(counts[:index]) for index in range(chunks)]
     ranges = [list(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]

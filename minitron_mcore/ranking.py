@@ -40,13 +40,19 @@ def best(scores: numpy.ndarray, count: int) -> tuple[list[int], Cut]:
     return kept, _cut(count, len(scores), scores[order[count - 1]], scores[order[count]])
 
 
-def best_in_groups(scores: numpy.ndarray, groups: int, count: int) -> tuple[list[int], list[Cut]]:
-    """The `count` best of each of `groups` equal, contiguous parts of `scores`, as indices of the whole; their cuts."""
+def best_in_groups(
+    scores: numpy.ndarray, groups: int, count: int, among: Sequence[int] | None = None
+) -> tuple[list[int], list[Cut]]:
+    """The `count` best of each of `groups` equal, contiguous parts of `scores`, as indices of the whole; their cuts.
+
+    `among`: the parts that are looked at, ascending; by default all.
+    """
     kept: list[int] = []
     cuts: list[Cut] = []
-    for group, part in enumerate(numpy.split(scores, groups)):
-        chosen, cut = best(part, count)
-        kept += [group * len(part) + index for index in chosen]
+    parts = numpy.split(scores, groups)
+    for group in range(groups) if among is None else among:
+        chosen, cut = best(parts[group], count)
+        kept += [group * len(parts[group]) + index for index in chosen]
         cuts.append(replace(cut, group=group))
     return kept, cuts
 
@@ -58,11 +64,31 @@ def without_block(influence: numpy.ndarray, count: int) -> tuple[list[int], Cut]
     if length == 0:
         return list(range(total)), Cut(total, total)
     # fsum: a block's total does not depend on the order of its layers, so equal blocks are equal.
-    blocks = [math.fsum(influence[start : start + length]) for start in range(count + 1)]
-    order = sorted(range(count + 1), key=lambda start: (blocks[start], -start))
-    gone = range(order[0], order[0] + length)
+    return without_cheapest([math.fsum(influence[start : start + length]) for start in range(count + 1)], total)
+
+
+def without_cheapest(blocks: Sequence[float], total: int) -> tuple[list[int], Cut]:
+    """Every one of `total` layers but the block that costs least; of equal ones the later goes.
+
+    `blocks` [total - length + 1]: what each block of that length costs, by its first layer.
+    """
+    count = len(blocks) - 1
+    order = sorted(range(len(blocks)), key=lambda start: (blocks[start], -start))
+    gone = range(order[0], order[0] + total - count)
     kept = [layer for layer in range(total) if layer not in gone]
     return kept, _cut(count, total, blocks[order[1]], blocks[order[0]])
+
+
+def residual_pairs(scores: numpy.ndarray, count: int) -> list[tuple[int, int]]:
+    """(kept, dropped) of head residuals, where the `count` best of `scores` stay: by kept index, ascending.
+
+    By descending score and from 1 on, head i of [2K - L + 1, K] takes up head 2K - i + 1, for L heads of which K stay:
+    the last that stays the first that goes, and so on outwards. Needs K >= L / 2. Source: arXiv 2407.14679, section
+    2.3, whose printed lower bound is off by one: it asks for a head that is not there.
+    """
+    order = numpy.argsort(-scores, kind="stable").tolist()
+    pairs = [(order[2 * count - place], order[place - 1]) for place in range(count + 1, len(order) + 1)]
+    return sorted(pairs)
 
 
 def narrowest(cuts: Sequence[Cut]) -> Cut:

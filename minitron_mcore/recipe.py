@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from minitron_mcore.ablation.config import AblateConfig
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
 from minitron_mcore.distillation.config import DistillConfig
 from minitron_mcore.errors import InputError
@@ -81,6 +82,7 @@ class Recipe:
     student: StudentConfig = field(default_factory=StudentConfig)
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    ablate: AblateConfig = field(default_factory=AblateConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -92,10 +94,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
     "train.lr_decay_style": ("cosine", "linear", "constant"),
     "distill.lr_decay_style": ("cosine", "linear", "constant"),
+    "importance.method": ("activation", "magnitude", "random"),
     "importance.batch_aggregation": ("l2", "mean", "var"),
     "importance.sequence_aggregation": ("l2", "mean", "var"),
     "importance.neuron_site": ("pre_activation", "down_projection_input"),
     "prune.layers": ("scattered", "contiguous"),
+    "prune.head_residual": ("none", "paper", "laco"),
+    "prune.step_loss": ("distillation", "next_token"),
     "log.wandb": ("auto", "online", "offline", "disabled"),
 }
 # `input: ${python_stdlib:}` names real text that is on every machine: the Python standard library's own source.

@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitron_mcore.distillation.vocab_parallel import (
+from minitron_mcore.model.vocab_parallel import (
     ABSENT,
     VocabularyShard,
     add_product_,

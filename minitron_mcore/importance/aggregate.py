@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-AGGREGATIONS = ("mean", "l2", "var")
+from minitron_mcore.importance.config import AGGREGATIONS as AGGREGATIONS
+
 # Which sums each aggregation is made from: abs = Σ|S|, sum = ΣS, square = ΣS².
 SUMS = {"mean": ("abs",), "l2": ("square",), "var": ("sum", "square")}
 
-CACHED = 2**18  # values
+CACHED = 2**17  # values, of a core
 
 
 def sums_for(aggregations: Sequence[str]) -> tuple[str, ...]:
@@ -28,39 +29,60 @@ def sums_for(aggregations: Sequence[str]) -> tuple[str, ...]:
 
 
 def sequence_sums(values_SBC: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """The sums `names` of every sample and channel over this part of the sequence: [len(names), b, C], float64.
+    """The sums `names` of every sample and channel over this part of the sequence: [len(names), b, C].
 
-    Values may be of any floating type and are never copied in a wider one, but where `sum` is asked for: its variance
-    is then taken about the mean, since ΣS² − (ΣS)²/n cancels in float32.
+    float64, but for Σ|S| alone on a GPU, which is left as its kernel forms it, in float32. Values may be of any
+    floating type. Where `sum` is asked for, squares are summed about a mean, since the variance's
+    ΣS² − (ΣS)²/n cancels in float32; the two are put together in float64.
     """
+    return (_sums_on_cuda if values_SBC.is_cuda else _sums_on_cpu)(values_SBC, names)
+
+
+def _sums_on_cuda(values_SBC: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """One kernel, which reads the values once, where one kind of sum is asked for: launching more takes longer."""
+
+    def norm(values: torch.Tensor, power: int) -> torch.Tensor:
+        return torch.linalg.vector_norm(values, power, dim=0, dtype=torch.float32)
+
+    if names == ("abs",):
+        return norm(values_SBC, 1)[None]
     result: dict[str, torch.Tensor] = {}
     if "abs" in names:
-        result["abs"] = _power_sum(values_SBC, 1).double()
+        result["abs"] = norm(values_SBC, 1).double()
     if "sum" in names:
         count = values_SBC.shape[0]
         mean = values_SBC.sum(0, dtype=torch.float32) / count
-        around = _power_sum(values_SBC, 2, mean).double()
         result["sum"] = mean.double() * count
-        result["square"] = around + mean.double().square() * count
+        result["square"] = norm(values_SBC - mean, 2).double().square().addcmul_(mean.double(), result["sum"])
     elif "square" in names:
-        result["square"] = _power_sum(values_SBC, 2).double()
+        result["square"] = norm(values_SBC, 2).double().square()
     return torch.stack([result[name] for name in names])
 
 
-def _power_sum(values_SBC: torch.Tensor, power: int, centre_BC: torch.Tensor | None = None) -> torch.Tensor:
-    """Σ|S − centre|^power over the sequence, float32 [b, C]; power is 1 or 2."""
-    if values_SBC.is_cuda:
-        # One kernel, which reads the values once.
-        shifted = values_SBC if centre_BC is None else values_SBC - centre_BC
-        return torch.linalg.vector_norm(shifted, power, dim=0, dtype=torch.float32).pow(power)
-    # On the CPU that kernel is not vectorised over a leading axis. Two operations on pieces that stay in the cache are
-    # five times as fast.
-    total = torch.zeros(values_SBC.shape[1:], dtype=torch.float32)
-    for piece in values_SBC.split(max(1, CACHED // max(1, total.numel()))):
-        shifted = piece if centre_BC is None else piece - centre_BC
-        powered = shifted.abs() if power == 1 else shifted.float().square()
-        total += powered.sum(0, dtype=torch.float32)
-    return total
+def _sums_on_cpu(values_SBC: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """All sums are formed of one piece of the sequence while it is in the cache.
+
+    vector_norm is not vectorised over a leading axis here, and fresh memory costs more than the arithmetic done in it:
+    hence pieces of scratch that are written again and again.
+    """
+    shape, num_channels = values_SBC.shape[1:], values_SBC[0].numel()
+    values_SX = values_SBC.reshape(-1, num_channels)
+    size = min(len(values_SX), max(1, CACHED * torch.get_num_threads() // max(1, num_channels)))
+    wide, scratch = torch.empty(2, size, num_channels)
+    result = {name: torch.zeros(num_channels, dtype=torch.float64) for name in {*names, "square"}}
+    for piece in values_SX.split(size):
+        count, into = len(piece), scratch[: len(piece)]
+        values = piece if piece.dtype == torch.float32 else wide[:count].copy_(piece)
+        if "sum" in names:
+            total = values.sum(0)
+            result["square"] += torch.sub(values, total / count, out=into).square_().sum(0)
+            result["sum"] += total
+            result["square"].addcmul_(total.double(), total.double(), value=1 / count)
+        elif "square" in names:
+            result["square"] += torch.mul(values, values, out=into).sum(0)
+        if "abs" in names:
+            result["abs"] += torch.abs(values, out=into).sum(0)
+    return torch.stack([result[name] for name in names]).unflatten(1, shape)
 
 
 def from_sums(sums: Mapping[str, torch.Tensor], count: torch.Tensor | float, aggregation: str) -> torch.Tensor:

@@ -1,14 +1,21 @@
 """Which activations are scored, and where they are read: forward hooks on Megatron's modules.
 
     hidden                  LN(X) at every norm site: rows 2l (input norm of layer l), 2l + 1 (pre-MLP norm), 2L (final)
-    heads                   the L2 norm of each head's output, before the output projection
+    heads                   the L2 norm of each query head's output, before the output projection
+    groups                  the L2 norm of the outputs of all query heads of a KV group together
     pre_activation          X W1ᵀ of the up projection (arXiv 2407.14679, section 2.2)
     down_projection_input   what the down projection reads: after the activation and the gate
     layers                  block influence of a token: 1 − cos(layer's input, layer's output)
 
+A KV group is pruned with all of its query heads, so what a token loses with it is the q d channels that they put out:
+their L2 norm is to the group what a head's is to the head. (The papers keep every KV group and give no formula.)
+Unlike a sum of the heads' scores it is formed token by token, so that one head that is strong where the others are weak
+counts as what it is; unlike the norm of the group's key and value it sees what attention makes of them.
+
 A measure of one's own is one more `Measure`: a shape, and a function that hooks a chunk and records values.
 
-Legend: s sequence, b micro-batch, C channels on this rank, h hidden, n heads on this rank, d head dimension.
+Legend: s sequence, b micro-batch, C channels on this rank, h hidden, n heads on this rank, d head dimension, q query
+heads in a KV group.
 """
 
 from __future__ import annotations
@@ -91,9 +98,9 @@ def unchanged(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def head_norms(head_dim: int) -> Values:
-    """[s, b, n d] -> [s, b, n], float32."""
-    return lambda x: torch.linalg.vector_norm(x.unflatten(-1, (-1, head_dim)), dim=-1, dtype=torch.float32)
+def norms_of(width: int) -> Values:
+    """L2 norms of every `width` channels: [s, b, n width] -> [s, b, n], float32."""
+    return lambda x: torch.linalg.vector_norm(x.unflatten(-1, (-1, width)), dim=-1, dtype=torch.float32)
 
 
 def block_influence(x_SBH: torch.Tensor, y_SBH: torch.Tensor) -> torch.Tensor:
@@ -119,7 +126,14 @@ def _attach_hidden(chunk: LanguageModel, record: Record) -> Iterator[RemovableHa
 
 def _attach_heads(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
     for index, layer in layers_of(chunk):
-        yield on_input(layer.self_attention.linear_proj, index, record, head_norms(chunk.config.kv_channels))
+        yield on_input(layer.self_attention.linear_proj, index, record, norms_of(chunk.config.kv_channels))
+
+
+def _attach_groups(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
+    config = chunk.config
+    width = config.num_attention_heads // config.num_query_groups * config.kv_channels
+    for index, layer in layers_of(chunk):
+        yield on_input(layer.self_attention.linear_proj, index, record, norms_of(width))
 
 
 def _attach_pre_activation(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
@@ -149,6 +163,7 @@ def _on_layer(layer: Any, index: int, record: Record) -> RemovableHandle:
 
 HIDDEN = Measure("hidden", lambda a: (2 * a.num_layers + 1, a.hidden_size), False, _attach_hidden, rows_per_layer=2)
 HEADS = Measure("heads", lambda a: (a.num_layers, a.num_attention_heads), True, _attach_heads)
+GROUPS = Measure("groups", lambda a: (a.num_layers, a.num_query_groups), True, _attach_groups)
 LAYERS = Measure("layers", lambda a: (a.num_layers, 1), False, _attach_layers)
 # Recipe value of importance.neuron_site -> measure.
 NEURON_SITES = {

@@ -10,6 +10,7 @@ aggregations.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from megatron.core import parallel_state
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.aggregate import SampleSums, over_sequence, sequence_sums, sums_for
-from minitron_mcore.importance.config import ImportanceConfig
-from minitron_mcore.importance.hooks import HEADS, HIDDEN, LAYERS, NEURON_SITES, Measure
+from minitron_mcore.importance.config import ImportanceConfig, check_importance, variant_names
+from minitron_mcore.importance.hooks import GROUPS, HEADS, HIDDEN, LAYERS, NEURON_SITES, Measure
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import Microbatch, forward_only
@@ -59,22 +60,40 @@ def score_model(
     """Scores of the global model from one pass over `batches`, as `config` asks; the same on every rank.
 
     Every rank calls with its chunks and its data-parallel rank's microbatches; see `measure` for these and `report`.
-    Neurons and heads are scored for each layer, hidden channels by the sum over all norm sites, layers by their block
-    influence, the mean over all tokens. Raises InputError for NaN or Inf in the activations.
+    Neurons, heads and KV groups are scored for each layer, hidden channels by the sum over all norm sites, layers by
+    their block influence, the mean over all tokens. `config.aggregations` and `config.neuron_sites` add variants; the
+    sums they share are formed once. `config.depth_metrics` need passes of their own and are not measured here.
+
+    Raises InputError for NaN or Inf in the activations, and for what `check_importance` refuses.
     """
-    neurons = NEURON_SITES[config.neuron_site]
-    sequence = (config.sequence_aggregation,)
-    wanted = {HIDDEN: sequence, HEADS: sequence, neurons: sequence, LAYERS: ("mean",)}
+    check_importance(config)
+    if config.method != "activation":
+        raise InputError(f"importance.method={config.method} needs no activations: score_model reads nothing else")
+    primary, *others = variants = variant_names(config)
+    sequence = list(dict.fromkeys(name.split("/")[1] for name in variants))
+    sites = list(dict.fromkeys(name.split("/")[2] for name in variants))
+    shared = (HIDDEN, HEADS, GROUPS, *(NEURON_SITES[site] for site in sites))
+    wanted = {**dict.fromkeys(shared, sequence), LAYERS: ["mean"]}
     statistics = measure(chunks, batches, architecture, wanted, report=report)
-    pair = (config.batch_aggregation, config.sequence_aggregation)
+    said = {"importance": dataclasses.asdict(config), **(settings or {})}
     return Scores(
         architecture=architecture,
-        hidden=statistics.aggregate(HIDDEN, *pair).sum(axis=0),
-        ffn=statistics.aggregate(neurons, *pair),
-        heads=statistics.aggregate(HEADS, *pair),
+        **width_scores(statistics, primary),
         layers=statistics.aggregate(LAYERS, "mean", "mean")[:, 0],
-        settings=settings or {},
+        settings=said,
+        variants={name: width_scores(statistics, name) for name in others},
     )
+
+
+def width_scores(statistics: Statistics, variant: str) -> dict[str, Any]:
+    """hidden, ffn, heads and groups of one choice "BATCH/SEQUENCE/SITE"."""
+    batch, sequence, site = variant.split("/")
+    return {
+        "hidden": statistics.aggregate(HIDDEN, batch, sequence).sum(axis=0),
+        "ffn": statistics.aggregate(NEURON_SITES[site], batch, sequence),
+        "heads": statistics.aggregate(HEADS, batch, sequence),
+        "groups": statistics.aggregate(GROUPS, batch, sequence),
+    }
 
 
 def measure(
@@ -191,7 +210,7 @@ class _Collector:
                 continue
             rows, lengths, sums = zip(*self.recorded[each.name], strict=True)
             self.recorded[each.name].clear()
-            sums_KRBC, length = torch.stack(sums, dim=1), lengths[0]
+            sums_KRBC, length = torch.stack(sums, dim=1).double(), lengths[0]
             if self.split_sequence and not each.sharded:
                 torch.distributed.all_reduce(sums_KRBC, group=parallel_state.get_tensor_model_parallel_group())
                 length *= self.tensor_size

@@ -95,8 +95,9 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, pre
 
 def _uneven_layout(stages: list[list[list[int]]], parallel: ParallelConfig) -> list[list[str]] | None:
     """Megatron's explicit layout, where the layers do not divide by the stages; None where they do."""
-    counts = [len(stage[0]) for stage in stages]
-    if parallel.virtual_pipeline or len(set(counts)) == 1:
+    # In the model's order: chunk after chunk, each over all the stages.
+    counts = [len(stage[chunk]) for chunk in range(parallel.virtual_pipeline or 1) for stage in stages]
+    if len(set(counts)) == 1:
         return None
     rows = [["decoder"] * count for count in counts]
     rows[0].insert(0, "embedding")

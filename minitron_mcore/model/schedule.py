@@ -77,6 +77,29 @@ def forward_only(
         _call_schedule(list(chunks), batch, forward_step, forward_only=True, collect_non_loss_data=True)
 
 
+def visit_final_states(
+    chunks: list[LanguageModel],
+    batch: list[Microbatch],
+    visit: Callable[[LanguageModel, torch.Tensor, Microbatch], None],
+) -> None:
+    """Forward only, no gradients, nothing kept: on the last stage `visit(chunk, hidden, microbatch)` gets the final
+    hidden states [s, b, h] (this rank's part of s under sequence parallelism) of one microbatch after another.
+
+    A collective in it may be over tensor-parallel ranks alone. Every rank calls.
+    """
+
+    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
+        microbatch = next(iterator)
+        hidden = model(microbatch["tokens"], microbatch["position_ids"], None)
+        chunk = unwrap(model)
+        if chunk.post_process:
+            visit(chunk, hidden, microbatch)
+        return hidden, _drop
+
+    with torch.no_grad():
+        _call_schedule(list(chunks), batch, forward_step, forward_only=True, collect_non_loss_data=True)
+
+
 def _drop(hidden: torch.Tensor, non_loss_data: bool = True) -> None:
     return None
 

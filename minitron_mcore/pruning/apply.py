@@ -1,69 +1,68 @@
-"""A plan applied to a sharded checkpoint: no rank ever holds the model.
+"""A plan applied to a sharded model: no rank ever holds more of it than its shard and one parameter.
 
-Work is laid out as the student is: a rank reads its tensor-parallel part of the teacher's layers that become its
-stage's layers, wherever they lay, and prunes one parameter at a time. A global plan keeps unevenly many rows of each
-teacher shard, so on the sharded axis the tensor-parallel ranks send each other the rows that now lie elsewhere, until
-each has its contiguous part of the student's axis:
+From a checkpoint, work is laid out as the student is. Since plans keep the teacher's order, the rows that become a
+rank's contiguous part of the student's axis lie in one span of the teacher's, whatever it was sharded over:
 
-    teacher's rows   rank 0: 0 1 2 3 | rank 1: 4 5 6 7        the plan keeps 0 2 3 6
-    kept parts       rank 0: 0 2 3   | rank 1: 6              rank 0 sends row 3
-    student's part   rank 0: 0 2     | rank 1: 3 6
+    teacher's rows   0 1 2 3 4 5 6 7        the plan keeps 0 2 3 6
+    student's part   rank 0: 0 2 | rank 1: 3 6
+    read             rank 0: 0 to 2 | rank 1: 3 to 6
 
-Where every rank keeps just what it needs (query heads, whose KV groups stay; the vocabulary) nothing is sent. Values
-are copied, never computed: every layout gives the same bits, in the stored dtype.
+So each rank reads the span, keeps its rows and writes them, one parameter after another; nothing is sent, and neither
+the teacher's shard nor the student's is ever in memory.
+
+Weights in memory are where the teacher's layout put them: there the tensor-parallel ranks send each other the rows
+that now lie elsewhere. Values are copied, but for head residuals, which are the same arithmetic on the same rows
+everywhere: every layout gives the same bits, in the stored dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 
 import numpy
 import torch
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from minitron_mcore.checkpoint.sharding import read_parameters, sharded_parts
-from minitron_mcore.checkpoint.store import save_state
-from minitron_mcore.layout import Parameter, check_tensor_parallel, parameter_table, split_layers
+from minitron_mcore.checkpoint.folder import said_by
+from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
+from minitron_mcore.checkpoint.sharding import sharded_parts
+from minitron_mcore.checkpoint.writer import Source, pieces_of, save_stream
+from minitron_mcore.layout import Parameter, check_tensor_parallel, local_shape, parameter_table, split_layers
 from minitron_mcore.plan import PruningPlan
-from minitron_mcore.pruning.axes import kept_rows, shard_rows, take
+from minitron_mcore.pruning.axes import Part, part_of, shard_rows, take_kept
+from minitron_mcore.pruning.select import take
 from minitron_mcore.runtime.start import Runtime
 
-Parts = dict[str, list[ShardedTensor]]
 
-
-def prune_checkpoint(source: tuple[Path, int], plan: PruningPlan, target: Path, runtime: Runtime) -> None:
+def prune_checkpoint(
+    source: tuple[Path, int], plan: PruningPlan, target: Path, runtime: Runtime, *, called: str | None = None
+) -> None:
     """Write iteration 0 of `target`: the student that `plan` cuts out of `source` (folder, iteration).
 
     Every rank of the world calls, after `use_layout`; virtual stages are of no account here. Data-parallel replicas
-    beyond the first only take part in the collectives of reading and saving. Raises InputError for a layout that
-    cannot hold the student. Nothing counts as a checkpoint before all of it is written.
+    beyond the first have nothing to write. Raises InputError, on every rank, for a layout that cannot hold the student,
+    for a teacher that is damaged or no model of the plan's, and where `target`, which messages call `called`, cannot be
+    written; nothing counts as a checkpoint before all of it is written.
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    tensor_size = group.size()
-    check_tensor_parallel(plan.student, tensor_size)
+    check_tensor_parallel(plan.student, group.size())
     stages = split_layers(plan.student.num_layers, parallel_state.get_pipeline_model_parallel_world_size())
     stage = parallel_state.get_pipeline_model_parallel_rank()
     works = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    wanted = list(stage_parameters(plan, stages, stage)) if works else []
-    teacher = read_parameters(
-        *source,
-        plan.teacher,
-        [(parameter, None if layer is None else plan.layers[layer]) for parameter, layer in wanted],
-        tensor_rank=group.rank(),
-        tensor_size=tensor_size,
-    )
-    student: Parts = {}
-    for parameter, layer in wanted:
-        teacher_layer = None if layer is None else plan.layers[layer]
-        local = teacher.pop((parameter.key, teacher_layer))
-        local = prune_shard(local, parameter, plan, teacher_layer, group=group, device=runtime.device)
-        student[f"{parameter.key}@{layer}"] = sharded_parts(
-            parameter, plan.student, local, layer=layer, tensor_rank=group.rank(), tensor_size=tensor_size, data_rank=0
-        )
-    save_state(target, 0, {"model": student}, runtime)
+
+    def open_teacher() -> list[Source]:
+        reader = TensorReader(*source)
+        reader.check(plan.teacher, said_by(source[0]))
+        return [
+            found
+            for parameter, layer in (stage_parameters(plan, stages, stage) if works else ())
+            for found in _sources(reader, plan, parameter, layer, group.rank(), group.size())
+        ]
+
+    save_stream(target, 0, all_or_none(open_teacher), runtime, called=called)
 
 
 def stage_parameters(
@@ -80,6 +79,41 @@ def stage_parameters(
             yield parameter, None
 
 
+def _sources(
+    reader: TensorReader, plan: PruningPlan, parameter: Parameter, layer: int | None, rank: int, size: int
+) -> Iterator[Source]:
+    """What tensor-parallel `rank` writes of the student's `layer`; nothing where another rank has it whole.
+
+    The two halves of a gated fc1 are stored one after the other, so each is read by itself.
+    """
+    teacher_layer = None if layer is None else plan.layers[layer]
+    dtype = reader.dtype(parameter.key, teacher_layer)
+    shards = sharded_parts(
+        parameter,
+        plan.student,
+        torch.empty(local_shape(parameter, plan.student, size), dtype=dtype, device="meta"),
+        layer=layer,
+        tensor_rank=rank,
+        tensor_size=size,
+        data_rank=0,
+    )
+    part = part_of(parameter, plan, teacher_layer, rank, size)
+    halves = [part] if len(shards) == 1 else [Part(part.axis, rows) for rows in numpy.split(part.rows, len(shards))]
+    for shard, half in zip(shards, halves, strict=True):
+        if pieces := pieces_of([shard]):
+            yield Source(pieces, partial(_read, reader, plan, parameter, teacher_layer, half, dtype))
+
+
+def _read(
+    reader: TensorReader, plan: PruningPlan, parameter: Parameter, layer: int | None, part: Part, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    needed, shape = part.needed, parameter.shape(plan.teacher)
+    first, last = int(needed.min()), int(needed.max()) + 1
+    span = torch.empty((*shape[: part.axis], last - first, *shape[part.axis + 1 :]), dtype=dtype)
+    reader.fill(span, parameter.key, layer, shape, part.axis, [slice(first, last)])
+    return [part.made_from(take_kept(span, parameter, plan, layer, part.axis, needed - first), plan)]
+
+
 def prune_shard(
     local: torch.Tensor,
     parameter: Parameter,
@@ -94,37 +128,14 @@ def prune_shard(
     `local` has `layout.local_shape` of the teacher, the result that of the student; same dtype, same device. Every
     rank of `group`, the tensor-parallel one, calls; `device` is where its collectives run.
     """
-    kept = kept_rows(parameter, plan, layer)
-    for axis, rows in enumerate(kept):
-        if axis != parameter.shard_axis:
-            local = take(local, axis, rows)
-    if parameter.shard_axis is None:
-        return local
-    held, wanted = shard_moves(parameter, plan, kept[parameter.shard_axis], group.size())
-    rank = group.rank()
-    local = take(local, parameter.shard_axis, held[rank][:, 0])
-    if all(numpy.array_equal(held[r][:, 1], wanted[r]) for r in range(group.size())):
-        return local
-    return _exchange(local, parameter.shard_axis, [part[:, 1] for part in held], wanted, group, device)
-
-
-def shard_moves(
-    parameter: Parameter, plan: PruningPlan, kept: numpy.ndarray, size: int
-) -> tuple[list[numpy.ndarray], list[numpy.ndarray]]:
-    """For each tensor-parallel rank: what it keeps of its teacher shard, and what its student shard is made of.
-
-    `kept` [n]: kept rows of the sharded global axis. Returns held[rank] [m, 2], of (row in the teacher's shard, row of
-    the student's global axis), in shard order; and wanted[rank] [n / size], rows of the student's global axis.
-    """
-    student_row = numpy.full(parameter.shape(plan.teacher)[parameter.shard_axis or 0], -1)
-    student_row[kept] = numpy.arange(len(kept))
-    held, wanted = [], []
-    for rank in range(size):
-        rows = student_row[shard_rows(parameter, plan.teacher, rank, size)]
-        (places,) = numpy.nonzero(rows >= 0)
-        held.append(numpy.stack([places, rows[places]], axis=1))
-        wanted.append(shard_rows(parameter, plan.student, rank, size))
-    return held, wanted
+    size = group.size() if parameter.shard_axis is not None else 1
+    parts = [part_of(parameter, plan, layer, rank, size) for rank in range(size)]
+    part = parts[group.rank() if size > 1 else 0]
+    if size == 1:
+        return part.made_from(take_kept(local, parameter, plan, layer, part.axis, part.needed), plan)
+    local = take_kept(local, parameter, plan, layer, part.axis)
+    held = [shard_rows(parameter, plan.teacher, rank, size) for rank in range(size)]
+    return part.made_from(_exchange(local, part.axis, held, [part.needed for part in parts], group, device), plan)
 
 
 def _exchange(
@@ -135,24 +146,26 @@ def _exchange(
     group: torch.distributed.ProcessGroup,
     device: torch.device,
 ) -> torch.Tensor:
-    """Rows wanted[this rank] of the student's global axis; rank r holds rows held[r] of it along `axis` of its `local`.
+    """Rows wanted[this rank] of the global axis, of which rank r holds held[r] along `axis` of its `local`.
 
     One row of `axis` after another goes to the rank that wants it, as bytes: any dtype, any backend.
     """
     me = group.rank()
-    holder, place = (numpy.empty(sum(len(part) for part in held), dtype=numpy.int64) for _ in range(2))
-    for rank, part in enumerate(held):
-        holder[part], place[part] = rank, numpy.arange(len(part))
-    sent = [place[part[holder[part] == me]] for part in wanted]
+    holder, place = (numpy.empty(sum(len(rows) for rows in held), dtype=numpy.int64) for _ in range(2))
+    for rank, rows in enumerate(held):
+        holder[rows], place[rows] = rank, numpy.arange(len(rows))
+    if all((holder[rows] == rank).all() for rank, rows in enumerate(wanted)):
+        return take(local, axis, place[wanted[me]])
+    sent = [place[rows[holder[rows] == me]] for rows in wanted]
     arriving = [numpy.nonzero(holder[wanted[me]] == rank)[0] for rank in range(len(held))]
 
-    rows = local.movedim(axis, 0)
-    outgoing = rows.index_select(0, torch.from_numpy(numpy.concatenate(sent)))
-    outgoing = outgoing.reshape(-1, prod(rows.shape[1:])).view(torch.uint8).to(device)
+    lines = local.movedim(axis, 0)
+    outgoing = lines.index_select(0, torch.from_numpy(numpy.concatenate(sent)).to(local.device))
+    outgoing = outgoing.reshape(-1, prod(lines.shape[1:])).view(torch.uint8).to(device)
     incoming = outgoing.new_empty((len(wanted[me]), outgoing.shape[1]))
     torch.distributed.all_to_all_single(
         incoming, outgoing, [len(part) for part in arriving], [len(part) for part in sent], group=group
     )
-    order = torch.from_numpy(numpy.argsort(numpy.concatenate(arriving)))
+    order = torch.from_numpy(numpy.argsort(numpy.concatenate(arriving))).to(local.device)
     taken = incoming.to(local.device).index_select(0, order)
-    return taken.view(local.dtype).view(-1, *rows.shape[1:]).movedim(0, axis).contiguous()
+    return taken.view(local.dtype).view(-1, *lines.shape[1:]).movedim(0, axis).contiguous()

@@ -13,13 +13,15 @@ from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import config_of
-from minitron_mcore.plan import TARGETS, student_shape
+from minitron_mcore.importance.config import check_importance
+from minitron_mcore.importance.depth import check_blocks, measured
+from minitron_mcore.importance.multiple_choice import read_questions
+from minitron_mcore.plan import TARGETS, check_residual, student_shape
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.stages.common import check_model, check_tokenizer, checkpoint_tokenizer
 from minitron_mcore.stages.distill import check_loss
 from minitron_mcore.stages.evaluate import check_evaluate
-from minitron_mcore.stages.score import check_importance
 from minitron_mcore.stages.train import new_architecture
 from minitron_mcore.training.loop import check_train, count_iterations
 from minitron_mcore.training.metrics import check_log
@@ -33,6 +35,9 @@ def check_road(recipe: Recipe, students: dict[str, StudentConfig], world_size: i
     check_text(recipe, teacher, folder)
     check_log(recipe.log)
     check_importance(recipe.importance)
+    check_blocks(measured(recipe.importance.depth_metrics), recipe.importance.block_lengths, teacher.num_layers)
+    if recipe.importance.multiple_choice:
+        read_questions(recipe.importance.multiple_choice)
     check_evaluate(recipe.evaluate)
     check_loss(recipe.distill)
     data_parallel = world_size // (recipe.parallel.tensor * recipe.parallel.pipeline)
@@ -61,7 +66,16 @@ def check_students(recipe: Recipe, teacher: Architecture, students: dict[str, St
             raise InputError(f"run.students: {name!r} is to be a folder's name: use letters, digits, dot, - and _")
         where = f"run.students.{name}" if recipe.run.students else "student"
         target = {field: getattr(student, field) for field in TARGETS}
-        shape = student_shape(teacher, target, parallel.tensor, parallel.pipeline)
+        shape = student_shape(
+            teacher,
+            target,
+            parallel.tensor,
+            parallel.pipeline,
+            ratios=student.ratios,
+            layers=student.layers,
+            divisible_by=recipe.prune.divisible_by,
+        )
+        check_residual(teacher, shape, recipe.prune.head_residual, recipe.prune.residual_matrices)
         check_model(shape, recipe)
         config_of(find_family(shape.family, where), shape, where)
 

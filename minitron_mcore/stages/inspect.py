@@ -27,7 +27,7 @@ from minitron_mcore.checkpoint.inspection import (
 )
 from minitron_mcore.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.importance.scores import AXES, load_scores
+from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.plan import load_plan
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
@@ -141,13 +141,15 @@ def _scores(path: Path) -> dict[str, Any]:
         raise InputError(f"path={path} is a damaged scores file: its description cannot be read ({error})") from error
     axes = {
         axis: {"shape": list(values.shape), "smallest": float(values.min()), "largest": float(values.max())}
-        for axis, values in ((axis, getattr(scores, axis)) for axis in AXES)
+        for axis, values in scores.arrays()
+        if not axis.startswith("variants/")
     }
     return {
         "path": str(path),
         "kind": "scores",
         **describe_architecture(scores.architecture),
         "scores": axes,
+        "variants": list(scores.variants),
         "lineage": scores.settings,
         "warnings": [],
     }

@@ -39,13 +39,25 @@ def run(recipe: Recipe, runtime: Runtime) -> PruningPlan:
 
 def plan_from_scores(recipe: Recipe, teacher: Architecture | None) -> PruningPlan:
     """The plan of `scores` and `student.*`. Raises InputError where the scores are of another model than `teacher`."""
+    prune, student = recipe.prune, recipe.student
+    if prune.steps != 1:
+        raise InputError(
+            f"prune.steps={prune.steps} scores between its steps, which only `run` does: leave prune.steps out here"
+        )
     return make_plan(
         read_scores(recipe, teacher),
-        {name: getattr(recipe.student, name) for name in TARGETS},
-        layers=recipe.prune.layers,
+        {name: getattr(student, name) for name in TARGETS},
+        layers=prune.layers,
         tensor=recipe.parallel.tensor,
         pipeline=recipe.parallel.pipeline,
         sequence_length=recipe.data.sequence_length,
+        keep_layers=student.layers,
+        ratios=student.ratios,
+        divisible_by=prune.divisible_by,
+        variant=prune.variant,
+        depth_metric=prune.depth_metric,
+        head_residual=prune.head_residual,
+        residual_matrices=prune.residual_matrices,
     )
 
 
@@ -58,7 +70,7 @@ def read_scores(recipe: Recipe, teacher: Architecture | None) -> Scores:
 
 def describe(plan: PruningPlan) -> str:
     """Before, after, and the narrowest cut of every axis, as a table; then the warnings."""
-    axes = {"num_layers": "layers", "hidden_size": "hidden", "ffn_hidden_size": "ffn", "num_attention_heads": "heads"}
+    axes = dict(zip(TARGETS, ("layers", "hidden", "ffn", "heads", "groups"), strict=True))
     rows = [("", "teacher", "student", "kept", "margin at the cut")]
     for name, axis in axes.items():
         before, after = getattr(plan.teacher, name), getattr(plan.student, name)
@@ -76,4 +88,7 @@ def describe(plan: PruningPlan) -> str:
         "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3)), row[4]]).rstrip()
         for row in rows
     ]
+    if (residual := plan.residual) is not None:
+        count = sum(len(pairs) for pairs in residual.pairs.values())
+        lines.append(f"head residuals ({residual.rule}): {count} heads, in {', '.join(residual.matrices)}")
     return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])

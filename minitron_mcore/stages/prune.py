@@ -22,6 +22,7 @@ from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.plan import TARGETS, PruningPlan, load_plan, save_plan, scores_fingerprint
 from minitron_mcore.pruning.apply import prune_checkpoint
 from minitron_mcore.recipe import Recipe, to_yaml
+from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.parallel import use_layout
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import output_folder
@@ -34,20 +35,25 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     source = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
     plan = read_plan(recipe, read_architecture(source[0]))
     check_tensor_parallel(plan.student, recipe.parallel.tensor)
-    stages = split_layers(plan.student.num_layers, recipe.parallel.pipeline)
+    split_layers(plan.student.num_layers, recipe.parallel.pipeline)
     target = student_folder(recipe, source[0])
     runtime.barrier()  # every rank has looked at the folder before the first one changes it
 
     runtime.print(describe(plan))
     for warning in other_teacher(plan, source):
         runtime.print(warning)
-    if len({len(stage[0]) for stage in stages}) > 1:
-        runtime.print(f"layers on each pipeline stage: {', '.join(str(len(stage[0])) for stage in stages)}")
+    for line in pipeline_split(plan.student.num_layers, recipe.parallel):
+        runtime.print(line)
     unfinished = target.with_name(f".{target.name}.unfinished")
     if runtime.is_main:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    prune_checkpoint(source, plan, unfinished, runtime)
+    try:
+        prune_checkpoint(source, plan, unfinished, runtime, called=f"student.checkpoint={target}")
+    except Exception:
+        if runtime.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if runtime.is_main:
         tokenizer = tokenizer_folder(source[0])
         write_description(
@@ -80,6 +86,22 @@ def read_plan(recipe: Recipe, teacher: Architecture) -> PruningPlan:
                 f"student.{name}={asked}, but plan={recipe.plan} is for {planned}: plan again, or leave "
                 f"student.{name} out"
             )
+    if recipe.student.layers is not None and recipe.student.layers != plan.layers:
+        raise InputError(
+            f"student.layers={recipe.student.layers}, but plan={recipe.plan} keeps {plan.layers}: plan again, or leave "
+            "student.layers out"
+        )
+    if recipe.student.ratios and recipe.student.ratios != plan.settings.get("ratios"):
+        raise InputError(
+            f"student.ratios={recipe.student.ratios}, but plan={recipe.plan} was made with "
+            f"{plan.settings.get('ratios') or 'none'}: plan again, or leave student.ratios out"
+        )
+    asked, planned = recipe.prune.head_residual, plan.residual.rule if plan.residual else "none"
+    if asked not in ("none", planned):
+        raise InputError(
+            f"prune.head_residual={asked}, but plan={recipe.plan} was made with {planned}: plan again, or leave "
+            "prune.head_residual out"
+        )
     made_from = plan.settings.get("scores_fingerprint")
     if recipe.scores and made_from and scores_fingerprint(read_scores(recipe, teacher)) != made_from:
         raise InputError(
@@ -87,6 +109,20 @@ def read_plan(recipe: Recipe, teacher: Architecture) -> PruningPlan:
             "leave scores out"
         )
     return plan
+
+
+def pipeline_split(num_layers: int, parallel: ParallelConfig) -> list[str]:
+    """How the student's layers lie over the stages, where they do not lie evenly; what is written fits any layout."""
+    if num_layers < (chunks := parallel.pipeline * (parallel.virtual_pipeline or 1)):
+        return [
+            f"{num_layers} layers are fewer than the {chunks} stages of parallel.pipeline={parallel.pipeline} x "
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline}: train this student with fewer"
+        ]
+    stages = split_layers(num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    counts = [[str(len(layers)) for layers in stage] for stage in stages]
+    if len({count for stage in counts for count in stage}) == 1:
+        return []
+    return [f"layers on each pipeline stage: {', '.join(' + '.join(stage) for stage in counts)}"]
 
 
 def other_teacher(plan: PruningPlan, source: tuple[Path, int]) -> list[str]:

@@ -4,7 +4,7 @@ output/tokenizer/tokenizer.model          (unless the recipe names one)
 output/data/tokens_text_document.*        (unless the recipe names data)
 output/teacher/                           trained to train.tokens (of a teacher that the recipe names: results.json)
 output/scores.safetensors                 one scoring pass for all students
-output/students/NAME/pruned, distilled    one for each of run.students
+output/students/NAME/pruned, distilled    one for each of run.students (step-1 … beside them: stages/iterate.py)
 output/baselines/next_token, random       of the first student's shape, on the same tokens
 output/hf/NAME                            every distilled student as a Hugging Face folder
 output/results.json                       held-out losses of all of them
@@ -24,18 +24,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.checkpoint.folder import read_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_whole
-from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages import distill, evaluate, export, preprocess, prune, score, tokenizer, train
-from minitron_mcore.stages.checks import check_road
+from minitron_mcore.stages import distill, evaluate, export, iterate, preprocess, score, tokenizer, train
+from minitron_mcore.stages.baseline import train_baseline
+from minitron_mcore.stages.checks import check_road, teacher_architecture
 from minitron_mcore.stages.common import lay_out, output_folder, refuse_other_run
 from minitron_mcore.stages.table import closing_table
-from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.loop import Progress
 
 SECTIONS = (
@@ -114,6 +112,9 @@ def plan_road(recipe: Recipe, runtime: Runtime, folder: Path) -> list[Step]:
     base, road = with_data(recipe, runtime, folder)
     students = recipe.run.students or {"student": recipe.student}
     check_road(recipe, students, runtime.world_size, folder)
+    shape = teacher_architecture(recipe)
+    data_parallel = runtime.world_size // (recipe.parallel.tensor * recipe.parallel.pipeline)
+    iterate.check_steps(recipe, shape, students, data_parallel)
 
     def add(name: str, title: str, act: Callable[..., Any], *arguments: Any) -> None:
         road.append(Step(name, title, partial(act, *arguments)))
@@ -135,10 +136,11 @@ def plan_road(recipe: Recipe, runtime: Runtime, folder: Path) -> list[Step]:
     add("score", "score the teacher", score.run, base, runtime)
     for name, student in students.items():
         pruned, distilled = folder / "students" / name / "pruned", folder / "students" / name / "distilled"
-        variant = with_student(base, student, pruned, distilled)
-        add(f"prune-{name}", f"prune {name}", prune.run, variant, runtime)
+        for part in iterate.parts_of(base, runtime, name, student, shape, pruned.parent):
+            road.append(Step(part.name, part.title, part.act))
         add_evaluation(f"{name} pruned", pruned)
-        add(f"distill-{name}", f"distil {name}", distill.run, variant, runtime)
+        distilling = with_student(base, student, pruned, distilled)
+        add(f"distill-{name}", f"distil {name}", distill.run, distilling, runtime)
         add_evaluation(f"{name} distilled", distilled)
         exporting = dataclasses.replace(base, checkpoint=str(distilled), hf=str(folder / "hf" / name))
         add(f"export-{name}", f"export {name}", export_again, exporting, runtime)
@@ -190,19 +192,6 @@ def with_student(recipe: Recipe, student: StudentConfig, pruned: Path, distilled
         distill=dataclasses.replace(recipe.distill, load=None, checkpoint=str(distilled)),
         prune=dataclasses.replace(recipe.prune, overwrite=True),
     )
-
-
-def train_baseline(recipe: Recipe, runtime: Runtime, baseline: str, pruned: Path, target: Path) -> Progress:
-    """Next-token training with the distillation's own budget and schedule, from the pruned weights or random ones."""
-    shared = {field.name: getattr(recipe.distill, field.name) for field in dataclasses.fields(TrainConfig)}
-    shared |= {"checkpoint": str(target), "load": str(pruned) if baseline == "next_token" else None}
-    shape = read_architecture(pruned).to_dict()
-    fields = [field.name for field in dataclasses.fields(ModelConfig) if field.name in shape]
-    # The student's own padding, whatever multiple the recipe names.
-    padding = {"make_vocab_size_divisible_by": shape["padded_vocab_size"]}
-    model = ModelConfig(**{name: shape[name] for name in fields}, **padding)
-    name = f"{recipe.name}-{baseline}"
-    return train.run(dataclasses.replace(recipe, name=name, train=TrainConfig(**shared), model=model), runtime)
 
 
 def export_again(recipe: Recipe, runtime: Runtime) -> Path:

@@ -1,11 +1,12 @@
-"""`score`: importance of every axis of the teacher, from one forward pass over the calibration samples."""
+"""`score`: importance of every axis of the teacher, from one forward pass over the calibration samples, or without
+one (importance.method)."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,22 @@ from megatron.core import parallel_state
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
-from minitron_mcore.data.calibration import calibration_batches
+from minitron_mcore.data.calibration import calibration_batches, draw_samples
 from minitron_mcore.data.corpus import check_file
 from minitron_mcore.data.dataset import build_calibration_dataset
+from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.importance.config import ImportanceConfig
+from minitron_mcore.importance import magnitude
+from minitron_mcore.importance.baselines import random_scores
+from minitron_mcore.importance.config import check_importance
 from minitron_mcore.importance.score import score_model
-from minitron_mcore.importance.scores import AXES, TOLERANCE, Scores, load_scores, save_scores
-from minitron_mcore.model.gpt import build_model
+from minitron_mcore.importance.scores import Scores, load_scores, save_scores, tolerance_of
+from minitron_mcore.model.gpt import LanguageModel, build_model
+from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.plan import check_same_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages import score_depth
 from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out
 from minitron_mcore.training.reader import to_device
 
@@ -41,34 +47,31 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     check_importance(importance)
     folder, iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
     architecture = read_architecture(folder)
-    tokenizer = checkpoint_tokenizer(recipe, folder)
     check_model(architecture, recipe)
-    settings = describe(recipe, folder, iteration, tokenizer.fingerprint)
-    path = scores_file(recipe, architecture, settings)
-    if path.exists():
+    tokenizer = checkpoint_tokenizer(recipe, folder) if importance.method == "activation" else None
+    task = score_depth.prepare(recipe, runtime, architecture, tokenizer)
+    settings = describe(recipe, folder, iteration, tokenizer.fingerprint if tokenizer else None)
+    if task is not None:
+        settings["multiple_choice"] = task.digest
+    # The first rank looks, for all: one that came later would find what the first has written meanwhile.
+    path, is_there = runtime.on_main(lambda: scores_file(recipe, architecture, settings))
+    if is_there:
         runtime.print(f"score: {path} is there, made in the same way")
         return path
 
-    dataset = build_calibration_dataset(recipe.data, tokenizer, num_samples=importance.num_samples, seed=recipe.seed)
-    assert dataset is not None
-    data_parallel = parallel_state.get_data_parallel_world_size()
-    batches = calibration_batches(
-        dataset,
-        num_samples=importance.num_samples,
-        micro_batch_size=importance.micro_batch_size,
-        seed=recipe.seed,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=data_parallel,
-        num_workers=recipe.data.num_workers,
-    )
-    chunks = build_model(architecture, recipe.parallel, recipe.precision, trainable=False)
-    load_weights(folder, iteration, as_chunks(chunks), architecture)
-    runtime.print(
-        f"score: {architecture.num_parameters:,} parameters of {folder}, {importance.num_samples:,} samples of "
-        f"{recipe.data.sequence_length:,} tokens -> {path}"
-    )
-    report = progress(runtime.print, importance.num_samples, importance.micro_batch_size * data_parallel)
-    scores = score_model(chunks, map(to_device, batches), architecture, importance, settings=settings, report=report)
+    if tokenizer is not None:
+        batches = read_calibration(recipe, tokenizer)
+        chunks = build_model(architecture, recipe.parallel, recipe.precision, trainable=False)
+        load_weights(folder, iteration, as_chunks(chunks), architecture)
+        runtime.print(
+            f"score: {architecture.num_parameters:,} parameters of {folder}, {importance.num_samples:,} samples of "
+            f"{recipe.data.sequence_length:,} tokens -> {path}"
+        )
+        scores = from_activations(recipe, runtime, chunks, architecture, batches, settings)
+        scores = score_depth.with_depth(recipe, runtime, chunks, batches, task, scores, path)
+    else:
+        runtime.print(f"score: {architecture.num_parameters:,} parameters of {folder}, {importance.method} -> {path}")
+        scores = from_weights(recipe, folder, iteration, architecture, settings)
     if runtime.is_main:
         save_scores(scores, path)
     runtime.print(table(scores))
@@ -76,52 +79,102 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     return path
 
 
-def check_importance(importance: ImportanceConfig) -> None:
-    """Raise InputError for numbers that nothing can be scored with."""
-    for name in ("num_samples", "micro_batch_size"):
-        if getattr(importance, name) < 1:
-            raise InputError(f"importance.{name}={getattr(importance, name)} must be at least 1")
+def read_calibration(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[], Iterator[Microbatch]]:
+    """A function that reads the calibration samples once through: this rank's microbatches, on the device."""
+    importance = recipe.importance
+    dataset = build_calibration_dataset(recipe.data, tokenizer, num_samples=importance.num_samples, seed=recipe.seed)
+    assert dataset is not None
+    # Too few samples are to be found out before a model is built.
+    draw_samples(dataset, importance.num_samples, recipe.seed)
+
+    def batches() -> Iterator[Microbatch]:
+        once = calibration_batches(
+            dataset,
+            num_samples=importance.num_samples,
+            micro_batch_size=importance.micro_batch_size,
+            seed=recipe.seed,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            num_workers=recipe.data.num_workers,
+        )
+        return map(to_device, once)
+
+    return batches
 
 
-def describe(recipe: Recipe, folder: Path, iteration: int, fingerprint: str) -> dict[str, Any]:
-    """How the scores are made, and how closely they are known; the layout does not matter and is not told."""
-    data = recipe.data
-    drawn_from = {"train": data.train, "valid": data.valid, "split": data.split}
-    settings = {
-        "teacher": {"checkpoint": str(folder), "iteration": iteration},
-        "importance": dataclasses.asdict(recipe.importance),
-        "data": drawn_from if data.calibration is None else {"calibration": data.calibration},
-        "num_samples": recipe.importance.num_samples,
-        "sequence_length": data.sequence_length,
-        "precision": recipe.precision,
-        "seed": recipe.seed,
-        "tokenizer": fingerprint,
-        "tolerance": TOLERANCE[recipe.precision],
-    }
+def from_activations(
+    recipe: Recipe,
+    runtime: Runtime,
+    chunks: list[LanguageModel],
+    architecture: Architecture,
+    batches: Callable[[], Iterator[Microbatch]],
+    settings: dict[str, Any],
+) -> Scores:
+    """All axes from one pass. Every rank calls."""
+    importance = recipe.importance
+    a_round = importance.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    report = progress(runtime.print, importance.num_samples, a_round)
+    return score_model(chunks, batches(), architecture, importance, settings=settings, report=report)
+
+
+def from_weights(
+    recipe: Recipe, folder: Path, iteration: int, architecture: Architecture, settings: dict[str, Any]
+) -> Scores:
+    """The baselines, which need neither data nor a model in memory. Every rank calls."""
+    if recipe.importance.method == "random":
+        return random_scores(architecture, recipe.seed, settings)
+    return magnitude.magnitude_scores(folder, iteration, architecture, settings)
+
+
+def describe(recipe: Recipe, folder: Path, iteration: int, fingerprint: str | None) -> dict[str, Any]:
+    """How the scores are made, and how closely they are known; the layout does not matter and is not told.
+
+    `fingerprint`: the tokenizer's; None where no data is read.
+    """
+    data, importance = recipe.data, recipe.importance
+    method = importance.method
+    settings: dict[str, Any] = {"teacher": {"checkpoint": str(folder), "iteration": iteration}}
+    if method == "magnitude":
+        settings |= {"importance": {"method": method}, "tolerance": magnitude.TOLERANCE}
+    elif method == "random":
+        settings |= {"importance": {"method": method}, "seed": recipe.seed, "tolerance": 0.0}
+    else:
+        drawn_from = {"train": data.train, "valid": data.valid, "split": data.split}
+        settings |= {
+            "importance": dataclasses.asdict(importance),
+            "data": drawn_from if data.calibration is None else {"calibration": data.calibration},
+            "num_samples": importance.num_samples,
+            "sequence_length": data.sequence_length,
+            "precision": recipe.precision,
+            "seed": recipe.seed,
+            "tokenizer": fingerprint,
+            "tolerance": tolerance_of(recipe.precision, importance.batch_aggregation, importance.sequence_aggregation),
+        }
     return json.loads(json.dumps(settings))
 
 
-def scores_file(recipe: Recipe, architecture: Architecture, settings: dict[str, Any]) -> Path:
-    """Where to write. Raises InputError where something is there already that was not made with `settings`."""
+def scores_file(recipe: Recipe, architecture: Architecture, settings: dict[str, Any]) -> tuple[Path, bool]:
+    """(where to write, whether it is there, made with `settings`). Raises InputError where it was made otherwise."""
     if not recipe.scores:
         raise InputError("scores is not given: name the file to write, as in scores=scores.safetensors")
     path = Path(recipe.scores)
     check_file(recipe.scores, "scores")
     if not path.exists():
-        return path
+        return path, False
     try:
         stored = load_scores(path)
     except InputError as error:
         raise InputError(f"scores={path} is there and is no scores file: name another file") from error
     check_same_model(stored.architecture, architecture, f"scores={path} are of")
     there, here = flat(stored.settings), flat(settings)
-    for key in sorted({*there, *here} - NO_MATTER):
+    # Other keys are there, or not, by the method.
+    for key in sorted({*there, *here} - NO_MATTER, key=lambda key: (key != "importance.method", key)):
         if there.get(key) != here.get(key):
             raise InputError(
                 f"scores={path} was made otherwise: {key} is {there.get(key)!r} there and {here.get(key)!r} here; "
                 "name another file, or delete that one"
             )
-    return path
+    return path, True
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -150,13 +203,18 @@ def progress(say: Callable[[str], None], num_samples: int, samples_a_round: int)
 
 
 def table(scores: Scores, shown: int = 8) -> str:
-    """Size and spread of every axis, and the layers of least influence."""
+    """Size and spread of every axis, and the layers of least importance."""
     lines = [f"{'axis':<8}{'scores':>14}{'least':>12}{'median':>12}{'most':>12}"]
-    for axis in AXES:
-        values = getattr(scores, axis)
+    for axis, values in scores.arrays():
+        if "/" in axis:
+            continue
         size = " x ".join(f"{part:,}" for part in values.shape)
         spread = "".join(f"{value:>12.4g}" for value in (values.min(), numpy.median(values), values.max()))
         lines.append(f"{axis:<8}{size:>14}{spread}")
+    if scores.variants:
+        lines.append(f"further variants: {', '.join(scores.variants)}")
     order = numpy.argsort(scores.layers, kind="stable")[:shown]
     least = ", ".join(f"{index} ({scores.layers[index]:.3g})" for index in order)
-    return "\n".join([*lines, f"layers of least block influence (the first layer is 0): {least}"])
+    method = scores.settings.get("importance", {}).get("method", "activation")
+    what = "block influence" if method == "activation" else method
+    return "\n".join([*lines, f"layers of least {what} (the first layer is 0): {least}"])

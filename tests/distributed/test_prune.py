@@ -1,8 +1,7 @@
 """Pruning of sharded checkpoints: every layout writes the same bits, which are those of plain slicing.
 
-The reference slices the teacher's global tensors in the open here, and reads students back whole with megatron-core's
-own `load_plain_tensors`; neither uses the package's tables. Legend: h hidden, f ffn, G KV groups, q query heads in a
-group, d head dimension.
+The reference slices the teacher's global tensors in the open (plain_slicing.py), and reads students back whole with
+megatron-core's own `load_plain_tensors`; neither uses the package's tables.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ import torch
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.plan import PruningPlan, make_plan
-from tests.distributed.models import global_batch, start_layout, tiny
+from tests.distributed.models import assemble, gather_named, global_batch, start_layout, tiny
+from tests.distributed.plain_slicing import sliced, teacher_tensors
 from tests.distributed.ranks import run_on_ranks
 
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -30,8 +30,20 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"untie_embeddings_and_output_weights": False, "num_attention_heads": 8, "num_query_groups": 4},
         "bf16",
     ),
+    # Four of six groups stay, and so do not always stay on their rank; with head residuals, in bf16 too.
+    "groups": ("qwen3", {"add_qkv_bias": True, "num_attention_heads": 12, "num_query_groups": 6}, "fp32"),
+    "one-each": ("qwen2", {"num_attention_heads": 6, "num_query_groups": 6}, "bf16"),
 }
 TARGET: dict[str, int | None] = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
+FOUR_GROUPS: dict[str, int | None] = {**TARGET, "num_query_groups": 4}
+# model -> what is asked of its plan
+ASKED: dict[str, tuple[dict[str, int | None], dict[str, Any]]] = {
+    "groups": (FOUR_GROUPS, {"head_residual": "paper"}),
+    "one-each": (
+        FOUR_GROUPS,
+        {"head_residual": "laco", "residual_matrices": ["query", "key", "value", "output"]},
+    ),
+}
 TP2, PP2, TP2_PP2 = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}
 # world size -> student's name -> (parallel section, number of layers)
 STUDENTS: dict[int, dict[str, tuple[dict[str, Any], int]]] = {
@@ -46,13 +58,16 @@ LOADS: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
+LOADED = ("llama", "nemotron", "qwen", "groups")
+
+
 def architecture_of(model: str) -> Architecture:
     family, changes, _ = MODELS[model]
     return tiny(family, num_layers=6, **changes)
 
 
 def students_of(model: str, world_size: int) -> dict[str, tuple[dict[str, Any], int]]:
-    groups = architecture_of(model).num_query_groups
+    groups = plan_of(model).student.num_query_groups
     return {name: row for name, row in STUDENTS[world_size].items() if groups % row[0].get("tensor", 1) == 0}
 
 
@@ -68,75 +83,13 @@ def scores_of(architecture: Architecture) -> Scores:
         ffn,
         draw.random((a.num_layers, a.num_attention_heads)) + 1,
         numpy.array([0.3, 0.5, 0.1, 0.4, 0.2, 0.6]),
+        groups=draw.random((a.num_layers, a.num_query_groups)) + 1,
     )
 
 
 def plan_of(model: str, num_layers: int = 4) -> PruningPlan:
-    return make_plan(scores_of(architecture_of(model)), {**TARGET, "num_layers": num_layers})
-
-
-def teacher_tensors(architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Checkpoint key -> random global tensor, layers stacked [L, …]. Shapes as the format has them."""
-    a = architecture
-    h, f, d, groups = a.hidden_size, a.ffn_hidden_size, a.kv_channels, a.num_query_groups
-    layer = "decoder.layers."
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding.word_embeddings.weight": (a.padded_vocab_size, h),
-        layer + "self_attention.linear_qkv.weight": (6, (a.num_attention_heads + 2 * groups) * d, h),
-        layer + "self_attention.linear_proj.weight": (6, h, a.num_attention_heads * d),
-        layer + "mlp.linear_fc1.weight": (6, (2 if a.gated_linear_unit else 1) * f, h),
-        layer + "mlp.linear_fc2.weight": (6, h, f),
-    }
-    for part in ("weight", "bias") if a.family == "nemotron" else ("weight",):
-        shapes[layer + f"self_attention.linear_qkv.layer_norm_{part}"] = (6, h)
-        shapes[layer + f"mlp.linear_fc1.layer_norm_{part}"] = (6, h)
-        shapes[f"decoder.final_layernorm.{part}"] = (h,)
-    if a.add_qkv_bias:
-        shapes[layer + "self_attention.linear_qkv.bias"] = (6, (a.num_attention_heads + 2 * groups) * d)
-    if a.qk_layernorm:
-        shapes |= {f"{layer}self_attention.{part}_layernorm.weight": (6, d) for part in "qk"}
-    if a.untie_embeddings_and_output_weights:
-        shapes["output_layer.weight"] = (a.padded_vocab_size, h)
-    generator = torch.Generator().manual_seed(11)
-    return {
-        key: torch.randn(shape, generator=generator) * (0.3 if "norm" in key else 0.08)
-        + key.endswith(("norm_weight", "norm.weight"))
-        for key, shape in sorted(shapes.items())
-    }
-
-
-def sliced(teacher: dict[str, torch.Tensor], plan: PruningPlan) -> dict[str, torch.Tensor]:
-    """The student by plain slicing of global tensors."""
-    a = plan.teacher
-    groups, q, d = a.num_query_groups, a.num_attention_heads // a.num_query_groups, a.kv_channels
-    student: dict[str, torch.Tensor] = {}
-    for key, whole in teacher.items():
-        if not key.startswith("decoder.layers."):
-            student[key] = whole[..., plan.hidden]
-            continue
-        rows = []
-        for layer in plan.layers:
-            one, neurons, heads = whole[layer], plan.ffn[layer], plan.heads[layer]
-            if "layer_norm" in key:
-                one = one[plan.hidden]
-            elif "k_layernorm" in key or "q_layernorm" in key:
-                pass
-            elif "linear_qkv" in key:
-                by_group = one.view(groups, q + 2, d, -1)
-                places = [[head - group * q for head in heads if head // q == group] for group in range(groups)]
-                parts = [by_group[group, [*places[group], q, q + 1]].flatten(0, 1) for group in range(groups)]
-                one = torch.cat(parts)
-                one = one.flatten() if key.endswith("bias") else one[:, plan.hidden]
-            elif "linear_proj" in key:
-                one = one.view(-1, a.num_attention_heads, d)[plan.hidden][:, heads].flatten(1)
-            elif "linear_fc1" in key:
-                halves = one.view(-1, a.ffn_hidden_size, one.shape[-1])
-                one = halves[:, neurons].flatten(0, 1)[:, plan.hidden]
-            else:
-                one = one[plan.hidden][:, neurons]
-            rows.append(one)
-        student[key] = torch.stack(rows)
-    return student
+    target, options = ASKED.get(model, (TARGET, {}))
+    return make_plan(scores_of(architecture_of(model)), {**target, "num_layers": num_layers}, **options)
 
 
 # What runs on the ranks.
@@ -260,7 +213,7 @@ def mask(model: Any, plan: PruningPlan, axes: tuple[str, ...]) -> None:
 def load_students(root: Path, world_size: int) -> dict[tuple[str, str], torch.Tensor]:
     """(model, layout it is loaded at) -> logits of a student that was written at another."""
     result = {}
-    for model in ("llama", "nemotron", "qwen"):
+    for model in LOADED:
         for name, parallel in LOADS[world_size].items():
             result[model, name] = logits_at(root / model / "TP2-PP2", plan_of(model).student, parallel, world_size)
         if world_size == 2:
@@ -289,6 +242,9 @@ def test_the_plan_is_uneven_over_tensor_parallel_shards(model: str) -> None:
     """Else the tests below would not exercise the exchange; one shard of layer 1 keeps nothing."""
     plan = plan_of(model)
     assert plan.layers == [0, 1, 3, 5]
+    if model in ASKED:
+        assert any(sum(group < 3 for group in plan.groups[layer]) != 2 for layer in plan.layers)
+        assert plan.residual is not None and all(plan.residual.pairs.values())
     counts = [sum(neuron < 48 for neuron in plan.ffn[layer]) for layer in plan.layers]
     assert counts[1] == 48 and any(count not in (24, 48) for count in counts)
 
@@ -315,7 +271,7 @@ def test_every_layout_writes_the_bits_of_plain_slicing(
 def test_a_student_loads_at_every_other_layout(root: Path) -> None:
     """fp32 logits of order one; 1e-5 covers the order of the tensor-parallel sums."""
     found = run_on_ranks(load_students, 1, root, 1)[0] | run_on_ranks(load_students, 2, root, 2)[0]
-    for model in ("llama", "nemotron", "qwen"):
+    for model in LOADED:
         expected = found[model, "1"]
         assert expected.std() > 0.05
         for name in LOADS[2]:
@@ -323,11 +279,62 @@ def test_a_student_loads_at_every_other_layout(root: Path) -> None:
         torch.testing.assert_close(found[model, "uneven"], found[model, "even"], rtol=0, atol=1e-5)
 
 
+def prune_in_memory(world_size: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """(model, layout) -> this rank's part of the student, from its part of the teacher as it lies in memory."""
+    from megatron.core import parallel_state
+
+    from minitron_mcore.layout import parameter_table
+    from minitron_mcore.model.initialize import take_shard
+    from minitron_mcore.pruning.apply import prune_shard
+    from minitron_mcore.runtime.start import start
+
+    result = {}
+    for model in MODELS:
+        plan = plan_of(model)
+        dtype = torch.bfloat16 if MODELS[model][2] == "bf16" else torch.float32
+        teacher = {key: value.to(dtype) for key, value in teacher_tensors(plan.teacher).items()}
+        for name, (parallel, _) in students_of(model, world_size).items():
+            size = parallel.get("tensor", 1)
+            if "pipeline" in parallel or plan.teacher.num_query_groups % size:
+                continue
+            start_layout(parallel, world_size)
+            group, device, rows = parallel_state.get_tensor_model_parallel_group(), start().device, []
+            for parameter in parameter_table(plan.student):
+                for place, layer in enumerate(plan.layers) if parameter.per_layer else [(None, None)]:
+                    whole = teacher[parameter.key] if layer is None else teacher[parameter.key][layer]
+                    local = take_shard(whole, parameter, plan.teacher, group.rank(), size)
+                    local = prune_shard(local, parameter, plan, layer, group=group, device=device)
+                    rows.append((parameter.key, place, local))
+            result[model, name] = gather_named(rows)
+    return result
+
+
+def test_weights_in_memory_become_the_same_student() -> None:
+    """Where the teacher is sharded too, and rows must go from rank to rank; to the bit."""
+    seen = set()
+    for world_size in (1, 2, 4):
+        ranks = run_on_ranks(prune_in_memory, world_size, world_size)
+        for model, name in ranks[0]:
+            plan = plan_of(model)
+            dtype = torch.bfloat16 if MODELS[model][2] == "bf16" else torch.float32
+            expected = sliced({key: value.to(dtype) for key, value in teacher_tensors(plan.teacher).items()}, plan)
+            student = assemble([rank[model, name] for rank in ranks], plan.student)
+            for (key, layer), tensor in student.items():
+                assert torch.equal(tensor, (expected[key] if layer is None else expected[key][layer]).float()), (
+                    name,
+                    key,
+                )
+            seen.add((model, name))
+    assert {("groups", "TP2"), ("one-each", "TP2"), ("llama", "TP2"), ("tied-bf16", "TP4")} <= seen
+
+
 MASKS = {
     "ffn": ("ffn_hidden_size",),
     "heads": ("num_attention_heads",),
     "layers": ("num_layers",),
     "all": ("ffn_hidden_size", "num_attention_heads", "num_layers"),
+    "groups": ("num_query_groups",),
+    "all with groups": ("ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers"),
 }
 
 
@@ -338,12 +345,15 @@ def masked_and_pruned(root: Path) -> dict[tuple[str, str], tuple[torch.Tensor, t
     from minitron_mcore.runtime.start import start
 
     result = {}
-    for model in ("llama", "nemotron", "qwen"):
+    for model in LOADED:
         teacher, architecture = root / model / "teacher", architecture_of(model)
         untouched = logits_at(teacher, architecture, {}, 1)
+        target = ASKED.get(model, (TARGET, {}))[0]
         for name, fields in MASKS.items():
-            plan = make_plan(scores_of(architecture), {field: TARGET[field] for field in fields})
-            axes = ("ffn", "heads", "layers") if name == "all" else (name,)
+            if ("num_query_groups" in fields) != (model == "groups"):
+                continue
+            plan = make_plan(scores_of(architecture), {field: target[field] for field in fields})
+            axes = ("ffn", "heads", "layers") if len(fields) > 1 else ("heads" if name == "groups" else name,)
             masked = logits_at(teacher, architecture, {}, 1, plan, axes)
             folder = root / model / "masked" / name
             prune_checkpoint((teacher, 0), plan, folder, start())
@@ -352,7 +362,7 @@ def masked_and_pruned(root: Path) -> dict[tuple[str, str], tuple[torch.Tensor, t
     return result
 
 
-def test_pruned_is_masked_for_neurons_heads_and_layers(root: Path, whole: Any) -> None:
+def test_pruned_is_masked_for_neurons_heads_groups_and_layers(root: Path, whole: Any) -> None:
     """fp32; the two add up the same terms but for exact zeros: 1e-5 on logits of order one."""
     for name, (untouched, masked, pruned) in run_on_ranks(masked_and_pruned, 1, root)[0].items():
         assert (untouched - masked).abs().max() > 1e-2, f"{name}: the mask does nothing"

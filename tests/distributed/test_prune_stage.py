@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 import yaml
 
-from minitron_mcore.importance.scores import Scores, save_scores
+from minitron_mcore.importance.scores import WIDTH_AXES, Scores, load_scores, save_scores
 from minitron_mcore.plan import load_plan
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.stages.prune import pipeline_split
 from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
 
@@ -95,11 +98,11 @@ def fail_while_saving(root: Path) -> list[bool]:
     """A rank dies while the student is saved: what stood there before, and nothing that looks like a new one."""
     import minitron_mcore.pruning.apply as apply
 
-    def broken(*arguments: Any) -> None:
+    def broken(*arguments: Any, **keywords: Any) -> None:
         raise OSError("disk full")
 
     common = ["teacher.checkpoint=@/teacher", "scores=@/scores.safetensors"]
-    original, apply.save_state = apply.save_state, broken  # type: ignore[assignment]
+    original, apply.save_stream = apply.save_stream, broken  # type: ignore[assignment]
     result = []
     try:
         for target in ("planned", "fresh"):
@@ -108,7 +111,7 @@ def fail_while_saving(root: Path) -> list[bool]:
                 run_verb("prune", [*common, f"student.checkpoint=@/{target}", "prune.overwrite=true"], root)
             result.append(listing(root / target) == before)
     finally:
-        apply.save_state = original
+        apply.save_stream = original
     return result
 
 
@@ -129,11 +132,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "layers": (a.num_layers,),
         }
         arrays: dict[str, Any] = {axis: draw.random(shape) + 1 for axis, shape in shapes.items()}
+        arrays["groups"] = draw.random((a.num_layers, a.num_query_groups)) + 1
+        arrays["variants"] = {"mean/mean/pre_activation": {axis: 3 - arrays[axis] for axis in WIDTH_AXES}}
+        arrays["depth"] = {"lm_loss@1": draw.random(a.num_layers)}
         save_scores(Scores(a, **arrays), path / f"{name}.safetensors")
     assert run_on_ranks(build, 2, path, 2) == [["", "", ""]] * 2
     plan = json.loads((path / "plan.json").read_text())
     plan["hidden"][-1] = 48
     (path / "beyond.json").write_text(json.dumps(plan))
+    shutil.copytree(path / "teacher", path / "damaged")
+    weights = next((path / "damaged" / "iter_0000007").glob("__1_*.distcp"))
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     (path / "papers").mkdir()
     (path / "papers" / "thesis.txt").write_text("years of work")
     return path
@@ -196,6 +205,51 @@ BAD: list[tuple[str, list[str], str]] = [
         "student.num_layers=1 is fewer than parallel.pipeline=2 stages",
     ),
     ("prune", [*SCORED, INTO, "parallel.tensor=4"], "but 2 were started"),
+    ("prune", [*SCORED, INTO, "student.num_query_groups=1"], "student.num_query_groups=1 is no multiple of parallel.t"),
+    ("prune", [*SCORED, INTO, "student.num_query_groups=3"], "student.num_query_groups=3 is larger than the teacher's"),
+    (
+        "plan",
+        [*SCORED, "plan=@/new.json", "student.ratios.hidden=0.5"],
+        "student.ratios.hidden=0.5 is no axis to prune",
+    ),
+    ("plan", [*SCORED, "plan=@/new.json", "student.ratios.hidden_size=1.5"], "must be above 0 and at most 1"),
+    (
+        "plan",
+        [*SCORED, "plan=@/new.json", "student.ratios.hidden_size=0.5", "student.hidden_size=24"],
+        "student.hidden_size=24 and student.ratios.hidden_size=0.5 are both given",
+    ),
+    ("prune", [*SCORED, INTO, "prune.divisible_by=32", "student.hidden_size=40"], "the nearest are 32"),
+    ("prune", [*SCORED, INTO, "student.layers=[0,9]"], "student.layers=[0, 9] must be among the teacher's layers"),
+    (
+        "prune",
+        [*SCORED, INTO, "student.layers=[0,1]", "student.num_layers=3"],
+        "are 2 layers, but student.num_layers=3",
+    ),
+    ("prune", [*SCORED, INTO, "student.layers=[0,1,2]", "plan=@/plan.json"], "student.layers=[0, 1, 2], but plan=@"),
+    ("prune", [*SCORED, INTO, "student.ratios.hidden_size=0.5", "plan=@/plan.json"], "was made with none: plan again"),
+    ("prune", [*SCORED, INTO, "prune.head_residual=paper", "plan=@/plan.json"], "was made with none: plan again"),
+    (
+        "prune",
+        [*SCORED, INTO, "prune.head_residual=paper", "student.num_attention_heads=2"],
+        "student.num_attention_heads=2 keeps 1 of 3 in each KV group",
+    ),
+    (
+        "prune",
+        [*SCORED, INTO, "prune.head_residual=laco", "prune.residual_matrices=[value]", "student.num_attention_heads=4"],
+        "prune.residual_matrices holds 'value'",
+    ),
+    ("plan", [*SCORED, "plan=@/new.json", "prune.variant=l2/l2/pre_activation"], "no variant 'l2/l2/pre_activation'"),
+    (
+        "plan",
+        [*SCORED, "plan=@/new.json", "prune.depth_metric=accuracy", "student.num_layers=2"],
+        "prune.depth_metric=accuracy: scores hold no accuracy of blocks of 1 layers",
+    ),
+    (
+        "plan",
+        [*SCORED, "plan=@/new.json", "prune.depth_metric=lm_loss", "prune.layers=contiguous", "student.num_layers=2"],
+        "prune.depth_metric=lm_loss: scores hold no lm_loss of blocks of 2 layers",
+    ),
+    ("prune", ["teacher.checkpoint=@/damaged", SCORED[1], INTO], "is damaged"),
     ("prune", [*SCORED, INTO, "plan=@/none.json"], "plan=@/none.json is not there"),
     ("prune", [*SCORED, INTO, "plan=@/beyond.json"], "hidden holds 48, but the teacher has the indices 0 to 47"),
     ("prune", [*SCORED, INTO, "plan=@/plan.json", "student.num_layers=2"], "student.num_layers=2, but plan=@"),
@@ -215,6 +269,55 @@ def test_wrong_input_is_named_and_nothing_is_written(root: Path) -> None:
         for (_, overrides, words), (message, untouched) in zip(BAD, rank, strict=True):
             assert words.replace("@", str(root)) in message and untouched, (overrides, message)
             assert "\n" not in message
+
+
+def test_every_choice_reaches_the_plan(root: Path) -> None:
+    wanted = [
+        "student.layers=[0,2,3]",
+        "student.ratios.hidden_size=0.6",
+        "student.num_attention_heads=4",
+        "prune.divisible_by=16",
+        "prune.variant=mean/mean/pre_activation",
+        "prune.head_residual=laco",
+        "prune.residual_matrices=[output]",
+        "student.checkpoint=@/chosen",
+    ]
+    assert [rank[0][0] for rank in run_on_ranks(run_all, 2, [("prune", [*SCORED, *wanted])], root)] == ["", ""]
+    plan = load_plan(root / "chosen" / "plan.json")
+    assert (plan.layers, plan.student.hidden_size, plan.student.num_attention_heads) == ([0, 2, 3], 32, 4)
+    assert plan.settings["variant"] == "mean/mean/pre_activation" and plan.settings["divisible_by"] == 16
+    assert plan.residual is not None and (plan.residual.rule, plan.residual.matrices) == ("laco", ["output"])
+    assert all(len(pairs) == 2 for pairs in plan.residual.pairs.values())  # one of three heads in each of two groups
+    with_loss = ["student.num_layers=3", "prune.depth_metric=lm_loss", "plan=@/by_loss.json"]
+    assert [rank[0][0] for rank in run_on_ranks(run_all, 2, [("plan", [*SCORED, *with_loss])], root)] == ["", ""]
+    losses = load_scores(root / "scores.safetensors").depth["lm_loss@1"]
+    assert load_plan(root / "by_loss.json").layers == sorted(set(range(4)) - {int(losses.argmin())})
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "parallel", "said"),
+    [
+        (6, {}, []),
+        (6, {"pipeline": 2}, []),
+        (8, {"pipeline": 2, "virtual_pipeline": 2}, []),
+        (
+            3,
+            {"pipeline": 2, "virtual_pipeline": 2},
+            [
+                "3 layers are fewer than the 4 stages of parallel.pipeline=2 x parallel.virtual_pipeline=2: train this "
+                "student with fewer"
+            ],
+        ),
+        (5, {"pipeline": 2}, ["layers on each pipeline stage: 3, 2"]),
+        (
+            6,
+            {"pipeline": 2, "virtual_pipeline": 2},
+            ["layers on each pipeline stage: 2 + 1, 2 + 1"],
+        ),
+    ],
+)
+def test_the_split_over_stages_is_told(num_layers: int, parallel: dict[str, Any], said: list[str]) -> None:
+    assert pipeline_split(num_layers, ParallelConfig(**parallel)) == said
 
 
 def test_scores_of_other_weights_are_warned_about(root: Path) -> None:

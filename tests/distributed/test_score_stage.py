@@ -35,6 +35,7 @@ LAYOUTS = {
     "DP2": ["importance.micro_batch_size=4"],
 }
 
+MENU = ["importance.aggregations=[mean/mean,var/l2]", "importance.neuron_sites=[pre_activation]"]
 
 STUDENT = {"num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
 
@@ -82,6 +83,11 @@ def score_everywhere(root: Path) -> dict[str, Any]:
     results: dict[str, Any] = {
         name: score(root, [*TEACHER, *layout, f"scores=@/{name}"]) for name, layout in LAYOUTS.items()
     }
+    for method in ("magnitude", "random"):
+        for layout in ("TP2", "PP2"):
+            asked = [*TEACHER, *LAYOUTS[layout], f"importance.method={method}", f"scores=@/{method}-{layout}"]
+            results[f"{method}-{layout}"] = score(root, asked)
+    results["menu"] = score(root, [*TEACHER, *LAYOUTS["TP2-SP"], *MENU, "scores=@/menu"])
     before = (root / "TP2").read_bytes()
     results["again"] = score(root, [*TEACHER, *LAYOUTS["DP2"], "scores=@/TP2"])
     refused = {
@@ -92,6 +98,15 @@ def score_everywhere(root: Path) -> dict[str, Any]:
         "teacher.checkpoint is not given": ["scores=@/new"],
         "calibration samples": [*TEACHER, "scores=@/new", "importance.num_samples=100000"],
         "importance.micro_batch_size=0": [*TEACHER, "scores=@/new", "importance.micro_batch_size=0"],
+        "importance.method": [*TEACHER, "scores=@/TP2", "importance.method=magnitude"],
+        "importance.aggregations holds 'l3/mean'": [*TEACHER, "scores=@/new", "importance.aggregations=[l3/mean]"],
+        "importance.num_samples=0": [*TEACHER, "scores=@/new", "importance.num_samples=0"],
+        "depth_metrics=['lm_loss'] needs a forward pass": [
+            *TEACHER,
+            "scores=@/new",
+            "importance.method=magnitude",
+            "importance.depth_metrics=[lm_loss]",
+        ],
         "layer 1 ": ["teacher.checkpoint=@/broken", "scores=@/new"],
     }
     results["refused"] = {word: score(root, overrides)[1] for word, overrides in refused.items()}
@@ -123,6 +138,20 @@ def test_scores_from_the_command_line(root) -> None:
             found, wanted = getattr(scores, axis), getattr(first, axis)
             assert numpy.abs(found - wanted).max() <= TOLERANCE["fp32"] * numpy.abs(wanted).max(), f"{name} {axis}"
         assert make_plan(scores, STUDENT).fingerprint == make_plan(first, STUDENT).fingerprint, f"{name}: other indices"
+
+    menu = load_scores(root / "menu")
+    assert ranks[0]["menu"][1] == "" and "further variants: mean/mean/down_projection_input" in ranks[0]["menu"][0]
+    assert len(menu.variants) == 5 and menu.groups is not None and menu.primary == first.primary
+    chosen = menu.variant("var/l2/pre_activation")
+    assert make_plan(chosen, STUDENT).fingerprint != make_plan(menu, STUDENT).fingerprint
+
+    for method in ("magnitude", "random"):
+        one, other = (load_scores(root / f"{method}-{layout}") for layout in ("TP2", "PP2"))
+        assert ranks[0][f"{method}-TP2"][1] == "" and f"layers of least {method}" in ranks[0][f"{method}-TP2"][0]
+        assert one.settings == other.settings and "tokenizer" not in one.settings
+        for (axis, found), (_, wanted) in zip(one.arrays(), other.arrays(), strict=True):
+            assert numpy.abs(found - wanted).max() <= one.settings["tolerance"] * numpy.abs(wanted).max(), axis
+        assert make_plan(one, STUDENT).fingerprint == make_plan(other, STUDENT).fingerprint
 
     assert "made in the same way" in ranks[0]["again"][0]
     for rank in ranks:

@@ -29,7 +29,6 @@ def both_forms(world_size: int) -> dict[tuple[str, str], tuple[set[Any], set[Any
         (name, str(parallel)): compare(name, parallel, world_size)
         for parallel in LAYOUTS[world_size]
         for name in MODELS
-        if not (name == "uneven" and "virtual_pipeline" in parallel)
     }
 
 

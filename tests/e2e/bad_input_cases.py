@@ -265,6 +265,19 @@ CHECKPOINTS: list[Case] = [
     ("score", ["importance.num_samples=0"], "importance.num_samples=0 must be at least 1"),
     ("score", ["importance.num_samples=99999"], "importance.num_samples=99,999 calibration samples are more than the"),
     ("score", ["importance.micro_batch_size=0"], "importance.micro_batch_size=0 must be at least 1"),
+    *(
+        (
+            verb,
+            ["importance.depth_metrics=[lm_loss]", "importance.block_lengths=[2]"],
+            "importance.block_lengths holds 2: the model has 2 layers, so that blocks of 1 to 1 can be left out",
+        )
+        for verb in ("score", "run")
+    ),
+    (
+        "run",
+        ["importance.depth_metrics=[accuracy]", "importance.multiple_choice=@/file"],
+        "importance.multiple_choice=@/file, line 1 is no JSON",
+    ),
     ("score", ["data.sequence_length=65"], LENGTH),
     ("score", ["tokenizer.model=@/other.model"], "tokenizer"),
     ("plan", ["plan=null"], "plan is not given"),

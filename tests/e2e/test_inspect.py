@@ -59,7 +59,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "heads": (a.num_layers, a.num_attention_heads),
         "layers": (a.num_layers,),
     }
-    scores = Scores(architecture=a, settings={"data": "x"}, **{axis: random.random(s) for axis, s in shapes.items()})
+    arrays: dict[str, Any] = {axis: random.random(shape) for axis, shape in shapes.items()}
+    scores = Scores(architecture=a, settings={"data": "x"}, **arrays)
     save_scores(scores, root / "scores.safetensors")
     save_plan(make_plan(scores, {"hidden_size": 48}), root / "plan.json")
     return root

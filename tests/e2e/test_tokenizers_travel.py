@@ -65,7 +65,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "heads": (a.num_layers, a.num_attention_heads),
         "layers": (a.num_layers,),
     }
-    scores = Scores(architecture=a, settings={}, **{axis: random.random(shape) for axis, shape in shapes.items()})
+    arrays: dict[str, Any] = {axis: random.random(shape) for axis, shape in shapes.items()}
+    scores = Scores(architecture=a, settings={}, **arrays)
     save_scores(scores, root / "scores.safetensors")
     save_plan(make_plan(scores, {"ffn_hidden_size": 96, "num_layers": 2}), root / "plan.json")
     for kind in ("bytes", "pieces"):

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitron_mcore.importance import aggregate
 from minitron_mcore.importance.aggregate import AGGREGATIONS, SampleSums, over_sequence, sequence_sums, sums_for
 
 PAIRS = list(itertools.product(AGGREGATIONS, AGGREGATIONS))
@@ -101,3 +102,20 @@ def test_one_pass_keeps_only_what_is_asked_for() -> None:
         for name, sums in zip(names, sequence_sums(values, names), strict=True):
             assert sums.dtype == torch.float64
             torch.testing.assert_close(sums, full[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("names", [("abs",), ("square",), ("sum", "square"), ("abs", "square", "sum")])
+def test_what_runs_on_a_gpu_and_pieces_on_a_cpu_are_the_sums(
+    dtype: torch.dtype, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways, the second in pieces that do not divide the sequence, on a view that is not contiguous."""
+    torch.manual_seed(0)
+    values = (3 + torch.randn(2, 50, 7).to(dtype)).transpose(0, 1)
+    wide = values.double()
+    whole = {"abs": wide.abs().sum(0), "square": wide.square().sum(0), "sum": wide.sum(0)}
+    monkeypatch.setattr(aggregate, "CACHED", 3 * 14)
+    for way in (aggregate._sums_on_cuda, aggregate._sums_on_cpu):
+        for name, found in zip(names, way(values, names), strict=True):
+            assert found.shape == (2, 7)
+            torch.testing.assert_close(found.double(), whole[name], rtol=1e-6, atol=0)

@@ -12,41 +12,66 @@ from hypothesis import strategies as st
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.layout import Parameter, parameter_table
 from minitron_mcore.model.initialize import take_shard
-from minitron_mcore.plan import PruningPlan
-from minitron_mcore.pruning.apply import shard_moves
-from minitron_mcore.pruning.axes import kept_rows, prune_dense, take
+from minitron_mcore.plan import HeadResidual, PruningPlan
+from minitron_mcore.pruning.axes import kept_rows, part_of, prune_dense, take_kept
+from minitron_mcore.pruning.select import select, take
 
 
-def random_plan(seed: int, family: str, groups: int, q: int, kept_q: int, ffn: int, kept_ffn: int) -> PruningPlan:
+def random_plan(
+    seed: int, family: str, groups: tuple[int, int], heads: tuple[int, int], ffn: tuple[int, int], rule: str = "none"
+) -> PruningPlan:
+    """(kept, of the teacher): KV groups, query heads in each, neurons. `rule`: with head residuals, where half stay."""
     draw = numpy.random.default_rng(seed)
 
-    def choose(count: int, size: int) -> list[int]:
-        return sorted(draw.choice(size, count, replace=False).tolist())
+    def choose(sizes: tuple[int, int]) -> list[int]:
+        return sorted(draw.choice(sizes[1], sizes[0], replace=False).tolist())
 
+    (kept_groups, all_groups), (kept_q, q), (kept_ffn, all_ffn) = groups, heads, ffn
     teacher = build_architecture(
         {
             "family": family,
             "num_layers": 3,
             "hidden_size": 6,
-            "ffn_hidden_size": ffn,
-            "num_attention_heads": groups * q,
-            "num_query_groups": groups,
+            "ffn_hidden_size": all_ffn,
+            "num_attention_heads": all_groups * q,
+            "num_query_groups": all_groups,
             "kv_channels": 4,
             "vocab_size": 20,
             "make_vocab_size_divisible_by": 8,
         }
     )
     student = teacher.replace(
-        num_layers=2, hidden_size=4, ffn_hidden_size=kept_ffn, num_attention_heads=groups * kept_q
+        num_layers=2,
+        hidden_size=4,
+        ffn_hidden_size=kept_ffn,
+        num_attention_heads=kept_groups * kept_q,
+        num_query_groups=kept_groups,
     )
-    layers = choose(2, 3)
+    layers = choose((2, 3))
+    of_groups = {layer: choose(groups) for layer in layers}
+    of_heads = {layer: [g * q + head for g in of_groups[layer] for head in choose(heads)] for layer in layers}
+    residual = None
+    if rule != "none" and (2 * kept_q >= q if q > 1 else 2 * kept_groups >= all_groups):
+        # With one head in each group, heads of the whole layer are paired; else those of one group.
+        pairs: dict[int, list[tuple[int, int]]] = {}
+        for layer in layers:
+            fields = [range(all_groups)] if q == 1 else [range(g * q, (g + 1) * q) for g in of_groups[layer]]
+            pairs[layer] = []
+            for field in fields:
+                kept = draw.permutation([head for head in field if head in of_heads[layer]]).tolist()
+                gone = draw.permutation([head for head in field if head not in of_heads[layer]]).tolist()
+                pairs[layer] += list(zip(kept, gone, strict=False))
+        matrices = ["query", "output", *(["key", "value"] if q == 1 else [])]
+        residual = HeadResidual(rule, draw.permutation(matrices).tolist()[: 1 + seed % 4], pairs)
     return PruningPlan(
         teacher,
         student,
         layers,
-        choose(4, 6),
-        {layer: choose(kept_ffn, ffn) for layer in layers},
-        {layer: [g * q + head for g in range(groups) for head in choose(kept_q, q)] for layer in layers},
+        choose((4, 6)),
+        {layer: choose(ffn) for layer in layers},
+        of_heads,
+        groups=of_groups,
+        residual=residual,
     )
 
 
@@ -56,12 +81,15 @@ def pairs(most: int) -> st.SearchStrategy[list[int]]:
 
 # Everything that is sharded divides by 4.
 plans = st.builds(
-    lambda seed, family, groups, q, ffn: random_plan(seed, family, groups, q[1], q[0], 4 * ffn[1], 4 * ffn[0]),
+    lambda seed, family, groups, q, ffn, rule: random_plan(
+        seed, family, (4 * groups[0], 4 * groups[1]), q, (4 * ffn[0], 4 * ffn[1]), rule
+    ),
     st.integers(0, 1000),
     st.sampled_from(["llama", "nemotron", "qwen2", "qwen3"]),
-    st.sampled_from([4, 8]),
-    pairs(4),
+    pairs(3).map(tuple),
+    pairs(4).map(tuple),
     pairs(5),
+    st.sampled_from(["none", "paper", "laco"]),
 )
 
 
@@ -90,6 +118,8 @@ def stays(name: Any, plan: PruningPlan, layer: int | None) -> bool:
         return index in plan.hidden
     if kind in ("ffn", "gate", "up"):
         return index in plan.ffn[layer or 0]
+    if kind in ("key", "value"):
+        return index in plan.groups[layer or 0]
     return kind != "query" or index in plan.heads[layer or 0]
 
 
@@ -109,36 +139,71 @@ def test_kept_rows_are_those_whose_names_stay_in_their_order(plan: PruningPlan) 
 
 @given(plans, st.sampled_from([1, 2, 4]))
 @settings(max_examples=40, deadline=None)
-def test_shards_exchange_into_the_shards_of_the_dense_student(plan: PruningPlan, size: int) -> None:
-    """What ranks send each other, played through in one process."""
+def test_parts_make_up_the_dense_student(plan: PruningPlan, size: int) -> None:
+    """Each rank's part, from the rows it asks for alone."""
     for parameter, layer in parameters(plan):
         shape = parameter.shape(plan.teacher)
-        whole = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
+        whole = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.bfloat16)
         student = prune_dense(whole, parameter, plan, layer)
-        assert student.shape == parameter.shape(plan.student)
+        assert student.shape == parameter.shape(plan.student) and student.dtype == whole.dtype
+        for rank in range(size):
+            part = part_of(parameter, plan, layer, rank, size)
+            needed = take_kept(whole, parameter, plan, layer, part.axis, part.needed)
+            expected = take_shard(student, parameter, plan.student, rank, size)
+            assert torch.equal(part.made_from(needed, plan), expected)
+
+
+@given(plans, st.sampled_from([2, 4]))
+@settings(max_examples=40, deadline=None)
+def test_spans_of_a_part_do_not_overlap(plan: PruningPlan, size: int) -> None:
+    """So that together the ranks read a teacher once, wherever it was sharded; the halves of a gated fc1 by itself."""
+    for parameter, layer in parameters(plan):
         if parameter.shard_axis is None:
             continue
-        axis = parameter.shard_axis
-        kept = kept_rows(parameter, plan, layer)
-        held, wanted = shard_moves(parameter, plan, kept[axis], size)
-        sent: dict[int, torch.Tensor] = {}
-        for rank in range(size):
-            local = take_shard(whole, parameter, plan.teacher, rank, size)
-            for other, rows in enumerate(kept):
-                local = local if other == axis else take(local, other, rows)
-            for place, row in held[rank].tolist():
-                assert row not in sent
-                sent[row] = local.select(axis, place)
-        for rank in range(size):
-            expected = take_shard(student, parameter, plan.student, rank, size)
-            assert torch.equal(torch.stack([sent[row] for row in wanted[rank].tolist()], dim=axis), expected)
+        parts = [part_of(parameter, plan, layer, rank, size).rows for rank in range(size)]
+        halves = [numpy.split(rows, 2) for rows in parts] if parameter.gated else [[rows] for rows in parts]
+        for spans in zip(*halves, strict=True):
+            assert (numpy.diff(numpy.concatenate(spans)) > 0).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "nemotron", "qwen2"])
-def test_heads_and_vocabulary_move_nothing_between_ranks(family: str) -> None:
-    plan = random_plan(1, family, groups=4, q=3, kept_q=2, ffn=12, kept_ffn=8)
+def test_where_all_groups_stay_heads_and_vocabulary_stay_on_their_rank(family: str) -> None:
+    plan = random_plan(1, family, (4, 4), (2, 3), (8, 12))
     for parameter, layer in parameters(plan):
         if set(parameter.axes) & {"qkv", "heads", "vocab"}:
             axis = parameter.shard_axis or 0
-            held, wanted = shard_moves(parameter, plan, kept_rows(parameter, plan, layer)[axis], 2)
-            assert all(numpy.array_equal(held[rank][:, 1], wanted[rank]) for rank in range(2))
+            half = parameter.shape(plan.teacher)[axis] // 2
+            assert part_of(parameter, plan, layer, 0, 2).needed.max() < half
+            assert part_of(parameter, plan, layer, 1, 2).needed.min() >= half
+
+
+def test_what_the_dense_student_is_made_of_by_name() -> None:
+    """A tensor whose values are its rows' numbers: just the kept rows are there, in order."""
+    plan = random_plan(3, "qwen2", (4, 8), (1, 2), (4, 8))
+    for parameter, layer in parameters(plan):
+        whole = torch.arange(math.prod(parameter.shape(plan.teacher))).view(parameter.shape(plan.teacher))
+        expected = whole
+        for axis, name in enumerate(parameter.axes):
+            rows = [row for row, named in enumerate(row_names(name, plan.teacher)) if stays(named, plan, layer)]
+            expected = expected.index_select(axis, torch.tensor(rows))
+        assert torch.equal(prune_dense(whole, parameter, plan, layer), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(7,), (300, 5), (3, 70000), (4, 5, 6)])
+def test_rows_of_every_axis_at_once(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Against plain indexing, by the bit; blocks of one row and of many, views that are not contiguous."""
+    draw = numpy.random.default_rng(0)
+    kept = [numpy.sort(draw.choice(size, -(-size // 2), replace=False)) for size in shape]
+    for whole in (torch.randn(shape).to(dtype), torch.randn(shape[::-1]).to(dtype).permute(*range(len(shape))[::-1])):
+        bits = whole.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[whole.element_size()])
+        expected = bits
+        for axis, rows in enumerate(kept):
+            expected = expected.index_select(axis, torch.from_numpy(rows))
+            one = bits.index_select(axis, torch.from_numpy(rows))
+            assert torch.equal(take(whole, axis, rows).view(bits.dtype), one)
+        assert torch.equal(select(whole, kept).view(bits.dtype), expected)
+        last = [None] * (len(shape) - 1) + [kept[-1]]
+        assert torch.equal(select(whole, last).view(bits.dtype), bits.index_select(-1, torch.from_numpy(kept[-1])))
+        assert select(whole, [None] * len(shape)) is whole
+        assert select(whole, [numpy.arange(size) for size in shape]) is whole

@@ -38,6 +38,7 @@ def scores_of(architecture: Architecture, seed: int = 0, levels: int = 0, **arra
         "ffn": (a.num_layers, a.ffn_hidden_size),
         "heads": (a.num_layers, a.num_attention_heads),
         "layers": (a.num_layers,),
+        "groups": (a.num_layers, a.num_query_groups),
     }
     random = {axis: draw.random(shape) + 1 for axis, shape in shapes.items()}
     if levels:
@@ -57,7 +58,7 @@ def cases(draw: st.DrawFn) -> tuple[Scores, dict[str, int | None]]:
         num_query_groups=groups,
     )
     target: dict[str, int | None] = {name: draw(st.integers(1, getattr(teacher, name))) for name in TARGETS}
-    target["num_attention_heads"] = groups * draw(st.integers(1, q))
+    target["num_attention_heads"] = target["num_query_groups"] * draw(st.integers(1, q))  # type: ignore[operator]
     return scores_of(teacher, draw(st.integers(0, 1000)), draw(st.sampled_from([0, 3]))), target
 
 
@@ -78,13 +79,15 @@ def test_the_best_are_kept_and_of_equal_scores_the_lower_index(case: tuple[Score
     plan, teacher = make_plan(scores, target), scores.architecture
     assert plan.layers == best(scores.layers, plan.student.num_layers)
     assert plan.hidden == best(scores.hidden, plan.student.hidden_size)
-    assert list(plan.ffn) == list(plan.heads) == plan.layers
+    assert list(plan.ffn) == list(plan.heads) == list(plan.groups) == plan.layers
     q = teacher.heads_per_group
+    assert scores.groups is not None
     for layer in plan.layers:
         assert plan.ffn[layer] == best(scores.ffn[layer], plan.student.ffn_hidden_size)
+        assert plan.groups[layer] == best(scores.groups[layer], plan.student.num_query_groups)
         assert plan.heads[layer] == [
             group * q + head
-            for group in range(teacher.num_query_groups)
+            for group in plan.groups[layer]
             for head in best(scores.heads[layer, group * q : (group + 1) * q], plan.student.heads_per_group)
         ]
     assert plan.student == teacher.replace(**target)

@@ -105,7 +105,8 @@ def test_the_standard_librarys_source_is_named() -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_the_recipes_of_the_repository_load(config: Path) -> None:
     recipe = load_recipe(str(config), [])
-    assert recipe.distill.tokens > 0 and recipe.name != Recipe().name
+    trains = not config.name.startswith("ablate-")
+    assert (recipe.distill.tokens > 0) == trains and recipe.name != Recipe().name
     assert len(CONFIGS) >= 2
 
 

@@ -1,0 +1,152 @@
+"""Which students an ablation prunes: every combination of the recipe's choices, each that makes a difference once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from minitron_mcore.ablation.config import AblateConfig
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.config import AGGREGATIONS, DEPTH_METRICS, METHODS, NEURON_SITES
+from minitron_mcore.plan import LAYER_CHOICES, TARGETS, check_residual
+from minitron_mcore.plan_file import RESIDUAL_MATRICES, RESIDUALS
+
+# name of a shape that prunes one axis alone -> the fields it takes from the student
+ALONE = {
+    "depth": ("num_layers",),
+    "hidden": ("hidden_size",),
+    "ffn": ("ffn_hidden_size",),
+    "attention": ("num_attention_heads", "num_query_groups"),
+}
+WHOLE = "student"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row: what is pruned and how it is chosen. A choice that makes no difference to the row is ""."""
+
+    shape: str  # WHOLE or a name of ALONE
+    method: str
+    aggregation: str = ""
+    neuron_site: str = ""
+    depth_metric: str = ""
+    layers: str = ""
+    head_residual: str = ""
+    residual_matrices: str = ""
+    seed: str = ""
+
+    @property
+    def label(self) -> str:
+        """The choices in words, without those that make no difference."""
+        aggregation = self.aggregation and f"{self.aggregation} (batch/sequence)"
+        residual = "" if self.head_residual in ("", "none") else f"{self.head_residual} in {self.residual_matrices}"
+        seed = self.seed and f"seed {self.seed}"
+        parts = [self.shape, self.method, seed, aggregation, self.neuron_site, self.depth_metric, self.layers, residual]
+        return ", ".join(part for part in parts if part)
+
+
+def check_ablate(config: AblateConfig) -> None:
+    """Raise InputError, naming the key, for a choice that there is none of."""
+    pairs = [f"{batch}/{sequence}" for batch in AGGREGATIONS for sequence in AGGREGATIONS]
+    allowed: dict[str, Sequence[str]] = {
+        "methods": METHODS,
+        "aggregations": pairs,
+        "neuron_sites": NEURON_SITES,
+        "depth_metrics": DEPTH_METRICS,
+        "layers": LAYER_CHOICES,
+        "head_residuals": ("none", *RESIDUALS),
+    }
+    for name, choices in allowed.items():
+        given = getattr(config, name)
+        for value in given:
+            if value not in choices:
+                raise InputError(f"ablate.{name} holds {value!r}: choose from {', '.join(choices)}")
+        if len({*given}) < len(given):
+            raise InputError(f"ablate.{name}={given} holds a choice twice: name each once")
+    for name in (*allowed, "residual_matrices"):
+        if not getattr(config, name):
+            raise InputError(f"ablate.{name} is empty: name at least one choice, or leave the key out")
+    for value in config.residual_matrices:
+        for matrix in value.split("+"):
+            if matrix not in RESIDUAL_MATRICES:
+                raise InputError(
+                    f"ablate.residual_matrices holds {value!r}: join names of {', '.join(RESIDUAL_MATRICES)} by +, as "
+                    "in query+output"
+                )
+    if config.random_seeds < 1:
+        raise InputError(f"ablate.random_seeds={config.random_seeds} must be at least 1")
+
+
+def shapes_of(teacher: Architecture, student: Architecture, per_axis: bool) -> dict[str, Architecture]:
+    """The shapes to prune to, by name. Raises InputError where the student is no smaller than the teacher."""
+    smaller = {
+        name: fields
+        for name, fields in ALONE.items()
+        if any(getattr(student, field) < getattr(teacher, field) for field in fields)
+    }
+    if not smaller:
+        raise InputError(
+            "student.* asks for nothing smaller than the teacher: give the shape to prune to, as in "
+            f"student.ffn_hidden_size={teacher.ffn_hidden_size // 2}"
+        )
+    shapes = {WHOLE: student}
+    if per_axis and len(smaller) > 1:
+        for name, fields in smaller.items():
+            shapes[name] = teacher.replace(**{field: getattr(student, field) for field in fields})
+    return shapes
+
+
+def grid_of(
+    config: AblateConfig, teacher: Architecture, shapes: dict[str, Architecture], seed: int, *, layers_given: bool
+) -> list[Setting]:
+    """Every row, in the order of the recipe's lists. `layers_given`: the student's layers are named, not chosen.
+
+    Raises InputError for head residuals that a shape cannot have.
+    """
+    check_ablate(config)
+    choices = itertools.product(
+        shapes,
+        config.methods,
+        config.aggregations,
+        config.neuron_sites,
+        config.depth_metrics,
+        config.layers,
+        config.head_residuals,
+        config.residual_matrices,
+        [str(seed + number) for number in range(config.random_seeds)],
+    )
+    rows: dict[Setting, None] = {}
+    for shape, *values in choices:
+        setting = without_idle(Setting(shape, *values), teacher, shapes[shape], layers_given=layers_given)
+        if setting.head_residual:
+            matrices = setting.residual_matrices.split("+") if setting.residual_matrices else []
+            check_residual(teacher, shapes[shape], setting.head_residual, matrices)
+        rows[setting] = None
+    return list(rows)
+
+
+def without_idle(setting: Setting, teacher: Architecture, shape: Architecture, *, layers_given: bool) -> Setting:
+    """`setting` with "" for every choice that this shape or method does not look at."""
+    fewer = {name: getattr(shape, name) < getattr(teacher, name) for name in TARGETS}
+    heads = fewer["num_attention_heads"] or fewer["num_query_groups"]
+    idle: dict[str, Any] = {}
+    if setting.method != "random":
+        idle["seed"] = ""
+    if setting.method != "activation" or not (fewer["hidden_size"] or fewer["ffn_hidden_size"] or heads):
+        idle |= {"aggregation": "", "neuron_site": ""}
+    if not fewer["ffn_hidden_size"]:
+        idle["neuron_site"] = ""
+    if setting.method != "activation":
+        idle["depth_metric"] = ""
+    if not fewer["num_layers"] or layers_given:
+        idle |= {"depth_metric": "", "layers": ""}
+    if teacher.num_layers - shape.num_layers == 1:  # a block of one
+        idle["layers"] = ""
+    if not heads:
+        idle |= {"head_residual": "", "residual_matrices": ""}
+    elif setting.head_residual == "none":
+        idle["residual_matrices"] = ""
+    return replace(setting, **idle)

@@ -1,0 +1,163 @@
+"""Rows of an ablation: their CSV, which grows row by row, the sorted table, and the plot."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron_mcore.ablation.grid import Setting
+from minitron_mcore.errors import InputError
+from minitron_mcore.files import write_whole
+
+CHOICES = [entry.name for entry in dataclasses.fields(Setting)]
+NUMBERS = ["lm_loss", "ppl", "parameters"]
+COLUMNS = [*CHOICES, *NUMBERS, "made_with"]
+SHOWN = 30  # rows of a panel of the plot
+
+
+@dataclass(frozen=True)
+class Row:
+    """A student and its zero-shot loss: nats a token on held-out text, before any training."""
+
+    setting: Setting
+    lm_loss: float
+    ppl: float
+    parameters: int
+
+
+def read_rows(path: Path, made_with: str) -> list[Row]:
+    """The finished rows in `path`, none where it is not there.
+
+    Raises InputError where they were made with other settings than `made_with` (a fingerprint), or are no rows.
+    """
+    if not path.is_file():
+        return []
+    rows, makers = [], set()
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            for line in csv.DictReader(stream):
+                setting = Setting(**{name: line[name] for name in CHOICES})
+                rows.append(Row(setting, float(line["lm_loss"]), float(line["ppl"]), int(line["parameters"])))
+                makers.add(line["made_with"])
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise InputError(f"output: {path} is no table of an ablation: name another folder, or delete it") from error
+    if makers - {made_with}:
+        raise InputError(
+            f"output: {path} holds rows of another teacher, student, text or seed: name another folder as output, or "
+            "delete that file"
+        )
+    return rows
+
+
+def write_rows(rows: Sequence[Row], path: Path, made_with: str) -> None:
+    """All rows, with every digit; whole or not at all. One process calls."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        numbers = {name: getattr(row, name) for name in NUMBERS}
+        writer.writerow({**dataclasses.asdict(row.setting), **numbers, "made_with": made_with})
+    write_whole(path, text.getvalue())
+
+
+def best_first(rows: Sequence[Row]) -> list[Row]:
+    """By shape, in the order they come in, then by loss."""
+    shapes = list(dict.fromkeys(row.setting.shape for row in rows))
+    return sorted(rows, key=lambda row: (shapes.index(row.setting.shape), row.lm_loss))
+
+
+def table(rows: Sequence[Row], teacher_loss: float) -> str:
+    """One line a row, the lowest loss of each shape first; columns in which all rows are alike are left out."""
+    rows = best_first(rows)
+    columns = [name for name in CHOICES if len({getattr(row.setting, name) for row in rows}) > 1]
+    head = [*columns, "lm loss", "over teacher", "parameters"]
+    lines = [head] + [
+        [
+            *(getattr(row.setting, name) or "-" for name in columns),
+            f"{row.lm_loss:.4f}",
+            f"{row.lm_loss - teacher_loss:+.4f}",
+            f"{row.parameters:,}",
+        ]
+        for row in rows
+    ]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(head))]
+    texts = len(columns)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place < texts else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def squares(rows: Sequence[Row]) -> list[str]:
+    """As in table 13 of arXiv 2407.14679: loss by batch (down) and sequence (across) aggregation, where several of
+    both were tried with all else alike."""
+    groups: dict[Setting, dict[tuple[str, str], float]] = {}
+    for row in rows:
+        if row.setting.aggregation:
+            batch, _, sequence = row.setting.aggregation.partition("/")
+            groups.setdefault(dataclasses.replace(row.setting, aggregation=""), {})[batch, sequence] = row.lm_loss
+    found = []
+    for setting, losses in groups.items():
+        batches = sorted({batch for batch, _ in losses})
+        sequences = sorted({sequence for _, sequence in losses})
+        if len(batches) > 1 and len(sequences) > 1:
+            head = f"{'batch / sequence':<16}" + "".join(f"{name:>9}" for name in sequences)
+            lines = [
+                f"{batch:<16}"
+                + "".join(f"{losses[batch, name]:9.4f}" if (batch, name) in losses else f"{'':9}" for name in sequences)
+                for batch in batches
+            ]
+            found.append("\n".join([f"{setting.label}:", head, *lines]))
+    return found
+
+
+def write_plot(rows: Sequence[Row], teacher_loss: float, path: Path) -> None:
+    """A panel for each shape, with a bar for each of its best rows, the lowest loss on top, from the teacher's loss on;
+    PNG, whole or not at all. One process calls."""
+    # Takes a second to import. Without pyplot there is no window system to ask for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    by_shape: dict[str, list[Row]] = {}
+    for row in best_first(rows):
+        by_shape.setdefault(row.setting.shape, []).append(row)
+    shown = {shape: found[:SHOWN] for shape, found in by_shape.items()}
+    methods = list(dict.fromkeys(row.setting.method for row in rows))
+    heights = [1 + len(found) for found in shown.values()]
+    figure = Figure(figsize=(12, 1 + 0.24 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(shown), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for panel, (shape, found) in zip(panels, shown.items(), strict=True):
+        panel.barh(
+            range(len(found)),
+            [row.lm_loss - teacher_loss for row in found],
+            left=teacher_loss,
+            color=[f"C{methods.index(row.setting.method)}" for row in found],
+            height=0.7,
+        )
+        panel.axvline(teacher_loss, color="0.3", lw=1)
+        for place, row in enumerate(found):
+            panel.annotate(f" {row.lm_loss:.4f}", (max(row.lm_loss, teacher_loss), place), va="center", fontsize=7)
+        panel.set_yticks(range(len(found)), [_short_label(row, found) for row in found], fontsize=8)
+        panel.set_ylim(len(found) - 0.4, -0.6)
+        panel.margins(x=0.08)
+        more = f", the best {len(found)} of {len(by_shape[shape])}" if len(found) < len(by_shape[shape]) else ""
+        panel.set_title(f"{shape}{more}", fontsize=9, loc="left")
+    panels[-1].set_xlabel(f"held-out LM loss before training, nats a token (teacher: {teacher_loss:.4f})", fontsize=9)
+    partial = path.with_name(path.name + ".tmp")
+    FigureCanvasAgg(figure).print_png(str(partial))
+    os.replace(partial, path)
+
+
+def _short_label(row: Row, among: Sequence[Row]) -> str:
+    """The method, and the choices in which the rows differ."""
+    differ = [name for name in CHOICES if len({getattr(other.setting, name) for other in among}) > 1]
+    words = [getattr(row.setting, name) for name in differ if name != "method"]
+    return "  ".join([row.setting.method, *filter(None, words)])

@@ -1,0 +1,366 @@
+"""Score, plan and prune a model in memory, from Python: in a notebook, without a launcher.
+
+    import minitron_mcore.api as minitron
+
+    teacher = minitron.load("teacher/")
+    scores = minitron.score(teacher, batches, aggregation="l2/mean")
+    plan = minitron.plan(scores, ffn_hidden_size=320, num_layers=8)
+    student = minitron.prune(teacher, plan)
+    minitron.lm_loss(student, batches)
+    minitron.save(student, "student/")
+
+`batches` is a sequence of int64 tensors [b, s] of token ids, on any device: all of one s, the last of at most the
+others' b. Under a launcher every rank calls every function with its own data-parallel rank's batches, as many of them
+on each; `start` says how the model is laid out. Every function raises `minitron_mcore.errors.InputError` for what
+cannot be, in one sentence. Worked examples: docs/api.md.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from minitron_mcore.runtime.start import Runtime, quiet_libraries, seed_everything
+from minitron_mcore.runtime.start import start as start_process
+
+quiet_libraries()  # Megatron warns while it is imported
+
+from megatron.core import parallel_state  # noqa: E402
+
+from minitron_mcore.architecture import Architecture, build_architecture  # noqa: E402
+from minitron_mcore.checkpoint.folder import (  # noqa: E402
+    find_checkpoint,
+    read_architecture,
+    read_lineage,
+    tokenizer_folder,
+    write_description,
+)
+from minitron_mcore.checkpoint.store import as_chunks, load_weights, model_state, save_state  # noqa: E402
+from minitron_mcore.distillation.objective import Objective  # noqa: E402
+from minitron_mcore.errors import InputError  # noqa: E402
+from minitron_mcore.evaluation.lm_loss import mean_loss  # noqa: E402
+from minitron_mcore.files import writing  # noqa: E402
+from minitron_mcore.importance.baselines import random_scores  # noqa: E402
+from minitron_mcore.importance.config import ImportanceConfig, check_importance  # noqa: E402
+from minitron_mcore.importance.depth import depth_table  # noqa: E402
+from minitron_mcore.importance.hooks import Measure  # noqa: E402
+from minitron_mcore.importance.magnitude import from_squares, squares  # noqa: E402
+from minitron_mcore.importance.score import measure as measure_model  # noqa: E402
+from minitron_mcore.importance.score import score_model  # noqa: E402
+from minitron_mcore.importance.scores import Scores, load_scores, save_scores, tolerance_of  # noqa: E402
+from minitron_mcore.model.gpt import DTYPES, LanguageModel, build_model  # noqa: E402
+from minitron_mcore.model.initialize import initialize, named_parameters  # noqa: E402
+from minitron_mcore.model.schedule import Microbatch  # noqa: E402
+from minitron_mcore.plan import PruningPlan, check_same_model, load_plan, make_plan, save_plan  # noqa: E402
+from minitron_mcore.pruning.in_memory import prune_chunks  # noqa: E402
+from minitron_mcore.runtime.config import ParallelConfig  # noqa: E402
+from minitron_mcore.runtime.parallel import use_layout  # noqa: E402
+
+__all__ = [
+    "Measure",
+    "Model",
+    "build",
+    "lm_loss",
+    "load",
+    "load_plan",
+    "load_scores",
+    "measure",
+    "plan",
+    "prune",
+    "save",
+    "save_plan",
+    "save_scores",
+    "score",
+    "start",
+]
+
+GROUP = 16  # microbatches a pipeline stage in one call of the schedule
+
+_runtime: Runtime | None = None
+_parallel: ParallelConfig | None = None
+
+
+@dataclass
+class Model:
+    """A model in memory: this rank's `chunks` (one, or one a virtual stage; torch modules) and what it is.
+
+    `source`: the checkpoint folder that it, or the teacher it was cut from, was loaded from; None for random weights.
+    """
+
+    chunks: list[LanguageModel]
+    architecture: Architecture
+    precision: str = "fp32"
+    source: Path | None = None
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+
+def start(*, seed: int = 1234, **parallel: Any) -> Runtime:
+    """Start this process and lay models out as `parallel` says: tensor, pipeline, virtual_pipeline, sequence.
+
+    Not needed in a notebook: the other functions start a single process by themselves. Models that were loaded at
+    another layout are of no use afterwards. Every rank calls.
+    """
+    global _runtime, _parallel
+    wanted = ParallelConfig(**parallel)
+    runtime = start_process()
+    use_layout(wanted, runtime.world_size)
+    seed_everything(seed)
+    _runtime, _parallel = runtime, wanted
+    return runtime
+
+
+def _started() -> tuple[Runtime, ParallelConfig]:
+    if _runtime is None or _parallel is None or not parallel_state.model_parallel_is_initialized():
+        start()
+    assert _runtime is not None and _parallel is not None
+    return _runtime, _parallel
+
+
+def load(folder: str | Path, precision: str = "fp32") -> Model:
+    """The newest iteration of the sharded checkpoint in `folder`, saved at any layout; precision fp32 or bf16.
+
+    The model is frozen and in evaluation mode. Every rank calls.
+    """
+    _check_precision(precision)
+    path, iteration = find_checkpoint(folder, "folder")
+    _, parallel = _started()
+    architecture = read_architecture(path)
+    chunks = build_model(architecture, parallel, precision, trainable=False)
+    load_weights(path, iteration, as_chunks(chunks), architecture)
+    lineage = {"checkpoint": str(path), "iteration": iteration, "lineage": read_lineage(path)}
+    return Model(chunks, architecture, precision, path, lineage)
+
+
+def build(architecture: Architecture | Mapping[str, Any], seed: int = 1234, precision: str = "fp32") -> Model:
+    """A model of random weights, the same at every layout. `architecture`: Megatron's field names, as in
+    {"family": "llama", "num_layers": 4, "hidden_size": 64, …}; what the family fixes need not be said."""
+    _check_precision(precision)
+    if not isinstance(architecture, Architecture):
+        architecture = build_architecture(dict(architecture))
+    _, parallel = _started()
+    chunks = build_model(architecture, parallel, precision, trainable=False)
+    initialize(chunks, architecture, seed)
+    return Model(chunks, architecture, precision, None, {"seed": seed})
+
+
+def score(
+    model: Model,
+    batches: Iterable[torch.Tensor],
+    *,
+    aggregation: str = "l2/mean",
+    neuron_site: str = "down_projection_input",
+    aggregations: Sequence[str] = (),
+    neuron_sites: Sequence[str] = (),
+    depth_metrics: Sequence[str] = (),
+    block_lengths: Sequence[int] = (1,),
+    method: str = "activation",
+    seed: int = 1234,
+) -> Scores:
+    """Importance of every axis of `model`, float64, larger being more important (see importance/scores.py).
+
+    `aggregation`: over samples / over a sample's tokens, each of mean, l2, var. `aggregations` and `neuron_sites`:
+    further ones of the same pass, in `scores.variants`. `depth_metrics` (lm_loss, logit_mse, normalized_logit_mse): the
+    harm done by leaving out each block of `block_lengths` layers, 1 + Σ (layers − length + 1) further passes, into
+    `scores.depth`. `method`: activation, or the baselines magnitude (of the weights; one rank alone) and random (by
+    `seed`), which do not look at `batches`. Source: arXiv 2407.14679, section 2.2 and table 13.
+    """
+    batch, _, sequence = aggregation.partition("/")
+    config = ImportanceConfig(
+        method=method,
+        batch_aggregation=batch,
+        sequence_aggregation=sequence,
+        neuron_site=neuron_site,
+        aggregations=list(aggregations),
+        neuron_sites=list(neuron_sites),
+        depth_metrics=list(depth_metrics),
+        block_lengths=list(block_lengths),
+    )
+    check_importance(config)
+    if method == "random":
+        return random_scores(model.architecture, seed)
+    if method == "magnitude":
+        return _magnitude(model)
+    microbatches = _microbatches(model, batches)
+    settings = {"precision": model.precision, "tolerance": tolerance_of(model.precision, batch, sequence)}
+    scores = score_model(model.chunks, microbatches, model.architecture, config, settings=settings)
+    if depth_metrics:
+        table = depth_table(model.chunks, microbatches, model.architecture, depth_metrics, block_lengths)
+        scores.depth.update(table)
+    return scores
+
+
+def measure(
+    model: Model, batches: Iterable[torch.Tensor], what: Measure, *, aggregation: str = "l2/mean"
+) -> numpy.ndarray:
+    """A metric of one's own: what the hooks of `what` record, aggregated: float64 [rows, channels] of the whole model.
+
+    `what`: a name, the global (rows, channels), and a function that hooks a chunk (see importance/hooks.py, docs/api.md
+    for one in ten lines). The same on every rank.
+    """
+    batch, _, sequence = aggregation.partition("/")
+    check_importance(ImportanceConfig(batch_aggregation=batch, sequence_aggregation=sequence))
+    statistics = measure_model(model.chunks, _microbatches(model, batches), model.architecture, {what: [sequence]})
+    return statistics.aggregate(what, batch, sequence)
+
+
+def plan(
+    scores: Scores,
+    *,
+    num_layers: int | None = None,
+    hidden_size: int | None = None,
+    ffn_hidden_size: int | None = None,
+    num_attention_heads: int | None = None,
+    num_query_groups: int | None = None,
+    **choices: Any,
+) -> PruningPlan:
+    """Which indices of every axis stay, for a student of the given sizes; what is left out stays the teacher's.
+
+    `choices`: those of `minitron_mcore.plan.make_plan`: keep_layers, ratios, divisible_by, layers (scattered or
+    contiguous), depth_metric, variant, head_residual, residual_matrices. Pure data; save it with `save_plan`.
+    """
+    sizes = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": ffn_hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "num_query_groups": num_query_groups,
+    }
+    if _parallel is not None:
+        choices = {"tensor": _parallel.tensor, "pipeline": _parallel.pipeline, **choices}
+    return make_plan(scores, sizes, **choices)
+
+
+def prune(model: Model, plan: PruningPlan, *, trainable: bool = False) -> Model:
+    """The student in memory, beside the teacher, which stays as it is: the same bits as `minitron prune` writes."""
+    check_same_model(plan.teacher, model.architecture, "the plan is for")
+    chunks = prune_chunks(as_chunks(model.chunks), plan, trainable=trainable)
+    lineage = {"stage": "prune", "teacher": model.lineage, "plan": {"fingerprint": plan.fingerprint}}
+    return Model(chunks, plan.student, model.precision, model.source, lineage)
+
+
+def lm_loss(model: Model, batches: Iterable[torch.Tensor]) -> float:
+    """Mean next-token loss in nats, over the s − 1 tokens of every row that have a next one; the same on every rank."""
+    microbatches = _microbatches(model, batches)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    groups = [
+        _filled(microbatches[begin : begin + GROUP * stages], stages if len(model.chunks) > 1 else 1)
+        for begin in range(0, len(microbatches), GROUP * stages)
+    ]
+    objective = Objective(vocab_size=model.architecture.vocab_size)
+    return mean_loss(as_chunks(model.chunks), groups, objective)["lm loss"]
+
+
+def save(model: Model, folder: str | Path) -> Path:
+    """Write a checkpoint that every verb reads: weights, architecture, lineage, the source's tokenizer if it has one.
+
+    `folder` must be new or empty; it appears once it is whole. Every rank calls.
+    """
+    runtime, _ = _started()
+    target = Path(folder).resolve()
+
+    def prepare() -> Path:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(f"folder={folder} is there already: name another folder")
+        unfinished = target.with_name(f".{target.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with writing(f"folder={folder}"):
+            unfinished.mkdir(parents=True)
+        return unfinished
+
+    unfinished = runtime.on_main(prepare)
+    save_state(unfinished, 0, model_state(as_chunks(model.chunks)), runtime)
+
+    def describe() -> None:
+        tokenizer = tokenizer_folder(model.source) if model.source is not None else None
+        inherited = read_lineage(model.source).get("tokenizer") if model.source is not None else None
+        write_description(
+            unfinished,
+            model.architecture,
+            lineage={"stage": "api", "tokens": 0, "tokenizer": inherited, **model.lineage},
+            recipe=f"precision: {model.precision}\n",
+            save_tokenizer=partial(shutil.copytree, tokenizer) if tokenizer is not None else None,
+        )
+        os.replace(unfinished, target)
+
+    runtime.on_main(describe)
+    return target
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in DTYPES:
+        raise InputError(f"precision={precision!r} is not allowed: choose one of {', '.join(DTYPES)}")
+
+
+def _magnitude(model: Model) -> Scores:
+    if model.chunks[0].config.tensor_model_parallel_size * model.chunks[0].config.pipeline_model_parallel_size > 1:
+        raise InputError(
+            "method=magnitude reads whole matrices in memory, which a sharded model has not: save it and use "
+            "`minitron score importance.method=magnitude`, which reads checkpoints"
+        )
+    held = {(key, layer): tensor.detach() for key, layer, tensor in named_parameters(model.chunks[0])}
+    sums = squares(model.architecture, lambda parameter, layer: held[parameter.key, layer].cpu())
+    return from_squares(model.architecture, sums)
+
+
+def _microbatches(model: Model, batches: Iterable[torch.Tensor]) -> list[Microbatch]:
+    """On the model's device, all of one size; rows that fill the last one up are neither scored nor counted."""
+    device = next(model.chunks[0].parameters()).device
+    found: list[Microbatch] = []
+    for number, tokens in enumerate(batches):
+        _check_tokens(tokens, number, model.architecture)
+        size = found[0]["tokens"].shape if found else tokens.shape
+        missing = size[0] - tokens.shape[0]
+        if tokens.shape[1] != size[1] or missing < 0:
+            raise InputError(
+                f"batches[{number}] has shape {tuple(tokens.shape)} after ones of {tuple(size)}: all need the same "
+                "sequence length, and at most as many rows as the first"
+            )
+        tokens = torch.cat([tokens, tokens[:1].expand(missing, -1)]).to(device)
+        valid = torch.ones(size[0], device=device)
+        valid[size[0] - missing :] = 0
+        # The last token has no next one.
+        mask = valid[:, None].repeat(1, size[1])
+        mask[:, -1] = 0
+        found.append(
+            {
+                "tokens": tokens,
+                "labels": tokens.roll(-1, dims=1),
+                "loss_mask": mask,
+                "position_ids": torch.arange(size[1], device=device).expand(size).contiguous(),
+                "valid": valid,
+            }
+        )
+    if not found:
+        raise InputError("batches is empty: give token tensors [b, s] (a generator can be read once only)")
+    return found
+
+
+def _check_tokens(tokens: Any, number: int, architecture: Architecture) -> None:
+    if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
+        said = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        raise InputError(f"batches[{number}] is {said}: token ids as an int64 tensor [b, s] are needed")
+    if tokens.shape[1] > architecture.max_position_embeddings:
+        raise InputError(
+            f"batches[{number}] has rows of {tokens.shape[1]} tokens, longer than the model's max_position_embeddings="
+            f"{architecture.max_position_embeddings}: cut them"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= architecture.vocab_size:
+        raise InputError(
+            f"batches[{number}] holds the token id {low if low < 0 else high}, but the model's vocab_size is "
+            f"{architecture.vocab_size}: use the tokenizer the model was trained with"
+        )
+
+
+def _filled(group: list[Microbatch], multiple: int) -> list[Microbatch]:
+    """The interleaved schedule takes multiples of the number of stages: uncounted copies fill a group up."""
+    uncounted = {**group[-1], "loss_mask": torch.zeros_like(group[-1]["loss_mask"])}
+    return group + [uncounted] * (-len(group) % multiple)

@@ -1,0 +1,247 @@
+"""How much worse a model gets without a layer, or without a block of consecutive ones, for every place of the block.
+
+    lm_loss                mean next-token loss, minus the whole model's (arXiv 2407.14679, section 2.2)
+    logit_mse              mean over tokens and vocabulary of (whole − without)², of the logits (Nemotron Nano 2)
+    normalized_logit_mse   Σ (whole − without)² / Σ whole² (Nemotron Elastic)
+    accuracy               of a multiple-choice task: the whole model's minus that without (arXiv 2408.11796)
+    normalized_accuracy    the same, a choice's log-likelihood being divided by its number of tokens
+
+Layers are left out in memory (model/skip.py). One pass over the samples, and one over the task's rows, serves all
+metrics of a block. The tokens that count are those of the loss mask, in all metrics.
+
+The whole model's final hidden states are kept in host memory for the logit metrics (`kept_bytes`), on the last pipeline
+stage; logits exist for a few hundred tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import parallel_state
+
+from minitron_mcore.architecture import BYTES, Architecture
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.config import DEPTH_METRICS, TASK_METRICS
+from minitron_mcore.importance.multiple_choice import GROUP, Task, accuracy, log_likelihoods
+from minitron_mcore.importance.token_values import over_world, token_values
+from minitron_mcore.model.gpt import LanguageModel
+from minitron_mcore.model.schedule import Microbatch, visit_final_states
+from minitron_mcore.model.skip import without_layers
+
+LOGIT_METRICS = ("logit_mse", "normalized_logit_mse")
+TEXT_METRICS = ("lm_loss", *LOGIT_METRICS)
+
+
+@dataclass(frozen=True)
+class DepthTable:
+    """`damage`: "METRIC@LENGTH" -> float64 [num_layers − LENGTH + 1], entry s without layers s … s + LENGTH − 1; larger
+    is worse. `whole`: the whole model's own lm_loss (nats a token) and accuracies, where measured."""
+
+    whole: dict[str, float] = field(default_factory=dict)
+    damage: dict[str, numpy.ndarray] = field(default_factory=dict)
+
+
+def check_blocks(metrics: Sequence[str], lengths: Sequence[int], num_layers: int) -> None:
+    """Raise InputError for an unknown metric, and for blocks that are empty or all of the model."""
+    for metric in metrics:
+        if metric not in TEXT_METRICS + TASK_METRICS:
+            raise InputError(f"importance.depth_metrics holds {metric!r}: choose from {', '.join(DEPTH_METRICS)}")
+    if metrics and not lengths:
+        raise InputError("importance.block_lengths is empty: name the lengths of the blocks to leave out, as in [1]")
+    for length in lengths if metrics else ():
+        if not 1 <= length < num_layers:
+            raise InputError(
+                f"importance.block_lengths holds {length}: the model has {num_layers} layers, so that blocks of 1 to "
+                f"{num_layers - 1} can be left out"
+            )
+
+
+def measured(metrics: Iterable[str]) -> list[str]:
+    """The metrics that cost passes of their own; block influence comes with the activations."""
+    return [metric for metric in metrics if metric != "block_influence"]
+
+
+def blocks_of(lengths: Sequence[int], num_layers: int) -> list[range]:
+    """Every block of every length, by length, then by first layer."""
+    return [range(start, start + length) for length in lengths for start in range(num_layers - length + 1)]
+
+
+def costs(
+    metrics: Sequence[str], lengths: Sequence[int], num_layers: int, num_samples: int, task: Task | None = None
+) -> list[str]:
+    """What each metric costs, a line for those that share their passes; to be said before they run."""
+    passes = 1 + len(blocks_of(lengths, num_layers))
+    terms = ["1 whole"] + [f"{num_layers - length + 1} without {length}" for length in lengths]
+    shares: list[tuple[tuple[str, ...], int, str]] = [(TEXT_METRICS, num_samples, f"{num_samples:,} samples")]
+    if task is not None:
+        rows, questions = len(task.rows), len(task.questions)
+        shares.append((TASK_METRICS, rows, f"{rows:,} choices of {questions:,} questions"))
+    lines = []
+    for kind, number, words in shares:
+        if names := [metric for metric in metrics if metric in kind]:
+            lines.append(
+                f"{', '.join(names)}: {passes:,} passes ({' + '.join(terms)}) x {words} = {passes * number:,} forward "
+                "passes"
+            )
+    return lines
+
+
+def kept_bytes(
+    architecture: Architecture, metrics: Sequence[str], precision: str, num_samples: int, sequence_length: int
+) -> int:
+    """Host memory for the whole model's final hidden states, over all ranks of one tensor-parallel number: divide by
+    the data-parallel ranks, and under sequence parallelism by the tensor-parallel ones, for what a rank keeps."""
+    wanted = any(metric in LOGIT_METRICS for metric in metrics)
+    return wanted * num_samples * sequence_length * architecture.hidden_size * BYTES[precision]
+
+
+def depth_table(
+    chunks: Sequence[LanguageModel],
+    batches: Sequence[Microbatch],
+    architecture: Architecture,
+    metrics: Sequence[str],
+    lengths: Sequence[int] = (1,),
+    *,
+    task: Task | None = None,
+    micro_batch_size: int = 1,
+) -> dict[str, numpy.ndarray]:
+    """`measure_depth(...).damage`, as `Scores.depth` takes it."""
+    options: dict[str, Any] = {"task": task, "micro_batch_size": micro_batch_size}
+    return measure_depth(chunks, batches, architecture, metrics, lengths, **options).damage
+
+
+def measure_depth(
+    chunks: Sequence[LanguageModel],
+    batches: Sequence[Microbatch],
+    architecture: Architecture,
+    metrics: Sequence[str],
+    lengths: Sequence[int] = (1,),
+    *,
+    task: Task | None = None,
+    micro_batch_size: int = 1,
+    report: Callable[[int, int], None] | None = None,
+) -> DepthTable:
+    """Every metric for every block of the given lengths; the same numbers on every rank, at every layout.
+
+    `batches`: this data-parallel rank's microbatches, on the device, as many on every rank and all of one size: tokens,
+    labels, loss_mask, position_ids [b, s]; a filler's loss mask is 0. Every block sees the same. `task` with rows of
+    `micro_batch_size` is read where accuracy is wanted. `report(blocks done, of how many)`. Every rank calls.
+
+    1 + Σ (num_layers − length + 1) passes over samples and task (`costs`). Raises InputError for metrics or lengths
+    that cannot be, where no token counts, and for a metric that is NaN or Inf.
+    """
+    metrics = measured(metrics)
+    if not metrics:
+        return DepthTable()
+    check_blocks(metrics, lengths, architecture.num_layers)
+    if task is None and (needs := [metric for metric in metrics if metric in TASK_METRICS]):
+        raise InputError(f"{needs[0]} is measured on questions: give the task that `load_task` reads")
+    passes = _Passes(chunks, batches, architecture, metrics, task, micro_batch_size)
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        whole = passes.run("of the whole model")
+        blocks = blocks_of(lengths, architecture.num_layers)
+        damage: dict[str, list[float]] = {f"{metric}@{length}": [] for metric in metrics for length in lengths}
+        for done, block in enumerate(blocks, 1):
+            with without_layers(chunks, block):
+                without = passes.run(f"without layers {block.start} to {block.stop - 1} (the first is 0)")
+            for metric in metrics:
+                better, worse = (without, whole) if metric in TASK_METRICS else (whole, without)
+                damage[f"{metric}@{len(block)}"].append(worse[metric] - better[metric])
+            if report is not None:
+                report(done, len(blocks))
+    finally:
+        for chunk, was_training in zip(chunks, training, strict=True):
+            chunk.train(was_training)
+    values = {name: numpy.array(entries, dtype=numpy.float64) for name, entries in damage.items()}
+    return DepthTable({name: value for name, value in whole.items() if name not in LOGIT_METRICS}, values)
+
+
+class _Passes:
+    """Passes over the samples and the task with the model as it is at that moment; the first one is of the whole."""
+
+    def __init__(
+        self,
+        chunks: Sequence[LanguageModel],
+        batches: Sequence[Microbatch],
+        architecture: Architecture,
+        metrics: Sequence[str],
+        task: Task | None,
+        micro_batch_size: int,
+    ) -> None:
+        self.chunks, self.metrics, self.vocab_size = list(chunks), metrics, architecture.vocab_size
+        self.micro_batch_size, self.device = micro_batch_size, next(chunks[0].parameters()).device
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        # The interleaved schedule takes multiples of the number of stages.
+        multiple = stages if len(chunks) > 1 else 1
+        self.groups = list(_groups(batches, GROUP * stages, multiple)) if _any(metrics, TEXT_METRICS) else []
+        self.compares = _any(metrics, LOGIT_METRICS)
+        self.kept: dict[int, torch.Tensor] = {}
+        self.task = task if _any(metrics, TASK_METRICS) else None
+
+    def run(self, words: str) -> dict[str, float]:
+        """Value of every metric; the logit metrics are against the first run's model, and 0 in the first run."""
+        values: dict[str, float] = {}
+        if self.groups:
+            count, loss, difference, reference = self._text_sums().tolist()
+            if not count:
+                raise InputError("no token of the calibration samples counts: every loss mask is 0")
+            values["lm_loss"] = loss / count
+            values["logit_mse"] = difference / count / self.vocab_size
+            values["normalized_logit_mse"] = difference / reference if difference else 0.0
+        if self.task is not None:
+            likelihoods = log_likelihoods(self.chunks, self.task, self.vocab_size, self.micro_batch_size)
+            if not numpy.isfinite(likelihoods).all():
+                raise InputError(f"log-likelihoods {words} are NaN or Inf: check the weights and the precision")
+            values["accuracy"] = accuracy(self.task, likelihoods)
+            values["normalized_accuracy"] = accuracy(self.task, likelihoods, normalized=True)
+        for metric in self.metrics:
+            if not numpy.isfinite(values[metric]):
+                raise InputError(f"{metric} {words} is NaN or Inf: check the weights and the precision")
+        return {metric: values[metric] for metric in self.metrics}
+
+    def _text_sums(self) -> torch.Tensor:
+        """Counted tokens, and over them the losses, Σ (whole − without)² and Σ whole²: float64 [4], global."""
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        whole: dict[int, torch.Tensor] = {}
+        first = self.compares and not self.kept
+
+        def visit(chunk: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> None:
+            number = microbatch["number"]
+            if number is None:
+                return
+            if first:
+                whole[number] = hidden_SBH.to("cpu", copy=True)
+            reference = self.kept[number].to(self.device) if self.kept else None
+            mask_SB = microbatch["loss_mask"].transpose(0, 1).double()
+            values = token_values(
+                chunk, hidden_SBH, microbatch["labels"], vocab_size=self.vocab_size, reference_SBH=reference
+            )
+            sums[0] += mask_SB.sum()
+            for place, each_SB in enumerate((values.loss, values.difference, values.reference), 1):
+                if each_SB is not None:
+                    sums[place] += (each_SB * mask_SB).sum()
+
+        for group in self.groups:
+            visit_final_states(self.chunks, group, visit)
+        self.kept = whole or self.kept
+        return over_world(sums, self.chunks)
+
+
+def _any(metrics: Sequence[str], kind: Sequence[str]) -> bool:
+    return any(metric in kind for metric in metrics)
+
+
+def _groups(batches: Sequence[Microbatch], size: int, multiple: int) -> Iterator[list[Microbatch]]:
+    """The microbatches, numbered, for one call of the schedule after another; the last group is filled up to a multiple
+    with microbatches of no number, which are run and not looked at."""
+    numbered = [{**microbatch, "number": number} for number, microbatch in enumerate(batches)]
+    for begin in range(0, len(numbered), size):
+        group = numbered[begin : begin + size]
+        yield group + [{**group[-1], "number": None}] * (-len(group) % multiple)

@@ -1,0 +1,281 @@
+"""Multiple-choice questions: a JSONL file, and which choice a model finds likeliest, at any layout.
+
+One question a line, further keys are ignored:
+
+    {"context": "The trophy did not fit into the case because the", "choices": [" trophy", " case"], "answer": 0}
+
+`answer` is the index of the right choice (the first is 0) or its text. A choice is scored by its log-likelihood as the
+continuation of the context: context and choice are joined as they stand, so that a space between them is the choice's.
+
+A gap in the middle, as in Winogrande, is filled into the context, of which each choice then has its own, and what is
+scored is the rest of the sentence (partial scoring, arXiv 1806.02847):
+
+    {"context": ["It did not fit because the trophy", "It did not fit because the case"],
+     "choices": [" was too big.", " was too big."], "answer": 0}
+
+Tokens: each context + choice is tokenised whole, after one start token, by default the end-of-document token, which is
+what a document follows in the samples that a model is trained on here. Given are the tokens that all choices and the
+context alone begin with; all tokens after these are the choice's. Where a choice changes how the end of the context is
+tokenised, the changed tokens are thereby scored in every choice, and the choices stay comparable. With a context for
+each choice, given is what the choice and its own context have in common.
+
+Legend: b rows of a micro-batch, a row being one choice of one question; s its tokens, padded to the longest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import parallel_state
+
+from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.token_values import over_world, token_values
+from minitron_mcore.model.gpt import LanguageModel
+from minitron_mcore.model.schedule import Microbatch, visit_final_states
+
+GROUP = 16  # microbatches a pipeline stage in one call of the schedule: filling it then costs a sixteenth at most
+FORM = '{"context": text (or one a choice), "choices": [text, …], "answer": index or text}'
+
+
+@dataclass(frozen=True)
+class Question:
+    """By choice: token ids of start, context and choice, and how many of the first are given and not scored."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    given: tuple[int, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """The questions of a file, and the file's sha256."""
+
+    path: str
+    questions: tuple[Question, ...]
+    digest: str
+
+    @property
+    def rows(self) -> list[tuple[tuple[int, ...], int]]:
+        """(token ids, number of given ones) of every choice, question by question."""
+        return [row for each in self.questions for row in zip(each.sequences, each.given, strict=True)]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the model reads of the longest row."""
+        return max(len(sequence) - 1 for sequence, _ in self.rows)
+
+
+def load_task(path: str | Path, tokenizer: Tokenizer, max_positions: int, start: int | None = None) -> Task:
+    """Read and tokenise the questions in `path`; `start` is the token before each, by default `tokenizer.eod`.
+
+    Any rank calls. Raises InputError, with file and line, for a line that is no question, a choice without tokens, and
+    a row of more than `max_positions` tokens.
+    """
+    first = tokenizer.eod if start is None else start
+    questions = []
+    for where, contexts, choices, answer in read_questions(path):
+        question = _tokenise(contexts, choices, answer, tokenizer, first, where)
+        read = max(len(sequence) - 1 for sequence in question.sequences)
+        if read > max_positions:
+            raise InputError(
+                f"{where}: context and choice are {read} tokens, more than the model's "
+                f"max_position_embeddings={max_positions}: shorten the context"
+            )
+        questions.append(question)
+    return Task(str(path), tuple(questions), hashlib.sha256(Path(path).read_bytes()).hexdigest())
+
+
+def read_questions(path: str | Path) -> list[tuple[str, list[str], list[str], int]]:
+    """(file and line, contexts, choices, index of the right one) of every line that is not blank. Raises InputError.
+
+    There is one context, or one for each choice.
+    """
+    key = f"importance.multiple_choice={path}"
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{key} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{key} is not UTF-8 (byte {error.start}): write it as UTF-8") from error
+    questions = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{key}, line {number}"
+            questions.append((where, *_parse(line, where)))
+    if not questions:
+        raise InputError(f"{key} holds no questions: write lines of {FORM}")
+    return questions
+
+
+def _parse(line: str, where: str) -> tuple[list[str], list[str], int]:
+    """(contexts, choices, index of the right one)"""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is no JSON ({error}): write {FORM}") from error
+    if not isinstance(fields, dict) or not {"context", "choices", "answer"} <= fields.keys():
+        raise InputError(f"{where} is no question: write {FORM}")
+    context, choices, answer = (fields[name] for name in ("context", "choices", "answer"))
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
+        raise InputError(f"{where}: choices is {_shown(choices)} and must be a list of two texts or more")
+    contexts = [context] if isinstance(context, str) else context
+    if (
+        not isinstance(contexts, list)
+        or not all(isinstance(each, str) for each in contexts)
+        or (isinstance(context, list) and len(contexts) != len(choices))
+    ):
+        raise InputError(
+            f"{where}: context is {_shown(context)} and must be text, or a list of as many texts as there are choices"
+        )
+    if len(set(_joined(contexts, choices))) < len(choices):
+        raise InputError(f"{where}: two choices are the same text, between which no model could choose")
+    if isinstance(answer, str) and choices.count(answer) == 1:
+        return contexts, choices, choices.index(answer)
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise InputError(
+            f"{where}: answer is {_shown(answer)} and must be an index from 0 to {len(choices) - 1}, or one of the "
+            "choices as it stands there"
+        )
+    return contexts, choices, answer
+
+
+def _joined(contexts: Sequence[str], choices: Sequence[str]) -> list[str]:
+    own = contexts if len(contexts) == len(choices) else list(contexts) * len(choices)
+    return [context + choice for context, choice in zip(own, choices, strict=True)]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _tokenise(
+    contexts: Sequence[str], choices: Sequence[str], answer: int, tokenizer: Tokenizer, start: int, where: str
+) -> Question:
+    alone = [tokenizer.tokenize(context) for context in contexts]
+    wholes = [tokenizer.tokenize(text) for text in _joined(contexts, choices)]
+    if len(alone) == 1:
+        given = [min(_common(alone[0], whole) for whole in wholes)] * len(wholes)
+    else:
+        given = [_common(context, whole) for context, whole in zip(alone, wholes, strict=True)]
+    for choice, whole, count in zip(choices, wholes, given, strict=True):
+        if len(whole) == count:
+            raise InputError(f"{where}: choice {_shown(choice)} has no tokens to score: give it text")
+    return Question(tuple((start, *whole) for whole in wholes), tuple(count + 1 for count in given), answer)
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the prefix that both have."""
+    for index, (one, other) in enumerate(zip(left, right, strict=False)):
+        if one != other:
+            return index
+    return min(len(left), len(right))
+
+
+def row_batches(
+    task: Task,
+    *,
+    micro_batch_size: int,
+    group: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    count_multiple: int = 1,
+    length_multiple: int = 1,
+) -> Iterator[list[Microbatch]]:
+    """This data-parallel rank's microbatches of all rows, in lists of at most about `group` for one call of a schedule.
+
+    Rows go by length, the longest first, so that those of one list, which are padded to one length (a multiple of
+    `length_multiple`: tensor-parallel ranks, under sequence parallelism), are alike. Every rank gets as many lists, and
+    in each as many microbatches (a multiple of `count_multiple`: pipeline stages, where the schedule is interleaved);
+    fillers have mask 0. `row` int64 [b] is a row's number in `task.rows`. Padding is on the right: no token sees it.
+    """
+    rows = task.rows
+    order = sorted(range(len(rows)), key=lambda number: (-len(rows[number][0]), number))
+    round_size = micro_batch_size * data_parallel_size
+    for begin in range(0, len(order), group * round_size):
+        numbers = order[begin : begin + group * round_size]
+        length = len(rows[numbers[0]][0]) - 1
+        length += -length % length_multiple
+        count = -(-len(numbers) // round_size)
+        count += -count % count_multiple
+        batch = []
+        for index in range(count):
+            first = (index * data_parallel_size + data_parallel_rank) * micro_batch_size
+            batch.append(_microbatch(rows, numbers[first : first + micro_batch_size], micro_batch_size, length))
+        yield batch
+
+
+def _microbatch(
+    rows: Sequence[tuple[tuple[int, ...], int]], numbers: Sequence[int], size: int, length: int
+) -> Microbatch:
+    tokens, labels = torch.zeros(2, size, length, dtype=torch.int64)
+    mask = torch.zeros(size, length)
+    for place, number in enumerate(numbers):
+        sequence, given = rows[number]
+        read = len(sequence) - 1
+        tokens[place, :read] = torch.tensor(sequence[:-1])
+        labels[place, :read] = torch.tensor(sequence[1:])
+        mask[place, given - 1 : read] = 1
+    return {
+        "tokens": tokens,
+        "labels": labels,
+        "loss_mask": mask,
+        "position_ids": torch.arange(length).expand(size, length).contiguous(),
+        "row": torch.tensor([*numbers, *[0] * (size - len(numbers))], dtype=torch.int64),
+    }
+
+
+def log_likelihoods(
+    chunks: Sequence[LanguageModel], task: Task, vocab_size: int, micro_batch_size: int = 1
+) -> numpy.ndarray:
+    """Log-likelihood of every row of `task.rows`, summed over the choice's tokens: float64 [rows].
+
+    One forward pass over all rows. Every rank calls; the same on every rank.
+    """
+    device = next(chunks[0].parameters()).device
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    sharded = chunks[0].config.sequence_parallel
+    groups = row_batches(
+        task,
+        micro_batch_size=micro_batch_size,
+        group=GROUP * stages,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        count_multiple=stages if len(chunks) > 1 else 1,
+        length_multiple=parallel_state.get_tensor_model_parallel_world_size() if sharded else 1,
+    )
+    totals = torch.zeros(len(task.rows), dtype=torch.float64, device=device)
+
+    def visit(chunk: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> None:
+        loss_SB = token_values(chunk, hidden_SBH, microbatch["labels"], vocab_size=vocab_size).loss
+        mask_SB = microbatch["loss_mask"].transpose(0, 1).double()
+        totals.index_add_(0, microbatch["row"], -(loss_SB * mask_SB).sum(0))
+
+    for group in groups:
+        on_device = [{name: value.to(device) for name, value in microbatch.items()} for microbatch in group]
+        visit_final_states(list(chunks), on_device, visit)
+    return over_world(totals, chunks).cpu().numpy()
+
+
+def accuracy(task: Task, log_likelihoods: numpy.ndarray, *, normalized: bool = False) -> float:
+    """Share of the questions whose right choice has the largest log-likelihood; of equal ones the first is taken.
+
+    `log_likelihoods` float64 [rows]: sums over each choice's tokens. `normalized`: divided by the number of the
+    choice's tokens first, so that long choices are not at a disadvantage.
+    """
+    right = row = 0
+    for question in task.questions:
+        values = log_likelihoods[row : row + len(question.sequences)]
+        row += len(question.sequences)
+        if normalized:
+            values = values / [len(row) - given for row, given in zip(question.sequences, question.given, strict=True)]
+        right += int(numpy.argmax(values) == question.answer)
+    return right / len(task.questions)

@@ -1,0 +1,104 @@
+"""What each token says of a model, from its final hidden states: next-token loss, and how far its logits are from
+another model's of the same head.
+
+Logits exist for one chunk of tokens at a time, on this rank's shard of the vocabulary; padding rows of the head take no
+part. Sums over the vocabulary are formed in float32 from products with float32 output, from there on in float64.
+
+Legend: S sequence, B micro-batch, N = S * B tokens, C tokens of a chunk, H hidden size, V this rank's vocabulary shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+from minitron_mcore.model.gpt import LanguageModel
+from minitron_mcore.model.vocab_parallel import (
+    ABSENT,
+    VocabularyShard,
+    combine,
+    local_softmax,
+    product_,
+    product_operand,
+)
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """Of every token, float64 [S, B], the same on every tensor-parallel rank.
+
+    `loss`: of the next token, in nats. `difference`: Σ (reference logit − logit)², `reference`: Σ (reference logit)²,
+    over the true vocabulary; None without a reference.
+    """
+
+    loss: torch.Tensor
+    difference: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def token_values(
+    chunk: LanguageModel,
+    hidden_SBH: torch.Tensor,
+    labels_BS: torch.Tensor,
+    *,
+    vocab_size: int,
+    reference_SBH: torch.Tensor | None = None,
+    chunk_tokens: int = 512,
+) -> TokenValues:
+    """`hidden_SBH`, `reference_SBH`: final hidden states as the schedule gives them, under sequence parallelism this
+    rank's part of the sequence; the reference's logits are taken through the same head. `labels_BS`: global ids of the
+    whole sequence. Every tensor-parallel rank of the last pipeline stage calls; one small collective a chunk.
+
+    Extra memory: two float32 buffers of [chunk_tokens, V], three with a reference; in bf16 a widened head on CPU.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    states = [hidden_SBH] if reference_SBH is None else [hidden_SBH, reference_SBH]
+    if chunk.config.sequence_parallel:
+        states = [gather_from_sequence_parallel_region(state, group=group) for state in states]
+    weight_VH = chunk.head_weight()
+    shard = VocabularyShard.of(weight_VH.shape[0], vocab_size, group)
+    head_VH = product_operand(weight_VH[: shard.width])
+    labels_N = labels_BS.transpose(0, 1).flatten()
+    states_NH = [state.flatten(0, 1) for state in states]
+    tokens = labels_N.numel()
+    values = torch.zeros(1 if reference_SBH is None else 3, tokens, dtype=torch.float64, device=weight_VH.device)
+    buffers = values.new_empty(len(states) + 1, min(chunk_tokens, tokens), shard.width, dtype=torch.float32)
+    for start in range(0, tokens, chunk_tokens):
+        rows = slice(start, min(start + chunk_tokens, tokens))
+        logits = buffers[:, : rows.stop - rows.start].unbind(0)
+        for logits_CV, state_NH in zip(logits, states_NH, strict=False):
+            product_(logits_CV, product_operand(state_NH[rows].to(weight_VH.dtype)), head_VH.t())
+        values[:, rows] = _chunk_values(logits, labels_N[rows], shard)
+    return TokenValues(*(row.view(labels_BS.shape[1], labels_BS.shape[0]) for row in values))
+
+
+def _chunk_values(logits: tuple[torch.Tensor, ...], labels_C: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+    """Loss and, with a reference, both squared sums: float64 [1 or 3, C]. `logits`: [C, V] of the model, of the
+    reference where there is one, and a spare buffer; all are overwritten."""
+    logits_CV, *between, spare_CV = logits
+    statistics: list[torch.Tensor] = []
+    for reference_CV in between:
+        square_C = torch.mul(reference_CV, reference_CV, out=spare_CV).sum(-1)
+        statistics = [reference_CV.sub_(logits_CV).square_().sum(-1), square_C]
+    if shard.absent:
+        statistics = [torch.zeros_like(row) for row in statistics]
+        logits_CV.fill_(ABSENT)
+    index_C, here_C = shard.locate(labels_C)
+    label_C = logits_CV.gather(1, index_C.unsqueeze(1)).squeeze(1).masked_fill(~here_C, 0.0)
+    gathered_RKC = shard.gather(torch.stack([*local_softmax(logits_CV, spare_CV), label_C, *statistics])).double()
+    logsumexp_C, _ = combine(gathered_RKC[:, 0], gathered_RKC[:, 1])
+    return torch.stack([logsumexp_C - gathered_RKC[:, 2].sum(0), *gathered_RKC[:, 3:].sum(0)])
+
+
+def over_world(values: torch.Tensor, chunks: Sequence[LanguageModel]) -> torch.Tensor:
+    """Sums that data-parallel ranks hold on the last pipeline stage, the same on every tensor-parallel rank, added up
+    and given to every rank. Every rank calls."""
+    answers = chunks[-1].post_process and parallel_state.get_tensor_model_parallel_rank() == 0
+    total = values.clone() if answers else torch.zeros_like(values)
+    torch.distributed.all_reduce(total)
+    return total

@@ -1,0 +1,94 @@
+"""A plan applied to a model in memory: the student stands beside its teacher, at the layout the teacher runs at.
+
+Tensor-parallel ranks send each other the rows that come to lie elsewhere (apply.py). A layer that comes to lie on
+another pipeline stage is cut where it is, and what is left of it is sent there, one parameter at a time: a stage holds
+its part of the teacher, its part of the student, and one parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from megatron.core import parallel_state
+
+from minitron_mcore.layout import Parameter, local_shape, parameter_table, split_layers
+from minitron_mcore.model.gpt import LanguageModel, build_model, unwrap
+from minitron_mcore.model.initialize import named_parameters
+from minitron_mcore.plan import PruningPlan
+from minitron_mcore.pruning.apply import prune_shard
+from minitron_mcore.runtime.config import ParallelConfig
+
+
+def prune_chunks(
+    chunks: Sequence[torch.nn.Module], plan: PruningPlan, *, trainable: bool = False
+) -> list[LanguageModel]:
+    """This rank's chunks of the student that `plan` cuts out of the teacher in `chunks`; the teacher stays as it is.
+
+    Same layout, precision and device as the teacher; the same bits as `prune_checkpoint` writes from weights of that
+    precision. Every rank of the world calls, with its chunks of the plan's teacher. Raises InputError where the layout
+    cannot hold the student. Source: arXiv 2407.14679, section 2.3.
+    """
+    teacher = [unwrap(chunk) for chunk in chunks]
+    config = teacher[0].config
+    parallel = ParallelConfig(
+        tensor=config.tensor_model_parallel_size,
+        pipeline=config.pipeline_model_parallel_size,
+        virtual_pipeline=config.virtual_pipeline_model_parallel_size,
+        context=config.context_parallel_size,
+        sequence=config.sequence_parallel,
+    )
+    student = build_model(plan.student, parallel, "bf16" if config.bf16 else "fp32", trainable=trainable)
+    held, wanted = _by_name(teacher), _by_name(student)
+    group = parallel_state.get_tensor_model_parallel_group()
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    device = next(teacher[0].parameters()).device
+    for parameter, layer, source, target in _moves(plan, parallel):
+        from_layer = None if layer is None else plan.layers[layer]
+        local = held.get((parameter.key, from_layer))
+        arrives = layer is None or target == stages.rank()
+        part = None
+        if local is not None:
+            part = prune_shard(local, parameter, plan, from_layer, group=group, device=device)
+            if not arrives:
+                _send(part, target, stages)
+        elif arrives and layer is not None:
+            shape = local_shape(parameter, plan.student, group.size())
+            part = _receive(torch.empty(shape, dtype=config.params_dtype, device=device), source, stages)
+        if part is not None and arrives:
+            wanted.pop((parameter.key, layer)).copy_(part)
+    assert not wanted, f"nothing was put into {sorted(map(str, wanted))}"
+    return student
+
+
+def _by_name(chunks: Sequence[LanguageModel]) -> dict[tuple[str, int | None], torch.Tensor]:
+    """(checkpoint key, global layer) -> local parameter, without its history."""
+    return {(key, layer): tensor.detach() for chunk in chunks for key, layer, tensor in named_parameters(chunk)}
+
+
+def _moves(plan: PruningPlan, parallel: ParallelConfig) -> Iterator[tuple[Parameter, int | None, int, int]]:
+    """(parameter, student's layer, stage it is on, stage it goes to), in one order for all ranks, so that sends and
+    receives pair up. What belongs to no layer stays on its stage, whichever that is."""
+    before = _stage_of(plan.teacher.num_layers, parallel)
+    after = _stage_of(plan.student.num_layers, parallel)
+    for parameter in parameter_table(plan.student):
+        if not parameter.per_layer:
+            yield parameter, None, 0, 0
+            continue
+        for layer, of_teacher in enumerate(plan.layers):
+            yield parameter, layer, before[of_teacher], after[layer]
+
+
+def _stage_of(num_layers: int, parallel: ParallelConfig) -> dict[int, int]:
+    stages = split_layers(num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    return {layer: stage for stage, of_chunks in enumerate(stages) for layers in of_chunks for layer in layers}
+
+
+def _send(part: torch.Tensor, stage: int, group: torch.distributed.ProcessGroup) -> None:
+    # As bytes: gloo does not know every dtype.
+    torch.distributed.send(part.contiguous().view(torch.uint8), group=group, group_dst=stage)
+
+
+def _receive(part: torch.Tensor, stage: int, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    torch.distributed.recv(part.view(torch.uint8), group=group, group_src=stage)
+    return part

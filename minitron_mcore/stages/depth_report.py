@@ -1,0 +1,112 @@
+"""What layers and blocks are worth: as text, as CSV, and as a plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from minitron_mcore.files import write_whole
+from minitron_mcore.importance.config import TASK_METRICS
+from minitron_mcore.importance.depth import DepthTable
+from minitron_mcore.importance.scores import Scores
+
+
+def rows_of(scores: Scores, table: DepthTable) -> list[dict[str, Any]]:
+    """The whole model, then every block: by length, then by first layer.
+
+    Columns: length, first_layer, last_layer (the first layer is 0); block_influence; each metric, as in `scores.depth`
+    (larger is worse); and, where measured, what the model has left: lm_loss_without, perplexity_without,
+    accuracy_without, normalized_accuracy_without. Of the whole model there is only the last.
+    """
+    names = list(dict.fromkeys(name.partition("@")[0] for name in table.damage))
+    lengths = list(dict.fromkeys(int(name.partition("@")[2]) for name in table.damage))
+    rows = [{"length": 0, "first_layer": "", "last_layer": "", "block_influence": "", **dict.fromkeys(names, "")}]
+    rows[0] |= _left(table, {name: 0.0 for name in names})
+    for length in lengths:
+        influence = scores.depth_of("block_influence", length)
+        for start in range(len(influence)):
+            damage = {name: float(table.damage[f"{name}@{length}"][start]) for name in names}
+            place = {"length": length, "first_layer": start, "last_layer": start + length - 1}
+            rows.append({**place, "block_influence": float(influence[start]), **damage, **_left(table, damage)})
+    return rows
+
+
+def _left(table: DepthTable, damage: dict[str, float]) -> dict[str, float]:
+    """The model's own numbers after the damage."""
+    left = {}
+    for name, value in table.whole.items():
+        left[f"{name}_without"] = value - damage[name] if name in TASK_METRICS else value + damage[name]
+        if name == "lm_loss":
+            left["perplexity_without"] = math.exp(min(left["lm_loss_without"], 700.0))
+    return left
+
+
+def depth_text(scores: Scores, table: DepthTable) -> str:
+    """One table for each block length."""
+    whole, *rows = rows_of(scores, table)
+    columns = [name for name in whole if name not in ("length", "first_layer", "last_layer")]
+    widths = {name: max(len(name), 10) + 2 for name in columns}
+    head = f"{'layers':<9}" + "".join(f"{name:>{widths[name]}}" for name in columns)
+    lines: list[str] = []
+    previous = 0
+    for row in rows:
+        if row["length"] != previous:
+            previous = row["length"]
+            lines += [f"without {previous} layer{'s' if previous > 1 else ''} (the first is 0):", head]
+            lines.append(_line("none", whole, widths))
+        first, last = row["first_layer"], row["last_layer"]
+        lines.append(_line(str(first) if first == last else f"{first}-{last}", row, widths))
+    return "\n".join(lines)
+
+
+def _line(label: str, row: dict[str, Any], widths: dict[str, int]) -> str:
+    cells = ("" if row[name] == "" else f"{row[name]:.5g}" for name in widths)
+    return f"{label:<9}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True))
+
+
+def write_csv(scores: Scores, table: DepthTable, path: Path) -> None:
+    """All rows, with every digit; whole or not at all. One process calls."""
+    rows = rows_of(scores, table)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def write_plot(scores: Scores, table: DepthTable, path: Path) -> None:
+    """A panel for each block length, every metric as a share of its own largest entry in that panel; PNG, whole or not
+    at all. One process calls."""
+    # Takes a second to import. Without pyplot there is no window system to ask for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    names = ["block_influence", *dict.fromkeys(name.partition("@")[0] for name in table.damage)]
+    lengths = list(dict.fromkeys(int(name.partition("@")[2]) for name in table.damage))
+    layers = scores.architecture.num_layers
+    figure = Figure(figsize=(min(6 + 0.15 * layers, 20), 3.2 * len(lengths)), layout="constrained")
+    for panel, length in zip(figure.subplots(len(lengths), squeeze=False)[:, 0], lengths, strict=True):
+        for name, marker in zip(names, "osv^Dx", strict=False):
+            values = scores.depth_of(name, length) if name == "block_influence" else table.damage[f"{name}@{length}"]
+            largest = float(numpy.abs(values).max())
+            label = f"{name.replace('_', ' ')} (1 = {largest:.3g})"
+            # Both logit metrics are one curve but for its scale: the dashed one lies on top.
+            style = "--" if name.startswith("normalized") else "-"
+            heights = values / (largest or 1.0)
+            panel.plot(range(len(values)), heights, style, marker=marker, markersize=4, lw=1.4, label=label)
+        panel.axhline(0, color="0.7", lw=0.8, zorder=0)
+        panel.set_xlim(-0.5, layers - 0.5)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.set_xlabel("layer left out" if length == 1 else f"first of the {length} layers left out")
+        panel.set_ylabel("harm done, share of the largest")
+        panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    partial = path.with_name(path.name + ".tmp")
+    FigureCanvasAgg(figure).print_png(str(partial))
+    os.replace(partial, path)

@@ -1,0 +1,193 @@
+"""Questions and their tokens: what is given, what is scored, who is right, and which lines are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.multiple_choice import Question, Task, accuracy, load_task, row_batches
+from tests.unit.text_data import small_tokenizer
+
+EOD = 1
+
+
+def letters(*merges: str) -> Tokenizer:
+    """A token for each letter, and for each of `merges`, which are taken first; `#` has no token."""
+    pieces = [*merges, *map(chr, range(32, 127))]
+
+    def encode(text: str) -> list[int]:
+        ids = []
+        while text:
+            piece = next((piece for piece in pieces if text.startswith(piece)), text[0])
+            if piece != "#":
+                ids.append(2 + pieces.index(piece))
+            text = text[len(piece) :]
+        return ids
+
+    def decode(ids: list[int]) -> str:
+        return "".join(pieces[token - 2] for token in ids)
+
+    return Tokenizer(SENTENCEPIECE, "letters", len(pieces) + 2, None, EOD, "letters", encode, decode)
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def question(context: Any, choices: Any, answer: Any = 0, **more: Any) -> dict[str, Any]:
+    return {"context": context, "choices": choices, "answer": answer, **more}
+
+
+def parts(tokenizer: Tokenizer, found: Question) -> list[tuple[str, str]]:
+    """(given, scored) of every choice, as text."""
+    assert all(sequence[0] == EOD for sequence in found.sequences)
+    return [
+        (tokenizer.detokenize(sequence[1:given]), tokenizer.detokenize(sequence[given:]))
+        for sequence, given in zip(found.sequences, found.given, strict=True)
+    ]
+
+
+def test_the_context_is_given_and_the_choice_scored(tmp_path: Path) -> None:
+    tokenizer = letters()
+    lines = [question("two and two are", [" four", " five"], 0, id=7), "", question("ab", ["abc", "abd"], "abd")]
+    task = load_task(write(tmp_path / "task.jsonl", *lines), tokenizer, 64)
+    assert parts(tokenizer, task.questions[0]) == [("two and two are", " four"), ("two and two are", " five")]
+    # What the choices have in common is theirs: it counts in each, and in the number of their tokens.
+    assert parts(tokenizer, task.questions[1]) == [("ab", "abc"), ("ab", "abd")]
+    assert [each.answer for each in task.questions] == [0, 1]
+    assert len(task.rows) == 4 and task.longest == len("two and two are") + 5
+
+
+def test_a_choice_that_changes_the_contexts_last_token_does_not_change_the_rules(tmp_path: Path) -> None:
+    """`t` + `he` becomes `the`; the `t` of the other choice is then scored as well: both score the same text."""
+    tokenizer = letters("the")
+    task = load_task(write(tmp_path / "task.jsonl", question("a t", ["he", "in"])), tokenizer, 64)
+    assert parts(tokenizer, task.questions[0]) == [("a ", "the"), ("a ", "tin")]
+    assert [len(sequence) for sequence in task.questions[0].sequences] == [4, 6]
+
+
+def test_a_gap_in_the_middle_is_filled_into_the_context(tmp_path: Path) -> None:
+    tokenizer = letters("the")
+    fields = question(["by the boy", "by a t"], [" it is", "he is"], 1)
+    (found,) = load_task(write(tmp_path / "task.jsonl", fields), tokenizer, 64).questions
+    assert parts(tokenizer, found) == [("by the boy", " it is"), ("by a ", "the is")]
+
+
+def test_an_empty_context_leaves_the_start_token(tmp_path: Path) -> None:
+    tokenizer = letters()
+    path = write(tmp_path / "task.jsonl", question("", ["ab", "cd"]))
+    assert parts(tokenizer, load_task(path, tokenizer, 64).questions[0]) == [("", "ab"), ("", "cd")]
+    assert load_task(path, tokenizer, 64, start=0).questions[0].sequences[0][0] == 0
+
+
+def test_with_a_real_tokenizer_all_text_comes_back(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer(tmp_path / "tokenizer.model")
+    path = write(tmp_path / "task.jsonl", question("def encode(self", [", value):", " value ("], 0))
+    (found,) = load_task(path, tokenizer, 64).questions
+    texts = [tokenizer.detokenize(sequence[1:]) for sequence in found.sequences]
+    assert texts == ["def encode(self, value):", "def encode(self value ("]
+    assert len(set(found.given)) == 1 and 1 < found.given[0] < min(len(sequence) for sequence in found.sequences)
+
+
+GOOD = question("a", ["b", "c"])
+REFUSED = [
+    ("{", "line 2 is no JSON"),
+    ([1], "line 2 is no question"),
+    ({"context": "a", "choices": ["b", "c"]}, "line 2 is no question"),
+    (question(3, ["b", "c"]), "line 2: context is 3 and must be text"),
+    (question(["a"], ["b", "c"]), "line 2: context is ['a'] and must be text, or a list of as many texts as there are"),
+    (question(["a", 1], ["b", "c"]), "line 2: context is ['a', 1] and must be"),
+    (question(["a", "a"], ["b", "b"]), "line 2: two choices are the same text"),
+    (question(["a", "d"], ["b", "b"], "b"), "line 2: answer is 'b' and must be an index"),
+    (question("a", ["b"]), "line 2: choices is ['b'] and must be a list of two texts or more"),
+    (question("a", "bc"), "line 2: choices is 'bc' and must be"),
+    (question("a", ["b", 1]), "line 2: choices is ['b', 1] and must be"),
+    (question("a", ["b", "b"]), "line 2: two choices are the same text"),
+    (question("a", ["b", "c"], 2), "line 2: answer is 2 and must be an index from 0 to 1, or one of the choices"),
+    (question("a", ["b", "c"], -1), "line 2: answer is -1"),
+    (question("a", ["b", "c"], True), "line 2: answer is True"),
+    (question("a", ["b", "c"], "d"), "line 2: answer is 'd'"),
+    (question("a", ["b", ""]), "line 2: choice '' has no tokens to score"),
+    (question("a", ["b", "##"]), "line 2: choice '##' has no tokens to score"),
+    (question("a" * 63, ["b", "cd"]), "line 2: context and choice are 65 tokens, more than the model's max_position"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_a_bad_line_is_refused_by_its_number(tmp_path: Path, line: Any, words: str) -> None:
+    path = write(tmp_path / "task.jsonl", GOOD, line)
+    with pytest.raises(InputError) as error:
+        load_task(path, letters(), 64)
+    assert str(error.value).startswith(f"importance.multiple_choice={path}, ") and words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"", "holds no questions"), (b" \n", "holds no"), (b"\xff", "UTF-8")])
+def test_a_file_without_questions_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "task.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        load_task(tmp_path / "task.jsonl", letters(), 64)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_task(tmp_path / "none.jsonl", letters(), 64)
+
+
+def test_as_many_tokens_as_the_model_has_positions_are_allowed(tmp_path: Path) -> None:
+    assert load_task(write(tmp_path / "task.jsonl", question("a" * 63, ["b", "c"])), letters(), 64).longest == 64
+
+
+TASK = Task(
+    "",
+    (
+        Question(((1, 2, 3), (1, 2, 4, 5, 6)), (2, 2), 0),
+        Question(((1, 7), (1, 8), (1, 9)), (1, 1, 1), 2),
+        Question(((1, 2, 3, 4, 5, 6), (1, 9)), (1, 1), 1),
+    ),
+    "",
+)
+
+
+def test_the_likeliest_choice_is_taken_and_the_first_of_equal_ones() -> None:
+    assert accuracy(TASK, numpy.array([-1.0, -2, -3, -4, -2, -9, -1])) == 1
+    assert accuracy(TASK, numpy.array([-2.0, -1, -2, -4, -3, -9, -1])) == pytest.approx(1 / 3)
+    assert accuracy(TASK, numpy.array([-1.0, -1, -2, -2, -2, -9, -9])) == pytest.approx(1 / 3), "ties: the first"
+
+
+def test_by_the_token_a_long_choice_is_at_no_disadvantage() -> None:
+    values = numpy.array([-1.0, -2.4, -3, -3, -1, -5, -1.5])
+    assert accuracy(TASK, values) == 1
+    assert accuracy(TASK, values, normalized=True) == pytest.approx(1 / 3), "-0.8 beats -1, and -1 beats -1.5"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("size", "group"), [(1, 2), (2, 1), (4, 16)])
+def test_every_row_goes_to_one_rank_once(ranks: int, size: int, group: int) -> None:
+    options = {"micro_batch_size": size, "group": group, "data_parallel_size": ranks}
+    by_rank = [
+        list(row_batches(TASK, data_parallel_rank=rank, count_multiple=2, length_multiple=4, **options))
+        for rank in range(ranks)
+    ]
+    seen = []
+    for lists in zip(*by_rank, strict=True):
+        assert len({len(batch) for batch in lists}) == 1 and len(lists[0]) % 2 == 0
+        shapes = {microbatch["tokens"].shape for batch in lists for microbatch in batch}
+        ((rows, length),) = shapes
+        assert rows == size and length % 4 == 0
+        for microbatch in (microbatch for batch in lists for microbatch in batch):
+            for row, tokens, labels, mask in zip(
+                *(microbatch[name] for name in ("row", "tokens", "labels", "loss_mask")), strict=True
+            ):
+                if not mask.any():
+                    continue
+                sequence, given = TASK.rows[int(row)]
+                seen.append(int(row))
+                assert torch.equal(labels[mask.bool()], torch.tensor(sequence[given:]))
+                assert tokens[: len(sequence) - 1].tolist() == [*sequence[:-1]]
+    assert sorted(seen) == list(range(7))
