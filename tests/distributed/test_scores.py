@@ -186,6 +186,28 @@ def worst(found: dict[str, dict[str, Any]], model: str, precision: str = "fp32")
     }
 
 
+def rankings(scores: dict[str, Any], model: str) -> list[numpy.ndarray]:
+    """Every list of scores that a plan ranks: hidden channels and layers once, heads within their group, …"""
+    a = MODELS[model]
+    by_group = scores["heads"].reshape(a.num_layers * a.num_query_groups, -1)
+    return [scores["hidden"], scores["layers"], *scores["ffn"], *by_group, *scores["groups"]]
+
+
+def count_cuts_alike(found: dict[str, Any], expected: dict[str, Any], model: str) -> int:
+    """Cut every ranking at every place where the margin exceeds ten times the tolerance: the same must stay.
+
+    Returns how many cuts that were.
+    """
+    count = 0
+    for ours, exact in zip(rankings(found, model), rankings(expected, model), strict=True):
+        order, wanted = (numpy.argsort(-values, kind="stable") for values in (ours, exact))
+        margins = (exact[wanted[:-1]] - exact[wanted[1:]]) / exact.max()
+        for place in numpy.nonzero(margins > 10 * TOLERANCE["fp32"])[0] + 1:
+            assert set(order[:place]) == set(wanted[:place])
+            count += 1
+    return count
+
+
 @pytest.mark.parametrize("world_size", list(LAYOUTS))
 def test_every_layout_and_micro_batch_size(world_size: int) -> None:
     ranks = run_on_ranks(scores_on_rank, world_size, world_size)
@@ -196,6 +218,8 @@ def test_every_layout_and_micro_batch_size(world_size: int) -> None:
         found = worst(variants, key[0])
         place = max(found, key=found.__getitem__)
         assert found[place] <= TOLERANCE["fp32"], f"{key} {place}: {found[place]}"
+        cuts = [count_cuts_alike(axes, dense_scores(key[0], name), key[0]) for name, axes in variants.items()]
+        assert min(cuts) > 200, f"{key}: {cuts}"
         for other in ranks[1:]:
             for variant, axes in variants.items():
                 assert all(numpy.array_equal(other[key][variant][axis], axes[axis]) for axis in AXES), f"{key}: ranks"
