@@ -50,7 +50,7 @@ from minitron_mcore.evaluation.lm_loss import mean_loss  # noqa: E402
 from minitron_mcore.files import writing  # noqa: E402
 from minitron_mcore.importance.baselines import random_scores  # noqa: E402
 from minitron_mcore.importance.config import ImportanceConfig, check_importance  # noqa: E402
-from minitron_mcore.importance.depth import depth_table  # noqa: E402
+from minitron_mcore.importance.depth import measure_depth  # noqa: E402
 from minitron_mcore.importance.hooks import Measure  # noqa: E402
 from minitron_mcore.importance.magnitude import from_squares, squares  # noqa: E402
 from minitron_mcore.importance.score import measure as measure_model  # noqa: E402
@@ -192,8 +192,8 @@ def score(
     settings = {"precision": model.precision, "tolerance": tolerance_of(model.precision, batch, sequence)}
     scores = score_model(model.chunks, microbatches, model.architecture, config, settings=settings)
     if depth_metrics:
-        table = depth_table(model.chunks, microbatches, model.architecture, depth_metrics, block_lengths)
-        scores.depth.update(table)
+        table = measure_depth(model.chunks, microbatches, model.architecture, depth_metrics, block_lengths)
+        scores.depth.update(table.damage)
     return scores
 
 

@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from minitron_mcore.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -26,6 +29,15 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small file so that no reader ever sees half of it. One process calls."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """A matplotlib figure as PNG, whole or not at all. One process calls."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    partial = path.with_name(path.name + ".tmp")
+    FigureCanvasAgg(figure).print_png(str(partial))
     os.replace(partial, path)
 
 

@@ -21,7 +21,7 @@ from minitron_mcore.ablation.config import AblateConfig
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
 from minitron_mcore.distillation.config import DistillConfig
 from minitron_mcore.errors import InputError
-from minitron_mcore.importance.config import ImportanceConfig
+from minitron_mcore.importance.config import AGGREGATIONS, METHODS, NEURON_SITES, ImportanceConfig
 from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.runtime.config import ParallelConfig
@@ -94,10 +94,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
     "train.lr_decay_style": ("cosine", "linear", "constant"),
     "distill.lr_decay_style": ("cosine", "linear", "constant"),
-    "importance.method": ("activation", "magnitude", "random"),
-    "importance.batch_aggregation": ("l2", "mean", "var"),
-    "importance.sequence_aggregation": ("l2", "mean", "var"),
-    "importance.neuron_site": ("pre_activation", "down_projection_input"),
+    "importance.method": METHODS,
+    "importance.batch_aggregation": tuple(sorted(AGGREGATIONS)),
+    "importance.sequence_aggregation": tuple(sorted(AGGREGATIONS)),
+    "importance.neuron_site": NEURON_SITES,
     "prune.layers": ("scattered", "contiguous"),
     "prune.head_residual": ("none", "paper", "laco"),
     "prune.step_loss": ("distillation", "next_token"),

@@ -10,7 +10,7 @@ from typing import Any
 from minitron_mcore.ablation.config import AblateConfig
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.importance.config import AGGREGATIONS, DEPTH_METRICS, METHODS, NEURON_SITES
+from minitron_mcore.importance.config import DEPTH_METRICS, METHODS, NEURON_SITES, PAIRS
 from minitron_mcore.plan import LAYER_CHOICES, TARGETS, check_residual
 from minitron_mcore.plan_file import RESIDUAL_MATRICES, RESIDUALS
 
@@ -50,10 +50,9 @@ class Setting:
 
 def check_ablate(config: AblateConfig) -> None:
     """Raise InputError, naming the key, for a choice that there is none of."""
-    pairs = [f"{batch}/{sequence}" for batch in AGGREGATIONS for sequence in AGGREGATIONS]
     allowed: dict[str, Sequence[str]] = {
         "methods": METHODS,
-        "aggregations": pairs,
+        "aggregations": PAIRS,
         "neuron_sites": NEURON_SITES,
         "depth_metrics": DEPTH_METRICS,
         "layers": LAYER_CHOICES,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_mcore.ablation.grid import Setting
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import write_whole
+from minitron_mcore.files import write_figure, write_whole
 
 CHOICES = [entry.name for entry in dataclasses.fields(Setting)]
 NUMBERS = ["lm_loss", "ppl", "parameters"]
@@ -123,7 +122,6 @@ def write_plot(rows: Sequence[Row], teacher_loss: float, path: Path) -> None:
     """A panel for each shape, with a bar for each of its best rows, the lowest loss on top, from the teacher's loss on;
     PNG, whole or not at all. One process calls."""
     # Takes a second to import. Without pyplot there is no window system to ask for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     by_shape: dict[str, list[Row]] = {}
@@ -151,9 +149,7 @@ def write_plot(rows: Sequence[Row], teacher_loss: float, path: Path) -> None:
         more = f", the best {len(found)} of {len(by_shape[shape])}" if len(found) < len(by_shape[shape]) else ""
         panel.set_title(f"{shape}{more}", fontsize=9, loc="left")
     panels[-1].set_xlabel(f"held-out LM loss before training, nats a token (teacher: {teacher_loss:.4f})", fontsize=9)
-    partial = path.with_name(path.name + ".tmp")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    os.replace(partial, path)
+    write_figure(path, figure)
 
 
 def _short_label(row: Row, among: Sequence[Row]) -> str:

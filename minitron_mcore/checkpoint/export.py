@@ -31,6 +31,7 @@ from minitron_mcore.checkpoint.safetensors_file import Entry, split_files, write
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import config_of
+from minitron_mcore.files import writing
 from minitron_mcore.runtime.start import Runtime
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -157,11 +158,8 @@ class _Export:
         return {"metadata": {"total_size": size}, "weight_map": places}
 
     def _guard(self, write: Callable[[], None]) -> None:
-        """A full or forbidden disk is the user's to mend, in one sentence."""
-        try:
+        with writing(f"hf={self.target}"):
             write()
-        except OSError as error:
-            raise InputError(f"hf={self.target} cannot be written: {error}") from error
 
 
 def _ask_transformers(config: dict[str, Any], where: str) -> None:

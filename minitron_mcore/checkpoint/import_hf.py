@@ -13,13 +13,13 @@ from megatron.core import parallel_state
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.conversion import Unit, units
 from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
-from minitron_mcore.checkpoint.sharding import sharded_parts
+from minitron_mcore.checkpoint.sharding import stored_parts
 from minitron_mcore.checkpoint.weight_checks import CheckedWeights, WeightChecks
 from minitron_mcore.checkpoint.writer import Source, pieces_of, save_stream
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import fields_of
-from minitron_mcore.layout import check_tensor_parallel, local_shape, split_layers
+from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.start import Runtime
 
@@ -109,19 +109,9 @@ def _is_embedding(unit: Unit) -> bool:
 
 def _sources(folder: SafetensorsFolder, unit: Unit, architecture: Architecture, rank: int, size: int) -> list[Source]:
     """What tensor-parallel `rank` stores of `unit`; none of a parameter that another rank has whole."""
-    local = torch.empty(
-        local_shape(unit.parameter, architecture, size), dtype=folder.dtype(unit.names[0]), device="meta"
-    )
+    dtype = folder.dtype(unit.names[0])
     pieces = pieces_of(
-        sharded_parts(
-            unit.parameter,
-            architecture,
-            local,
-            layer=unit.layer,
-            tensor_rank=rank,
-            tensor_size=size,
-            data_rank=0,
-        )
+        stored_parts(unit.parameter, architecture, dtype, layer=unit.layer, tensor_rank=rank, tensor_size=size)
     )
     if unit.parameter.gated:  # gate and up are stored one after the other: no need to hold both
         return [

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from minitron_mcore.checkpoint.folder import find_checkpoint, iteration_folder
 from minitron_mcore.checkpoint.manifest import (
@@ -24,7 +22,7 @@ from minitron_mcore.checkpoint.manifest import (
     read_manifest,
     stored_piece,
 )
-from minitron_mcore.checkpoint.reader import TensorReader
+from minitron_mcore.checkpoint.reader import TensorReader, load_piece
 from minitron_mcore.checkpoint.safetensors_file import SafetensorsFile
 from minitron_mcore.errors import InputError
 
@@ -71,7 +69,7 @@ def verify_checkpoint(folder: Path) -> Verification:
             continue
         keys.add(index.fqn)
         try:
-            tensor = _read_piece(path, index, info)
+            tensor = load_piece(place, info)
         except Exception as error:  # torch.load raises whatever the damage led to
             words = " ".join(str(error).split())
             result.faults.append(f"{path} is damaged: {_shown(_name(index))} cannot be read: {words}")
@@ -141,12 +139,6 @@ def _shown(name: Name) -> str:
 
 def _unfound(folder: Path, names: set[Name]) -> list[str]:
     return [f"{folder} holds no {_shown(name)}, though {MANIFEST} names it" for name in sorted(names)]
-
-
-def _read_piece(path: Path, index: MetadataIndex, info: Any) -> torch.Tensor:
-    with path.open("rb") as stream:
-        view: Any = _create_file_view(stream, info.offset, info.length)
-        return torch.load(view, map_location="cpu", weights_only=True)
 
 
 def _compare(path: Path, name: Name, found: StoredPiece, manifest: Manifest | None, result: Verification) -> None:

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import iteration_folder
@@ -133,8 +135,7 @@ class TensorReader:
         if info.transform_descriptors:  # compressed: torch's own reader knows how
             return None
         try:
-            with (self.folder / info.relative_path).open("rb") as stream:
-                loaded = torch.load(self.storage._slice_file(stream, info), map_location="cpu", weights_only=True)
+            loaded = load_piece(self.folder, info)
         except Exception as error:  # torch.load raises whatever the damage led to
             raise self._damaged(place, error) from error
         return loaded if loaded.shape == sizes else None
@@ -199,6 +200,13 @@ class TensorReader:
             self.storage.read_data(LoadPlan(items), _Into(target)).wait()  # type: ignore[arg-type]
         except Exception as error:  # torch.load raises whatever the damage led to
             raise self._damaged(place, error) from error
+
+
+def load_piece(place: Path, info: _StorageInfo) -> torch.Tensor:
+    """One stored piece of the iteration in the folder `place`; torch.load raises whatever the damage leads to."""
+    with (place / info.relative_path).open("rb") as stream:
+        view: Any = _create_file_view(stream, info.offset, info.length)
+        return torch.load(view, map_location="cpu", weights_only=True)
 
 
 def _read_item(

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import said_by
 from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
-from minitron_mcore.layout import Parameter
+from minitron_mcore.layout import Parameter, local_shape
 
 # One stored parameter: its key, and its layer where it has one.
 Name = tuple[str, int | None]
@@ -55,6 +55,28 @@ def sharded_parts(
         )
         for half, part in enumerate(parts)
     ]
+
+
+def stored_parts(
+    parameter: Parameter,
+    architecture: Architecture,
+    dtype: torch.dtype,
+    *,
+    layer: int | None,
+    tensor_rank: int,
+    tensor_size: int,
+) -> list[ShardedTensor]:
+    """`sharded_parts` of what is yet to be read: shapes and places alone, on the meta device."""
+    local = torch.empty(local_shape(parameter, architecture, tensor_size), dtype=dtype, device="meta")
+    return sharded_parts(
+        parameter,
+        architecture,
+        local,
+        layer=layer,
+        tensor_rank=tensor_rank,
+        tensor_size=tensor_size,
+        data_rank=0,
+    )
 
 
 def read_parameters(

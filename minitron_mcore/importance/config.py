@@ -7,6 +7,7 @@ from typing import Optional
 from minitron_mcore.errors import InputError
 
 AGGREGATIONS = ("mean", "l2", "var")
+PAIRS = tuple(f"{batch}/{sequence}" for batch in AGGREGATIONS for sequence in AGGREGATIONS)
 NEURON_SITES = ("pre_activation", "down_projection_input")
 METHODS = ("activation", "magnitude", "random")
 # On the questions of `multiple_choice`.
@@ -55,12 +56,11 @@ def check_importance(config: ImportanceConfig) -> None:
     for name in ("num_samples", "micro_batch_size"):
         if getattr(config, name) < 1:
             raise InputError(f"importance.{name}={getattr(config, name)} must be at least 1")
-    pairs = [f"{batch}/{sequence}" for batch in AGGREGATIONS for sequence in AGGREGATIONS]
     _check_one("method", config.method, METHODS)
     _check_one("batch_aggregation", config.batch_aggregation, AGGREGATIONS)
     _check_one("sequence_aggregation", config.sequence_aggregation, AGGREGATIONS)
     _check_one("neuron_site", config.neuron_site, NEURON_SITES)
-    _check_list("aggregations", config.aggregations, pairs)
+    _check_list("aggregations", config.aggregations, PAIRS)
     _check_list("neuron_sites", config.neuron_sites, NEURON_SITES)
     _check_list("depth_metrics", config.depth_metrics, DEPTH_METRICS)
     _check_list("block_lengths", config.block_lengths, None)

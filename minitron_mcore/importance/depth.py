@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy
 import torch
@@ -97,21 +96,6 @@ def kept_bytes(
     the data-parallel ranks, and under sequence parallelism by the tensor-parallel ones, for what a rank keeps."""
     wanted = any(metric in LOGIT_METRICS for metric in metrics)
     return wanted * num_samples * sequence_length * architecture.hidden_size * BYTES[precision]
-
-
-def depth_table(
-    chunks: Sequence[LanguageModel],
-    batches: Sequence[Microbatch],
-    architecture: Architecture,
-    metrics: Sequence[str],
-    lengths: Sequence[int] = (1,),
-    *,
-    task: Task | None = None,
-    micro_batch_size: int = 1,
-) -> dict[str, numpy.ndarray]:
-    """`measure_depth(...).damage`, as `Scores.depth` takes it."""
-    options: dict[str, Any] = {"task": task, "micro_batch_size": micro_batch_size}
-    return measure_depth(chunks, batches, architecture, metrics, lengths, **options).damage
 
 
 def measure_depth(

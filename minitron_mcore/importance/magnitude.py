@@ -27,7 +27,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import said_by
 from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
 from minitron_mcore.errors import InputError
-from minitron_mcore.importance.scores import Scores
+from minitron_mcore.importance.scores import Scores, axis_shapes
 from minitron_mcore.layout import Parameter, parameter_table
 
 # (parameter, global layer or None) -> the whole global tensor of one layer, of any floating type
@@ -66,13 +66,7 @@ def magnitude_scores(
 def squares(architecture: Architecture, read: Read, part: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
     """Sums of squares by axis, of every `parts`-th matrix from `part` on: float64, shaped as in `Scores`."""
     a = architecture
-    sums = {
-        "hidden": torch.zeros(a.hidden_size, dtype=torch.float64),
-        "ffn": torch.zeros(a.num_layers, a.ffn_hidden_size, dtype=torch.float64),
-        "heads": torch.zeros(a.num_layers, a.num_attention_heads, dtype=torch.float64),
-        "groups": torch.zeros(a.num_layers, a.num_query_groups, dtype=torch.float64),
-        "layers": torch.zeros(a.num_layers, dtype=torch.float64),
-    }
+    sums = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in axis_shapes(a).items()}
     matrices = [
         (parameter, layer)
         for parameter in parameter_table(a)

@@ -33,6 +33,18 @@ def tolerance_of(precision: str, batch: str, sequence: str) -> float:
     return TOLERANCE[precision] * (3**variances if precision == "bf16" else 1)
 
 
+def axis_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shape of every axis' scores."""
+    a = architecture
+    return {
+        "hidden": (a.hidden_size,),
+        "ffn": (a.num_layers, a.ffn_hidden_size),
+        "heads": (a.num_layers, a.num_attention_heads),
+        "groups": (a.num_layers, a.num_query_groups),
+        "layers": (a.num_layers,),
+    }
+
+
 @dataclass(frozen=True)
 class Scores:
     """Importance of the global model; larger is more important. float64 arrays; NaN and Inf are refused.
@@ -58,14 +70,7 @@ class Scores:
     depth: dict[str, numpy.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        a = self.architecture
-        shapes = {
-            "hidden": (a.hidden_size,),
-            "ffn": (a.num_layers, a.ffn_hidden_size),
-            "heads": (a.num_layers, a.num_attention_heads),
-            "groups": (a.num_layers, a.num_query_groups),
-            "layers": (a.num_layers,),
-        }
+        a, shapes = self.architecture, axis_shapes(self.architecture)
         for name, values in self.arrays():
             kind, _, rest = name.partition("/")
             if kind == "depth":

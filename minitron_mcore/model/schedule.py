@@ -67,14 +67,7 @@ def forward_only(
     it may be over tensor-parallel ranks alone: pipeline stages are at different microbatches.
     """
 
-    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
-        microbatch = next(iterator)
-        hidden = model(microbatch["tokens"], microbatch["position_ids"], None)
-        after(unwrap(model), microbatch)
-        return hidden, _drop
-
-    with torch.no_grad():
-        _call_schedule(list(chunks), batch, forward_step, forward_only=True, collect_non_loss_data=True)
+    _forward(chunks, batch, lambda chunk, hidden, microbatch: after(chunk, microbatch))
 
 
 def visit_final_states(
@@ -88,12 +81,24 @@ def visit_final_states(
     A collective in it may be over tensor-parallel ranks alone. Every rank calls.
     """
 
+    def after(chunk: LanguageModel, hidden: torch.Tensor, microbatch: Microbatch) -> None:
+        if chunk.post_process:
+            visit(chunk, hidden, microbatch)
+
+    _forward(chunks, batch, after)
+
+
+def _forward(
+    chunks: list[LanguageModel],
+    batch: list[Microbatch],
+    after: Callable[[LanguageModel, torch.Tensor, Microbatch], None],
+) -> None:
+    """Forward only, no gradients, nothing kept; `after(chunk, its output, microbatch)`."""
+
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
         microbatch = next(iterator)
         hidden = model(microbatch["tokens"], microbatch["position_ids"], None)
-        chunk = unwrap(model)
-        if chunk.post_process:
-            visit(chunk, hidden, microbatch)
+        after(unwrap(model), hidden, microbatch)
         return hidden, _drop
 
     with torch.no_grad():

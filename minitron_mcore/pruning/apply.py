@@ -28,9 +28,9 @@ from megatron.core import parallel_state
 
 from minitron_mcore.checkpoint.folder import said_by
 from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
-from minitron_mcore.checkpoint.sharding import sharded_parts
+from minitron_mcore.checkpoint.sharding import stored_parts
 from minitron_mcore.checkpoint.writer import Source, pieces_of, save_stream
-from minitron_mcore.layout import Parameter, check_tensor_parallel, local_shape, parameter_table, split_layers
+from minitron_mcore.layout import Parameter, check_tensor_parallel, parameter_table, split_layers
 from minitron_mcore.plan import PruningPlan
 from minitron_mcore.pruning.axes import Part, part_of, shard_rows, take_kept
 from minitron_mcore.pruning.select import take
@@ -88,15 +88,7 @@ def _sources(
     """
     teacher_layer = None if layer is None else plan.layers[layer]
     dtype = reader.dtype(parameter.key, teacher_layer)
-    shards = sharded_parts(
-        parameter,
-        plan.student,
-        torch.empty(local_shape(parameter, plan.student, size), dtype=dtype, device="meta"),
-        layer=layer,
-        tensor_rank=rank,
-        tensor_size=size,
-        data_rank=0,
-    )
+    shards = stored_parts(parameter, plan.student, dtype, layer=layer, tensor_rank=rank, tensor_size=size)
     part = part_of(parameter, plan, teacher_layer, rank, size)
     halves = [part] if len(shards) == 1 else [Part(part.axis, rows) for rows in numpy.split(part.rows, len(shards))]
     for shard, half in zip(shards, halves, strict=True):

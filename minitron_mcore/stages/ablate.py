@@ -33,12 +33,12 @@ from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.schedule import Microbatch
-from minitron_mcore.plan import TARGETS, PruningPlan, make_plan, student_shape
+from minitron_mcore.plan import TARGETS, PruningPlan, make_plan
 from minitron_mcore.pruning.in_memory import prune_chunks
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import score
-from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out, output_folder
+from minitron_mcore.stages.common import asked_shape, check_model, checkpoint_tokenizer, lay_out, output_folder
 from minitron_mcore.stages.evaluate import grouped, held_out
 
 
@@ -50,7 +50,7 @@ def run(recipe: Recipe, runtime: Runtime) -> list[Row]:
     teacher, iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
     architecture = read_architecture(teacher)
     check_model(architecture, recipe)
-    shapes = shapes_of(architecture, asked_shape(recipe, architecture), recipe.ablate.per_axis)
+    shapes = shapes_of(architecture, asked_shape(recipe, recipe.student, architecture), recipe.ablate.per_axis)
     for shape in shapes.values():
         check_model(shape, recipe)
     given = recipe.student.layers is not None
@@ -92,19 +92,6 @@ def run(recipe: Recipe, runtime: Runtime) -> list[Row]:
     runtime.on_main(draw)
     runtime.print("\n\n".join(["", table(rows, whole), *squares(rows), f"ablate: -> {path}, {picture}"]))
     return rows
-
-
-def asked_shape(recipe: Recipe, teacher: Architecture) -> Architecture:
-    """What `student.*` asks for."""
-    return student_shape(
-        teacher,
-        {name: getattr(recipe.student, name) for name in TARGETS},
-        recipe.parallel.tensor,
-        recipe.parallel.pipeline,
-        ratios=recipe.student.ratios,
-        layers=recipe.student.layers,
-        divisible_by=recipe.prune.divisible_by,
-    )
 
 
 def importance_of(

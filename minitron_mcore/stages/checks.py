@@ -16,10 +16,10 @@ from minitron_mcore.families.table import config_of
 from minitron_mcore.importance.config import check_importance
 from minitron_mcore.importance.depth import check_blocks, measured
 from minitron_mcore.importance.multiple_choice import read_questions
-from minitron_mcore.plan import TARGETS, check_residual, student_shape
+from minitron_mcore.plan import check_residual
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.stages.common import check_model, check_tokenizer, checkpoint_tokenizer
+from minitron_mcore.stages.common import asked_shape, check_model, check_tokenizer, checkpoint_tokenizer
 from minitron_mcore.stages.distill import check_loss
 from minitron_mcore.stages.evaluate import check_evaluate
 from minitron_mcore.stages.train import new_architecture
@@ -60,21 +60,11 @@ def teacher_architecture(recipe: Recipe) -> Architecture:
 
 def check_students(recipe: Recipe, teacher: Architecture, students: dict[str, StudentConfig]) -> None:
     """Raise InputError for a student that could not be pruned, laid out or exported."""
-    parallel = recipe.parallel
     for name, student in students.items():
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise InputError(f"run.students: {name!r} is to be a folder's name: use letters, digits, dot, - and _")
         where = f"run.students.{name}" if recipe.run.students else "student"
-        target = {field: getattr(student, field) for field in TARGETS}
-        shape = student_shape(
-            teacher,
-            target,
-            parallel.tensor,
-            parallel.pipeline,
-            ratios=student.ratios,
-            layers=student.layers,
-            divisible_by=recipe.prune.divisible_by,
-        )
+        shape = asked_shape(recipe, student, teacher)
         check_residual(teacher, shape, recipe.prune.head_residual, recipe.prune.residual_matrices)
         check_model(shape, recipe)
         config_of(find_family(shape.family, where), shape, where)

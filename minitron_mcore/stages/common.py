@@ -16,6 +16,8 @@ from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import read_mapping
 from minitron_mcore.layout import check_tensor_parallel, split_layers
+from minitron_mcore.plan import TARGETS, student_shape
+from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.parallel import use_layout
 from minitron_mcore.runtime.start import Runtime, seed_everything
@@ -83,6 +85,19 @@ def refuse_other_run(
                     f"{key}={folder} holds another run: {path} is {there[name]!r} there and {value!r} here; "
                     f"name another folder, or delete that one"
                 )
+
+
+def asked_shape(recipe: Recipe, student: StudentConfig, teacher: Architecture) -> Architecture:
+    """The teacher cut to what `student`, a section, asks for. Raises InputError naming student.<field>."""
+    return student_shape(
+        teacher,
+        {name: getattr(student, name) for name in TARGETS},
+        recipe.parallel.tensor,
+        recipe.parallel.pipeline,
+        ratios=student.ratios,
+        layers=student.layers,
+        divisible_by=recipe.prune.divisible_by,
+    )
 
 
 def check_model(architecture: Architecture, recipe: Recipe) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from minitron_mcore.files import write_whole
+from minitron_mcore.files import write_figure, write_whole
 from minitron_mcore.importance.config import TASK_METRICS
 from minitron_mcore.importance.depth import DepthTable
 from minitron_mcore.importance.scores import Scores
@@ -84,7 +83,6 @@ def write_plot(scores: Scores, table: DepthTable, path: Path) -> None:
     """A panel for each block length, every metric as a share of its own largest entry in that panel; PNG, whole or not
     at all. One process calls."""
     # Takes a second to import. Without pyplot there is no window system to ask for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -107,6 +105,4 @@ def write_plot(scores: Scores, table: DepthTable, path: Path) -> None:
         panel.set_xlabel("layer left out" if length == 1 else f"first of the {length} layers left out")
         panel.set_ylabel("harm done, share of the largest")
         panel.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
-    partial = path.with_name(path.name + ".tmp")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    os.replace(partial, path)
+    write_figure(path, figure)

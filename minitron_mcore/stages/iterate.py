@@ -23,14 +23,14 @@ from typing import Any
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
-from minitron_mcore.plan import TARGETS, check_residual, student_shape
+from minitron_mcore.plan import TARGETS, check_residual
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.iterative import step_shapes
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import distill, prune, score
 from minitron_mcore.stages.baseline import train_baseline
-from minitron_mcore.stages.common import check_model
+from minitron_mcore.stages.common import asked_shape, check_model
 from minitron_mcore.training.loop import check_train, count_iterations
 
 
@@ -46,22 +46,13 @@ class Part:
 def shapes_of(recipe: Recipe, teacher: Architecture, student: StudentConfig) -> list[Architecture]:
     """The model after each step; raises InputError where the steps cannot be."""
     prune, parallel = recipe.prune, recipe.parallel
-    target = student_shape(
-        teacher,
-        {name: getattr(student, name) for name in TARGETS},
-        parallel.tensor,
-        parallel.pipeline,
-        ratios=student.ratios,
-        layers=student.layers,
-        divisible_by=prune.divisible_by,
-    )
     divisors = {
         "num_layers": parallel.pipeline * parallel.virtual_pipeline if parallel.virtual_pipeline else 1,
         "hidden_size": prune.divisible_by,
         "ffn_hidden_size": math.lcm(prune.divisible_by, parallel.tensor),
         "num_query_groups": parallel.tensor,
     }
-    return step_shapes(teacher, target, prune.steps, divisors)
+    return step_shapes(teacher, asked_shape(recipe, student, teacher), prune.steps, divisors)
 
 
 def check_steps(recipe: Recipe, teacher: Architecture, students: dict[str, StudentConfig], data_parallel: int) -> None:
