@@ -57,8 +57,8 @@ class Ours:
         from minitron_mcore.runtime.parallel import use_layout
         from minitron_mcore.runtime.start import seed_everything, start
         from minitron_mcore.training.config import TrainConfig
-        from minitron_mcore.training.loop import train_step
         from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+        from minitron_mcore.training.step import train_step
 
         self.runtime = start()
         layout = ParallelConfig(tensor=tensor)

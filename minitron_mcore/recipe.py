@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from minitron_mcore.ablation.config import AblateConfig
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
-from minitron_mcore.distillation.config import DistillConfig
+from minitron_mcore.distillation.config import LOGIT_LOSSES, STATE_LOSSES, WEIGHTINGS, DistillConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import AGGREGATIONS, METHODS, NEURON_SITES, ImportanceConfig
 from minitron_mcore.model.config import ModelConfig
@@ -33,6 +33,11 @@ class TeacherConfig:
     """The model that is pruned and distilled from."""
 
     checkpoint: Optional[str] = None
+    parallel: Optional[ParallelConfig] = None  # the teacher's own layout in the same ranks; null: the student's
+    placement: str = (
+        "resident"  # sharded: over data-parallel ranks; offloaded: in host memory; a layer brought in ahead
+    )
+    precision: Optional[str] = None  # null: the recipe's
 
 
 @dataclass
@@ -90,10 +95,15 @@ class Recipe:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+PLACEMENTS = ("resident", "sharded", "offloaded")
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
     "train.lr_decay_style": ("cosine", "linear", "constant"),
     "distill.lr_decay_style": ("cosine", "linear", "constant"),
+    "teacher.placement": PLACEMENTS,
+    "distill.logit_loss": LOGIT_LOSSES,
+    "distill.hidden_states.loss": STATE_LOSSES,
+    "distill.hidden_states.weighting": WEIGHTINGS,
     "importance.method": METHODS,
     "importance.batch_aggregation": tuple(sorted(AGGREGATIONS)),
     "importance.sequence_aggregation": tuple(sorted(AGGREGATIONS)),

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from minitron_mcore.distillation.logit_loss import logit_loss
 from minitron_mcore.distillation.teacher import Teacher
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.schedule import LossSums, Microbatch
+from minitron_mcore.model.schedule import LossSums, Microbatch, run_schedule
 
 
 @dataclass
@@ -26,6 +26,15 @@ class Objective:
     temperature: float = 1.0
     chunk_tokens: int = 512
     teacher: Teacher | None = None
+    window: int = 0  # microbatches the teacher runs ahead; 0: the whole global batch
+
+    def run(
+        self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool = False
+    ) -> dict[str, float]:
+        """Megatron's schedule over a global batch with the teacher ahead of it; mean losses and `num_tokens`."""
+        return run_schedule(
+            chunks, batch, self.loss, forward_only=forward_only, prepare=self.prepare, window=self.window
+        )
 
     def prepare(self, batch: list[Microbatch]) -> None:
         """Run the teacher ahead of the student over the whole batch; every rank calls, before the schedule."""

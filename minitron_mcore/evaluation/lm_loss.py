@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.model.schedule import Microbatch, run_schedule
+from minitron_mcore.model.schedule import Microbatch
 
 
 def mean_loss(
@@ -25,8 +25,7 @@ def mean_loss(
         chunk.eval()
     with torch.no_grad():
         for batch in batches:
-            objective.prepare(batch)
-            means = run_schedule(chunks, batch, objective.loss, forward_only=True)
+            means = objective.run(chunks, batch, forward_only=True)
             tokens = means.pop("num_tokens")
             count += tokens
             for name, value in means.items():

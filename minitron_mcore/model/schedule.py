@@ -7,6 +7,7 @@ tokens, labels, loss_mask, position_ids. Every rank of a data-parallel replica h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,34 +21,85 @@ Microbatch = dict[str, Any]
 # (loss to train, number of counted tokens, sums to report), all summed over the microbatch's tokens.
 LossSums = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 LossFunction = Callable[[LanguageModel, torch.Tensor, Microbatch], LossSums]
+Begin = Callable[[LanguageModel, Microbatch], None]
 
 
 def run_schedule(
-    chunks: list[torch.nn.Module], batch: list[Microbatch], loss: LossFunction, *, forward_only: bool = False
+    chunks: list[torch.nn.Module],
+    batch: list[Microbatch],
+    loss: LossFunction,
+    *,
+    forward_only: bool = False,
+    prepare: Callable[[list[Microbatch]], None] | None = None,
+    begin: Begin | None = None,
+    stage_sums: Callable[[], dict[str, torch.Tensor]] | None = None,
+    window: int = 0,
 ) -> dict[str, float]:
     """Forward (and backward) over all microbatches; `loss` runs on the last stage, from the final hidden states.
 
-    Gradients are left divided by the global number of counted tokens. Returns each reported sum divided by that
-    number, over microbatches and data-parallel ranks: the same on every rank. Every rank calls.
+    window: microbatches a call of Megatron's schedule; 0: all of them. Before each window `prepare(its microbatches)`
+        is called; gradients are synchronised and finalised in the last one only.
+    begin: called before a chunk runs a microbatch; a collective in it may be over tensor-parallel ranks alone.
+    stage_sums: further sums of this pipeline stage, called once after the last window: the same names on every rank,
+        to be added over stages and data-parallel ranks.
+
+    Gradients are left divided by the global number of counted tokens (the sum of the loss masks, which need not be
+    whole). Returns each reported sum divided by that number, over microbatches and data-parallel ranks: the same on
+    every rank. Every rank calls.
     """
+    counted = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
         microbatch = next(iterator)
+        if begin is not None:
+            begin(unwrap(model), microbatch)
         hidden = model(microbatch["tokens"], microbatch["position_ids"], None)
-        return hidden, partial(_schedule_loss, loss, unwrap(model), microbatch)
+        return hidden, partial(_schedule_loss, loss, unwrap(model), microbatch, counted)
 
-    sums = _call_schedule(chunks, batch, forward_step, forward_only=forward_only)
-    return _mean_over_tokens(sums)
+    rows = []
+    windows = [batch[start : start + (window or len(batch))] for start in range(0, len(batch), window or len(batch))]
+    for number, part in enumerate(windows, start=1):
+        if prepare is not None:
+            prepare(part)
+        with _finalizing(chunks, counted, now=number == len(windows)):
+            rows += _call_schedule(chunks, part, forward_step, forward_only=forward_only)
+    return _mean_over_tokens(rows, stage_sums() if stage_sums is not None else {})
 
 
-def final_hidden_states(chunks: list[torch.nn.Module], batch: list[Microbatch]) -> list[torch.Tensor]:
+@contextmanager
+def _finalizing(chunks: list[torch.nn.Module], counted: torch.Tensor, *, now: bool) -> Iterator[None]:
+    """Within the `with`, the end of a schedule finalises gradients if `now`, by the exact count of tokens.
+
+    Megatron finalises at the end of every schedule, and counts in whole numbers. `counted` holds the count on the last
+    stage; Megatron gives it to the others.
+    """
+    config = unwrap(chunks[0]).config
+    finalize = config.finalize_model_grads_func
+
+    def at_the_end(models: list[torch.nn.Module], num_tokens: Any, *args: Any, **kwargs: Any) -> None:
+        if now:
+            finalize(models, counted, *args, **kwargs)
+
+    config.finalize_model_grads_func = at_the_end if finalize is not None else None
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = finalize
+
+
+def final_hidden_states(
+    chunks: list[torch.nn.Module], batch: list[Microbatch], begin: Begin | None = None
+) -> list[torch.Tensor]:
     """Forward only, no gradients: the final hidden states [s, b, h] of every microbatch, on the last stage.
 
-    Other stages get an empty list. Under sequence parallelism each rank gets its part of s. Every rank calls.
+    Other stages get an empty list. Under sequence parallelism each rank gets its part of s. `begin` as in
+    `run_schedule`. Every rank calls.
     """
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
         microbatch = next(iterator)
+        if begin is not None:
+            begin(unwrap(model), microbatch)
         return model(microbatch["tokens"], microbatch["position_ids"], None), _keep
 
     with torch.no_grad():
@@ -109,8 +161,11 @@ def _drop(hidden: torch.Tensor, non_loss_data: bool = True) -> None:
     return None
 
 
-def _schedule_loss(loss: LossFunction, model: LanguageModel, microbatch: Microbatch, hidden: torch.Tensor) -> LossSums:
+def _schedule_loss(
+    loss: LossFunction, model: LanguageModel, microbatch: Microbatch, counted: torch.Tensor, hidden: torch.Tensor
+) -> LossSums:
     total, num_tokens, sums = loss(model, hidden, microbatch)
+    counted += num_tokens.detach()
     return total, num_tokens.detach().to(torch.int), {"num_tokens": num_tokens.detach(), **sums}
 
 
@@ -134,8 +189,9 @@ def _call_schedule(
     )
 
 
-def _mean_over_tokens(rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """Sum over microbatches and data-parallel ranks, give it to every stage, divide by the number of tokens."""
+def _mean_over_tokens(rows: list[dict[str, torch.Tensor]], stage_sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Sum over microbatches and data-parallel ranks, give it to every stage, divide by the number of tokens; beside it
+    the `stage_sums` of all stages."""
     box: list[Any] = [None]
     if rows:
         names = list(rows[0])
@@ -146,5 +202,10 @@ def _mean_over_tokens(rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast_object_list(box, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     sums: dict[str, float] = box[0]
+    if stage_sums:
+        total = torch.stack([value.detach().double() for value in stage_sums.values()])
+        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+        sums |= dict(zip(stage_sums, total.tolist(), strict=True))
     count = max(sums["num_tokens"], 1.0)
     return {name: value if name == "num_tokens" else value / count for name, value in sums.items()}

@@ -11,7 +11,7 @@ from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import train
 from minitron_mcore.training.config import TrainConfig
-from minitron_mcore.training.loop import Progress
+from minitron_mcore.training.job import Progress
 
 
 def train_baseline(recipe: Recipe, runtime: Runtime, baseline: str, pruned: Path, target: Path) -> Progress:

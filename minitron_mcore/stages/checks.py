@@ -23,7 +23,7 @@ from minitron_mcore.stages.common import asked_shape, check_model, check_tokeniz
 from minitron_mcore.stages.distill import check_loss
 from minitron_mcore.stages.evaluate import check_evaluate
 from minitron_mcore.stages.train import new_architecture
-from minitron_mcore.training.loop import check_train, count_iterations
+from minitron_mcore.training.budget import check_train, count_iterations
 from minitron_mcore.training.metrics import check_log
 
 

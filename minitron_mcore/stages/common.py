@@ -21,8 +21,8 @@ from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.parallel import use_layout
 from minitron_mcore.runtime.start import Runtime, seed_everything
+from minitron_mcore.training.budget import check_train, count_iterations
 from minitron_mcore.training.config import TrainConfig
-from minitron_mcore.training.loop import check_train, count_iterations
 from minitron_mcore.training.metrics import check_log
 from minitron_mcore.training.reader import BatchReader, batch_reader
 

@@ -30,7 +30,7 @@ from minitron_mcore.stages.common import (
     refuse_other_run,
 )
 from minitron_mcore.stages.fitting import fit_model
-from minitron_mcore.training.loop import Progress
+from minitron_mcore.training.job import Progress
 
 
 def run(recipe: Recipe, runtime: Runtime) -> Progress:

@@ -16,7 +16,8 @@ from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.config import TrainConfig
-from minitron_mcore.training.loop import Job, Progress, fit
+from minitron_mcore.training.job import Job, Progress
+from minitron_mcore.training.loop import fit
 from minitron_mcore.training.reader import BatchReader
 
 

@@ -31,7 +31,7 @@ from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import distill, prune, score
 from minitron_mcore.stages.baseline import train_baseline
 from minitron_mcore.stages.common import asked_shape, check_model
-from minitron_mcore.training.loop import check_train, count_iterations
+from minitron_mcore.training.budget import check_train, count_iterations
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from minitron_mcore.stages.baseline import train_baseline
 from minitron_mcore.stages.checks import check_road, teacher_architecture
 from minitron_mcore.stages.common import lay_out, output_folder, refuse_other_run
 from minitron_mcore.stages.table import closing_table
-from minitron_mcore.training.loop import Progress
+from minitron_mcore.training.job import Progress
 
 SECTIONS = (
     "input",

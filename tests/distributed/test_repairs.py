@@ -48,8 +48,8 @@ def gradient_norm_on_rank(parallel: dict[str, Any], world_size: int, changes: di
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.loop import train_step
     from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+    from minitron_mcore.training.step import train_step
 
     layout = start_layout(parallel, world_size)
     architecture = tiny("llama")

@@ -29,7 +29,8 @@ def fit_on_rank(parallel: dict[str, Any], world_size: int, folder: str, precisio
     from minitron_mcore.model.initialize import initialize, named_parameters
     from minitron_mcore.runtime.start import start
     from minitron_mcore.training.config import LogConfig, TrainConfig
-    from minitron_mcore.training.loop import Job, fit
+    from minitron_mcore.training.job import Job
+    from minitron_mcore.training.loop import fit
 
     layout = start_layout(parallel, world_size)
     architecture = tiny("llama")

@@ -89,10 +89,9 @@ def train_on_rank(family: str, parallel: dict[str, Any], world_size: int, steps:
 
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import draw, initialize, named_parameters, take_shard
-    from minitron_mcore.model.schedule import run_schedule
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.loop import train_step
     from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+    from minitron_mcore.training.step import train_step
 
     layout = start_layout(parallel, world_size)
     architecture = architecture_of(family)
@@ -117,8 +116,7 @@ def train_on_rank(family: str, parallel: dict[str, Any], world_size: int, steps:
     for model in models:
         model.config.finalize_model_grads_func = finalize
     batch = my_batch(global_batch(architecture.vocab_size))
-    objective.prepare(batch)
-    sums = run_schedule(chunks, batch, objective.loss)
+    sums = objective.run(chunks, batch)
     gradients = gather_named([(key, layer, tensor.main_grad) for key, layer, tensor in rows])
 
     # The optimizer, fed the same gradients everywhere.

@@ -208,6 +208,10 @@ def test_a_missing_file(tmp_path: Path) -> None:
         assert refusal(str(path)) == f"--config {path} is not a file: name a recipe in YAML"
 
 
+def count_keys(section: dict[str, Any]) -> int:
+    return sum(1 + (count_keys(value) if isinstance(value, dict) else 0) for value in section.values())
+
+
 def test_key_paths_are_the_fields() -> None:
     """Independently: every path leads to an attribute, and every attribute that is no section has a path."""
     paths = key_paths()
@@ -219,7 +223,7 @@ def test_key_paths_are_the_fields() -> None:
         found: Any = flat
         for part in path.split("."):
             found = found[part]
-    assert len(paths) == sum(1 + (len(value) if isinstance(value, dict) else 0) for value in flat.values())
+    assert len(paths) == count_keys(flat)
 
 
 def test_defaults_are_allowed() -> None:

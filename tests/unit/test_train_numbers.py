@@ -11,9 +11,12 @@ import pytest
 from minitron_mcore.architecture import build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.training.accounting import Interval, throughput
+from minitron_mcore.training.budget import check_train, count_iterations
 from minitron_mcore.training.config import LogConfig, TrainConfig
-from minitron_mcore.training.loop import Interval, Progress, check_finite, check_train, count_iterations, throughput
+from minitron_mcore.training.job import Progress
 from minitron_mcore.training.metrics import check_log
+from minitron_mcore.training.step import check_finite
 
 GOOD = TrainConfig(tokens=1000, global_batch_size=8, micro_batch_size=2)
 
