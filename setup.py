@@ -43,6 +43,8 @@ DEVELOPMENT = [
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
     "hypothesis>=6.100,<7",
+    # A second opinion on the distillation loss, in tests and in benchmarks/kd_loss.py.
+    "nvidia-modelopt>=0.47,<0.48",
     "ruff>=0.9,<1",
     "mypy>=1.13,<3",
     "types-PyYAML>=6,<7",

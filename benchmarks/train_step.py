@@ -56,6 +56,7 @@ class Ours:
         from minitron_mcore.runtime.config import ParallelConfig
         from minitron_mcore.runtime.parallel import use_layout
         from minitron_mcore.runtime.start import seed_everything, start
+        from minitron_mcore.training.budget import plan_timetable
         from minitron_mcore.training.config import TrainConfig
         from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
         from minitron_mcore.training.step import train_step
@@ -67,12 +68,14 @@ class Ours:
         self.architecture = build_architecture(SHAPE)
         self.models = build_model(self.architecture, layout, "fp32")
         initialize(self.models, self.architecture, seed=1)
-        train = TrainConfig(lr=1e-3, min_lr=1e-3, lr_decay_style="constant", global_batch_size=BATCH)
+        budget = 1000 * BATCH * SEQUENCE
+        train = TrainConfig(tokens=budget, lr=1e-3, min_lr=1e-3, lr_decay_style="constant", global_batch_size=BATCH)
+        timetable = plan_timetable(train, SEQUENCE, "train")
         chunks = wrap_model(self.models)
         optimizer = build_optimizer(chunks, train, "fp32")
-        scheduler = build_scheduler(optimizer, train, 1000)
+        scheduler = build_scheduler(optimizer, train, timetable)
         objective = Objective(vocab_size=self.architecture.vocab_size)
-        self._step = lambda batch: train_step(chunks, optimizer, scheduler, objective, train, batch)
+        self._step = lambda batch: train_step(chunks, optimizer, scheduler, objective, timetable.at(0).shape, batch)
 
     def step(self, number: int) -> float:
         tokens = ids(number)

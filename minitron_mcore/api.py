@@ -106,10 +106,14 @@ def start(*, seed: int = 1234, **parallel: Any) -> Runtime:
     """Start this process and lay models out as `parallel` says: tensor, pipeline, virtual_pipeline, sequence.
 
     Not needed in a notebook: the other functions start a single process by themselves. Models that were loaded at
-    another layout are of no use afterwards. Every rank calls.
+    another layout are of no use afterwards. Every rank calls. Raises InputError.
     """
     global _runtime, _parallel
     wanted = ParallelConfig(**parallel)
+    if wanted.context > 1:
+        raise InputError(
+            f"context={wanted.context} is not possible here, where scores need whole sequences: leave it out"
+        )
     runtime = start_process()
     use_layout(wanted, runtime.world_size)
     seed_everything(seed)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 
 from minitron_mcore import __version__
-from minitron_mcore.errors import InputError
+from minitron_mcore.errors import InputError, MemoryExhaustedError
 
 # verb -> (module of stages/, what it does)
 VERBS = {
@@ -22,10 +22,12 @@ VERBS = {
     "preprocess": ("preprocess", "text or JSONL -> Megatron .bin/.idx"),
     "import": ("import_", "Hugging Face folder -> sharded Megatron checkpoint"),
     "train": ("train", "next-token training, from random weights or from a checkpoint"),
+    "correct": ("correct", "fine-tune the teacher on the distillation's data, before it teaches"),
     "score": ("score", "importance of every axis of the teacher, one forward pass"),
     "plan": ("plan", "scores + target shape -> plan.json, without touching weights"),
     "prune": ("prune", "plan the student and write its sharded checkpoint"),
     "ablate": ("ablate", "a grid of importance settings, each pruned in memory and evaluated: table, CSV and plot"),
+    "cache": ("cache", "write the teacher's targets of the distillation's samples, to distil from without it"),
     "distill": ("distill", "train the student from the co-located teacher, for a token budget"),
     "evaluate": ("evaluate", "held-out LM loss and perplexity of a checkpoint"),
     "export": ("export", "Megatron checkpoint -> Hugging Face folder"),
@@ -93,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(3)
         print(f"minitron {options.verb}: {error}", file=sys.stderr, flush=True)
         return 2
+    except MemoryExhaustedError as error:
+        print(f"minitron {options.verb}: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

@@ -19,13 +19,27 @@ from yaml import YAMLError
 
 from minitron_mcore.ablation.config import AblateConfig
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
-from minitron_mcore.distillation.config import LOGIT_LOSSES, STATE_LOSSES, WEIGHTINGS, DistillConfig
+from minitron_mcore.distillation.config import (
+    CACHE_METHODS,
+    CACHE_TYPES,
+    LOGIT_LOSSES,
+    STATE_LOSSES,
+    WEIGHTINGS,
+    CacheConfig,
+    DistillConfig,
+)
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import AGGREGATIONS, METHODS, NEURON_SITES, ImportanceConfig
 from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.training.config import LogConfig, TrainConfig
+from minitron_mcore.training.config import (
+    LR_DECAY_STYLES,
+    LR_WSD_DECAY_STYLES,
+    CorrectConfig,
+    LogConfig,
+    TrainConfig,
+)
 
 
 @dataclass
@@ -37,7 +51,7 @@ class TeacherConfig:
     placement: str = (
         "resident"  # sharded: over data-parallel ranks; offloaded: in host memory; a layer brought in ahead
     )
-    precision: Optional[str] = None  # null: the recipe's
+    precision: Optional[str] = None  # fp32, bf16, or fp8 with Transformer Engine; null: the recipe's
 
 
 @dataclass
@@ -89,6 +103,8 @@ class Recipe:
     prune: PruneConfig = field(default_factory=PruneConfig)
     ablate: AblateConfig = field(default_factory=AblateConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    correct: CorrectConfig = field(default_factory=CorrectConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -98,9 +114,12 @@ class Recipe:
 PLACEMENTS = ("resident", "sharded", "offloaded")
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
-    "train.lr_decay_style": ("cosine", "linear", "constant"),
-    "distill.lr_decay_style": ("cosine", "linear", "constant"),
+    **{f"{section}.lr_decay_style": LR_DECAY_STYLES for section in ("train", "correct", "distill")},
+    **{f"{section}.lr_wsd_decay_style": LR_WSD_DECAY_STYLES for section in ("train", "correct", "distill")},
     "teacher.placement": PLACEMENTS,
+    "teacher.precision": ("fp32", "bf16", "fp8"),
+    "cache.method": CACHE_METHODS,
+    "cache.dtype": CACHE_TYPES,
     "distill.logit_loss": LOGIT_LOSSES,
     "distill.hidden_states.loss": STATE_LOSSES,
     "distill.hidden_states.weighting": WEIGHTINGS,
@@ -169,6 +188,14 @@ def _merge(merged: Any, given: DictConfig, where: str) -> Any:
 
 def _check_keys(given: Any, kind: Any, path: str, where: str) -> None:
     """Raise InputError for a key that is none, and for a value where a section of keys belongs; sections are walked."""
+    is_list = any(typing.get_origin(option) is list for option in _options(kind))
+    if is_list and isinstance(given, dict):
+        raise InputError(f"{path}={_shown(given)} ({where}) is not allowed: {_allowed(path)}")
+    if is_list and isinstance(given, list) and dataclasses.is_dataclass(_type_of(f"{path}[0]")):
+        for number, value in enumerate(given):
+            _check_entry(value, f"{path}[{number}]", where)
+    if given is not None:
+        kind = _section(kind)
     if not (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict):
         return
     if not isinstance(given, dict):
@@ -178,6 +205,18 @@ def _check_keys(given: Any, kind: Any, path: str, where: str) -> None:
         if _type_of(inner) is None:
             raise InputError(f"{inner} ({where}) is no key of a recipe: the nearest is {_nearest(inner)}")
         _check_keys(value, _type_of(inner), inner, where)
+
+
+def _check_entry(given: Any, path: str, where: str) -> None:
+    """The same for an entry of a list of sections, and its values' types: OmegaConf names no path inside a list."""
+    kind = _type_of(path)
+    _check_keys(given, kind, path, where)
+    try:
+        OmegaConf.merge(OmegaConf.structured(kind), given)
+    except ValidationError as error:
+        inner = f"{path}.{error.full_key}"
+        value = given.get(error.full_key)
+        raise InputError(f"{inner}={_shown(value)} ({where}) is not allowed: {_allowed(inner)}") from error
 
 
 def _one_line(error: Exception) -> str:
@@ -195,12 +234,24 @@ def _shown(value: Any) -> str:
 def _type_of(path: str) -> Any:
     """The type of the value at a key's full path; None where there is no such key."""
     kind: Any = Recipe
-    for name in path.split("."):
-        if dataclasses.is_dataclass(kind):
+    for name in path.replace("[", ".[").split("."):
+        if name.startswith("["):  # an entry of a list
+            lists = [option for option in _options(kind) if typing.get_origin(option) is list]
+            kind = typing.get_args(lists[0])[0] if lists else None
+        elif dataclasses.is_dataclass(kind := _section(kind)):
             kind = {entry.name: entry.type for entry in dataclasses.fields(kind)}.get(name)
         else:
             kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
     return kind
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) is Union else (kind,)
+
+
+def _section(kind: Any) -> Any:
+    """The section of keys that an optional one would be; any other type as it is."""
+    return next((option for option in _options(kind) if dataclasses.is_dataclass(option)), kind)
 
 
 def key_paths(kind: Any = Recipe, prefix: str = "") -> list[str]:
@@ -208,8 +259,8 @@ def key_paths(kind: Any = Recipe, prefix: str = "") -> list[str]:
     paths: list[str] = []
     for entry in dataclasses.fields(kind):
         paths.append(prefix + entry.name)
-        if dataclasses.is_dataclass(entry.type):
-            paths += key_paths(entry.type, prefix + entry.name + ".")
+        if dataclasses.is_dataclass(section := _section(entry.type)):
+            paths += key_paths(section, prefix + entry.name + ".")
     return paths
 
 
@@ -217,7 +268,7 @@ def _nearest(path: str) -> str:
     """The valid key most like `path`: of the same name elsewhere, or of a like name, rather in the same section."""
     parent, _, leaf = path.rpartition(".")
     known = key_paths()
-    kind = _type_of(parent) if parent else None
+    kind = _section(_type_of(parent)) if parent else None
     if dataclasses.is_dataclass(kind):
         known += [f"{parent}.{entry.name}" for entry in dataclasses.fields(kind)]
 
@@ -232,9 +283,10 @@ def _allowed(path: str) -> str:
     """What may stand at a key's path, in words."""
     kind = _type_of(path)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    options = typing.get_args(kind) if typing.get_origin(kind) is Union else (kind,)
     sections = {list: "a list as in [first,second]"}
-    words = [names.get(option) or sections.get(typing.get_origin(option), "a section of keys") for option in options]
+    words = [
+        names.get(option) or sections.get(typing.get_origin(option), "a section of keys") for option in _options(kind)
+    ]
     return f"{' or '.join(words)} is needed"
 
 
@@ -244,7 +296,7 @@ def check_choices(recipe: Recipe) -> None:
         value: Any = recipe
         for part in path.split("."):
             value = getattr(value, part)
-        if value not in allowed:
+        if value is not None and value not in allowed:
             near = difflib.get_close_matches(str(value), allowed, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise InputError(f"{path}={value!r} is not allowed: choose one of {', '.join(allowed)}{hint}")

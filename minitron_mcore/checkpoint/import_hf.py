@@ -86,7 +86,7 @@ def import_checkpoint(
         found
         for unit in wanted
         if (unit.layer in stages[stage][0] if unit.layer is not None else first if _is_embedding(unit) else last)
-        and parallel_state.get_data_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         for found in _sources(
             folder, unit, architecture, parallel_state.get_tensor_model_parallel_rank(), parallel.tensor
         )

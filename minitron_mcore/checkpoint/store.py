@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
@@ -28,7 +28,7 @@ from minitron_mcore.checkpoint.writer import pieces_of, write_iteration
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import parameter_table
 from minitron_mcore.model.gpt import LanguageModel, unwrap
-from minitron_mcore.model.initialize import named_parameters
+from minitron_mcore.model.initialize import Rows, named_parameters
 from minitron_mcore.runtime.repairs import load_optimizer_state, optimizer_state, save_without_helper
 from minitron_mcore.runtime.start import Runtime
 
@@ -85,11 +85,17 @@ def load_state(folder: Path, iteration: int, state: ShardedStateDict) -> dict[st
     raise InputError(f"{source} is damaged or of another model ({words}): restore it, or name another") from cause
 
 
-def load_weights(folder: Path, iteration: int, chunks: list[torch.nn.Module], architecture: Architecture) -> None:
+def load_weights(
+    folder: Path,
+    iteration: int,
+    chunks: list[torch.nn.Module],
+    architecture: Architecture,
+    rows: Rows = named_parameters,
+) -> None:
     """Fill the chunks from a checkpoint saved at any layout, by this project or by another on megatron-core.
 
-    All ranks call; each reads just its parts, straight into its parameters. Raises InputError, on every rank, where the
-    checkpoint is of another architecture or damaged.
+    All ranks call; each reads just its parts, straight into its parameters, or into what `rows` gives for them. Raises
+    InputError, on every rank, where the checkpoint is of another architecture or damaged.
     """
 
     def fill_here() -> None:
@@ -97,11 +103,10 @@ def load_weights(folder: Path, iteration: int, chunks: list[torch.nn.Module], ar
         reader = TensorReader(folder, iteration)
         reader.check(architecture, said_by(folder))
         table = {parameter.key: parameter for parameter in parameter_table(architecture)}
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        for chunk in chunks:
-            for key, layer, tensor in named_parameters(unwrap(chunk)):
-                reader.fill_part(tensor, table[key], architecture, layer, rank, size)
+        for model in map(unwrap, chunks):
+            group = model.tp_group  # of this model: a teacher may have groups of its own
+            for key, layer, tensor in rows(model):
+                reader.fill_part(tensor, table[key], architecture, layer, group.rank(), group.size())
 
     all_or_none(fill_here)
 

@@ -6,8 +6,8 @@
     decoder.layers.self_attention.linear_qkv.layer_norm_weight
                                            decoder.layers.7.input_layernorm.weight   the local layers' own name
 
-and each of them behind `module.` or `model.`, as wrappers add it. Optimizer, random states and Transformer Engine's
-`_extra_state` are not the model's.
+and each of them behind `module.` or `model.`, as wrappers add it. Optimizer, random states, Transformer Engine's
+`_extra_state` and what was trained beside the model are not the model's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.layout import LAYERS, checkpoint_key
+from minitron_mcore.layout import BESIDE_THE_MODEL, LAYERS, checkpoint_key
 
 _PREFIX = re.compile(r"(?:(?:module|model)\.)*")
 _NOT_THE_MODEL = re.compile(
@@ -43,6 +43,8 @@ class StoredNames:
             if name.endswith("_extra_state") or _NOT_THE_MODEL.search(name):
                 continue
             plain = name[_PREFIX.match(name).end() :]  # type: ignore[union-attr]
+            if plain.startswith(BESIDE_THE_MODEL):
+                continue
             stacked = plain.startswith(LAYERS) and not plain.removeprefix(LAYERS)[:1].isdigit()
             key, layer = checkpoint_key(plain.replace(LAYERS, LAYERS + "0.", 1) if stacked else plain)
             place = (key, None if stacked else layer)

@@ -17,6 +17,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.model.gpt import build_model, unwrap
 from minitron_mcore.model.schedule import final_hidden_states
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.context import context_part, on_this_context_rank
 from minitron_mcore.runtime.start import Runtime
 
 # The same products, summed in another order, differ by about 1e-6 of the largest logit in a few layers, and by some
@@ -33,9 +34,10 @@ def compare_with_transformers(
     Every rank calls, after `use_layout(parallel)`, and gets the same number; each loads its shard in fp32, the first
     one also transformers' whole model. Raises InputError above TOLERANCE, or where transformers cannot load `source`.
     """
-    # As many microbatches as interleaved stages need, each of as many tokens as sequence parallelism divides.
+    # As many microbatches as interleaved stages need, each of as many tokens as the layout divides.
     count = -(-SEQUENCES // parallel.pipeline) * parallel.pipeline
-    length = -(-min(LENGTH, architecture.max_position_embeddings) // parallel.tensor) * parallel.tensor
+    parts = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
+    length = -(-min(LENGTH, architecture.max_position_embeddings) // parts) * parts
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(0, architecture.vocab_size, (count, 1, length), generator=generator)
     expected = runtime.on_main(lambda: _reference_logits(source, ids))
@@ -44,14 +46,17 @@ def compare_with_transformers(
     load_weights(folder, 0, chunks, architecture)
     positions = torch.arange(length).expand(1, length).contiguous()
     batch: list[Any] = [
-        {"tokens": tokens.to(runtime.device), "position_ids": positions.to(runtime.device)} for tokens in ids
+        on_this_context_rank({"tokens": tokens.to(runtime.device), "position_ids": positions.to(runtime.device)})
+        for tokens in ids
     ]
+    place = parallel_state.get_context_parallel_rank(), parallel.context
+    theirs_here = context_part(expected, 2, *place)  # [microbatch, b, s, V]
     largest = torch.zeros(1, dtype=torch.float64)
     for sequence, hidden in enumerate(final_hidden_states(chunks, batch)):
         with torch.no_grad():
             mine = unwrap(chunks[-1]).logits(hidden).cpu().transpose(0, 1)  # [b, s, V / tensor]
         first = parallel_state.get_tensor_model_parallel_rank() * mine.shape[-1]
-        theirs = expected[sequence][..., first : first + mine.shape[-1]]
+        theirs = theirs_here[sequence][..., first : first + mine.shape[-1]]
         if theirs.numel():  # a rank's part of the vocabulary may be padding alone
             difference = (mine[..., : theirs.shape[-1]] - theirs).abs().max()
             largest = torch.maximum(largest, difference.double().nan_to_num(torch.inf))

@@ -41,6 +41,7 @@ class Part:
     share: Bounds
     size: Optional[int]  # None: one pass
     one_pass: bool = False  # refuse to draw the same sample twice
+    sequence_length: Optional[int] = None  # None: data.sequence_length
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def inspect_parts(
             lengths = datasets[prefix].sequence_lengths
             begin, end = (round(bound * len(lengths)) for bound in part.share)
             counts.append(int(lengths[begin:end].sum(dtype=numpy.int64)))
-            _check_enough(part, prefix, counts[-1], end - begin, len(lengths), sequence_length)
+            _check_enough(part, prefix, counts[-1], end - begin, len(lengths), part.sequence_length or sequence_length)
         tokens.append(tuple(counts))
     return Facts(digest.hexdigest(), tuple(tokens))
 
@@ -126,6 +127,15 @@ def check_prefixes(blend: Blend) -> None:
     """Raise InputError where files of a blend are not there."""
     for prefix in blend.prefixes:
         _check_exists(prefix, blend.key)
+
+
+def source_names(prefixes: Sequence[str]) -> list[str]:
+    """What sources are called in metrics: their files' names, with as many folders as tell them apart."""
+    parts = [os.path.normpath(prefix).split(os.sep) for prefix in prefixes]
+    depth = 1
+    while len({tuple(path[-depth:]) for path in parts}) < len(parts) and depth < max(map(len, parts)):
+        depth += 1
+    return [os.sep.join(path[-depth:]) for path in parts]
 
 
 def surplus(blend: Blend, size: int) -> float:

@@ -17,7 +17,17 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from minitron_mcore.data.blend import Facts, Part, inspect_parts, parse_blend, parse_split, surplus
+from minitron_mcore.data.blend import (
+    Blend,
+    Bounds,
+    Facts,
+    Part,
+    inspect_parts,
+    parse_blend,
+    parse_split,
+    source_names,
+    surplus,
+)
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
@@ -58,19 +68,59 @@ def build_datasets(
     where `is_built_on_rank`; elsewhere the datasets are None. Raises InputError, on every rank if on one.
     """
     _check_settings(data)
+    sizes = (train_samples, valid_samples, test_samples)
+    parts = [
+        Part(name, blend, _given(share, data, name), size)
+        for name, (blend, share), size in zip(SPLITS, _blends(data), sizes, strict=True)
+        if size != 0
+    ]
+    built = _build(data, tokenizer, parts, seed, is_built_on_rank)
+    by_name = {part.name: dataset for part, dataset in zip(parts, built, strict=True)}
+    return by_name.get("train"), by_name.get("valid"), by_name.get("test")
+
+
+def build_training_datasets(
+    data: DataConfig, tokenizer: Tokenizer, *, train_samples: dict[int, int], valid_samples: int, seed: int
+) -> tuple[dict[int, Dataset], dict[str, Dataset]]:
+    """What a training reads: its sets by their sequence lengths, and those of validation by their names.
+
+    train_samples: samples needed of each sequence length. Validation is of `data.sequence_length`; "" is what
+    `build_datasets` gives, and where that blends several sources, each of them is there alone too, as if `data` named
+    no other. Without `valid_samples` there is none. Called like `build_datasets`, on every rank. Raises InputError.
+    """
+    _check_settings(data)
+    (train, share), (valid, valid_share), _ = _blends(data)
+    parts = [
+        Part("train", train, _given(share, data, "train"), size, sequence_length=length)
+        for length, size in train_samples.items()
+    ]
+    names: list[str] = []
+    if valid_samples:
+        held_out = _given(valid_share, data, "valid")
+        prefixes = list(dict.fromkeys(valid.prefixes))
+        sources = {"": valid}
+        if len(prefixes) > 1:
+            alone = [Blend((prefix,), None, valid.key) for prefix in prefixes]
+            sources |= dict(zip(source_names(prefixes), alone, strict=True))
+        parts += [Part("valid", blend, held_out, valid_samples) for blend in sources.values()]
+        names = list(sources)
+    built: list[Any] = _build(data, tokenizer, parts, seed, lambda: True)
+    count = len(train_samples)
+    return dict(zip(train_samples, built[:count], strict=True)), dict(zip(names, built[count:], strict=True))
+
+
+def _blends(data: DataConfig) -> list[tuple[Blend, Optional[Bounds]]]:
+    """(blend, its documents' share, None where that is empty) of train, valid and test."""
     train = parse_blend(data.train, "data.train")
     shares = parse_split(data.split) if data.valid is None else [WHOLE, WHOLE, None]
     blends = [train, train if data.valid is None else parse_blend(data.valid, "data.valid"), train]
-    sizes = (train_samples, valid_samples, test_samples)
-    parts = []
-    for name, blend, share, size in zip(SPLITS, blends, shares, sizes, strict=True):
-        if size == 0:
-            continue
-        if share is None:
-            raise InputError(f"data.split={data.split} with data.valid={data.valid} leaves no documents for {name}")
-        parts.append(Part(name, blend, share, size))
-    built = _build(data, tokenizer, parts, seed, is_built_on_rank)
-    return built.get("train"), built.get("valid"), built.get("test")
+    return list(zip(blends, shares, strict=True))
+
+
+def _given(share: Optional[Bounds], data: DataConfig, name: str) -> Bounds:
+    if share is None:
+        raise InputError(f"data.split={data.split} with data.valid={data.valid} leaves no documents for {name}")
+    return share
 
 
 def build_calibration_dataset(
@@ -98,7 +148,7 @@ def build_calibration_dataset(
             raise InputError(f"data.split={data.split} leaves no documents for training; set data.calibration")
         share = cut
     part = Part("train", blend, share, num_samples if blend.weights else None, one_pass=True)
-    return _build(data, tokenizer, [part], seed, is_built_on_rank).get("train")
+    return _build(data, tokenizer, [part], seed, is_built_on_rank)[0]
 
 
 def batches(
@@ -111,7 +161,8 @@ def batches(
     global_batch_size: int,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's microbatches, without end: `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, all [b, s].
+    """This rank's microbatches, without end: `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, all [b, s],
+    and `samples` int64 [b], the samples' numbers in the dataset.
 
     Megatron's order. A global batch is the next `global_batch_size` samples whatever the layout; its k-th microbatch
     on rank r is the b samples from (k * data_parallel_size + r) * b on. After the last sample the first one follows.
@@ -124,7 +175,7 @@ def batches(
         )
     stride = micro_batch_size * data_parallel_size
     order = _Endless(len(dataset), consumed_samples + data_parallel_rank * micro_batch_size, micro_batch_size, stride)
-    return iter(_loader(dataset, order, num_workers))
+    return iter(_loader(_Numbered(dataset), order, num_workers))
 
 
 def num_rounds(num_samples: int, *, micro_batch_size: int, data_parallel_size: int) -> int:
@@ -166,6 +217,19 @@ class _Endless:
             start += self.stride
 
 
+class _Numbered:
+    """A dataset whose samples tell their own number, as `samples`."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], "samples": torch.tensor(index)}
+
+
 class _Filled:
     """The chosen samples of a dataset, and fillers at every position beyond."""
 
@@ -177,7 +241,8 @@ class _Filled:
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         is_sample = position < len(self.samples)
-        sample = dict(self.dataset[self.samples[position if is_sample else 0]])
+        number = self.samples[position if is_sample else 0]
+        sample = {**self.dataset[number], "samples": torch.tensor(number)}
         if not is_sample:
             sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
         sample["valid"] = torch.tensor(float(is_sample))
@@ -195,7 +260,7 @@ def _loader(dataset: Dataset, order: Any, num_workers: int) -> torch.utils.data.
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:
-    fields = FIELDS + (("valid",) if "valid" in samples[0] else ())
+    fields = (*FIELDS, "samples", *(("valid",) if "valid" in samples[0] else ()))
     return {name: torch.stack([sample[name] for sample in samples]) for name in fields}
 
 
@@ -218,9 +283,10 @@ def _check_settings(data: DataConfig) -> None:
 
 def _build(
     data: DataConfig, tokenizer: Tokenizer, parts: list[Part], seed: int, is_built_on_rank: Callable[[], bool]
-) -> dict[str, Optional[Dataset]]:
+) -> list[Optional[Dataset]]:
+    """One dataset for each part, in order."""
     if not parts:
-        return {}
+        return []
     folder = data.cache_path or os.path.join(os.path.dirname(parts[0].blend.prefixes[0]), "cache")
 
     def check(is_first: bool) -> Optional[Facts]:
@@ -232,10 +298,10 @@ def _build(
     facts = _agree(check)
     # Megatron keys its cache by the files' names; the digest keeps the indices of overwritten files apart.
     cache = os.path.join(folder, facts.digest[:16])
-    return {
-        part.name: _build_part(data, tokenizer, part, tokens, seed, cache, is_built_on_rank)
+    return [
+        _build_part(data, tokenizer, part, tokens, seed, cache, is_built_on_rank)
         for part, tokens in zip(parts, facts.tokens, strict=True)
-    }
+    ]
 
 
 def _build_part(
@@ -253,7 +319,7 @@ def _build_part(
         weights = [float(weight) for weight in part.blend.weights or tokens]
     config = GPTDatasetConfig(
         random_seed=seed % 2**32,
-        sequence_length=data.sequence_length,
+        sequence_length=part.sequence_length or data.sequence_length,
         blend=(list(part.blend.prefixes), weights),
         split="1",
         path_to_cache=cache,

@@ -5,41 +5,81 @@ One object serves training, evaluation and distillation; without a teacher it is
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
+from minitron_mcore.distillation.cache import CachedTeacher
 from minitron_mcore.distillation.logit_loss import logit_loss
+from minitron_mcore.distillation.state_loss import ALPHA, StateLosses
 from minitron_mcore.distillation.teacher import Teacher
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import LossSums, Microbatch, run_schedule
+from minitron_mcore.runtime.timing import timed
 
 
 @dataclass
 class Objective:
-    """Weights of the two losses; `teacher` None means next-token loss alone. Both are reported at every step."""
+    """Weights of the losses; `teacher` None means next-token loss alone. All are reported at every step."""
 
     vocab_size: int
     lm_weight: float = 1.0
     kd_weight: float = 0.0
     temperature: float = 1.0
-    chunk_tokens: int = 512
-    teacher: Teacher | None = None
+    divergence: str = "forward_kl"  # of divergences.DIVERGENCES
+    jensen_shannon_mix: float = 0.5
+    top_k: int = 0  # of the teacher's logits, the rest as one bucket; 0: the whole vocabulary
+    recompute: bool = False  # the logit loss once more in backward, keeping no gradients between
+    chunk_tokens: int | None = None  # tokens whose logits exist at a time; None: config.default_chunk_tokens
+    teacher: Teacher | CachedTeacher | None = None  # a cached one has nothing to say about validation samples
+    states: StateLosses | None = None  # losses between inner states; the teacher leaves what they need (`want_states`)
     window: int = 0  # microbatches the teacher runs ahead; 0: the whole global batch
+    timers: Any = None  # megatron.core.timers.Timers; None: nothing is timed
 
     def run(
         self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool = False
     ) -> dict[str, float]:
         """Megatron's schedule over a global batch with the teacher ahead of it; mean losses and `num_tokens`."""
+        if forward_only and isinstance(self.teacher, CachedTeacher):
+            alone = dataclasses.replace(self, teacher=None, lm_weight=1.0, kd_weight=0.0)
+            return alone.run(chunks, batch, forward_only=True)
+        states = self.states
+        if states is not None and states.alpha is None and not forward_only:
+            # No step before this one to work the weight out from: what the batch itself would have given.
+            with torch.no_grad():
+                states.update(self._schedule(chunks, batch, forward_only=True))
+        means = self._schedule(chunks, batch, forward_only=forward_only)
+        if states is not None and not forward_only:
+            means[ALPHA] = states.alpha or 0.0
+            states.update(means)
+        return means
+
+    def _schedule(
+        self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool
+    ) -> dict[str, float]:
         return run_schedule(
-            chunks, batch, self.loss, forward_only=forward_only, prepare=self.prepare, window=self.window
+            chunks,
+            batch,
+            self._timed_loss,
+            forward_only=forward_only,
+            prepare=self.prepare,
+            begin=self.states.begin if self.states is not None else None,
+            stage_sums=self.states.take_sums if self.states is not None else None,
+            window=self.window,
         )
 
     def prepare(self, batch: list[Microbatch]) -> None:
         """Run the teacher ahead of the student over the whole batch; every rank calls, before the schedule."""
         if self.teacher is not None:
-            self.teacher.run_ahead(batch)
+            with timed(self.timers, "teacher-forward", 0):
+                self.teacher.run_ahead(batch)
+
+    def _timed_loss(self, model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
+        with timed(self.timers, "logits-loss"):
+            return self.loss(model, hidden_SBH, microbatch)
 
     def loss(self, model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
         """Sums over the microbatch's counted tokens; last stage only (see model/schedule.py)."""
@@ -52,9 +92,16 @@ class Objective:
             vocab_size=self.vocab_size,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             sequence_parallel=model.config.sequence_parallel,
-            teacher_hidden_SBH=microbatch.pop("teacher_hidden") if teacher is not None else None,
-            teacher_weight_VH=teacher.head_weight() if teacher is not None else None,
+            teacher_hidden_SBH=microbatch.pop("teacher_hidden", None),
+            teacher_weight_VH=None if isinstance(teacher, CachedTeacher | None) else teacher.head_weight(),
+            teacher_target=microbatch.pop("teacher_target", None),
+            divergence=self.divergence,
+            jensen_shannon_mix=self.jensen_shannon_mix,
             temperature=self.temperature,
+            top_k=self.top_k if teacher is not None and not isinstance(teacher, CachedTeacher) else 0,
+            recompute=self.recompute,
+            # The id that was drawn most is not the likeliest one.
+            report=not (isinstance(teacher, CachedTeacher) and teacher.is_drawn),
             lm_weight=self.lm_weight,
             kd_weight=self.kd_weight,
             chunk_size=self.chunk_tokens,
@@ -62,4 +109,7 @@ class Objective:
         sums = {"lm loss": output.lm_loss}
         if teacher is not None:
             sums["logits distillation loss"] = output.kd_loss
+        for name, value in (("teacher lm loss", output.teacher_lm_loss), ("top-1 agreement", output.top1_agreement)):
+            if value is not None:
+                sums[name] = value
         return output.loss, output.num_tokens, sums

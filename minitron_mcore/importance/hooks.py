@@ -25,12 +25,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.hooks import RemovableHandle
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.norm import apply_norm
+from minitron_mcore.model.sites import fused_norm, layers_of, norm_sites
 
 Values = Callable[[torch.Tensor], torch.Tensor]
 # (global row, values [s, b, C], of any floating type)
@@ -53,12 +52,6 @@ class Measure:
     rows_per_layer: int = 1
 
 
-def layers_of(chunk: LanguageModel) -> Iterator[tuple[int, Any]]:
-    """(global index, TransformerLayer) of a chunk's layers."""
-    for layer in chunk.decoder.layers:
-        yield layer.layer_number - 1, layer
-
-
 def on_input(module: torch.nn.Module, row: int, record: Record, values: Values) -> RemovableHandle:
     """Record `values(x)` at every `module(x)`."""
 
@@ -77,21 +70,6 @@ def on_output(module: torch.nn.Module, row: int, record: Record, values: Values)
             record(row, values(output[0] if isinstance(output, tuple) else output))
 
     return module.register_forward_hook(hook)
-
-
-def norm_sites(chunk: LanguageModel) -> Iterator[tuple[int, torch.nn.Module, Any]]:
-    """(row, norm, linear after it) of every norm of a chunk; the linear is None after the final norm."""
-    for index, layer in layers_of(chunk):
-        yield 2 * index, layer.input_layernorm, layer.self_attention.linear_qkv
-        yield 2 * index + 1, layer.pre_mlp_layernorm, layer.mlp.linear_fc1
-    if chunk.decoder.final_layernorm is not None:
-        yield 2 * chunk.config.num_layers, chunk.decoder.final_layernorm, None
-
-
-def fused_norm(linear: Any, config: TransformerConfig) -> Values | None:
-    """The norm fused into a linear, as a function of the linear's input [s, b, h]; None where there is none."""
-    weight, bias = getattr(linear, "layer_norm_weight", None), getattr(linear, "layer_norm_bias", None)
-    return None if weight is None else lambda x_SBH: apply_norm(x_SBH, weight, bias, config)
 
 
 def unchanged(x: torch.Tensor) -> torch.Tensor:
@@ -117,8 +95,6 @@ def block_influence(x_SBH: torch.Tensor, y_SBH: torch.Tensor) -> torch.Tensor:
 
 
 def _attach_hidden(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
-    # Transformer Engine fuses a layer's norms into the linears after them, so that no module puts out the normed
-    # states: there the linear's input is read, and the norm applied once more.
     for row, norm, linear in norm_sites(chunk):
         fused = fused_norm(linear, chunk.config)
         yield on_output(norm, row, record, unchanged) if fused is None else on_input(linear, row, record, fused)

@@ -1,7 +1,11 @@
 """Core attention on torch's scaled_dot_product_attention, where Transformer Engine is not installed.
 
-megatron-core's local DotProductAttention materialises the [s, s] scores; this does not. Legend: s sequence, b batch,
-n query heads and g key-value groups of this tensor-parallel rank, d head dimension.
+megatron-core's local DotProductAttention materialises the [s, s] scores; this does not. Legend: s sequence (this
+context-parallel rank's part of it), S the whole sequence, b batch, n query heads and g key-value groups of this
+tensor-parallel rank, d head dimension.
+
+Under context parallelism keys and values are gathered over the ranks of a sequence, and each of a rank's two chunks
+of queries attends to the keys up to its own end (runtime/context.py draws which chunks a rank holds).
 """
 
 from __future__ import annotations
@@ -9,10 +13,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
+
+from minitron_mcore.runtime.context import held_chunks, in_order
 
 
 class SDPACoreAttention(MegatronModule):
@@ -35,6 +44,10 @@ class SDPACoreAttention(MegatronModule):
             raise ValueError(f"attn_mask_type={attn_mask_type} is not supported here: causal alone")
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.context_group: torch.distributed.ProcessGroup | None = None
+        if config.context_parallel_size > 1:
+            # Of this model: a teacher may have groups of its own.
+            self.context_group = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
 
     def forward(
         self,
@@ -47,14 +60,35 @@ class SDPACoreAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]. The mask is causal, whatever is given."""
+        if self.context_group is None:
+            return self._attend(query, key, value)
+        rank, size = self.context_group.rank(), self.context_group.size()
+        # Every rank adds its share to the gradient of all keys: backward reduce-scatters the sums.
+        key, value = (
+            in_order(gather_from_sequence_parallel_region(part.contiguous(), group=self.context_group), size)
+            for part in (key, value)
+        )
+        length = key.shape[0] // (2 * size)
+        return torch.cat(
+            [
+                self._attend(queries, key[: (chunk + 1) * length], value[: (chunk + 1) * length])
+                for chunk, queries in zip(held_chunks(rank, size), query.chunk(2), strict=True)
+            ]
+        )
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The queries [s, b, n, d] are those of the last s of the keys' [S, b, g, d] positions -> [s, b, n * d]."""
         groups = query.shape[2] // key.shape[2]
+        whole = query.shape[0] == key.shape[0]
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         context = torch.nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
+            # Of fewer queries than keys, `is_causal` would take the first.
+            attn_mask=None if whole else causal_lower_right(query.shape[2], key.shape[2]),
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=whole,
             scale=self.softmax_scale,
             enable_gqa=groups > 1,
         )

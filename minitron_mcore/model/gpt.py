@@ -9,14 +9,17 @@ import math
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_mcore.architecture import Architecture, RopeScaling
-from minitron_mcore.layout import check_tensor_parallel, checkpoint_key, parameter_table, split_layers
-from minitron_mcore.model.specs import block_submodules
+from minitron_mcore.errors import InputError
+from minitron_mcore.layout import axis_sizes, check_tensor_parallel, checkpoint_key, parameter_table, split_layers
+from minitron_mcore.model.specs import HAVE_TE, block_submodules
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.cpu_adapter import transformer_fields
 from minitron_mcore.runtime.repairs import pipeline_communication
@@ -54,9 +57,16 @@ class LanguageModel(GPTModel):
 
 
 def transformer_config(architecture: Architecture, parallel: ParallelConfig, precision: str) -> TransformerConfig:
-    """Megatron's config of `architecture` under `parallel`. Raises InputError for a layout that cannot hold it."""
+    """Megatron's config of `architecture` under `parallel`. Raises InputError for a layout that cannot hold it.
+
+    precision: fp32, bf16, or fp8: the layers' products in fp8 by Transformer Engine, all else as in bf16.
+    """
     a = architecture
     check_tensor_parallel(a, parallel.tensor)
+    fp8 = precision == "fp8"
+    if fp8:
+        check_fp8(a, parallel.tensor)
+    dtype = DTYPES["bf16" if fp8 else precision]
     stages = split_layers(a.num_layers, parallel.pipeline, parallel.virtual_pipeline)
     return TransformerConfig(
         num_layers=a.num_layers,
@@ -83,14 +93,30 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, pre
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         pipeline_model_parallel_layout=_uneven_layout(stages, parallel),
-        pipeline_dtype=DTYPES[precision],
-        params_dtype=DTYPES[precision],
-        bf16=precision == "bf16",
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp8="hybrid" if fp8 else None,
+        # Each tensor scaled by what it holds: no history to be kept over the ranks of a group, which Megatron takes
+        # from the global groups, and none to warm up.
+        fp8_recipe="tensorwise" if fp8 else "delayed",
         calculate_per_token_loss=True,
         persist_layer_norm=False,
         **pipeline_communication(parallel.virtual_pipeline),
         **transformer_fields(),
     )
+
+
+def check_fp8(architecture: Architecture, tensor: int, key: str = "teacher.precision") -> None:
+    """Raise InputError where the products of a model at tensor-parallel size `tensor` cannot be in fp8."""
+    if not (HAVE_TE and torch.cuda.is_available()):
+        raise InputError(f"{key}=fp8 needs Transformer Engine and a CUDA device, which are not here: set {key}=bf16")
+    sizes = axis_sizes(architecture)
+    widths = {"hidden_size": sizes["hidden"], "ffn_hidden_size": sizes["ffn"], "query heads' width": sizes["heads"]}
+    for name, width in widths.items():
+        share = 1 if name == "hidden_size" else tensor
+        if width % (16 * share):
+            raise InputError(f"{key}=fp8 needs multiples of 16 on every rank: {name}={width} at tensor={share} is none")
 
 
 def _uneven_layout(stages: list[list[list[int]]], parallel: ParallelConfig) -> list[list[str]] | None:
@@ -105,30 +131,62 @@ def _uneven_layout(stages: list[list[list[int]]], parallel: ParallelConfig) -> l
     return rows
 
 
+class _StageLayout(PipelineParallelLayerLayout):
+    """An uneven layout that answers for the stage and the interleaving of a model with groups of its own.
+
+    Megatron's asks the global groups, which are those of another model.
+    """
+
+    def __init__(self, layout: list[list[str]], pipeline: int, stage: int) -> None:
+        super().__init__(layout, pipeline)
+        self.stage = stage
+
+    def get_num_layers_to_build(self, layer_type: Any = LayerType.decoder, vp_stage: Any = None, pp_rank: Any = None):  # type: ignore[no-untyped-def]
+        return self.layout[self.stage][vp_stage or 0].count(layer_type)
+
+    def get_layer_offset(self, layer_type: Any = LayerType.decoder, vp_stage: Any = None, pp_rank: Any = None):  # type: ignore[no-untyped-def]
+        chunk = vp_stage or 0
+        before = [stage[index] for index in range(chunk) for stage in self.layout]
+        before += [stage[chunk] for stage in self.layout[: self.stage]]
+        return sum(part.count(layer_type) for part in before)
+
+
 def build_model(
-    architecture: Architecture, parallel: ParallelConfig, precision: str, *, trainable: bool = True
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    precision: str,
+    *,
+    trainable: bool = True,
+    groups: ProcessGroupCollection | None = None,
+    bare_layers: bool = False,
 ) -> list[LanguageModel]:
     """This rank's chunks of the model (one, or one a virtual stage), with memory for the weights but no values.
 
-    Every rank calls, after `use_layout(parallel)`. Fill it with `initialize` or a checkpoint.
+    Every rank calls, after `use_layout(parallel)`, or with the `groups` of another layout that `parallel` describes.
+    Fill it with `initialize` or a checkpoint. `bare_layers`: layers have no memory for their weights either, which
+    somebody else keeps (distillation/placement.py).
     """
     config = transformer_config(architecture, parallel, precision)
+    groups = groups or ProcessGroupCollection.use_mpu_process_groups()
+    stage = groups.pp.rank()
+    if config.pipeline_model_parallel_layout is not None:
+        layout: Any = config.pipeline_model_parallel_layout
+        config.pipeline_model_parallel_layout = _StageLayout(layout.input_data, parallel.pipeline, stage)
     chunks = []
     for chunk in range(parallel.virtual_pipeline or 1):
         vp_stage = chunk if parallel.virtual_pipeline else None
         model = LanguageModel(
             config=config,
-            transformer_layer_spec=block_submodules(
-                config, vp_stage, parallel_state.get_pipeline_model_parallel_rank()
-            ),
+            transformer_layer_spec=block_submodules(config, vp_stage, stage, bare_layers=bare_layers),
             vocab_size=architecture.padded_vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            pre_process=stage == 0 and chunk == 0,
+            post_process=stage == parallel.pipeline - 1 and chunk == (parallel.virtual_pipeline or 1) - 1,
             share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,
             position_embedding_type="rope",
             rotary_percent=architecture.rotary_percent,
             rotary_base=architecture.rotary_base,  # type: ignore[arg-type]
+            pg_collection=groups,
             vp_stage=vp_stage,
         )
         if architecture.rope_scaling is not None:

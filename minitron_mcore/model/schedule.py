@@ -1,7 +1,8 @@
 """One pass over a global batch with Megatron's schedules: training, evaluation, scoring and teacher alike.
 
 Legend: s sequence, b micro-batch, h hidden. A batch is a list of microbatches, each a dict of [b, s] tensors:
-tokens, labels, loss_mask, position_ids. Every rank of a data-parallel replica holds the same list.
+tokens, labels, loss_mask, position_ids. Every rank of a data-parallel replica holds the same list; under context
+parallelism s is a rank's own part of the sequence (runtime/context.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_mcore.model.gpt import LanguageModel, unwrap
 
@@ -88,12 +91,16 @@ def _finalizing(chunks: list[torch.nn.Module], counted: torch.Tensor, *, now: bo
 
 
 def final_hidden_states(
-    chunks: list[torch.nn.Module], batch: list[Microbatch], begin: Begin | None = None
+    chunks: list[torch.nn.Module],
+    batch: list[Microbatch],
+    begin: Begin | None = None,
+    *,
+    groups: ProcessGroupCollection | None = None,
 ) -> list[torch.Tensor]:
     """Forward only, no gradients: the final hidden states [s, b, h] of every microbatch, on the last stage.
 
     Other stages get an empty list. Under sequence parallelism each rank gets its part of s. `begin` as in
-    `run_schedule`. Every rank calls.
+    `run_schedule`; `groups` are the model's, where it has groups of its own. Every rank calls.
     """
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
@@ -102,8 +109,12 @@ def final_hidden_states(
             begin(unwrap(model), microbatch)
         return model(microbatch["tokens"], microbatch["position_ids"], None), _keep
 
+    own: dict[str, Any] = {}
+    if groups is not None:
+        own["p2p_communicator"] = P2PCommunicator(groups.pp, unwrap(chunks[0]).config)
+        own["pg_collection"] = groups
     with torch.no_grad():
-        return _call_schedule(chunks, batch, forward_step, forward_only=True, collect_non_loss_data=True)
+        return _call_schedule(chunks, batch, forward_step, forward_only=True, collect_non_loss_data=True, **own)
 
 
 def _keep(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
@@ -183,7 +194,7 @@ def _call_schedule(
         data_iterator=[iter(batch) for _ in chunks] if interleaved else iter(batch),
         model=chunks if interleaved else chunks[0],
         num_microbatches=len(batch),
-        seq_length=sequence_length,
+        seq_length=sequence_length * config.context_parallel_size,  # of the whole: Megatron divides
         micro_batch_size=micro_batch_size,
         **options,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as get_gpt_layer_te_spec
@@ -12,6 +15,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from minitron_mcore.model.attention import SDPACoreAttention
 from minitron_mcore.model.norm import Norm
@@ -25,13 +29,30 @@ def use_transformer_engine(config: TransformerConfig) -> bool:
     return bool(HAVE_TE) and torch.cuda.is_available() and config.bf16
 
 
-def block_submodules(config: TransformerConfig, vp_stage: int | None, pp_rank: int) -> TransformerBlockSubmodules:
-    """The layers and the final norm of one pipeline stage (chunk `vp_stage` of it, when interleaved)."""
+class BareLayer(TransformerLayer):
+    """A layer without memory for its weights: whoever runs it brings them (distillation/placement.py)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parameter_shapes = {name: parameter.shape for name, parameter in self.named_parameters()}
+        for parameter in self.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+
+def block_submodules(
+    config: TransformerConfig, vp_stage: int | None, pp_rank: int, *, bare_layers: bool = False
+) -> TransformerBlockSubmodules:
+    """The layers and the final norm of one pipeline stage (chunk `vp_stage` of it, when interleaved).
+
+    `bare_layers`: as BareLayer, one after another, so that no more than one is ever whole.
+    """
     layer, final_norm = (
         (get_gpt_layer_te_spec(qk_layernorm=config.qk_layernorm), LayerNormImpl)
         if use_transformer_engine(config)
         else (_local(config), Norm)
     )
+    if bare_layers:
+        layer = replace(layer, module=BareLayer)
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
 

@@ -22,13 +22,14 @@ ABSENT = -1e30
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """The columns of the vocabulary that this rank computes: global ids [start, start + width).
+    """The columns of the vocabulary that this rank computes: global ids [start, start + width), of `rows` with padding.
 
     A rank that holds nothing but padding keeps one column, `absent`, with a logit of -1e30: it then takes the same
     path as every other rank, and its column has probability zero.
     """
 
     group: dist.ProcessGroup | None
+    rows: int
     start: int
     width: int
     absent: bool
@@ -41,7 +42,7 @@ class VocabularyShard:
             raise ValueError(f"the output head has {rows * ranks} rows; it needs at least vocab_size = {vocab_size}")
         start = rank * rows
         true_columns = min(rows, vocab_size - start)
-        return cls(group if ranks > 1 else None, start, max(true_columns, 1), true_columns <= 0)
+        return cls(group if ranks > 1 else None, rows, start, max(true_columns, 1), true_columns <= 0)
 
     def locate(self, labels_C: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each label on this shard (0 where it lies elsewhere) and, as bool, whether it lies here."""

@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 
 _current: ParallelConfig | None = None
+_teacher_groups: dict[str, ProcessGroupCollection] = {}  # by layout, for as long as the student's groups stand
+# Fields of a ProcessGroupCollection -> the axes of the layout that its groups span; () a group of one rank.
+_AXES = {
+    "tp": "tp",
+    "pp": "pp",
+    "cp": "cp",
+    "dp": "dp",
+    "mp": "tp-pp",
+    "tp_cp": "tp-cp",
+    "dp_cp": "dp-cp",
+    "tp_dp_cp": "tp-dp-cp",
+    "intra_dp_cp": "dp-cp",
+    "ep": "",
+    "expt_tp": "tp",
+    "tp_ep": "tp",
+    "tp_ep_pp": "tp-pp",
+    "expt_dp": "dp-cp",
+    "intra_expt_dp": "dp-cp",
+    "inter_dist_opt": "",
+    "intra_dist_opt": "tp-dp-cp-pp",
+}
 
 
 def check_parallel(parallel: ParallelConfig) -> None:
@@ -17,12 +42,6 @@ def check_parallel(parallel: ParallelConfig) -> None:
     for name in ("tensor", "pipeline", "context"):
         if getattr(parallel, name) < 1:
             raise InputError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")
-    if parallel.context > 1:
-        # Nothing here cuts a sequence: every rank would attend to its own copy of the whole, and count it again.
-        raise InputError(
-            f"parallel.context={parallel.context} is not supported: a sequence stays whole, so set parallel.context=1 "
-            "and raise parallel.tensor, with parallel.sequence=true"
-        )
     if parallel.virtual_pipeline is not None and parallel.virtual_pipeline < 2:
         raise InputError(
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} must be at least 2 chunks a stage: "
@@ -37,11 +56,12 @@ def check_parallel(parallel: ParallelConfig) -> None:
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Raise InputError, with the arithmetic, where `world_size` ranks cannot be laid out so."""
     check_parallel(parallel)
-    model_ranks = parallel.tensor * parallel.pipeline
-    if world_size % model_ranks:
+    ranks = parallel.replica_ranks
+    if world_size % ranks:
+        context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
         raise InputError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} = {model_ranks} ranks for one "
-            f"copy of the model, but {world_size} were started: start a multiple of {model_ranks}, or change parallel.*"
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context} = {ranks} ranks for "
+            f"one copy of the model, but {world_size} were started: start a multiple of {ranks}, or change parallel.*"
         )
 
 
@@ -65,5 +85,49 @@ def release_layout() -> None:
     """Give the model-parallel groups back, so that another stage can use another layout in the same processes."""
     global _current
     _current = None
+    _teacher_groups.clear()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def of_teacher() -> Iterator[None]:
+    """Within the `with`, an InputError about `parallel.*` is one about `teacher.parallel.*`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("parallel.", "teacher.parallel.")) from error
+
+
+def check_teacher_layout(teacher: ParallelConfig, student: ParallelConfig, world_size: int) -> None:
+    """Raise InputError, naming teacher.parallel.*, where the student's ranks cannot hold the teacher so."""
+    with of_teacher():
+        check_layout(teacher, world_size)
+    if teacher.context != student.context:
+        raise InputError(
+            f"teacher.parallel.context={teacher.context} is not parallel.context={student.context}: teacher and "
+            "student read the same parts of a sequence, so give both one number"
+        )
+
+
+def teacher_groups(parallel: ParallelConfig, world_size: int) -> ProcessGroupCollection:
+    """This rank's process groups of a second layout beside the current one; made once, until `release_layout`.
+
+    Every rank of the world calls. The groups of tied embeddings are None: nothing is trained in them.
+    """
+    key = repr(parallel)
+    if key not in _teacher_groups:
+        data = world_size // parallel.replica_ranks
+        generator = parallel_state.RankGenerator(
+            tp=parallel.tensor, ep=1, dp=data, pp=parallel.pipeline, cp=parallel.context, order="tp-cp-ep-dp-pp"
+        )
+        made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        fields = {}
+        for name, axes in _AXES.items():
+            for ranks in generator.get_ranks(axes) if axes else [[rank] for rank in range(world_size)]:
+                if tuple(ranks) not in made:
+                    made[tuple(ranks)] = dist.new_group(ranks)
+                if dist.get_rank() in ranks:
+                    fields[name] = made[tuple(ranks)]
+        _teacher_groups[key] = ProcessGroupCollection(**fields, embd=None, pos_embd=None, hcp=None)
+    return _teacher_groups[key]

@@ -38,13 +38,21 @@ from minitron_mcore.pruning.in_memory import prune_chunks
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import score
-from minitron_mcore.stages.common import asked_shape, check_model, checkpoint_tokenizer, lay_out, output_folder
+from minitron_mcore.stages.common import (
+    asked_shape,
+    check_model,
+    checkpoint_tokenizer,
+    lay_out,
+    output_folder,
+    refuse_context,
+)
 from minitron_mcore.stages.evaluate import grouped, held_out
 
 
 def run(recipe: Recipe, runtime: Runtime) -> list[Row]:
     """Fill the table of `output`, print and plot it; every rank calls, and gets all rows."""
     check_ablate(recipe.ablate)
+    refuse_context(recipe, "ablate")
     lay_out(recipe, runtime)
     folder = output_folder(recipe.output, "output")
     teacher, iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")

@@ -19,18 +19,30 @@ from minitron_mcore.importance.multiple_choice import read_questions
 from minitron_mcore.plan import check_residual
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.stages.common import asked_shape, check_model, check_tokenizer, checkpoint_tokenizer
-from minitron_mcore.stages.distill import check_loss
+from minitron_mcore.stages.common import (
+    asked_shape,
+    check_model,
+    check_tokenizer,
+    checkpoint_tokenizer,
+    refuse_context,
+    teacher_layout,
+)
+from minitron_mcore.stages.distill import check_loss, check_top_k
 from minitron_mcore.stages.evaluate import check_evaluate
+from minitron_mcore.stages.teachers import check_teacher_keys
 from minitron_mcore.stages.train import new_architecture
-from minitron_mcore.training.budget import check_train, count_iterations
+from minitron_mcore.training.budget import check_train, plan_timetable
+from minitron_mcore.training.learning_rate import check_learning_rate
 from minitron_mcore.training.metrics import check_log
 
 
 def check_road(recipe: Recipe, students: dict[str, StudentConfig], world_size: int, folder: Path) -> None:
     """Raise InputError for what no step of the road through `folder` could do. Any rank calls; nothing is written."""
+    if recipe.importance.method == "activation":
+        refuse_context(recipe, "run")
     teacher = teacher_architecture(recipe)
     check_model(teacher, recipe)
+    teacher_layout(recipe, teacher, world_size)
     check_students(recipe, teacher, students)
     check_text(recipe, teacher, folder)
     check_log(recipe.log)
@@ -40,12 +52,16 @@ def check_road(recipe: Recipe, students: dict[str, StudentConfig], world_size: i
         read_questions(recipe.importance.multiple_choice)
     check_evaluate(recipe.evaluate)
     check_loss(recipe.distill)
-    data_parallel = world_size // (recipe.parallel.tensor * recipe.parallel.pipeline)
-    for section, train in (("train", recipe.train), ("distill", recipe.distill)):
-        if section == "train" and recipe.teacher.checkpoint:
+    check_teacher_keys(recipe)
+    check_top_k(recipe.distill, teacher.vocab_size)
+    data_parallel = world_size // recipe.parallel.replica_ranks
+    for section, train in (("train", recipe.train), ("correct", recipe.correct), ("distill", recipe.distill)):
+        if (section == "train" and recipe.teacher.checkpoint) or (section == "correct" and not recipe.correct.tokens):
             continue
-        iterations = count_iterations(train, recipe.data.sequence_length, section)
-        check_train(train, recipe.parallel, data_parallel, iterations, section)
+        timetable = plan_timetable(train, recipe.data.sequence_length, section)
+        check_train(train, recipe.parallel, data_parallel, timetable, section)
+        check_learning_rate(train, timetable, section)
+        check_model(teacher, recipe, section)
 
 
 def teacher_architecture(recipe: Recipe) -> Architecture:
@@ -66,7 +82,7 @@ def check_students(recipe: Recipe, teacher: Architecture, students: dict[str, St
         where = f"run.students.{name}" if recipe.run.students else "student"
         shape = asked_shape(recipe, student, teacher)
         check_residual(teacher, shape, recipe.prune.head_residual, recipe.prune.residual_matrices)
-        check_model(shape, recipe)
+        check_model(shape, recipe, "distill")
         config_of(find_family(shape.family, where), shape, where)
 
 

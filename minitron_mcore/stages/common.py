@@ -9,22 +9,32 @@ from typing import Any
 from megatron.core import parallel_state
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import is_iteration, read_architecture, read_lineage, tokenizer_folder
+from minitron_mcore.checkpoint.folder import (
+    is_iteration,
+    latest_iteration,
+    read_architecture,
+    read_lineage,
+    tokenizer_folder,
+)
 from minitron_mcore.data.corpus import check_folder
-from minitron_mcore.data.dataset import build_datasets
+from minitron_mcore.data.dataset import build_training_datasets
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import read_mapping
 from minitron_mcore.layout import check_tensor_parallel, split_layers
+from minitron_mcore.model.gpt import check_fp8
 from minitron_mcore.plan import TARGETS, student_shape
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.parallel import use_layout
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.context import check_sequence
+from minitron_mcore.runtime.parallel import check_teacher_layout, of_teacher, use_layout
 from minitron_mcore.runtime.start import Runtime, seed_everything
-from minitron_mcore.training.budget import check_train, count_iterations
-from minitron_mcore.training.config import TrainConfig
+from minitron_mcore.training.budget import SIZES, Timetable, check_train, plan_timetable
+from minitron_mcore.training.config import PhaseConfig, TrainConfig
+from minitron_mcore.training.learning_rate import check_continuation, check_learning_rate
 from minitron_mcore.training.metrics import check_log
-from minitron_mcore.training.reader import BatchReader, batch_reader
+from minitron_mcore.training.reader import BatchReader, StepReader, batch_reader, step_reader
 
 # Keys that may change between a run and its continuation: where and how it runs, not what it computes.
 MAY_CHANGE = {
@@ -36,13 +46,29 @@ MAY_CHANGE = {
     "num_workers",
     "cache_path",
     "loss_chunk_tokens",
+    "max_skipped_iterations",
+    "check_teacher",
+    "parallel",
+    "placement",
 }
+
+# Of the section of a training: what may change with what is left of its budget.
+BUDGET = {"tokens", "phases", "lr_wsd_decay_tokens"}
 
 
 def lay_out(recipe: Recipe, runtime: Runtime) -> None:
     """Process groups and seeds of the recipe; every rank calls."""
     use_layout(recipe.parallel, runtime.world_size)
     seed_everything(recipe.seed)
+
+
+def refuse_context(recipe: Recipe, verb: str) -> None:
+    """Raise InputError where sequences are cut over ranks, for a verb that needs a whole one on a rank."""
+    if recipe.parallel.context > 1:
+        raise InputError(
+            f"parallel.context={recipe.parallel.context} is not possible in `{verb}`, which needs a whole sequence on "
+            "a rank: set parallel.context=1 and raise parallel.tensor"
+        )
 
 
 def output_folder(value: str | None, key: str) -> Path:
@@ -62,7 +88,8 @@ def refuse_other_run(
     """Raise InputError where `folder` holds a run of another recipe: it would be overwritten or mixed.
 
     Compared are `sections` of the recipe and the seed, but for keys that do not change what is computed; and, where
-    `stage` is given, that a checkpoint there is of that stage.
+    `stage`, a section of training, is given, that a checkpoint there is of that stage. Its budget may change where what
+    is done, and the learning rate so far, would have been the same.
     """
     stored_file = folder / "recipe.yaml"
     if not stored_file.is_file():
@@ -78,13 +105,36 @@ def refuse_other_run(
         here = dataclasses.asdict(here) if dataclasses.is_dataclass(here) else {"": here}  # type: ignore[arg-type]
         there = stored.get(section, {})
         there = there if isinstance(there, dict) else {"": there}
+        may_change = MAY_CHANGE | BUDGET if section == stage else MAY_CHANGE
         for name, value in here.items():
             path = f"{section}.{name}".rstrip(".")
-            if name in there and there[name] != value and (name not in MAY_CHANGE or path == "teacher.checkpoint"):
+            if name in there and there[name] != value and (name not in may_change or path == "teacher.checkpoint"):
+                hint = f"; to change it on the way, give {stage}.phases" if stage and name in SIZES else ""
                 raise InputError(
                     f"{key}={folder} holds another run: {path} is {there[name]!r} there and {value!r} here; "
-                    f"name another folder, or delete that one"
+                    f"name another folder, or delete that one{hint}"
                 )
+    if stage is not None:
+        refuse_other_budget(folder, recipe, stored, stage)
+
+
+def refuse_other_budget(folder: Path, recipe: Recipe, stored: dict[str, Any], section: str) -> None:
+    """Raise InputError where a run in `folder`, of the recipe `stored`, cannot go on to the budget of `section`."""
+    iteration = latest_iteration(folder)
+    if iteration is None or section not in stored:
+        return
+    train: TrainConfig = getattr(recipe, section)
+    if all(stored[section].get(name, getattr(train, name)) == value for name, value in _budget(train).items()):
+        return
+    fields = {name: value for name, value in stored[section].items() if name in BUDGET}
+    fields["phases"] = [PhaseConfig(**phase) for phase in fields.get("phases", [])]
+    before = dataclasses.replace(train, **fields)
+    length = recipe.data.sequence_length
+    check_continuation((before, length), (train, length), iteration, section)
+
+
+def _budget(train: TrainConfig) -> dict[str, Any]:
+    return {name: dataclasses.asdict(train)[name] for name in BUDGET}
 
 
 def asked_shape(recipe: Recipe, student: StudentConfig, teacher: Architecture) -> Architecture:
@@ -100,44 +150,73 @@ def asked_shape(recipe: Recipe, student: StudentConfig, teacher: Architecture) -
     )
 
 
-def check_model(architecture: Architecture, recipe: Recipe) -> None:
-    """Raise InputError where the recipe's layout or sequence length does not suit the model."""
-    parallel, length = recipe.parallel, recipe.data.sequence_length
+def check_model(architecture: Architecture, recipe: Recipe, section: str | None = None) -> None:
+    """Raise InputError where the recipe's layout or sequence length does not suit the model.
+
+    section: that of a training, whose phases may have lengths of their own.
+    """
+    parallel, lengths = recipe.parallel, {"data.sequence_length": recipe.data.sequence_length}
     check_tensor_parallel(architecture, parallel.tensor)
     split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)
-    if length > architecture.max_position_embeddings:
-        raise InputError(
-            f"data.sequence_length={length} is longer than the model's max_position_embeddings="
-            f"{architecture.max_position_embeddings}: shorten it, or use a model of longer context"
-        )
-    if parallel.sequence and length % parallel.tensor:
-        raise InputError(
-            f"data.sequence_length={length} is no multiple of parallel.tensor={parallel.tensor} "
-            f"({length} / {parallel.tensor} = {length / parallel.tensor:g}), as parallel.sequence=true needs"
-        )
+    for number, phase in enumerate(getattr(recipe, section).phases if section else []):
+        if phase.sequence_length is not None:
+            lengths[f"{section}.phases[{number}].sequence_length"] = phase.sequence_length
+    for key, length in lengths.items():
+        if length > architecture.max_position_embeddings:
+            raise InputError(
+                f"{key}={length} is longer than the model's max_position_embeddings="
+                f"{architecture.max_position_embeddings}: shorten it, or use a model of longer context"
+            )
+        check_sequence(length, parallel, key)
 
 
-def read_data(
-    recipe: Recipe, tokenizer: Tokenizer, train: TrainConfig, section: str
-) -> tuple[int, BatchReader, BatchReader | None]:
-    """(iterations of the budget, reader of training batches, of validation batches if any). Every rank calls."""
+def teacher_layout(recipe: Recipe, teacher: Architecture, world_size: int) -> ParallelConfig:
+    """How the teacher lies over the ranks beside the student of `distill`: `teacher.parallel`, else as the student.
+
+    Raises InputError, naming the key, where it cannot lie so.
+    """
+    own = recipe.teacher.parallel
+    if recipe.teacher.precision == "fp8":
+        check_fp8(teacher, (own or recipe.parallel).tensor)
+    if own is None or own == recipe.parallel:
+        check_model(teacher, recipe, "distill")
+        return recipe.parallel
+    check_teacher_layout(own, recipe.parallel, world_size)
+    with of_teacher():
+        check_model(teacher, dataclasses.replace(recipe, parallel=own), "distill")
+    return own
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """What a run reads, and when."""
+
+    timetable: Timetable
+    read_train: StepReader
+    read_valid: dict[str, BatchReader]  # by the source's name, "" for the whole blend; none: no validation
+
+
+def read_data(recipe: Recipe, tokenizer: Tokenizer, train: TrainConfig, section: str) -> TrainingData:
+    """The timetable of `section`'s budget, a training set of each of its sequence lengths, and what validates.
+
+    A run reads a training set of another sequence length from the sample on that the tokens so far correspond to.
+    Validation is always of `data.sequence_length`. Every rank calls. Raises InputError.
+    """
     check_log(recipe.log)
-    iterations = count_iterations(train, recipe.data.sequence_length, section)
-    check_train(train, recipe.parallel, parallel_state.get_data_parallel_world_size(), iterations, section)
-    training, validation, _ = build_datasets(
+    timetable = plan_timetable(train, recipe.data.sequence_length, section)
+    check_train(train, recipe.parallel, parallel_state.get_data_parallel_world_size(), timetable, section)
+    check_learning_rate(train, timetable, section)
+    training, validation = build_training_datasets(
         recipe.data,
         tokenizer,
-        train_samples=iterations * train.global_batch_size,
+        train_samples=timetable.samples_needed(),
         valid_samples=train.eval_iters * train.global_batch_size,
         seed=recipe.seed,
     )
-    shape: dict[str, Any] = {
-        "global_batch_size": train.global_batch_size,
-        "micro_batch_size": train.micro_batch_size,
-        "num_workers": recipe.data.num_workers,
-    }
-    read_valid = batch_reader(validation, **{**shape, "num_workers": 0}) if validation is not None else None
-    return iterations, batch_reader(training, **shape), read_valid
+    sizes = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size}
+    read_valid = {name: batch_reader(dataset, **sizes) for name, dataset in validation.items()}
+    read_train = step_reader(training, num_workers=recipe.data.num_workers)
+    return TrainingData(timetable, read_train, read_valid)
 
 
 def checkpoint_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:

@@ -1,35 +1,26 @@
-"""`distill`: train the pruned student from the co-located teacher, for a token budget (arXiv 2407.14679, section 3)."""
+"""`distill`: train the pruned student from its teacher, for a token budget (arXiv 2407.14679, section 3)."""
 
 from __future__ import annotations
 
 import math
 
-from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import (
-    find_checkpoint,
-    latest_iteration,
-    read_architecture,
-    read_lineage,
-)
+from minitron_mcore.checkpoint.folder import find_checkpoint, latest_iteration, read_architecture, read_lineage
 from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_weights
+from minitron_mcore.distillation.cache import cache_folder
 from minitron_mcore.distillation.config import DistillConfig
+from minitron_mcore.distillation.divergences import PROBABILISTIC
 from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.distillation.state_loss import StateLosses
+from minitron_mcore.distillation.state_map import check_hidden_states, check_section
 from minitron_mcore.distillation.teacher import Teacher
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import (
-    check_model,
-    check_same_tokenizer,
-    check_tokenizer,
-    checkpoint_tokenizer,
-    lay_out,
-    output_folder,
-    read_data,
-    refuse_other_run,
-)
+from minitron_mcore.stages.common import check_model, lay_out, output_folder, read_data, refuse_other_run
 from minitron_mcore.stages.fitting import fit_model
+from minitron_mcore.stages.memory import check_memory
+from minitron_mcore.stages.teachers import cache_teaching, check_teacher_keys, model_teaching
 from minitron_mcore.training.job import Progress
 
 
@@ -41,43 +32,57 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     lay_out(recipe, runtime)
     distill = recipe.distill
     check_loss(distill)
-    teacher_folder, teacher_iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
-    key = "distill.load" if distill.load else "student.checkpoint"
-    student_folder, student_iteration = find_checkpoint(distill.load or recipe.student.checkpoint, key)
-    folder = output_folder(distill.checkpoint, "distill.checkpoint")
-    if folder.resolve() in (student_folder.resolve(), teacher_folder.resolve()):
-        raise InputError(f"distill.checkpoint={folder} is the student's or the teacher's own folder: name another")
+    check_teacher_keys(recipe)
 
-    # Teacher and student: the same vocabulary, and the tokenizer of both.
-    tokenizer = checkpoint_tokenizer(recipe, teacher_folder)
-    teacher_architecture, architecture = read_architecture(teacher_folder), read_architecture(student_folder)
-    check_vocabulary(teacher_architecture, architecture)
-    check_tokenizer(tokenizer, architecture)
-    check_same_tokenizer(tokenizer, student_folder, key)
-    for model in (teacher_architecture, architecture):
-        check_model(model, recipe)
-    refuse_other_run(folder, recipe, ("data", "distill", "teacher"), "distill.checkpoint", "distill")
+    # The student, where it goes, and who teaches it.
+    key = "distill.load" if distill.load else "student.checkpoint"
+    student_folder, iteration = find_checkpoint(distill.load or recipe.student.checkpoint, key)
+    architecture = read_architecture(student_folder)
+    folder = output_folder(distill.checkpoint, "distill.checkpoint")
+    for name, given in ((key, str(student_folder)), ("teacher.checkpoint", recipe.teacher.checkpoint)):
+        if given and folder.resolve() == find_checkpoint(given, name)[0].resolve():
+            raise InputError(f"distill.checkpoint={folder} is the student's or the teacher's own folder: name another")
+    cache = cache_folder(distill.teacher)
+    if cache is not None:
+        teaching = cache_teaching(recipe, runtime, cache, architecture, student_folder)
+    else:
+        teaching = model_teaching(recipe, runtime, architecture, student_folder, key)
+        assert teaching.architecture is not None
+        check_hidden_states(distill.hidden_states, architecture, teaching.architecture, recipe.parallel)
+    check_top_k(distill, architecture.vocab_size)
+    check_model(architecture, recipe, "distill")
+    refuse_other_run(folder, recipe, teaching.compared, "distill.checkpoint", "distill")
     resuming = latest_iteration(folder) is not None
     if resuming:
         check_architecture(folder, architecture)
-    data = read_data(recipe, tokenizer, distill, "distill")
+    data = read_data(recipe, teaching.tokenizer, distill, "distill")
+    memory = check_memory(recipe, runtime, "distill", architecture, data.timetable, teaching.architecture)
 
-    teacher = Teacher.load(teacher_folder, teacher_iteration, teacher_architecture, recipe.parallel, recipe.precision)
+    teacher = teaching.load(data.timetable)
     chunks = build_model(architecture, recipe.parallel, recipe.precision)
     if not resuming:
-        load_weights(student_folder, student_iteration, as_chunks(chunks), architecture)
+        load_weights(student_folder, iteration, as_chunks(chunks), architecture)
+    states = None
+    if distill.hidden_states.sites and isinstance(teacher, Teacher):
+        wide = teacher.architecture
+        states = StateLosses(chunks, distill.hidden_states, architecture, wide, recipe.parallel, seed=recipe.seed)
+        teacher.want_states(states.pairs, architecture.num_layers)
     runtime.print(
-        f"distill: teacher {teacher_architecture.num_parameters:,} -> student {architecture.num_parameters:,} "
-        f"parameters, {data[0]} iterations of {distill.global_batch_size * recipe.data.sequence_length:,} tokens "
-        f"-> {folder}"
+        f"distill: {teaching.words} -> student {architecture.num_parameters:,} parameters, {data.timetable} -> {folder}"
     )
     objective = Objective(
         vocab_size=architecture.vocab_size,
         lm_weight=distill.lm_weight,
         kd_weight=distill.kd_weight,
         temperature=distill.temperature,
+        divergence=distill.logit_loss,
+        jensen_shannon_mix=distill.jensen_shannon_mix,
+        top_k=distill.top_k,
+        recompute=distill.recompute_loss,
         chunk_tokens=distill.loss_chunk_tokens,
         teacher=teacher,
+        states=states,
+        window=distill.teacher_window,
     )
     return fit_model(
         recipe,
@@ -87,19 +92,21 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
         chunks=chunks,
         architecture=architecture,
         objective=objective,
-        tokenizer=tokenizer,
+        tokenizer=teaching.tokenizer,
         data=data,
         source=student_folder,
+        memory=memory,
         lineage=lambda: {
             "stage": "distill",
             "student": {"checkpoint": str(student_folder), **read_lineage(student_folder)},
-            "teacher": {"checkpoint": str(teacher_folder), "iteration": teacher_iteration},
+            "teacher": teaching.lineage,
         },
     )
 
 
 def check_loss(distill: DistillConfig) -> None:
-    """Raise InputError for weights and a temperature that make no loss."""
+    """Raise InputError for weights, a temperature, a divergence or hidden states that make no loss."""
+    cache_folder(distill.teacher)
     if not 0 < distill.temperature < math.inf:
         raise InputError(f"distill.temperature={distill.temperature} must be finite and above 0")
     for name in ("kd_weight", "lm_weight"):
@@ -107,14 +114,27 @@ def check_loss(distill: DistillConfig) -> None:
             raise InputError(f"distill.{name}={getattr(distill, name)} must be finite and at least 0")
     if distill.kd_weight == distill.lm_weight == 0:
         raise InputError("distill.kd_weight=0 and distill.lm_weight=0 leave no loss to train on: raise one of them")
+    if distill.logit_loss == "jensen_shannon" and not 0 < distill.jensen_shannon_mix < 1:
+        raise InputError(
+            f"distill.jensen_shannon_mix={distill.jensen_shannon_mix} must lie between 0 and 1, both left out: for the "
+            "limits set distill.logit_loss=forward_kl or reverse_kl"
+        )
+    check_section(distill.hidden_states)
+    if distill.hidden_states.sites and distill.teacher is not None:
+        raise InputError(
+            f"distill.hidden_states.sites={distill.hidden_states.sites} needs a teacher that runs, and distill.teacher="
+            f"{distill.teacher} holds its output alone: take one of the two out"
+        )
 
 
-def check_vocabulary(teacher: Architecture, student: Architecture) -> None:
-    """Raise InputError where the two output distributions are not over the same ids."""
-    for field in ("vocab_size", "padded_vocab_size"):
-        ours, theirs = getattr(student, field), getattr(teacher, field)
-        if ours != theirs:
-            raise InputError(
-                f"{field} is {ours} in student.checkpoint and {theirs} in teacher.checkpoint: a student is distilled "
-                "from a teacher of the same vocabulary"
-            )
+def check_top_k(distill: DistillConfig, vocab_size: int) -> None:
+    """Raise InputError where so many of the teacher's tokens cannot be compared."""
+    if not 0 <= distill.top_k <= vocab_size:
+        raise InputError(
+            f"distill.top_k={distill.top_k} must lie between 0, for the whole vocabulary, and the {vocab_size} of it"
+        )
+    if distill.top_k and distill.logit_loss not in PROBABILISTIC:
+        raise InputError(
+            f"distill.top_k={distill.top_k} leaves the rest as one outcome, which distill.logit_loss="
+            f"{distill.logit_loss} cannot compare: choose one of {', '.join(PROBABILISTIC)}, or distill.top_k=0"
+        )

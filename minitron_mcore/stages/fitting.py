@@ -12,13 +12,16 @@ from minitron_mcore.checkpoint.companions import carry_companions
 from minitron_mcore.checkpoint.folder import write_description
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.memory import Forecast
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages.common import TrainingData
+from minitron_mcore.stages.memory import explaining_memory
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.loop import fit
-from minitron_mcore.training.reader import BatchReader
+from minitron_mcore.training.teaching import TrainedTeacher
 
 
 def fit_model(
@@ -31,15 +34,16 @@ def fit_model(
     architecture: Architecture,
     objective: Objective,
     tokenizer: Tokenizer,
-    data: tuple[int, BatchReader, BatchReader | None],
+    data: TrainingData,
     source: Path | None,
     lineage: Callable[[], dict[str, Any]],
+    memory: Forecast,
 ) -> Progress:
     """Train `chunks` into `folder`. Every rank calls.
 
-    `train` is the recipe's section, `data` what `read_data` gave, `source` the checkpoint that the weights are from.
+    `train` is the recipe's section, `data` what `read_data` gave, `source` the checkpoint that the weights are from,
+    `memory` what `check_memory` gave.
     """
-    iterations, read_train, read_valid = data
 
     def describe(progress: Progress) -> None:
         facts = {**lineage(), "tokens": progress.consumed_tokens, "tokenizer": tokenizer.fingerprint}
@@ -47,22 +51,23 @@ def fit_model(
         if source is not None:
             carry_companions(source, folder)
 
-    return fit(
-        Job(
-            chunks=chunks,
-            architecture=architecture,
-            objective=objective,
-            train=train,
-            log=recipe.log,
-            runtime=runtime,
-            read_train=read_train,
-            read_valid=read_valid,
-            sequence_length=recipe.data.sequence_length,
-            iterations=iterations,
-            precision=recipe.precision,
-            folder=folder,
-            describe=describe,
-            recipe=dataclasses.asdict(recipe),
-            name=recipe.name,
+    with explaining_memory(memory, "while training"):
+        return fit(
+            Job(
+                chunks=chunks,
+                architecture=architecture,
+                objective=objective,
+                train=train,
+                log=recipe.log,
+                runtime=runtime,
+                timetable=data.timetable,
+                read_train=data.read_train,
+                read_valid=data.read_valid,
+                precision=recipe.precision,
+                folder=folder,
+                describe=describe,
+                recipe=dataclasses.asdict(recipe),
+                name=recipe.name,
+                teaching=objective.teacher if isinstance(objective.teacher, TrainedTeacher) else None,
+            )
         )
-    )

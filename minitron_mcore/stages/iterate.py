@@ -31,7 +31,8 @@ from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import distill, prune, score
 from minitron_mcore.stages.baseline import train_baseline
 from minitron_mcore.stages.common import asked_shape, check_model
-from minitron_mcore.training.budget import check_train, count_iterations
+from minitron_mcore.training.budget import check_train, plan_timetable
+from minitron_mcore.training.learning_rate import check_learning_rate
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ def check_steps(recipe: Recipe, teacher: Architecture, students: dict[str, Stude
             f"prune.step_tokens={config.step_tokens} trains between steps, but there is one: raise prune.steps"
         )
     if config.step_tokens:
-        training = dataclasses.replace(recipe.distill, tokens=config.step_tokens)
-        iterations = count_iterations(training, recipe.data.sequence_length, "distill")
-        check_train(training, recipe.parallel, data_parallel, iterations, "distill")
+        training = dataclasses.replace(recipe.distill, tokens=config.step_tokens, phases=[])
+        timetable = plan_timetable(training, recipe.data.sequence_length, "distill")
+        check_train(training, recipe.parallel, data_parallel, timetable, "distill")
+        check_learning_rate(training, timetable, "distill")
 
 
 def parts_of(
@@ -146,8 +148,11 @@ def _own_importance(recipe: Recipe, number: int, before: Architecture, after: Ar
 def _training(
     recipe: Recipe, runtime: Runtime, name: str, number: int, source: Path, target: Path
 ) -> Callable[[], Any]:
-    """Between two steps: for prune.step_tokens with the schedule of `distill`, from the original teacher or without."""
-    distilling = dataclasses.replace(recipe.distill, tokens=recipe.prune.step_tokens, load=None, checkpoint=str(target))
+    """Between two steps: for prune.step_tokens with the schedule of `distill`, without its phases, from the original
+    teacher or without."""
+    distilling = dataclasses.replace(
+        recipe.distill, tokens=recipe.prune.step_tokens, phases=[], load=None, checkpoint=str(target)
+    )
     shared = dataclasses.replace(recipe, name=f"{recipe.name}-{name}-step-{number}", distill=distilling)
     if recipe.prune.step_loss == "next_token":
         return partial(train_baseline, shared, runtime, "next_token", source, target)

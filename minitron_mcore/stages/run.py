@@ -3,6 +3,7 @@
 output/tokenizer/tokenizer.model          (unless the recipe names one)
 output/data/tokens_text_document.*        (unless the recipe names data)
 output/teacher/                           trained to train.tokens (of a teacher that the recipe names: results.json)
+output/corrected/                         where correct.tokens is given: what is scored, pruned and taught from
 output/scores.safetensors                 one scoring pass for all students
 output/students/NAME/pruned, distilled    one for each of run.students (step-1 … beside them: stages/iterate.py)
 output/baselines/next_token, random       of the first student's shape, on the same tokens
@@ -29,7 +30,7 @@ from minitron_mcore.files import write_whole
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages import distill, evaluate, export, iterate, preprocess, score, tokenizer, train
+from minitron_mcore.stages import correct, distill, evaluate, export, iterate, preprocess, score, tokenizer, train
 from minitron_mcore.stages.baseline import train_baseline
 from minitron_mcore.stages.checks import check_road, teacher_architecture
 from minitron_mcore.stages.common import lay_out, output_folder, refuse_other_run
@@ -47,6 +48,7 @@ SECTIONS = (
     "importance",
     "prune",
     "train",
+    "correct",
     "distill",
     "evaluate",
     "run",
@@ -113,7 +115,7 @@ def plan_road(recipe: Recipe, runtime: Runtime, folder: Path) -> list[Step]:
     students = recipe.run.students or {"student": recipe.student}
     check_road(recipe, students, runtime.world_size, folder)
     shape = teacher_architecture(recipe)
-    data_parallel = runtime.world_size // (recipe.parallel.tensor * recipe.parallel.pipeline)
+    data_parallel = runtime.world_size // recipe.parallel.replica_ranks
     iterate.check_steps(recipe, shape, students, data_parallel)
 
     def add(name: str, title: str, act: Callable[..., Any], *arguments: Any) -> None:
@@ -133,6 +135,13 @@ def plan_road(recipe: Recipe, runtime: Runtime, folder: Path) -> list[Step]:
         add("train-teacher", "train the teacher", train.run, with_train(base, teacher), runtime)
     # Nothing is written into the folder of a teacher that the recipe names.
     add_evaluation("teacher", teacher, folder / "teacher" / "results.json" if recipe.teacher.checkpoint else None)
+    if recipe.correct.tokens:
+        corrected = str(folder / "corrected")
+        correcting = dataclasses.replace(recipe.correct, checkpoint=corrected)
+        named = dataclasses.replace(base, name=f"{recipe.name}-corrected", correct=correcting)
+        add("correct-teacher", "correct the teacher", correct.run, named, runtime)
+        add_evaluation("corrected teacher", corrected)
+        base = dataclasses.replace(base, teacher=dataclasses.replace(base.teacher, checkpoint=corrected))
     add("score", "score the teacher", score.run, base, runtime)
     for name, student in students.items():
         pruned, distilled = folder / "students" / name / "pruned", folder / "students" / name / "distilled"
@@ -185,9 +194,13 @@ def with_train(recipe: Recipe, checkpoint: str) -> Recipe:
 
 
 def with_student(recipe: Recipe, student: StudentConfig, pruned: Path, distilled: Path) -> Recipe:
+    correct = recipe.correct
+    if recipe.distill.correct_teacher:
+        correct = dataclasses.replace(correct, checkpoint=str(pruned.parent / "corrected"))
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name}-{pruned.parent.name}",
+        correct=correct,
         student=dataclasses.replace(student, checkpoint=str(pruned)),
         distill=dataclasses.replace(recipe.distill, load=None, checkpoint=str(distilled)),
         prune=dataclasses.replace(recipe.prune, overwrite=True),

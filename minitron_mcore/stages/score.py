@@ -32,7 +32,7 @@ from minitron_mcore.plan import check_same_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import score_depth
-from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out
+from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out, refuse_context
 from minitron_mcore.training.reader import to_device
 
 REPORT_SECONDS = 10.0
@@ -48,6 +48,8 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     folder, iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
     architecture = read_architecture(folder)
     check_model(architecture, recipe)
+    if importance.method == "activation":
+        refuse_context(recipe, "score")
     tokenizer = checkpoint_tokenizer(recipe, folder) if importance.method == "activation" else None
     task = score_depth.prepare(recipe, runtime, architecture, tokenizer)
     settings = describe(recipe, folder, iteration, tokenizer.fingerprint if tokenizer else None)

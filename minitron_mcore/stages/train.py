@@ -24,38 +24,50 @@ from minitron_mcore.stages.common import (
     refuse_other_run,
 )
 from minitron_mcore.stages.fitting import fit_model
+from minitron_mcore.stages.memory import check_memory
+from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Progress
 
 
 def run(recipe: Recipe, runtime: Runtime) -> Progress:
     """Train to the token budget `train.tokens`; the same command goes on where it was cut off."""
+    sections = ("model", "data", "train")
+    return train_section(recipe, runtime, "train", (recipe.train.load, "train.load"), sections)
+
+
+def train_section(
+    recipe: Recipe, runtime: Runtime, section: str, load: tuple[str | None, str], compared: tuple[str, ...]
+) -> Progress:
+    """Next-token training by the recipe's `section`; every rank calls.
+
+    load: (folder the weights come from, its key); None: the model that the recipe describes, from random weights.
+    compared: the sections in which a run that is resumed must agree.
+    """
     lay_out(recipe, runtime)
-    train = recipe.train
-    folder = output_folder(train.checkpoint, "train.checkpoint")
+    train: TrainConfig = getattr(recipe, section)
+    folder = output_folder(train.checkpoint, f"{section}.checkpoint")
 
     # The model and its tokenizer: as they were stored, or as the recipe describes them.
-    source = find_checkpoint(train.load, "train.load") if train.load else None
+    source = find_checkpoint(*load) if load[0] else None
     tokenizer = checkpoint_tokenizer(recipe, source[0]) if source else load_tokenizer(recipe.tokenizer)
     if source and folder.resolve() == source[0].resolve():
-        raise InputError(f"train.checkpoint={folder} is train.load's own folder: name another")
+        raise InputError(f"{section}.checkpoint={folder} is {load[1]}'s own folder: name another")
     architecture = read_architecture(source[0]) if source else new_architecture(recipe, tokenizer.vocab_size)
     check_tokenizer(tokenizer, architecture)
-    check_model(architecture, recipe)
-    refuse_other_run(folder, recipe, ("model", "data", "train"), "train.checkpoint", "train")
+    check_model(architecture, recipe, section)
+    refuse_other_run(folder, recipe, compared, f"{section}.checkpoint", section)
     resuming = latest_iteration(folder) is not None
     if resuming:
         check_architecture(folder, architecture)
-    data = read_data(recipe, tokenizer, train, "train")
+    data = read_data(recipe, tokenizer, train, section)
+    memory = check_memory(recipe, runtime, section, architecture, data.timetable)
 
     chunks = build_model(architecture, recipe.parallel, recipe.precision)
     if not resuming and source:
         load_weights(*source, as_chunks(chunks), architecture)
     elif not resuming:
         initialize(chunks, architecture, recipe.seed)
-    runtime.print(
-        f"train: {architecture.num_parameters:,} parameters, {data[0]} iterations of "
-        f"{train.global_batch_size * recipe.data.sequence_length:,} tokens -> {folder}"
-    )
+    runtime.print(f"{section}: {architecture.num_parameters:,} parameters, {data.timetable} -> {folder}")
     return fit_model(
         recipe,
         runtime,
@@ -67,9 +79,10 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
         tokenizer=tokenizer,
         data=data,
         source=source[0] if source else None,
+        memory=memory,
         lineage=lambda: {
-            "stage": "train",
-            "load": train.load,
+            "stage": section,
+            "load": load[0],
             **({"lineage": read_lineage(source[0])} if source else {}),
         },
     )

@@ -11,8 +11,10 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.training.budget import Step, Timetable
 from minitron_mcore.training.config import LogConfig, TrainConfig
-from minitron_mcore.training.reader import BatchReader
+from minitron_mcore.training.reader import BatchReader, StepReader
+from minitron_mcore.training.teaching import TrainedTeacher
 
 
 @dataclass
@@ -23,6 +25,16 @@ class Progress:
     consumed_samples: int = 0
     consumed_tokens: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    skipped_iterations: int = 0  # without a step, since a loss or the gradient norm was none
+    nan_iterations: int = 0  # those of them whose loss was none
+    skipped_in_a_row: int = 0  # up to now
+    hidden_states_alpha: float | None = None  # weight of the hidden-state losses in the next step, where it is dynamic
+
+    def advance(self, step: Step) -> None:
+        """Count a step that is done."""
+        self.iteration += 1
+        self.consumed_samples += step.shape.global_batch_size
+        self.consumed_tokens += step.shape.tokens
 
 
 @dataclass
@@ -35,12 +47,16 @@ class Job:
     train: TrainConfig
     log: LogConfig
     runtime: Runtime
-    read_train: BatchReader
-    read_valid: BatchReader | None
-    sequence_length: int
-    iterations: int
+    timetable: Timetable
+    read_train: StepReader
+    read_valid: dict[str, BatchReader]  # by the source's name, "" for the whole blend; none: no validation
     precision: str
     folder: Path  # checkpoints and metrics; resumed from where it holds a finished iteration
     describe: Callable[[Progress], None]  # writes what lies beside the weights; the first rank calls
     recipe: dict[str, Any]
     name: str
+    teaching: TrainedTeacher | None = None  # the objective's teacher, where it is trained in the same job
+
+    @property
+    def iterations(self) -> int:
+        return self.timetable.iterations

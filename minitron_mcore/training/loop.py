@@ -6,19 +6,25 @@ DistributedOptimizer step, learning-rate step, metrics, now and then validation 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mcore.checkpoint.folder import latest_iteration
 from minitron_mcore.checkpoint.store import load_training_state, save_state, training_state
+from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
-from minitron_mcore.training.accounting import Interval, throughput
+from minitron_mcore.training.accounting import Interval, account
+from minitron_mcore.training.health import count_skipped
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
-from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, set_schedule, wrap_model
 from minitron_mcore.training.signals import StopRequest
-from minitron_mcore.training.step import check_finite, train_step
+from minitron_mcore.training.start_check import check_teacher
+from minitron_mcore.training.step import train_step
+from minitron_mcore.training.timers import StepTimers, split_line
 
 
 def fit(job: Job) -> Progress:
@@ -29,10 +35,16 @@ def fit(job: Job) -> Progress:
     train, runtime = job.train, job.runtime
     chunks = wrap_model(job.chunks)
     optimizer = build_optimizer(chunks, train, job.precision)
-    scheduler = build_scheduler(optimizer, train, job.iterations)
+    scheduler = build_scheduler(optimizer, train, job.timetable)
     progress = Progress()
     if (newest := latest_iteration(job.folder)) is not None:
         progress = Progress(**load_training_state(job.folder, newest, chunks, optimizer, scheduler))
+        check_past(progress, job)
+        set_schedule(scheduler, progress.consumed_tokens)
+        if job.objective.states is not None:
+            job.objective.states.resume(progress.hidden_states_alpha)
+        if job.teaching is not None:
+            job.teaching.resume(progress.iteration, progress.consumed_tokens)
         runtime.print(f"resumed {job.folder} at iteration {progress.iteration} of {job.iterations}")
     if progress.iteration >= job.iterations:
         return progress
@@ -59,30 +71,41 @@ def _iterate(
 ) -> None:
     """From `progress`, which moves along, to the last iteration, or to the one at which a stop was asked for."""
     train, runtime = job.train, job.runtime
-    interval = Interval()
-    for batch in job.read_train(progress.consumed_samples, job.iterations - progress.iteration):
-        row = train_step(chunks, optimizer, scheduler, job.objective, train, batch)
-        interval.add(row)
-        check_finite(row, progress)
-        progress.iteration += 1
-        progress.consumed_samples += train.global_batch_size
-        progress.consumed_tokens += train.global_batch_size * job.sequence_length
+    steps = job.read_train(job.timetable, progress.iteration)
+    first = next(steps)
+    check_teacher(job, first[1])
+    timers = StepTimers(job.log.timing_log_level)
+    timers.attach(chunks, optimizer, job.objective)
+    interval = Interval(timers)
+    for step, batch in timers.batches(itertools.chain([first], steps)):
+        row = train_step(chunks, optimizer, scheduler, job.objective, step.shape, batch, timers.timers)
+        if job.teaching is not None:
+            row |= job.teaching.step(step.shape.tokens)
+        interval.add(row, step.shape)
+        row = count_skipped(job, progress, row, batch, metrics)
+        progress.advance(step)
+        if job.objective.states is not None:
+            progress.hidden_states_alpha = job.objective.states.alpha
         last = progress.iteration == job.iterations
         row = {"consumed samples": progress.consumed_samples, **row}
-        shown = None
+        shown = times = None
         if last or progress.iteration % job.log.interval == 0:
-            seconds, losses = interval.report()
-            row |= throughput(job, seconds)
-            shown = {**row, **losses}
+            spent = interval.report()
+            costs, times = account(job, timers, spent)
+            shown = {**row, **costs, **spent.means}
+            row |= {**costs, **times}
         metrics.write(progress.iteration, job.iterations, row, shown=shown)
-        if job.read_valid is not None and (last or _is_due(progress.iteration, train.eval_interval)):
-            valid = mean_loss(chunks, job.read_valid(0, train.eval_iters), job.objective)
-            progress.metrics = {f"{key} validation": value for key, value in valid.items()}
+        if times is not None:
+            runtime.print(split_line(times, timers.parts))
+        if job.read_valid and (last or _is_due(progress.iteration, train.eval_interval)):
+            progress.metrics = validate(chunks, job)
             metrics.write(
                 progress.iteration, job.iterations, progress.metrics, shown=progress.metrics, kind="validation"
             )
         asked_to_stop = stop.on_any_rank()
         if last or asked_to_stop or _is_due(progress.iteration, train.save_interval):
+            if job.teaching is not None:
+                job.teaching.save(progress.iteration, progress.consumed_tokens, runtime)
             if runtime.is_main:
                 job.describe(progress)
             state = training_state(chunks, optimizer, scheduler, vars(progress).copy(), is_loading=False)
@@ -91,6 +114,26 @@ def _iterate(
             runtime.print(f"SIGTERM: saved {job.folder} at iteration {progress.iteration}; the same command goes on")
             raise SystemExit(143)
         interval.start()
+
+
+def validate(chunks: list[torch.nn.Module], job: Job) -> dict[str, float]:
+    """Held-out losses over `eval_iters` global batches of the blend, and as many of each of its sources. Every rank
+    calls."""
+    found: dict[str, float] = {}
+    for name, read in job.read_valid.items():
+        means = mean_loss(chunks, read(0, job.train.eval_iters), job.objective)
+        found |= {f"{key} validation {name}".rstrip(): value for key, value in means.items()}
+    return found
+
+
+def check_past(progress: Progress, job: Job) -> None:
+    """Raise InputError where the checkpoint has not seen what the timetable says it has."""
+    expected = job.timetable.at(progress.iteration).tokens_before if progress.iteration <= job.iterations else None
+    if progress.consumed_tokens != expected:
+        raise InputError(
+            f"{job.folder} has seen {progress.consumed_tokens} tokens at iteration {progress.iteration}, which is no "
+            f"part of {job.timetable}: batch sizes and sequence lengths of what is done must stay as they were"
+        )
 
 
 def _is_due(iteration: int, interval: int) -> bool:

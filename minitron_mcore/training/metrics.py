@@ -7,6 +7,7 @@ console shows a line every `log.interval` iterations, with the losses' means ove
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import uuid
@@ -21,11 +22,21 @@ _FORMATS = {
     "consumed samples": "{:>9.0f}",
     "elapsed time per iteration (ms)": "{:.1f}",
     "throughput per GPU (TFLOP/s/GPU)": "{:.3f}",
+    "student throughput per GPU (TFLOP/s/GPU)": "{:.3f}",
+    "teacher throughput per GPU (TFLOP/s/GPU)": "{:.3f}",
+    "model FLOPs utilization (%)": "{:.1f}",
+    "tokens per second": "{:.1f}",
+    "tokens per second per GPU": "{:.1f}",
+    "peak memory (GiB)": "{:.3f}",
     "learning-rate": "{:.3E}",
     "global batch size": "{:.0f}",
     "lm loss": "{:.6f}",
     "logits distillation loss": "{:.6f}",
+    "teacher lm loss": "{:.6f}",
+    "top-1 agreement": "{:.4f}",
     "grad-norm": "{:.3f}",
+    "number of skipped iterations": "{:.0f}",
+    "number of nan iterations": "{:.0f}",
 }
 
 
@@ -33,6 +44,10 @@ def check_log(log: LogConfig) -> None:
     """Raise InputError for a section `log` that cannot be followed."""
     if log.interval < 1:
         raise InputError(f"log.interval={log.interval} must be at least 1 iteration between two lines")
+    if log.timing_log_level not in (0, 1, 2):
+        raise InputError(f"log.timing_log_level={log.timing_log_level} must be 0, 1 or 2, as Megatron's")
+    if log.peak_tflops is not None and not 0 < log.peak_tflops < math.inf:
+        raise InputError(f"log.peak_tflops={log.peak_tflops} must be finite and above 0")
 
 
 class MetricsLog:
@@ -80,6 +95,14 @@ class MetricsLog:
             self._tensorboard.flush()  # a run that is killed resumes after these rows and never writes them again
         if self._wandb is not None:
             self._wandb.log(row, step=iteration)
+
+    def event(self, iteration: int, kind: str, facts: dict[str, Any], line: str) -> None:
+        """What happened at an iteration: `facts` to the file, `line` to the console."""
+        if self._file is None:
+            return
+        record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **facts}
+        self._file.write(json.dumps(record) + "\n")
+        print(line, flush=True)
 
     def close(self, *, finished: bool = True) -> None:
         """End the writers; Weights & Biases shows the run as `finished`, or as failed."""

@@ -11,32 +11,67 @@ from megatron.core import parallel_state
 
 from minitron_mcore.data.dataset import batches
 from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.runtime.context import on_this_context_rank
+from minitron_mcore.training.budget import Step, Timetable
 
 # (first sample, how many global batches) -> this rank's global batches, each a list of microbatches.
 BatchReader = Callable[[int, int], Iterator[list[Microbatch]]]
+# (timetable, finished iterations) -> the steps that are left, each with this rank's global batch.
+StepReader = Callable[[Timetable, int], Iterator[tuple[Step, list[Microbatch]]]]
 
 
 def batch_reader(dataset: Any, *, global_batch_size: int, micro_batch_size: int, num_workers: int = 0) -> BatchReader:
     """Reads `dataset` in Megatron's order: which samples make a global batch is the same at every layout."""
-    data_parallel = parallel_state.get_data_parallel_world_size()
-    count = global_batch_size // (micro_batch_size * data_parallel)
 
     def read(first_sample: int, number: int) -> Iterator[list[Microbatch]]:
-        stream = batches(
-            dataset,
-            consumed_samples=first_sample,
-            micro_batch_size=micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=data_parallel,
-            global_batch_size=global_batch_size,
-            num_workers=num_workers,
-        )
+        stream = _stream(dataset, first_sample, global_batch_size, micro_batch_size, num_workers)
         for _ in range(number):
-            yield [to_device(microbatch) for microbatch in itertools.islice(stream, count)]
+            yield _next_batch(stream, global_batch_size, micro_batch_size)
 
     return read
 
 
+def step_reader(datasets: dict[int, Any], *, num_workers: int = 0) -> StepReader:
+    """Reads each phase from the dataset of its sequence length, in Megatron's order."""
+
+    def read(timetable: Timetable, iteration: int) -> Iterator[tuple[Step, list[Microbatch]]]:
+        for _, steps in itertools.groupby(timetable.steps(iteration), key=lambda step: step.shape.phase):
+            first = next(steps)
+            shape = first.shape
+            # One stream for all batch sizes of a ramp-up: the order of samples does not depend on them.
+            stream = _stream(
+                datasets[shape.sequence_length],
+                first.first_sample,
+                shape.global_batch_size,
+                shape.micro_batch_size,
+                num_workers,
+            )
+            for step in itertools.chain([first], steps):
+                yield step, _next_batch(stream, step.shape.global_batch_size, shape.micro_batch_size)
+
+    return read
+
+
+def _stream(
+    dataset: Any, first_sample: int, global_batch_size: int, micro_batch_size: int, num_workers: int
+) -> Iterator[Microbatch]:
+    return batches(
+        dataset,
+        consumed_samples=first_sample,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        global_batch_size=global_batch_size,
+        num_workers=num_workers,
+    )
+
+
+def _next_batch(stream: Iterator[Microbatch], global_batch_size: int, micro_batch_size: int) -> list[Microbatch]:
+    count = global_batch_size // (micro_batch_size * parallel_state.get_data_parallel_world_size())
+    return [to_device(microbatch) for microbatch in itertools.islice(stream, count)]
+
+
 def to_device(microbatch: Microbatch) -> Microbatch:
+    """The microbatch on the device; under context parallelism this rank's part of every sequence."""
     device = torch.cuda.current_device()
-    return {name: value.to(device, non_blocking=True) for name, value in microbatch.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in on_this_context_rank(microbatch).items()}

@@ -1,19 +1,20 @@
-"""One iteration: zero the gradients, let the teacher run ahead, Megatron's schedule, clip, step."""
+"""One iteration: zero the gradients, let the teacher run ahead, Megatron's schedule, clip, step; or skip the step."""
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.model.schedule import Microbatch
-from minitron_mcore.training.config import TrainConfig
-from minitron_mcore.training.job import Progress
+from minitron_mcore.runtime.timing import timed
+from minitron_mcore.training.budget import Shape
 
 
 def train_step(
@@ -21,27 +22,48 @@ def train_step(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     objective: Objective,
-    train: TrainConfig,
+    shape: Shape,
     batch: list[Microbatch],
+    timers: Any = None,
 ) -> dict[str, float]:
-    """One iteration over a global batch; mean losses over its counted tokens. Every rank calls."""
+    """One iteration over a global batch of `shape`; mean losses over its counted tokens. Every rank calls.
+
+    Where a loss or the gradient norm is no number (`not_finite` names them in the row), weights and optimizer stay as
+    they are; the learning rate moves on in any case, since it follows the tokens that are used up. `timers`:
+    Megatron's, or None.
+    """
     for chunk in chunks:
         cast(DistributedDataParallel, chunk).zero_grad_buffer()
     optimizer.zero_grad()
-    means = objective.run(chunks, batch)
+    with timed(timers, "objective", 0):
+        means = objective.run(chunks, batch)
     means.pop("num_tokens")
     learning_rate = optimizer.param_groups[0]["lr"]
-    _, grad_norm, _ = optimizer.step()
-    scheduler.step(increment=train.global_batch_size)
-    batch_size = float(train.global_batch_size)
-    return {**means, "learning-rate": learning_rate, "grad-norm": float(grad_norm), "global batch size": batch_size}
+    with timed(timers, "optimizer", 0):
+        grad_norm = apply_gradients(optimizer, losses_finite=not not_finite(means))
+    scheduler.step(increment=shape.tokens)
+    batch_size = float(shape.global_batch_size)
+    return {**means, "learning-rate": learning_rate, "grad-norm": grad_norm, "global batch size": batch_size}
 
 
-def check_finite(row: dict[str, float], progress: Progress) -> None:
-    """Raise FloatingPointError where a loss or the gradient norm is none: before the checkpoint it would spoil."""
-    for name, value in row.items():
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"iteration {progress.iteration + 1}, samples from {progress.consumed_samples} on: {name} is {value}; "
-                "the newest checkpoint is from before it"
-            )
+@torch.no_grad()
+def apply_gradients(optimizer: MegatronOptimizer, *, losses_finite: bool) -> float:
+    """Clip and step, unless a loss or the gradient norm is no number; returns the norm. Every rank calls.
+
+    Megatron's own `step` would carry a NaN into every weight. The norm is one number for all ranks, so they agree.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not (losses_finite and math.isfinite(grad_norm)):
+        return grad_norm
+    for part in getattr(optimizer, "chained_optimizers", (optimizer,)):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
+    return grad_norm
+
+
+def not_finite(row: dict[str, float]) -> list[str]:
+    """The names in `row` whose values are NaN or infinite: with one of them a step is skipped."""
+    return [name for name, value in row.items() if not math.isfinite(value)]

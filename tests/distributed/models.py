@@ -6,6 +6,7 @@ Functions here run inside `run_on_ranks` workers, or in the test on what those r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,6 +84,14 @@ def my_batch(batch: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tenso
 
     rank = parallel_state.get_data_parallel_rank()
     return [dict(part) for part in batch[rank :: parallel_state.get_data_parallel_world_size()]]
+
+
+def steady(train: Any, iterations: int, sequence_length: int = SEQUENCE) -> Any:
+    """The timetable of that many iterations of the section's own shape."""
+    from minitron_mcore.training.budget import plan_timetable
+
+    tokens = iterations * train.global_batch_size * sequence_length
+    return plan_timetable(replace(train, tokens=tokens), sequence_length, "train")
 
 
 def gather_named(rows: Sequence[tuple[str, int | None, torch.Tensor]]) -> dict[str, Any]:

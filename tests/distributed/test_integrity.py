@@ -20,7 +20,7 @@ from minitron_mcore.checkpoint.inspection import verify
 from minitron_mcore.checkpoint.manifest import MANIFEST
 from minitron_mcore.errors import InputError
 from tests.distributed.hf_cases import alone, architecture_of, save_with_transformers
-from tests.distributed.models import start_layout, tiny
+from tests.distributed.models import start_layout, steady, tiny
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.verbs import minitron
 
@@ -55,7 +55,7 @@ def train_on_rank(folder: str) -> None:
     initialize(models, architecture, seed=11)
     chunks = wrap_model(models)
     optimizer = build_optimizer(chunks, TrainConfig(), "bf16")
-    scheduler = build_scheduler(optimizer, TrainConfig(), 10)
+    scheduler = build_scheduler(optimizer, TrainConfig(), steady(TrainConfig(), 10))
     for chunk in chunks:  # or weights and moments are zeros, which also lie between tensors
         for tensor in chunk.parameters():
             tensor.main_grad.normal_()  # type: ignore[attr-defined]

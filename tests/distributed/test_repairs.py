@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.models import LAYOUTS, global_batch, my_batch, start_layout, tiny
+from tests.distributed.models import LAYOUTS, global_batch, my_batch, start_layout, steady, tiny
 from tests.distributed.ranks import run_on_ranks
 
 
@@ -63,12 +63,13 @@ def gradient_norm_on_rank(parallel: dict[str, Any], world_size: int, changes: di
             if not marked:
                 tensor.tensor_model_parallel = False  # type: ignore[attr-defined]
     train = TrainConfig(global_batch_size=8)
+    timetable = steady(train, 10)
     chunks = wrap_model(models)
     optimizer = build_optimizer(chunks, train, "fp32")
-    scheduler = build_scheduler(optimizer, train, 10)
+    scheduler = build_scheduler(optimizer, train, timetable)
     objective = Objective(vocab_size=architecture.vocab_size)
     batch = my_batch(global_batch(architecture.vocab_size))
-    return train_step(chunks, optimizer, scheduler, objective, train, batch)["grad-norm"]
+    return train_step(chunks, optimizer, scheduler, objective, timetable.at(0).shape, batch)["grad-norm"]
 
 
 def gradient_norm(layout: str, changes: dict[str, Any] | None = None, marked: bool = True) -> float:
@@ -158,7 +159,7 @@ def load_step_on_rank(folder: str) -> str:
     initialize(models, architecture, seed=11)
     chunks = wrap_model(models)
     optimizer = build_optimizer(chunks, TrainConfig(), "fp32")
-    scheduler = build_scheduler(optimizer, TrainConfig(), 10)
+    scheduler = build_scheduler(optimizer, TrainConfig(), steady(TrainConfig(), 10))
     optimizer.step()
     save_state(Path(folder), 1, training_state(chunks, optimizer, scheduler, {}, is_loading=False), start())
     state = training_state(chunks, optimizer, scheduler, {}, is_loading=True)

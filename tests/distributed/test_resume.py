@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.models import LAYOUTS, assemble, gather_named, global_batch, my_batch, start_layout, tiny
+from tests.distributed.models import LAYOUTS, assemble, gather_named, global_batch, my_batch, start_layout, steady, tiny
 from tests.distributed.ranks import run_on_ranks
 
 STEPS, CUT = 6, 3
@@ -37,25 +37,23 @@ def fit_on_rank(parallel: dict[str, Any], world_size: int, folder: str, precisio
     models = build_model(architecture, layout, precision)
     initialize(models, architecture, seed=11)
 
-    def read(first_sample: int, number: int) -> Any:
-        for index in range(number):
-            yield my_batch(global_batch(architecture.vocab_size, first_sample // 8 + index))
+    def read(timetable: Any, iteration: int) -> Any:
+        for step in timetable.steps(iteration):
+            yield step, my_batch(global_batch(architecture.vocab_size, step.iteration))
 
+    train = TrainConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=2, global_batch_size=8, save_interval=CUT)
     target = Path(folder)
     fit(
         Job(
             chunks=models,
             architecture=architecture,
             objective=Objective(vocab_size=architecture.vocab_size),
-            train=TrainConfig(
-                tokens=1, lr=1e-2, min_lr=1e-3, lr_warmup_iters=2, global_batch_size=8, save_interval=CUT
-            ),
+            train=train,
             log=LogConfig(interval=1, tensorboard=False, wandb="disabled"),
             runtime=start(),
             read_train=read,
-            read_valid=None,
-            sequence_length=16,
-            iterations=STEPS,
+            read_valid={},
+            timetable=steady(train, STEPS),
             precision=precision,
             folder=target,
             describe=lambda progress: write_description(

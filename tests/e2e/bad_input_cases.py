@@ -42,10 +42,15 @@ LAYOUTS: list[Case] = [
     for verb in ("import", "train", "score", "prune", "distill", "evaluate", "run")
 ]
 LAYOUTS += [
-    (verb, ["parallel.context=2"], "parallel.context=2 is not supported: a sequence stays whole")
-    for verb in ("train", "score", "plan", "prune", "distill", "evaluate", "run")
+    (verb, ["parallel.context=2"], "parallel.pipeline=1 x parallel.context=2 = 2 ranks for one copy of the model")
+    for verb in ("train", "score", "prune", "distill", "evaluate")
 ]
 LAYOUTS += [
+    (
+        "distill",
+        ["teacher.placement=sharded", "distill.correct_teacher=true"],
+        "teacher.placement=sharded is for a frozen teacher, and distill.correct_teacher=true trains it",
+    ),
     ("plan", ["parallel.tensor=0"], "parallel.tensor=0 must be at least 1"),
     ("train", ["parallel.pipeline=-1"], "parallel.pipeline=-1 must be at least 1"),
     ("train", ["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline=2 needs parallel.pipeline of at least 2"),
@@ -99,6 +104,14 @@ LAYOUTS += [
         ["parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=15"],
         "data.sequence_length=15 is no multiple of parallel.tensor=2 (15 / 2 = 7.5)",
     ),
+    (
+        2,
+        "train",
+        ["parallel.context=2", "data.sequence_length=18"],
+        "data.sequence_length=18 is no multiple of 2 x parallel.context=2 = 4 (18 / 4 = 4.5)",
+    ),
+    (2, "score", ["parallel.context=2"], "parallel.context=2 is not possible in `score`, which needs a whole sequence"),
+    (2, "run", ["parallel.context=2"], "parallel.context=2 is not possible in `run`, which needs a whole sequence"),
     (
         2,
         "train",
@@ -172,8 +185,21 @@ for _verb in ("train", "distill"):
         (
             _verb,
             [f"{_verb}.lr_decay_style=cosin"],
-            "is not allowed: choose one of cosine, linear, constant (did you mean",
+            "is not allowed: choose one of cosine, linear, constant, WSD (did you mean",
         ),
+        (_verb, [f"{_verb}.lr_decay_style=WSD"], f"{_verb}.lr_wsd_decay_tokens=0 must lie between 1 and the 64 tokens"),
+        (
+            _verb,
+            [f"{_verb}.tokens=640", f"{_verb}.rampup_batch_size=[1,1,9]"],
+            f"{_verb}.rampup_batch_size=[1, 1, 9] passes a batch size of 1, which is no multiple of",
+        ),
+        (
+            _verb,
+            [f"{_verb}.phases=[{{tokens: 32}},{{sequence_length: 65}}]"],
+            f"{_verb}.phases[1].sequence_length=65 is longer than the model's max_position_embeddings=64",
+        ),
+        (_verb, [f"{_verb}.phases=[{{token: 32}}]"], f"{_verb}.phases[0].token"),
+        (_verb, [f"{_verb}.phases=[{{tokens: 32}}]"], f"{_verb}.phases have 32 tokens together"),
         (_verb, [f"{_verb}.checkpoint=null"], f"{_verb}.checkpoint is not given"),
         (_verb, [f"{_verb}.checkpoint=@/file"], f"{_verb}.checkpoint=@/file is a file: name a folder"),
         (
@@ -227,28 +253,6 @@ TRAINING += [
         "a whole number, the newest finished iteration, belongs there",
     ),
     ("train", ["train.checkpoint=@/checkpoints/cut_off"], "is not a finished checkpoint: restore it"),
-    ("distill", ["teacher.checkpoint=null"], "teacher.checkpoint is not given"),
-    ("distill", ["student.checkpoint=null"], "student.checkpoint is not given"),
-    (
-        "distill",
-        ["teacher.checkpoint=@/checkpoints/unfinished"],
-        "teacher.checkpoint=@/checkpoints/unfinished holds no finished",
-    ),
-    (
-        "distill",
-        ["student.checkpoint=@/checkpoints/other_vocabulary"],
-        "vocab_size is 301 in student.checkpoint and 300 in teacher.checkpoint",
-    ),
-    ("distill", ["distill.checkpoint=@/student"], "is the student's or the teacher's own folder"),
-    ("distill", ["distill.checkpoint=@/teacher"], "is the student's or the teacher's own folder"),
-    ("distill", ["distill.temperature=0"], "distill.temperature=0.0 must be finite and above 0"),
-    ("distill", ["distill.kd_weight=-1"], "distill.kd_weight=-1.0 must be finite and at least 0"),
-    ("distill", ["distill.kd_weight=0"], "leave no loss to train on"),
-    (
-        "distill",
-        ["tokenizer.model=@/other.model"],
-        "tokenizer.model=@/other.model is not the tokenizer that @/teacher was trained",
-    ),
 ]
 
 CHECKPOINTS: list[Case] = [

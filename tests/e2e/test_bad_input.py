@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.distributed.ranks import run_on_ranks
+from tests.e2e.bad_distill_cases import DISTILL
 from tests.e2e.bad_input_cases import CASES, Case
 from tests.e2e.verbs import all_typed, typed
 
@@ -141,14 +142,14 @@ def results(root: Path) -> dict[str, list[tuple[int, str, bool]]]:
     """Every case's results by rank, all cases of one number of ranks in one call."""
     found: dict[str, list[tuple[int, str, bool]]] = {}
     for world_size in (1, 2):
-        cases = [case for case in CASES if ranks_of(case) == world_size]
+        cases = [case for case in (*CASES, *DISTILL) if ranks_of(case) == world_size]
         commands = [command(root, *case[-3:-1]) for case in cases]  # type: ignore[misc]
         by_rank = run_on_ranks(all_typed, world_size, commands, root)
         found |= {case_name(case): list(ranks) for case, *ranks in zip(cases, *by_rank, strict=True)}
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_name)
+@pytest.mark.parametrize("case", (*CASES, *DISTILL), ids=case_name)
 def test_wrong_input_is_named_and_nothing_is_written(
     case: Case, root: Path, results: dict[str, list[tuple[int, str, bool]]]
 ) -> None:

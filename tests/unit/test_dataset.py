@@ -146,7 +146,7 @@ def test_plain_blend_follows_token_counts_beyond_one_pass(config, prefixes, toke
     whole, _, _ = build(config, tokenizer)
     assert sorted(rows(whole)) == sorted(row for prefix in prefixes for row in packed(documents_of(prefix), SEED))
     batch = next(stream(train, 0, 2, 0, 1, 2))
-    assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids"}
+    assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids", "samples"}
 
 
 def stream(dataset, consumed, micro_batch_size, rank, size, global_batch_size, num_workers=0):
@@ -210,7 +210,7 @@ def test_batches_in_worker_processes_are_the_same(train):
     plain, workers = stream(train, 6, 2, 1, 2, 4), stream(train, 6, 2, 1, 2, 4, num_workers=2)
     for _ in range(5):
         first, second = next(plain), next(workers)
-        assert list(first) == list(second) == ["tokens", "labels", "loss_mask", "position_ids"]
+        assert list(first) == list(second) == ["tokens", "labels", "loss_mask", "position_ids", "samples"]
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert [(first[k].dtype, tuple(first[k].shape)) for k in ("tokens", "loss_mask")] == [
         (torch.int64, (2, LENGTH)),

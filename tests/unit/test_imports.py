@@ -11,7 +11,19 @@ PACKAGE = Path(__file__).resolve().parents[2] / "minitron_mcore"
 # From the ground up. A room sees the rooms on lower floors and itself, never its neighbours; the ground floor's
 # modules, which are pure, see each other.
 FLOORS = [
-    {"errors", "files", "families", "architecture", "recipe", "layout", "ranking", "targets", "plan_file", "plan"},
+    {
+        "errors",
+        "files",
+        "families",
+        "architecture",
+        "recipe",
+        "layout",
+        "memory",
+        "ranking",
+        "targets",
+        "plan_file",
+        "plan",
+    },
     {"runtime"},
     {"model"},
     {"checkpoint", "data"},

@@ -12,7 +12,9 @@ import yaml
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.pruning.config import StudentConfig
-from minitron_mcore.recipe import Recipe, check_choices, key_paths, load_recipe, to_yaml
+from minitron_mcore.recipe import Recipe, TeacherConfig, check_choices, key_paths, load_recipe, to_yaml
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.training.config import PhaseConfig
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
@@ -218,7 +220,8 @@ def test_key_paths_are_the_fields() -> None:
     assert {"seed", "train", "train.lr", "distill.temperature", "run.students"} <= set(paths) and len(
         set(paths)
     ) == len(paths)
-    flat = dataclasses.asdict(Recipe())
+    # With the sections that may be left out.
+    flat = dataclasses.asdict(Recipe(teacher=TeacherConfig(parallel=ParallelConfig())))
     for path in paths:
         found: Any = flat
         for part in path.split("."):
@@ -228,3 +231,29 @@ def test_key_paths_are_the_fields() -> None:
 
 def test_defaults_are_allowed() -> None:
     check_choices(Recipe())
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        (
+            "[{token: 5}]",
+            "train.phases[0].token (on the command line) is no key of a recipe: the nearest is train.phases",
+        ),
+        (
+            "[{tokens: 5}, {tokens: x}]",
+            "train.phases[1].tokens='x' (on the command line) is not allowed: a whole number",
+        ),
+        ("[5]", "train.phases[0]=5 (on the command line) is not allowed: a section of keys is needed"),
+        ("{tokens: 5}", "train.phases={'tokens': 5} (on the command line) is not allowed: a list as in"),
+        ("5", "train.phases=5 (on the command line) is not allowed: a list as in"),
+    ],
+)
+def test_lists_of_sections_are_walked(written: str, words: str) -> None:
+    assert refusal(None, f"train.phases={written}").startswith(words)
+
+
+def test_a_list_of_sections(tmp_path: Path) -> None:
+    given = load_recipe(None, ["train.phases=[{tokens: 5}, {sequence_length: 8}]"])
+    assert given.train.phases == [PhaseConfig(tokens=5), PhaseConfig(sequence_length=8)]
+    assert load_recipe(write(tmp_path, to_yaml(given)), []) == given

@@ -94,7 +94,7 @@ def test_an_address_that_is_given_stays() -> None:
         ({"tensor": 0}, 1, "parallel.tensor=0 must be at least 1"),
         ({"pipeline": -2}, 1, "parallel.pipeline=-2 must be at least 1"),
         ({"context": 0}, 1, "parallel.context=0 must be at least 1"),
-        ({"context": 2}, 2, "parallel.context=2 is not supported"),
+        ({"context": 2}, 3, "parallel.context=2 = 2 ranks for one copy of the model, but 3 were"),
         ({"pipeline": 2, "virtual_pipeline": 1}, 2, "parallel.virtual_pipeline=1 must be at least 2 chunks a stage"),
         ({"virtual_pipeline": 2}, 1, "parallel.virtual_pipeline=2 needs parallel.pipeline of at least 2"),
         ({"sequence": True}, 1, "parallel.sequence=true shards the sequence over tensor-parallel ranks"),
@@ -108,7 +108,13 @@ def test_impossible_layouts_are_refused(parallel: dict[str, Any], world_size: in
 
 @pytest.mark.parametrize(
     ("parallel", "world_size"),
-    [({}, 1), ({}, 7), ({"tensor": 4}, 8), ({"tensor": 2, "pipeline": 2, "virtual_pipeline": 3, "sequence": True}, 12)],
+    [
+        ({}, 1),
+        ({}, 7),
+        ({"tensor": 4}, 8),
+        ({"context": 2}, 4),
+        ({"tensor": 2, "pipeline": 2, "virtual_pipeline": 3, "sequence": True}, 12),
+    ],
 )
 def test_possible_layouts_are_not(parallel: dict[str, Any], world_size: int) -> None:
     check_layout(ParallelConfig(**parallel), world_size)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from minitron_mcore.architecture import build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.training.accounting import Interval, throughput
-from minitron_mcore.training.budget import check_train, count_iterations
+from minitron_mcore.training.budget import Timetable, check_train, plan_timetable
 from minitron_mcore.training.config import LogConfig, TrainConfig
-from minitron_mcore.training.job import Progress
+from minitron_mcore.training.learning_rate import check_learning_rate
 from minitron_mcore.training.metrics import check_log
-from minitron_mcore.training.step import check_finite
 
 GOOD = TrainConfig(tokens=1000, global_batch_size=8, micro_batch_size=2)
 
@@ -26,7 +22,7 @@ GOOD = TrainConfig(tokens=1000, global_batch_size=8, micro_batch_size=2)
 )
 def test_the_budget_in_whole_global_batches(tokens: int, iterations: int) -> None:
     """8 sequences of 16 tokens an iteration; never fewer tokens than asked for."""
-    assert count_iterations(replace(GOOD, tokens=tokens), 16, "train") == iterations
+    assert plan_timetable(replace(GOOD, tokens=tokens), 16, "train").iterations == iterations
 
 
 @pytest.mark.parametrize(
@@ -49,17 +45,22 @@ def test_the_budget_in_whole_global_batches(tokens: int, iterations: int) -> Non
 )
 def test_numbers_out_of_range(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError) as caught:
-        count_iterations(replace(GOOD, **changes), 16, "distill")
+        plan_timetable(replace(GOOD, **changes), 16, "distill")
     assert str(caught.value).startswith(words)
 
 
 def test_a_sequence_has_a_token() -> None:
     with pytest.raises(InputError, match=r"data\.sequence_length=0 must be at least 1"):
-        count_iterations(GOOD, 0, "train")
+        plan_timetable(GOOD, 0, "train")
 
 
-def check(data_parallel: int = 1, iterations: int = 8, parallel: dict[str, Any] | None = None, **changes: Any) -> None:
-    check_train(replace(GOOD, **changes), ParallelConfig(**(parallel or {})), data_parallel, iterations, "train")
+def check(data_parallel: int = 1, parallel: dict[str, Any] | None = None, **changes: Any) -> Timetable:
+    """Everything that is checked before the first step; 8 iterations unless `changes` say otherwise."""
+    train = replace(GOOD, **changes)
+    timetable = plan_timetable(train, 16, "train")
+    check_train(train, ParallelConfig(**(parallel or {})), data_parallel, timetable, "train")
+    check_learning_rate(train, timetable, "train")
+    return timetable
 
 
 def test_numbers_that_can_be_trained_with() -> None:
@@ -99,47 +100,7 @@ def test_lines_of_the_log() -> None:
     check_log(LogConfig(interval=1))
     with pytest.raises(InputError, match=r"log\.interval=0 must be at least 1"):
         check_log(LogConfig(interval=0))
-
-
-def test_throughput_counts_the_teacher() -> None:
-    """Three student passes and one of the teacher, over all ranks, by multiplication."""
-    student = build_architecture(
-        {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2, "vocab_size": 100}
-    )
-    wide = student.replace(hidden_size=16, num_layers=4)
-    job = SimpleNamespace(
-        train=TrainConfig(global_batch_size=6),
-        sequence_length=32,
-        runtime=SimpleNamespace(world_size=4),
-        architecture=student,
-        objective=SimpleNamespace(teacher=None),
-    )
-    tokens = 6 * 32 / 0.5
-    alone = throughput(job, 0.5)  # type: ignore[arg-type]
-    assert alone["tokens per second"] == tokens and alone["elapsed time per iteration (ms)"] == 500
-    expected = 3 * student.forward_flops_per_token(32) * tokens / 4 / 1e12
-    assert alone["throughput per GPU (TFLOP/s/GPU)"] == pytest.approx(expected)
-    assert "teacher throughput per GPU (TFLOP/s/GPU)" not in alone
-
-    job.objective.teacher = SimpleNamespace(architecture=wide)
-    both = throughput(job, 0.5)  # type: ignore[arg-type]
-    teacher = wide.forward_flops_per_token(32) * tokens / 4 / 1e12
-    assert both["teacher throughput per GPU (TFLOP/s/GPU)"] == pytest.approx(teacher)
-    assert both["throughput per GPU (TFLOP/s/GPU)"] == pytest.approx(expected + teacher)
-
-
-def test_the_console_shows_means() -> None:
-    interval = Interval()
-    for loss in (1.0, 2.0, 6.0):
-        interval.add({"lm loss": loss, "grad-norm": 1.0})
-    seconds, losses = interval.report()
-    assert losses == {"lm loss": 3.0} and seconds >= 0
-    interval.add({"lm loss": 5.0})
-    assert interval.report()[1] == {"lm loss": 5.0}
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_none_ends_the_run(value: float) -> None:
-    check_finite({"lm loss": 2.0, "grad-norm": 1.0}, Progress())
-    with pytest.raises(FloatingPointError, match="iteration 4, samples from 24 on: grad-norm is"):
-        check_finite({"lm loss": 2.0, "grad-norm": value}, Progress(iteration=3, consumed_samples=24))
+    with pytest.raises(InputError, match=r"log\.timing_log_level=3 must be 0, 1 or 2"):
+        check_log(LogConfig(timing_log_level=3))
+    with pytest.raises(InputError, match=r"log\.peak_tflops=-1\.0 must be finite and above 0"):
+        check_log(LogConfig(peak_tflops=-1.0))

@@ -1,0 +1,273 @@
+"""The distillation engine on one GPU: Llama-3.1-8B teaches the 4B-width student, random weights, bf16.
+
+    python benchmarks/kd_gpu.py                              32 layers if they fit, sequences of 4096 and 8192
+    python benchmarks/kd_gpu.py --layers 8 --repeats 10
+    python benchmarks/kd_gpu.py --small                      the same code at tiny shapes, on any machine
+
+step: tokens/s, MFU against the matrix rate that is measured first (aim: 50%), peak memory, time by parts.
+loss: the logit loss alone, at 8192 tokens, against its four matrix products (aim: at least 85% of their rate), and
+against Liger-Kernel's fused linear JSD (forward KL) where that is installed. Medians over repeats. Ends with one JSON
+line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+LLAMA = {
+    "family": "llama",
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "kv_channels": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rotary_base": 500000.0,
+}
+TEACHER = {"hidden_size": 4096, "ffn_hidden_size": 14336}
+STUDENT = {"hidden_size": 3072, "ffn_hidden_size": 9216}
+SMALL: dict[str, dict[str, Any]] = {
+    "shared": {**LLAMA, "num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 16, "vocab_size": 1000},
+    "teacher": {"hidden_size": 96, "ffn_hidden_size": 192},
+    "student": {"hidden_size": 64, "ffn_hidden_size": 128},
+}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def median_seconds(work: Callable[[], Any], repeats: int) -> float:
+    """Of `repeats` calls after one that is not counted."""
+    work()
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        started = time.perf_counter()
+        work()
+        synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def matrix_rate(size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> float:
+    """FLOP/s of a square product."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: left @ right, repeats)
+
+
+class Step:
+    """One distillation step over two microbatches, as the training loop makes it."""
+
+    def __init__(self, options: argparse.Namespace, sequence: int, device: torch.device) -> None:
+        from minitron_mcore.architecture import build_architecture
+        from minitron_mcore.distillation.objective import Objective
+        from minitron_mcore.distillation.teacher import Teacher
+        from minitron_mcore.model.gpt import build_model
+        from minitron_mcore.runtime.config import ParallelConfig
+        from minitron_mcore.training.budget import plan_timetable
+        from minitron_mcore.training.config import TrainConfig
+        from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+        from minitron_mcore.training.timers import StepTimers
+
+        shared, wide, narrow = shapes(options)
+        self.sequence, self.microbatches = sequence, 2
+        self.teacher_architecture, self.architecture = (
+            build_architecture({**shared, **widths, "num_layers": options.layers}) for widths in (wide, narrow)
+        )
+        layout = ParallelConfig()
+        teacher = build_model(self.teacher_architecture, layout, options.precision, trainable=False)
+        models = build_model(self.architecture, layout, options.precision)
+        for model in (*teacher, *models):
+            draw_weights(model)
+        train = TrainConfig(
+            tokens=10**9, lr=1e-5, min_lr=1e-5, lr_decay_style="constant", global_batch_size=self.microbatches
+        )
+        timetable = plan_timetable(train, sequence, "train")
+        self.shape = timetable.at(0).shape
+        self.chunks = wrap_model(models)
+        self.optimizer = build_optimizer(self.chunks, train, options.precision)
+        self.scheduler = build_scheduler(self.optimizer, train, timetable)
+        self.objective = Objective(
+            vocab_size=self.architecture.vocab_size,
+            lm_weight=0.0,
+            kd_weight=1.0,
+            teacher=Teacher(teacher, self.teacher_architecture),
+        )
+        self.timers = StepTimers(0)
+        self.timers.attach(self.chunks, self.optimizer, self.objective)
+        ids = torch.randint(0, self.architecture.vocab_size, (1, sequence + 1), device=device)
+        self.microbatch = {
+            "tokens": ids[:, :-1].contiguous(),
+            "labels": ids[:, 1:].contiguous(),
+            "loss_mask": torch.ones(1, sequence, device=device),
+            "position_ids": torch.arange(sequence, device=device).unsqueeze(0),
+        }
+
+    def __call__(self) -> None:
+        from minitron_mcore.training.step import train_step
+
+        batch = [dict(self.microbatch) for _ in range(self.microbatches)]
+        train_step(self.chunks, self.optimizer, self.scheduler, self.objective, self.shape, batch, self.timers.timers)
+
+    @property
+    def tokens(self) -> int:
+        return self.microbatches * self.sequence
+
+    @property
+    def flops(self) -> float:
+        """Of a step: the student's three passes and the teacher's one, heads and attention included."""
+        student = self.architecture.training_flops_per_token(self.sequence)
+        return self.tokens * (student + self.teacher_architecture.forward_flops_per_token(self.sequence))
+
+
+def shapes(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(shared fields, the teacher's widths, the student's)."""
+    return (SMALL["shared"], SMALL["teacher"], SMALL["student"]) if options.small else (LLAMA, TEACHER, STUDENT)
+
+
+def draw_weights(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02)
+
+
+def measure_step(options: argparse.Namespace, sequence: int, rate: float, device: torch.device) -> dict[str, Any]:
+    """Tokens/s, MFU, memory and time by parts; too large for the device: says so."""
+    from minitron_mcore.training.accounting import peak_memory
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        step = Step(options, sequence, device)
+        step()
+        step.timers.take()
+        seconds = median_seconds(step, options.repeats)
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True}
+    parts = {name: value / (options.repeats + 1) for name, value in step.timers.take().items()}
+    return {
+        "tokens_per_second": round(step.tokens / seconds, 1),
+        "mfu_of_measured_rate": round(step.flops / seconds / rate, 4),
+        "peak_memory_gib": round(peak_memory() / 2**30, 2),
+        "milliseconds": round(1000 * seconds, 2),
+        "parts_milliseconds": {name: round(1000 * value, 2) for name, value in parts.items()},
+    }
+
+
+def measure_loss(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The loss with all its gradients against the four products it cannot do without, and against Liger-Kernel."""
+    from minitron_mcore.distillation.logit_loss import logit_loss
+    from minitron_mcore.model.gpt import DTYPES
+
+    shared, wide, _ = shapes(options)
+    tokens, vocabulary, hidden = options.tokens, shared["vocab_size"], wide["hidden_size"]
+    dtype = DTYPES[options.precision]
+    student, teacher = (torch.randn(tokens, 1, hidden, device=device).to(dtype) for _ in range(2))
+    heads = [(0.02 * torch.randn(vocabulary, hidden, device=device)).to(dtype) for _ in range(2)]
+    student.requires_grad_()
+    weight = torch.nn.Parameter(heads[0])
+    weight.main_grad = torch.zeros(vocabulary, hidden, device=device)  # type: ignore[attr-defined]
+    labels = torch.randint(0, vocabulary, (tokens, 1), device=device)
+    mask = torch.ones(tokens, 1, device=device)
+
+    def ours() -> None:
+        output = logit_loss(
+            student,
+            weight,
+            labels,
+            mask,
+            vocab_size=vocabulary,
+            tp_group=None,
+            lm_weight=0.0,
+            kd_weight=1.0,
+            teacher_hidden_SBH=teacher,
+            teacher_weight_VH=heads[1],
+        )
+        output.loss.backward()
+        student.grad = None
+
+    rows = max(1, tokens // 8)
+
+    def products() -> None:
+        for start in range(0, tokens, rows):
+            left = student.detach()[start : start + rows, 0]
+            logits = left @ heads[0].t()
+            teacher[start : start + rows, 0] @ heads[1].t()
+            logits @ heads[0]
+            logits.t() @ left
+
+    result = {"ours": median_seconds(ours, options.repeats), "products": median_seconds(products, options.repeats)}
+    if importlib.util.find_spec("liger_kernel") and torch.cuda.is_available():
+        from liger_kernel.transformers import LigerFusedLinearJSD
+
+        fused = LigerFusedLinearJSD(jsd_beta=0.0)
+        flat = student.detach().flatten(0, 1).requires_grad_()
+
+        def liger() -> None:
+            fused(flat, weight, teacher.flatten(0, 1), heads[1], labels.flatten()).backward()
+            flat.grad = weight.grad = None
+
+        result["liger"] = median_seconds(liger, options.repeats)
+    return {
+        "milliseconds": {name: round(1000 * value, 3) for name, value in result.items()},
+        "share_of_the_products_rate": round(result["products"] / result["ours"], 4),
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, help="num_layers of both (32; 2 with --small)")
+    parser.add_argument("--sequences", type=int, nargs="+", help="tokens of a sample (4096 8192; 64 with --small)")
+    parser.add_argument("--tokens", type=int, help="tokens of the loss alone (8192; 256 with --small)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, for a machine without a GPU")
+    options = parser.parse_args()
+    options.layers = options.layers or (2 if options.small else 32)
+    options.sequences = options.sequences or ([64] if options.small else [4096, 8192])
+    options.tokens = options.tokens or (256 if options.small else 8192)
+    return options
+
+
+def main() -> None:
+    from minitron_mcore.model.gpt import DTYPES
+    from minitron_mcore.runtime.config import ParallelConfig
+    from minitron_mcore.runtime.parallel import use_layout
+    from minitron_mcore.runtime.start import seed_everything, start
+
+    options = parse()
+    runtime = start()
+    use_layout(ParallelConfig(), runtime.world_size)
+    seed_everything(1)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    rate = matrix_rate(256 if options.small else 8192, DTYPES[options.precision], runtime.device, options.repeats)
+    print(f"{name}: {rate / 1e12:.3f} TFLOP/s in {options.precision} products")
+    loss = measure_loss(options, runtime.device)
+    print(f"loss: {loss['share_of_the_products_rate']:.1%} of its products' rate (aim: 85%), {loss['milliseconds']} ms")
+    steps = {}
+    for sequence in options.sequences:
+        steps[sequence] = measure_step(options, sequence, rate, runtime.device)
+        print(f"step at sequence {sequence}: {steps[sequence]} (aim: MFU of 50%)", flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    facts = {"device": name, "matrix_tflops": round(rate / 1e12, 3), "loss": loss, "steps": steps}
+    print(json.dumps({"benchmark": "kd_gpu", **vars(options), **facts}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""A teacher that was asked before: its targets read from a cache in place of a forward pass.
+
+Legend: S sequence (this rank's part of it under context parallelism), b micro-batch, K ids a token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.distillation.cache_file import CacheReader, Targets, token_checksum
+from minitron_mcore.distillation.config import DistillConfig
+from minitron_mcore.distillation.sparse_target import SparseTarget
+from minitron_mcore.errors import InputError
+from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.runtime.context import context_part
+
+PREFIX = "cache:"
+PROBES = 8  # samples whose tokens are compared before the first step; each one is, once it is read
+# Of sampled targets, others would be biased.
+DIVERGENCES = {"sampled": ("forward_kl",), "top_k": ("forward_kl", "reverse_kl", "jensen_shannon")}
+READERS = 4  # threads that decode: zlib and NumPy leave Python's lock to each other
+
+
+def cache_folder(teacher: str | None) -> Path | None:
+    """The folder that distill.teacher=cache:DIR names; None for a teacher in memory. Raises InputError."""
+    if teacher is None:
+        return None
+    if not teacher.startswith(PREFIX) or teacher == PREFIX:
+        raise InputError(
+            f"distill.teacher={teacher!r} must be cache:DIR, where DIR was written by `cache`, or null for the model "
+            "teacher.checkpoint"
+        )
+    return Path(teacher.removeprefix(PREFIX))
+
+
+class CachedTeacher:
+    """The targets of a cache, in the place of a teacher; without head, hidden states and validation samples."""
+
+    def __init__(self, folder: Path, temperature: float) -> None:
+        """temperature: of the loss. Every rank calls. Raises InputError where `folder` holds no cache."""
+        self.reader = CacheReader(folder)
+        settings = self.reader.settings
+        self.architecture: Architecture = build_architecture(settings["teacher"]["architecture"])
+        self.is_drawn = settings["method"] == "sampled"
+        self.is_whole = settings["method"] == "top_k" and settings["top_k"] == settings["vocab_size"]
+        # A whole distribution of one temperature is that of any other: the exponent of all its probabilities.
+        self.exponent = settings["temperature"] / temperature
+        self._threads = ThreadPoolExecutor(READERS)
+        self._ahead: dict[int, Future[Targets]] = {}
+        self._last_first: int | None = None
+
+    def run_ahead(self, batch: list[Microbatch]) -> None:
+        """Put `teacher_target` into every microbatch, on the student's last stage; every rank of the world calls.
+
+        Found by `samples` [b]. Raises InputError, on every rank if on one, where targets are missing, damaged, or of
+        other tokens.
+        """
+        told = None
+        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            try:
+                self._read(batch)
+            except InputError as error:
+                told = str(error)
+        raise_everywhere(told)
+
+    def _read(self, batch: list[Microbatch]) -> None:
+        numbers = [microbatch["samples"].tolist() for microbatch in batch]
+        rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+        found = self._load(list(itertools.chain(*numbers)))
+        for microbatch, samples in zip(batch, numbers, strict=True):
+            if size == 1:
+                self._check_tokens(samples, microbatch["tokens"])
+            target = self.stack([future.result() for future in itertools.islice(found, len(samples))])
+            device = microbatch["tokens"].device
+            ids, log_probs = (
+                context_part(whole, 0, rank, size).contiguous().to(device, non_blocking=True)
+                for whole in (target.ids, target.log_probs)
+            )
+            microbatch["teacher_target"] = SparseTarget(ids, log_probs, target.tail)
+
+    def _load(self, samples: list[int]) -> Iterator[Future[Targets]]:
+        """The targets of `samples`, in their order; and, while the student trains on these, what it will want next: as
+        many samples, as far from these as these are from those before."""
+        found = [
+            self._ahead.pop(sample) if sample in self._ahead else self._threads.submit(self._decode, sample)
+            for sample in samples
+        ]
+        for future in self._ahead.values():
+            future.cancel()
+        distance = samples[0] - self._last_first if self._last_first is not None else 0
+        self._last_first = samples[0]
+        coming = [
+            sample + distance for sample in samples if 0 <= sample + distance < self.reader.settings["num_samples"]
+        ]
+        self._ahead = {sample: self._threads.submit(self._decode, sample) for sample in coming if distance}
+        return iter(found)
+
+    def _decode(self, sample: int) -> Targets:
+        targets = self.reader.read(sample)
+        return Targets(targets.num_ids, targets.ids, None, log_weights(targets))
+
+    def _check_tokens(self, samples: list[int], tokens_bS: Tensor) -> None:
+        for sample, tokens_S in zip(samples, tokens_bS.cpu().numpy(), strict=True):
+            if token_checksum(tokens_S) != self.reader.tokens_of(sample):
+                raise InputError(
+                    f"distill.teacher={PREFIX}{self.reader.folder} was made from other data: its sample {sample} has "
+                    "other tokens; give the data, seed and number of samples it was made with, or make it anew"
+                )
+
+    def check_dataset(self, dataset: Any, needed: int) -> None:
+        """Raise InputError where samples among the first `needed` of `dataset` have other tokens. Any rank calls."""
+        for sample in sorted({round(i * (needed - 1) / max(PROBES - 1, 1)) for i in range(PROBES)}):
+            tokens = torch.as_tensor(dataset[sample]["tokens"]).unsqueeze(0)
+            self._check_tokens([sample], tokens)
+
+    def stack(self, samples: Sequence[Targets]) -> SparseTarget:
+        """The targets of b samples side by side, [S, b, K], on the host; K: the most ids of a token."""
+        settings = self.reader.settings
+        most = max(int(targets.num_ids.max()) for targets in samples)
+        shape = (len(samples), len(samples[0].num_ids), max(most, 1))
+        ids = numpy.full(shape, -1, dtype=numpy.int64)
+        log_probs = numpy.zeros(shape, dtype=numpy.float32)
+        for row, targets in enumerate(samples):
+            used = numpy.arange(shape[2]) < targets.num_ids[:, None]
+            ids[row][used] = targets.ids
+            log_probs[row][used] = log_weights(targets)
+        target_ids, target_log_probs = (torch.from_numpy(whole).transpose(0, 1) for whole in (ids, log_probs))
+        if self.is_whole and (self.exponent != 1.0 or settings["dtype"] != "fp32"):
+            target_log_probs = torch.log_softmax(target_log_probs * self.exponent, dim=-1)
+        return SparseTarget(target_ids, target_log_probs, tail=settings["method"] == "top_k")
+
+
+def log_weights(targets: Targets) -> numpy.ndarray:
+    """Of each id, fp32 [E]: the log-probability that was stored, or log(n_v / n) + log p/q of what was drawn."""
+    if targets.counts is None:
+        assert targets.values is not None
+        return targets.values
+    token_E = numpy.repeat(numpy.arange(len(targets.num_ids)), targets.num_ids)
+    drawn = numpy.bincount(token_E, weights=targets.counts, minlength=len(targets.num_ids))
+    logs = numpy.log(targets.counts / drawn[token_E])
+    return (logs if targets.values is None else logs + targets.values).astype(numpy.float32)
+
+
+def raise_everywhere(told: str | None) -> None:
+    """Raise InputError on every rank if one of them has something to tell: `told`. Every rank of the world calls."""
+    is_bad = torch.tensor([told is not None], dtype=torch.int32, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(is_bad)
+    if not is_bad:
+        return
+    answers: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(answers, told)
+    raise InputError(next(answer for answer in answers if answer is not None))
+
+
+def check_cached(teacher: CachedTeacher, distill: DistillConfig) -> None:
+    """Raise InputError where the losses of `distill` cannot be had from the cache."""
+    settings, key = teacher.reader.settings, f"distill.teacher={distill.teacher}"
+    if distill.temperature != settings["temperature"] and not teacher.is_whole:
+        raise InputError(
+            f"{key} holds targets of temperature {settings['temperature']}, and distill.temperature is "
+            f"{distill.temperature}: make them equal, or cache with cache.temperature={distill.temperature}"
+        )
+    allowed = DIVERGENCES[settings["method"]]
+    if distill.logit_loss not in allowed:
+        raise InputError(
+            f"distill.logit_loss={distill.logit_loss} needs more of the teacher than {key} holds, which serves "
+            f"{' and '.join(allowed)}: choose of these, or leave distill.teacher out"
+        )
+    if distill.top_k:
+        raise InputError(
+            f"distill.top_k={distill.top_k} is of a teacher in memory: what {key} holds was chosen when it was made; "
+            "set distill.top_k=0"
+        )
+    if distill.correct_teacher:
+        raise InputError(
+            f"distill.correct_teacher=true trains the teacher, and {key} holds none: leave one of the two out"
+        )

@@ -1,0 +1,285 @@
+"""What `cache` writes: a teacher's targets for the samples of a data set, compressed, in shards.
+
+DIR/cache.json             how the targets were made, written first; whatever differs here is another cache
+DIR/targets-000000.bin     the targets of samples 0 .. shard_samples - 1, and so on; a shard is there whole or not
+
+A shard: MAGIC; the header's length and checksum, 8 bytes each, little-endian; the header, JSON; a block a sample:
+
+    {"settings": digest of cache.json's settings, "first": number of the first sample,
+     "blocks": [[length, checksum, checksum of the sample's tokens], …]}
+
+A block holds, for the s tokens of a sample, in zlib streams: how many ids each token has; the ids, ascending, each as
+its distance from the one before; how often each was drawn (`sampled`); values (`top_k`: log-probabilities; `sampled`
+with a proposal of its own: log p/q). Numbers are split into bytes, lowest bytes first: those of a kind compress well.
+
+Legend: s tokens of a sample, E ids of all its tokens together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import threading
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import xxhash
+
+from minitron_mcore.errors import InputError
+from minitron_mcore.files import write_whole
+
+DESCRIPTION = "cache.json"
+FORMAT = 1
+MAGIC = b"MINITGT\x01"
+VALUE_TYPES = {"fp16": "<f2", "fp32": "<f4"}
+_PREFIX = struct.Struct("<8sQQ")
+_LENGTH = struct.Struct("<I")
+_OPEN_HEADERS = 16
+
+
+@dataclass(frozen=True)
+class Targets:
+    """One sample's targets: of each of its s tokens some ids, ascending."""
+
+    num_ids: numpy.ndarray  # int64 [s]: ids of each token
+    ids: numpy.ndarray  # int64 [E]
+    counts: numpy.ndarray | None  # int64 [E], at least 1: how often each was drawn
+    values: numpy.ndarray | None  # fp32 [E]
+
+
+def token_checksum(tokens: numpy.ndarray) -> str:
+    """Of a sample's token ids [s], int64."""
+    return xxhash.xxh3_64_hexdigest(numpy.ascontiguousarray(tokens, dtype="<i8").data)
+
+
+def settings_digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def encode_targets(targets: Targets, vocab_size: int, dtype: str) -> bytes:
+    """A block; `dtype`, of VALUE_TYPES, is what values are rounded to."""
+    deltas = numpy.diff(targets.ids, prepend=0)
+    starts = (numpy.cumsum(targets.num_ids) - targets.num_ids)[targets.num_ids > 0]
+    deltas[starts] = targets.ids[starts]
+    planes = [*_planes(targets.num_ids, 4), *_planes(deltas, _id_bytes(vocab_size))]
+    if targets.counts is not None:
+        planes += _planes(targets.counts - 1, 2)
+    if targets.values is not None:
+        rounded = targets.values.astype(VALUE_TYPES[dtype])
+        planes += list(rounded.view(numpy.uint8).reshape(-1, rounded.itemsize).T)
+    streams = [_compress(plane.tobytes()) for plane in planes]
+    return b"".join([_LENGTH.pack(len(targets.num_ids)), *(_LENGTH.pack(len(s)) + s for s in streams)])
+
+
+def decode_targets(block: bytes, vocab_size: int, dtype: str, *, has_counts: bool, has_values: bool) -> Targets:
+    """What `encode_targets` was given. Raises ValueError, struct.error or zlib.error where it is no such block."""
+    (tokens,) = _LENGTH.unpack_from(block)
+    place = _LENGTH.size
+
+    def numbers(width: int) -> numpy.ndarray:
+        nonlocal place
+        result = numpy.zeros(0, dtype=numpy.int64)
+        for byte in range(width):
+            (length,) = _LENGTH.unpack_from(block, place)
+            place += _LENGTH.size
+            plane = numpy.frombuffer(zlib.decompress(block[place : place + length]), numpy.uint8)
+            place += length
+            if not byte:
+                result = plane.astype(numpy.int64)
+            elif plane.any():
+                result |= numpy.left_shift(plane, 8 * byte, dtype=numpy.int64)
+        return result
+
+    num_ids = numbers(4)
+    if len(num_ids) != tokens:
+        raise ValueError(f"{len(num_ids)} tokens where {tokens} are announced")
+    deltas = numbers(_id_bytes(vocab_size))
+    # A running sum over all tokens, less what it had reached where the token begins.
+    reached = numpy.cumsum(deltas)
+    starts = numpy.cumsum(num_ids) - num_ids
+    before = numpy.concatenate([[0], reached])[starts]
+    ids = reached - numpy.repeat(before, num_ids)
+    counts = numbers(2) + 1 if has_counts else None
+    values = None
+    if has_values:
+        kind = numpy.dtype(VALUE_TYPES[dtype])
+        whole = numbers(kind.itemsize).astype(f"<u{kind.itemsize}")
+        values = whole.view(kind).astype(numpy.float32)
+    return Targets(num_ids, ids, counts, values)
+
+
+def _compress(content: bytes) -> bytes:
+    """By how often each byte occurs, and runs of one byte: nothing else repeats in random draws, and to look for it
+    makes the file up to a fifth longer."""
+    stream = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+    return stream.compress(content) + stream.flush()
+
+
+def _id_bytes(vocab_size: int) -> int:
+    """The fewest bytes that hold every id."""
+    return max(1, ((vocab_size - 1).bit_length() + 7) // 8)
+
+
+def _planes(values: numpy.ndarray, width: int) -> list[numpy.ndarray]:
+    """The `width` lowest bytes of whole numbers [E], byte by byte."""
+    return list(values.astype("<i8").view(numpy.uint8).reshape(-1, 8)[:, :width].T)
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"targets-{shard:06d}.bin"
+
+
+def write_shard(path: Path, digest: str, first: int, blocks: list[tuple[bytes, str]]) -> int:
+    """Write the blocks of samples `first`, `first` + 1, …, each with the checksum of its tokens; returns the bytes.
+
+    Whole or not at all. One process calls. Raises OSError.
+    """
+    rows = [[len(block), xxhash.xxh3_64_hexdigest(block), tokens] for block, tokens in blocks]
+    header = json.dumps({"settings": digest, "first": first, "blocks": rows}, separators=(",", ":")).encode()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(_PREFIX.pack(MAGIC, len(header), xxhash.xxh3_64_intdigest(header)) + header)
+            for block, _ in blocks:
+                stream.write(block)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    return path.stat().st_size
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """One process calls."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / DESCRIPTION, json.dumps({"format": FORMAT, "settings": settings}, indent=1) + "\n")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """How a cache was made. Raises InputError where `folder` holds none that is read here."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise InputError(f"{folder} holds no teacher's targets: {DESCRIPTION} is missing; write them with `cache`")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found, settings = content["format"], dict(content["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: it does not say how the targets were made") from error
+    if found != FORMAT:
+        raise InputError(f"{path} is of format {found!r}: read here is format {FORMAT}")
+    return settings
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where the targets of a sample lie in their shard."""
+
+    offset: int
+    length: int
+    checksum: str
+    tokens: str  # checksum of the sample's tokens
+
+
+class CacheReader:
+    """The targets of a cache by sample number. Only the blocks that are asked for are read; safe in several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises InputError where `folder` holds no cache."""
+        self.folder = folder
+        self.settings = read_settings(folder)
+        self._digest = settings_digest(self.settings)
+        self._headers: OrderedDict[int, list[_Block]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def missing_shards(self, num_samples: int) -> list[int]:
+        """Which shards are not there of those that hold the first `num_samples` samples.
+
+        Raises InputError where one is there and is not whole, or is of another cache.
+        """
+        size = self.settings["shard_samples"]
+        missing = []
+        for shard in range(-(-num_samples // size)):
+            path = shard_file(self.folder, shard)
+            if not path.is_file():
+                missing.append(shard)
+                continue
+            last = self._blocks(shard)[-1]
+            if path.stat().st_size != last.offset + last.length:
+                raise self._damage(path, "its length is not what its header says")
+        return missing
+
+    def tokens_of(self, sample: int) -> str:
+        """Checksum of the sample's tokens, as the teacher saw them. Raises InputError."""
+        return self._block(sample).tokens
+
+    def read(self, sample: int) -> Targets:
+        """The targets of one sample. Raises InputError where they are not there, or have changed since."""
+        place = self._block(sample)
+        path = shard_file(self.folder, sample // self.settings["shard_samples"])
+        try:
+            with path.open("rb") as stream:
+                stream.seek(place.offset)
+                block = stream.read(place.length)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
+        if xxhash.xxh3_64_hexdigest(block) != place.checksum:
+            raise self._damage(path, f"the checksum of sample {sample} is another")
+        kind = self.settings
+        sampled = kind["method"] == "sampled"
+        return decode_targets(
+            block,
+            kind["vocab_size"],
+            kind["dtype"],
+            has_counts=sampled,
+            has_values=not sampled or kind["proposal_temperature"] != 1.0,
+        )
+
+    def _block(self, sample: int) -> _Block:
+        shard, place = divmod(sample, self.settings["shard_samples"])
+        blocks = self._blocks(shard) if 0 <= sample < self.settings["num_samples"] else []
+        if place >= len(blocks):
+            count = self.settings["num_samples"]
+            raise InputError(f"{self.folder} has no targets of sample {sample}: it holds the first {count:,}")
+        return blocks[place]
+
+    def _blocks(self, shard: int) -> list[_Block]:
+        with self._lock:
+            if shard not in self._headers:
+                self._headers[shard] = self._read_header(shard)
+                while len(self._headers) > _OPEN_HEADERS:
+                    self._headers.popitem(last=False)
+            return self._headers[shard]
+
+    def _read_header(self, shard: int) -> list[_Block]:
+        path = shard_file(self.folder, shard)
+        try:
+            with path.open("rb") as stream:
+                prefix = stream.read(_PREFIX.size)
+                magic, length, checksum = _PREFIX.unpack(prefix) if len(prefix) == _PREFIX.size else (b"", 0, 0)
+                is_whole = magic == MAGIC and length <= path.stat().st_size
+                text = stream.read(length) if is_whole else b""
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error}; run `cache` again to write what is missing") from error
+        if xxhash.xxh3_64_intdigest(text) != checksum or not text:
+            raise self._damage(path, "its header has changed, or is none")
+        header = json.loads(text)
+        if header["settings"] != self._digest or header["first"] != shard * self.settings["shard_samples"]:
+            raise InputError(
+                f"{path} belongs to another cache than the {DESCRIPTION} beside it: delete it, `cache` again"
+            )
+        blocks, offset = [], len(prefix) + length
+        for size, sum_of_block, tokens in header["blocks"]:
+            blocks.append(_Block(offset, size, sum_of_block, tokens))
+            offset += size
+        return blocks
+
+    def _damage(self, path: Path, what: str) -> InputError:
+        return InputError(f"{path} is damaged: {what}; delete it and run `cache` again, which writes what is missing")

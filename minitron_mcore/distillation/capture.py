@@ -1,0 +1,89 @@
+"""The teacher's inner states, kept while it runs ahead (state_map.py tells which, and where they are read)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from minitron_mcore.distillation.state_map import WIDE_SITES
+from minitron_mcore.model.gpt import LanguageModel, unwrap
+from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.model.sites import fused_norm, layers_of, norm_sites
+
+# The state, and the tensor of the forward pass that it is read from -> what goes on in that tensor's place, or None.
+Visit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+
+def watch(chunk: LanguageModel, site: str, layer: int, visit: Visit) -> list[RemovableHandle]:
+    """Call `visit` whenever `chunk` computes the state (site, layer); no handles where another chunk has it.
+
+    States as state_map.py has them: [s, b, h], under sequence parallelism this rank's part of s; for an attention
+    relation the output of linear_qkv [s, b, G (q + 2) d / TP] for the whole sequence.
+    """
+    if site not in WIDE_SITES:
+        return [_on_output(part.self_attention.linear_qkv, visit) for index, part in layers_of(chunk) if index == layer]
+    wanted = {"embedding": 0, "mlp_input": 2 * layer + 1, "block_output": 2 * layer + 2}[site]
+    handles = []
+    for row, norm, linear in norm_sites(chunk):
+        if row == wanted:
+            fused = fused_norm(linear, chunk.config)
+            handles.append(_on_output(norm, visit) if fused is None else _on_input(linear, fused, visit))
+    return handles
+
+
+def _on_output(module: torch.nn.Module, visit: Visit) -> RemovableHandle:
+    def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
+        """`output`: a tensor, or (tensor, bias) as Megatron's linears answer."""
+        if isinstance(output, torch.Tensor):
+            return visit(output, output)
+        changed = visit(output[0], output[0])
+        return None if changed is None else (changed, *output[1:])
+
+    return module.register_forward_hook(hook)
+
+
+def _on_input(module: torch.nn.Module, values: Callable[[torch.Tensor], torch.Tensor], visit: Visit) -> RemovableHandle:
+    def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
+        changed = visit(values(args[0]), args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    return module.register_forward_pre_hook(hook)
+
+
+class Capture:
+    """Leaves the `wanted` states, (site, layer) of the model's own layers, in every microbatch that `begin` was called
+    for: `microbatch["captured"][site, layer]`, detached, on the ranks of the pipeline stage that has the state.
+
+    `chunks`: this rank's chunks of the model. `close` takes the hooks off again.
+    """
+
+    def __init__(self, chunks: list[torch.nn.Module], wanted: list[tuple[str, int]]) -> None:
+        self._microbatch: Microbatch | None = None
+        self._handles = [
+            handle
+            for chunk in chunks
+            for site, layer in dict.fromkeys(wanted)
+            for handle in watch(unwrap(chunk), site, layer, self._keep(site, layer))
+        ]
+
+    def begin(self, chunk: LanguageModel, microbatch: Microbatch) -> None:
+        """What the next forward pass of a chunk computes belongs to `microbatch`; to be given to `run_schedule` or
+        `final_hidden_states`."""
+        microbatch.setdefault("captured", {})
+        self._microbatch = microbatch
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._microbatch = [], None
+
+    def _keep(self, site: str, layer: int) -> Visit:
+        def visit(state: torch.Tensor, source: torch.Tensor) -> None:
+            # Whoever takes "captured" out of the microbatch has all of it: what else the model runs concerns nobody.
+            if self._microbatch is not None and "captured" in self._microbatch:
+                self._microbatch["captured"][site, layer] = state.detach()
+
+        return visit

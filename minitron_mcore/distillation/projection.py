@@ -1,0 +1,74 @@
+"""The learned linear map that lifts the student's states to the teacher's width (arXiv 2407.14679, section 3).
+
+One weight, shared by all states that are compared: [h_t, h_s]. Every pipeline stage holds a copy of it, in its first
+chunk, and every tensor-parallel rank too; their gradients are added up over the stages (`finalize_gradients`), so that
+all copies stay one and the same weight. It is trained and stored with the student, and no part of it: whoever reads
+the checkpoint as a model passes it by (layout.BESIDE_THE_MODEL), and so it is never exported.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from minitron_mcore.layout import BESIDE_THE_MODEL
+from minitron_mcore.model.gpt import LanguageModel, unwrap
+from minitron_mcore.model.initialize import draw_normal
+
+NAME = "state_projection"
+assert f"{NAME}.".startswith(BESIDE_THE_MODEL)
+
+
+class Projection(torch.nn.Module):
+    """h_s -> h_t of the last axis, without a bias."""
+
+    def __init__(self, config: TransformerConfig, teacher_hidden_size: int, seed: int) -> None:
+        """Normal with variance 1 / h_s, from (seed, name): states keep their scale, and every layout the values."""
+        super().__init__()
+        shape = (teacher_hidden_size, config.hidden_size)
+        weight = draw_normal(f"{NAME}.weight", shape, 1 / math.sqrt(config.hidden_size), seed)
+        self.weight = torch.nn.Parameter(weight.to(device=torch.cuda.current_device(), dtype=config.params_dtype))
+        # Under sequence parallelism a rank's gradient is that of its own tokens: Megatron adds such ones up.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        # Megatron's gradient norm counts a parameter that is marked so on no rank, and this one on the first stage.
+        self.weight.shared = parallel_state.get_pipeline_model_parallel_rank() > 0  # type: ignore[attr-defined]
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """[..., h_s] -> [..., h_t]."""
+        return torch.nn.functional.linear(state, self.weight)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """One stored tensor, of which every rank's copy is a replica."""
+        replica = (
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        )
+        key = f"{prefix}weight"
+        return {key: ShardedTensor.from_rank_offsets(key, self.weight, replica_id=replica)}
+
+
+def attach_projection(chunks: list[LanguageModel], teacher_hidden_size: int, seed: int) -> Projection:
+    """Give this rank's chunks a projection, to be trained and stored with them. Every rank calls, before `wrap_model`
+    and after the model's own weights are in place."""
+    projection = Projection(chunks[0].config, teacher_hidden_size, seed)
+    chunks[0].add_module(NAME, projection)
+    return projection
+
+
+def finalize_gradients(models: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+    """Megatron's `finalize_model_grads`, once the projection's gradients of all pipeline stages are added up; the same
+    as Megatron's where no projection is attached. Every rank calls, with chunks wrapped in Megatron's DDP."""
+    projection = getattr(unwrap(models[0]), NAME, None)
+    if projection is not None and parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        torch.distributed.all_reduce(projection.weight.main_grad, group=group)
+    finalize_model_grads(models, *args, **kwargs)

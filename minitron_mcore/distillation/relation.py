@@ -1,0 +1,114 @@
+"""Attention relations of MiniLMv2 (arXiv 2012.15828, section 3.1): how alike a token's query is to the queries of
+others, and so for keys and values; compared by KL between teacher and student.
+
+All queries of a token are put side by side and cut anew into relation heads, whose number is the same in both models
+whatever theirs are; likewise keys and values. For relation head a of width d, of queries X [s, d] say,
+
+    R = softmax(X Xᵀ / √d)       row by row, over the tokens up to the row's own
+    loss of a token i = mean over a, and over queries, keys and values, of KL(R_teacher[i] || R_student[i])
+
+The paper's models look both ways; these are causal, so a token is compared with those it attends to, and its loss does
+not hang on what comes after it. Queries and keys are taken as projected, before they are rotated or normed.
+
+Legend: s sequence, b batch, A relation heads of this tensor-parallel rank, d width of one, R rows of a sweep.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minitron_mcore.architecture import Architecture
+
+# Entries of one [b, A, R, s] buffer, of which a sweep has about six.
+_BUFFER = 1 << 24
+_ABSENT = -1e30
+
+
+def split_qkv(mixed_SBC: Tensor, architecture: Architecture) -> tuple[Tensor, Tensor, Tensor]:
+    """linear_qkv's output [s, b, g (q + 2) d], groups side by side -> queries [s, b, g q d], keys and values
+    [s, b, g d]; g query groups of this rank, q query heads in each.
+    """
+    per_group = architecture.num_attention_heads // architecture.num_query_groups
+    groups = mixed_SBC.unflatten(-1, (-1, per_group + 2, architecture.kv_channels))
+    parts = groups[..., :per_group, :], groups[..., per_group, :], groups[..., per_group + 1, :]
+    return parts[0].flatten(2), parts[1].flatten(2), parts[2].flatten(2)
+
+
+def relation_loss(
+    student_SBC: Tensor,
+    teacher_SBC: Tensor,
+    mask_SB: Tensor,
+    *,
+    models: tuple[Architecture, Architecture],
+    heads: int,
+    local_heads: int,
+) -> Tensor:
+    """This tensor-parallel rank's share of the loss, fp32: its tokens' losses, times `mask_SB`, added up.
+
+    student_SBC, teacher_SBC: outputs of linear_qkv for the whole sequence, this rank's contiguous part of the channels;
+    `models`: student and teacher; `heads` relation heads in all, `local_heads` of them on this rank. The shares of
+    all ranks add up to the loss; the gradient, of the student alone, is that of the rank's own channels.
+    """
+    mask_BS = mask_SB.transpose(0, 1).float()
+    total = student_SBC.new_zeros((), dtype=torch.float32)
+    sides = [split_qkv(part, model) for part, model in zip((student_SBC, teacher_SBC), models, strict=True)]
+    for student, teacher in zip(*sides, strict=True):
+        total = total + _RelationKL.apply(_cut(student, local_heads), _cut(teacher, local_heads), mask_BS)
+    return total / (3 * heads)
+
+
+def _cut(part_SBC: Tensor, heads: int) -> Tensor:
+    """[s, b, A d] -> [b, A, s, d]"""
+    return part_SBC.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+
+
+class _RelationKL(torch.autograd.Function):
+    """Sum over b, A and s of the rows' KL, each times its token's mask; the gradient in the same sweep over rows."""
+
+    @staticmethod
+    def forward(ctx: Any, student_BASD: Tensor, teacher_BASD: Tensor, mask_BS: Tensor) -> Tensor:
+        loss, gradient = _sweep(student_BASD.float(), teacher_BASD.float(), mask_BS, ctx.needs_input_grad[0])
+        if gradient is not None:
+            ctx.save_for_backward(gradient.to(student_BASD.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_BASD,) = ctx.saved_tensors
+        return (gradient_BASD * grad_loss).to(gradient_BASD.dtype), None, None
+
+
+def _sweep(
+    student_BASD: Tensor, teacher_BASD: Tensor, mask_BS: Tensor, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    batch, heads, length, width = student_BASD.shape
+    student_BASD, teacher_BASD = student_BASD.contiguous(), teacher_BASD.contiguous()
+    scale, teacher_scale = 1 / math.sqrt(width), 1 / math.sqrt(teacher_BASD.shape[-1])
+    gradient = torch.zeros_like(student_BASD) if needs_gradient else None
+    loss = mask_BS.new_zeros(())
+    rows = max(1, min(length, _BUFFER // (batch * heads * length)))
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        here, past = slice(start, stop), slice(0, stop)
+        row_numbers = torch.arange(start, stop, device=mask_BS.device)
+        later_RS = torch.arange(stop, device=mask_BS.device) > row_numbers.unsqueeze(1)
+        relations = []
+        for states, factor in ((student_BASD, scale), (teacher_BASD, teacher_scale)):
+            scores_BARS = (states[:, :, here] @ states[:, :, past].transpose(2, 3)).mul_(factor)
+            relations.append(torch.log_softmax(scores_BARS.masked_fill_(later_RS, _ABSENT), dim=-1))
+        student_BARS, teacher_BARS = relations
+        target_BARS = teacher_BARS.exp()
+        kl_BAR = (target_BARS * teacher_BARS.sub_(student_BARS)).sum(-1)
+        mask_BAR = mask_BS[:, None, here]
+        loss = loss + (kl_BAR * mask_BAR).sum()
+        if gradient is not None:
+            change_BARS = student_BARS.exp_().sub_(target_BARS).mul_(mask_BAR.unsqueeze(-1) * scale)
+            gradient[:, :, here] += change_BARS @ student_BASD[:, :, past]
+            gradient[:, :, past] += change_BARS.transpose(2, 3) @ student_BASD[:, :, here]
+    return loss, gradient

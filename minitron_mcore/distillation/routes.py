@@ -1,0 +1,215 @@
+"""Which rank runs which microbatch of the teacher, and what then has to travel where. Pure: numbers, no process group.
+
+Teacher and student lie on the same ranks, each in its own layout, in Megatron's rank order: tensor fastest, then
+context, data, pipeline.
+
+    student TP2 x DP2    ranks  0 1 | 2 3      each data-parallel replica reads its own microbatches
+    teacher TP1 x DP4           0|1 | 2|3      rank 0 runs half of what ranks 0 and 1 hold
+
+A window holds M microbatches of each student replica; microbatch k of replica r has the number k * DP + r, its place in
+the global batch. A tensor of a microbatch is cut along one axis into `units` equal parts, the coarsest that serve both
+sides' shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import lcm
+from typing import NamedTuple
+
+from minitron_mcore.layout import split_layers
+from minitron_mcore.runtime.config import ParallelConfig
+
+
+class Place(NamedTuple):
+    """A rank's coordinates in a layout."""
+
+    tensor: int
+    context: int
+    data: int
+    pipeline: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A layout over a number of ranks. `sequence`: tensor-parallel ranks hold parts of the sequence between layers."""
+
+    tensor: int
+    context: int
+    data: int
+    pipeline: int
+    virtual_pipeline: int | None = None
+    sequence: bool = False
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, world_size: int) -> Grid:
+        data = world_size // (parallel.tensor * parallel.context * parallel.pipeline)
+        sizes = (parallel.tensor, parallel.context, data, parallel.pipeline)
+        return cls(*sizes, parallel.virtual_pipeline, parallel.sequence)
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.context * self.data * self.pipeline
+
+    def place(self, rank: int) -> Place:
+        rank, tensor = divmod(rank, self.tensor)
+        rank, context = divmod(rank, self.context)
+        pipeline, data = divmod(rank, self.data)
+        return Place(tensor, context, data, pipeline)
+
+    def rank(self, tensor: int, context: int, data: int, pipeline: int) -> int:
+        return ((pipeline * self.data + data) * self.context + context) * self.tensor + tensor
+
+    def ranks(
+        self,
+        *,
+        tensor: int | None = None,
+        context: int | None = None,
+        data: int | None = None,
+        pipeline: int | None = None,
+    ) -> list[int]:
+        """Ranks, in order, whose coordinates are the given ones."""
+
+        def span(given: int | None, size: int) -> Sequence[int]:
+            return range(size) if given is None else (given,)
+
+        return [
+            self.rank(t, c, d, p)
+            for p in span(pipeline, self.pipeline)
+            for d in span(data, self.data)
+            for c in span(context, self.context)
+            for t in span(tensor, self.tensor)
+        ]
+
+    def stage_of(self, layer: int, num_layers: int) -> int:
+        """The pipeline stage that has a layer of a model of `num_layers`."""
+        stages = split_layers(num_layers, self.pipeline, self.virtual_pipeline)
+        return next(stage for stage, chunks in enumerate(stages) if any(layer in chunk for chunk in chunks))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What each teacher replica runs: `by_replica[r]`, numbers of microbatches, equally many for every replica.
+
+    The first `counted[r]` of them are wanted; the rest repeat one, so that all replicas run equally many (placements
+    gather layers over the replicas) and an interleaved schedule gets a multiple of its stages.
+    """
+
+    by_replica: tuple[tuple[int, ...], ...]
+    counted: tuple[int, ...]
+
+    def homes(self) -> dict[int, int]:
+        """Microbatch -> the teacher replica that runs it."""
+        return {
+            number: replica
+            for replica, (numbers, count) in enumerate(zip(self.by_replica, self.counted, strict=True))
+            for number in numbers[:count]
+        }
+
+
+@lru_cache(maxsize=64)
+def assign(student: Grid, teacher: Grid, microbatches: int) -> Runs:
+    """Share out a window of `microbatches` a student replica.
+
+    Student replica after student replica, so that a microbatch is mostly run by ranks that hold its tokens already:
+    with equal layouts each replica runs its own, in order.
+    """
+    numbers = [k * student.data + r for r in range(student.data) for k in range(microbatches)]
+    share = -(-len(numbers) // teacher.data)
+    length = share
+    if teacher.virtual_pipeline is not None:
+        length = -(-share // teacher.pipeline) * teacher.pipeline
+    by_replica, counted = [], []
+    for replica in range(teacher.data):
+        mine = numbers[replica * share : (replica + 1) * share]
+        counted.append(len(mine))
+        by_replica.append(tuple(mine + [mine[-1] if mine else numbers[-1]] * (length - len(mine))))
+    return Runs(tuple(by_replica), tuple(counted))
+
+
+class Move(NamedTuple):
+    """Part [start, stop) of a microbatch's tensor, in units of its cut axis, from one rank to another (or the same).
+
+    `held`, `wanted`: where the parts begin that the source holds and the destination is to hold.
+    """
+
+    source: int
+    destination: int
+    microbatch: int
+    start: int
+    stop: int
+    held: int
+    wanted: int
+
+    @property
+    def is_local(self) -> bool:
+        return self.source == self.destination
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Everything that travels, in one order for all ranks. `units`: into how many parts the axis is cut."""
+
+    units: int
+    moves: tuple[Move, ...]
+
+    def of_rank(self, rank: int) -> tuple[Move, ...]:
+        return tuple(move for move in self.moves if rank in (move.source, move.destination))
+
+
+@lru_cache(maxsize=64)
+def token_moves(student: Grid, teacher: Grid, microbatches: int) -> Moves:
+    """Token ids to every rank of the teacher's first stage, for what its replica runs, from any rank that has them."""
+    moves = []
+    for replica, numbers in enumerate(assign(student, teacher, microbatches).by_replica):
+        for destination in teacher.ranks(data=replica, pipeline=0):
+            tensor, context, _, _ = teacher.place(destination)
+            for number in dict.fromkeys(numbers):
+                holders = student.ranks(context=context, data=number % student.data)
+                source = _source(holders, destination, tensor + number)
+                moves.append(Move(source, destination, number, 0, 1, 0, 0))
+    return Moves(1, tuple(moves))
+
+
+@lru_cache(maxsize=64)
+def state_moves(
+    student: Grid,
+    teacher: Grid,
+    microbatches: int,
+    teacher_stage: int,
+    student_stage: int,
+    teacher_split: bool,
+    student_split: bool,
+) -> Moves:
+    """A tensor of every microbatch from the teacher's stage that makes it to all ranks of a student's stage.
+
+    `teacher_split`, `student_split`: whether a tensor-parallel rank holds (is to hold) its own contiguous part of the
+    cut axis, or all of it.
+    """
+    has, wants = (teacher.tensor if teacher_split else 1), (student.tensor if student_split else 1)
+    units = lcm(has, wants)
+    homes = assign(student, teacher, microbatches).homes()
+    moves = []
+    for destination in student.ranks(pipeline=student_stage):
+        tensor, context, data, _ = student.place(destination)
+        wanted = units // wants * (tensor if student_split else 0)
+        end = wanted + units // wants
+        for number in range(data, microbatches * student.data, student.data):
+            holders = teacher.ranks(context=context, data=homes[number], pipeline=teacher_stage)
+            if not teacher_split:
+                source = _source(holders, destination, tensor + number)
+                moves.append(Move(source, destination, number, wanted, end, 0, wanted))
+                continue
+            for part, source in enumerate(holders):
+                held = units // has * part
+                start, stop = max(held, wanted), min(held + units // has, end)
+                if start < stop:
+                    moves.append(Move(source, destination, number, start, stop, held, wanted))
+    return Moves(units, tuple(moves))
+
+
+def _source(holders: list[int], destination: int, turn: int) -> int:
+    """Itself where it can; else the holders take turns."""
+    return destination if destination in holders else holders[turn % len(holders)]

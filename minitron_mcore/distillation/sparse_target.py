@@ -1,0 +1,30 @@
+"""A teacher's distribution by few of its outcomes, as the logit loss takes it from a cache of teacher targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseTarget:
+    """K outcomes of the teacher for each of S x B tokens (S sequence, B batch), at the loss's temperature.
+
+    ids [S, B, K] int64: global token ids, distinct within a token; -1 marks an unused slot.
+    log_probs [S, B, K] fp32: natural logarithm of each outcome's probability (of any value in an unused slot).
+    tail: True: the other ids are one more outcome, of probability 1 - sum(exp(log_probs)); student and teacher are
+        compared over these K + 1 outcomes. False: exp(log_probs) are the target's weights as they are (their sum is
+        about 1, as unbiased sampling of the teacher gives), and every other id has weight 0.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: bool
+
+    def __post_init__(self) -> None:
+        if self.ids.dim() != 3 or self.ids.shape != self.log_probs.shape:
+            raise ValueError(
+                f"a sparse target has ids of {tuple(self.ids.shape)} and log_probs of {tuple(self.log_probs.shape)}: "
+                "both must be [sequence, batch, K]"
+            )

@@ -1,0 +1,231 @@
+"""Losses between inner states of teacher and student, on whatever pipeline stage the student has the state.
+
+A state's loss joins the student's backward pass where the state arises: the activation that it is read from goes on
+through `_Attach`, which passes the activation's gradient on and starts the loss's own with its weight. So Megatron's
+schedule stays as it is, and no loss travels between stages.
+
+For a token with student state x, lifted by the projection where the widths differ, and teacher state y, of h channels:
+
+    mse                  |x - y|² / h
+    cosine               1 - x·y / (|x| |y|)
+    attention relation   see relation.py, whatever `loss` is
+
+summed over the pairs of a site. What is trained on is the mean over all counted tokens: sums here, divided by Megatron
+at the end of the batch, like every other loss.
+
+Legend: s sequence (its tensor-parallel part under sequence parallelism), b batch, h channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.distillation.capture import Visit, watch
+from minitron_mcore.distillation.config import HiddenStatesConfig
+from minitron_mcore.distillation.projection import Projection, attach_projection
+from minitron_mcore.distillation.relation import relation_loss
+from minitron_mcore.distillation.state_map import WIDE_SITES, Pair, check_hidden_states, relation_heads
+from minitron_mcore.model.gpt import LanguageModel
+from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.runtime.config import ParallelConfig
+
+# (student's state, teacher's) -> each token's loss [s, b] and its gradient in the student's state, fp32.
+TokenLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Site -> the metric's name.
+METRICS = {
+    "embedding": "embedding loss",
+    "block_output": "block output loss",
+    "mlp_input": "mlp input loss",
+    "attention_relation": "attention relation loss",
+}
+ALPHA = "hidden states alpha"
+# States whose loss is no more are the same but for rounding: to weigh that up would train on noise.
+ROUNDING = 1e-9
+_LEAST_NORM = 1e-20
+
+
+def token_mse(state_SBH: Tensor, target_SBH: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over channels of the squared difference, [s, b], and its gradient in the state, [s, b, h]; fp32."""
+    change_SBH = state_SBH.float() - target_SBH.float()
+    loss_SB = change_SBH.square().mean(-1)
+    return loss_SB, change_SBH.mul_(2 / change_SBH.shape[-1])
+
+
+def token_cosine(state_SBH: Tensor, target_SBH: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - cosine, [s, b], and its gradient in the state, [s, b, h]; fp32.
+
+    As half the squared distance of the unit vectors, which keeps its digits near 0.
+    """
+    state_SBH, target_SBH = state_SBH.float(), target_SBH.float()
+    norm_SB1 = torch.linalg.vector_norm(state_SBH, dim=-1, keepdim=True).clamp_min(_LEAST_NORM)
+    unit_SBH = state_SBH / norm_SB1
+    change_SBH = unit_SBH - torch.nn.functional.normalize(target_SBH, dim=-1, eps=_LEAST_NORM)
+    loss_SB = 0.5 * change_SBH.square().sum(-1)
+    along_SB1 = (unit_SBH * change_SBH).sum(-1, keepdim=True)
+    return loss_SB, change_SBH.addcmul_(unit_SBH, along_SB1, value=-1).div_(norm_SB1)
+
+
+TOKEN_LOSSES = {"mse": token_mse, "cosine": token_cosine}
+
+
+class _MaskedSum(torch.autograd.Function):
+    """The tokens' losses, each times its mask, added up: fp32. Kept for backward is the gradient alone, in the state's
+    type, where autograd would keep several fp32 tensors of the state's size."""
+
+    @staticmethod
+    def forward(ctx: Any, state_SBH: Tensor, target_SBH: Tensor, mask_SB: Tensor, token_loss: TokenLoss) -> Tensor:
+        loss_SB, gradient_SBH = token_loss(state_SBH, target_SBH)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(gradient_SBH.mul_(mask_SB.unsqueeze(-1)).to(state_SBH.dtype))
+        return torch.dot(loss_SB.flatten(), mask_SB.flatten())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_SBH,) = ctx.saved_tensors
+        return (gradient_SBH * grad_loss).to(gradient_SBH.dtype), None, None, None
+
+
+class _Attach(torch.autograd.Function):
+    """The activation, unchanged; backward also starts from `loss`, with the gradient `scale`."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return gradient, scale, None
+
+
+class StateLosses:
+    """The pairs' losses, attached to the student's chunks.
+
+    Between `begin(chunk, microbatch)` and the end of that chunk's forward pass every pair whose student state the
+    chunk has takes `microbatch["teacher_states"][site, teacher layer]`, adds its loss to the site's sum and, where
+    gradients are recorded, to the backward pass. `alpha` is the weight of the sum of all pairs' losses:
+
+        fixed      weight
+        dynamic    weight * L_logits / L_states of the step before (arXiv 2407.14679, section 3), global means, hence
+                   the same on every rank and at every layout; None until `update` has seen a batch
+    """
+
+    def __init__(
+        self,
+        chunks: list[LanguageModel],
+        config: HiddenStatesConfig,
+        student: Architecture,
+        teacher: Architecture,
+        parallel: ParallelConfig,
+        *,
+        seed: int,
+    ) -> None:
+        """Hooks this rank's chunks for good and attaches the projection, which `seed` fills, where the widths differ.
+
+        Every rank calls, before `wrap_model` and after the student's own weights are in place. Raises InputError as
+        state_map.check_hidden_states.
+        """
+        self.pairs = check_hidden_states(config, student, teacher, parallel)
+        assert self.pairs, "no sites, no losses: leave the object out"
+        self.sites = list(dict.fromkeys(pair.site for pair in self.pairs))
+        self.weight, self.dynamic = config.weight, config.weighting == "dynamic"
+        self.alpha: float | None = None if self.dynamic else config.weight
+        self._config, self._models = chunks[0].config, (student, teacher)
+        self._token_loss = TOKEN_LOSSES[config.loss]
+        self._relation_heads = 0
+        if "attention_relation" in self.sites:
+            self._relation_heads = relation_heads(config.relation_heads, student, teacher, parallel.tensor)
+        self._projection: Projection | None = None
+        if student.hidden_size != teacher.hidden_size and any(site in WIDE_SITES for site in self.sites):
+            self._projection = attach_projection(chunks, teacher.hidden_size, seed)
+        self._microbatch: Microbatch | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._clear()
+        # The order of a forward pass, so that the last pair to use a teacher's state is the one that lets it go.
+        in_order = sorted(self.pairs, key=lambda pair: pair.student_layer)
+        self._last_use = {
+            (pair.site, pair.teacher_layer): pair
+            for chunk in chunks
+            for pair in in_order
+            if watch(chunk, pair.site, pair.student_layer, self._visit(pair))
+        }
+
+    def begin(self, chunk: LanguageModel, microbatch: Microbatch) -> None:
+        """What the next forward pass of a chunk computes belongs to `microbatch`."""
+        self._microbatch = microbatch
+
+    def take_sums(self) -> dict[str, Tensor]:
+        """Each site's loss summed over the counted tokens that this pipeline stage has seen since the last call; zero
+        where it has no pair. Every rank calls."""
+        names = [METRICS[site] for site in self.sites]
+        total = torch.stack([self._sums[site] for site in self.sites])
+        # Without sequence parallelism a rank's sum is the whole one; of attention relations it has its heads' alone.
+        shared = [self._config.sequence_parallel or site not in WIDE_SITES for site in self.sites]
+        parts = torch.where(torch.tensor(shared, device=total.device), total, total.new_zeros(()))
+        torch.distributed.all_reduce(parts, group=parallel_state.get_tensor_model_parallel_group())
+        self._clear()
+        self._microbatch = None
+        values = [parts[index] if is_shared else total[index] for index, is_shared in enumerate(shared)]
+        return dict(zip(names, values, strict=True))
+
+    def resume(self, alpha: float | None) -> None:
+        """Go on with the dynamic weight that a run before this one had worked out; a fixed one is the recipe's."""
+        if self.dynamic:
+            self.alpha = alpha
+
+    def update(self, means: dict[str, float]) -> None:
+        """Work out the weight of the next step from this one's global means; a mean that is no number leaves it."""
+        states = sum(means[METRICS[site]] for site in self.sites)
+        if self.dynamic and math.isfinite(states) and math.isfinite(means["logits distillation loss"]):
+            self.alpha = self.weight * means["logits distillation loss"] / states if states > ROUNDING else 0.0
+
+    def _clear(self) -> None:
+        device = torch.cuda.current_device()
+        self._sums = {site: torch.zeros((), dtype=torch.float64, device=device) for site in self.sites}
+
+    def _visit(self, pair: Pair) -> Visit:
+        def visit(state: Tensor, source: Tensor) -> Tensor | None:
+            if self._microbatch is None:
+                return None
+            loss = self._loss(pair, state, self._microbatch)
+            self._sums[pair.site] += loss.detach()
+            if not (torch.is_grad_enabled() and loss.requires_grad and self.alpha):
+                return None
+            scale = torch.full_like(loss, self.alpha)
+            if self._config.grad_scale_func is not None:
+                scale = self._config.grad_scale_func(scale)
+            return _Attach.apply(source, loss, scale)
+
+        return visit
+
+    def _loss(self, pair: Pair, state: Tensor, microbatch: Microbatch) -> Tensor:
+        """The pair's loss summed over this rank's counted tokens, fp32."""
+        key = (pair.site, pair.teacher_layer)
+        states = microbatch["teacher_states"]
+        target = states.pop(key) if self._last_use[key] == pair else states[key]
+        mask_SB = microbatch["loss_mask"].transpose(0, 1).float()
+        if pair.site not in WIDE_SITES:
+            return relation_loss(
+                state,
+                target,
+                mask_SB,
+                models=self._models,
+                heads=self._relation_heads,
+                local_heads=self._relation_heads // parallel_state.get_tensor_model_parallel_world_size(),
+            )
+        if self._config.sequence_parallel:
+            size = parallel_state.get_tensor_model_parallel_world_size()
+            mask_SB = mask_SB.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
+        if self._projection is not None:
+            state = self._projection(state)
+        return _MaskedSum.apply(state, target, mask_SB, self._token_loss)

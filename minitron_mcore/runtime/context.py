@@ -1,0 +1,71 @@
+"""Context parallelism: which part of every sequence a rank holds.
+
+A sequence of s tokens is cut into 2 C chunks for C context-parallel ranks; rank c holds the chunks c and 2 C - 1 - c,
+in that order, so that early tokens, which attend to little, and late ones, which attend to much, share a rank:
+
+    C = 2    chunks  | 0 | 1 | 2 | 3 |    rank 0: 0 3    rank 1: 1 2
+
+The order is Megatron's own; its rotary embedding and Transformer Engine's attention count on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.config import ParallelConfig
+
+# What of a microbatch has the sequence as its axis 1.
+SEQUENCE_TENSORS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def held_chunks(rank: int, size: int) -> tuple[int, int]:
+    """The two chunks, of 2 * size, that context-parallel `rank` holds, in its order."""
+    return rank, 2 * size - 1 - rank
+
+
+def context_part(whole: torch.Tensor, axis: int, rank: int, size: int) -> torch.Tensor:
+    """Context-parallel `rank`'s part [.., s / size, ..] of `whole` [.., s, ..], whose `axis` is the sequence.
+
+    `whole` itself where `size` is 1.
+    """
+    if size == 1:
+        return whole
+    chunks = whole.chunk(2 * size, dim=axis)
+    return torch.cat([chunks[chunk] for chunk in held_chunks(rank, size)], dim=axis)
+
+
+def in_order(gathered: torch.Tensor, size: int) -> torch.Tensor:
+    """The ranks' parts one after another along axis 0, [s, ..] -> the same tokens in the sequence's order."""
+    parts = gathered.chunk(2 * size)
+    places = [chunk for rank in range(size) for chunk in held_chunks(rank, size)]
+    return torch.cat([parts[places.index(chunk)] for chunk in range(2 * size)])
+
+
+def on_this_context_rank(microbatch: dict[str, Any]) -> dict[str, Any]:
+    """The microbatch with this rank's part of tokens, labels, loss_mask and position_ids: [b, s] -> [b, s / C].
+
+    The groups must stand. No communication; what is no such tensor stays as it is.
+    """
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return microbatch
+    rank = parallel_state.get_context_parallel_rank()
+    cut = {name: context_part(microbatch[name], 1, rank, size) for name in SEQUENCE_TENSORS if name in microbatch}
+    return {**microbatch, **cut}
+
+
+def check_sequence(length: int, parallel: ParallelConfig, key: str = "data.sequence_length") -> None:
+    """Raise InputError where sequences of `length` tokens, which `key` asks for, cannot be cut for `parallel`."""
+    tensor = parallel.tensor if parallel.sequence else 1
+    parts = (2 * parallel.context if parallel.context > 1 else 1) * tensor
+    if length % parts == 0:
+        return
+    factors = ["2", f"parallel.context={parallel.context}"] if parallel.context > 1 else []
+    factors += [f"parallel.tensor={parallel.tensor}"] if tensor > 1 else []
+    product = " x ".join(factors) + (f" = {parts}" if len(factors) > 1 else "")
+    why = ", as parallel.sequence=true needs" if tensor > 1 else ""
+    raise InputError(f"{key}={length} is no multiple of {product} ({length} / {parts} = {length / parts:g}){why}")

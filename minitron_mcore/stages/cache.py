@@ -1,0 +1,301 @@
+"""`cache`: the teacher's targets of the samples that `distill` will train on, written once, read at any layout."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.folder import find_checkpoint, iteration_folder, read_architecture
+from minitron_mcore.checkpoint.manifest import MANIFEST, bytes_checksum
+from minitron_mcore.checkpoint.store import as_chunks, load_weights
+from minitron_mcore.data.blend import Part, inspect_parts, parse_blend, parse_split
+from minitron_mcore.data.dataset import WHOLE, Dataset, batches_once, build_datasets
+from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.distillation.cache import raise_everywhere
+from minitron_mcore.distillation.cache_file import (
+    DESCRIPTION,
+    CacheReader,
+    encode_targets,
+    settings_digest,
+    shard_file,
+    token_checksum,
+    write_settings,
+    write_shard,
+)
+from minitron_mcore.distillation.config import CacheConfig
+from minitron_mcore.distillation.draw import Drawing, make_targets
+from minitron_mcore.errors import InputError
+from minitron_mcore.files import writing
+from minitron_mcore.model.gpt import LanguageModel, build_model
+from minitron_mcore.model.schedule import Microbatch, visit_final_states
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out, output_folder, refuse_context
+from minitron_mcore.stages.score import flat
+from minitron_mcore.training.budget import plan_timetable
+from minitron_mcore.training.reader import to_device
+
+GROUP = 16  # microbatches a pipeline stage in one call of the schedule: filling it then costs a sixteenth at most
+LEAST = {"micro_batch_size": 1, "chunk_tokens": 1, "shard_samples": 1, "num_samples": 1, "top_k": 0}
+MOST_DRAWS = 10_000
+
+
+def run(recipe: Recipe, runtime: Runtime) -> Path:
+    """Write what is missing of `cache.folder` and return it; the same command goes on where it was cut off."""
+    lay_out(recipe, runtime)
+    refuse_context(recipe, "cache")
+    cache = recipe.cache
+    folder = output_folder(cache.folder, "cache.folder")
+    teacher_folder, iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
+    architecture = read_architecture(teacher_folder)
+    check_model(architecture, recipe)
+    temperature = recipe.distill.temperature if cache.temperature is None else cache.temperature
+    check_cache(cache, temperature, architecture)
+    tokenizer = checkpoint_tokenizer(recipe, teacher_folder)
+    num_samples = cache.num_samples or samples_needed(recipe)
+    dataset, _, _ = build_datasets(recipe.data, tokenizer, train_samples=num_samples, valid_samples=0, seed=recipe.seed)
+    precision = recipe.teacher.precision or recipe.precision
+    settings = json.loads(
+        json.dumps(
+            {
+                **how_drawn(cache, temperature, architecture),
+                "num_samples": num_samples,
+                "shard_samples": cache.shard_samples,
+                "precision": precision,
+                "tokenizer": tokenizer.fingerprint,
+                **runtime.on_main(lambda: describe_data(recipe, tokenizer)),
+                "teacher": {
+                    "checkpoint": str(teacher_folder),
+                    "architecture": architecture.to_dict(),
+                    **identity(teacher_folder, iteration),
+                },
+            }
+        )
+    )
+    settings, missing = runtime.on_main(lambda: claim(folder, settings))
+    if not missing:
+        runtime.print(f"cache: {folder} holds all {num_samples:,} samples")
+        return folder
+
+    chunks = build_model(architecture, recipe.parallel, precision, trainable=False)
+    load_weights(teacher_folder, iteration, as_chunks(chunks), architecture)
+    runtime.print(
+        f"cache: {cache.method} targets of {teacher_folder}, {num_samples:,} samples of "
+        f"{recipe.data.sequence_length:,} tokens, {len(missing)} shards to write -> {folder}"
+    )
+    write_missing(recipe, runtime, chunks, dataset, folder, settings, missing)
+    return folder
+
+
+def write_missing(
+    recipe: Recipe,
+    runtime: Runtime,
+    chunks: list[LanguageModel],
+    dataset: Dataset | None,
+    folder: Path,
+    settings: dict[str, Any],
+    missing: list[int],
+) -> None:
+    """Shard after shard, each by one data-parallel replica; the replicas meet after each. Every rank calls."""
+    assert dataset is not None
+    cache, total = recipe.cache, settings["num_samples"]
+    drawing = Drawing(
+        method=cache.method,
+        vocab_size=settings["vocab_size"],
+        temperature=settings["temperature"],
+        draws=cache.draws,
+        proposal_temperature=cache.proposal_temperature,
+        top_k=settings.get("top_k", 0),
+        seed=recipe.seed,
+        chunk_tokens=cache.chunk_tokens,
+    )
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    writes = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    writes = writes and parallel_state.get_tensor_model_parallel_rank() == 0
+    started, written = time.perf_counter(), torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    for turn in range(0, len(missing), replicas):
+        told = None
+        if turn + replica < len(missing):
+            shard = missing[turn + replica]
+            first = shard * cache.shard_samples
+            samples = list(range(first, min(first + cache.shard_samples, total)))
+            try:
+                blocks = ask_teacher(recipe, chunks, dataset, samples, drawing, settings)
+                if writes:
+                    path = shard_file(folder, shard)
+                    with writing(str(path)):
+                        size = write_shard(path, settings_digest(settings), first, blocks)
+                    written += torch.tensor([len(samples), size], device=written.device)
+            except InputError as error:
+                told = str(error)
+        raise_everywhere(told)
+        so_far = written.clone()
+        torch.distributed.all_reduce(so_far)
+        tokens = so_far[0].item() * recipe.data.sequence_length
+        runtime.print(
+            f"cache: {min(turn + replicas, len(missing))}/{len(missing)} shards, "
+            f"{tokens / (time.perf_counter() - started):,.0f} tokens/s, {so_far[1].item() / tokens:.2f} bytes a token"
+        )
+
+
+def ask_teacher(
+    recipe: Recipe,
+    chunks: list[LanguageModel],
+    dataset: Dataset,
+    samples: list[int],
+    drawing: Drawing,
+    settings: dict[str, Any],
+) -> list[tuple[bytes, str]]:
+    """(block, checksum of its tokens) of each of `samples`, on the first tensor-parallel rank of the last stage.
+
+    Every rank of a replica calls, with the same samples. Raises InputError where logits are NaN or Inf.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    blocks: dict[int, tuple[bytes, str]] = {}
+    bad: list[int] = []
+
+    def visit(chunk: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> None:
+        real = microbatch["valid"].bool()
+        numbers = microbatch["samples"][real]
+        if not len(numbers):
+            return
+        targets, finite = make_targets(
+            hidden_SBH[:, real],
+            chunk.head_weight(),
+            numbers,
+            drawing,
+            tp_group=group,
+            sequence_parallel=chunk.config.sequence_parallel,
+        )
+        bad.extend(numbers[~finite].tolist())
+        if group.rank() > 0:
+            return
+        tokens = microbatch["tokens"][real].cpu().numpy()
+        for number, tokens_S, of_sample in zip(numbers.tolist(), tokens, targets, strict=True):
+            block = encode_targets(of_sample, settings["vocab_size"], settings["dtype"])
+            blocks[number] = (block, token_checksum(tokens_S))
+
+    for part in groups(recipe, dataset, samples, len(chunks) > 1):
+        visit_final_states(chunks, part, visit)
+    if bad:
+        raise InputError(
+            f"the teacher's logits are NaN or Inf in sample {min(bad)} of the training data: check the weights of "
+            f"teacher.checkpoint={recipe.teacher.checkpoint} and the precision"
+        )
+    return [blocks[number] for number in samples if number in blocks]
+
+
+def groups(recipe: Recipe, dataset: Dataset, samples: list[int], interleaved: bool) -> Iterator[list[Microbatch]]:
+    """Microbatches of `samples` for one call of the schedule after another; the last ones are filled up."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stream = map(
+        to_device,
+        batches_once(
+            dataset,
+            samples,
+            micro_batch_size=recipe.cache.micro_batch_size,
+            data_parallel_rank=0,
+            data_parallel_size=1,
+            num_workers=recipe.data.num_workers,
+        ),
+    )
+    while group := list(itertools.islice(stream, GROUP * stages)):
+        filler = {**group[-1], "valid": torch.zeros_like(group[-1]["valid"])}
+        yield group + [filler] * (-len(group) % stages if interleaved else 0)
+
+
+def check_cache(cache: CacheConfig, temperature: float, architecture: Architecture) -> None:
+    """Raise InputError for numbers that nothing can be drawn by."""
+    for name, least in LEAST.items():
+        value = getattr(cache, name)
+        if value is not None and value < least:
+            raise InputError(f"cache.{name}={value} must be at least {least}")
+    if not 1 <= cache.draws <= MOST_DRAWS:
+        raise InputError(f"cache.draws={cache.draws} must lie between 1 and {MOST_DRAWS}")
+    if cache.top_k > architecture.vocab_size:
+        raise InputError(
+            f"cache.top_k={cache.top_k} is more than the teacher's vocab_size={architecture.vocab_size}: 0 keeps all"
+        )
+    for name, value in {"temperature": temperature, "proposal_temperature": cache.proposal_temperature}.items():
+        if not 0 < value < math.inf:
+            raise InputError(f"cache.{name}={value} must be finite and above 0")
+
+
+def samples_needed(recipe: Recipe) -> int:
+    """Samples that `distill.tokens` takes. Raises InputError where they are not all of one length."""
+    timetable = plan_timetable(recipe.distill, recipe.data.sequence_length, "distill")
+    needed = timetable.samples_needed()
+    if list(needed) != [recipe.data.sequence_length]:
+        raise InputError(
+            f"distill.phases have the sequence lengths {sorted(needed)}, but a cache holds samples of "
+            f"data.sequence_length={recipe.data.sequence_length} alone: give every phase that one"
+        )
+    return needed[recipe.data.sequence_length]
+
+
+def how_drawn(cache: CacheConfig, temperature: float, architecture: Architecture) -> dict[str, Any]:
+    """The settings that decide how targets follow from logits."""
+    said: dict[str, Any] = {"method": cache.method, "temperature": temperature, "vocab_size": architecture.vocab_size}
+    if cache.method == "sampled":
+        said |= {"draws": cache.draws, "proposal_temperature": cache.proposal_temperature}
+    else:
+        said["top_k"] = cache.top_k or architecture.vocab_size
+    return {**said, "dtype": cache.dtype}
+
+
+def describe_data(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides which tokens a sample has, beside the number of samples. The first rank calls. Raises InputError."""
+    data = recipe.data
+    blend = parse_blend(data.train, "data.train")
+    share = parse_split(data.split)[0] if data.valid is None else WHOLE
+    if share is None:
+        raise InputError(f"data.split={data.split} leaves no documents for training")
+    part = Part("train", blend, share, None)
+    facts = inspect_parts([part], tokenizer, sequence_length=data.sequence_length, thorough=True)
+    assert facts is not None
+    described = {
+        "data.train": {"digest": facts.digest, "weights": blend.weights},
+        "data.split": share,
+        "data.sequence_length": data.sequence_length,
+        "seed": recipe.seed,
+    }
+    return json.loads(json.dumps(described))
+
+
+def identity(folder: Path, iteration: int) -> dict[str, Any]:
+    """Which weights: the iteration, and the checksum of the manifest of its tensors where there is one."""
+    manifest = iteration_folder(folder, iteration) / MANIFEST
+    return {"iteration": iteration, "weights": bytes_checksum(manifest) if manifest.is_file() else None}
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    """(the settings in the folder, the shards that are to be written): `settings`, but for where the teacher lay.
+
+    The first rank calls; raises InputError where another cache lies there.
+    """
+    if not (folder / DESCRIPTION).is_file():
+        if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
+            raise InputError(f"cache.folder={folder} holds other files: name another folder")
+        with writing(str(folder)):
+            write_settings(folder, settings)
+    reader = CacheReader(folder)
+    there, here = flat(reader.settings), flat(settings)
+    same_weights = here["teacher.weights"] is not None and here["teacher.weights"] == there.get("teacher.weights")
+    for key in sorted({*there, *here} - ({"teacher.checkpoint"} if same_weights else set())):
+        if there.get(key) != here.get(key):
+            raise InputError(
+                f"cache.folder={folder} holds another cache: {key} is {there.get(key)!r} there and {here.get(key)!r} "
+                "here; name another folder, or delete that one"
+            )
+    for partial in folder.glob("*.tmp"):
+        partial.unlink()
+    return reader.settings, reader.missing_shards(settings["num_samples"])

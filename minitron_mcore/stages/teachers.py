@@ -1,0 +1,161 @@
+"""Who teaches in `distill`: a model beside the student, that model while it is itself corrected, or a cache.
+
+Each is checked before anything is built, and loaded after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.companions import carry_companions
+from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, read_lineage, write_description
+from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.distillation.cache import CachedTeacher
+from minitron_mcore.distillation.teacher import Teacher
+from minitron_mcore.errors import InputError
+from minitron_mcore.recipe import Recipe, to_yaml
+from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages.cached import lineage_of, open_cache
+from minitron_mcore.stages.common import (
+    check_same_tokenizer,
+    check_tokenizer,
+    checkpoint_tokenizer,
+    output_folder,
+    refuse_other_run,
+    teacher_layout,
+)
+from minitron_mcore.training.budget import Timetable
+from minitron_mcore.training.teaching import TrainedTeacher
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """A teacher that has been found fit for the student, and is yet to be loaded.
+
+    architecture: of a model that runs beside the student; None: none does.
+    compared: sections in which a run that is resumed must agree.
+    """
+
+    words: str
+    tokenizer: Tokenizer
+    architecture: Architecture | None
+    compared: tuple[str, ...]
+    lineage: dict[str, Any]
+    load: Callable[[Timetable], Teacher | CachedTeacher]
+
+
+def model_teaching(recipe: Recipe, runtime: Runtime, student: Architecture, student_folder: Path, key: str) -> Teaching:
+    """`teacher.checkpoint`, under its own layout, placement and precision if asked; every rank calls.
+
+    key: where the recipe names `student_folder`. Raises InputError where the two do not belong together.
+    """
+    folder, iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
+    tokenizer, architecture = checkpoint_tokenizer(recipe, folder), read_architecture(folder)
+    check_vocabulary(architecture, student)
+    check_tokenizer(tokenizer, student)
+    check_same_tokenizer(tokenizer, student_folder, key)
+    layout = teacher_layout(recipe, architecture, runtime.world_size)
+    compared: tuple[str, ...] = ("data", "distill", "teacher")
+    corrected: Path | None = None
+    if recipe.distill.correct_teacher:
+        corrected, compared = corrected_folder(recipe, folder), (*compared, "correct")
+
+    def load(timetable: Timetable) -> Teacher:
+        teacher = Teacher.load(
+            folder,
+            iteration,
+            architecture,
+            recipe.parallel,
+            recipe.teacher.precision or recipe.precision,
+            layout=layout,
+            placement=recipe.teacher.placement,
+        )
+        if corrected is None:
+            return teacher
+        describe = corrected_description(recipe, tokenizer, architecture, folder, corrected)
+        return TrainedTeacher(teacher, recipe.correct, timetable, recipe.precision, corrected, describe)
+
+    words = f"teacher {architecture.num_parameters:,}" + (f", corrected into {corrected}," if corrected else "")
+    lineage = {"checkpoint": str(folder), "iteration": iteration}
+    if corrected:
+        lineage["corrected"] = str(corrected)
+    return Teaching(words, tokenizer, architecture, compared, lineage, load)
+
+
+def cache_teaching(
+    recipe: Recipe, runtime: Runtime, cache: Path, student: Architecture, student_folder: Path
+) -> Teaching:
+    """The targets in `cache`; no teacher is read. Every rank calls. Raises InputError where they do not serve."""
+    tokenizer = checkpoint_tokenizer(recipe, student_folder)
+    teacher = open_cache(recipe, runtime, cache, tokenizer, student)
+    lineage = {"cache": str(cache), **lineage_of(teacher)}
+    return Teaching(str(cache), tokenizer, None, ("data", "distill"), lineage, lambda timetable: teacher)
+
+
+def check_teacher_keys(recipe: Recipe) -> None:
+    """Raise InputError for keys about the teacher that do not go together. Any rank calls."""
+    window, parallel = recipe.distill.teacher_window, recipe.parallel
+    if window < 0 or (parallel.virtual_pipeline and window % parallel.pipeline):
+        raise InputError(
+            f"distill.teacher_window={window} must be 0, for the whole global batch, or a number of microbatches"
+            + (f", of which the interleaved schedule takes multiples of {parallel.pipeline}" if window > 0 else "")
+        )
+    if not recipe.distill.correct_teacher:
+        return
+    refused = {
+        f"teacher.placement={recipe.teacher.placement}": recipe.teacher.placement != "resident",
+        "teacher.parallel": recipe.teacher.parallel not in (None, parallel),
+        f"teacher.precision={recipe.teacher.precision}": recipe.teacher.precision not in (None, recipe.precision),
+        f"distill.teacher_window={window}": window != 0,
+        f"distill.teacher={recipe.distill.teacher}": recipe.distill.teacher is not None,
+        f"correct.tokens={recipe.correct.tokens}": recipe.correct.tokens != 0,
+    }
+    for setting, is_given in refused.items():
+        if is_given:
+            raise InputError(
+                f"{setting} does not go with distill.correct_teacher=true, which trains the teacher beside the student "
+                "in its layout and for its tokens: leave one of the two out"
+            )
+
+
+def corrected_folder(recipe: Recipe, teacher_folder: Path) -> Path:
+    """Where a teacher that is corrected as it teaches is kept. Raises InputError for a folder that cannot be it."""
+    folder = output_folder(recipe.correct.checkpoint, "correct.checkpoint")
+    if folder.resolve() == teacher_folder.resolve():
+        raise InputError(f"correct.checkpoint={folder} is teacher.checkpoint's own folder: name another")
+    refuse_other_run(folder, recipe, ("data", "distill", "teacher", "correct"), "correct.checkpoint", "correct")
+    return folder
+
+
+def corrected_description(
+    recipe: Recipe, tokenizer: Tokenizer, architecture: Architecture, source: Path, folder: Path
+) -> Callable[[int], None]:
+    """What writes the corrected teacher's description beside its weights, after some number of tokens."""
+
+    def describe(tokens: int) -> None:
+        facts = {
+            "stage": "correct",
+            "load": str(source),
+            "lineage": read_lineage(source),
+            "tokens": tokens,
+            "tokenizer": tokenizer.fingerprint,
+        }
+        write_description(folder, architecture, lineage=facts, recipe=to_yaml(recipe), save_tokenizer=tokenizer.save)
+        carry_companions(source, folder)
+
+    return describe
+
+
+def check_vocabulary(teacher: Architecture, student: Architecture) -> None:
+    """Raise InputError where the two output distributions are not over the same ids."""
+    for field in ("vocab_size", "padded_vocab_size"):
+        ours, theirs = getattr(student, field), getattr(teacher, field)
+        if ours != theirs:
+            raise InputError(
+                f"{field} is {ours} in student.checkpoint and {theirs} in teacher.checkpoint: a student is distilled "
+                "from a teacher of the same vocabulary"
+            )

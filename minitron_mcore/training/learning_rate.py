@@ -1,0 +1,103 @@
+"""The learning rate's schedule in tokens, and what of it may change when a run goes on. Pure.
+
+Warm-up to `lr`, then by `lr_decay_style`; the formulas are those of Megatron's OptimizerParamScheduler.
+"""
+
+from __future__ import annotations
+
+import math
+
+from minitron_mcore.errors import InputError
+from minitron_mcore.training.budget import Timetable, plan_timetable
+from minitron_mcore.training.config import TrainConfig
+
+
+def warmup_tokens(train: TrainConfig, timetable: Timetable) -> int:
+    """Tokens of the warm-up, whichever way it is given."""
+    return train.lr_warmup_tokens or timetable.at(train.lr_warmup_iters).tokens_before
+
+
+def decay_start(train: TrainConfig, timetable: Timetable) -> float:
+    """Tokens after which the learning rate depends on the budget's end."""
+    if train.lr_decay_style == "constant":
+        return math.inf
+    if train.lr_decay_style == "WSD":
+        return timetable.tokens - train.lr_wsd_decay_tokens
+    return warmup_tokens(train, timetable)
+
+
+def check_learning_rate(train: TrainConfig, timetable: Timetable, section: str) -> None:
+    """Raise InputError for a schedule that does not fit the budget."""
+    if train.lr_warmup_iters and train.lr_warmup_tokens:
+        raise InputError(
+            f"{section}.lr_warmup_iters={train.lr_warmup_iters} and {section}.lr_warmup_tokens="
+            f"{train.lr_warmup_tokens} both give the warm-up: leave one of them out"
+        )
+    if train.lr_warmup_iters >= timetable.iterations:
+        raise InputError(
+            f"{section}.lr_warmup_iters={train.lr_warmup_iters} must be less than the {timetable.iterations} "
+            f"iterations of {section}.tokens={train.tokens}"
+        )
+    if train.lr_warmup_tokens >= timetable.tokens:
+        raise InputError(
+            f"{section}.lr_warmup_tokens={train.lr_warmup_tokens} must be less than {section}.tokens={train.tokens}"
+        )
+    if train.lr_decay_style != "WSD":
+        if train.lr_wsd_decay_tokens:
+            raise InputError(
+                f"{section}.lr_wsd_decay_tokens={train.lr_wsd_decay_tokens} is for {section}.lr_decay_style=WSD, which "
+                f"is {train.lr_decay_style}: leave it out"
+            )
+        return
+    most = timetable.tokens - warmup_tokens(train, timetable)
+    if not 1 <= train.lr_wsd_decay_tokens <= most:
+        raise InputError(
+            f"{section}.lr_wsd_decay_tokens={train.lr_wsd_decay_tokens} must lie between 1 and the {most} tokens after "
+            "the warm-up"
+        )
+
+
+def check_continuation(
+    before: tuple[TrainConfig, int], now: tuple[TrainConfig, int], iteration: int, section: str
+) -> None:
+    """Raise InputError where a run that stands at `iteration` cannot go on to another budget.
+
+    before, now: (section, `data.sequence_length`) that the run was made with, and that it is to go on with. What was
+    trained must be the same in both, batch by batch, and so must the learning rate up to here.
+    """
+    (train, timetable), (other, planned) = (
+        (config, plan_timetable(config, length, section)) for config, length in (before, now)
+    )
+    done = timetable.at(iteration).tokens_before
+    if planned.iterations < iteration or _shapes(timetable, iteration) != _shapes(planned, iteration):
+        raise InputError(
+            f"{section}.checkpoint={other.checkpoint} holds a run of {iteration} iterations with other batch sizes or "
+            f"sequence lengths than {section}.tokens={other.tokens} and {section}.phases give: only what comes after "
+            f"its {done} tokens may change"
+        )
+    start = min(decay_start(train, timetable), decay_start(other, planned))
+    warm = [warmup_tokens(config, plan) for config, plan in ((train, timetable), (other, planned))]
+    if warm[0] != warm[1]:
+        raise InputError(
+            f"{section}.lr_warmup_iters={train.lr_warmup_iters} would end after {warm[1]} tokens with the new budget "
+            f"and phases, and so far it was to end after {warm[0]}: change only what comes after it"
+        )
+    same_end = (timetable.tokens, train.lr_wsd_decay_tokens) == (planned.tokens, other.lr_wsd_decay_tokens)
+    if done > start and not same_end:
+        raise InputError(
+            f"{section}.tokens cannot change from {train.tokens} to {other.tokens} at {done} tokens: the learning rate "
+            f"({section}.lr_decay_style={train.lr_decay_style}) has been going towards the old budget's end; a "
+            "constant one can go on, and WSD before its decay"
+        )
+
+
+def _shapes(timetable: Timetable, iteration: int) -> list[tuple[int, int, int]]:
+    """(first iteration, sequence length, global batch size) of every stretch that begins before `iteration`."""
+    shapes: list[tuple[int, int, int]] = []
+    for stretch in timetable.stretches:
+        first, shape = stretch.first, stretch.first.shape
+        sizes = (shape.sequence_length, shape.global_batch_size)
+        # Phases may be split or joined where nothing changes.
+        if first.iteration < iteration and not (shapes and shapes[-1][1:] == sizes):
+            shapes.append((first.iteration, *sizes))
+    return shapes

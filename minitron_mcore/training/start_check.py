@@ -1,0 +1,141 @@
+"""Before the first step of a distillation: is the teacher one, and does the loss measure what it should?
+
+One microbatch of the first global batch goes through the teacher. While its layers run, their weights are looked at;
+then the loss is worked out with the teacher in the student's place: its next-token loss is the teacher's own, and its
+distillation loss is that of a teacher from itself, which is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from minitron_mcore.checkpoint.store import as_chunks
+from minitron_mcore.checkpoint.weight_checks import Seen, WeightChecks
+from minitron_mcore.distillation.cache import CachedTeacher
+from minitron_mcore.distillation.config import DistillConfig
+from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.distillation.teacher import Teacher
+from minitron_mcore.errors import InputError
+from minitron_mcore.layout import parameter_table
+from minitron_mcore.model.gpt import LanguageModel
+from minitron_mcore.model.initialize import named_parameters
+from minitron_mcore.model.schedule import LossSums, Microbatch, run_schedule
+from minitron_mcore.training.job import Job
+
+# A loss of equal distributions is rounding in fp32 sums of products that are the same to the last bit.
+SELF_LOSS = 1e-5
+
+
+def check_teacher(job: Job, batch: list[Microbatch]) -> None:
+    """Look at the teacher of `job` by a microbatch of `batch`, the first global batch; every rank calls.
+
+    Says in a line what was found, and in another where the teacher knows nothing. Raises InputError for weights or a
+    loss that are NaN, Inf or nothing but zeros, and where the distillation loss of the teacher from itself is not 0.
+    """
+    objective, teacher = job.objective, job.objective.teacher
+    if teacher is None or isinstance(teacher, CachedTeacher):
+        return
+    if not (isinstance(job.train, DistillConfig) and job.train.check_teacher):
+        return
+    checks = WeightChecks()
+    with _looking_at_weights(teacher.chunks, checks):
+        means = _teach_itself(job.chunks, objective, teacher, batch)
+    _judge_weights(checks, teacher, job.runtime.world_size)
+    if not means["num_tokens"]:
+        return  # a microbatch of nothing but masked tokens says nothing
+    loss, self_loss, uniform = means["lm loss"], means["logits distillation loss"], math.log(objective.vocab_size)
+    if not (math.isfinite(loss) and math.isfinite(self_loss)):
+        raise InputError(
+            f"teacher.checkpoint: the teacher's loss on the first microbatch is {loss}: its weights are damaged, or "
+            f"precision={job.precision} is too narrow for it"
+        )
+    if abs(self_loss) > SELF_LOSS:
+        raise InputError(
+            f"distill.logit_loss: the loss of the teacher from itself is {self_loss:.3g} and should be 0: teacher and "
+            "loss do not fit together (distill.check_teacher=false trains all the same)"
+        )
+    job.runtime.print(
+        f"teacher: weights finite and filled, loss {loss:.4f} on {means['num_tokens']:.0f} tokens (a uniform guess: "
+        f"{uniform:.4f}), distillation loss from itself {self_loss:.1e}"
+    )
+    if loss >= uniform:
+        job.runtime.print(
+            f"WARNING: the teacher's loss {loss:.4f} is no better than a uniform guess over {objective.vocab_size} ids "
+            "by the first microbatch: are teacher.checkpoint and the tokenizer the right ones?"
+        )
+
+
+def _teach_itself(
+    chunks: list[LanguageModel], objective: Objective, teacher: Teacher, batch: list[Microbatch]
+) -> dict[str, float]:
+    """Mean losses of a microbatch with the teacher as its own student; every rank calls."""
+
+    def loss(model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
+        stand_in: Any = SimpleNamespace(head_weight=teacher.head_weight, config=model.config)
+        with torch.no_grad():
+            return objective.loss(stand_in, microbatch["teacher_hidden"], microbatch)
+
+    # The interleaved schedule takes a multiple of the stages.
+    count = chunks[0].config.pipeline_model_parallel_size if len(chunks) > 1 else 1
+    part = [dict(microbatch) for microbatch in batch[:count]]
+    return run_schedule(as_chunks(chunks), part, loss, forward_only=True, prepare=objective.prepare)
+
+
+@contextmanager
+def _looking_at_weights(chunks: list[LanguageModel], checks: WeightChecks) -> Iterator[None]:
+    """Within the `with`, the weights of every layer that runs are looked at: else they may not be on the device."""
+    hooks = []
+    for chunk in chunks:
+        rows: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
+        for key, layer, tensor in named_parameters(chunk):
+            rows.setdefault(layer, []).append((_name(key, layer), tensor))
+
+        def look(named: list[tuple[str, torch.Tensor]]) -> None:
+            for name, tensor in named:
+                if name not in checks.seen:
+                    checks.look(name, tensor.detach())
+
+        for module in chunk.decoder.layers:
+            named = rows.get(module.layer_number - 1, [])
+            hooks.append(module.register_forward_hook(lambda *_, named=named: look(named)))
+        look(rows.get(None, []))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _judge_weights(checks: WeightChecks, teacher: Teacher, world_size: int) -> None:
+    """Every rank calls; all raise InputError for the same weights, or none does."""
+    chunks = teacher.chunks
+    initial = {parameter.key: parameter.initial for parameter in parameter_table(teacher.architecture)}
+    may_be_zero = {
+        _name(key, layer) for chunk in chunks for key, layer, _ in named_parameters(chunk) if initial.get(key) == "zero"
+    }
+    group = chunks[0].tp_group
+    shards: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(shards, checks.seen, group=group)
+    bad = []
+    for name in checks.seen:
+        found = sum((shard.get(name, Seen()) for shard in shards), Seen())
+        if not found.finite:
+            bad.append(f"{name} holds NaN or Inf")
+        elif found.zero and found.num_elements and name not in may_be_zero:
+            bad.append(f"{name} is all zero")
+    ranks: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(ranks, bad)
+    every = sorted({fault for rank in ranks for fault in rank})
+    if every:
+        more = f" (and {len(every) - 1} more)" if len(every) > 1 else ""
+        raise InputError(f"teacher.checkpoint: {every[0]}{more}: the teacher's weights were lost or never filled in")
+
+
+def _name(key: str, layer: int | None) -> str:
+    return key if layer is None else f"{key} of layer {layer}"

@@ -1,0 +1,103 @@
+"""A teacher that is corrected while it teaches: trained on the next token, on the very batches it is distilled from.
+
+arXiv 2408.11796, section 4.1: the pruned student is distilled from the original teacher as that one is being fine-tuned
+on the distillation data, which ends on par with correcting it first. For each global batch the teacher makes a training
+pass instead of a forward pass; the student learns from the states of that pass, which are those of the weights before
+the teacher's step; then the student takes its step, and the teacher its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from minitron_mcore.checkpoint.store import load_training_state, save_state, training_state
+from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.distillation.teacher import Teacher
+from minitron_mcore.model.gpt import LanguageModel
+from minitron_mcore.model.schedule import Begin, LossSums, Microbatch, run_schedule
+from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.training.budget import Timetable
+from minitron_mcore.training.config import CorrectConfig
+from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, set_schedule, wrap_model
+from minitron_mcore.training.step import apply_gradients, not_finite
+
+
+class TrainedTeacher(Teacher):
+    """A resident teacher in the student's layout with DDP buffers and an optimizer of its own.
+
+    folder: where its checkpoints go, at the student's iterations; `describe` writes what lies beside the weights.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        correct: CorrectConfig,
+        timetable: Timetable,
+        precision: str,
+        folder: Path,
+        describe: Callable[[int], None],
+    ) -> None:
+        super().__init__(teacher.chunks, teacher.architecture)
+        self.folder, self.describe = folder, describe
+        for chunk in self.chunks:
+            chunk.requires_grad_(True).train()
+        self.wrapped = wrap_model(self.chunks)
+        self.optimizer = build_optimizer(self.wrapped, correct, precision)
+        self.scheduler = build_scheduler(self.optimizer, correct, timetable)
+        self.objective = Objective(vocab_size=self.architecture.vocab_size, chunk_tokens=correct.loss_chunk_tokens)
+        self._batch: list[Microbatch] = []
+        self._means: dict[str, float] = {}
+
+    def run_ahead(self, batch: list[Microbatch]) -> None:
+        """As the frozen teacher's; where gradients are on, they are the teacher's next step's. Every rank calls."""
+        self._batch = batch
+        super().run_ahead(batch)
+        self._batch = []
+
+    def _forward(self, run: list[Microbatch], begin: Begin | None) -> list[torch.Tensor]:
+        if not torch.is_grad_enabled():
+            return super()._forward(run, begin)
+        for microbatch, whole in zip(run, self._batch, strict=True):
+            microbatch |= {name: whole[name] for name in ("labels", "loss_mask")}
+        for chunk in self.wrapped:
+            cast(DistributedDataParallel, chunk).zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def loss(model: LanguageModel, hidden: torch.Tensor, microbatch: Microbatch) -> LossSums:
+            microbatch["final"] = hidden.detach()
+            return self.objective.loss(model, hidden, microbatch)
+
+        self._means = run_schedule(self.wrapped, run, loss, begin=begin)
+        return [microbatch.pop("final") for microbatch in run if "final" in microbatch]
+
+    def step(self, tokens: int) -> dict[str, float]:
+        """The teacher's own step after a student's of `tokens` tokens, skipped where a loss or gradient is no number.
+
+        Returns its mean next-token loss, learning rate and gradient norm, by name. Every rank calls.
+        """
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        grad_norm = apply_gradients(self.optimizer, losses_finite=not not_finite(self._means))
+        self.scheduler.step(increment=tokens)
+        return {
+            "teacher lm loss": self._means["lm loss"],
+            "teacher learning-rate": learning_rate,
+            "teacher grad-norm": grad_norm,
+        }
+
+    def save(self, iteration: int, tokens: int, runtime: Runtime) -> None:
+        """A checkpoint of the teacher, written before the student's of this iteration. All ranks call."""
+        if runtime.is_main:
+            self.describe(tokens)
+        state = training_state(self.wrapped, self.optimizer, self.scheduler, {"iteration": iteration}, is_loading=False)
+        save_state(self.folder, iteration, state, runtime)
+
+    def resume(self, iteration: int, tokens: int) -> dict[str, Any]:
+        """Go on from the checkpoint of `iteration`, after `tokens` tokens. All ranks call; InputError if it is gone."""
+        progress = load_training_state(self.folder, iteration, self.wrapped, self.optimizer, self.scheduler)
+        set_schedule(self.scheduler, tokens)
+        return progress

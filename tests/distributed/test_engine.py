@@ -1,0 +1,216 @@
+"""The distillation engine does not depend on how it is run: layout, micro-batch, chunks, windows, where the teacher is.
+
+Everything starts from two checkpoints written by one rank. Against one rank with a resident teacher, fp32, ten steps:
+losses agree to 1e-5 and gradient norms to 1e-3 (relative); the first step's gradients to 1e-5 by relative Frobenius
+norm. The same numbers are summed in other orders, which leaves about 1e-6; a wrong factor leaves 0.5 or more.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_mcore.runtime.config import ParallelConfig
+from tests.distributed.models import (
+    assemble,
+    gather_named,
+    global_batch,
+    my_batch,
+    relative_error,
+    start_layout,
+    steady,
+    tiny,
+)
+from tests.distributed.ranks import run_on_ranks
+
+STEPS, SAMPLES = 10, 8
+TP2, PP2, SP = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "sequence": True}
+VPP = {"pipeline": 2, "virtual_pipeline": 2}
+
+# name -> (world size, the student's layout, what else is unlike the base)
+VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "TP2": (2, TP2, {}),
+    "PP2": (2, PP2, {}),
+    "PP2-VPP2": (2, VPP, {}),
+    "TP2-SP": (2, SP, {}),
+    "DP2": (2, {}, {}),
+    "CP2": (2, {"context": 2}, {}),
+    "TP2-PP2": (4, {**TP2, **PP2}, {}),
+    "micro-batch 1": (1, {}, {"micro_batch": 1}),
+    "micro-batch 4": (1, {}, {"micro_batch": 4}),
+    "micro-batch 1, DP2": (2, {}, {"micro_batch": 1}),
+    "chunks of 5": (1, {}, {"chunk_tokens": 5}),
+    "chunks of 512, TP2": (2, TP2, {"chunk_tokens": 512}),
+    "recomputed loss": (1, {}, {"recompute": True}),
+    "recomputed loss, TP2-SP": (2, SP, {"recompute": True}),
+    "window 1": (1, {}, {"window": 1}),
+    "window 2, PP2-VPP2": (2, VPP, {"window": 2}),
+    "window 3, TP2": (2, TP2, {"window": 3}),
+    "teacher DP2 beside TP2": (2, TP2, {"teacher": {}}),
+    "teacher TP2 beside DP2": (2, {}, {"teacher": TP2}),
+    "teacher PP2-VPP2 beside TP2-SP": (2, SP, {"teacher": VPP}),
+    "teacher TP2-SP beside PP2, window 2": (2, PP2, {"teacher": SP, "window": 2}),
+    "sharded, DP2": (2, {}, {"placement": "sharded"}),
+    "offloaded": (1, {}, {"placement": "offloaded"}),
+    "offloaded, PP2-VPP2": (2, VPP, {"placement": "offloaded"}),
+}
+
+
+def architectures() -> tuple[Any, Any]:
+    """(student, teacher)."""
+    student = tiny("llama")
+    return student, student.replace(hidden_size=64, num_layers=8, ffn_hidden_size=128)
+
+
+def write_on_rank(folder: str) -> None:
+    from minitron_mcore.checkpoint.folder import write_description
+    from minitron_mcore.checkpoint.store import as_chunks, model_state, save_state
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.initialize import initialize
+    from minitron_mcore.runtime.start import start
+
+    layout = start_layout({}, 1)
+    for seed, (name, architecture) in enumerate(zip(("student", "teacher"), architectures(), strict=True)):
+        chunks = build_model(architecture, layout, "fp32")
+        initialize(chunks, architecture, seed=11 + seed)
+        target = Path(folder) / name
+        write_description(target, architecture, lineage={}, recipe="", save_tokenizer=None)
+        save_state(target, 0, model_state(as_chunks(chunks)), start())
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("engine"))
+    run_on_ranks(write_on_rank, 1, folder)
+    return folder
+
+
+def read_batch(vocab_size: int, step: int, micro_batch: int) -> list[dict[str, torch.Tensor]]:
+    """This rank's part of the step's eight samples, cut into microbatches of the given size."""
+    from minitron_mcore.training.reader import to_device
+
+    parts = global_batch(vocab_size, step)
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    whole["samples"] = torch.arange(step * SAMPLES, (step + 1) * SAMPLES)
+    cut = [
+        {name: value[start : start + micro_batch].contiguous() for name, value in whole.items()}
+        for start in range(0, SAMPLES, micro_batch)
+    ]
+    return [to_device(microbatch) for microbatch in my_batch(cut)]
+
+
+def distil_on_rank(
+    parallel: dict[str, Any], world_size: int, folder: str, options: dict[str, Any], loss: dict[str, Any], steps: int
+) -> dict[str, Any]:
+    """First step's gradients, then `steps` steps from the start: what each reports."""
+    from minitron_mcore.checkpoint.store import as_chunks, load_weights
+    from minitron_mcore.distillation.objective import Objective
+    from minitron_mcore.distillation.projection import finalize_gradients
+    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.initialize import named_parameters
+    from minitron_mcore.training.config import TrainConfig
+    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+    from minitron_mcore.training.step import train_step
+
+    layout = start_layout(parallel, world_size)
+    architecture, wide = architectures()
+    teacher: Any = options.get("teacher_object") or Teacher.load(
+        Path(folder) / "teacher",
+        0,
+        wide,
+        layout,
+        "fp32",
+        layout=ParallelConfig(**options["teacher"]) if "teacher" in options else None,
+        placement=options.get("placement", "resident"),
+    )
+    objective = Objective(
+        vocab_size=architecture.vocab_size,
+        chunk_tokens=options.get("chunk_tokens", 24),
+        recompute=options.get("recompute", False),
+        window=options.get("window", 0),
+        teacher=teacher,
+        **loss,
+    )
+    micro_batch = options.get("micro_batch", 2)
+    train = TrainConfig(
+        lr=1e-2, min_lr=1e-3, lr_warmup_iters=2, global_batch_size=SAMPLES, micro_batch_size=micro_batch
+    )
+    timetable = steady(train, iterations=20)
+
+    def build() -> Any:
+        models = build_model(architecture, layout, "fp32")
+        load_weights(Path(folder) / "student", 0, as_chunks(models), architecture)
+        chunks = wrap_model(models)
+        optimizer = build_optimizer(chunks, train, "fp32")
+        return models, chunks, optimizer, build_scheduler(optimizer, train, timetable)
+
+    models, chunks, _, _ = build()
+
+    # All-reduced, not reduce-scattered, so that every rank holds whole gradients to compare.
+    def finalize(*args: Any, force_all_reduce: bool = False, **kwargs: Any) -> None:
+        finalize_gradients(*args, force_all_reduce=True, **kwargs)
+
+    for model in models:
+        model.config.finalize_model_grads_func = finalize
+    objective.run(chunks, read_batch(architecture.vocab_size, 0, micro_batch))
+    named: Any = [row for model in models for row in named_parameters(model)]
+    rows = [(key, layer, tensor.main_grad) for key, layer, tensor in named]
+    gradients = gather_named(rows)
+
+    _, chunks, optimizer, scheduler = build()
+    history = [
+        train_step(
+            chunks,
+            optimizer,
+            scheduler,
+            objective,
+            timetable.at(step).shape,
+            read_batch(architecture.vocab_size, step, micro_batch),
+        )
+        for step in range(steps)
+    ]
+    return {"gradients": gradients, "history": history}
+
+
+LOSS = {"lm_weight": 0.3, "kd_weight": 1.0, "temperature": 2.0}
+
+
+@cache
+def base(folder: str) -> dict[str, Any]:
+    return collect(run_on_ranks(distil_on_rank, 1, {}, 1, folder, {}, LOSS, STEPS))
+
+
+def collect(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    for rank in ranks:
+        assert rank["history"] == ranks[0]["history"], "every rank must report the same"
+    return {**ranks[0], "gradients": assemble([rank["gradients"] for rank in ranks], architectures()[0])}
+
+
+def assert_same_run(run: dict[str, Any], single: dict[str, Any]) -> None:
+    assert set(run["gradients"]) == set(single["gradients"])
+    for name, value in single["gradients"].items():
+        assert float(value.norm()) > 0, name
+        assert relative_error(run["gradients"][name], value) <= 1e-5, name
+    assert len(run["history"]) == len(single["history"])
+    for ours, theirs in zip(run["history"], single["history"], strict=True):
+        for name in ("lm loss", "logits distillation loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+        assert ours["grad-norm"] == pytest.approx(theirs["grad-norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ten_steps_are_those_of_one_rank(variant: str, checkpoints: str) -> None:
+    world_size, parallel, options = VARIANTS[variant]
+    ranks = run_on_ranks(distil_on_rank, world_size, parallel, world_size, checkpoints, options, LOSS, STEPS)
+    assert_same_run(collect(ranks), base(checkpoints))
+
+
+def test_it_learns(checkpoints: str) -> None:
+    """Equal runs of an engine that does nothing would prove nothing."""
+    history = base(checkpoints)["history"]
+    assert history[-1]["logits distillation loss"] < 0.9 * history[0]["logits distillation loss"]

@@ -1,0 +1,68 @@
+"""Of the table behind test_bad_input.py: what is wrong with teacher, student, and what is distilled between them."""
+
+from __future__ import annotations
+
+from tests.e2e.bad_input_cases import Case
+
+DISTILL: list[Case] = [
+    ("distill", ["teacher.checkpoint=null"], "teacher.checkpoint is not given"),
+    ("distill", ["student.checkpoint=null"], "student.checkpoint is not given"),
+    (
+        "distill",
+        ["teacher.checkpoint=@/checkpoints/unfinished"],
+        "teacher.checkpoint=@/checkpoints/unfinished holds no finished",
+    ),
+    (
+        "distill",
+        ["student.checkpoint=@/checkpoints/other_vocabulary"],
+        "vocab_size is 301 in student.checkpoint and 300 in teacher.checkpoint",
+    ),
+    ("distill", ["distill.checkpoint=@/student"], "is the student's or the teacher's own folder"),
+    ("distill", ["distill.checkpoint=@/teacher"], "is the student's or the teacher's own folder"),
+    ("distill", ["teacher.parallel.sequence=true"], "teacher.parallel.sequence=true shards the sequence over"),
+    ("distill", ["teacher.precision=fp16"], "teacher.precision='fp16' is not allowed: choose one of fp32, bf16, fp8"),
+    ("distill", ["teacher.precision=fp8"], "teacher.precision=fp8 needs Transformer Engine and a CUDA device"),
+    ("distill", ["distill.temperature=0"], "distill.temperature=0.0 must be finite and above 0"),
+    ("distill", ["distill.kd_weight=-1"], "distill.kd_weight=-1.0 must be finite and at least 0"),
+    ("distill", ["distill.kd_weight=0"], "leave no loss to train on"),
+    ("distill", ["distill.hidden_states.sites=[logits]"], "distill.hidden_states.sites holds 'logits': it takes"),
+    (
+        "distill",
+        ["distill.hidden_states.loss=kl"],
+        "distill.hidden_states.loss='kl' is not allowed: choose one of mse, cosine",
+    ),
+    (
+        "distill",
+        ["distill.hidden_states.sites=[mlp_input]", "distill.hidden_states.layers=[[1,1]]"],
+        "distill.hidden_states.layers pairs teacher layer 1 with student layer 1, but the student has layers 0 to 0",
+    ),
+    (
+        "distill",
+        ["distill.hidden_states.sites=[mlp_input]", "distill.hidden_states.layers=[[1]]"],
+        "distill.hidden_states.layers holds [1]: each entry is a pair",
+    ),
+    (
+        "distill",
+        ["tokenizer.model=@/other.model"],
+        "tokenizer.model=@/other.model is not the tokenizer that @/teacher was trained",
+    ),
+    (
+        2,
+        "distill",
+        ["teacher.parallel.tensor=3"],
+        "teacher.parallel.tensor=3 x teacher.parallel.pipeline=1 = 3 ranks for one copy of the model, but 2 were",
+    ),
+    (2, "distill", ["teacher.parallel.context=2"], "teacher.parallel.context=2 is not parallel.context=1"),
+    (
+        2,
+        "distill",
+        ["teacher.parallel.pipeline=2", "teacher.parallel.virtual_pipeline=2"],
+        "num_layers=2 is fewer than the 4 stages of teacher.parallel.pipeline=2 x teacher.parallel.virtual_pipeline=2",
+    ),
+    (
+        2,
+        "run",
+        ["teacher.parallel.tensor=2", "teacher.parallel.sequence=true", "data.sequence_length=15"],
+        "data.sequence_length=15 is no multiple of teacher.parallel.tensor=2 (15 / 2 = 7.5)",
+    ),
+]

@@ -1,0 +1,141 @@
+"""Targets come back as they were written; damage is found; a shard is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minitron_mcore.distillation.cache_file import (
+    CacheReader,
+    Targets,
+    decode_targets,
+    encode_targets,
+    settings_digest,
+    shard_file,
+    token_checksum,
+    write_settings,
+    write_shard,
+)
+from minitron_mcore.errors import InputError
+
+SETTINGS: dict[str, Any] = {"method": "sampled", "proposal_temperature": 1.0, "vocab_size": 70_000, "dtype": "fp16"}
+SETTINGS |= {"num_samples": 5, "shard_samples": 3}
+
+
+def some_targets(seed: int, vocab_size: int, tokens: int = 40, values: bool = False) -> Targets:
+    """Tokens with no id, one id, and many, the first and the last id of the vocabulary among them."""
+    random = numpy.random.default_rng(seed)
+    rows = [
+        numpy.sort(random.choice(vocab_size, size=min(int(n), vocab_size), replace=False))
+        for n in random.geometric(0.1, tokens) - 1
+    ]
+    rows[0] = numpy.array([0, vocab_size - 1]) if vocab_size > 1 else numpy.array([0])
+    ids = numpy.concatenate(rows).astype(numpy.int64)
+    drawn = None if values else random.geometric(0.3, len(ids)).astype(numpy.int64)
+    logs = -random.exponential(5, len(ids)).astype(numpy.float32) if values else None
+    return Targets(numpy.array([len(row) for row in rows]), ids, drawn, logs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    vocab_size=st.sampled_from([1, 2, 255, 256, 257, 65536, 65537, 256000]),
+    dtype=st.sampled_from([None, "fp16", "fp32"]),
+)
+def test_round_trip(seed: int, vocab_size: int, dtype: str | None) -> None:
+    written = some_targets(seed, vocab_size, values=dtype is not None)
+    block = encode_targets(written, vocab_size, dtype or "fp16")
+    read = decode_targets(block, vocab_size, dtype or "fp16", has_counts=dtype is None, has_values=dtype is not None)
+    assert numpy.array_equal(read.num_ids, written.num_ids) and numpy.array_equal(read.ids, written.ids)
+    if written.counts is not None:
+        assert read.counts is not None and numpy.array_equal(read.counts, written.counts)
+    if written.values is not None:
+        rounded = written.values.astype(numpy.float16 if dtype == "fp16" else numpy.float32)
+        assert read.values is not None and numpy.array_equal(read.values, rounded.astype(numpy.float32))
+
+
+def write_cache(folder: Path) -> list[Targets]:
+    samples = [some_targets(seed, SETTINGS["vocab_size"]) for seed in range(5)]
+    blocks = [
+        (encode_targets(targets, SETTINGS["vocab_size"], "fp16"), token_checksum(numpy.arange(sample, sample + 40)))
+        for sample, targets in enumerate(samples)
+    ]
+    write_settings(folder, SETTINGS)
+    for shard, part in enumerate((blocks[:3], blocks[3:])):
+        path = shard_file(folder, shard)
+        assert write_shard(path, settings_digest(SETTINGS), shard * 3, part) == path.stat().st_size
+    return samples
+
+
+def test_samples_by_number(tmp_path: Path) -> None:
+    samples = write_cache(tmp_path)
+    reader = CacheReader(tmp_path)
+    assert reader.missing_shards(5) == []
+    for sample in (4, 0, 3, 2, 1):
+        assert numpy.array_equal(reader.read(sample).ids, samples[sample].ids)
+        assert reader.tokens_of(sample) == token_checksum(numpy.arange(sample, sample + 40))
+    for beyond in (-1, 5):
+        with pytest.raises(InputError, match="no targets of sample"):
+            reader.read(beyond)
+
+
+def test_every_changed_byte_is_found(tmp_path: Path) -> None:
+    """One bit of each byte of a shard in turn."""
+    write_cache(tmp_path)
+    path = shard_file(tmp_path, 1)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(InputError, match=r"targets-000001\.bin"):
+            reader = CacheReader(tmp_path)
+            reader.read(3)
+            reader.read(4)
+    for end in (0, 5, 30, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(InputError, match=r"targets-000001\.bin"):
+            CacheReader(tmp_path).missing_shards(5)
+    path.unlink()
+    assert CacheReader(tmp_path).missing_shards(5) == [1] and CacheReader(tmp_path).missing_shards(3) == []
+
+
+def test_a_full_disk_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cache(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_shard(shard_file(tmp_path, 2), "", 6, [(b"block", "")])
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_damaged_descriptions(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is missing"):
+        CacheReader(tmp_path)
+    damaged = {"{": "is damaged", "[]": "is damaged", '{"format": 9, "settings": {}}': "is of format 9"}
+    for text, told in damaged.items():
+        (tmp_path / "cache.json").write_text(text)
+        with pytest.raises(InputError, match=told):
+            CacheReader(tmp_path)
+
+
+def test_what_a_token_costs() -> None:
+    """About 12 of 128,256 ids, drawn 50 times: less than 2.5 bytes an id (17 bits of an id, and a count, are 3)."""
+    random = numpy.random.default_rng(1)
+    frequency = numpy.arange(1, 128_257) ** -1.0
+    names = random.permutation(128_256)
+    rows = []
+    for _ in range(1024):
+        kept = names[random.choice(128_256, size=12, p=frequency / frequency.sum())]
+        rows.append(numpy.unique(kept))
+    ids = numpy.concatenate(rows)
+    targets = Targets(numpy.array([len(row) for row in rows]), ids, random.geometric(0.4, len(ids)), None)
+    assert len(encode_targets(targets, 128_256, "fp16")) / len(ids) < 2.5

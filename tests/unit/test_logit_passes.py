@@ -1,0 +1,45 @@
+"""The passes over a chunk's logits: traced for a compiler, as CUDA runs them, against run as they are."""
+
+import pytest
+import torch
+
+from minitron_mcore.distillation.divergences import DIVERGENCES, Divergence, maximum_and_column
+from minitron_mcore.distillation.passes import logit_gradient_, logit_statistics
+
+NAMES = (
+    *("maximum", "log_sum", "plain_logsumexp", "teacher_maximum", "teacher_log_sum"),
+    *("cross", "square", "inverse_norms", "student_to_mixture"),
+)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_passes_can_be_traced_whole(name: str) -> None:
+    """In one graph (else CUDA would run piece by piece), with the same result, in place where it is in place. The
+    compiler's own code is left out: it is what a GPU would differ in."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 600), torch.randn(6, 600)
+    divergence = Divergence.of(name, 2.0, 0.3, 600)
+    # Of the second pass any positive numbers will do.
+    values = [torch.rand(6) + 0.5 for _ in NAMES]
+    found = []
+    for through in (
+        lambda function: function,
+        lambda function: torch.compile(function, backend="aot_eager", fullgraph=True),
+    ):
+        x_copy, y_copy = x.clone(), y.clone()
+        first = through(logit_statistics)(x_copy, y_copy, divergence=divergence, cross=True, report=True, keep=False)
+        through(logit_gradient_)(x_copy, y_copy, *values, names=NAMES, divergence=divergence, lm_share=0.5)
+        found.append(first | {"gradient": x_copy})
+    assert found[0].keys() == found[1].keys()
+    for key, expected in found[0].items():
+        torch.testing.assert_close(found[1][key], expected)
+
+
+@pytest.mark.parametrize("columns", [5, 511, 512, 513, 1000])
+def test_column_of_the_maximum_is_the_lowest_of_several(columns: int) -> None:
+    """Logits of three values only, so that most rows have many maxima; and one maximum at each place of the row."""
+    torch.manual_seed(0)
+    for logits in (torch.randint(3, (50, columns)).float(), torch.eye(columns), torch.zeros(2, columns)):
+        maximum, column = maximum_and_column(logits)
+        for row, value, index in zip(logits.tolist(), maximum.tolist(), column.tolist(), strict=True):
+            assert (value, index) == (max(row), row.index(max(row)))

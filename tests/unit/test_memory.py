@@ -1,0 +1,151 @@
+"""The forecast of memory, by hand: one shape whose every number can be multiplied out, and Megatron's schedules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from minitron_mcore.architecture import build_architecture
+from minitron_mcore.memory import Setting, bytes_text, forecast, passes_in_flight, stage_parts
+from minitron_mcore.runtime.config import ParallelConfig
+
+STUDENT = build_architecture(
+    {
+        "family": "llama",
+        "num_layers": 8,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_query_groups": 4,
+        "vocab_size": 1024,
+    }
+)
+TEACHER = STUDENT.replace(num_layers=16, hidden_size=128)
+LAYER = 64 * (3 * 64) + 64 * 64 + 3 * 64 * 128 + 2 * 64  # qkv, proj, a gated MLP, two norms
+TEACHER_LAYER = 128 * (3 * 64) + 64 * 128 + 3 * 128 * 128 + 2 * 128
+
+
+def setting(parallel: dict[str, Any] | None = None, **changes: Any) -> Setting:
+    base = Setting(
+        student=STUDENT,
+        parallel=ParallelConfig(**(parallel or {})),
+        precision="bf16",
+        data_parallel=1,
+        sequence_length=64,
+        global_batch_size=32,
+        micro_batch_size=2,
+        loss_chunk_tokens=32,
+        section="distill",
+        teacher=TEACHER,
+    )
+    return replace(base, **changes)
+
+
+def test_by_hand() -> None:
+    """bf16 on one GPU: 2 bytes a weight, 4 a gradient, 12 / DP of Adam with fp32 weights; 18 in all at DP 1."""
+    count = 8 * LAYER + 2 * 1024 * 64 + 64
+    parts = stage_parts(setting(), 0)
+    assert parts["weights"] == 2 * count and parts["gradients"] == 4 * count
+    assert parts["optimizer state"] == 12 * count
+    assert stage_parts(setting(data_parallel=4), 0)["optimizer state"] == 3 * count
+    assert stage_parts(setting({"context": 2}, data_parallel=2), 0)["optimizer state"] == 3 * count
+    assert stage_parts(setting(precision="fp32"), 0)["optimizer state"] == 8 * count
+    assert parts["teacher weights"] == 2 * (16 * TEACHER_LAYER + 2 * 1024 * 128 + 128)
+    # 16 microbatches of 128 tokens, 128 channels of 2 bytes; with a window of 4, a quarter.
+    assert parts["teacher hidden states"] == 16 * 128 * 128 * 2
+    assert stage_parts(setting(teacher_window=4), 0)["teacher hidden states"] == 4 * 128 * 128 * 2
+    # Two fp32 buffers and a bf16 one of a chunk's logits; the gradient of the states in bf16.
+    assert parts["loss"] == (2 * 4 + 2) * 32 * 1024 + 2 * 64 * 128
+    assert stage_parts(setting(teacher=None), 0).keys() & {"teacher weights", "teacher hidden states"} == set()
+
+
+def test_where_the_teacher_lies() -> None:
+    rest = 2 * 1024 * 128 + 128
+    for placement, kept in (("resident", 16), ("sharded", 4), ("offloaded", 0)):
+        parts = stage_parts(setting(teacher_placement=placement, data_parallel=4), 0)
+        assert parts["teacher weights"] == 2 * (kept * TEACHER_LAYER + rest)
+    assert stage_parts(setting(teacher_precision="fp32"), 0)["teacher weights"] == 4 * (16 * TEACHER_LAYER + rest)
+
+
+def test_a_teacher_of_its_own_layout() -> None:
+    """The student at DP 2, the teacher at PP 2: half its layers, and its head in the student's shards."""
+    own = setting(data_parallel=2, teacher_parallel=ParallelConfig(pipeline=2))
+    expected = 8 * TEACHER_LAYER + 1024 * 128 + 1024 * 128  # the first stage's embedding, and the head
+    assert stage_parts(own, 0)["teacher weights"] == 2 * expected
+
+
+def warm_up(pipeline: int, stage: int, chunks: int, microbatches: int) -> int:
+    """By running Megatron's interleaved order: how many forwards of a chunk wait at once, at most."""
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+    total = microbatches * chunks
+    warm = min((pipeline - stage - 1) * 2 + (chunks - 1) * pipeline, total) if chunks > 1 else pipeline - stage - 1
+    assert callable(get_pp_rank_microbatches)
+    waiting = most = 0
+    for step in range(total):  # warm-up, then one forward and one backward in turn
+        waiting += 1
+        most = max(most, waiting)
+        waiting -= step >= warm
+    return most
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "chunks", "microbatches"),
+    [(1, 1, 8), (2, 1, 8), (4, 1, 8), (4, 1, 2), (2, 2, 4), (4, 2, 8), (4, 4, 4)],
+)
+def test_microbatches_under_way(pipeline: int, chunks: int, microbatches: int) -> None:
+    for stage in range(pipeline):
+        expected = warm_up(pipeline, stage, chunks, microbatches)
+        assert passes_in_flight(pipeline, stage, chunks, microbatches) == expected
+
+
+def test_layouts_share_the_model_out() -> None:
+    whole = forecast(setting(teacher=None))
+    for parallel in ({"tensor": 2}, {"pipeline": 4}, {"tensor": 2, "pipeline": 2}, {"tensor": 2, "sequence": True}):
+        assert forecast(setting(parallel, teacher=None)).static < whole.static
+    narrow, sequence = (
+        forecast(setting({"tensor": 2, "sequence": flag})).parts["activations"] for flag in (False, True)
+    )
+    assert sequence < narrow < whole.parts["activations"]
+    assert forecast(setting({"pipeline": 2})).setting.parallel.pipeline == 2
+
+
+def test_advice_is_what_saves_most() -> None:
+    """Each line's key, set as it says, saves what it says; the largest comes first, and none is named twice."""
+    heavy_teacher = setting(teacher=TEACHER.replace(num_layers=64), data_parallel=2)
+    first = forecast(heavy_teacher).advice()[0]
+    assert first.startswith(("teacher.placement=offloaded", "parallel.pipeline=2", "parallel.tensor=2"))
+    assert sum("teacher.placement" in line for line in forecast(heavy_teacher).advice(9)) == 1
+
+    long = setting(sequence_length=8192, micro_batch_size=4, teacher_window=4)
+    lines = forecast(long).advice(9)
+    saving = forecast(long).total - forecast(replace(long, micro_batch_size=1)).total
+    assert f"distill.micro_batch_size=1 saves {bytes_text(saving)}" in lines
+    assert not any("parallel.sequence" in line for line in lines), "there is nothing to share it over"
+    assert len(forecast(long).advice()) == 3
+
+    window = setting(global_batch_size=4096, micro_batch_size=1, sequence_length=64)
+    assert "distill.teacher_window=1" in forecast(window).advice()[0]
+
+
+def test_a_loss_chunk_that_is_all_of_it() -> None:
+    wide = setting(student=STUDENT.replace(vocab_size=131072, padded_vocab_size=131072), loss_chunk_tokens=4096)
+    wide = replace(wide, teacher=None, sequence_length=4096)
+    assert any("distill.loss_chunk_tokens=128" in line for line in forecast(wide).advice())
+
+
+def test_the_table_adds_up() -> None:
+    found = forecast(setting())
+    assert found.total == sum(found.parts.values())
+    lines = found.table().splitlines()
+    assert lines[-1].split() == ["together", *bytes_text(found.total).split()]
+    assert bytes_text(found.total) in str(found)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**40, "3072.0 GiB")]
+)
+def test_bytes_in_words(count: int, words: str) -> None:
+    assert bytes_text(count) == words
