@@ -2,7 +2,7 @@
 
     python benchmarks/kd_gpu.py                              32 layers if they fit, sequences of 4096 and 8192
     python benchmarks/kd_gpu.py --layers 8 --repeats 10
-    python benchmarks/kd_gpu.py --small                      the same code at tiny shapes, on any machine
+    python benchmarks/kd_gpu.py --small                      the same code at tiny shapes; without a GPU always so
 
 step: tokens/s, MFU against the matrix rate that is measured first (aim: 50%), peak memory, time by parts.
 loss: the logit loss alone, at 8192 tokens, against its four matrix products (aim: at least 85% of their rate), and
@@ -238,6 +238,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--small", action="store_true", help="tiny shapes, for a machine without a GPU")
     options = parser.parse_args()
+    options.small = options.small or not torch.cuda.is_available()
     options.layers = options.layers or (2 if options.small else 32)
     options.sequences = options.sequences or ([64] if options.small else [4096, 8192])
     options.tokens = options.tokens or (256 if options.small else 8192)

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0:
             # The launcher ends every rank once one has ended. The first rank is to say it, and says it at once; a rank
             # that is still here after this was alone in finding the fault.
-            time.sleep(3)
+            time.sleep(8)
         print(f"minitron {options.verb}: {error}", file=sys.stderr, flush=True)
         return 2
     except MemoryExhaustedError as error:

@@ -136,6 +136,10 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
             numbers = local_parameters(s.teacher, parallel, stage)
             moments = (8 if s.precision == "fp32" else 12) * -(-numbers // s.optimizer_shards)
             parts["teacher's training"] = 4 * numbers + moments
+        if s.teacher_trained:
+            alone = replace(s, student=s.teacher, teacher=None)
+            taught = activations(alone, stage) + _largest_layer_output(s.teacher, s, element)
+            phases.append({"teacher's training pass": taught + (loss_buffers(alone) if last else 0)})
         working = 2 * _largest_layer_output(s.teacher, s, _teacher_element(s))
         phases.append({"teacher's forward": working + teacher_layers_at_work(s, stage)})
         if last:
@@ -308,21 +312,22 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
     if (s.loss_chunk_tokens or default_chunk_tokens(s.tokens)) > LEAST_CHUNK:
         change = replace(s, loss_chunk_tokens=LEAST_CHUNK)
         yield "chunk", f"{section}.loss_chunk_tokens={LEAST_CHUNK}", change
-    if s.teacher is not None:
+    if s.teacher is not None and not s.teacher_trained:  # such a one takes neither key
         window = s.parallel.pipeline
         if window < (s.teacher_window or s.microbatches):
             yield "window", f"{section}.teacher_window={window}", replace(s, teacher_window=window)
         for placement in ("offloaded", *(["sharded"] if s.data_parallel > 1 else [])):
             yield "placement", f"teacher.placement={placement}", replace(s, teacher_placement=placement)
     parallel = s.parallel
-    if parallel.tensor > 1 and not parallel.sequence and s.sequence_length % parallel.tensor == 0:
+    parts = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
+    if parallel.tensor > 1 and not parallel.sequence and s.sequence_length % parts == 0:
         yield "sequence", "parallel.sequence=true", replace(s, parallel=replace(parallel, sequence=True))
     for name in ("tensor", "pipeline"):
         wider = replace(parallel, **{name: 2 * getattr(parallel, name)})
         data_parallel = s.data_parallel // 2 or 1
         ranks = "" if s.data_parallel > 1 else " on twice the ranks"
         change = replace(s, parallel=wider, data_parallel=data_parallel)
-        if _holds(change):
+        if _holds(change) and (s.data_parallel == 1 or s.data_parallel % 2 == 0):
             yield name, f"parallel.{name}={getattr(wider, name)}{ranks}", change
     wider_data = replace(s, data_parallel=2 * s.data_parallel)
     if wider_data.microbatches and s.global_batch_size % (s.micro_batch_size * wider_data.data_parallel) == 0:

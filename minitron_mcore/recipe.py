@@ -194,6 +194,11 @@ def _check_keys(given: Any, kind: Any, path: str, where: str) -> None:
     if is_list and isinstance(given, list) and dataclasses.is_dataclass(_type_of(f"{path}[0]")):
         for number, value in enumerate(given):
             _check_entry(value, f"{path}[{number}]", where)
+    elif is_list and isinstance(given, list) and typing.get_origin(_type_of(f"{path}[0]")) is list:
+        for number, value in enumerate(given):
+            if not isinstance(value, list):
+                inner = f"{path}[{number}]"
+                raise InputError(f"{inner}={_shown(value)} ({where}) is not allowed: {_allowed(inner)}")
     if given is not None:
         kind = _section(kind)
     if not (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict):

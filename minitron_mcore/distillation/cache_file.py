@@ -167,7 +167,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """How a cache was made. Raises InputError where `folder` holds none that is read here."""
     path = folder / DESCRIPTION
     if not path.is_file():
-        raise InputError(f"{folder} holds no teacher's targets: {DESCRIPTION} is missing; write them with `cache`")
+        raise InputError(
+            f"distill.teacher=cache:{folder} holds no teacher's targets: {DESCRIPTION} is missing; write them with "
+            "`cache`, or name another folder"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found, settings = content["format"], dict(content["settings"])

@@ -27,7 +27,7 @@ CACHE_TYPES = ("fp16", "fp32")
 
 @dataclass
 class HiddenStatesConfig:
-    """Losses between inner states of teacher and student (arXiv 2407.14679, section 3; facts/papers.md §4)."""
+    """Losses between inner states of teacher and student (arXiv 2407.14679, section 3)."""
 
     sites: list[str] = field(default_factory=list)  # of SITES; none: no such loss
     # [[teacher layer, student layer], …], from 0; null: the papers' default, from both depths.

@@ -46,6 +46,8 @@ MAY_CHANGE = {
     "num_workers",
     "cache_path",
     "loss_chunk_tokens",
+    "recompute_loss",
+    "teacher_window",
     "max_skipped_iterations",
     "check_teacher",
     "parallel",
@@ -102,13 +104,17 @@ def refuse_other_run(
     stored = read_mapping(stored_file)
     for section in (*sections, "seed", "precision"):
         here: Any = getattr(recipe, section)
-        here = dataclasses.asdict(here) if dataclasses.is_dataclass(here) else {"": here}  # type: ignore[arg-type]
         there = stored.get(section, {})
+        if dataclasses.is_dataclass(here) and there:
+            # A key that an older version did not have was then as it is by default now.
+            defaults = dataclasses.asdict(type(here)())  # type: ignore[operator]
+            there = {**there, **{name: value for name, value in defaults.items() if name not in there}}
+        here = dataclasses.asdict(here) if dataclasses.is_dataclass(here) else {"": here}  # type: ignore[arg-type]
         there = there if isinstance(there, dict) else {"": there}
         may_change = MAY_CHANGE | BUDGET if section == stage else MAY_CHANGE
-        for name, value in here.items():
-            path = f"{section}.{name}".rstrip(".")
-            if name in there and there[name] != value and (name not in may_change or path == "teacher.checkpoint"):
+        for name in filter(here.__contains__, there):
+            path, value = f"{section}.{name}".rstrip("."), here[name]
+            if there[name] != value and (name not in may_change or path == "teacher.checkpoint"):
                 hint = f"; to change it on the way, give {stage}.phases" if stage and name in SIZES else ""
                 raise InputError(
                     f"{key}={folder} holds another run: {path} is {there[name]!r} there and {value!r} here; "

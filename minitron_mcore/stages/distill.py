@@ -113,8 +113,11 @@ def check_loss(distill: DistillConfig) -> None:
         if not 0 <= getattr(distill, name) < math.inf:
             raise InputError(f"distill.{name}={getattr(distill, name)} must be finite and at least 0")
     if distill.kd_weight == distill.lm_weight == 0:
-        raise InputError("distill.kd_weight=0 and distill.lm_weight=0 leave no loss to train on: raise one of them")
-    if distill.logit_loss == "jensen_shannon" and not 0 < distill.jensen_shannon_mix < 1:
+        raise InputError(
+            "distill.kd_weight=0 and distill.lm_weight=0 leave no loss to train on (hidden states alone do not reach "
+            "the output head): raise one of them"
+        )
+    if not 0 < distill.jensen_shannon_mix < 1:
         raise InputError(
             f"distill.jensen_shannon_mix={distill.jensen_shannon_mix} must lie between 0 and 1, both left out: for the "
             "limits set distill.logit_loss=forward_kl or reverse_kl"

@@ -5,6 +5,7 @@ Each is checked before anything is built, and loaded after.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ from minitron_mcore.stages.common import (
     refuse_other_run,
     teacher_layout,
 )
-from minitron_mcore.training.budget import Timetable
+from minitron_mcore.training.budget import Timetable, check_numbers, plan_timetable
+from minitron_mcore.training.learning_rate import check_learning_rate
 from minitron_mcore.training.teaching import TrainedTeacher
 
 
@@ -113,6 +115,9 @@ def check_teacher_keys(recipe: Recipe) -> None:
         f"distill.teacher_window={window}": window != 0,
         f"distill.teacher={recipe.distill.teacher}": recipe.distill.teacher is not None,
         f"correct.tokens={recipe.correct.tokens}": recipe.correct.tokens != 0,
+        f"correct.load={recipe.correct.load}": recipe.correct.load is not None,
+        "correct.phases": recipe.correct.phases != [],
+        f"correct.rampup_batch_size={recipe.correct.rampup_batch_size}": recipe.correct.rampup_batch_size is not None,
     }
     for setting, is_given in refused.items():
         if is_given:
@@ -120,6 +125,10 @@ def check_teacher_keys(recipe: Recipe) -> None:
                 f"{setting} does not go with distill.correct_teacher=true, which trains the teacher beside the student "
                 "in its layout and for its tokens: leave one of the two out"
             )
+    check_numbers(recipe.correct, "correct")
+    timetable = plan_timetable(recipe.distill, recipe.data.sequence_length, "distill")
+    correct = dataclasses.replace(recipe.correct, tokens=recipe.distill.tokens)
+    check_learning_rate(correct, timetable, "correct", budget="distill")
 
 
 def corrected_folder(recipe: Recipe, teacher_folder: Path) -> Path:
@@ -127,6 +136,8 @@ def corrected_folder(recipe: Recipe, teacher_folder: Path) -> Path:
     folder = output_folder(recipe.correct.checkpoint, "correct.checkpoint")
     if folder.resolve() == teacher_folder.resolve():
         raise InputError(f"correct.checkpoint={folder} is teacher.checkpoint's own folder: name another")
+    if recipe.distill.checkpoint and folder.resolve() == Path(recipe.distill.checkpoint).resolve():
+        raise InputError(f"correct.checkpoint={folder} is distill.checkpoint's own folder: name another")
     refuse_other_run(folder, recipe, ("data", "distill", "teacher", "correct"), "correct.checkpoint", "correct")
     return folder
 
@@ -151,7 +162,7 @@ def corrected_description(
 
 
 def check_vocabulary(teacher: Architecture, student: Architecture) -> None:
-    """Raise InputError where the two output distributions are not over the same ids."""
+    """Raise InputError where the two output distributions are not over the same ids, or the teacher is the smaller."""
     for field in ("vocab_size", "padded_vocab_size"):
         ours, theirs = getattr(student, field), getattr(teacher, field)
         if ours != theirs:
@@ -159,3 +170,8 @@ def check_vocabulary(teacher: Architecture, student: Architecture) -> None:
                 f"{field} is {ours} in student.checkpoint and {theirs} in teacher.checkpoint: a student is distilled "
                 "from a teacher of the same vocabulary"
             )
+    if student.num_parameters > teacher.num_parameters:
+        raise InputError(
+            f"student.checkpoint has {student.num_parameters:,} parameters and teacher.checkpoint "
+            f"{teacher.num_parameters:,}: the teacher is the larger one; swap the two"
+        )

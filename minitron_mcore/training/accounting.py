@@ -18,7 +18,7 @@ from minitron_mcore.training.job import Job
 from minitron_mcore.training.timers import StepTimers
 
 # Settings and counts, of which a mean over steps says nothing; every other number of a step is averaged.
-NOT_AVERAGED = ("learning-rate", "grad-norm", "global batch size")
+NOT_AVERAGED = ("learning-rate", "grad-norm", "global batch size", "teacher learning-rate", "teacher grad-norm")
 
 # Dense bf16 peak of one device in TFLOP/s, without sparsity, from the makers' data sheets. The first whose words are
 # all in the device's name counts, as torch.cuda.get_device_name gives it.
@@ -130,8 +130,8 @@ def throughput(job: Job, step_seconds: float, tokens: dict[int, float]) -> dict[
     """Tokens and floating-point operations a second, of steps of `tokens` (sequence length -> tokens).
 
     Operations are those of the models' matrix products (architecture.py): the student forward and backward, its head
-    in the loss among them, and the teacher forward with its head. What is worked out twice does not count, and the
-    whole score matrix of attention does.
+    in the loss among them, and the teacher forward with its head, or as the student where it is trained too. What is
+    worked out twice does not count, and the whole score matrix of attention does.
     """
     per_gpu = 1 / step_seconds / job.runtime.world_size
     student = sum(job.architecture.training_flops_per_token(length) * count for length, count in tokens.items())
@@ -146,7 +146,8 @@ def throughput(job: Job, step_seconds: float, tokens: dict[int, float]) -> dict[
     teacher_model = job.objective.teacher
     if teacher_model is not None and not isinstance(teacher_model, CachedTeacher):
         shape = teacher_model.architecture
-        teacher = sum(shape.forward_flops_per_token(length) * count for length, count in tokens.items())
+        passes = shape.forward_flops_per_token if job.teaching is None else shape.training_flops_per_token
+        teacher = sum(passes(length) * count for length, count in tokens.items())
         row["student throughput per GPU (TFLOP/s/GPU)"] = row["throughput per GPU (TFLOP/s/GPU)"]
         row["teacher throughput per GPU (TFLOP/s/GPU)"] = teacher * per_gpu / 1e12
         row["throughput per GPU (TFLOP/s/GPU)"] += teacher * per_gpu / 1e12

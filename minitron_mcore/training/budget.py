@@ -245,11 +245,21 @@ def _check_numbers(train: TrainConfig, sequence_length: int, section: str) -> No
         raise InputError(f"data.sequence_length={sequence_length} must be at least 1")
     if train.tokens < 1:
         raise InputError(f"{section}.tokens={train.tokens} must be at least 1: it is the budget of training tokens")
+    check_numbers(train, section)
+
+
+def check_numbers(train: TrainConfig, section: str) -> None:
+    """Raise InputError for numbers of `section` that are wrong whatever the budget."""
     for name, least in LEAST.items():
         value = getattr(train, name)
         if value is not None and not least <= value < math.inf:
             words = "finite and at least" if isinstance(value, float) else "at least"
             raise InputError(f"{section}.{name}={value} must be {words} {least}")
+    if train.min_lr > train.lr:
+        raise InputError(f"{section}.min_lr={train.min_lr} must lie between 0 and {section}.lr={train.lr}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(train, name) >= 1:
+            raise InputError(f"{section}.{name}={getattr(train, name)} must be below 1")
 
 
 def check_train(
@@ -264,11 +274,6 @@ def check_train(
         shape = stretch.first.shape
         keys = _keys(train, shape, section)
         _check_shape(shape, keys["global_batch_size"], keys["micro_batch_size"], parallel, data_parallel)
-    if not 0 <= train.min_lr <= train.lr:
-        raise InputError(f"{section}.min_lr={train.min_lr} must lie between 0 and {section}.lr={train.lr}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if getattr(train, name) >= 1:
-            raise InputError(f"{section}.{name}={getattr(train, name)} must be below 1")
 
 
 def _keys(train: TrainConfig, shape: Shape, section: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ def count_skipped(
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if bad else 0
     if bad:
         progress.skipped_iterations += 1
-        progress.nan_iterations += any(name != "grad-norm" for name in bad)
+        progress.nan_iterations += any(not name.endswith("grad-norm") for name in bad)
         iteration, limit = progress.iteration + 1, job.train.max_skipped_iterations
         samples = global_samples(batch)
         where = f"samples {in_ranges(samples)}" if samples else f"samples from {progress.consumed_samples} on"

@@ -26,8 +26,12 @@ def decay_start(train: TrainConfig, timetable: Timetable) -> float:
     return warmup_tokens(train, timetable)
 
 
-def check_learning_rate(train: TrainConfig, timetable: Timetable, section: str) -> None:
-    """Raise InputError for a schedule that does not fit the budget."""
+def check_learning_rate(train: TrainConfig, timetable: Timetable, section: str, budget: str | None = None) -> None:
+    """Raise InputError for a schedule that does not fit the budget.
+
+    budget: the section that `timetable`, and so `train.tokens`, is of; None: `section` itself.
+    """
+    tokens = f"{budget or section}.tokens={train.tokens}"
     if train.lr_warmup_iters and train.lr_warmup_tokens:
         raise InputError(
             f"{section}.lr_warmup_iters={train.lr_warmup_iters} and {section}.lr_warmup_tokens="
@@ -36,11 +40,11 @@ def check_learning_rate(train: TrainConfig, timetable: Timetable, section: str) 
     if train.lr_warmup_iters >= timetable.iterations:
         raise InputError(
             f"{section}.lr_warmup_iters={train.lr_warmup_iters} must be less than the {timetable.iterations} "
-            f"iterations of {section}.tokens={train.tokens}"
+            f"iterations of {tokens}"
         )
     if train.lr_warmup_tokens >= timetable.tokens:
         raise InputError(
-            f"{section}.lr_warmup_tokens={train.lr_warmup_tokens} must be less than {section}.tokens={train.tokens}"
+            f"{section}.lr_warmup_tokens={train.lr_warmup_tokens} must be less than {tokens}"
         )
     if train.lr_decay_style != "WSD":
         if train.lr_wsd_decay_tokens:

@@ -44,7 +44,7 @@ def check_teacher(job: Job, batch: list[Microbatch]) -> None:
     if not (isinstance(job.train, DistillConfig) and job.train.check_teacher):
         return
     checks = WeightChecks()
-    with _looking_at_weights(teacher.chunks, checks):
+    with torch.no_grad(), _looking_at_weights(teacher.chunks, checks):
         means = _teach_itself(job.chunks, objective, teacher, batch)
     _judge_weights(checks, teacher, job.runtime.world_size)
     if not means["num_tokens"]:
@@ -74,12 +74,11 @@ def check_teacher(job: Job, batch: list[Microbatch]) -> None:
 def _teach_itself(
     chunks: list[LanguageModel], objective: Objective, teacher: Teacher, batch: list[Microbatch]
 ) -> dict[str, float]:
-    """Mean losses of a microbatch with the teacher as its own student; every rank calls."""
+    """Mean losses of a microbatch with the teacher as its own student; every rank calls, with gradients off."""
 
     def loss(model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
         stand_in: Any = SimpleNamespace(head_weight=teacher.head_weight, config=model.config)
-        with torch.no_grad():
-            return objective.loss(stand_in, microbatch["teacher_hidden"], microbatch)
+        return objective.loss(stand_in, microbatch["teacher_hidden"], microbatch)
 
     # The interleaved schedule takes a multiple of the stages.
     count = chunks[0].config.pipeline_model_parallel_size if len(chunks) > 1 else 1

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,12 @@ def fit_with_damage(
                     part["damage"] = damage["what"]
             yield step, batch
 
+    steps_taught = itertools.count(1)
+
+    def teach(tokens: int) -> dict[str, float]:
+        return {"teacher grad-norm": damage["value"] if next(steps_taught) in damage["at"] else 1.0}
+
+    teaching: Any = SimpleNamespace(step=teach, save=lambda *arguments: None)
     train_step = loop.train_step
     train = TrainConfig(
         tokens=STEPS * 128, lr=1e-2, min_lr=1e-3, global_batch_size=8, micro_batch_size=2, **settings.get("train", {})
@@ -126,6 +133,7 @@ def fit_with_damage(
                 ),
                 recipe={},
                 name="damaged",
+                teaching=teaching if damage["what"] == "teacher" else None,
             )
         )
     finally:
@@ -175,6 +183,16 @@ def test_nothing_changes_by_a_bad_step(layout: str, precision: str, damage: dict
     assert set(skipped[0]["reason"]) == wanted
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text, "every line is JSON to any reader"
+
+
+def test_a_teacher_that_is_trained_and_cannot_step_counts(tmp_path: Path) -> None:
+    """Its gradient norm alone is none: the step is written down, no loss was bad, and every line is JSON."""
+    damage = {"what": "teacher", "rank": 0, "at": [3, 4], "value": float("inf")}
+    rows = run("1", tmp_path, damage)[0]["rows"]
+    assert [row["number of skipped iterations"] for row in rows if row["kind"] == "train"] == [0, 0, 1, 2, 2, 2]
+    assert not any(row["number of nan iterations"] for row in rows if row["kind"] == "train")
+    assert [row["reason"] for row in rows if row["kind"] == "skipped"] == [{"teacher grad-norm": "inf"}] * 2
+    assert "Infinity" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_so_many_in_a_row_end_the_run(tmp_path: Path) -> None:

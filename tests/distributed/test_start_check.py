@@ -40,12 +40,17 @@ def check_on_rank(parallel: dict[str, Any], world_size: int, damage: str, precis
                     tensor.mul_(20.0 if key == "output_layer.weight" else 1.0)
     models = build_model(student, layout, precision)
     initialize(models, student, seed=6)
+    teacher = Teacher(chunks, architecture)
+    with_gradients: list[bool] = []
+    watched = [*models, *chunks]
+    for model in watched:
+        model.register_forward_pre_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
     printed: list[str] = []
     job: Any = SimpleNamespace(
         chunks=models,
         train=DistillConfig(check_teacher=damage != "unchecked"),
         objective=Objective(
-            vocab_size=student.vocab_size, lm_weight=0.3, kd_weight=1.0, teacher=Teacher(chunks, architecture), **loss
+            vocab_size=student.vocab_size, lm_weight=0.3, kd_weight=1.0, teacher=teacher, **loss
         ),
         runtime=SimpleNamespace(print=printed.append, world_size=world_size),
         precision=precision,
@@ -54,6 +59,7 @@ def check_on_rank(parallel: dict[str, Any], world_size: int, damage: str, precis
     batch = [dict(part) for part in before]
     check_teacher(job, batch)
     assert [set(part) for part in batch] == [set(part) for part in before], "the batch is left as it was"
+    assert not any(with_gradients), "one that is trained would be trained on the probe, and the student's graph kept"
     return printed
 
 

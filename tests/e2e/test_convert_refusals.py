@@ -6,7 +6,9 @@ nothing written. A rank that waits for another would run into the time limit of 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import resource
@@ -196,7 +198,8 @@ def typed_with_little_room(commands: list[list[str]], root: Path, room: int, ran
     if torch.distributed.get_rank() in ranks:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        return all_typed(commands, root)
+        with contextlib.redirect_stdout(io.StringIO()):  # the worker's own log may have grown beyond that already
+            return all_typed(commands, root)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 

@@ -28,6 +28,7 @@ def job_of(**log: Any) -> Any:
         runtime=SimpleNamespace(world_size=4),
         architecture=student,
         objective=SimpleNamespace(teacher=None),
+        teaching=None,
         log=LogConfig(**log),
         precision="fp32",
     )
@@ -51,6 +52,11 @@ def test_throughput_counts_the_teacher() -> None:
     teacher = wide.forward_flops_per_token(32) * rate / 4 / 1e12
     assert both[TEACHER] == pytest.approx(teacher) and both[STUDENT] == pytest.approx(expected)
     assert both[TOTAL] == pytest.approx(expected + teacher)
+
+    # One that is corrected as it teaches goes backward too.
+    job.teaching = job.objective.teacher
+    corrected = throughput(job, 0.5, tokens)
+    assert corrected[TEACHER] == pytest.approx(3 * teacher) and corrected[TOTAL] == pytest.approx(expected + 3 * teacher)
 
 
 def test_heads_of_the_loss_are_counted() -> None:

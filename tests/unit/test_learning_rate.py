@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mcore.errors import InputError
@@ -186,3 +187,16 @@ def test_the_same_phases_are_the_same_run(tmp_path: Path) -> None:
     other = load_recipe(None, ["train.phases=[{tokens: 6}, {sequence_length: 8}]"])
     with pytest.raises(InputError, match=r"holds another run: train\.phases is"):
         refuse_other_run(tmp_path, other, ("train",), "output")
+
+
+def test_keys_that_an_older_run_did_not_have(tmp_path: Path) -> None:
+    """They were as they are by default: a run cannot go on with another loss, and may with what helps memory."""
+    stored = yaml.safe_load(to_yaml(load_recipe(None, ["distill.lr=1e-3"])))
+    for name in ("hidden_states", "logit_loss", "teacher_window", "recompute_loss"):
+        del stored["distill"][name]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(stored))
+    helps = ["distill.lr=1e-3", "distill.teacher_window=2", "distill.recompute_loss=true"]
+    refuse_other_run(tmp_path, load_recipe(None, helps), ("distill",), "distill.checkpoint", "distill")
+    for change in ("distill.logit_loss=reverse_kl", "distill.hidden_states.sites=[embedding]"):
+        with pytest.raises(InputError, match=f"holds another run: {change.split('=')[0].removesuffix('.sites')} is"):
+            refuse_other_run(tmp_path, load_recipe(None, [*helps, change]), ("distill",), "distill.checkpoint")

@@ -77,14 +77,12 @@ def test_a_teacher_of_its_own_layout() -> None:
 
 
 def warm_up(pipeline: int, stage: int, chunks: int, microbatches: int) -> int:
-    """By running Megatron's interleaved order: how many forwards of a chunk wait at once, at most."""
-    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
-
+    """Warm-up forwards as Megatron's schedules count them, then one forward and one backward in turn, step by step:
+    how many forwards wait at once, at most."""
     total = microbatches * chunks
     warm = min((pipeline - stage - 1) * 2 + (chunks - 1) * pipeline, total) if chunks > 1 else pipeline - stage - 1
-    assert callable(get_pp_rank_microbatches)
     waiting = most = 0
-    for step in range(total):  # warm-up, then one forward and one backward in turn
+    for step in range(total):
         waiting += 1
         most = max(most, waiting)
         waiting -= step >= warm
@@ -128,6 +126,26 @@ def test_advice_is_what_saves_most() -> None:
 
     window = setting(global_batch_size=4096, micro_batch_size=1, sequence_length=64)
     assert "distill.teacher_window=1" in forecast(window).advice()[0]
+
+
+def test_a_teacher_that_is_trained_too() -> None:
+    """Its pass keeps activations as a student of its shape does; what it cannot be given is not advised."""
+    trained = setting(teacher_trained=True, global_batch_size=64)
+    alone = forecast(replace(trained, student=TEACHER, teacher=None)).parts
+    parts = forecast(trained).parts
+    passing = alone["activations"] + alone["backward of a layer"] + alone["loss"]
+    assert parts["teacher's training pass"] == passing
+    lines = forecast(trained).advice(9)
+    assert lines and not any(key in line for line in lines for key in ("teacher.placement", "teacher_window"))
+
+
+def test_advice_that_can_be_taken() -> None:
+    """Three replicas are no two of twice the size; a sequence is cut over context ranks' two chunks too."""
+    odd = setting(data_parallel=3, global_batch_size=36, micro_batch_size=1)
+    assert not any(line.startswith("parallel.") for line in forecast(odd).advice(9))
+    for length, is_said in ((72, False), (64, True)):
+        cut = setting({"tensor": 2, "context": 4}, sequence_length=length, micro_batch_size=8)
+        assert any("parallel.sequence=true" in line for line in forecast(cut).advice(9)) == is_said
 
 
 def test_a_loss_chunk_that_is_all_of_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,12 @@ def test_wandb_offline_goes_on_under_its_id(tmp_path: Path) -> None:
     log_rows(tmp_path, ROWS[:1], wandb="offline")
     log_rows(tmp_path, ROWS[1:], wandb="offline")
     run_id = (tmp_path / "wandb_run_id").read_text()
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    deadline = time.monotonic() + 20  # another process writes the files
+    while time.monotonic() < deadline:
+        files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+        if sum(len(history(path)) for path in files) == 2:
+            break
+        time.sleep(0.2)
     assert {path.name for path in files} == {f"run-{run_id}.wandb"}
     assert [row for path in files for row in history(path)] == [
         {"_step": 10, **ROWS[0][1]},
