@@ -57,6 +57,10 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "sharded, DP2": (2, {}, {"placement": "sharded"}),
     "offloaded": (1, {}, {"placement": "offloaded"}),
     "offloaded, PP2-VPP2": (2, VPP, {"placement": "offloaded"}),
+    "cached": (1, {}, {"cached": True}),
+    "cached, TP2-SP, micro-batch 1": (2, SP, {"cached": True, "micro_batch": 1}),
+    "cached, PP2-VPP2": (2, VPP, {"cached": True}),
+    "cached, DP2": (2, {}, {"cached": True}),
 }
 
 
@@ -82,10 +86,58 @@ def write_on_rank(folder: str) -> None:
         save_state(target, 0, model_state(as_chunks(chunks)), start())
 
 
+def cache_on_rank(folder: str) -> None:
+    """All logits of the teacher on every step's samples, at temperature 1."""
+    from minitron_mcore.checkpoint.store import as_chunks
+    from minitron_mcore.distillation.cache_file import (
+        encode_targets,
+        settings_digest,
+        shard_file,
+        token_checksum,
+        write_settings,
+        write_shard,
+    )
+    from minitron_mcore.distillation.draw import Drawing, make_targets
+    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.model.schedule import final_hidden_states
+
+    layout = start_layout({}, 1)
+    wide = architectures()[1]
+    teacher = Teacher.load(Path(folder) / "teacher", 0, wide, layout, "fp32")
+    vocab = wide.vocab_size
+    settings = {
+        "method": "top_k",
+        "top_k": vocab,
+        "temperature": 1.0,
+        "vocab_size": vocab,
+        "dtype": "fp32",
+        "num_samples": STEPS * SAMPLES,
+        "shard_samples": SAMPLES,
+        "teacher": {"architecture": wide.to_dict()},
+    }
+    target = Path(folder) / "cache"
+    write_settings(target, settings)
+    drawing = Drawing(
+        method="top_k", vocab_size=vocab, temperature=1.0, draws=1, proposal_temperature=1.0, top_k=vocab, seed=0
+    )
+    for step in range(STEPS):
+        (batch,) = read_batch(vocab, step, SAMPLES)
+        (hidden,) = final_hidden_states(as_chunks(teacher.chunks), [batch])
+        targets, _ = make_targets(
+            hidden, teacher.head_weight(), batch["samples"], drawing, tp_group=None, sequence_parallel=False
+        )
+        blocks = [
+            (encode_targets(of_sample, vocab, "fp32"), token_checksum(tokens.numpy()))
+            for of_sample, tokens in zip(targets, batch["tokens"], strict=True)
+        ]
+        write_shard(shard_file(target, step), settings_digest(settings), step * SAMPLES, blocks)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("engine"))
     run_on_ranks(write_on_rank, 1, folder)
+    run_on_ranks(cache_on_rank, 1, folder)
     return folder
 
 
@@ -108,6 +160,7 @@ def distil_on_rank(
 ) -> dict[str, Any]:
     """First step's gradients, then `steps` steps from the start: what each reports."""
     from minitron_mcore.checkpoint.store import as_chunks, load_weights
+    from minitron_mcore.distillation.cache import CachedTeacher
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.projection import finalize_gradients
     from minitron_mcore.distillation.teacher import Teacher
@@ -119,14 +172,12 @@ def distil_on_rank(
 
     layout = start_layout(parallel, world_size)
     architecture, wide = architectures()
-    teacher: Any = options.get("teacher_object") or Teacher.load(
-        Path(folder) / "teacher",
-        0,
-        wide,
-        layout,
-        "fp32",
-        layout=ParallelConfig(**options["teacher"]) if "teacher" in options else None,
-        placement=options.get("placement", "resident"),
+    own = ParallelConfig(**options["teacher"]) if "teacher" in options else None
+    placement = options.get("placement", "resident")
+    teacher: Any = (
+        CachedTeacher(Path(folder) / "cache", loss["temperature"])
+        if "cached" in options
+        else Teacher.load(Path(folder) / "teacher", 0, wide, layout, "fp32", layout=own, placement=placement)
     )
     objective = Objective(
         vocab_size=architecture.vocab_size,
