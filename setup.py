@@ -42,6 +42,7 @@ GPU = ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"]
 DEVELOPMENT = [
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
+    "pytest-xdist>=3.6,<4",
     "hypothesis>=6.100,<7",
     # A second opinion on the distillation loss, in tests and in benchmarks/kd_loss.py.
     "nvidia-modelopt>=0.47,<0.48",

@@ -28,7 +28,7 @@ VERBS = {
     "prune": ("prune", "plan the student and write its sharded checkpoint"),
     "ablate": ("ablate", "a grid of importance settings, each pruned in memory and evaluated: table, CSV and plot"),
     "cache": ("cache", "write the teacher's targets of the distillation's samples, to distil from without it"),
-    "distill": ("distill", "train the student from the co-located teacher, for a token budget"),
+    "distill": ("distill", "train the student from its teacher, for a token budget"),
     "evaluate": ("evaluate", "held-out LM loss and perplexity of a checkpoint"),
     "export": ("export", "Megatron checkpoint -> Hugging Face folder"),
     "inspect": ("inspect", "what a folder or file is, and whether it is whole: inspect PATH [--json] [--verify]"),

@@ -32,6 +32,6 @@ def mean_loss(
                 totals[name] = totals.get(name, 0.0) + value * tokens
     for chunk, was_training in zip(chunks, training, strict=True):
         chunk.train(was_training)
-    result = {name: value / max(count, 1.0) for name, value in totals.items()}
+    result = {name: value / (count or 1.0) for name, value in totals.items()}
     result["ppl"] = math.exp(min(result["lm loss"], 20.0))
     return result

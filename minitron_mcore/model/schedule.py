@@ -218,5 +218,5 @@ def _mean_over_tokens(rows: list[dict[str, torch.Tensor]], stage_sums: dict[str,
         torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
         sums |= dict(zip(stage_sums, total.tolist(), strict=True))
-    count = max(sums["num_tokens"], 1.0)
+    count = sums["num_tokens"] or 1.0
     return {name: value if name == "num_tokens" else value / count for name, value in sums.items()}

@@ -10,6 +10,8 @@ from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture,
 from minitron_mcore.data.blend import check_prefixes, parse_blend
 from minitron_mcore.data.corpus import find_files
 from minitron_mcore.data.tokenizer import load_tokenizer
+from minitron_mcore.distillation.cache import CachedTeacher, cache_folder, check_cached
+from minitron_mcore.distillation.state_map import check_hidden_states
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import config_of
@@ -27,6 +29,7 @@ from minitron_mcore.stages.common import (
     refuse_context,
     teacher_layout,
 )
+from minitron_mcore.stages.correct import check_load
 from minitron_mcore.stages.distill import check_loss, check_top_k
 from minitron_mcore.stages.evaluate import check_evaluate
 from minitron_mcore.stages.teachers import check_teacher_keys
@@ -53,6 +56,10 @@ def check_road(recipe: Recipe, students: dict[str, StudentConfig], world_size: i
     check_evaluate(recipe.evaluate)
     check_loss(recipe.distill)
     check_teacher_keys(recipe)
+    if cache := cache_folder(recipe.distill.teacher):
+        check_cached(CachedTeacher(cache, recipe.distill.temperature), recipe.distill)
+    if recipe.correct.tokens:
+        check_load(recipe.correct)
     check_top_k(recipe.distill, teacher.vocab_size)
     data_parallel = world_size // recipe.parallel.replica_ranks
     for section, train in (("train", recipe.train), ("correct", recipe.correct), ("distill", recipe.distill)):
@@ -83,6 +90,7 @@ def check_students(recipe: Recipe, teacher: Architecture, students: dict[str, St
         shape = asked_shape(recipe, student, teacher)
         check_residual(teacher, shape, recipe.prune.head_residual, recipe.prune.residual_matrices)
         check_model(shape, recipe, "distill")
+        check_hidden_states(recipe.distill.hidden_states, shape, teacher, recipe.parallel)
         config_of(find_family(shape.family, where), shape, where)
 
 

@@ -107,7 +107,7 @@ def refuse_other_run(
         there = stored.get(section, {})
         if dataclasses.is_dataclass(here) and there:
             # A key that an older version did not have was then as it is by default now.
-            defaults = dataclasses.asdict(type(here)())  # type: ignore[operator]
+            defaults = dataclasses.asdict(getattr(Recipe(), section))
             there = {**there, **{name: value for name, value in defaults.items() if name not in there}}
         here = dataclasses.asdict(here) if dataclasses.is_dataclass(here) else {"": here}  # type: ignore[arg-type]
         there = there if isinstance(there, dict) else {"": there}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from minitron_mcore.checkpoint.folder import find_checkpoint, latest_iteration, read_architecture, read_lineage
 from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_weights
@@ -40,7 +41,8 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     architecture = read_architecture(student_folder)
     folder = output_folder(distill.checkpoint, "distill.checkpoint")
     for name, given in ((key, str(student_folder)), ("teacher.checkpoint", recipe.teacher.checkpoint)):
-        if given and folder.resolve() == find_checkpoint(given, name)[0].resolve():
+        # A teacher that is cached need not be there.
+        if given and Path(given).is_dir() and folder.resolve() == find_checkpoint(given, name)[0].resolve():
             raise InputError(f"distill.checkpoint={folder} is the student's or the teacher's own folder: name another")
     cache = cache_folder(distill.teacher)
     if cache is not None:

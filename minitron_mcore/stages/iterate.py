@@ -149,9 +149,14 @@ def _training(
     recipe: Recipe, runtime: Runtime, name: str, number: int, source: Path, target: Path
 ) -> Callable[[], Any]:
     """Between two steps: for prune.step_tokens with the schedule of `distill`, without its phases, from the original
-    teacher or without."""
+    teacher, which stays as it is, or without."""
     distilling = dataclasses.replace(
-        recipe.distill, tokens=recipe.prune.step_tokens, phases=[], load=None, checkpoint=str(target)
+        recipe.distill,
+        tokens=recipe.prune.step_tokens,
+        phases=[],
+        load=None,
+        checkpoint=str(target),
+        correct_teacher=False,
     )
     shared = dataclasses.replace(recipe, name=f"{recipe.name}-{name}-step-{number}", distill=distilling)
     if recipe.prune.step_loss == "next_token":

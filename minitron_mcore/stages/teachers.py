@@ -13,7 +13,14 @@ from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.companions import carry_companions
-from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, read_lineage, write_description
+from minitron_mcore.checkpoint.folder import (
+    find_checkpoint,
+    iteration_folder,
+    latest_iteration,
+    read_architecture,
+    read_lineage,
+    write_description,
+)
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache import CachedTeacher
 from minitron_mcore.distillation.teacher import Teacher
@@ -138,7 +145,15 @@ def corrected_folder(recipe: Recipe, teacher_folder: Path) -> Path:
         raise InputError(f"correct.checkpoint={folder} is teacher.checkpoint's own folder: name another")
     if recipe.distill.checkpoint and folder.resolve() == Path(recipe.distill.checkpoint).resolve():
         raise InputError(f"correct.checkpoint={folder} is distill.checkpoint's own folder: name another")
-    refuse_other_run(folder, recipe, ("data", "distill", "teacher", "correct"), "correct.checkpoint", "correct")
+    refuse_other_run(folder, recipe, ("data", "teacher", "correct"), "correct.checkpoint", "correct")
+    student = Path(recipe.distill.checkpoint or "")
+    stands_at = latest_iteration(student)
+    was_corrected = "corrected" in read_lineage(student).get("teacher", {})
+    if stands_at is not None and was_corrected and not iteration_folder(folder, stands_at).is_dir():
+        raise InputError(
+            f"correct.checkpoint={folder} has no iteration {stands_at}, at which distill.checkpoint={student} stands: "
+            "name the folder that this run's teacher was saved to"
+        )
     return folder
 
 

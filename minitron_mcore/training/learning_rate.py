@@ -43,9 +43,7 @@ def check_learning_rate(train: TrainConfig, timetable: Timetable, section: str, 
             f"iterations of {tokens}"
         )
     if train.lr_warmup_tokens >= timetable.tokens:
-        raise InputError(
-            f"{section}.lr_warmup_tokens={train.lr_warmup_tokens} must be less than {tokens}"
-        )
+        raise InputError(f"{section}.lr_warmup_tokens={train.lr_warmup_tokens} must be less than {tokens}")
     if train.lr_decay_style != "WSD":
         if train.lr_wsd_decay_tokens:
             raise InputError(
@@ -73,6 +71,11 @@ def check_continuation(
         (config, plan_timetable(config, length, section)) for config, length in (before, now)
     )
     done = timetable.at(iteration).tokens_before
+    if planned.tokens < done:
+        raise InputError(
+            f"{section}.tokens={other.tokens} is less than the {done} that {section}.checkpoint={other.checkpoint} has "
+            "been trained on: give as many or more"
+        )
     if planned.iterations < iteration or _shapes(timetable, iteration) != _shapes(planned, iteration):
         raise InputError(
             f"{section}.checkpoint={other.checkpoint} holds a run of {iteration} iterations with other batch sizes or "

@@ -139,7 +139,11 @@ def _start_wandb(folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]
 
 
 def _console_line(iteration: int, iterations: int, row: dict[str, float], kind: str) -> str:
+    """One line; of a validation one for each source, whose name follows `validation` in the names of its losses."""
     shown = [name for name in _FORMATS if name in row] + [name for name in row if name not in _FORMATS]
-    cells = [f"{name}: {_FORMATS.get(name, '{:.6f}').format(row[name])}" for name in shown]
+    lines: dict[str, list[str]] = {}
+    for name in shown:
+        source = name.partition(" validation")[2] if kind == "validation" else ""
+        lines.setdefault(source, []).append(f"{name}: {_FORMATS.get(name, '{:.6f}').format(row[name])}")
     head = f" iteration {iteration:>8}/{iterations:>8} |" if kind == "train" else f" {kind} at iteration {iteration} |"
-    return head + " " + " | ".join(cells) + " |"
+    return "\n".join(head + " " + " | ".join(cells) + " |" for cells in lines.values())

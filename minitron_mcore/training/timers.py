@@ -117,5 +117,6 @@ def split(seconds: dict[str, float], whole: float, log_level: int) -> dict[str, 
 
 def split_line(row: dict[str, Any], parts: tuple[str, ...]) -> str:
     """The console's line of the parts in `row`: milliseconds a step on the slowest rank, share of all ranks' time."""
-    cells = [f"{name}: {row[f'{name}-time']:.1f} ({row[f'{name}-share']:.1%})" for name in parts]
+    shown = [name for name in parts if name != "teacher-forward" or row[f"{name}-time"]]  # `train` has no teacher
+    cells = [f"{name}: {row[f'{name}-time']:.1f} ({row[f'{name}-share']:.1%})" for name in shown]
     return " time of an iteration (ms, slowest rank; share of all) | " + " | ".join(cells) + " |"

@@ -59,13 +59,22 @@ def watching(train_step: Any, damage: dict[str, Any], digests: list[Any]) -> Any
     return watched
 
 
+def damaged_teacher(damage: dict[str, Any]) -> Any:
+    """A teacher in training whose gradient norm is none at the iterations `damage["at"]`."""
+    steps_taught = itertools.count(1)
+
+    def teach(tokens: int) -> dict[str, float]:
+        return {"teacher grad-norm": damage["value"] if next(steps_taught) in damage["at"] else 1.0}
+
+    return SimpleNamespace(step=teach, save=lambda *arguments: None)
+
+
 def fit_with_damage(
     parallel: dict[str, Any], world_size: int, folder: str, settings: dict[str, Any], damage: dict[str, Any]
 ) -> dict[str, Any]:
     """`fit`, with a gradient or a loss that is none at the iterations `damage["at"]`, on rank `damage["rank"]` alone.
 
-    Returns the rows logged, and the digest of weights and optimizer after each step of this rank.
-    """
+    Returns the rows logged, and the digest of weights and optimizer after each step of this rank."""
     from megatron.core import parallel_state
 
     from minitron_mcore.checkpoint.folder import write_description
@@ -92,6 +101,9 @@ def fit_with_damage(
         def loss(self, model: Any, hidden: torch.Tensor, microbatch: dict[str, Any]) -> Any:
             return super().loss(model, hidden * float("nan" if microbatch.get("damage") == "loss" else 1), microbatch)
 
+    def describe(progress: Any) -> None:
+        write_description(target, architecture, lineage={}, recipe="", save_tokenizer=None)
+
     def read(timetable: Any, iteration: int) -> Any:
         for step in timetable.steps(iteration):
             batch = my_batch(global_batch(architecture.vocab_size, step.iteration))
@@ -103,12 +115,6 @@ def fit_with_damage(
                     part["damage"] = damage["what"]
             yield step, batch
 
-    steps_taught = itertools.count(1)
-
-    def teach(tokens: int) -> dict[str, float]:
-        return {"teacher grad-norm": damage["value"] if next(steps_taught) in damage["at"] else 1.0}
-
-    teaching: Any = SimpleNamespace(step=teach, save=lambda *arguments: None)
     train_step = loop.train_step
     train = TrainConfig(
         tokens=STEPS * 128, lr=1e-2, min_lr=1e-3, global_batch_size=8, micro_batch_size=2, **settings.get("train", {})
@@ -128,12 +134,10 @@ def fit_with_damage(
                 read_valid={},
                 precision=settings.get("precision", "fp32"),
                 folder=target,
-                describe=lambda progress: write_description(
-                    target, architecture, lineage={}, recipe="", save_tokenizer=None
-                ),
+                describe=describe,
                 recipe={},
                 name="damaged",
-                teaching=teaching if damage["what"] == "teacher" else None,
+                teaching=damaged_teacher(damage) if damage["what"] == "teacher" else None,
             )
         )
     finally:

@@ -47,6 +47,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "chunks of 512, TP2": (2, TP2, {"chunk_tokens": 512}),
     "recomputed loss": (1, {}, {"recompute": True}),
     "recomputed loss, TP2-SP": (2, SP, {"recompute": True}),
+    "masks of thousandths, PP2-VPP2": (2, VPP, {"mask_scale": 1e-3}),
     "window 1": (1, {}, {"window": 1}),
     "window 2, PP2-VPP2": (2, VPP, {"window": 2}),
     "window 3, TP2": (2, TP2, {"window": 3}),
@@ -88,6 +89,8 @@ def write_on_rank(folder: str) -> None:
 
 def cache_on_rank(folder: str) -> None:
     """All logits of the teacher on every step's samples, at temperature 1."""
+    from megatron.core import parallel_state
+
     from minitron_mcore.checkpoint.store import as_chunks
     from minitron_mcore.distillation.cache_file import (
         encode_targets,
@@ -102,6 +105,7 @@ def cache_on_rank(folder: str) -> None:
     from minitron_mcore.model.schedule import final_hidden_states
 
     layout = start_layout({}, 1)
+    group = parallel_state.get_tensor_model_parallel_group()
     wide = architectures()[1]
     teacher = Teacher.load(Path(folder) / "teacher", 0, wide, layout, "fp32")
     vocab = wide.vocab_size
@@ -124,7 +128,7 @@ def cache_on_rank(folder: str) -> None:
         (batch,) = read_batch(vocab, step, SAMPLES)
         (hidden,) = final_hidden_states(as_chunks(teacher.chunks), [batch])
         targets, _ = make_targets(
-            hidden, teacher.head_weight(), batch["samples"], drawing, tp_group=None, sequence_parallel=False
+            hidden, teacher.head_weight(), batch["samples"], drawing, tp_group=group, sequence_parallel=False
         )
         blocks = [
             (encode_targets(of_sample, vocab, "fp32"), token_checksum(tokens.numpy()))
@@ -193,6 +197,10 @@ def distil_on_rank(
     )
     timetable = steady(train, iterations=20)
 
+    def batch(step: int) -> Any:
+        parts = read_batch(architecture.vocab_size, step, micro_batch)
+        return [{**part, "loss_mask": part["loss_mask"] * options.get("mask_scale", 1)} for part in parts]
+
     def build() -> Any:
         models = build_model(architecture, layout, "fp32")
         load_weights(Path(folder) / "student", 0, as_chunks(models), architecture)
@@ -208,21 +216,14 @@ def distil_on_rank(
 
     for model in models:
         model.config.finalize_model_grads_func = finalize
-    objective.run(chunks, read_batch(architecture.vocab_size, 0, micro_batch))
+    objective.run(chunks, batch(0))
     named: Any = [row for model in models for row in named_parameters(model)]
     rows = [(key, layer, tensor.main_grad) for key, layer, tensor in named]
     gradients = gather_named(rows)
 
     _, chunks, optimizer, scheduler = build()
     history = [
-        train_step(
-            chunks,
-            optimizer,
-            scheduler,
-            objective,
-            timetable.at(step).shape,
-            read_batch(architecture.vocab_size, step, micro_batch),
-        )
+        train_step(chunks, optimizer, scheduler, objective, timetable.at(step).shape, batch(step))
         for step in range(steps)
     ]
     return {"gradients": gradients, "history": history}

@@ -49,9 +49,7 @@ def check_on_rank(parallel: dict[str, Any], world_size: int, damage: str, precis
     job: Any = SimpleNamespace(
         chunks=models,
         train=DistillConfig(check_teacher=damage != "unchecked"),
-        objective=Objective(
-            vocab_size=student.vocab_size, lm_weight=0.3, kd_weight=1.0, teacher=teacher, **loss
-        ),
+        objective=Objective(vocab_size=student.vocab_size, lm_weight=0.3, kd_weight=1.0, teacher=teacher, **loss),
         runtime=SimpleNamespace(print=printed.append, world_size=world_size),
         precision=precision,
     )

@@ -43,6 +43,47 @@ DISTILL: list[Case] = [
     ),
     (
         "distill",
+        ["distill.hidden_states.layers=[1,1]"],
+        "distill.hidden_states.layers[0]=1 (on the command line) is not allowed: a list",
+    ),
+    ("distill", ["distill.jensen_shannon_mix=1"], "distill.jensen_shannon_mix=1.0 must lie between 0 and 1"),
+    (
+        "distill",
+        ["distill.teacher=cache:@/papers"],
+        "distill.teacher=cache:@/papers holds no teacher's targets: cache.json is missing",
+    ),
+    (
+        "distill",
+        ["teacher.checkpoint=@/student", "student.checkpoint=@/teacher"],
+        "the teacher is the larger one; swap the two",
+    ),
+    *(
+        ("distill", ["distill.correct_teacher=true", "correct.checkpoint=@/new/corrected", wrong], said)
+        for wrong, said in (
+            ("correct.lr=-1", "correct.lr=-1.0 must be finite and at least 0"),
+            ("correct.min_lr=1", "correct.min_lr=1.0 must lie between 0 and correct.lr"),
+            (
+                "correct.lr_warmup_iters=9",
+                "correct.lr_warmup_iters=9 must be less than the 1 iterations of distill.tokens",
+            ),
+            ("correct.load=@/student", "correct.load=@/student does not go with distill.correct_teacher=true"),
+            ("distill.checkpoint=@/new/corrected", "corrected is distill.checkpoint's own folder: name another"),
+        )
+    ),
+    ("run", ["distill.correct_teacher=true", "correct.adam_beta1=1"], "correct.adam_beta1=1.0 must be below 1"),
+    ("run", ["correct.tokens=64", "correct.load=@/student"], "correct.load=@/student is not read"),
+    ("run", ["distill.teacher=cache:@/papers"], "distill.teacher=cache:@/papers holds no teacher's targets"),
+    (
+        "run",
+        [
+            "student.num_layers=1",
+            "distill.hidden_states.sites=[mlp_input]",
+            "distill.hidden_states.layers=[[1,1]]",
+        ],
+        "distill.hidden_states.layers pairs teacher layer 1 with student layer 1, but the student has layers 0 to 0",
+    ),
+    (
+        "distill",
         ["tokenizer.model=@/other.model"],
         "tokenizer.model=@/other.model is not the tokenizer that @/teacher was trained",
     ),

@@ -49,7 +49,7 @@ LAYOUTS += [
     (
         "distill",
         ["teacher.placement=sharded", "distill.correct_teacher=true"],
-        "teacher.placement=sharded is for a frozen teacher, and distill.correct_teacher=true trains it",
+        "teacher.placement=sharded does not go with distill.correct_teacher=true",
     ),
     ("plan", ["parallel.tensor=0"], "parallel.tensor=0 must be at least 1"),
     ("train", ["parallel.pipeline=-1"], "parallel.pipeline=-1 must be at least 1"),

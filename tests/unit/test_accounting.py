@@ -56,7 +56,8 @@ def test_throughput_counts_the_teacher() -> None:
     # One that is corrected as it teaches goes backward too.
     job.teaching = job.objective.teacher
     corrected = throughput(job, 0.5, tokens)
-    assert corrected[TEACHER] == pytest.approx(3 * teacher) and corrected[TOTAL] == pytest.approx(expected + 3 * teacher)
+    assert corrected[TEACHER] == pytest.approx(3 * teacher)
+    assert corrected[TOTAL] == pytest.approx(expected + 3 * teacher)
 
 
 def test_heads_of_the_loss_are_counted() -> None:

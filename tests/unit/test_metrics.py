@@ -52,6 +52,15 @@ def test_a_line_is_there_once_it_is_written(tmp_path: Path) -> None:
     metrics.close()
 
 
+def test_the_console_shows_a_line_for_each_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"lm loss validation": 1.5, "lm loss validation wiki": 1.0, "ppl validation wiki": 2.5}
+    log_rows(tmp_path, [(20, row, "validation")])
+    assert capsys.readouterr().out.splitlines() == [
+        " validation at iteration 20 | lm loss validation: 1.500000 |",
+        " validation at iteration 20 | lm loss validation wiki: 1.000000 | ppl validation wiki: 2.500000 |",
+    ]
+
+
 def test_the_console_shows_megatrons_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log_rows(tmp_path, ROWS)
     lines = capsys.readouterr().out.splitlines()
