@@ -33,8 +33,8 @@ lint: venv  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-test: venv lint  ## lint, then the tests that are not slow (ARGS: further pytest arguments)
-	@$(BIN)/python -m pytest -q $(ARGS)
+test: venv lint  ## lint, then the tests that are not slow, two files at a time (ARGS: further pytest arguments)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 test-slow: venv  ## the slow tests alone
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
