@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -58,8 +59,10 @@ METADATA_CLASSES = {
     ("builtins", "frozenset"),
 }
 # What Megatron-LM's parsed arguments in `common.pt` hold, beside what torch and megatron-core admit themselves.
-COMMON_CLASSES = [
+# Python up to 3.11.3 pickles a signal (`exit_signal`) as the name signal.SIGTERM, later ones as signal.Signals(15).
+COMMON_CLASSES: list[Any] = [
     argparse.Namespace,
+    *((member, f"signal.{member.name}") for member in signal.Signals),
     PipelineParallelLayerLayout,
     *(entry for entry in vars(enums).values() if isinstance(entry, type) and entry.__module__ == enums.__name__),
 ]

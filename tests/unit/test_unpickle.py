@@ -246,3 +246,14 @@ def test_an_iterations_folder_may_be_named(folder: Path) -> None:
     assert find_checkpoint(alone, "checkpoint") == (alone, 0) and TensorReader(alone, 0).dtype("output_layer.weight")
     (alone.parent / TRACKER).write_text("release\n")
     assert find_checkpoint(alone.parent, "checkpoint") == (alone, 0)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_signals_of_every_python(folder: Path, older: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python up to 3.11.3 pickles a signal by its name in the module, later ones by its number."""
+    if older:
+        monkeypatch.setattr(signal.Signals, "__reduce_ex__", lambda self, protocol: self.name)
+    else:
+        monkeypatch.setattr(signal.Signals, "__reduce_ex__", lambda self, protocol: (signal.Signals, (int(self),)))
+    torch.save({"args": argparse.Namespace(**ARGUMENTS)}, folder / "iter_0000005" / "common.pt")
+    assert read_common(folder / "iter_0000005")["args"].exit_signal is signal.SIGTERM
