@@ -14,6 +14,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,24 @@ METADATA_CLASSES = {
     ("builtins", "frozenset"),
 }
 # What Megatron-LM's parsed arguments in `common.pt` hold, beside what torch and megatron-core admit themselves.
+
+
+class _RefusedError(Exception):
+    """The pickle asks for a class that is not admitted."""
+
+
+def enum_member(kind: Any, name: Any) -> Enum:
+    """What pickles of Python 3.11.0 to 3.11.3 call `builtins.getattr` for: a member of an enum, and nothing else."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(name, str) and name in kind.__members__:
+        return kind[name]
+    raise _RefusedError("builtins.getattr")
+
+
 # Python up to 3.11.3 pickles a signal (`exit_signal`) as the name signal.SIGTERM, later ones as signal.Signals(15).
 COMMON_CLASSES: list[Any] = [
     argparse.Namespace,
     *((member, f"signal.{member.name}") for member in signal.Signals),
+    (enum_member, "builtins.getattr"),
     PipelineParallelLayerLayout,
     *(entry for entry in vars(enums).values() if isinstance(entry, type) and entry.__module__ == enums.__name__),
 ]
@@ -85,12 +100,10 @@ def refuse(path: Path, asked: str) -> InputError:
     )
 
 
-class _RefusedError(Exception):
-    """The pickle asks for a class that is not admitted."""
-
-
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return enum_member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in METADATA_CLASSES:
             return super().find_class(module, name)
@@ -135,6 +148,8 @@ def read_common(place: Path) -> dict[str, Any]:
         admitted = torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([entry for entry in COMMON_CLASSES if entry not in admitted]):
             common = torch.load(path, map_location="cpu", weights_only=not _trusted.get())
+    except _RefusedError as error:
+        raise refuse(path, str(error)) from error
     except Exception as error:  # torch.load raises whatever the damage led to
         words = " ".join(str(error).split())
         if (asked := re.search(r"(?:GLOBAL|[Uu]nsupported class|global) ([\w.]+\.\w+)", words)) is not None:

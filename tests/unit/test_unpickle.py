@@ -10,13 +10,16 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from minitron_mcore import cli
 from minitron_mcore.architecture import build_architecture
@@ -177,7 +180,7 @@ def test_every_way_in_reads_what_is_harmless(folder: Path) -> None:
         b"\x80\x04\x8c\x13torch.serialization\x8c\x17_get_layout.__globals__\x93.",
         b"cfunctools\npartial\n.",
         b"coperator\nattrgetter\n.",
-        b"cbuiltins\ngetattr\n.",
+        b"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\nMetadata\nV__init__\ntR.",
     ],
 )
 def test_only_a_checkpoints_own_classes_are_admitted(tmp_path: Path, code: bytes) -> None:
@@ -257,3 +260,46 @@ def test_signals_of_every_python(folder: Path, older: bool, monkeypatch: pytest.
         monkeypatch.setattr(signal.Signals, "__reduce_ex__", lambda self, protocol: (signal.Signals, (int(self),)))
     torch.save({"args": argparse.Namespace(**ARGUMENTS)}, folder / "iter_0000005" / "common.pt")
     assert read_common(folder / "iter_0000005")["args"].exit_signal is signal.SIGTERM
+
+
+def pickled_as_before_3_11_4(self: Enum, protocol: Any) -> Any:
+    return getattr, (type(self), self.name)
+
+
+def test_enums_of_python_3_11_2(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were pickled as a call of getattr, in both files; this one is admitted, and for enums alone."""
+    place = folder / "iter_0000005"
+    metadata = pickle.loads((place / ".metadata").read_bytes())
+    metadata.planner_data = [WriteItemType.TENSOR]
+    monkeypatch.setattr(WriteItemType, "__reduce_ex__", pickled_as_before_3_11_4)
+    monkeypatch.setattr(AttnBackend, "__reduce_ex__", pickled_as_before_3_11_4)
+    (place / ".metadata").write_bytes(pickle.dumps(metadata))
+    torch.save({"args": argparse.Namespace(attention_backend=AttnBackend.flash)}, place / "common.pt")
+    assert b"getattr" in (place / ".metadata").read_bytes()
+    assert read_metadata(place).planner_data == [WriteItemType.TENSOR]
+    assert read_common(place)["args"].attention_backend is AttnBackend.flash
+
+
+class Attribute:
+    """Asks for an attribute of a class when it is unpickled."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.asked = kind, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.asked
+
+
+@pytest.mark.parametrize("asked", [(WriteItemType, "__subclasses__"), (WriteItemType, "mro"), (MetadataIndex, "fqn")])
+@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+def test_getattr_is_for_members_of_enums(folder: Path, name: str, asked: tuple[Any, str]) -> None:
+    place = folder / "iter_0000005"
+    if name == "common.pt":
+        asked = (argparse.Namespace, "__init__") if asked[0] is MetadataIndex else (AttnBackend, asked[1])
+        torch.save({"evil": Attribute(*asked)}, place / name)
+    else:
+        metadata = pickle.loads((place / ".metadata").read_bytes())
+        metadata.planner_data = Attribute(*asked)
+        (place / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError, match=r"builtins\.getattr, .* may run code: set trust=true"):
+        (read_metadata if name == ".metadata" else read_common)(place)
