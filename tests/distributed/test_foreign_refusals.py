@@ -42,7 +42,7 @@ def changed(root: Path, target: Path, **changes: Any) -> Path:
     """A copy of the Llama of Megatron-LM whose arguments say something else; None: not at all."""
     shutil.copytree(root / "llama", target)
     path = target / f"iter_{ITERATION:07d}" / "common.pt"
-    common = torch.load(path)
+    common = torch.load(path, weights_only=False)
     given = {**vars(common["args"]), **changes}
     args = argparse.Namespace(**{name: given[name] for name in given if name not in changes or given[name] is not None})
     torch.save({**common, "args": args}, path)
