@@ -58,7 +58,7 @@ from minitron_mcore.importance.score import score_model  # noqa: E402
 from minitron_mcore.importance.scores import Scores, load_scores, save_scores, tolerance_of  # noqa: E402
 from minitron_mcore.model.gpt import DTYPES, LanguageModel, build_model  # noqa: E402
 from minitron_mcore.model.initialize import initialize, named_parameters  # noqa: E402
-from minitron_mcore.model.schedule import Microbatch  # noqa: E402
+from minitron_mcore.model.schedule import Microbatch, in_calls, uncounted  # noqa: E402
 from minitron_mcore.plan import PruningPlan, check_same_model, load_plan, make_plan, save_plan  # noqa: E402
 from minitron_mcore.pruning.in_memory import prune_chunks  # noqa: E402
 from minitron_mcore.runtime.config import ParallelConfig  # noqa: E402
@@ -82,7 +82,6 @@ __all__ = [
     "start",
 ]
 
-GROUP = 16  # microbatches a pipeline stage in one call of the schedule
 
 _runtime: Runtime | None = None
 _parallel: ParallelConfig | None = None
@@ -253,11 +252,7 @@ def prune(model: Model, plan: PruningPlan, *, trainable: bool = False) -> Model:
 def lm_loss(model: Model, batches: Iterable[torch.Tensor]) -> float:
     """Mean next-token loss in nats, over the s − 1 tokens of every row that have a next one; the same on every rank."""
     microbatches = _microbatches(model, batches)
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    groups = [
-        _filled(microbatches[begin : begin + GROUP * stages], stages if len(model.chunks) > 1 else 1)
-        for begin in range(0, len(microbatches), GROUP * stages)
-    ]
+    groups = in_calls(microbatches, uncounted, interleaved=len(model.chunks) > 1)
     objective = Objective(vocab_size=model.architecture.vocab_size)
     return mean_loss(as_chunks(model.chunks), groups, objective)["lm loss"]
 
@@ -362,9 +357,3 @@ def _check_tokens(tokens: Any, number: int, architecture: Architecture) -> None:
             f"batches[{number}] holds the token id {low if low < 0 else high}, but the model's vocab_size is "
             f"{architecture.vocab_size}: use the tokenizer the model was trained with"
         )
-
-
-def _filled(group: list[Microbatch], multiple: int) -> list[Microbatch]:
-    """The interleaved schedule takes multiples of the number of stages: uncounted copies fill a group up."""
-    uncounted = {**group[-1], "loss_mask": torch.zeros_like(group[-1]["loss_mask"])}
-    return group + [uncounted] * (-len(group) % multiple)

@@ -15,20 +15,19 @@ stage; logits exist for a few hundred tokens at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy
 import torch
-from megatron.core import parallel_state
 
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import DEPTH_METRICS, TASK_METRICS
-from minitron_mcore.importance.multiple_choice import GROUP, Task, accuracy, log_likelihoods
+from minitron_mcore.importance.multiple_choice import Task, accuracy, log_likelihoods
 from minitron_mcore.importance.token_values import over_world, token_values
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.schedule import Microbatch, visit_final_states
+from minitron_mcore.model.schedule import Microbatch, in_calls, visit_final_states
 from minitron_mcore.model.skip import without_layers
 
 LOGIT_METRICS = ("logit_mse", "normalized_logit_mse")
@@ -161,10 +160,10 @@ class _Passes:
     ) -> None:
         self.chunks, self.metrics, self.vocab_size = list(chunks), metrics, architecture.vocab_size
         self.micro_batch_size, self.device = micro_batch_size, next(chunks[0].parameters()).device
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        # The interleaved schedule takes multiples of the number of stages.
-        multiple = stages if len(chunks) > 1 else 1
-        self.groups = list(_groups(batches, GROUP * stages, multiple)) if _any(metrics, TEXT_METRICS) else []
+        # A microbatch without a number is run and not looked at.
+        numbered = ({**microbatch, "number": number} for number, microbatch in enumerate(batches))
+        in_turn = in_calls(numbered, lambda last: {**last, "number": None}, interleaved=len(chunks) > 1)
+        self.groups = list(in_turn) if _any(metrics, TEXT_METRICS) else []
         self.compares = _any(metrics, LOGIT_METRICS)
         self.kept: dict[int, torch.Tensor] = {}
         self.task = task if _any(metrics, TASK_METRICS) else None
@@ -220,12 +219,3 @@ class _Passes:
 
 def _any(metrics: Sequence[str], kind: Sequence[str]) -> bool:
     return any(metric in kind for metric in metrics)
-
-
-def _groups(batches: Sequence[Microbatch], size: int, multiple: int) -> Iterator[list[Microbatch]]:
-    """The microbatches, numbered, for one call of the schedule after another; the last group is filled up to a multiple
-    with microbatches of no number, which are run and not looked at."""
-    numbered = [{**microbatch, "number": number} for number, microbatch in enumerate(batches)]
-    for begin in range(0, len(numbered), size):
-        group = numbered[begin : begin + size]
-        yield group + [{**group[-1], "number": None}] * (-len(group) % multiple)

@@ -39,9 +39,8 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.token_values import over_world, token_values
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.schedule import Microbatch, visit_final_states
+from minitron_mcore.model.schedule import GROUP, Microbatch, visit_final_states
 
-GROUP = 16  # microbatches a pipeline stage in one call of the schedule: filling it then costs a sixteenth at most
 FORM = '{"context": text (or one a choice), "choices": [text, …], "answer": index or text}'
 
 

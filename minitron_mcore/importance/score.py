@@ -11,8 +11,7 @@ aggregations.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +26,8 @@ from minitron_mcore.importance.config import ImportanceConfig, check_importance,
 from minitron_mcore.importance.hooks import GROUPS, HEADS, HIDDEN, LAYERS, NEURON_SITES, Measure
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.schedule import Microbatch, forward_only
+from minitron_mcore.model.schedule import Microbatch, forward_only, in_calls
 
-GROUP = 16  # microbatches a pipeline stage in one call of the schedule: filling it then costs a sixteenth at most
 _NONE = torch.iinfo(torch.int64).max
 
 # Which measures, each with the sequence aggregations to keep.
@@ -124,10 +122,10 @@ def measure(
     done = 0
     try:
         collector.attach()
-        for group, count in _groups(batches, parallel_state.get_pipeline_model_parallel_world_size(), len(chunks) > 1):
+        for group in in_calls(batches, _filler, interleaved=len(chunks) > 1):
             forward_only(list(chunks), group, collector.finish_microbatch)
             collector.check_finite()
-            done += count
+            done += sum("filler" not in microbatch for microbatch in group)
             if report is not None:
                 report(done)
     finally:
@@ -139,16 +137,9 @@ def measure(
     return collector.merge()
 
 
-def _groups(batches: Iterable[Microbatch], stages: int, interleaved: bool) -> Iterator[tuple[list[Microbatch], int]]:
-    """(microbatches for one call of the schedule, how many of them are real).
-
-    The interleaved schedule takes multiples of the number of stages: the last group is filled up with fillers.
-    """
-    stream = iter(batches)
-    while group := list(itertools.islice(stream, GROUP * stages)):
-        count = len(group)
-        filler = {**group[-1], "valid": torch.zeros_like(group[-1]["tokens"][:, 0])}
-        yield group + [filler] * (-count % stages if interleaved else 0), count
+def _filler(microbatch: Microbatch) -> Microbatch:
+    """A copy none of whose samples count."""
+    return {**microbatch, "valid": torch.zeros_like(microbatch["tokens"][:, 0]), "filler": True}
 
 
 class _Collector:

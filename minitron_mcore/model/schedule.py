@@ -7,7 +7,8 @@ parallelism s is a rank's own part of the sequence (runtime/context.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ Microbatch = dict[str, Any]
 LossSums = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 LossFunction = Callable[[LanguageModel, torch.Tensor, Microbatch], LossSums]
 Begin = Callable[[LanguageModel, Microbatch], None]
+
+GROUP = 16  # microbatches a pipeline stage in one call of the schedule: filling it then costs a sixteenth at most
 
 
 def run_schedule(
@@ -67,6 +70,30 @@ def run_schedule(
         with _finalizing(chunks, counted, now=number == len(windows)):
             rows += _call_schedule(chunks, part, forward_step, forward_only=forward_only)
     return _mean_over_tokens(rows, stage_sums() if stage_sums is not None else {})
+
+
+def in_calls(
+    batches: Iterable[Microbatch],
+    filler: Callable[[Microbatch], Microbatch],
+    *,
+    interleaved: bool,
+    each: int = GROUP,
+) -> Iterator[list[Microbatch]]:
+    """`batches` cut for one call of a schedule after another, `each` microbatches a pipeline stage at a time.
+
+    The interleaved schedule takes multiples of the number of stages: the last call is filled up with `filler(its last
+    microbatch)`, which the caller knows not to count. Batches are read as they are needed.
+    """
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stream = iter(batches)
+    while group := list(itertools.islice(stream, each * stages)):
+        missing = -len(group) % stages if interleaved else 0
+        yield group + [filler(group[-1]) for _ in range(missing)]
+
+
+def uncounted(microbatch: Microbatch) -> Microbatch:
+    """A copy none of whose tokens count."""
+    return {**microbatch, "loss_mask": torch.zeros_like(microbatch["loss_mask"])}
 
 
 @contextmanager

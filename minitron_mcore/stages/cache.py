@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
@@ -36,7 +35,7 @@ from minitron_mcore.distillation.draw import Drawing, make_targets
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
 from minitron_mcore.model.gpt import LanguageModel, build_model
-from minitron_mcore.model.schedule import Microbatch, visit_final_states
+from minitron_mcore.model.schedule import Microbatch, in_calls, visit_final_states
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out, output_folder, refuse_context
@@ -44,7 +43,6 @@ from minitron_mcore.stages.score import flat
 from minitron_mcore.training.budget import plan_timetable
 from minitron_mcore.training.reader import to_device
 
-GROUP = 16  # microbatches a pipeline stage in one call of the schedule: filling it then costs a sixteenth at most
 LEAST = {"micro_batch_size": 1, "chunk_tokens": 1, "shard_samples": 1, "num_samples": 1, "top_k": 0}
 MOST_DRAWS = 10_000
 
@@ -196,21 +194,19 @@ def ask_teacher(
 
 def groups(recipe: Recipe, dataset: Dataset, samples: list[int], interleaved: bool) -> Iterator[list[Microbatch]]:
     """Microbatches of `samples` for one call of the schedule after another; the last ones are filled up."""
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    stream = map(
-        to_device,
-        batches_once(
-            dataset,
-            samples,
-            micro_batch_size=recipe.cache.micro_batch_size,
-            data_parallel_rank=0,
-            data_parallel_size=1,
-            num_workers=recipe.data.num_workers,
-        ),
+    stream = batches_once(
+        dataset,
+        samples,
+        micro_batch_size=recipe.cache.micro_batch_size,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        num_workers=recipe.data.num_workers,
     )
-    while group := list(itertools.islice(stream, GROUP * stages)):
-        filler = {**group[-1], "valid": torch.zeros_like(group[-1]["valid"])}
-        yield group + [filler] * (-len(group) % stages if interleaved else 0)
+    return in_calls(
+        map(to_device, stream),
+        lambda last: {**last, "valid": torch.zeros_like(last["valid"])},
+        interleaved=interleaved,
+    )
 
 
 def check_cache(cache: CacheConfig, temperature: float, architecture: Architecture) -> None:

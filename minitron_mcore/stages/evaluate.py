@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, read_lineage
@@ -23,7 +21,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import write_whole
 from minitron_mcore.model.gpt import build_model
-from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.model.schedule import Microbatch, in_calls, uncounted
 from minitron_mcore.recipe import EvaluateConfig, Recipe
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.start import Runtime
@@ -109,10 +107,7 @@ def grouped(microbatches: Iterator[Microbatch], parallel: ParallelConfig) -> Ite
 
     The interleaved schedule needs a multiple of the stages: uncounted copies fill the last group.
     """
-    while group := [to_device(microbatch) for microbatch in itertools.islice(microbatches, 4 * parallel.pipeline)]:
-        while parallel.virtual_pipeline and len(group) % parallel.pipeline:
-            group.append({**group[-1], "loss_mask": torch.zeros_like(group[-1]["loss_mask"])})
-        yield group
+    return in_calls(map(to_device, microbatches), uncounted, interleaved=parallel.virtual_pipeline is not None, each=4)
 
 
 def write_results(target: Path, results: dict[str, Any]) -> None:
