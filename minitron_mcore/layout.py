@@ -173,6 +173,12 @@ def check_tensor_parallel(architecture: Architecture, size: int, key: str = "par
             )
 
 
+def stage_of(layer: int, num_layers: int, pipeline: int, virtual_pipeline: int | None = None) -> int:
+    """The pipeline stage that has a layer of a model of `num_layers`."""
+    stages = split_layers(num_layers, pipeline, virtual_pipeline)
+    return next(stage for stage, chunks in enumerate(stages) if any(layer in chunk for chunk in chunks))
+
+
 def split_layers(num_layers: int, pipeline: int, virtual_pipeline: int | None = None) -> list[list[list[int]]]:
     """Global layer indices of every stage and virtual chunk: result[stage][chunk] -> layers.
 

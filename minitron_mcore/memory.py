@@ -1,8 +1,8 @@
 """How many bytes of memory a rank needs for a step, by part, before anything is allocated. Pure.
 
 Without recomputation of activations. What is held for the whole run is exact but for the padding of Megatron's buffers;
-activations are what the layers save for backward, tensor by tensor (see `layer_activations`). Not counted: hidden-state
-losses, buffers of communication libraries, fragmentation, and the process itself.
+activations are what the layers save for backward, tensor by tensor (see `layer_activations`). Not counted: buffers of
+communication libraries, fragmentation, and the process itself.
 
 Legend: n tokens of a microbatch on a rank, m microbatches a step, T tensor-parallel size, P pipeline stages, v chunks a
 stage, h hidden, f ffn, q and k widths of all query heads and of all key-value groups, V padded vocabulary.
@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from minitron_mcore.architecture import BYTES, Architecture
-from minitron_mcore.distillation.config import LEAST_CHUNK, default_chunk_tokens
+from minitron_mcore.distillation.config import LEAST_CHUNK, HiddenStatesConfig, default_chunk_tokens
+from minitron_mcore.distillation.state_memory import StateMemory, projection_size, state_memory
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import check_tensor_parallel, local_shape, parameter_table, split_layers
 from minitron_mcore.runtime.config import ParallelConfig
@@ -45,6 +46,7 @@ class Setting:
     teacher_placement: str = "resident"
     teacher_window: int = 0
     teacher_trained: bool = False  # corrected as it teaches: then it has gradients and an optimizer too
+    hidden_states: HiddenStatesConfig | None = None  # losses between inner states; None: none
 
     @property
     def microbatches(self) -> int:
@@ -54,6 +56,11 @@ class Setting:
     def tokens(self) -> int:
         """Of a microbatch, on a rank."""
         return self.micro_batch_size * self.sequence_length // self.parallel.context
+
+    @property
+    def ahead(self) -> int:
+        """Microbatches for which the teacher's states are there at a time."""
+        return min(self.teacher_window or self.microbatches, self.microbatches)
 
     @property
     def optimizer_shards(self) -> int:
@@ -116,7 +123,8 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
     """Bytes by part on a rank of pipeline stage `stage`."""
     s, parallel = setting, setting.parallel
     element, last = BYTES[s.precision], stage == s.parallel.pipeline - 1
-    count = local_parameters(s.student, parallel, stage)
+    count = local_parameters(s.student, parallel, stage) + projection_size(s.hidden_states, s.student, s.teacher)
+    states = _states(s, stage)
     # Adam's two moments, in fp32; beside bf16 weights the fp32 weights themselves.
     state = (8 if s.precision == "fp32" else 12) * -(-count // s.optimizer_shards)
     parts = {"weights": element * count, "gradients": 4 * count, "optimizer state": state}
@@ -124,7 +132,7 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
     parts["batch"] = 28 * s.tokens * s.microbatches
     student_pass = {
         "activations": activations(s, stage),
-        "backward of a layer": _largest_layer_output(s.student, s, element),
+        "layer at work": max(_largest_layer_output(s.student, s, element), states.working),
         "loss": loss_buffers(s) if last else 0,
     }
     phases = [student_pass]  # one after another
@@ -144,6 +152,8 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
         phases.append({"teacher's forward": working + teacher_layers_at_work(s, stage)})
         if last:
             parts["teacher hidden states"] = teacher_hidden_states(s)
+        parts["teacher's inner states"] = states.targets
+        parts["inner states' losses"] = states.saved * _passes(s, stage)
     return parts | max(phases, key=lambda phase: sum(phase.values()))
 
 
@@ -174,9 +184,14 @@ def activations(setting: Setting, stage: int) -> int:
     length = s.tokens // s.micro_batch_size
     layer = layer_activations(s.student, s.tokens, length, parallel, element, on_cpu=s.on_cpu)
     boundary = element * s.tokens * s.student.hidden_size // shard  # a chunk's output
-    running = passes_in_flight(parallel.pipeline, stage, parallel.virtual_pipeline or 1, s.microbatches)
+    running = _passes(s, stage)
     layers = running * sum(chunks) // len(chunks)
     return layers * layer + running * boundary
+
+
+def _passes(setting: Setting, stage: int) -> int:
+    parallel = setting.parallel
+    return passes_in_flight(parallel.pipeline, stage, parallel.virtual_pipeline or 1, setting.microbatches)
 
 
 def passes_in_flight(pipeline: int, stage: int, chunks: int, microbatches: int) -> int:
@@ -295,9 +310,26 @@ def teacher_hidden_states(setting: Setting) -> int:
     """The final states [n, h] of every microbatch of a window, in the teacher's type."""
     s, teacher = setting, setting.teacher
     assert teacher is not None
-    ahead = min(s.teacher_window or s.microbatches, s.microbatches)
     shard = s.parallel.tensor if s.parallel.sequence else 1
-    return ahead * s.tokens * teacher.hidden_size * _teacher_element(s) // shard
+    return s.ahead * s.tokens * teacher.hidden_size * _teacher_element(s) // shard
+
+
+def _states(setting: Setting, stage: int) -> StateMemory:
+    s = setting
+    if s.hidden_states is None or s.teacher is None:
+        return StateMemory()
+    return state_memory(
+        s.hidden_states,
+        s.student,
+        s.teacher,
+        s.parallel,
+        stage=stage,
+        tokens=s.tokens,
+        micro_batch_size=s.micro_batch_size,
+        ahead=s.ahead,
+        element=BYTES[s.precision],
+        teacher_element=_teacher_element(s),
+    )
 
 
 def _teacher_element(setting: Setting) -> int:

@@ -10,6 +10,8 @@ SITES = ("embedding", "block_output", "mlp_input", "attention_relation")
 STATE_LOSSES = ("mse", "cosine")
 WEIGHTINGS = ("fixed", "dynamic")
 LEAST_CHUNK = 128
+# fp32 numbers of one buffer of an attention relation's sweep over rows, at most; it has about five of them.
+RELATION_BUFFER = 1 << 24
 
 
 def default_chunk_tokens(tokens: int) -> int:

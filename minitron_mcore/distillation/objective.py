@@ -39,6 +39,11 @@ class Objective:
     window: int = 0  # microbatches the teacher runs ahead; 0: the whole global batch
     timers: Any = None  # megatron.core.timers.Timers; None: nothing is timed
 
+    @property
+    def running_teacher(self) -> Teacher | None:
+        """The teacher that runs beside the student; None without one, and where its targets are cached."""
+        return None if isinstance(self.teacher, CachedTeacher) else self.teacher
+
     def run(
         self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool = False
     ) -> dict[str, float]:
@@ -83,7 +88,7 @@ class Objective:
 
     def loss(self, model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
         """Sums over the microbatch's counted tokens; last stage only (see model/schedule.py)."""
-        teacher = self.teacher
+        teacher, running = self.teacher, self.running_teacher
         output = logit_loss(
             hidden_SBH,
             model.head_weight(),
@@ -93,12 +98,12 @@ class Objective:
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             sequence_parallel=model.config.sequence_parallel,
             teacher_hidden_SBH=microbatch.pop("teacher_hidden", None),
-            teacher_weight_VH=None if isinstance(teacher, CachedTeacher | None) else teacher.head_weight(),
+            teacher_weight_VH=running.head_weight() if running is not None else None,
             teacher_target=microbatch.pop("teacher_target", None),
             divergence=self.divergence,
             jensen_shannon_mix=self.jensen_shannon_mix,
             temperature=self.temperature,
-            top_k=self.top_k if teacher is not None and not isinstance(teacher, CachedTeacher) else 0,
+            top_k=self.top_k if running is not None else 0,
             recompute=self.recompute,
             # The id that was drawn most is not the likeliest one.
             report=not (isinstance(teacher, CachedTeacher) and teacher.is_drawn),

@@ -23,9 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitron_mcore.architecture import Architecture
+from minitron_mcore.distillation.config import RELATION_BUFFER
 
-# Entries of one [b, A, R, s] buffer, of which a sweep has about six.
-_BUFFER = 1 << 24
 _ABSENT = -1e30
 
 
@@ -92,7 +91,7 @@ def _sweep(
     scale, teacher_scale = 1 / math.sqrt(width), 1 / math.sqrt(teacher_BASD.shape[-1])
     gradient = torch.zeros_like(student_BASD) if needs_gradient else None
     loss = mask_BS.new_zeros(())
-    rows = max(1, min(length, _BUFFER // (batch * heads * length)))
+    rows = max(1, min(length, RELATION_BUFFER // (batch * heads * length)))
     for start in range(0, length, rows):
         stop = min(start + rows, length)
         here, past = slice(start, stop), slice(0, stop)

@@ -19,7 +19,7 @@ from functools import lru_cache
 from math import lcm
 from typing import NamedTuple
 
-from minitron_mcore.layout import split_layers
+from minitron_mcore.layout import stage_of
 from minitron_mcore.runtime.config import ParallelConfig
 
 
@@ -85,8 +85,7 @@ class Grid:
 
     def stage_of(self, layer: int, num_layers: int) -> int:
         """The pipeline stage that has a layer of a model of `num_layers`."""
-        stages = split_layers(num_layers, self.pipeline, self.virtual_pipeline)
-        return next(stage for stage, chunks in enumerate(stages) if any(layer in chunk for chunk in chunks))
+        return stage_of(layer, num_layers, self.pipeline, self.virtual_pipeline)
 
 
 @dataclass(frozen=True)

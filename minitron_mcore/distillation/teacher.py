@@ -83,22 +83,18 @@ class Teacher:
         Every rank calls, after `use_layout(parallel)`. Raises InputError where the checkpoint is of another
         architecture or damaged.
         """
-        bare = placement != "resident"
-        if layout is None or layout == parallel:
-            chunks = build_model(architecture, parallel, precision, trainable=False, bare_layers=bare)
-            placed = place(chunks, placement)
-            rows = placed.rows if placed else named_parameters
-            load_weights(folder, iteration, as_chunks(chunks), architecture, rows)
-            return cls(chunks, architecture, placed=placed)
+        layout = layout or parallel
         world_size = torch.distributed.get_world_size()
-        groups = teacher_groups(layout, world_size)
+        groups = teacher_groups(layout, world_size) if layout != parallel else None
+        bare = placement != "resident"
         chunks = build_model(architecture, layout, precision, trainable=False, groups=groups, bare_layers=bare)
-        for chunk in chunks:
-            if chunk.post_process:
-                del chunk.output_layer  # the loss takes the head in the student's shards
-        placed = place(chunks, placement, groups.dp_cp)
+        if groups is not None and chunks[-1].post_process:
+            del chunks[-1].output_layer  # the loss takes the head in the student's shards
+        placed = place(chunks, placement, groups.dp_cp if groups is not None else None)
         rows = placed.rows if placed else named_parameters
         load_weights(folder, iteration, as_chunks(chunks), architecture, rows)
+        if groups is None:
+            return cls(chunks, architecture, placed=placed)
         dtype = chunks[0].config.params_dtype
         head = all_or_none(lambda: read_head(folder, iteration, architecture, dtype))
         return cls(chunks, architecture, student=Grid.of(parallel, world_size), groups=groups, head=head, placed=placed)

@@ -9,12 +9,14 @@ from typing import Any
 from megatron.core import parallel_state
 
 from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.companions import carry_companions
 from minitron_mcore.checkpoint.folder import (
     is_iteration,
     latest_iteration,
     read_architecture,
     read_lineage,
     tokenizer_folder,
+    write_description,
 )
 from minitron_mcore.data.corpus import check_folder
 from minitron_mcore.data.dataset import build_training_datasets
@@ -25,7 +27,7 @@ from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.model.gpt import check_fp8
 from minitron_mcore.plan import TARGETS, student_shape
 from minitron_mcore.pruning.config import StudentConfig
-from minitron_mcore.recipe import Recipe
+from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.context import check_sequence
 from minitron_mcore.runtime.parallel import check_teacher_layout, of_teacher, use_layout
@@ -141,6 +143,25 @@ def refuse_other_budget(folder: Path, recipe: Recipe, stored: dict[str, Any], se
 
 def _budget(train: TrainConfig) -> dict[str, Any]:
     return {name: dataclasses.asdict(train)[name] for name in BUDGET}
+
+
+def describe_trained(
+    folder: Path,
+    recipe: Recipe,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    source: Path | None,
+    lineage: dict[str, Any],
+    tokens: int,
+) -> None:
+    """Write what lies beside the weights in `folder`, trained on `tokens` tokens; one rank calls.
+
+    source: the checkpoint that the weights are from, whose companions go along.
+    """
+    facts = {**lineage, "tokens": tokens, "tokenizer": tokenizer.fingerprint}
+    write_description(folder, architecture, lineage=facts, recipe=to_yaml(recipe), save_tokenizer=tokenizer.save)
+    if source is not None:
+        carry_companions(source, folder)
 
 
 def asked_shape(recipe: Recipe, student: StudentConfig, teacher: Architecture) -> Architecture:

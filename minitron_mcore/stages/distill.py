@@ -20,7 +20,7 @@ from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import check_model, lay_out, output_folder, read_data, refuse_other_run
 from minitron_mcore.stages.fitting import fit_model
-from minitron_mcore.stages.memory import check_memory
+from minitron_mcore.stages.memory import check_memory, explaining_memory
 from minitron_mcore.stages.teachers import cache_teaching, check_teacher_keys, model_teaching
 from minitron_mcore.training.job import Progress
 
@@ -60,10 +60,11 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     data = read_data(recipe, teaching.tokenizer, distill, "distill")
     memory = check_memory(recipe, runtime, "distill", architecture, data.timetable, teaching.architecture)
 
-    teacher = teaching.load(data.timetable)
-    chunks = build_model(architecture, recipe.parallel, recipe.precision)
-    if not resuming:
-        load_weights(student_folder, iteration, as_chunks(chunks), architecture)
+    with explaining_memory(memory, "while loading"):
+        teacher = teaching.load(data.timetable)
+        chunks = build_model(architecture, recipe.parallel, recipe.precision)
+        if not resuming:
+            load_weights(student_folder, iteration, as_chunks(chunks), architecture)
     states = None
     if distill.hidden_states.sites and isinstance(teacher, Teacher):
         wide = teacher.architecture

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.companions import carry_companions
-from minitron_mcore.checkpoint.folder import write_description
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.memory import Forecast
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.recipe import Recipe, to_yaml
+from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import TrainingData
+from minitron_mcore.stages.common import TrainingData, describe_trained
 from minitron_mcore.stages.memory import explaining_memory
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Job, Progress
@@ -46,10 +44,7 @@ def fit_model(
     """
 
     def describe(progress: Progress) -> None:
-        facts = {**lineage(), "tokens": progress.consumed_tokens, "tokenizer": tokenizer.fingerprint}
-        write_description(folder, architecture, lineage=facts, recipe=to_yaml(recipe), save_tokenizer=tokenizer.save)
-        if source is not None:
-            carry_companions(source, folder)
+        describe_trained(folder, recipe, architecture, tokenizer, source, lineage(), progress.consumed_tokens)
 
     with explaining_memory(memory, "while training"):
         return fit(

@@ -79,6 +79,7 @@ def forecast_run(
             "teacher_placement": recipe.teacher.placement,
             "teacher_window": train.teacher_window,
             "teacher_trained": train.correct_teacher,
+            "hidden_states": train.hidden_states,
         }
     settings = [
         Setting(

@@ -12,26 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.companions import carry_companions
 from minitron_mcore.checkpoint.folder import (
     find_checkpoint,
     iteration_folder,
     latest_iteration,
     read_architecture,
     read_lineage,
-    write_description,
 )
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache import CachedTeacher
 from minitron_mcore.distillation.teacher import Teacher
 from minitron_mcore.errors import InputError
-from minitron_mcore.recipe import Recipe, to_yaml
+from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.cached import lineage_of, open_cache
 from minitron_mcore.stages.common import (
     check_same_tokenizer,
     check_tokenizer,
     checkpoint_tokenizer,
+    describe_trained,
     output_folder,
     refuse_other_run,
     teacher_layout,
@@ -163,15 +162,8 @@ def corrected_description(
     """What writes the corrected teacher's description beside its weights, after some number of tokens."""
 
     def describe(tokens: int) -> None:
-        facts = {
-            "stage": "correct",
-            "load": str(source),
-            "lineage": read_lineage(source),
-            "tokens": tokens,
-            "tokenizer": tokenizer.fingerprint,
-        }
-        write_description(folder, architecture, lineage=facts, recipe=to_yaml(recipe), save_tokenizer=tokenizer.save)
-        carry_companions(source, folder)
+        lineage = {"stage": "correct", "load": str(source), "lineage": read_lineage(source)}
+        describe_trained(folder, recipe, architecture, tokenizer, source, lineage, tokens)
 
     return describe
 

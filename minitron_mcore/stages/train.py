@@ -24,7 +24,7 @@ from minitron_mcore.stages.common import (
     refuse_other_run,
 )
 from minitron_mcore.stages.fitting import fit_model
-from minitron_mcore.stages.memory import check_memory
+from minitron_mcore.stages.memory import check_memory, explaining_memory
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Progress
 
@@ -62,11 +62,12 @@ def train_section(
     data = read_data(recipe, tokenizer, train, section)
     memory = check_memory(recipe, runtime, section, architecture, data.timetable)
 
-    chunks = build_model(architecture, recipe.parallel, recipe.precision)
-    if not resuming and source:
-        load_weights(*source, as_chunks(chunks), architecture)
-    elif not resuming:
-        initialize(chunks, architecture, recipe.seed)
+    with explaining_memory(memory, "while loading"):
+        chunks = build_model(architecture, recipe.parallel, recipe.precision)
+        if not resuming and source:
+            load_weights(*source, as_chunks(chunks), architecture)
+        elif not resuming:
+            initialize(chunks, architecture, recipe.seed)
     runtime.print(f"{section}: {architecture.num_parameters:,} parameters, {data.timetable} -> {folder}")
     return fit_model(
         recipe,

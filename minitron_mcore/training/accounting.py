@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from minitron_mcore.distillation.cache import CachedTeacher
 from minitron_mcore.training.budget import Shape
 from minitron_mcore.training.job import Job
 from minitron_mcore.training.timers import StepTimers
@@ -142,10 +141,8 @@ def throughput(job: Job, step_seconds: float, tokens: dict[int, float]) -> dict[
         "tokens per second": count / step_seconds,
         "tokens per second per GPU": count * per_gpu,
     }
-    # A cached teacher does not run.
-    teacher_model = job.objective.teacher
-    if teacher_model is not None and not isinstance(teacher_model, CachedTeacher):
-        shape = teacher_model.architecture
+    if job.objective.running_teacher is not None:
+        shape = job.objective.running_teacher.architecture
         passes = shape.forward_flops_per_token if job.teaching is None else shape.training_flops_per_token
         teacher = sum(passes(length) * count for length, count in tokens.items())
         row["student throughput per GPU (TFLOP/s/GPU)"] = row["throughput per GPU (TFLOP/s/GPU)"]

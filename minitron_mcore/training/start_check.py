@@ -17,7 +17,6 @@ import torch
 
 from minitron_mcore.checkpoint.store import as_chunks
 from minitron_mcore.checkpoint.weight_checks import Seen, WeightChecks
-from minitron_mcore.distillation.cache import CachedTeacher
 from minitron_mcore.distillation.config import DistillConfig
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.teacher import Teacher
@@ -38,10 +37,8 @@ def check_teacher(job: Job, batch: list[Microbatch]) -> None:
     Says in a line what was found, and in another where the teacher knows nothing. Raises InputError for weights or a
     loss that are NaN, Inf or nothing but zeros, and where the distillation loss of the teacher from itself is not 0.
     """
-    objective, teacher = job.objective, job.objective.teacher
-    if teacher is None or isinstance(teacher, CachedTeacher):
-        return
-    if not (isinstance(job.train, DistillConfig) and job.train.check_teacher):
+    objective, teacher = job.objective, job.objective.running_teacher
+    if teacher is None or not (isinstance(job.train, DistillConfig) and job.train.check_teacher):
         return
     checks = WeightChecks()
     with torch.no_grad(), _looking_at_weights(teacher.chunks, checks):

@@ -58,27 +58,33 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def starved(command: list[str], when: int, kind: str) -> list[tuple[int, str]]:
-    """The command with no memory left at iteration `when`, then the same command again."""
+    """The command with no memory left at iteration `when` (or at loading), then the same command again."""
     import torch
 
-    from minitron_mcore.stages import memory
+    from minitron_mcore.stages import distill, memory
     from minitron_mcore.training import loop
 
     steps = 0
-    train_step, device_memory = loop.train_step, memory.device_memory
+    train_step, device_memory, load_weights = loop.train_step, memory.device_memory, distill.load_weights
+    exhausted = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def hungry(*arguments: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps == when and kind == "cuda":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise exhausted
         if steps == when:
             raise RuntimeError(
                 "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried"
             )
         return train_step(*arguments)
 
-    if kind == "small":
+    def full(*_: Any) -> None:
+        raise exhausted
+
+    if kind == "loading":
+        distill.load_weights = full  # type: ignore[assignment]
+    elif kind == "small":
         memory.device_memory = lambda: (2**16, 2**16)
     elif kind == "tight":
         memory.device_memory = lambda: (2**20, 2**40)
@@ -88,7 +94,7 @@ def starved(command: list[str], when: int, kind: str) -> list[tuple[int, str]]:
         try:
             first = command_on_rank(command)
         finally:
-            loop.train_step, memory.device_memory = train_step, device_memory
+            loop.train_step, memory.device_memory, distill.load_weights = train_step, device_memory, load_weights
         return [first, command_on_rank(command)]
 
 
@@ -108,6 +114,17 @@ def test_what_helps_is_said(command: list[str], kind: str, tmp_path: Path) -> No
     assert again == 0 and f"resumed {folder} at iteration 1 of 2" in resumed
     assert "teacher: weights finite and filled, loss" in shown
     assert "memory of a rank: forecast" in shown
+
+
+def test_what_helps_is_said_while_loading(command: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "distilled"
+    (code, shown), (again, _) = run_on_ranks(
+        starved, 1, [*command, f"distill.checkpoint={folder}"], when=0, kind="loading"
+    )[0]
+    assert code == 1 and "Traceback" not in shown
+    told = shown[shown.index("minitron distill: out of memory while loading: ") :]
+    assert "the forecast of a rank:" in told and "what helps most:" in told
+    assert again == 0
 
 
 def test_a_teacher_that_nothing_holds_is_refused(command: list[str], tmp_path: Path) -> None:

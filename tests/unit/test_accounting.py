@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from minitron_mcore.architecture import build_architecture
+from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.training.accounting import Interval, peak_memory, peak_tflops, throughput
 from minitron_mcore.training.budget import Shape
 from minitron_mcore.training.config import LogConfig
@@ -27,7 +28,7 @@ def job_of(**log: Any) -> Any:
     return SimpleNamespace(
         runtime=SimpleNamespace(world_size=4),
         architecture=student,
-        objective=SimpleNamespace(teacher=None),
+        objective=Objective(vocab_size=100),
         teaching=None,
         log=LogConfig(**log),
         precision="fp32",

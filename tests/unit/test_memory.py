@@ -133,7 +133,7 @@ def test_a_teacher_that_is_trained_too() -> None:
     trained = setting(teacher_trained=True, global_batch_size=64)
     alone = forecast(replace(trained, student=TEACHER, teacher=None)).parts
     parts = forecast(trained).parts
-    passing = alone["activations"] + alone["backward of a layer"] + alone["loss"]
+    passing = alone["activations"] + alone["layer at work"] + alone["loss"]
     assert parts["teacher's training pass"] == passing
     lines = forecast(trained).advice(9)
     assert lines and not any(key in line for line in lines for key in ("teacher.placement", "teacher_window"))
