@@ -26,4 +26,5 @@ else
   nodes=(--standalone) # picks a free port
 fi
 
-exec torchrun "${nodes[@]}" --nproc-per-node "$NPROC_PER_NODE" -m "${MINITRON_MODULE:-minitron_mcore}" "$@"
+# After SIGTERM the ranks finish their step and write a checkpoint; torchrun's own patience is 30 seconds.
+exec torchrun "${nodes[@]}" --shutdown-timeout "${MINITRON_GRACE_SECONDS:-600}" --nproc-per-node "$NPROC_PER_NODE" -m "${MINITRON_MODULE:-minitron_mcore}" "$@"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -256,7 +257,14 @@ def _loader(dataset: Dataset, order: Any, num_workers: int) -> torch.utils.data.
         collate_fn=_collate,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_outlive_sigterm,
     )
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """torchrun and SLURM send SIGTERM to whole process groups: a reader that died of it would end its rank, which is to
+    save first. Readers end when their rank does."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from minitron_mcore.architecture import Architecture, build_architecture
-from minitron_mcore.distillation.cache_file import CacheReader, Targets, token_checksum
+from minitron_mcore.distillation.cache_file import CacheReader, Targets, has_tails, token_checksum
 from minitron_mcore.distillation.config import DistillConfig
 from minitron_mcore.distillation.sparse_target import SparseTarget
 from minitron_mcore.errors import InputError
@@ -52,7 +52,7 @@ class CachedTeacher:
         settings = self.reader.settings
         self.architecture: Architecture = build_architecture(settings["teacher"]["architecture"])
         self.is_drawn = settings["method"] == "sampled"
-        self.is_whole = settings["method"] == "top_k" and settings["top_k"] == settings["vocab_size"]
+        self.is_whole = holds_all(settings)
         # A whole distribution of one temperature is that of any other: the exponent of all its probabilities.
         self.exponent = settings["temperature"] / temperature
         self._threads = ThreadPoolExecutor(READERS)
@@ -82,11 +82,12 @@ class CachedTeacher:
                 self._check_tokens(samples, microbatch["tokens"])
             target = self.stack([future.result() for future in itertools.islice(found, len(samples))])
             device = microbatch["tokens"].device
-            ids, log_probs = (
-                context_part(whole, 0, rank, size).contiguous().to(device, non_blocking=True)
-                for whole in (target.ids, target.log_probs)
+            ids, log_probs, log_tail = (
+                None if whole is None else context_part(whole, 0, rank, size).contiguous().to(device, non_blocking=True)
+                for whole in (target.ids, target.log_probs, target.log_tail)
             )
-            microbatch["teacher_target"] = SparseTarget(ids, log_probs, target.tail)
+            assert ids is not None and log_probs is not None
+            microbatch["teacher_target"] = SparseTarget(ids, log_probs, target.tail, log_tail)
 
     def _load(self, samples: list[int]) -> Iterator[Future[Targets]]:
         """The targets of `samples`, in their order; and, while the student trains on these, what it will want next: as
@@ -107,14 +108,14 @@ class CachedTeacher:
 
     def _decode(self, sample: int) -> Targets:
         targets = self.reader.read(sample)
-        return Targets(targets.num_ids, targets.ids, None, log_weights(targets))
+        return Targets(targets.num_ids, targets.ids, None, log_weights(targets), targets.tails)
 
     def _check_tokens(self, samples: list[int], tokens_bS: Tensor) -> None:
         for sample, tokens_S in zip(samples, tokens_bS.cpu().numpy(), strict=True):
             if token_checksum(tokens_S) != self.reader.tokens_of(sample):
                 raise InputError(
-                    f"distill.teacher={PREFIX}{self.reader.folder} was made from other data: its sample {sample} has "
-                    "other tokens; give the data, seed and number of samples it was made with, or make it anew"
+                    f"distill.teacher={PREFIX}{self.reader.folder} was made from other data, or in another order: its "
+                    f"sample {sample} has other tokens; give the data and the seed it was made with, or make it anew"
                 )
 
     def check_dataset(self, dataset: Any, needed: int) -> None:
@@ -124,7 +125,10 @@ class CachedTeacher:
             self._check_tokens([sample], tokens)
 
     def stack(self, samples: Sequence[Targets]) -> SparseTarget:
-        """The targets of b samples side by side, [S, b, K], on the host; K: the most ids of a token."""
+        """The targets of b samples side by side, [S, b, K], on the host; K: the most ids of a token.
+
+        Log-probabilities that were rounded are shifted, a tail's too, so that they are of a distribution again.
+        """
         settings = self.reader.settings
         most = max(int(targets.num_ids.max()) for targets in samples)
         shape = (len(samples), len(samples[0].num_ids), max(most, 1))
@@ -135,9 +139,15 @@ class CachedTeacher:
             ids[row][used] = targets.ids
             log_probs[row][used] = log_weights(targets)
         target_ids, target_log_probs = (torch.from_numpy(whole).transpose(0, 1) for whole in (ids, log_probs))
-        if self.is_whole and (self.exponent != 1.0 or settings["dtype"] != "fp32"):
+        log_tail, is_rounded = None, settings["dtype"] != "fp32"
+        if has_tails(settings):
+            log_tail = torch.stack([torch.from_numpy(targets.tails) for targets in samples], dim=1)
+            if is_rounded:
+                total = torch.logaddexp(target_log_probs.logsumexp(-1), log_tail)
+                target_log_probs, log_tail = target_log_probs - total.unsqueeze(-1), log_tail - total
+        elif self.is_whole and (self.exponent != 1.0 or is_rounded):
             target_log_probs = torch.log_softmax(target_log_probs * self.exponent, dim=-1)
-        return SparseTarget(target_ids, target_log_probs, tail=settings["method"] == "top_k")
+        return SparseTarget(target_ids, target_log_probs, settings["method"] == "top_k", log_tail)
 
 
 def log_weights(targets: Targets) -> numpy.ndarray:
@@ -164,8 +174,12 @@ def raise_everywhere(told: str | None) -> None:
 
 def check_cached(teacher: CachedTeacher, distill: DistillConfig) -> None:
     """Raise InputError where the losses of `distill` cannot be had from the cache."""
-    settings, key = teacher.reader.settings, f"distill.teacher={distill.teacher}"
-    if distill.temperature != settings["temperature"] and not teacher.is_whole:
+    check_served(teacher.reader.settings, distill, f"distill.teacher={distill.teacher}")
+
+
+def check_served(settings: dict[str, Any], distill: DistillConfig, key: str) -> None:
+    """`check_cached` of targets made by `settings`; `key`: what the recipe calls them."""
+    if distill.temperature != settings["temperature"] and not holds_all(settings):
         raise InputError(
             f"{key} holds targets of temperature {settings['temperature']}, and distill.temperature is "
             f"{distill.temperature}: make them equal, or cache with cache.temperature={distill.temperature}"
@@ -185,3 +199,8 @@ def check_cached(teacher: CachedTeacher, distill: DistillConfig) -> None:
         raise InputError(
             f"distill.correct_teacher=true trains the teacher, and {key} holds none: leave one of the two out"
         )
+
+
+def holds_all(settings: dict[str, Any]) -> bool:
+    """Whether the teacher's whole distribution is kept."""
+    return settings["method"] == "top_k" and not has_tails(settings)

@@ -1,7 +1,9 @@
 """What `cache` writes: a teacher's targets for the samples of a data set, compressed, in shards.
 
-DIR/cache.json             how the targets were made, written first; whatever differs here is another cache
+DIR/cache.json             how the targets were made, written first; whatever differs here is another cache, but for the
+                           number of samples, which may grow, and where a teacher of the same weights lay
 DIR/targets-000000.bin     the targets of samples 0 .. shard_samples - 1, and so on; a shard is there whole or not
+DIR/cache.lock             empty; held by the one process that may write here
 
 A shard: MAGIC; the header's length and checksum, 8 bytes each, little-endian; the header, JSON; a block a sample:
 
@@ -10,7 +12,8 @@ A shard: MAGIC; the header's length and checksum, 8 bytes each, little-endian; t
 
 A block holds, for the s tokens of a sample, in zlib streams: how many ids each token has; the ids, ascending, each as
 its distance from the one before; how often each was drawn (`sampled`); values (`top_k`: log-probabilities; `sampled`
-with a proposal of its own: log p/q). Numbers are split into bytes, lowest bytes first: those of a kind compress well.
+with a proposal of its own: log p/q); and, in fp32, the logarithm of the probability of all other ids of each token
+(`top_k` of fewer ids than there are). Numbers are split into bytes, lowest bytes first: those of a kind compress well.
 
 Legend: s tokens of a sample, E ids of all its tokens together.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import struct
 import threading
 import zlib
@@ -35,12 +39,25 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_whole
 
 DESCRIPTION = "cache.json"
-FORMAT = 1
+FORMAT = 2  # 1 had no probability of the other ids, and the number of samples in the digest
 MAGIC = b"MINITGT\x01"
 VALUE_TYPES = {"fp16": "<f2", "fp32": "<f4"}
 _PREFIX = struct.Struct("<8sQQ")
 _LENGTH = struct.Struct("<I")
 _OPEN_HEADERS = 16
+# What targets cannot be read without, and of what type; by method, besides.
+_SETTINGS: dict[str, type | tuple[type, ...]] = {
+    "vocab_size": int,
+    "temperature": (int, float),
+    "dtype": str,
+    "num_samples": int,
+    "shard_samples": int,
+    "teacher": dict,
+}
+_OF_METHOD: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "sampled": {"proposal_temperature": (int, float)},
+    "top_k": {"top_k": int},
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,7 @@ class Targets:
     ids: numpy.ndarray  # int64 [E]
     counts: numpy.ndarray | None  # int64 [E], at least 1: how often each was drawn
     values: numpy.ndarray | None  # fp32 [E]
+    tails: numpy.ndarray | None = None  # fp32 [s]: logarithm of the probability of all other ids together
 
 
 def token_checksum(tokens: numpy.ndarray) -> str:
@@ -58,26 +76,39 @@ def token_checksum(tokens: numpy.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(numpy.ascontiguousarray(tokens, dtype="<i8").data)
 
 
+def has_tails(settings: dict[str, Any]) -> bool:
+    """Whether some ids are left to a tail."""
+    return settings["method"] == "top_k" and settings["top_k"] < settings["vocab_size"]
+
+
 def settings_digest(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    """The same for caches whose targets of a sample are the same, however many samples and files they have."""
+    said = {name: value for name, value in settings.items() if name not in ("num_samples", "shard_samples")}
+    teacher = settings.get("teacher", {})
+    if teacher.get("weights") is not None:
+        said["teacher"] = {name: value for name, value in teacher.items() if name != "checkpoint"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def encode_targets(targets: Targets, vocab_size: int, dtype: str) -> bytes:
-    """A block; `dtype`, of VALUE_TYPES, is what values are rounded to."""
+    """A block; `dtype`, of VALUE_TYPES, is what values (but not tails) are rounded to."""
     deltas = numpy.diff(targets.ids, prepend=0)
     starts = (numpy.cumsum(targets.num_ids) - targets.num_ids)[targets.num_ids > 0]
     deltas[starts] = targets.ids[starts]
     planes = [*_planes(targets.num_ids, 4), *_planes(deltas, _id_bytes(vocab_size))]
     if targets.counts is not None:
         planes += _planes(targets.counts - 1, 2)
-    if targets.values is not None:
-        rounded = targets.values.astype(VALUE_TYPES[dtype])
-        planes += list(rounded.view(numpy.uint8).reshape(-1, rounded.itemsize).T)
+    for values, kind in ((targets.values, VALUE_TYPES[dtype]), (targets.tails, "<f4")):
+        if values is not None:
+            rounded = values.astype(kind)
+            planes += list(rounded.view(numpy.uint8).reshape(-1, rounded.itemsize).T)
     streams = [_compress(plane.tobytes()) for plane in planes]
     return b"".join([_LENGTH.pack(len(targets.num_ids)), *(_LENGTH.pack(len(s)) + s for s in streams)])
 
 
-def decode_targets(block: bytes, vocab_size: int, dtype: str, *, has_counts: bool, has_values: bool) -> Targets:
+def decode_targets(
+    block: bytes, vocab_size: int, dtype: str, *, has_counts: bool, has_values: bool, has_tails: bool = False
+) -> Targets:
     """What `encode_targets` was given. Raises ValueError, struct.error or zlib.error where it is no such block."""
     (tokens,) = _LENGTH.unpack_from(block)
     place = _LENGTH.size
@@ -96,6 +127,10 @@ def decode_targets(block: bytes, vocab_size: int, dtype: str, *, has_counts: boo
                 result |= numpy.left_shift(plane, 8 * byte, dtype=numpy.int64)
         return result
 
+    def fractions(name: str) -> numpy.ndarray:
+        kind = numpy.dtype(name)
+        return numbers(kind.itemsize).astype(f"<u{kind.itemsize}").view(kind).astype(numpy.float32)
+
     num_ids = numbers(4)
     if len(num_ids) != tokens:
         raise ValueError(f"{len(num_ids)} tokens where {tokens} are announced")
@@ -106,12 +141,8 @@ def decode_targets(block: bytes, vocab_size: int, dtype: str, *, has_counts: boo
     before = numpy.concatenate([[0], reached])[starts]
     ids = reached - numpy.repeat(before, num_ids)
     counts = numbers(2) + 1 if has_counts else None
-    values = None
-    if has_values:
-        kind = numpy.dtype(VALUE_TYPES[dtype])
-        whole = numbers(kind.itemsize).astype(f"<u{kind.itemsize}")
-        values = whole.view(kind).astype(numpy.float32)
-    return Targets(num_ids, ids, counts, values)
+    values = fractions(VALUE_TYPES[dtype]) if has_values else None
+    return Targets(num_ids, ids, counts, values, fractions("<f4") if has_tails else None)
 
 
 def _compress(content: bytes) -> bytes:
@@ -142,7 +173,7 @@ def write_shard(path: Path, digest: str, first: int, blocks: list[tuple[bytes, s
     """
     rows = [[len(block), xxhash.xxh3_64_hexdigest(block), tokens] for block, tokens in blocks]
     header = json.dumps({"settings": digest, "first": first, "blocks": rows}, separators=(",", ":")).encode()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with partial.open("wb") as stream:
             stream.write(_PREFIX.pack(MAGIC, len(header), xxhash.xxh3_64_intdigest(header)) + header)
@@ -176,9 +207,33 @@ def read_settings(folder: Path) -> dict[str, Any]:
         found, settings = content["format"], dict(content["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: it does not say how the targets were made") from error
+    if found == 1:
+        raise InputError(
+            f"{path} is of format 1, an older version's, which lacks the probability of the ids that are left out: "
+            "delete the folder and write it anew with `cache`"
+        )
     if found != FORMAT:
         raise InputError(f"{path} is of format {found!r}: read here is format {FORMAT}")
+    method = settings.get("method")
+    if method not in _OF_METHOD:
+        raise InputError(f"{path} is damaged: its method is {method!r}, which must be one of {', '.join(_OF_METHOD)}")
+    wanted = _SETTINGS | _OF_METHOD[method]
+    require_settings(path, settings, tuple(wanted))
+    require_settings(path, settings["teacher"] if isinstance(settings["teacher"], dict) else {}, ("architecture",))
+    for name, kind in wanted.items():
+        value = settings[name]
+        if not isinstance(value, kind) or (isinstance(value, (int, float)) and not value > 0):
+            raise InputError(f"{path} is damaged: {name} cannot be {value!r}")
+    if settings["dtype"] not in VALUE_TYPES:
+        raise InputError(f"{path} is damaged: its dtype is {settings['dtype']!r}, of {', '.join(VALUE_TYPES)}")
     return settings
+
+
+def require_settings(path: Path, settings: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Raise InputError where the file `path`, which says `settings`, leaves out one of `names`."""
+    for name in names:
+        if name not in settings:
+            raise InputError(f"{path} is damaged: it does not say {name}; write the cache anew with `cache`")
 
 
 @dataclass(frozen=True)
@@ -203,21 +258,22 @@ class CacheReader:
         self._lock = threading.Lock()
 
     def missing_shards(self, num_samples: int) -> list[int]:
-        """Which shards are not there of those that hold the first `num_samples` samples.
+        """Which shards do not hold their part of the first `num_samples` samples.
 
         Raises InputError where one is there and is not whole, or is of another cache.
         """
         size = self.settings["shard_samples"]
-        missing = []
-        for shard in range(-(-num_samples // size)):
-            path = shard_file(self.folder, shard)
-            if not path.is_file():
-                missing.append(shard)
-                continue
-            last = self._blocks(shard)[-1]
-            if path.stat().st_size != last.offset + last.length:
-                raise self._damage(path, "its length is not what its header says")
-        return missing
+        shards = range(-(-num_samples // size))
+        return [shard for shard in shards if self.held(shard) < min(size, num_samples - shard * size)]
+
+    def held(self, shard: int) -> int:
+        """How many samples are in a shard: the last one grows with the cache. Raises InputError as `missing_shards`."""
+        return len(self._blocks(shard)) if shard_file(self.folder, shard).is_file() else 0
+
+    def stored(self, shard: int, count: int) -> list[tuple[bytes, str]]:
+        """The first `count` blocks of a shard as `write_shard` takes them. Raises InputError."""
+        first = shard * self.settings["shard_samples"]
+        return [(self._bytes(sample), self.tokens_of(sample)) for sample in range(first, first + count)]
 
     def tokens_of(self, sample: int) -> str:
         """Checksum of the sample's tokens, as the teacher saw them. Raises InputError."""
@@ -225,16 +281,7 @@ class CacheReader:
 
     def read(self, sample: int) -> Targets:
         """The targets of one sample. Raises InputError where they are not there, or have changed since."""
-        place = self._block(sample)
-        path = shard_file(self.folder, sample // self.settings["shard_samples"])
-        try:
-            with path.open("rb") as stream:
-                stream.seek(place.offset)
-                block = stream.read(place.length)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
-        if xxhash.xxh3_64_hexdigest(block) != place.checksum:
-            raise self._damage(path, f"the checksum of sample {sample} is another")
+        block = self._bytes(sample)
         kind = self.settings
         sampled = kind["method"] == "sampled"
         return decode_targets(
@@ -243,7 +290,26 @@ class CacheReader:
             kind["dtype"],
             has_counts=sampled,
             has_values=not sampled or kind["proposal_temperature"] != 1.0,
+            has_tails=has_tails(kind),
         )
+
+    def _bytes(self, sample: int) -> bytes:
+        shard = sample // self.settings["shard_samples"]
+        path = shard_file(self.folder, shard)
+        # A shard that has grown since its header was read is another file: its header is then read once more.
+        for _ in range(2):
+            place = self._block(sample)
+            try:
+                with path.open("rb") as stream:
+                    stream.seek(place.offset)
+                    block = stream.read(place.length)
+            except OSError as error:
+                raise InputError(f"{path} cannot be read: {error}") from error
+            if xxhash.xxh3_64_hexdigest(block) == place.checksum:
+                return block
+            with self._lock:
+                self._headers.pop(shard, None)
+        raise self._damage(path, f"the checksum of sample {sample} is another")
 
     def _block(self, sample: int) -> _Block:
         shard, place = divmod(sample, self.settings["shard_samples"])
@@ -267,21 +333,25 @@ class CacheReader:
             with path.open("rb") as stream:
                 prefix = stream.read(_PREFIX.size)
                 magic, length, checksum = _PREFIX.unpack(prefix) if len(prefix) == _PREFIX.size else (b"", 0, 0)
-                is_whole = magic == MAGIC and length <= path.stat().st_size
+                end = os.fstat(stream.fileno()).st_size
+                is_whole = magic == MAGIC and length <= end
                 text = stream.read(length) if is_whole else b""
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error}; run `cache` again to write what is missing") from error
         if xxhash.xxh3_64_intdigest(text) != checksum or not text:
             raise self._damage(path, "its header has changed, or is none")
         header = json.loads(text)
-        if header["settings"] != self._digest or header["first"] != shard * self.settings["shard_samples"]:
+        size, rows = self.settings["shard_samples"], header["blocks"]
+        if header["settings"] != self._digest or header["first"] != shard * size or len(rows) > size:
             raise InputError(
                 f"{path} belongs to another cache than the {DESCRIPTION} beside it: delete it, `cache` again"
             )
         blocks, offset = [], len(prefix) + length
-        for size, sum_of_block, tokens in header["blocks"]:
-            blocks.append(_Block(offset, size, sum_of_block, tokens))
-            offset += size
+        for count, sum_of_block, tokens in rows:
+            blocks.append(_Block(offset, count, sum_of_block, tokens))
+            offset += count
+        if offset != end:
+            raise self._damage(path, "its length is not what its header says")
         return blocks
 
     def _damage(self, path: Path, what: str) -> InputError:

@@ -36,7 +36,7 @@ class HiddenStatesConfig:
     layers: Optional[list[list[int]]] = None
     loss: str = "mse"  # of STATE_LOSSES; attention relations are always compared by KL
     relation_heads: int = 0  # heads of the attention relations; 0: what divides both models' query groups
-    weighting: str = "dynamic"  # dynamic: weight * L_logits / L_states, recomputed each step; fixed: weight alone
+    weighting: str = "dynamic"  # dynamic: weight * L_logits / L_states, bounded, at each step; fixed: weight
     weight: float = 1.0
 
 

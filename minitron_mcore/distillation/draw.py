@@ -46,11 +46,12 @@ class Drawing:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Of C tokens: ids [C, K] ascending, -1 in unused slots; counts [C, K]; values fp32 [C, K]."""
+    """Of C tokens: ids [C, K] ascending, -1 in unused slots; counts [C, K]; values fp32 [C, K]; tails fp32 [C]."""
 
     ids: Tensor
     counts: Tensor | None
     values: Tensor | None
+    tails: Tensor | None = None
 
 
 def make_targets(
@@ -94,7 +95,7 @@ def make_targets(
 
 def _keep(logits_CV: Tensor, shard: VocabularyShard, drawing: Drawing, keys_C: Tensor) -> _Kept:
     if drawing.method == "top_k":
-        return most_probable(logits_CV, shard, drawing.top_k)
+        return most_probable(logits_CV, shard, drawing.top_k, with_tail=drawing.top_k < drawing.vocab_size)
     return draw(logits_CV, shard, drawing.draws, drawing.proposal_temperature, keys_C)
 
 
@@ -103,8 +104,9 @@ def shard_logsumexp(logits_CV: Tensor, shard: VocabularyShard) -> Tensor:
     return shard.gather(torch.logsumexp(logits_CV, dim=-1).double().unsqueeze(0))[:, 0].logsumexp(dim=0)
 
 
-def most_probable(logits_CV: Tensor, shard: VocabularyShard, k: int) -> _Kept:
-    """The `k` most probable ids of the vocabulary and their log-probabilities."""
+def most_probable(logits_CV: Tensor, shard: VocabularyShard, k: int, *, with_tail: bool = True) -> _Kept:
+    """The `k` most probable ids of the vocabulary and their log-probabilities; `with_tail` that of all others together,
+    from their own logits: what the k leave of 1 would be rounding where they are nearly all."""
     logsumexp_C1 = shard_logsumexp(logits_CV, shard).unsqueeze(1)
     # Every rank offers as many, so that they can be gathered: those without an id at minus infinity.
     widest = min(k, shard.rows)
@@ -116,7 +118,13 @@ def most_probable(logits_CV: Tensor, shard: VocabularyShard, k: int) -> _Kept:
     best_CK, places_CK = values_CK.topk(k, dim=-1)
     ids_CK, order_CK = ids_CK.gather(1, places_CK).sort(dim=-1)
     log_probs_CK = best_CK.gather(1, order_CK).double() - logsumexp_C1
-    return _Kept(ids_CK, None, log_probs_CK.float())
+    tails_C = None
+    if with_tail:
+        columns_CK, here_CK = shard.locate(ids_CK)
+        # Added, not set: ids that lie on other shards point at column 0.
+        others_CV = logits_CV.scatter_add(1, columns_CK, torch.where(here_CK, -torch.inf, 0.0).to(logits_CV))
+        tails_C = (shard_logsumexp(others_CV, shard) - logsumexp_C1.squeeze(1)).float()
+    return _Kept(ids_CK, None, log_probs_CK.float(), tails_C)
 
 
 def draw(logits_CV: Tensor, shard: VocabularyShard, draws: int, proposal_temperature: float, keys_C: Tensor) -> _Kept:
@@ -227,4 +235,6 @@ def _on_host(kept: list[_Kept]) -> Targets:
     ids = flat("ids")
     assert ids is not None
     num_ids = torch.cat([mask.sum(dim=1) for mask in used]).cpu().numpy()
-    return Targets(num_ids, ids, flat("counts"), flat("values"))
+    tails_C = [part.tails for part in kept if part.tails is not None]
+    tails = torch.cat(tails_C).cpu().numpy() if tails_C else None
+    return Targets(num_ids, ids, flat("counts"), flat("values"), tails)

@@ -233,7 +233,8 @@ def logit_loss(
 def _outcomes(target: SparseTarget | None) -> Outcomes | None:
     if target is None:
         return None
-    return Outcomes(target.ids.flatten(0, 1), target.log_probs.flatten(0, 1), target.tail)
+    log_tail = None if target.log_tail is None else target.log_tail.flatten()
+    return Outcomes(target.ids.flatten(0, 1), target.log_probs.flatten(0, 1), target.tail, log_tail)
 
 
 def _output(loss: Tensor, by_token: list[Tensor | None], mask_N: Tensor, shape: torch.Size) -> LogitLossOutput:

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from minitron_mcore.distillation.cache import CachedTeacher
 from minitron_mcore.distillation.logit_loss import logit_loss
-from minitron_mcore.distillation.state_loss import ALPHA, StateLosses
+from minitron_mcore.distillation.state_loss import StateLosses
 from minitron_mcore.distillation.teacher import Teacher
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import LossSums, Microbatch, run_schedule
@@ -55,11 +55,10 @@ class Objective:
         if states is not None and states.alpha is None and not forward_only:
             # No step before this one to work the weight out from: what the batch itself would have given.
             with torch.no_grad():
-                states.update(self._schedule(chunks, batch, forward_only=True))
+                states.update(self._schedule(chunks, batch, forward_only=True), trains=True)
         means = self._schedule(chunks, batch, forward_only=forward_only)
-        if states is not None and not forward_only:
-            means[ALPHA] = states.alpha or 0.0
-            states.update(means)
+        if states is not None:
+            states.update(means, trains=not forward_only)
         return means
 
     def _schedule(

@@ -2,7 +2,7 @@
 
     resident    every layer on the device, as Megatron builds it: nothing here is entered
     sharded     of every layer each rank of `group` keeps its 1 / size; gathered over the group before the layer runs
-    offloaded   every layer in host memory (pinned on CUDA), copied to the device before it runs
+    offloaded   every layer in host memory (on CUDA in pinned blocks), copied to the device before it runs
 
 Embedding, final norm and output head stay on the device. Of the layers, two at a time lie there whole: while one runs,
 the next one that the schedule will ask for is on its way into the other buffer.
@@ -28,11 +28,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
+from minitron_mcore.memory.blocks import ALIGNMENT, host_blocks
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.specs import BareLayer
-
-ALIGNMENT = 256  # bytes: what CUDA's own allocator gives, so that kernels find what they are used to
 
 
 @dataclass
@@ -111,27 +110,32 @@ class ShardedSource:
 
 
 class OffloadedSource:
-    """Every rank keeps its layers whole in its own host memory."""
+    """Every rank keeps its layers whole in its own host memory, each in a few blocks (see memory/blocks.py)."""
 
     def __init__(self) -> None:
-        self.parts: dict[int, torch.Tensor] = {}
+        self.parts: dict[int, list[torch.Tensor]] = {}
         self.stream = torch.cuda.Stream()
 
     def padded(self, nbytes: int) -> int:
         return nbytes
 
     def room(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8)
 
     def keep(self, index: int, flat: torch.Tensor) -> None:
-        self.parts[index] = flat
+        self.parts[index] = []
+        for block in flat.split(host_blocks(flat.numel())):
+            pinned = torch.empty(block.numel(), dtype=torch.uint8, pin_memory=True)
+            self.parts[index].append(pinned.copy_(block))
 
     def fetch(self, index: int, target: torch.Tensor) -> Callable[[], Any]:
-        part = self.parts[index]
         # The layer whose buffer this was may still be running.
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            target[: part.numel()].copy_(part, non_blocking=True)
+            start = 0
+            for block in self.parts[index]:
+                target[start : start + block.numel()].copy_(block, non_blocking=True)
+                start += block.numel()
         return lambda: torch.cuda.current_stream().wait_stream(self.stream)
 
 

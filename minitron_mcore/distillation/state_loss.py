@@ -47,8 +47,13 @@ METRICS = {
     "attention_relation": "attention relation loss",
 }
 ALPHA = "hidden states alpha"
-# States whose loss is no more are the same but for rounding: to weigh that up would train on noise.
-ROUNDING = 1e-9
+DIFFERENCE = "hidden states difference"
+_SIZE = "hidden states size"  # among a pass's means until `update`
+# A relative loss below this is weighed as if it were this. The gradient of a loss r goes as sqrt(r), hence under the
+# papers' weight as 1 / sqrt(r): at this r it is 10 times what it is where states have nothing in common, and below it
+# less again. Rounding lies far below: of bf16 2^-9 of a number at most, 3e-6 as the relative square of two states'
+# difference, and perhaps 1e-4 after many layers.
+LEAST_DIFFERENCE = 1e-2
 _LEAST_NORM = 1e-20
 
 
@@ -74,6 +79,17 @@ def token_cosine(state_SBH: Tensor, target_SBH: Tensor) -> tuple[Tensor, Tensor]
 
 
 TOKEN_LOSSES = {"mse": token_mse, "cosine": token_cosine}
+
+
+def dynamic_weight(weight: float, logits: float, states: float, size: float) -> float:
+    """weight * L_logits / L_states (arXiv 2407.14679, section 3), with L_states taken as LEAST_DIFFERENCE * size at
+    least: 0 <= alpha <= weight * L_logits / (LEAST_DIFFERENCE * size), and alpha * L_states <= weight * L_logits.
+
+    All are means over the counted tokens; `size` is the losses' scale, see StateLosses. Rounding may leave a loss of
+    equal models a little below 0.
+    """
+    weighed = max(states, LEAST_DIFFERENCE * size)
+    return weight * max(logits, 0.0) / weighed if weighed > 0 else 0.0
 
 
 class _MaskedSum(torch.autograd.Function):
@@ -116,8 +132,11 @@ class StateLosses:
     gradients are recorded, to the backward pass. `alpha` is the weight of the sum of all pairs' losses:
 
         fixed      weight
-        dynamic    weight * L_logits / L_states of the step before (arXiv 2407.14679, section 3), global means, hence
-                   the same on every rank and at every layout; None until `update` has seen a batch
+        dynamic    `dynamic_weight` of the step before: global means, hence the same on every rank and at every layout;
+                   None until `update` has seen a batch
+
+    The size of the pairs, against which the dynamic weight judges their losses, is the mean square of the teacher's
+    state for mse, and 1 for the others, which do not hang on the states' scale.
     """
 
     def __init__(
@@ -142,6 +161,7 @@ class StateLosses:
         self.alpha: float | None = None if self.dynamic else config.weight
         self._config, self._models = chunks[0].config, (student, teacher)
         self._token_loss = TOKEN_LOSSES[config.loss]
+        self._scaled = [pair for pair in self.pairs if pair.site in WIDE_SITES and config.loss == "mse"]
         self._relation_heads = 0
         if "attention_relation" in self.sites:
             self._relation_heads = relation_heads(config.relation_heads, student, teacher, parallel.tensor)
@@ -165,12 +185,12 @@ class StateLosses:
         self._microbatch = microbatch
 
     def take_sums(self) -> dict[str, Tensor]:
-        """Each site's loss summed over the counted tokens that this pipeline stage has seen since the last call; zero
-        where it has no pair. Every rank calls."""
-        names = [METRICS[site] for site in self.sites]
-        total = torch.stack([self._sums[site] for site in self.sites])
+        """Each site's loss, and the states' size, summed over the counted tokens that this pipeline stage has seen
+        since the last call; zero where it has no pair. Every rank calls."""
+        names = [METRICS.get(key, key) for key in self._sums]
+        total = torch.stack(list(self._sums.values()))
         # Without sequence parallelism a rank's sum is the whole one; of attention relations it has its heads' alone.
-        shared = [self._config.sequence_parallel or site not in WIDE_SITES for site in self.sites]
+        shared = [self._config.sequence_parallel or key == "attention_relation" for key in self._sums]
         parts = torch.where(torch.tensor(shared, device=total.device), total, total.new_zeros(()))
         torch.distributed.all_reduce(parts, group=parallel_state.get_tensor_model_parallel_group())
         self._clear()
@@ -183,15 +203,25 @@ class StateLosses:
         if self.dynamic:
             self.alpha = alpha
 
-    def update(self, means: dict[str, float]) -> None:
-        """Work out the weight of the next step from this one's global means; a mean that is no number leaves it."""
-        states = sum(means[METRICS[site]] for site in self.sites)
-        if self.dynamic and math.isfinite(states) and math.isfinite(means["logits distillation loss"]):
-            self.alpha = self.weight * means["logits distillation loss"] / states if states > ROUNDING else 0.0
+    def update(self, means: dict[str, float], *, trains: bool) -> None:
+        """Make of a pass's global means what is reported: without the states' size and, of one that trains, with the
+        weight it ran under and, of a dynamic one, `hidden states difference`, the losses over the size. From these the
+        weight of the next step is worked out; no counted token, or a mean that is no number, leaves it as it is."""
+        scaled_size = means.pop(_SIZE)
+        if not trains:
+            return
+        means[ALPHA] = self.alpha or 0.0
+        if not self.dynamic:
+            return
+        states, logits = sum(means[METRICS[site]] for site in self.sites), means["logits distillation loss"]
+        size = scaled_size + len(self.pairs) - len(self._scaled)
+        means[DIFFERENCE] = states / size if size else 0.0
+        if means["num_tokens"] and all(map(math.isfinite, (states, size, logits))):
+            self.alpha = dynamic_weight(self.weight, logits, states, size)
 
     def _clear(self) -> None:
         device = torch.cuda.current_device()
-        self._sums = {site: torch.zeros((), dtype=torch.float64, device=device) for site in self.sites}
+        self._sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key in (*self.sites, _SIZE)}
 
     def _visit(self, pair: Pair) -> Visit:
         def visit(state: Tensor, source: Tensor) -> Tensor | None:
@@ -226,6 +256,9 @@ class StateLosses:
         if self._config.sequence_parallel:
             size = parallel_state.get_tensor_model_parallel_world_size()
             mask_SB = mask_SB.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
+        if self.dynamic and pair in self._scaled:
+            norm_SB = torch.linalg.vector_norm(target, dim=-1, dtype=torch.float32)
+            self._sums[_SIZE] += torch.dot(norm_SB.square().flatten(), mask_SB.flatten()) / target.shape[-1]
         if self._projection is not None:
             state = self._projection(state)
         return _MaskedSum.apply(state, target, mask_SB, self._token_loss)

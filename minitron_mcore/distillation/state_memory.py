@@ -1,63 +1,27 @@
-"""How many bytes the losses between inner states need on a rank. Pure; memory.py adds them to the rest.
+"""How many bytes the losses between inner states need on a rank. Pure; memory/forecast.py adds them to the rest.
 
 Legend: n tokens of a microbatch on a rank, T tensor-parallel size, h_s and h_t hidden sizes of student and teacher.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from minitron_mcore.architecture import Architecture
+from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.distillation.config import RELATION_BUFFER, HiddenStatesConfig
 from minitron_mcore.distillation.state_map import WIDE_SITES, Pair, holder, pairs, relation_heads
 from minitron_mcore.layout import axis_sizes, stage_of
-from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.memory.setting import Setting, StateMemory
 
 # Beside the lifted state, in its type, what one loss holds in fp32 at a time: copies of both states if they are bf16,
 # unit vectors of both for a cosine, and their difference; of two fp32 states also its square.
 _COPIES = {("mse", 2): 3, ("mse", 4): 2, ("cosine", 2): 5, ("cosine", 4): 3}
 
 
-@dataclass(frozen=True)
-class StateMemory:
-    """Of one pipeline stage, all in bytes but for `projection`, in numbers.
-
-    projection: the learned map's weight, which every rank holds.
-    targets: the teacher's states, for every microbatch of a window.
-    saved: of one microbatch, the losses' gradients that wait for backward.
-    working: while one pair's loss is worked out.
-    """
-
-    projection: int = 0
-    targets: int = 0
-    saved: int = 0
-    working: int = 0
-
-
-def projection_size(config: HiddenStatesConfig | None, student: Architecture, teacher: Architecture | None) -> int:
-    """Numbers of the map from h_s to h_t; 0 where none is needed."""
-    if config is None or teacher is None or student.hidden_size == teacher.hidden_size:
-        return 0
-    return student.hidden_size * teacher.hidden_size if any(site in WIDE_SITES for site in config.sites) else 0
-
-
-def state_memory(
-    config: HiddenStatesConfig,
-    student: Architecture,
-    teacher: Architecture,
-    parallel: ParallelConfig,
-    *,
-    stage: int,
-    tokens: int,
-    micro_batch_size: int,
-    ahead: int,
-    element: int,
-    teacher_element: int,
-) -> StateMemory:
-    """What `config` needs on the student's pipeline stage `stage`.
-
-    tokens: n. ahead: microbatches the teacher runs ahead. element, teacher_element: bytes of a number of each model.
-    """
+def state_memory(config: HiddenStatesConfig, setting: Setting, stage: int) -> StateMemory:
+    """What `config` needs on the student's pipeline stage `stage`; `setting` has a teacher."""
+    student, teacher, parallel = setting.student, setting.teacher, setting.parallel
+    assert teacher is not None
+    element, tokens = BYTES[setting.precision], setting.tokens
+    is_lifted = student.hidden_size != teacher.hidden_size and any(site in WIDE_SITES for site in config.sites)
     depth = student.num_layers
     here = [
         pair
@@ -80,14 +44,14 @@ def state_memory(
             working.append(numbers(pair, teacher) * (element + 4 * _COPIES[config.loss, element]))
         else:
             heads = relation_heads(config.relation_heads, student, teacher, parallel.tensor) // parallel.tensor
-            length = tokens // micro_batch_size
-            sweep = min(RELATION_BUFFER, micro_batch_size * heads * length * length)
+            length = tokens // setting.micro_batch_size
+            sweep = min(RELATION_BUFFER, setting.micro_batch_size * heads * length * length)
             # Five of the sweep's buffers; queries of both in fp32, the student's gradient too.
             widths = [model.num_attention_heads * model.kv_channels for model in (student, student, teacher)]
             working.append(4 * (5 * sweep + tokens * sum(widths) // parallel.tensor))
     return StateMemory(
-        projection=projection_size(config, student, teacher),
-        targets=ahead * teacher_element * sum(distinct.values()),
+        projection=student.hidden_size * teacher.hidden_size if is_lifted else 0,
+        targets=setting.ahead * setting.teacher_element * sum(distinct.values()),
         saved=element * saved,
         working=max(working),
     )

@@ -59,19 +59,24 @@ class Objective:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """A sparse target of the chunk's (or sweep's) tokens: ids and logarithms [N, K]; see SparseTarget."""
+    """A sparse target of the chunk's (or sweep's) tokens: ids and logarithms [N, K], log_tail [N]; see SparseTarget."""
 
     ids: Tensor
     log_probs: Tensor
     tail: bool
+    log_tail: Tensor | None = None
 
     def rows(self, rows: slice) -> Outcomes:
-        return Outcomes(self.ids[rows], self.log_probs[rows], self.tail)
+        log_tail = None if self.log_tail is None else self.log_tail[rows]
+        return Outcomes(self.ids[rows], self.log_probs[rows], self.tail, log_tail)
 
     def tail_probability(self, vocab_size: int) -> Tensor:
-        """What the used slots leave, fp64 [N]; exactly zero where they are the whole vocabulary, or without a tail."""
+        """Of the ids in no used slot, fp64 [N]; exactly zero where these are all ids, or without a tail."""
         used = self.ids >= 0
-        tail_N = 1.0 - self.log_probs.double().exp().masked_fill(~used, 0.0).sum(-1)
+        if self.log_tail is not None:
+            tail_N = self.log_tail.double().exp()
+        else:
+            tail_N = 1.0 - self.log_probs.double().exp().masked_fill(~used, 0.0).sum(-1)
         without = used.sum(-1) >= vocab_size if self.tail else torch.ones_like(tail_N, dtype=torch.bool)
         return tail_N.clamp_min(0.0).masked_fill(without, 0.0)
 
@@ -92,9 +97,12 @@ class Model:
 
 
 def _gather(shard: VocabularyShard, local: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every shard's statistics, [R, C] each, in fp64: what is left of their sums after cancelling is small."""
-    gathered = shard.gather(torch.stack(list(local.values()))).double().unbind(1)
-    return dict(zip(local, gathered, strict=True))
+    """Every shard's statistics, [R, C] of [C] and [R, K, C] of a block [K, C], in fp64: what is left of their sums
+    after cancelling is small."""
+    blocks = [value.unsqueeze(0) if value.dim() == 1 else value for value in local.values()]
+    gathered = shard.gather(torch.cat(blocks)).double().split([block.shape[0] for block in blocks], 1)
+    parts = zip(local.items(), gathered, strict=True)
+    return {name: part.squeeze(1) if value.dim() == 1 else part for (name, value), part in parts}
 
 
 def _over_vocabulary(gathered: dict[str, Tensor], divergence: Divergence) -> dict[str, Tensor]:
@@ -184,19 +192,16 @@ class _Chunk:
         count = min(self.objective.top_k, shard.rows)
         local |= self._top_of_shard(y_CV, count)
         gathered = _gather(shard, local)
-        values_RKC, ids_RKC = (
-            torch.stack([gathered[f"{kind} {k}"] for k in range(count)], 1) for kind in ("value", "id")
-        )
-        self.top_CK, self.ids_CK = top_of_all(values_RKC, ids_RKC, self.objective.top_k)
+        self.top_CK, self.ids_CK = top_of_all(gathered["values"], gathered["ids"], self.objective.top_k)
         return _over_vocabulary(gathered, self.divergence)
 
     def _top_of_shard(self, y_CV: Tensor, count: int) -> dict[str, Tensor]:
-        """`count` values and ids, [C] each: the same number on every shard, so that they can be gathered."""
+        """`values` and `ids`, [count, C] each: the same number on every shard, so that they can be gathered."""
         found = by_rows(top_of_shard, y_CV, count=min(count, self.shard.width))
         missing = (0, count - found["values"].shape[1])
         values_CK = torch.nn.functional.pad(found["values"], missing, value=float("-inf"))
         ids_CK = torch.nn.functional.pad(found["columns"].float() + self.shard.start, missing)
-        return {f"value {k}": values_CK[:, k] for k in range(count)} | {f"id {k}": ids_CK[:, k] for k in range(count)}
+        return {"values": values_CK.t(), "ids": ids_CK.t()}
 
     def _losses(self) -> dict[str, Tensor]:
         found, x_CV, y_CV = self.found, self.x_CV, self.y_CV
@@ -226,16 +231,15 @@ class _Chunk:
         ids_CK = self.ids_CK if target is None else target.ids
         self.columns = self.shard.locate(ids_CK)
         logits_CK = selected_logits(x_CV, *self.columns)
-        count = logits_CK.shape[1]
         local = by_rows(tail_probability, x_CV, *self._normalizer(), *self.columns)
         if y_CV is not None:
             of_teacher = by_rows(tail_probability, y_CV, *self._normalizer("teacher_"), *self.columns)
             local["teacher_tail"] = of_teacher["tail"]
         if self.shard.absent:
             local = {name: torch.zeros_like(value) for name, value in local.items()}
-        local |= {str(k): logits_CK[:, k] for k in range(count)}
+        local["logits"] = logits_CK.t()
         summed = {name: value.sum(0) for name, value in _gather(self.shard, local).items()}
-        log_q = torch.stack([summed[str(k)] for k in range(count)], 1) - found["logsumexp"].unsqueeze(1)
+        log_q = summed["logits"].t().contiguous() - found["logsumexp"].unsqueeze(1)
         used = ids_CK >= 0
         if target is None:
             log_p, p_tail = self.top_CK - found["teacher_logsumexp"].unsqueeze(1), summed["teacher_tail"]

@@ -56,10 +56,13 @@ class LanguageModel(GPTModel):
         return self.output_layer(hidden_states, weight=weight)[0]
 
 
-def transformer_config(architecture: Architecture, parallel: ParallelConfig, precision: str) -> TransformerConfig:
+def transformer_config(
+    architecture: Architecture, parallel: ParallelConfig, precision: str, *, bare_layers: bool = False
+) -> TransformerConfig:
     """Megatron's config of `architecture` under `parallel`. Raises InputError for a layout that cannot hold it.
 
     precision: fp32, bf16, or fp8: the layers' products in fp8 by Transformer Engine, all else as in bf16.
+    bare_layers: somebody else keeps their weights.
     """
     a = architecture
     check_tensor_parallel(a, parallel.tensor)
@@ -100,6 +103,9 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, pre
         # Each tensor scaled by what it holds: no history to be kept over the ranks of a group, which Megatron takes
         # from the global groups, and none to warm up.
         fp8_recipe="tensorwise" if fp8 else "delayed",
+        # Else Transformer Engine keeps a quantised copy of every layer's weights from a pass's first microbatch on,
+        # whoever keeps the weights themselves.
+        disable_parameter_transpose_cache=bare_layers,
         calculate_per_token_loss=True,
         persist_layer_norm=False,
         **pipeline_communication(parallel.virtual_pipeline),
@@ -166,7 +172,7 @@ def build_model(
     Fill it with `initialize` or a checkpoint. `bare_layers`: layers have no memory for their weights either, which
     somebody else keeps (distillation/placement.py).
     """
-    config = transformer_config(architecture, parallel, precision)
+    config = transformer_config(architecture, parallel, precision, bare_layers=bare_layers)
     groups = groups or ProcessGroupCollection.use_mpu_process_groups()
     stage = groups.pp.rank()
     if config.pipeline_model_parallel_layout is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -12,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.timeout import collective_timeout
 
 _current: ParallelConfig | None = None
 _teacher_groups: dict[str, ProcessGroupCollection] = {}  # by layout, for as long as the student's groups stand
@@ -77,6 +79,7 @@ def use_layout(parallel: ParallelConfig, world_size: int) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=collective_timeout() // timedelta(minutes=1),
     )
     _current = dataclasses.replace(parallel)
 
@@ -126,7 +129,7 @@ def teacher_groups(parallel: ParallelConfig, world_size: int) -> ProcessGroupCol
         for name, axes in _AXES.items():
             for ranks in generator.get_ranks(axes) if axes else [[rank] for rank in range(world_size)]:
                 if tuple(ranks) not in made:
-                    made[tuple(ranks)] = dist.new_group(ranks)
+                    made[tuple(ranks)] = dist.new_group(ranks, timeout=collective_timeout())
                 if dist.get_rank() in ranks:
                     fields[name] = made[tuple(ranks)]
         _teacher_groups[key] = ProcessGroupCollection(**fields, embd=None, pos_embd=None, hcp=None)

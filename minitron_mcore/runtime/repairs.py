@@ -30,14 +30,12 @@ def pipeline_communication(virtual_pipeline: int | None) -> dict[str, bool]:
 def optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """`optimizer.sharded_state_dict` in the fully reshardable form, right under torch's Adam too. All ranks call.
 
-    Torch's Adam (no Apex, no Transformer Engine) needs two repairs: before its first step there is no `step` to
-    save, on which state_dict asserts; and every call with `is_loading` leaves one `step` tensor shared by all
-    parameters, which then counts once a parameter.
+    Torch's Adam (no Apex, no Transformer Engine) needs two repairs: before its first step (which a save may precede,
+    where all steps so far were skipped) there is no `step` to save, on which state_dict asserts; and every call with
+    `is_loading` leaves one `step` tensor shared by all parameters, which then counts once a parameter.
     """
-    inner = _distributed_optimizers(optimizer)
-    if is_loading:
-        for part in inner:
-            _fill_empty_adam_state(part)
+    for part in _distributed_optimizers(optimizer):
+        _fill_empty_adam_state(part)
     state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
     separate_steps(optimizer)
     return state

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy
@@ -20,6 +19,7 @@ import torch
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime import cpu_adapter
+from minitron_mcore.runtime.timeout import collective_timeout
 
 T = TypeVar("T")
 
@@ -141,10 +141,7 @@ def start() -> Runtime:
         if world_size == 1:
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", str(_free_port()))
-        minutes = int(os.environ.get("MINITRON_TIMEOUT_MINUTES", "30"))
-        torch.distributed.init_process_group(
-            backend, rank=rank, world_size=world_size, timeout=timedelta(minutes=minutes)
-        )
+        torch.distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=collective_timeout())
     return Runtime(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from megatron.core import parallel_state
 
@@ -19,7 +20,7 @@ from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.blend import Part, inspect_parts, parse_blend, parse_split
 from minitron_mcore.data.dataset import WHOLE, Dataset, batches_once, build_datasets
 from minitron_mcore.data.tokenizer import Tokenizer
-from minitron_mcore.distillation.cache import raise_everywhere
+from minitron_mcore.distillation.cache import PREFIX, check_served, raise_everywhere
 from minitron_mcore.distillation.cache_file import (
     DESCRIPTION,
     CacheReader,
@@ -30,6 +31,7 @@ from minitron_mcore.distillation.cache_file import (
     write_settings,
     write_shard,
 )
+from minitron_mcore.distillation.cache_lock import LOCK, FolderLock
 from minitron_mcore.distillation.config import CacheConfig
 from minitron_mcore.distillation.draw import Drawing, make_targets
 from minitron_mcore.errors import InputError
@@ -48,7 +50,8 @@ MOST_DRAWS = 10_000
 
 
 def run(recipe: Recipe, runtime: Runtime) -> Path:
-    """Write what is missing of `cache.folder` and return it; the same command goes on where it was cut off."""
+    """Write what is missing of `cache.folder` and return it; the same command goes on where it was cut off, and
+    one that asks for more samples adds them."""
     lay_out(recipe, runtime)
     refuse_context(recipe, "cache")
     cache = recipe.cache
@@ -61,6 +64,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     tokenizer = checkpoint_tokenizer(recipe, teacher_folder)
     num_samples = cache.num_samples or samples_needed(recipe)
     dataset, _, _ = build_datasets(recipe.data, tokenizer, train_samples=num_samples, valid_samples=0, seed=recipe.seed)
+    assert dataset is not None
     precision = recipe.teacher.precision or recipe.precision
     settings = json.loads(
         json.dumps(
@@ -79,18 +83,25 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
             }
         )
     )
-    settings, missing = runtime.on_main(lambda: claim(folder, settings))
-    if not missing:
-        runtime.print(f"cache: {folder} holds all {num_samples:,} samples")
-        return folder
-
-    chunks = build_model(architecture, recipe.parallel, precision, trainable=False)
-    load_weights(teacher_folder, iteration, as_chunks(chunks), architecture)
-    runtime.print(
-        f"cache: {cache.method} targets of {teacher_folder}, {num_samples:,} samples of "
-        f"{recipe.data.sequence_length:,} tokens, {len(missing)} shards to write -> {folder}"
-    )
-    write_missing(recipe, runtime, chunks, dataset, folder, settings, missing)
+    there = runtime.on_main(lambda: find_cache(folder, settings))
+    warn_of_refusal(recipe, runtime, folder, settings)
+    if there is not None and there["num_samples"] < num_samples:
+        check_order(runtime, CacheReader(folder), dataset, num_samples)
+    lock = FolderLock(folder)
+    try:
+        settings, missing = runtime.on_main(lambda: claim(folder, settings, lock))
+        if not missing:
+            runtime.print(f"cache: {folder} holds all {num_samples:,} samples")
+            return folder
+        chunks = build_model(architecture, recipe.parallel, precision, trainable=False)
+        load_weights(teacher_folder, iteration, as_chunks(chunks), architecture)
+        runtime.print(
+            f"cache: {cache.method} targets of {teacher_folder}, {num_samples:,} samples of "
+            f"{recipe.data.sequence_length:,} tokens, {len(missing)} shards to write -> {folder}"
+        )
+        write_missing(recipe, runtime, chunks, dataset, folder, settings, missing)
+    finally:
+        lock.release()
     return folder
 
 
@@ -98,14 +109,16 @@ def write_missing(
     recipe: Recipe,
     runtime: Runtime,
     chunks: list[LanguageModel],
-    dataset: Dataset | None,
+    dataset: Dataset,
     folder: Path,
     settings: dict[str, Any],
-    missing: list[int],
+    missing: list[tuple[int, int]],
 ) -> None:
-    """Shard after shard, each by one data-parallel replica; the replicas meet after each. Every rank calls."""
-    assert dataset is not None
-    cache, total = recipe.cache, settings["num_samples"]
+    """Shard after shard, each by one data-parallel replica; the replicas meet after each. Every rank calls.
+
+    missing: the shards, with how many samples are in each already, which stay as they are.
+    """
+    cache, total, reader = recipe.cache, settings["num_samples"], CacheReader(folder)
     drawing = Drawing(
         method=cache.method,
         vocab_size=settings["vocab_size"],
@@ -123,15 +136,16 @@ def write_missing(
     for turn in range(0, len(missing), replicas):
         told = None
         if turn + replica < len(missing):
-            shard = missing[turn + replica]
+            shard, held = missing[turn + replica]
             first = shard * cache.shard_samples
-            samples = list(range(first, min(first + cache.shard_samples, total)))
+            samples = list(range(first + held, min(first + cache.shard_samples, total)))
             try:
                 blocks = ask_teacher(recipe, chunks, dataset, samples, drawing, settings)
                 if writes:
                     path = shard_file(folder, shard)
                     with writing(str(path)):
-                        size = write_shard(path, settings_digest(settings), first, blocks)
+                        write_shard(path, settings_digest(settings), first, [*reader.stored(shard, held), *blocks])
+                    size = sum(len(block) for block, _ in blocks)
                     written += torch.tensor([len(samples), size], device=written.device)
             except InputError as error:
                 told = str(error)
@@ -221,9 +235,10 @@ def check_cache(cache: CacheConfig, temperature: float, architecture: Architectu
         raise InputError(
             f"cache.top_k={cache.top_k} is more than the teacher's vocab_size={architecture.vocab_size}: 0 keeps all"
         )
-    for name, value in {"temperature": temperature, "proposal_temperature": cache.proposal_temperature}.items():
+    key = "distill.temperature" if cache.temperature is None else "cache.temperature"
+    for name, value in {key: temperature, "cache.proposal_temperature": cache.proposal_temperature}.items():
         if not 0 < value < math.inf:
-            raise InputError(f"cache.{name}={value} must be finite and above 0")
+            raise InputError(f"{name}={value} must be finite and above 0")
 
 
 def samples_needed(recipe: Recipe) -> int:
@@ -273,25 +288,79 @@ def identity(folder: Path, iteration: int) -> dict[str, Any]:
     return {"iteration": iteration, "weights": bytes_checksum(manifest) if manifest.is_file() else None}
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    """(the settings in the folder, the shards that are to be written): `settings`, but for where the teacher lay.
+def warn_of_refusal(recipe: Recipe, runtime: Runtime, folder: Path, settings: dict[str, Any]) -> None:
+    """Say on the first rank where `distill` of the same recipe would not take the targets; every rank calls."""
+    try:
+        check_served(settings, recipe.distill, f"distill.teacher={PREFIX}{folder}")
+    except InputError as error:
+        runtime.print(f"WARNING: `distill` will refuse what `cache` writes by this recipe: {error}")
 
-    The first rank calls; raises InputError where another cache lies there.
+
+def find_cache(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of the cache in `folder`, None where there is none yet. The first rank calls.
+
+    Raises InputError where something else lies there, or another cache than one of `settings` with fewer samples. Where
+    a teacher of the same weights lay does not count.
     """
     if not (folder / DESCRIPTION).is_file():
-        if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
+        if folder.is_dir() and any(path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir()):
             raise InputError(f"cache.folder={folder} holds other files: name another folder")
-        with writing(str(folder)):
-            write_settings(folder, settings)
-    reader = CacheReader(folder)
-    there, here = flat(reader.settings), flat(settings)
+        return None
+    stored = CacheReader(folder).settings
+    there, here = flat(stored), flat(settings)
     same_weights = here["teacher.weights"] is not None and here["teacher.weights"] == there.get("teacher.weights")
-    for key in sorted({*there, *here} - ({"teacher.checkpoint"} if same_weights else set())):
+    for key in sorted({*there, *here} - {"num_samples"} - ({"teacher.checkpoint"} if same_weights else set())):
         if there.get(key) != here.get(key):
             raise InputError(
                 f"cache.folder={folder} holds another cache: {key} is {there.get(key)!r} there and {here.get(key)!r} "
                 "here; name another folder, or delete that one"
             )
-    for partial in folder.glob("*.tmp"):
-        partial.unlink()
-    return reader.settings, reader.missing_shards(settings["num_samples"])
+    if there["num_samples"] > here["num_samples"]:
+        raise InputError(
+            f"cache.folder={folder} holds {there['num_samples']} samples, and cache.num_samples or distill.tokens asks "
+            f"for {here['num_samples']}: it may grow, not shrink; ask for as many, or name another folder"
+        )
+    return stored
+
+
+def check_order(runtime: Runtime, reader: CacheReader, dataset: Dataset, num_samples: int) -> None:
+    """Raise InputError where a sample that is there would have other tokens among `num_samples`. Every rank calls, and
+    reads some of them."""
+    count, size = reader.settings["num_samples"], reader.settings["shard_samples"]
+    told = None
+    try:
+        for shard in range(runtime.rank, -(-count // size), runtime.world_size):
+            for sample in range(shard * size, shard * size + reader.held(shard)):
+                if token_checksum(numpy.asarray(dataset[sample]["tokens"])) != reader.tokens_of(sample):
+                    raise InputError(
+                        f"cache.folder={reader.folder} cannot grow from {count} samples to {num_samples}: sample "
+                        f"{sample} would have other tokens, since the order depends on the number of passes through "
+                        "the text; ask for no more passes than it was made with, or name another folder"
+                    )
+    except InputError as error:
+        told = str(error)
+    raise_everywhere(told)
+
+
+def claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """(the settings in the folder from now on, the shards that are to be written and how many samples each holds).
+
+    The first rank calls; `lock` is taken where there is something to write. Raises InputError where another process
+    writes there, and as `find_cache`.
+    """
+    there = find_cache(folder, settings)
+    if there is not None and there["num_samples"] == settings["num_samples"]:
+        reader = CacheReader(folder)
+        if not reader.missing_shards(settings["num_samples"]):
+            return there, []
+    with writing(str(folder)):
+        lock.take()
+        there = find_cache(folder, settings)
+        settings = {**(there or settings), "num_samples": settings["num_samples"]}
+        if settings != there:
+            write_settings(folder, settings)
+        if lock.is_sure:
+            for partial in folder.glob("*.tmp"):
+                partial.unlink()
+    reader = CacheReader(folder)
+    return settings, [(shard, reader.held(shard)) for shard in reader.missing_shards(settings["num_samples"])]

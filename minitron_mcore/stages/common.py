@@ -21,6 +21,7 @@ from minitron_mcore.checkpoint.folder import (
 from minitron_mcore.data.corpus import check_folder
 from minitron_mcore.data.dataset import build_training_datasets
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mcore.distillation.cache import PREFIX
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import read_mapping
 from minitron_mcore.layout import check_tensor_parallel, split_layers
@@ -36,7 +37,7 @@ from minitron_mcore.training.budget import SIZES, Timetable, check_train, plan_t
 from minitron_mcore.training.config import PhaseConfig, TrainConfig
 from minitron_mcore.training.learning_rate import check_continuation, check_learning_rate
 from minitron_mcore.training.metrics import check_log
-from minitron_mcore.training.reader import BatchReader, StepReader, batch_reader, step_reader
+from minitron_mcore.training.reader import BatchReader, StepReader, batch_reader, data_order, step_reader
 
 # Keys that may change between a run and its continuation: where and how it runs, not what it computes.
 MAY_CHANGE = {
@@ -87,13 +88,19 @@ def output_folder(value: str | None, key: str) -> Path:
 
 
 def refuse_other_run(
-    folder: Path, recipe: Recipe, sections: tuple[str, ...], key: str, stage: str | None = None
+    folder: Path,
+    recipe: Recipe,
+    sections: tuple[str, ...],
+    key: str,
+    stage: str | None = None,
+    *,
+    keeps_budget: bool = False,
 ) -> None:
     """Raise InputError where `folder` holds a run of another recipe: it would be overwritten or mixed.
 
     Compared are `sections` of the recipe and the seed, but for keys that do not change what is computed; and, where
     `stage`, a section of training, is given, that a checkpoint there is of that stage. Its budget may change where what
-    is done, and the learning rate so far, would have been the same.
+    is done, and the learning rate so far, would have been the same; not at all where it `keeps_budget`.
     """
     stored_file = folder / "recipe.yaml"
     if not stored_file.is_file():
@@ -113,16 +120,19 @@ def refuse_other_run(
             there = {**there, **{name: value for name, value in defaults.items() if name not in there}}
         here = dataclasses.asdict(here) if dataclasses.is_dataclass(here) else {"": here}  # type: ignore[arg-type]
         there = there if isinstance(there, dict) else {"": there}
-        may_change = MAY_CHANGE | BUDGET if section == stage else MAY_CHANGE
+        may_change = MAY_CHANGE | BUDGET if section == stage and not keeps_budget else MAY_CHANGE
         for name in filter(here.__contains__, there):
             path, value = f"{section}.{name}".rstrip("."), here[name]
+            if path == "distill.teacher" and all(str(each).startswith(PREFIX) for each in (there[name], value)):
+                continue  # a cache is known by what it holds, not by where it lies
             if there[name] != value and (name not in may_change or path == "teacher.checkpoint"):
-                hint = f"; to change it on the way, give {stage}.phases" if stage and name in SIZES else ""
+                may_phase = stage and not keeps_budget and name in SIZES
+                hint = f"; to change it on the way, give {stage}.phases" if may_phase else ""
                 raise InputError(
                     f"{key}={folder} holds another run: {path} is {there[name]!r} there and {value!r} here; "
                     f"name another folder, or delete that one{hint}"
                 )
-    if stage is not None:
+    if stage is not None and not keeps_budget:
         refuse_other_budget(folder, recipe, stored, stage)
 
 
@@ -221,13 +231,17 @@ class TrainingData:
     timetable: Timetable
     read_train: StepReader
     read_valid: dict[str, BatchReader]  # by the source's name, "" for the whole blend; none: no validation
+    order: dict[int, str]  # of the samples, by reader.data_order
 
 
-def read_data(recipe: Recipe, tokenizer: Tokenizer, train: TrainConfig, section: str) -> TrainingData:
+def read_data(
+    recipe: Recipe, tokenizer: Tokenizer, train: TrainConfig, section: str, *, least_samples: int = 0
+) -> TrainingData:
     """The timetable of `section`'s budget, a training set of each of its sequence lengths, and what validates.
 
     A run reads a training set of another sequence length from the sample on that the tokens so far correspond to.
-    Validation is always of `data.sequence_length`. Every rank calls. Raises InputError.
+    Validation is always of `data.sequence_length`. Megatron shuffles all passes over a text at once: for the order of
+    `least_samples` samples, which may be more than the budget takes. Every rank calls. Raises InputError.
     """
     check_log(recipe.log)
     timetable = plan_timetable(train, recipe.data.sequence_length, section)
@@ -236,14 +250,14 @@ def read_data(recipe: Recipe, tokenizer: Tokenizer, train: TrainConfig, section:
     training, validation = build_training_datasets(
         recipe.data,
         tokenizer,
-        train_samples=timetable.samples_needed(),
+        train_samples={length: max(count, least_samples) for length, count in timetable.samples_needed().items()},
         valid_samples=train.eval_iters * train.global_batch_size,
         seed=recipe.seed,
     )
     sizes = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size}
     read_valid = {name: batch_reader(dataset, **sizes) for name, dataset in validation.items()}
     read_train = step_reader(training, num_workers=recipe.data.num_workers)
-    return TrainingData(timetable, read_train, read_valid)
+    return TrainingData(timetable, read_train, read_valid, data_order(training))
 
 
 def checkpoint_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:

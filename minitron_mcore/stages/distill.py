@@ -57,7 +57,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     resuming = latest_iteration(folder) is not None
     if resuming:
         check_architecture(folder, architecture)
-    data = read_data(recipe, teaching.tokenizer, distill, "distill")
+    data = read_data(recipe, teaching.tokenizer, distill, "distill", least_samples=teaching.samples)
     memory = check_memory(recipe, runtime, "distill", architecture, data.timetable, teaching.architecture)
 
     with explaining_memory(memory, "while loading"):

@@ -10,7 +10,7 @@ from typing import Any
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.memory import Forecast
+from minitron_mcore.memory.forecast import Forecast
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
@@ -63,6 +63,7 @@ def fit_model(
                 describe=describe,
                 recipe=dataclasses.asdict(recipe),
                 name=recipe.name,
+                data_order=data.order,
                 teaching=objective.teacher if isinstance(objective.teacher, TrainedTeacher) else None,
             )
         )

@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_whole
 from minitron_mcore.pruning.config import StudentConfig
@@ -102,6 +104,7 @@ def do(step: Step, number: str, folder: Path, runtime: Runtime) -> Any:
     started = time.perf_counter()
     result = _plain(step.act())
     gc.collect()
+    torch.cuda.empty_cache()
     runtime.barrier()
     if runtime.is_main:
         _write(done, result)

@@ -46,6 +46,7 @@ class Teaching:
 
     architecture: of a model that runs beside the student; None: none does.
     compared: sections in which a run that is resumed must agree.
+    samples: how many it was asked of, where it is cached.
     """
 
     words: str
@@ -54,6 +55,7 @@ class Teaching:
     compared: tuple[str, ...]
     lineage: dict[str, Any]
     load: Callable[[Timetable], Teacher | CachedTeacher]
+    samples: int = 0
 
 
 def model_teaching(recipe: Recipe, runtime: Runtime, student: Architecture, student_folder: Path, key: str) -> Teaching:
@@ -101,7 +103,8 @@ def cache_teaching(
     tokenizer = checkpoint_tokenizer(recipe, student_folder)
     teacher = open_cache(recipe, runtime, cache, tokenizer, student)
     lineage = {"cache": str(cache), **lineage_of(teacher)}
-    return Teaching(str(cache), tokenizer, None, ("data", "distill"), lineage, lambda timetable: teacher)
+    samples = teacher.reader.settings["num_samples"]
+    return Teaching(str(cache), tokenizer, None, ("data", "distill"), lineage, lambda timetable: teacher, samples)
 
 
 def check_teacher_keys(recipe: Recipe) -> None:
@@ -144,7 +147,9 @@ def corrected_folder(recipe: Recipe, teacher_folder: Path) -> Path:
         raise InputError(f"correct.checkpoint={folder} is teacher.checkpoint's own folder: name another")
     if recipe.distill.checkpoint and folder.resolve() == Path(recipe.distill.checkpoint).resolve():
         raise InputError(f"correct.checkpoint={folder} is distill.checkpoint's own folder: name another")
-    refuse_other_run(folder, recipe, ("data", "teacher", "correct"), "correct.checkpoint", "correct")
+    # Its learning rate follows the budget of `distill`.
+    sections = ("data", "teacher", "correct", "distill")
+    refuse_other_run(folder, recipe, sections, "correct.checkpoint", "correct", keeps_budget=True)
     student = Path(recipe.distill.checkpoint or "")
     stands_at = latest_iteration(student)
     was_corrected = "corrected" in read_lineage(student).get("teacher", {})

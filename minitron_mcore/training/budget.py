@@ -272,11 +272,11 @@ def check_train(
     _check_shape(own, batch_key, micro_key, parallel, data_parallel)
     for stretch in timetable.stretches:
         shape = stretch.first.shape
-        keys = _keys(train, shape, section)
+        keys = size_keys(train, shape, section)
         _check_shape(shape, keys["global_batch_size"], keys["micro_batch_size"], parallel, data_parallel)
 
 
-def _keys(train: TrainConfig, shape: Shape, section: str) -> dict[str, str]:
+def size_keys(train: TrainConfig, shape: Shape, section: str) -> dict[str, str]:
     """Where the recipe gives a shape's batch size, with its value, and its micro-batch size."""
     phase = train.phases[shape.phase] if train.phases else PhaseConfig()
     inner = f"{section}.phases[{shape.phase}]"

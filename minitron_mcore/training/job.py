@@ -28,6 +28,7 @@ class Progress:
     skipped_iterations: int = 0  # without a step, since a loss or the gradient norm was none
     nan_iterations: int = 0  # those of them whose loss was none
     skipped_in_a_row: int = 0  # up to now
+    data_order: dict[int, str] = field(default_factory=dict)  # of what was read, by reader.data_order
     hidden_states_alpha: float | None = None  # weight of the hidden-state losses in the next step, where it is dynamic
 
     def advance(self, step: Step) -> None:
@@ -55,6 +56,7 @@ class Job:
     describe: Callable[[Progress], None]  # writes what lies beside the weights; the first rank calls
     recipe: dict[str, Any]
     name: str
+    data_order: dict[int, str] = field(default_factory=dict)  # of what `read_train` reads, by reader.data_order
     teaching: TrainedTeacher | None = None  # the objective's teacher, where it is trained in the same job
 
     @property

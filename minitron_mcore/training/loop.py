@@ -16,6 +16,7 @@ from minitron_mcore.checkpoint.folder import latest_iteration
 from minitron_mcore.checkpoint.store import load_training_state, save_state, training_state
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
+from minitron_mcore.runtime.timing import timed
 from minitron_mcore.training.accounting import Interval, account
 from minitron_mcore.training.health import count_skipped
 from minitron_mcore.training.job import Job, Progress
@@ -23,14 +24,14 @@ from minitron_mcore.training.metrics import MetricsLog
 from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, set_schedule, wrap_model
 from minitron_mcore.training.signals import StopRequest
 from minitron_mcore.training.start_check import check_teacher
-from minitron_mcore.training.step import train_step
+from minitron_mcore.training.step import not_finite, train_step
 from minitron_mcore.training.timers import StepTimers, split_line
 
 
 def fit(job: Job) -> Progress:
     """Train up to `job.iterations`, from the newest checkpoint in the folder if there is one. Every rank calls.
 
-    SIGTERM to any rank saves a checkpoint and raises SystemExit(143).
+    SIGTERM to any rank saves a checkpoint, after the iteration it came in, and raises SystemExit(143).
     """
     train, runtime = job.train, job.runtime
     chunks = wrap_model(job.chunks)
@@ -40,14 +41,18 @@ def fit(job: Job) -> Progress:
     if (newest := latest_iteration(job.folder)) is not None:
         progress = Progress(**load_training_state(job.folder, newest, chunks, optimizer, scheduler))
         check_past(progress, job)
+        warn_of_other_data(progress, job)
         set_schedule(scheduler, progress.consumed_tokens)
         if job.objective.states is not None:
             job.objective.states.resume(progress.hidden_states_alpha)
         if job.teaching is not None:
             job.teaching.resume(progress.iteration, progress.consumed_tokens)
         runtime.print(f"resumed {job.folder} at iteration {progress.iteration} of {job.iterations}")
+    progress.data_order = job.data_order
     if progress.iteration >= job.iterations:
         return progress
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
     metrics = MetricsLog(job.folder, job.log, name=job.name, recipe=job.recipe)
     runtime.on_main(metrics.open)
@@ -80,8 +85,9 @@ def _iterate(
     for step, batch in timers.batches(itertools.chain([first], steps)):
         row = train_step(chunks, optimizer, scheduler, job.objective, step.shape, batch, timers.timers)
         if job.teaching is not None:
-            row |= job.teaching.step(step.shape.tokens)
-        interval.add(row, step.shape)
+            with timed(timers.timers, "optimizer", 0):
+                row |= job.teaching.step(step.shape.tokens)
+        interval.add({} if not_finite(row) else row, step.shape)
         row = count_skipped(job, progress, row, batch, metrics)
         progress.advance(step)
         if job.objective.states is not None:
@@ -133,6 +139,16 @@ def check_past(progress: Progress, job: Job) -> None:
         raise InputError(
             f"{job.folder} has seen {progress.consumed_tokens} tokens at iteration {progress.iteration}, which is no "
             f"part of {job.timetable}: batch sizes and sequence lengths of what is done must stay as they were"
+        )
+
+
+def warn_of_other_data(progress: Progress, job: Job) -> None:
+    """Say so where what is read from here on is not what the run would have read."""
+    if any(job.data_order.get(length, order) != order for length, order in progress.data_order.items()):
+        job.runtime.print(
+            f"WARNING: {job.folder} has read other samples, or in another order, than data.train gives now: its files "
+            "are not those of before, or the text is read more than once and another budget shuffles it anew; some "
+            "samples come again before others have come once"
         )
 
 

@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import torch
 from megatron.core import parallel_state
 
 from minitron_mcore.data.dataset import batches
+from minitron_mcore.distillation.cache_file import token_checksum
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.runtime.context import on_this_context_rank
 from minitron_mcore.training.budget import Step, Timetable
@@ -50,6 +52,19 @@ def step_reader(datasets: dict[int, Any], *, num_workers: int = 0) -> StepReader
                 yield step, _next_batch(stream, step.shape.global_batch_size, shape.micro_batch_size)
 
     return read
+
+
+def data_order(datasets: dict[int, Any]) -> dict[int, str]:
+    """Of training sets by their sequence lengths, a fingerprint of the samples that each gives first. Any rank calls.
+
+    Megatron shuffles all passes over a text at once, so that another number of them begins otherwise.
+    """
+    return {
+        length: token_checksum(
+            numpy.concatenate([dataset[number]["tokens"].numpy() for number in range(min(8, len(dataset)))])
+        )
+        for length, dataset in datasets.items()
+    }
 
 
 def _stream(

@@ -129,9 +129,14 @@ def build(case: Case, layout: Any, precision: str = "fp32", *, fused: bool = Fal
 
 
 def solve_on_rank(
-    names: list[str], parallel: dict[str, Any], world_size: int, precision: str = "fp32", fused: bool = False
+    names: list[str],
+    parallel: dict[str, Any],
+    world_size: int,
+    precision: str = "fp32",
+    fused: bool = False,
+    window: int = 0,
 ) -> dict[str, Any]:
-    """Means, gradients and the gradient norm of a first step, for each case."""
+    """Means, gradients and the gradient norm of a first step, for each case; `window` as the objective's."""
     from minitron_mcore.distillation.projection import finalize_gradients
     from minitron_mcore.model.initialize import named_parameters
     from minitron_mcore.runtime.context import on_this_context_rank
@@ -143,6 +148,7 @@ def solve_on_rank(
     for name in names:
         case = CASES[name]
         models, objective = build(case, layout, precision, fused=fused)
+        objective.window = window
         chunks = wrap_model(models)
         optimizer = build_optimizer(chunks, TrainConfig(lr=1e-2), precision)
 

@@ -210,6 +210,21 @@ def test_so_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     assert [row["iteration"] for row in rows if row["kind"] == "skipped"] == [1, 3, 4, 5]
 
 
+@pytest.mark.parametrize("layout", ["1", "DP2"])
+def test_a_save_before_the_first_good_step(layout: str, tmp_path: Path) -> None:
+    """Saved after each of two skipped steps that are the first of all; what goes on from there is the whole run."""
+    damage = {"what": "loss", "rank": 0, "at": [1, 2]}
+    settings = {"train": {"save_interval": 1}}
+    whole = run(layout, tmp_path / "whole", damage, **settings)
+    with pytest.raises(RankError, match="iteration 2"):
+        run(layout, tmp_path / "cut", damage, train={"save_interval": 1, "max_skipped_iterations": 2})
+    resumed = run(layout, tmp_path / "cut", {**damage, "at": [2]}, **settings)
+    for one, other in zip(whole, resumed, strict=True):
+        assert one["digests"][2:] == other["digests"][1:]
+    rows = [row for row in whole[0]["rows"] if row["kind"] == "train"]
+    assert [row["number of skipped iterations"] for row in rows] == [1, 2, 2, 2, 2, 2]
+
+
 def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     """Saved within a row of skipped steps, stopped, and started again: the counts and the row go on."""
     settings = {"train": {"max_skipped_iterations": 3, "save_interval": 2}}

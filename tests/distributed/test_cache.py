@@ -17,7 +17,8 @@ import numpy
 import pytest
 import torch
 
-from minitron_mcore.distillation.cache_file import CacheReader, Targets, shard_file
+from minitron_mcore.distillation.cache_file import CacheReader, Targets, shard_file, token_checksum
+from minitron_mcore.distillation.cache_lock import FolderLock
 from tests.distributed.dense_reference import DenseModel
 from tests.distributed.models import tiny
 from tests.distributed.ranks import run_on_ranks
@@ -127,6 +128,9 @@ def test_the_same_at_every_layout(root: Path, shown: dict[str, tuple[str, str]],
                 assert b.values is not None
                 # fp16 rounds to 2^-11 of the value, and may do so to either side.
                 numpy.testing.assert_allclose(a.values, b.values, rtol=1e-3 if method == "top_k" else 0, atol=1e-5)
+            if method == "top_k":
+                assert a.tails is not None and b.tails is not None
+                numpy.testing.assert_allclose(a.tails, b.tails, rtol=0, atol=1e-5)
         assert CacheReader(root / f"{method}-{name}").settings == CacheReader(root / f"{method}-1").settings
 
 
@@ -158,6 +162,9 @@ def test_log_probabilities_are_those_of_the_dense_model(root: Path, shown: dict[
         assert (torch.from_numpy(found.ids).view(LENGTH, 20) == best).all()
         # fp16 keeps 11 bits.
         numpy.testing.assert_allclose(found.values.reshape(LENGTH, 20), expected[sample].gather(1, best), rtol=2**-10)
+        others = expected[sample].scatter(1, best, -torch.inf).logsumexp(-1)
+        assert found.tails is not None
+        numpy.testing.assert_allclose(found.tails, others, rtol=0, atol=1e-5)
 
 
 def test_drawn_from_the_dense_model(root: Path, shown: dict[str, tuple[str, str]]) -> None:
@@ -189,7 +196,10 @@ def test_refusals(root: Path, shown: dict[str, tuple[str, str]]) -> None:
         "holds another cache: draws is 30 there and 31 here": [there, "cache.draws=31"],
         "holds another cache: seed is 5 there and 6 here": [there, "seed=6"],
         "data.sequence_length is 32 there and 16 here": [there, "data.sequence_length=16"],
-        "num_samples is 13 there and 12 here": [there, "cache.num_samples=12"],
+        "holds 13 samples, and cache.num_samples or distill.tokens asks for 12": [there, "cache.num_samples=12"],
+        "cannot grow from 13 samples to 90000: sample 0 would have other tokens": [there, "cache.num_samples=90000"],
+        "distill.temperature=0.0 must be finite": ["cache.folder=@/new", "distill.temperature=0"],
+        "cache.temperature=-1.0 must be finite": ["cache.folder=@/new", "cache.temperature=-1"],
         "holds other files": ["cache.folder=@/teacher"],
         "cache.top_k=1004 is more than the teacher's vocab_size=1003": ["cache.folder=@/new", "cache.top_k=1004"],
         "cache.draws=0 must lie between": ["cache.folder=@/new", "cache.draws=0"],
@@ -224,3 +234,44 @@ def test_goes_on_at_the_first_missing_shard(root: Path, shown: dict[str, tuple[s
     assert not refused and "holds all 13 samples" in again and "shards" not in again
     shard_file(folder, 2).write_bytes(shard_file(folder, 2).read_bytes()[:-1])
     assert "targets-000002.bin is damaged" in run_on_ranks(cache, 1, tmp_path, ["cache.folder=@/again"])[0][1]
+
+
+def test_grows(root: Path, shown: dict[str, tuple[str, str]]) -> None:
+    """From 13 samples to 18, over a shard that was not full, at another layout: what was there stays, bit by bit, and
+    what comes is what a new cache of 18 samples has."""
+    shutil.copytree(root / "sampled-1", root / "grown")
+    kept = CacheReader(root / "grown")
+    before = [kept.stored(shard, kept.held(shard)) for shard in range(4)]
+    assert [len(blocks) for blocks in before] == [4, 4, 4, 1]
+    full = {shard: shard_file(root / "grown", shard).stat().st_mtime_ns for shard in range(3)}
+    more = ["cache.folder=@/grown", "cache.num_samples=18"]
+    printed, refused = run_on_ranks(cache, 2, root, [*LAYOUTS["DP2"], *more])[0]
+    assert not refused and "2 shards to write" in printed
+    assert not run_on_ranks(cache, 1, root, ["cache.folder=@/anew", "cache.num_samples=18"])[0][1]
+    reader, anew = CacheReader(root / "grown"), CacheReader(root / "anew")
+    assert reader.settings == anew.settings and not reader.missing_shards(18) and reader.held(4) == 2
+    assert [reader.stored(shard, len(blocks)) for shard, blocks in enumerate(before)] == before
+    assert {shard: shard_file(root / "grown", shard).stat().st_mtime_ns for shard in range(3)} == full
+    for sample in range(18):
+        assert reader.tokens_of(sample) == anew.tokens_of(sample)
+        # At most 1 token of 1000 in another draw, as between layouts: here none, of 160.
+        assert sample < 13 or not different_tokens(reader.read(sample), anew.read(sample))
+    tokens = dense_log_probs(root, 1.0)[1][12]["tokens"]
+    assert reader.tokens_of(12) == token_checksum(numpy.asarray(tokens))
+
+
+def test_two_at_once_and_what_distill_would_refuse(root: Path, shown: dict[str, tuple[str, str]]) -> None:
+    shutil.copytree(root / "sampled-1", root / "twice")
+    shard_file(root / "twice", 1).unlink()
+    (root / "twice" / "targets-000001.bin.host.77.tmp").write_bytes(b"under way")
+    lock = FolderLock(root / "twice")
+    lock.take()
+    assert "is being written by another `cache`" in run_on_ranks(cache, 1, root, ["cache.folder=@/twice"])[0][1]
+    assert (root / "twice" / "targets-000001.bin.host.77.tmp").exists()
+    lock.release()
+    printed, refused = run_on_ranks(cache, 1, root, ["cache.folder=@/twice", "distill.logit_loss=reverse_kl"])[0]
+    assert not refused and not list((root / "twice").glob("*.tmp"))
+    (warning,) = (line for line in printed.splitlines() if "WARNING" in line)
+    assert "distill.logit_loss=reverse_kl needs more of the teacher" in warning
+    printed, _ = run_on_ranks(cache, 1, root, ["cache.folder=@/sampled-1"])[0]
+    assert "WARNING" not in printed

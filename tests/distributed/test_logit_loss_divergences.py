@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minitron_mcore.distillation.logit_loss import logit_loss
 from minitron_mcore.distillation.sparse_target import SparseTarget
@@ -119,6 +120,36 @@ def test_equal_models_have_no_loss_and_no_gradient(tensor_parallel: int) -> None
         case = Case(lm_weight=0.0, kd_weight=1.0, teacher=True, temperature=temperature, divergence=name, mix=mix)
         for results in run_on_ranks(equal_models, tensor_parallel, case):
             assert max(max(result) for result in results) <= (1e-5 if name == "cosine" else 0.0), case
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(cases: list[Case]) -> list[int]:
+    counts = []
+    for case in cases:
+        problem = Problem(case)
+        hidden, weight = problem.hidden.clone().requires_grad_(), part(problem.weight).clone().requires_grad_()
+        with Operations() as seen:
+            run(problem, weight, hidden)
+        counts.append(seen.count)
+    return counts
+
+
+def test_outcomes_are_not_worked_on_one_by_one() -> None:
+    """Eighteen outcomes more take no eighteen calls of torch more."""
+    few, many = (Case(teacher=True, kd_weight=1.0, top_k=top_k) for top_k in (2, 20))
+    for counts in run_on_ranks(operations, 2, [few, many]):
+        assert abs(counts[1] - counts[0]) < 18
 
 
 def ties(case: Case) -> tuple[float, list[float]]:

@@ -5,12 +5,17 @@ Activations within 3%: small vectors are not counted, and norms of queries and k
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from minitron_mcore.memory import Setting, layer_activations, local_parameters, stage_parts
+from minitron_mcore.memory.blocks import pinned_bytes
+from minitron_mcore.memory.forecast import stage_parts
+from minitron_mcore.memory.model import layer_activations, local_parameters
+from minitron_mcore.memory.setting import Setting
+from minitron_mcore.memory.teacher import host_bytes, teacher_layers_at_work
 from minitron_mcore.runtime.config import ParallelConfig
 from tests.distributed.models import LAYOUTS, start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
@@ -113,6 +118,55 @@ def test_what_is_held_is_exact(layout: str, precision: str, tied: bool) -> None:
     total = sum(rank["optimizer state"] for rank in ranks)
     expected = sum(stage_parts(setting, rank["stage"])["optimizer state"] for rank in ranks)
     assert abs(total - expected) <= 12 * len(ranks), "a number or so of rounding a rank"
+
+
+def placed_on_rank(parallel: dict[str, Any], world_size: int, placement: str) -> dict[str, Any]:
+    """Bytes that a placed model keeps, embedding and head among them, those of its two buffers, its layers' blocks."""
+    from megatron.core import parallel_state
+
+    from minitron_mcore.distillation.placement import place
+    from minitron_mcore.model.gpt import build_model
+
+    layout = start_layout(parallel, world_size)
+    chunks = build_model(tiny("llama", num_layers=5), layout, "bf16", trainable=False, bare_layers=True)
+    placed = place(chunks, placement)
+    assert placed is not None
+    kept = 0
+    for chunk in chunks:
+        kept += sum(parameter.numel() * parameter.element_size() for parameter in chunk.parameters())
+        for _, _, values in placed.rows(chunk):
+            values.zero_()
+    blocks = [part if isinstance(part, list) else [part] for part in placed.source.parts.values()]  # type: ignore[attr-defined]
+    return {
+        "stage": parallel_state.get_pipeline_model_parallel_rank(),
+        "blocks": [[block.numel() for block in layer] for layer in blocks],
+        "kept": kept,
+        "buffers": 2 * max(placed.source.padded(flat.nbytes) for flat in placed.layers),
+        "copies stay": not chunks[0].config.disable_parameter_transpose_cache,
+    }
+
+
+@pytest.mark.parametrize(("layout", "placement"), [("DP2", "sharded"), ("PP2", "offloaded"), ("TP2", "offloaded")])
+def test_what_a_placed_teacher_keeps_is_exact(layout: str, placement: str) -> None:
+    """On CPU all of it is in the device's forecast; on CUDA offloaded layers are in the host's, of pinned blocks."""
+    world_size, parallel = LAYOUTS[layout]
+    ranks = run_on_ranks(placed_on_rank, world_size, parallel, world_size, placement)
+    setting = replace(
+        setting_of(parallel, world_size if layout == "DP2" else 1, "bf16"),
+        teacher=tiny("llama", num_layers=5),
+        teacher_placement=placement,
+        on_cpu=True,
+        local_ranks=world_size,
+    )
+    for rank in ranks:
+        kept = sum(map(sum, rank["blocks"]))
+        assert stage_parts(setting, rank["stage"])["teacher weights"] == rank["kept"] + kept
+        assert teacher_layers_at_work(setting) == rank["buffers"]
+        assert not rank["copies stay"], "quantised weights of every layer would lie on the device"
+    if placement == "offloaded":
+        pinned = sum(pinned_bytes(block) for rank in ranks for layer in rank["blocks"] for block in layer)
+        read = world_size * sum(ranks[0]["blocks"][0])
+        assert host_bytes(replace(setting, on_cpu=False)) == pinned + read
 
 
 def saved_by_autograd(

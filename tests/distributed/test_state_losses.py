@@ -80,6 +80,21 @@ def test_norms_fused_into_the_next_linear() -> None:
     compare("all-mse", put_together(ranks, ["all-mse"])["all-mse"])
 
 
+@pytest.mark.parametrize("layout", ["1", "PP2-VPP2"])
+def test_teacher_in_windows(layout: str) -> None:
+    """Two microbatches at a time: losses and weight of the whole batch, whose sums run in the same order, and gradients
+    as near the dense ones as without windows."""
+    world_size, parallel = LAYOUTS[layout]
+    names = ["all-mse", "all-dynamic"]
+    for name, ours in put_together(
+        run_on_ranks(solve_on_rank, world_size, names, parallel, world_size, window=2), names
+    ).items():
+        whole = solved(layout)[name]
+        assert ours["means"] == pytest.approx(whole["means"], rel=1e-12)
+        assert ours["next_alpha"] == pytest.approx(whole["next_alpha"], rel=1e-12)
+        compare(name, ours)
+
+
 def test_bf16_stays_within_its_bound() -> None:
     """Losses are worked out in fp32 from states that have 8 bits: 1% of a loss (2^-8 of a state, twice, in a square),
     5% of a gradient, which has come through several layers."""

@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 
-from minitron_mcore.distillation.cache_file import CacheReader, shard_file
+from minitron_mcore.distillation.cache_file import CacheReader, settings_digest, shard_file, write_shard
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_score_stage import save_teacher
 from tests.e2e.launchers import ROOT, environment
@@ -103,6 +104,13 @@ def test_refusals(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3] + b"\0\0\0")
     shutil.copytree(root / "sampled", root / "mixed")
     shutil.copy(shard_file(root / "top_k", 0), shard_file(root / "mixed", 0))
+    # The same samples in another order.
+    shutil.copytree(root / "sampled", root / "reversed")
+    reader = CacheReader(root / "reversed")
+    write_shard(shard_file(root / "reversed", 0), settings_digest(reader.settings), 0, reader.stored(0, 5)[::-1])
+    shutil.copytree(root / "sampled", root / "nameless")
+    description = root / "nameless" / "cache.json"
+    description.write_text(description.read_text().replace('"tokenizer"', '"other"'))
     other = small_data(root / "other", small_tokenizer(root / "other.model", vocab_size=500), package=JSON_PACKAGE)
     sampled = "distill.teacher=cache:@/sampled"
     cases = {
@@ -119,6 +127,8 @@ def test_refusals(root: Path) -> None:
         "is not finished: 1 of its shards": ["distill.teacher=cache:@/unfinished"],
         "the checksum of sample": ["distill.teacher=cache:@/changed"],
         "belongs to another cache": ["distill.teacher=cache:@/mixed"],
+        "made from other data, or in another order: its sample 0": ["distill.teacher=cache:@/reversed"],
+        "does not say tokenizer": ["distill.teacher=cache:@/nameless"],
         "was made by another teacher": [sampled, "teacher.checkpoint=@/resident"],
     }
     commands = [words(root, "distill", *given, "distill.checkpoint=@/new") for given in cases.values()]
@@ -126,6 +136,17 @@ def test_refusals(root: Path) -> None:
     for (said, given), (code, shown, unchanged) in zip(cases.items(), results, strict=True):
         assert code == 2 and said in shown and "Traceback" not in shown, (given, shown)
         assert unchanged or "checksum" in said, given
+
+
+def test_a_small_part_of_a_cache_of_two_passes(root: Path) -> None:
+    """Megatron shuffles two passes together: a run of a few samples reads those that the cache begins with."""
+    samples = len(numpy.memmap(root / "json_text_document.bin", dtype=numpy.uint16)) // 32 + 20
+    folder = ["cache.folder=@/passes", f"cache.num_samples={samples}", "cache.method=top_k", "cache.top_k=4"]
+    distill = ["distill.teacher=cache:@/passes", "distill.checkpoint=@/from-passes"]
+    all_run_well(
+        [words(root, "cache", *TEACHER, *folder, "cache.shard_samples=1000"), words(root, "distill", *distill)]
+    )
+    assert len(history(root / "from-passes", "lm loss")) == 4
 
 
 def test_killed_and_taken_up_again(root: Path) -> None:
@@ -147,3 +168,27 @@ def test_killed_and_taken_up_again(root: Path) -> None:
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
     for sample in range(60):
         CacheReader(folder).read(sample)
+
+
+def test_a_longer_budget_from_a_cache_that_grew_and_moved(root: Path) -> None:
+    """Four steps, then six: the cache gets the samples of two more, lies elsewhere, and the run goes on with it. One
+    that was made otherwise meanwhile is refused."""
+    constant = ["distill.lr_decay_style=constant", "distill.checkpoint=@/longer"]
+    longer = [*constant, "distill.tokens=768"]
+    shutil.copytree(root / "sampled", root / "grown")
+    run_well(*words(root, "distill", *constant, "distill.teacher=cache:@/grown"))
+    there = "distill.teacher=cache:@/moved"
+    commands = [words(root, "distill", *longer, "distill.teacher=cache:@/grown")]
+    ((code, shown, unchanged),) = run_on_ranks(all_typed, 1, commands, root)[0]
+    assert code == 2 and unchanged and "run `cache` again for as many, which adds what is missing" in shown
+    run_well(*words(root, "cache", *TEACHER, "cache.folder=@/grown", "distill.tokens=768"))
+    (root / "grown").rename(root / "moved")
+    commands = [
+        words(root, "cache", *TEACHER, "cache.folder=@/redrawn", "distill.tokens=768", "cache.draws=12"),
+        words(root, "distill", *longer, there),
+    ]
+    all_run_well(commands)
+    assert len(history(root / "longer", "lm loss")) == 6
+    commands = [words(root, "distill", *longer, "distill.tokens=1024", "distill.teacher=cache:@/redrawn")]
+    ((code, shown, unchanged),) = run_on_ranks(all_typed, 1, commands, root)[0]
+    assert code == 2 and unchanged and "was distilled from other targets so far: draws is 50 there and 12 in" in shown

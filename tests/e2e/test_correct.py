@@ -70,6 +70,10 @@ def test_corrected_before_and_while_it_teaches(road: tuple[Path, list[str]]) -> 
         assert row["logits distillation loss"] > 0
     assert together[-1]["teacher lm loss"] < together[0]["teacher lm loss"]
 
+    # Its learning rate follows the budget, which therefore stays.
+    code, shown = minitron(*beside, "distill.tokens=512")
+    assert code == 2 and "correct.checkpoint=" in shown and "distill.tokens is 256 there and 512 here" in shown
+
     # Both corrected teachers are checkpoints like any other, and the same one.
     losses = []
     for name in ("before", "beside"):

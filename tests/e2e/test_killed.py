@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sections: dict[str, dict[str, Any]] = {
         "tokenizer": {"model": tokenizer.path},
         "data": {
-            "num_workers": 0,
+            "num_workers": 2,
             "split": "1",
             "train": small_data(root / "tokens", tokenizer),
             "sequence_length": 32,
@@ -123,7 +124,7 @@ def test_killed_and_terminated(recipe: Path, tmp_path: Path) -> None:
     # The same command goes on; SIGTERM, as SLURM sends it before a time limit, saves and leaves with 143.
     process = start(recipe, folder)
     wait_until(process, lambda: int(tracker.read_text()) > killed_at)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)  # to its readers too, as SLURM and torchrun send it
     shown = process.communicate(timeout=60)[0]
     stopped_at = latest_iteration(folder)
     assert process.returncode == 143 and stopped_at is not None and killed_at < stopped_at < STEPS, shown

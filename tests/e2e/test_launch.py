@@ -97,5 +97,5 @@ def test_slurm_directives() -> None:
     """What makes a job outlive preemption: requeued, log appended to, tasks (not the shell, no `B:`) warned in time."""
     text = (ROOT / "launch" / "slurm.sbatch").read_text(encoding="utf-8")
     directives = set(re.findall(r"^#SBATCH (\S+)$", text, flags=re.MULTILINE))
-    assert {"--requeue", "--open-mode=append", "--signal=TERM@120", "--ntasks-per-node=8"} <= directives
+    assert {"--requeue", "--open-mode=append", "--signal=TERM@600", "--ntasks-per-node=8"} <= directives
     assert text.index("#SBATCH --signal") < text.index("set -euo pipefail"), "sbatch stops reading at the first command"

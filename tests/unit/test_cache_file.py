@@ -22,10 +22,11 @@ from minitron_mcore.distillation.cache_file import (
     write_settings,
     write_shard,
 )
+from minitron_mcore.distillation.cache_lock import FolderLock
 from minitron_mcore.errors import InputError
 
 SETTINGS: dict[str, Any] = {"method": "sampled", "proposal_temperature": 1.0, "vocab_size": 70_000, "dtype": "fp16"}
-SETTINGS |= {"num_samples": 5, "shard_samples": 3}
+SETTINGS |= {"num_samples": 5, "shard_samples": 3, "temperature": 1.0, "teacher": {"architecture": {}}}
 
 
 def some_targets(seed: int, vocab_size: int, tokens: int = 40, values: bool = False) -> Targets:
@@ -39,7 +40,8 @@ def some_targets(seed: int, vocab_size: int, tokens: int = 40, values: bool = Fa
     ids = numpy.concatenate(rows).astype(numpy.int64)
     drawn = None if values else random.geometric(0.3, len(ids)).astype(numpy.int64)
     logs = -random.exponential(5, len(ids)).astype(numpy.float32) if values else None
-    return Targets(numpy.array([len(row) for row in rows]), ids, drawn, logs)
+    tails = -random.exponential(20, tokens).astype(numpy.float32) if values and seed % 2 else None
+    return Targets(numpy.array([len(row) for row in rows]), ids, drawn, logs, tails)
 
 
 @settings(max_examples=40, deadline=None)
@@ -51,13 +53,16 @@ def some_targets(seed: int, vocab_size: int, tokens: int = 40, values: bool = Fa
 def test_round_trip(seed: int, vocab_size: int, dtype: str | None) -> None:
     written = some_targets(seed, vocab_size, values=dtype is not None)
     block = encode_targets(written, vocab_size, dtype or "fp16")
-    read = decode_targets(block, vocab_size, dtype or "fp16", has_counts=dtype is None, has_values=dtype is not None)
+    has = {"counts": dtype is None, "values": dtype is not None, "tails": written.tails is not None}
+    read = decode_targets(block, vocab_size, dtype or "fp16", **{f"has_{name}": there for name, there in has.items()})
     assert numpy.array_equal(read.num_ids, written.num_ids) and numpy.array_equal(read.ids, written.ids)
     if written.counts is not None:
         assert read.counts is not None and numpy.array_equal(read.counts, written.counts)
     if written.values is not None:
         rounded = written.values.astype(numpy.float16 if dtype == "fp16" else numpy.float32)
         assert read.values is not None and numpy.array_equal(read.values, rounded.astype(numpy.float32))
+    if written.tails is not None:
+        assert read.tails is not None and numpy.array_equal(read.tails, written.tails)
 
 
 def write_cache(folder: Path) -> list[Targets]:
@@ -120,11 +125,64 @@ def test_a_full_disk_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_damaged_descriptions(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is missing"):
         CacheReader(tmp_path)
-    damaged = {"{": "is damaged", "[]": "is damaged", '{"format": 9, "settings": {}}': "is of format 9"}
+    damaged = {
+        "{": "is damaged",
+        "[]": "is damaged",
+        '{"format": 9, "settings": {}}': "is of format 9",
+        '{"format": 1, "settings": {}}': "is of format 1, an older version's",
+        '{"format": 2, "settings": {}}': "its method is None",
+    }
     for text, told in damaged.items():
         (tmp_path / "cache.json").write_text(text)
         with pytest.raises(InputError, match=told):
             CacheReader(tmp_path)
+    wrong = {"teacher": {}, "shard_samples": 0, "vocab_size": "many", "dtype": "fp8", "temperature": -1.0}
+    for name, value in wrong.items():
+        write_settings(tmp_path, SETTINGS | {name: value})
+        with pytest.raises(InputError, match="architecture" if name == "teacher" else name):
+            CacheReader(tmp_path)
+    for name in SETTINGS:
+        write_settings(tmp_path, {key: value for key, value in SETTINGS.items() if key != name})
+        with pytest.raises(InputError, match=rf"cache\.json is damaged.*{name}"):
+            CacheReader(tmp_path)
+
+
+def test_a_cache_that_grows_while_it_is_read(tmp_path: Path) -> None:
+    """More samples are no other cache; a reader from before finds those it knew where the longer shard has them now."""
+    samples = write_cache(tmp_path)
+    reader = CacheReader(tmp_path)
+    assert reader.held(1) == 2 and reader.missing_shards(6) == [1]
+    reader.read(3)
+    grown = {**SETTINGS, "num_samples": 6}
+    assert settings_digest(grown) == settings_digest(SETTINGS)
+    write_settings(tmp_path, grown)
+    blocks = reader.stored(1, 2)
+    write_shard(shard_file(tmp_path, 1), settings_digest(grown), 3, [*blocks, blocks[0]])
+    assert numpy.array_equal(reader.read(4).ids, samples[4].ids)
+    assert CacheReader(tmp_path).missing_shards(6) == []
+
+
+def test_the_digest_is_of_what_is_held() -> None:
+    """Where a teacher of known weights lay says nothing; where its weights are not known, it is all there is."""
+
+    def digest(checkpoint: str, weights: str | None, **changes: Any) -> str:
+        teacher = {"architecture": {}, "checkpoint": checkpoint, "iteration": 3, "weights": weights}
+        return settings_digest({**SETTINGS, "teacher": teacher, **changes})
+
+    assert digest("/a", "sum") == digest("/b", "sum", num_samples=9, shard_samples=2)
+    known = digest("/a", "sum")
+    assert len({known, digest("/a", "other"), digest("/a", None), digest("/b", None), digest("/a", "sum", seed=2)}) == 5
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path / "new"), FolderLock(tmp_path / "new")
+    first.take()
+    assert first.is_sure
+    with pytest.raises(InputError, match="is being written by another `cache`"):
+        second.take()
+    first.release()
+    second.take()
+    second.release()
 
 
 def test_what_a_token_costs() -> None:

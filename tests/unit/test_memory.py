@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from minitron_mcore.architecture import build_architecture
-from minitron_mcore.memory import Setting, bytes_text, forecast, passes_in_flight, stage_parts
+from minitron_mcore.memory.advice import advice
+from minitron_mcore.memory.blocks import host_blocks, pinned_bytes
+from minitron_mcore.memory.forecast import bytes_text, forecast, stage_parts
+from minitron_mcore.memory.model import passes_in_flight
+from minitron_mcore.memory.setting import Setting
+from minitron_mcore.memory.teacher import host_bytes
 from minitron_mcore.runtime.config import ParallelConfig
 
 STUDENT = build_architecture(
@@ -63,10 +68,80 @@ def test_by_hand() -> None:
 
 def test_where_the_teacher_lies() -> None:
     rest = 2 * 1024 * 128 + 128
-    for placement, kept in (("resident", 16), ("sharded", 4), ("offloaded", 0)):
+    quarter = -(-2 * TEACHER_LAYER // (4 * 256)) * 256  # a shard lies at a multiple of 256 bytes
+    for placement, kept in (("resident", 2 * TEACHER_LAYER), ("sharded", quarter), ("offloaded", 0)):
         parts = stage_parts(setting(teacher_placement=placement, data_parallel=4), 0)
-        assert parts["teacher weights"] == 2 * (kept * TEACHER_LAYER + rest)
+        assert parts["teacher weights"] == 16 * kept + 2 * rest
     assert stage_parts(setting(teacher_precision="fp32"), 0)["teacher weights"] == 4 * (16 * TEACHER_LAYER + rest)
+
+
+def test_quantised_copies() -> None:
+    """In fp8 a byte more for each number of a matrix, where the layers are resident; none for norms, nor elsewhere."""
+    rest = 2 * 1024 * 128 + 128
+    resident = stage_parts(setting(teacher_precision="fp8"), 0)["teacher weights"]
+    assert resident == 2 * (16 * TEACHER_LAYER + rest) + 16 * (TEACHER_LAYER - 2 * 128)
+    for placement in ("sharded", "offloaded"):
+        quantised, plain = (
+            stage_parts(setting(teacher_precision=precision, teacher_placement=placement, data_parallel=4), 0)
+            for precision in ("fp8", "bf16")
+        )
+        assert quantised["teacher weights"] == plain["teacher weights"]
+
+
+def test_on_cpu_the_host_is_the_device() -> None:
+    """Offloaded layers are held there, and two more while the teacher runs: nothing is saved, and it is not advised."""
+    on_cpu: dict[str, Any] = {"on_cpu": True, "teacher": TEACHER.replace(num_layers=64)}
+    resident, offloaded = (stage_parts(setting(teacher_placement=at, **on_cpu), 0) for at in ("resident", "offloaded"))
+    assert offloaded["teacher weights"] == resident["teacher weights"]
+    assert host_bytes(setting(teacher_placement="offloaded", **on_cpu)) == 0
+    assert not any("offloaded" in line for line in advice(forecast(setting(**on_cpu)), 9))
+    assert any("offloaded" in line for line in advice(forecast(setting(teacher=on_cpu["teacher"])), 9))
+
+
+@pytest.mark.parametrize(
+    "nbytes", [1, 63, 256, 65536, 65537, 436 * 10**6, 2**30 - 1, 2**30, 2**30 + 1, 1744830464, 3 * 2**28 + 256]
+)
+def test_blocks_of_pinned_memory(nbytes: int) -> None:
+    """All of a layer in a few blocks, of which PyTorch's rounding to powers of two takes a 64th more at most."""
+    blocks = host_blocks(nbytes)
+    assert sum(blocks) == nbytes and len(blocks) <= 6
+    assert all(block & (block - 1) == 0 for block in blocks[:-1])
+    taken = sum(map(pinned_bytes, blocks))
+    assert nbytes <= taken <= nbytes + nbytes // 64
+
+
+def test_pinned_memory_is_in_powers_of_two() -> None:
+    assert [pinned_bytes(nbytes) for nbytes in (0, 1, 2, 3, 4, 5, 436 * 10**6)] == [0, 1, 2, 4, 4, 8, 2**29]
+
+
+def test_host_memory_of_a_node() -> None:
+    """Every rank keeps its own stage's layers, and reads one beside them; ranks of a stage follow one another."""
+    layer = 2 * TEACHER_LAYER
+    pinned = sum(map(pinned_bytes, host_blocks(layer)))
+    eight = setting(teacher_placement="offloaded", data_parallel=8, local_ranks=8)
+    assert host_bytes(eight) == 8 * (16 * pinned + layer)
+    assert host_bytes(replace(eight, local_ranks=4)) == 4 * (16 * pinned + layer)
+    assert host_bytes(replace(eight, teacher_placement="sharded")) == 0
+    # 7 layers on two stages: one node has the four of the first twice, or both have seven.
+    uneven = setting(
+        {"pipeline": 2}, data_parallel=2, teacher_placement="offloaded", teacher=TEACHER.replace(num_layers=7)
+    )
+    assert host_bytes(replace(uneven, local_ranks=2)) == 2 * (4 * pinned + layer)
+    assert host_bytes(replace(uneven, local_ranks=4)) == 14 * pinned + 4 * layer
+    own = setting(
+        data_parallel=4, local_ranks=2, teacher_placement="offloaded", teacher_parallel=ParallelConfig(pipeline=4)
+    )
+    assert host_bytes(own) == 2 * (4 * pinned + layer)
+    assert forecast(eight).host == host_bytes(eight) and "host memory of a node" in forecast(eight).table()
+
+
+def test_what_the_host_cannot_hold_is_not_advised() -> None:
+    heavy = setting(teacher=TEACHER.replace(num_layers=64), data_parallel=2, local_ranks=2)
+    needed = host_bytes(replace(heavy, teacher_placement="offloaded"))
+    for free, is_said in ((None, True), (needed, True), (needed - 1, False)):
+        lines = advice(forecast(replace(heavy, host_free=free)), 9)
+        assert any("teacher.placement=offloaded" in line for line in lines) == is_said
+        assert any("teacher.placement=" in line for line in lines)
 
 
 def test_a_teacher_of_its_own_layout() -> None:
@@ -113,45 +188,51 @@ def test_layouts_share_the_model_out() -> None:
 def test_advice_is_what_saves_most() -> None:
     """Each line's key, set as it says, saves what it says; the largest comes first, and none is named twice."""
     heavy_teacher = setting(teacher=TEACHER.replace(num_layers=64), data_parallel=2)
-    first = forecast(heavy_teacher).advice()[0]
+    first = advice(forecast(heavy_teacher))[0]
     assert first.startswith(("teacher.placement=offloaded", "parallel.pipeline=2", "parallel.tensor=2"))
-    assert sum("teacher.placement" in line for line in forecast(heavy_teacher).advice(9)) == 1
+    assert sum("teacher.placement" in line for line in advice(forecast(heavy_teacher), 9)) == 1
 
     long = setting(sequence_length=8192, micro_batch_size=4, teacher_window=4)
-    lines = forecast(long).advice(9)
+    lines = advice(forecast(long), 9)
     saving = forecast(long).total - forecast(replace(long, micro_batch_size=1)).total
     assert f"distill.micro_batch_size=1 saves {bytes_text(saving)}" in lines
+    in_phase = advice(forecast(replace(long, micro_batch_key="distill.phases[1].micro_batch_size")), 9)
+    assert f"distill.phases[1].micro_batch_size=1 saves {bytes_text(saving)}" in in_phase
     assert not any("parallel.sequence" in line for line in lines), "there is nothing to share it over"
-    assert len(forecast(long).advice()) == 3
+    assert len(advice(forecast(long))) == 3
 
     window = setting(global_batch_size=4096, micro_batch_size=1, sequence_length=64)
-    assert "distill.teacher_window=1" in forecast(window).advice()[0]
+    assert "distill.teacher_window=1" in advice(forecast(window))[0]
 
 
 def test_a_teacher_that_is_trained_too() -> None:
     """Its pass keeps activations as a student of its shape does; what it cannot be given is not advised."""
-    trained = setting(teacher_trained=True, global_batch_size=64)
+    trained = setting(teacher_trained=True, global_batch_size=64, teacher_chunk_tokens=32)
     alone = forecast(replace(trained, student=TEACHER, teacher=None)).parts
     parts = forecast(trained).parts
     passing = alone["activations"] + alone["layer at work"] + alone["loss"]
     assert parts["teacher's training pass"] == passing
-    lines = forecast(trained).advice(9)
+    long = replace(trained, micro_batch_size=8, teacher_chunk_tokens=512)
+    wide, narrow = (forecast(replace(long, teacher_chunk_tokens=tokens)).total for tokens in (512, 128))
+    assert wide - narrow == (4 + 2) * 384 * 1024, "fp32 and bf16 logits of 384 tokens, whatever the student's chunk"
+    assert f"correct.loss_chunk_tokens=128 saves {bytes_text(wide - narrow)}" in advice(forecast(long), 9)
+    lines = advice(forecast(trained), 9)
     assert lines and not any(key in line for line in lines for key in ("teacher.placement", "teacher_window"))
 
 
 def test_advice_that_can_be_taken() -> None:
     """Three replicas are no two of twice the size; a sequence is cut over context ranks' two chunks too."""
     odd = setting(data_parallel=3, global_batch_size=36, micro_batch_size=1)
-    assert not any(line.startswith("parallel.") for line in forecast(odd).advice(9))
+    assert not any(line.startswith("parallel.") for line in advice(forecast(odd), 9))
     for length, is_said in ((72, False), (64, True)):
         cut = setting({"tensor": 2, "context": 4}, sequence_length=length, micro_batch_size=8)
-        assert any("parallel.sequence=true" in line for line in forecast(cut).advice(9)) == is_said
+        assert any("parallel.sequence=true" in line for line in advice(forecast(cut), 9)) == is_said
 
 
 def test_a_loss_chunk_that_is_all_of_it() -> None:
     wide = setting(student=STUDENT.replace(vocab_size=131072, padded_vocab_size=131072), loss_chunk_tokens=4096)
     wide = replace(wide, teacher=None, sequence_length=4096)
-    assert any("distill.loss_chunk_tokens=128" in line for line in forecast(wide).advice())
+    assert any("distill.loss_chunk_tokens=128" in line for line in advice(forecast(wide)))
 
 
 def test_the_table_adds_up() -> None:

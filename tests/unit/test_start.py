@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.parallel import check_layout
 from minitron_mcore.runtime.start import read_environment
+from minitron_mcore.runtime.timeout import collective_timeout
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.launchers import write_tool
 
@@ -201,3 +203,14 @@ def test_start_and_stop() -> None:
         (0, False, 3.0, 0, 2, 0, True, "cpu"),
         (1, False, 3.0, 1, 2, 1, False, "cpu"),
     ]
+
+
+def test_collectives_wait_as_long_as_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINITRON_TIMEOUT_MINUTES", raising=False)
+    assert collective_timeout() == timedelta(minutes=30)
+    monkeypatch.setenv("MINITRON_TIMEOUT_MINUTES", "90")
+    assert collective_timeout() == timedelta(minutes=90)
+    for value in ("0", "1.5", "long"):
+        monkeypatch.setenv("MINITRON_TIMEOUT_MINUTES", value)
+        with pytest.raises(InputError, match=f"MINITRON_TIMEOUT_MINUTES={value} must be a whole number of minutes"):
+            collective_timeout()

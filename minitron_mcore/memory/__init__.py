@@ -1,0 +1,1 @@
+"""How many bytes of memory a rank needs for a step, by part, before anything is allocated."""

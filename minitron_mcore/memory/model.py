@@ -1,0 +1,111 @@
+"""What a model needs of memory on a rank: its weights, and what its pass keeps for backward. Pure.
+
+Legend: n tokens of a microbatch on a rank, m microbatches a step, T tensor-parallel size, P pipeline stages, v chunks a
+stage, h hidden, f ffn, q and k widths of all query heads and of all key-value groups, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from minitron_mcore.architecture import BYTES, Architecture
+from minitron_mcore.distillation.config import default_chunk_tokens
+from minitron_mcore.layout import local_shape, parameter_table, split_layers
+from minitron_mcore.memory.setting import Setting
+from minitron_mcore.runtime.config import ParallelConfig
+
+
+def local_parameters(architecture: Architecture, parallel: ParallelConfig, stage: int) -> int:
+    """Numbers that a rank of `stage` holds; a head tied to the embedding is there twice where P > 1."""
+    layers = sum(map(len, split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)[stage]))
+    first, last = stage == 0, stage == parallel.pipeline - 1
+    tied = not architecture.untie_embeddings_and_output_weights
+    total = 0
+    for parameter in parameter_table(architecture):
+        size = prod(local_shape(parameter, architecture, parallel.tensor))
+        if parameter.per_layer:
+            total += layers * size
+        elif parameter.key.startswith("embedding."):
+            total += size * (first or (tied and last))
+        else:
+            total += size * last
+    return total
+
+
+def activations(setting: Setting, stage: int) -> int:
+    """What autograd keeps of the microbatches that are under way on `stage` before their backward."""
+    s, parallel = setting, setting.parallel
+    stages = split_layers(s.student.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    chunks = [len(layers) for layers in stages[stage]]
+    element = BYTES[s.precision]
+    shard = parallel.tensor if parallel.sequence else 1
+    length = s.tokens // s.micro_batch_size
+    layer = layer_activations(s.student, s.tokens, length, parallel, element, on_cpu=s.on_cpu)
+    boundary = element * s.tokens * s.student.hidden_size // shard  # a chunk's output
+    running = passes(s, stage)
+    layers = running * sum(chunks) // len(chunks)
+    return layers * layer + running * boundary
+
+
+def passes(setting: Setting, stage: int) -> int:
+    """Forward passes of a chunk of the student that wait for their backward on `stage`, at most."""
+    parallel = setting.parallel
+    return passes_in_flight(parallel.pipeline, stage, parallel.virtual_pipeline or 1, setting.microbatches)
+
+
+def passes_in_flight(pipeline: int, stage: int, chunks: int, microbatches: int) -> int:
+    """Forward passes of a chunk that wait for their backward, at most: Megatron's warm-up and the one that runs."""
+    if chunks == 1:
+        return min(pipeline - stage, microbatches)
+    return min((pipeline - stage - 1) * 2 + (chunks - 1) * pipeline + 1, microbatches * chunks)
+
+
+def layer_activations(
+    architecture: Architecture, tokens: int, length: int, parallel: ParallelConfig, element: int, *, on_cpu: bool
+) -> int:
+    """Bytes that one layer saves for backward of `tokens` tokens in sequences of `length`, by an attention that keeps
+    no scores.
+
+    Whole on each rank, or its part of the sequence under sequence parallelism: the input of each of the two norms and
+    the normed input of the product behind it, 4 h. Sharded over T: the fused projection's output q + 2 k (its values
+    are read in backward), queries and keys after rotation q + k, attention's output q; of a gated MLP fc1's output 2 f,
+    the activated gate, the other half and fc2's input 3 f; of another one fc1's activated output and fc2's input 2 f.
+    In fp32: a norm's deviation a token, a head's logarithm of sums. Rotary tables: sine and cosine of queries and keys.
+    On CPU an RMS norm keeps its input and the normed input in fp32.
+    """
+    a = architecture
+    q, k = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
+    wide_norm = on_cpu and a.normalization == "RMSNorm"
+    norm = 8 + element if wide_norm else 2 * element
+    whole = 2 * (norm * a.hidden_size + 4)
+    sharded = element * (3 * q + 3 * k + (5 if a.gated_linear_unit else 2) * a.ffn_hidden_size)
+    sharded += 4 * a.num_attention_heads
+    if a.qk_layernorm:
+        sharded += (8 if wide_norm else element) * (q + k) + 4 * (a.num_attention_heads + a.num_query_groups)
+    tables = 4 * element * int(a.kv_channels * a.rotary_percent) * length
+    split = parallel.tensor if parallel.sequence else 1
+    return tokens * whole // split + tokens * sharded // parallel.tensor + tables
+
+
+def largest_layer_output(architecture: Architecture, setting: Setting, element: int) -> int:
+    """The two widest neighbours that a layer works on at a time."""
+    a = architecture
+    widest = max((3 if a.gated_linear_unit else 2) * a.ffn_hidden_size, 2 * a.num_attention_heads * a.kv_channels)
+    return setting.tokens * element * (2 * a.hidden_size + widest // setting.parallel.tensor)
+
+
+def loss_buffers(setting: Setting) -> int:
+    """The fp32 logits of a chunk of tokens of each model, and the gradient of the hidden states in their type.
+
+    In bf16 the logits' gradient in bf16 too, or on CPU both heads in fp32; on CPU a product may copy a chunk of logits.
+    The head's gradient goes straight into the gradient buffer.
+    """
+    s = setting
+    shard = s.student.padded_vocab_size // s.parallel.tensor
+    chunk = min(s.loss_chunk_tokens or default_chunk_tokens(s.tokens), s.tokens)
+    models = 1 if s.teacher is None else 2
+    buffers = 4 * chunk * shard * (models + s.on_cpu)
+    if s.precision == "bf16":
+        widths = s.student.hidden_size + (s.teacher.hidden_size if s.teacher is not None else 0)
+        buffers += 4 * shard * widths if s.on_cpu else 2 * chunk * shard
+    return buffers + BYTES[s.precision] * s.student.hidden_size * s.tokens

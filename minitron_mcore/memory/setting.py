@@ -1,0 +1,84 @@
+"""What the memory of a step depends on. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minitron_mcore.architecture import BYTES, Architecture
+from minitron_mcore.runtime.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """What the losses between inner states need on a pipeline stage; in bytes but for `projection`, in numbers.
+
+    projection: the learned map's weight, which every rank holds.
+    targets: the teacher's states, for every microbatch of a window.
+    saved: of one microbatch, the losses' gradients that wait for backward.
+    working: while one pair's loss is worked out.
+    """
+
+    projection: int = 0
+    targets: int = 0
+    saved: int = 0
+    working: int = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that the memory of a step depends on."""
+
+    student: Architecture
+    parallel: ParallelConfig
+    precision: str
+    data_parallel: int
+    sequence_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    loss_chunk_tokens: int | None  # None: config.default_chunk_tokens
+    on_cpu: bool = False
+    section: str = "train"  # of the recipe, for the names of keys
+    micro_batch_key: str = ""  # where the recipe sets it, a phase perhaps; empty: the section
+    local_ranks: int = 1  # of a node, which share its host memory
+    host_free: int | None = None  # bytes of a node's host memory; None: not known
+    teacher: Architecture | None = None
+    teacher_parallel: ParallelConfig | None = None  # None: the student's
+    teacher_precision: str | None = None  # None: the student's
+    teacher_placement: str = "resident"
+    teacher_window: int = 0
+    teacher_trained: bool = False  # corrected as it teaches: then it has gradients and an optimizer too
+    teacher_chunk_tokens: int | None = None  # `loss_chunk_tokens` of the corrected teacher's own pass
+    # The losses between inner states on a stage (distillation/state_memory.py); None: there are none.
+    states: Callable[[Setting, int], StateMemory] | None = None
+
+    @property
+    def microbatches(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
+
+    @property
+    def tokens(self) -> int:
+        """Of a microbatch, on a rank."""
+        return self.micro_batch_size * self.sequence_length // self.parallel.context
+
+    @property
+    def ahead(self) -> int:
+        """Microbatches for which the teacher's states are there at a time."""
+        return min(self.teacher_window or self.microbatches, self.microbatches)
+
+    @property
+    def optimizer_shards(self) -> int:
+        return self.data_parallel * self.parallel.context
+
+    @property
+    def world_size(self) -> int:
+        return self.data_parallel * self.parallel.replica_ranks
+
+    @property
+    def teacher_layout(self) -> ParallelConfig:
+        return self.teacher_parallel or self.parallel
+
+    @property
+    def teacher_element(self) -> int:
+        """Bytes of a number of the teacher's weights and states: those of fp8 are kept in bf16."""
+        return BYTES.get(self.teacher_precision or self.precision, 2)
