@@ -32,7 +32,7 @@ FAMILIES = ("llama", "nemotron", "qwen", "llama-tied", "llama-distill", "nemotro
 OTHERS = [name for name in LAYOUTS if name != "1"]
 # 5 layers: 3 + 2 over two stages, 2, 1, 1, 1 over two stages of two chunks each.
 PAIRS = [
-    *((family, name) for family in FAMILIES for name in OTHERS),
+    *((family, name) for family in FAMILIES if family != "llama-distill" for name in OTHERS),  # see test_engine.py
     *(("llama-uneven", f"PP2{v}") for v in ("", "-VPP2")),
 ]
 

@@ -38,6 +38,7 @@ def expected(world_size: int, local_rank: int) -> dict[str, Any]:
     return {**facts, "arguments": ARGUMENTS, "threads": "1"}
 
 
+@pytest.mark.slow  # test_launch_train.py trains so
 def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
     """Two agents, as on two hosts, with one process each."""
     cluster = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -59,7 +60,10 @@ def test_torchrun_starts_a_process_for_each_gpu(tmp_path: Path, listing: str, pr
     env = environment()
     env["PATH"] = f"{tmp_path}:{env['PATH']}"
     done = subprocess.run([ROOT / "launch" / "torchrun.sh", "run"], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["--standalone", "--nproc-per-node", processes, "-m", "minitron_mcore", "run"]
+    assert done.stdout.split() == [
+        *("--standalone", "--shutdown-timeout", "600", "--nproc-per-node", processes),
+        *("-m", "minitron_mcore", "run"),
+    ]
 
 
 @pytest.mark.parametrize(("nodes", "tasks_per_node"), [(2, 1), (1, 2)])

@@ -143,6 +143,7 @@ def test_another_recipe_is_refused(road: dict[str, Any], tmp_path: Path) -> None
     assert before == sorted(path.stat().st_mtime_ns for path in (road["folder"] / "run").rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_a_given_teacher_is_left_alone(road: dict[str, Any], tmp_path: Path) -> None:
     """A run from somebody's teacher and data writes into its own folder, and nothing into theirs."""
     theirs, output, log = road["folder"] / "run", tmp_path / "run", tmp_path / "log"
