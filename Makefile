@@ -34,7 +34,7 @@ lint: venv  ## ruff and mypy
 	@$(BIN)/mypy
 
 test: venv lint  ## lint, then the tests that are not slow, two files at a time (ARGS: further pytest arguments)
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: venv  ## the slow tests alone
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -24,8 +24,15 @@ CACHED_ENTRIES = 1 << 17
 KEEPING = ("forward_kl", "reverse_kl", "next_token")
 
 
+# Kernels of one function: by what is asked of it, by shapes, and with gradients on or off. Beyond the compiler's limit,
+# 8 by default, it would go on without any, slower and with several more buffers of logits, and not say so.
+VARIANTS = 64
+
+
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
     return torch.compile(function)
 
 

@@ -1,8 +1,14 @@
 """The passes over a chunk's logits: traced for a compiler, as CUDA runs them, against run as they are."""
 
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
+from minitron_mcore.distillation import passes
 from minitron_mcore.distillation.divergences import DIVERGENCES, Divergence, maximum_and_column
 from minitron_mcore.distillation.passes import logit_gradient_, logit_statistics
 
@@ -33,6 +39,28 @@ def test_passes_can_be_traced_whole(name: str) -> None:
     assert found[0].keys() == found[1].keys()
     for key, expected in found[0].items():
         torch.testing.assert_close(found[1][key], expected)
+
+
+def test_every_variant_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than the compiler's own limit, beyond which it would run a function as it is, and not say so."""
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(passes.torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    passes._compiled.cache_clear()
+    torch._dynamo.reset()
+    function = passes._compiled(logit_statistics)
+    variants = list(itertools.product(DIVERGENCES, (False, True), (False, True)))
+    for name, cross, report in variants:
+        divergence = Divergence.of(name, 1.0, 0.3, 60)
+        x, y = torch.randn(3, 60), torch.randn(3, 60)
+        function(x, y, divergence=divergence, cross=cross, report=report, keep=False)
+    passes._compiled.cache_clear()
+    assert len(compiled) == len(variants) > 8
 
 
 @pytest.mark.parametrize("columns", [5, 511, 512, 513, 1000])
