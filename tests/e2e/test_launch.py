@@ -46,6 +46,7 @@ def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
     assert read_ranks(tmp_path) == {"rank0": expected(2, 0), "rank1": expected(2, 0)}
 
 
+@pytest.mark.slow  # test_run.py runs so
 def test_torchrun_on_one_node(tmp_path: Path) -> None:
     """Two processes, each with a local rank of its own."""
     finish([start_torchrun(ARGUMENTS, NPROC_PER_NODE="2", **probe(tmp_path))])
@@ -66,7 +67,10 @@ def test_torchrun_starts_a_process_for_each_gpu(tmp_path: Path, listing: str, pr
     ]
 
 
-@pytest.mark.parametrize(("nodes", "tasks_per_node"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("nodes", "tasks_per_node"),
+    [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)],  # test_launch_train.py trains on two nodes
+)
 def test_slurm(tmp_path: Path, nodes: int, tasks_per_node: int) -> None:
     done = run_sbatch(tmp_path, ARGUMENTS, nodes, tasks_per_node, **probe(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
