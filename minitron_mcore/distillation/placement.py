@@ -28,7 +28,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-from minitron_mcore.memory.blocks import ALIGNMENT, host_blocks
+from minitron_mcore.memory.blocks import aligned, host_blocks
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.specs import BareLayer
@@ -47,7 +47,7 @@ class FlatLayer:
         for name, parameter in self.layer.named_parameters():
             self.places.append((parameter, self.nbytes))
             used = self.layer.parameter_shapes[name].numel() * parameter.element_size()
-            self.nbytes += -(-used // ALIGNMENT) * ALIGNMENT
+            self.nbytes += aligned(used)
 
     def views(self, flat: torch.Tensor) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
         """Every parameter, and its place in `flat` [nbytes, uint8 or more]."""
@@ -93,8 +93,7 @@ class ShardedSource:
         self.parts: dict[int, torch.Tensor] = {}
 
     def padded(self, nbytes: int) -> int:
-        parts = ALIGNMENT * self.group.size()
-        return -(-nbytes // parts) * parts
+        return aligned(nbytes, self.group.size())
 
     def room(self, nbytes: int) -> torch.Tensor:
         return torch.empty(self.padded(nbytes), dtype=torch.uint8)

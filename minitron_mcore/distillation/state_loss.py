@@ -32,7 +32,13 @@ from minitron_mcore.distillation.capture import Visit, watch
 from minitron_mcore.distillation.config import HiddenStatesConfig
 from minitron_mcore.distillation.projection import Projection, attach_projection
 from minitron_mcore.distillation.relation import relation_loss
-from minitron_mcore.distillation.state_map import WIDE_SITES, Pair, check_hidden_states, relation_heads
+from minitron_mcore.distillation.state_map import (
+    WIDE_SITES,
+    Pair,
+    check_hidden_states,
+    needs_projection,
+    relation_heads,
+)
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.runtime.config import ParallelConfig
@@ -166,7 +172,7 @@ class StateLosses:
         if "attention_relation" in self.sites:
             self._relation_heads = relation_heads(config.relation_heads, student, teacher, parallel.tensor)
         self._projection: Projection | None = None
-        if student.hidden_size != teacher.hidden_size and any(site in WIDE_SITES for site in self.sites):
+        if needs_projection(self.sites, student, teacher):
             self._projection = attach_projection(chunks, teacher.hidden_size, seed)
         self._microbatch: Microbatch | None = None
         self._sums: dict[str, Tensor] = {}

@@ -85,6 +85,11 @@ def _given_map(layers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     return chosen
 
 
+def needs_projection(sites: Sequence[str], student: Architecture, teacher: Architecture) -> bool:
+    """Whether the student's states are lifted to the teacher's width to be compared."""
+    return student.hidden_size != teacher.hidden_size and any(site in WIDE_SITES for site in sites)
+
+
 def holder(site: str, layer: int, num_layers: int) -> int:
     """The layer on whose pipeline stage (and virtual chunk) the state lies."""
     if site == "embedding":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.distillation.config import RELATION_BUFFER, HiddenStatesConfig
-from minitron_mcore.distillation.state_map import WIDE_SITES, Pair, holder, pairs, relation_heads
+from minitron_mcore.distillation.state_map import WIDE_SITES, Pair, holder, needs_projection, pairs, relation_heads
 from minitron_mcore.layout import axis_sizes, stage_of
 from minitron_mcore.memory.setting import Setting, StateMemory
 
@@ -21,7 +21,6 @@ def state_memory(config: HiddenStatesConfig, setting: Setting, stage: int) -> St
     student, teacher, parallel = setting.student, setting.teacher, setting.parallel
     assert teacher is not None
     element, tokens = BYTES[setting.precision], setting.tokens
-    is_lifted = student.hidden_size != teacher.hidden_size and any(site in WIDE_SITES for site in config.sites)
     depth = student.num_layers
     here = [
         pair
@@ -50,7 +49,7 @@ def state_memory(config: HiddenStatesConfig, setting: Setting, stage: int) -> St
             widths = [model.num_attention_heads * model.kv_channels for model in (student, student, teacher)]
             working.append(4 * (5 * sweep + tokens * sum(widths) // parallel.tensor))
     return StateMemory(
-        projection=student.hidden_size * teacher.hidden_size if is_lifted else 0,
+        projection=student.hidden_size * teacher.hidden_size if needs_projection(config.sites, student, teacher) else 0,
         targets=setting.ahead * setting.teacher_element * sum(distinct.values()),
         saved=element * saved,
         working=max(working),

@@ -14,9 +14,15 @@ ALIGNMENT = 256  # bytes: what CUDA's own allocator gives, so that kernels find 
 SPARE = 64  # of a layer, one part of so many at most is lost to rounding
 
 
+def aligned(nbytes: int, parts: int = 1) -> int:
+    """`nbytes`, up to what can be cut into `parts` that are all multiples of ALIGNMENT."""
+    unit = ALIGNMENT * parts
+    return -(-nbytes // unit) * unit
+
+
 def flat_bytes(sizes: Iterable[int]) -> int:
     """Of one buffer with tensors of so many bytes, each at a multiple of ALIGNMENT."""
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    return sum(map(aligned, sizes))
 
 
 def pinned_bytes(nbytes: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from minitron_mcore.layout import local_shape, parameter_table, split_layers
-from minitron_mcore.memory.blocks import ALIGNMENT, flat_bytes, host_blocks, pinned_bytes
+from minitron_mcore.memory.blocks import aligned, flat_bytes, host_blocks, pinned_bytes
 from minitron_mcore.memory.model import local_parameters
 from minitron_mcore.memory.setting import Setting
 
@@ -68,8 +68,7 @@ def layer_bytes(setting: Setting) -> int:
 
 def _sharded_bytes(setting: Setting) -> int:
     """Of a layer that is cut into equal parts, each at a multiple of ALIGNMENT."""
-    parts = ALIGNMENT * _shards(setting)
-    return -(-layer_bytes(setting) // parts) * parts
+    return aligned(layer_bytes(setting), _shards(setting))
 
 
 def _shards(setting: Setting) -> int:

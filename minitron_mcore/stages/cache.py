@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, iteration_folder, read_architecture
 from minitron_mcore.checkpoint.manifest import MANIFEST, bytes_checksum
+from minitron_mcore.checkpoint.reader import all_or_none
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.blend import Part, inspect_parts, parse_blend, parse_split
 from minitron_mcore.data.dataset import WHOLE, Dataset, batches_once, build_datasets
@@ -327,8 +328,8 @@ def check_order(runtime: Runtime, reader: CacheReader, dataset: Dataset, num_sam
     """Raise InputError where a sample that is there would have other tokens among `num_samples`. Every rank calls, and
     reads some of them."""
     count, size = reader.settings["num_samples"], reader.settings["shard_samples"]
-    told = None
-    try:
+
+    def check_mine() -> None:
         for shard in range(runtime.rank, -(-count // size), runtime.world_size):
             for sample in range(shard * size, shard * size + reader.held(shard)):
                 if token_checksum(numpy.asarray(dataset[sample]["tokens"])) != reader.tokens_of(sample):
@@ -337,9 +338,8 @@ def check_order(runtime: Runtime, reader: CacheReader, dataset: Dataset, num_sam
                         f"{sample} would have other tokens, since the order depends on the number of passes through "
                         "the text; ask for no more passes than it was made with, or name another folder"
                     )
-    except InputError as error:
-        told = str(error)
-    raise_everywhere(told)
+
+    all_or_none(check_mine)
 
 
 def claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> tuple[dict[str, Any], list[tuple[int, int]]]:
