@@ -36,6 +36,8 @@ from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.training.config import (
     LR_DECAY_STYLES,
     LR_WSD_DECAY_STYLES,
+    RECOMPUTE_GRANULARITIES,
+    RECOMPUTE_METHODS,
     CorrectConfig,
     LogConfig,
     TrainConfig,
@@ -116,6 +118,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
     **{f"{section}.lr_decay_style": LR_DECAY_STYLES for section in ("train", "correct", "distill")},
     **{f"{section}.lr_wsd_decay_style": LR_WSD_DECAY_STYLES for section in ("train", "correct", "distill")},
+    **{f"{section}.recompute_granularity": RECOMPUTE_GRANULARITIES for section in ("train", "correct", "distill")},
+    **{f"{section}.recompute_method": RECOMPUTE_METHODS for section in ("train", "correct", "distill")},
     "teacher.placement": PLACEMENTS,
     "teacher.precision": ("fp32", "bf16", "fp8"),
     "cache.method": CACHE_METHODS,

@@ -19,11 +19,13 @@ Legend: s sequence (its tensor-parallel part under sequence parallelism), b batc
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -135,7 +137,8 @@ class StateLosses:
 
     Between `begin(chunk, microbatch)` and the end of that chunk's forward pass every pair whose student state the
     chunk has takes `microbatch["teacher_states"][site, teacher layer]`, adds its loss to the site's sum and, where
-    gradients are recorded, to the backward pass. `alpha` is the weight of the sum of all pairs' losses:
+    gradients are recorded, to the backward pass. In a layer that is recomputed it does so in backward, when the state
+    is computed with gradients. `alpha` is the weight of the sum of all pairs' losses:
 
         fixed      weight
         dynamic    `dynamic_weight` of the step before: global means, hence the same on every rank and at every layout;
@@ -175,20 +178,23 @@ class StateLosses:
         if needs_projection(self.sites, student, teacher):
             self._projection = attach_projection(chunks, teacher.hidden_size, seed)
         self._microbatch: Microbatch | None = None
+        self._trains = False
+        # Pair -> the microbatches whose state was computed without gradients, to be computed again in backward.
+        self._later: defaultdict[Pair, deque[Microbatch]] = defaultdict(deque)
         self._sums: dict[str, Tensor] = {}
         self._clear()
-        # The order of a forward pass, so that the last pair to use a teacher's state is the one that lets it go.
-        in_order = sorted(self.pairs, key=lambda pair: pair.student_layer)
-        self._last_use = {
-            (pair.site, pair.teacher_layer): pair
+        # The pairs whose student state this rank has, by the teacher's state that they use.
+        self._uses = Counter(
+            (pair.site, pair.teacher_layer)
             for chunk in chunks
-            for pair in in_order
+            for pair in self.pairs
             if watch(chunk, pair.site, pair.student_layer, self._visit(pair))
-        }
+        )
 
     def begin(self, chunk: LanguageModel, microbatch: Microbatch) -> None:
         """What the next forward pass of a chunk computes belongs to `microbatch`."""
         self._microbatch = microbatch
+        self._trains = torch.is_grad_enabled()
 
     def take_sums(self) -> dict[str, Tensor]:
         """Each site's loss, and the states' size, summed over the counted tokens that this pipeline stage has seen
@@ -231,9 +237,16 @@ class StateLosses:
 
     def _visit(self, pair: Pair) -> Visit:
         def visit(state: Tensor, source: Tensor) -> Tensor | None:
-            if self._microbatch is None:
+            microbatch = self._microbatch
+            if microbatch is None:
                 return None
-            loss = self._loss(pair, state, self._microbatch)
+            if self._trains and is_checkpointing():
+                # Backward passes of a chunk follow one another as its forward passes did.
+                if not torch.is_grad_enabled():
+                    self._later[pair].append(microbatch)
+                    return None
+                microbatch = self._later[pair].popleft()
+            loss = self._loss(pair, state, microbatch)
             self._sums[pair.site] += loss.detach()
             if not (torch.is_grad_enabled() and loss.requires_grad and self.alpha):
                 return None
@@ -247,8 +260,12 @@ class StateLosses:
     def _loss(self, pair: Pair, state: Tensor, microbatch: Microbatch) -> Tensor:
         """The pair's loss summed over this rank's counted tokens, fp32."""
         key = (pair.site, pair.teacher_layer)
-        states = microbatch["teacher_states"]
-        target = states.pop(key) if self._last_use[key] == pair else states[key]
+        target, uses = microbatch["teacher_states"].pop(key), microbatch.setdefault("state_uses", Counter())
+        uses[key] += 1
+        if uses[key] < self._uses[key]:
+            microbatch["teacher_states"][key] = target
+        else:
+            del uses[key]
         mask_SB = microbatch["loss_mask"].transpose(0, 1).float()
         if pair.site not in WIDE_SITES:
             return relation_loss(

@@ -25,6 +25,7 @@ from minitron_mcore.distillation.state_map import WIDE_SITES, Pair, holder
 from minitron_mcore.distillation.transfer import carry
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import axis_sizes, local_shape, parameter_table
+from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.schedule import Begin, Microbatch, final_hidden_states
@@ -73,12 +74,14 @@ class Teacher:
         *,
         layout: ParallelConfig | None = None,
         placement: str = "resident",
+        recompute: Recompute = KEEP_ALL,
     ) -> Teacher:
         """Build the teacher beside a student under `parallel` and fill it from a checkpoint of any layout.
 
         layout: the teacher's own; None or an equal one: the student's.
         placement: resident, sharded or offloaded (placement.py).
         precision: fp32, bf16, or fp8, which needs Transformer Engine.
+        recompute: of the training passes of a teacher that is to be trained.
 
         Every rank calls, after `use_layout(parallel)`. Raises InputError where the checkpoint is of another
         architecture or damaged.
@@ -87,7 +90,9 @@ class Teacher:
         world_size = torch.distributed.get_world_size()
         groups = teacher_groups(layout, world_size) if layout != parallel else None
         bare = placement != "resident"
-        chunks = build_model(architecture, layout, precision, trainable=False, groups=groups, bare_layers=bare)
+        chunks = build_model(
+            architecture, layout, precision, trainable=False, groups=groups, bare_layers=bare, recompute=recompute
+        )
         if groups is not None and chunks[-1].post_process:
             del chunks[-1].output_layer  # the loss takes the head in the student's shards
         placed = place(chunks, placement, groups.dp_cp if groups is not None else None)

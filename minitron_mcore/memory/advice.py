@@ -10,6 +10,7 @@ from minitron_mcore.distillation.config import LEAST_CHUNK, default_chunk_tokens
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.memory.forecast import Forecast, bytes_text, forecast
+from minitron_mcore.memory.recompute import Recompute
 from minitron_mcore.memory.setting import Setting
 from minitron_mcore.memory.teacher import host_bytes
 
@@ -38,6 +39,12 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "micro_batch_size", f"{micro_key}=1", {"micro_batch_size": 1}
     if (s.loss_chunk_tokens or default_chunk_tokens(s.tokens)) > LEAST_CHUNK:
         yield "chunk", f"{section}.loss_chunk_tokens={LEAST_CHUNK}", {"loss_chunk_tokens": LEAST_CHUNK}
+    again = "at the price of one more forward pass,"
+    if s.recompute.granularity != "full":
+        recompute = Recompute("full")
+        yield "recompute", f"{section}.recompute_granularity=full, {again}", {"recompute": recompute}
+    if s.teacher_trained and s.teacher_recompute.granularity != "full":
+        yield "correct", f"correct.recompute_granularity=full, {again}", {"teacher_recompute": Recompute("full")}
     if s.teacher_trained and (s.teacher_chunk_tokens or default_chunk_tokens(s.tokens)) > LEAST_CHUNK:
         yield "correct chunk", f"correct.loss_chunk_tokens={LEAST_CHUNK}", {"teacher_chunk_tokens": LEAST_CHUNK}
     if s.teacher is not None and not s.teacher_trained:  # such a one takes neither key

@@ -1,8 +1,8 @@
 """How many bytes of memory a rank needs for a step, by part, before anything is allocated. Pure.
 
-Without recomputation of activations. What is held for the whole run is exact but for the padding of Megatron's buffers;
-activations are what the layers save for backward, tensor by tensor (see `layer_activations`). Not counted: buffers of
-communication libraries, fragmentation, and the process itself.
+What is held for the whole run is exact but for the padding of Megatron's buffers; activations are what the layers save
+for backward, tensor by tensor (see `layer_activations`), or recompute. Not counted: buffers of communication libraries,
+fragmentation, and the process itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 
 from minitron_mcore.architecture import BYTES
 from minitron_mcore.layout import check_tensor_parallel
-from minitron_mcore.memory.model import activations, largest_layer_output, local_parameters, loss_buffers, passes
+from minitron_mcore.memory.model import (
+    activations,
+    largest_layer_output,
+    local_parameters,
+    loss_buffers,
+    passes,
+    recomputed_activations,
+)
 from minitron_mcore.memory.setting import Setting, StateMemory
 from minitron_mcore.memory.teacher import host_bytes, teacher_hidden_states, teacher_layers_at_work, teacher_weights
 
@@ -82,9 +89,11 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
     student_pass = {
         "activations": activations(s, stage),
         "layer at work": max(largest_layer_output(s.student, s, element), states.working),
-        "loss": loss_buffers(s) if last else 0,
     }
-    phases = [student_pass]  # one after another
+    phases = [  # one after another
+        student_pass | {"loss": loss_buffers(s) if last else 0},
+        student_pass | {"recomputed layers": recomputed_activations(s, stage)},
+    ]
     if not s.on_cpu:  # torch's Adam works on all weights at once there
         phases.append({"optimizer's step": 4 * -(-count // s.optimizer_shards)})
     if s.teacher is not None:
@@ -111,6 +120,9 @@ def _correction_pass(setting: Setting, stage: int) -> int:
     """What the teacher's own training pass keeps: that of a model of its shape, in chunks of its own section."""
     s, teacher = setting, setting.teacher
     assert teacher is not None
-    alone = replace(s, student=teacher, teacher=None, loss_chunk_tokens=s.teacher_chunk_tokens)
+    alone = replace(
+        s, student=teacher, teacher=None, loss_chunk_tokens=s.teacher_chunk_tokens, recompute=s.teacher_recompute
+    )
     taught = activations(alone, stage) + largest_layer_output(teacher, s, BYTES[s.precision])
-    return taught + (loss_buffers(alone) if stage == s.parallel.pipeline - 1 else 0)
+    loss = loss_buffers(alone) if stage == s.parallel.pipeline - 1 else 0
+    return taught + max(loss, recomputed_activations(alone, stage))

@@ -11,6 +11,7 @@ from math import prod
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.distillation.config import default_chunk_tokens
 from minitron_mcore.layout import local_shape, parameter_table, split_layers
+from minitron_mcore.memory.recompute import Recompute
 from minitron_mcore.memory.setting import Setting
 from minitron_mcore.runtime.config import ParallelConfig
 
@@ -34,17 +35,51 @@ def local_parameters(architecture: Architecture, parallel: ParallelConfig, stage
 
 def activations(setting: Setting, stage: int) -> int:
     """What autograd keeps of the microbatches that are under way on `stage` before their backward."""
-    s, parallel = setting, setting.parallel
-    stages = split_layers(s.student.num_layers, parallel.pipeline, parallel.virtual_pipeline)
-    chunks = [len(layers) for layers in stages[stage]]
-    element = BYTES[s.precision]
-    shard = parallel.tensor if parallel.sequence else 1
+    s = setting
+    layer, mlp, boundary = _layer_parts(s)
+    chunks = _chunk_sizes(s, stage)
+    kept = sum(_kept(s.recompute, count, layer, mlp, boundary) for count in chunks)
+    running = passes(s, stage)
+    return running * kept // len(chunks) + running * boundary
+
+
+def recomputed_activations(setting: Setting, stage: int) -> int:
+    """Of what a pass on `stage` does not keep, the most that its backward works out again at a time."""
+    layer, mlp, _ = _layer_parts(setting)
+    recompute = setting.recompute
+    if recompute.granularity == "selective":
+        return mlp
+    if recompute.granularity == "full":
+        return layer * (recompute.num_layers if recompute.method == "uniform" else 1)
+    return 0
+
+
+def _chunk_sizes(setting: Setting, stage: int) -> list[int]:
+    parallel = setting.parallel
+    stages = split_layers(setting.student.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    return [len(layers) for layers in stages[stage]]
+
+
+def _layer_parts(setting: Setting) -> tuple[int, int, int]:
+    """Bytes that a layer keeps of a microbatch, that its MLP does of them, and of a layer's input."""
+    s, parallel, element = setting, setting.parallel, BYTES[setting.precision]
     length = s.tokens // s.micro_batch_size
     layer = layer_activations(s.student, s.tokens, length, parallel, element, on_cpu=s.on_cpu)
-    boundary = element * s.tokens * s.student.hidden_size // shard  # a chunk's output
-    running = passes(s, stage)
-    layers = running * sum(chunks) // len(chunks)
-    return layers * layer + running * boundary
+    mlp = mlp_activations(s.student, s.tokens, parallel, element)
+    shard = parallel.tensor if parallel.sequence else 1
+    return layer, mlp, element * s.tokens * s.student.hidden_size // shard
+
+
+def _kept(recompute: Recompute, layers: int, layer: int, mlp: int, boundary: int) -> int:
+    """Bytes that a pass keeps of a chunk of `layers`."""
+    if recompute.granularity == "selective":
+        return layers * (layer - mlp)
+    if recompute.granularity != "full":
+        return layers * layer
+    if recompute.method == "uniform":
+        return layers // recompute.num_layers * boundary
+    again = min(recompute.num_layers, layers)
+    return again * boundary + (layers - again) * layer
 
 
 def passes(setting: Setting, stage: int) -> int:
@@ -78,13 +113,20 @@ def layer_activations(
     wide_norm = on_cpu and a.normalization == "RMSNorm"
     norm = 8 + element if wide_norm else 2 * element
     whole = 2 * (norm * a.hidden_size + 4)
-    sharded = element * (3 * q + 3 * k + (5 if a.gated_linear_unit else 2) * a.ffn_hidden_size)
+    sharded = element * (3 * q + 3 * k)
     sharded += 4 * a.num_attention_heads
     if a.qk_layernorm:
         sharded += (8 if wide_norm else element) * (q + k) + 4 * (a.num_attention_heads + a.num_query_groups)
     tables = 4 * element * int(a.kv_channels * a.rotary_percent) * length
     split = parallel.tensor if parallel.sequence else 1
-    return tokens * whole // split + tokens * sharded // parallel.tensor + tables
+    own = mlp_activations(a, tokens, parallel, element)
+    return tokens * whole // split + tokens * sharded // parallel.tensor + own + tables
+
+
+def mlp_activations(architecture: Architecture, tokens: int, parallel: ParallelConfig, element: int) -> int:
+    """Of them, what lies behind the input of a layer's MLP."""
+    width = (5 if architecture.gated_linear_unit else 2) * architecture.ffn_hidden_size
+    return element * tokens * width // parallel.tensor
 
 
 def largest_layer_output(architecture: Architecture, setting: Setting, element: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minitron_mcore.architecture import BYTES, Architecture
+from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
 from minitron_mcore.runtime.config import ParallelConfig
 
 
@@ -37,6 +38,7 @@ class Setting:
     global_batch_size: int
     micro_batch_size: int
     loss_chunk_tokens: int | None  # None: config.default_chunk_tokens
+    recompute: Recompute = KEEP_ALL  # of the student's pass
     on_cpu: bool = False
     section: str = "train"  # of the recipe, for the names of keys
     micro_batch_key: str = ""  # where the recipe sets it, a phase perhaps; empty: the section
@@ -49,6 +51,7 @@ class Setting:
     teacher_window: int = 0
     teacher_trained: bool = False  # corrected as it teaches: then it has gradients and an optimizer too
     teacher_chunk_tokens: int | None = None  # `loss_chunk_tokens` of the corrected teacher's own pass
+    teacher_recompute: Recompute = KEEP_ALL
     # The losses between inner states on a stage (distillation/state_memory.py); None: there are none.
     states: Callable[[Setting, int], StateMemory] | None = None
 

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from minitron_mcore.architecture import Architecture, RopeScaling
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import axis_sizes, check_tensor_parallel, checkpoint_key, parameter_table, split_layers
+from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
 from minitron_mcore.model.specs import HAVE_TE, block_submodules
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.cpu_adapter import transformer_fields
@@ -57,7 +58,12 @@ class LanguageModel(GPTModel):
 
 
 def transformer_config(
-    architecture: Architecture, parallel: ParallelConfig, precision: str, *, bare_layers: bool = False
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    precision: str,
+    *,
+    bare_layers: bool = False,
+    recompute: Recompute = KEEP_ALL,
 ) -> TransformerConfig:
     """Megatron's config of `architecture` under `parallel`. Raises InputError for a layout that cannot hold it.
 
@@ -108,6 +114,7 @@ def transformer_config(
         disable_parameter_transpose_cache=bare_layers,
         calculate_per_token_loss=True,
         persist_layer_norm=False,
+        **recompute.megatron_fields(),
         **pipeline_communication(parallel.virtual_pipeline),
         **transformer_fields(),
     )
@@ -165,14 +172,15 @@ def build_model(
     trainable: bool = True,
     groups: ProcessGroupCollection | None = None,
     bare_layers: bool = False,
+    recompute: Recompute = KEEP_ALL,
 ) -> list[LanguageModel]:
     """This rank's chunks of the model (one, or one a virtual stage), with memory for the weights but no values.
 
     Every rank calls, after `use_layout(parallel)`, or with the `groups` of another layout that `parallel` describes.
     Fill it with `initialize` or a checkpoint. `bare_layers`: layers have no memory for their weights either, which
-    somebody else keeps (distillation/placement.py).
+    somebody else keeps (distillation/placement.py). `recompute`: what a training pass works out once more in backward.
     """
-    config = transformer_config(architecture, parallel, precision, bare_layers=bare_layers)
+    config = transformer_config(architecture, parallel, precision, bare_layers=bare_layers, recompute=recompute)
     groups = groups or ProcessGroupCollection.use_mpu_process_groups()
     stage = groups.pp.rank()
     if config.pipeline_model_parallel_layout is not None:

@@ -18,6 +18,7 @@ from minitron_mcore.families.table import config_of
 from minitron_mcore.importance.config import check_importance
 from minitron_mcore.importance.depth import check_blocks, measured
 from minitron_mcore.importance.multiple_choice import read_questions
+from minitron_mcore.memory.recompute import check_recompute
 from minitron_mcore.plan import check_residual
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe
@@ -25,6 +26,7 @@ from minitron_mcore.stages.common import (
     asked_shape,
     check_model,
     check_tokenizer,
+    check_trained_model,
     checkpoint_tokenizer,
     refuse_context,
     teacher_layout,
@@ -68,7 +70,10 @@ def check_road(recipe: Recipe, students: dict[str, StudentConfig], world_size: i
         timetable = plan_timetable(train, recipe.data.sequence_length, section)
         check_train(train, recipe.parallel, data_parallel, timetable, section)
         check_learning_rate(train, timetable, section)
-        check_model(teacher, recipe, section)
+        # What `distill` trains are the students.
+        (check_model if section == "distill" else check_trained_model)(teacher, recipe, section)
+    if recipe.distill.correct_teacher:
+        check_recompute(recipe.correct, teacher, recipe.parallel, "correct")
 
 
 def teacher_architecture(recipe: Recipe) -> Architecture:
@@ -89,7 +94,7 @@ def check_students(recipe: Recipe, teacher: Architecture, students: dict[str, St
         where = f"run.students.{name}" if recipe.run.students else "student"
         shape = asked_shape(recipe, student, teacher)
         check_residual(teacher, shape, recipe.prune.head_residual, recipe.prune.residual_matrices)
-        check_model(shape, recipe, "distill")
+        check_trained_model(shape, recipe, "distill")
         check_hidden_states(recipe.distill.hidden_states, shape, teacher, recipe.parallel)
         config_of(find_family(shape.family, where), shape, where)
 

@@ -25,6 +25,7 @@ from minitron_mcore.distillation.cache import PREFIX
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import read_mapping
 from minitron_mcore.layout import check_tensor_parallel, split_layers
+from minitron_mcore.memory.recompute import check_recompute
 from minitron_mcore.model.gpt import check_fp8
 from minitron_mcore.plan import TARGETS, student_shape
 from minitron_mcore.pruning.config import StudentConfig
@@ -50,6 +51,9 @@ MAY_CHANGE = {
     "cache_path",
     "loss_chunk_tokens",
     "recompute_loss",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
     "teacher_window",
     "max_skipped_iterations",
     "check_teacher",
@@ -205,6 +209,12 @@ def check_model(architecture: Architecture, recipe: Recipe, section: str | None 
                 f"{architecture.max_position_embeddings}: shorten it, or use a model of longer context"
             )
         check_sequence(length, parallel, key)
+
+
+def check_trained_model(architecture: Architecture, recipe: Recipe, section: str) -> None:
+    """Raise InputError where layout, lengths or recomputed layers do not suit a model that `section` trains."""
+    check_model(architecture, recipe, section)
+    check_recompute(getattr(recipe, section), architecture, recipe.parallel, section)
 
 
 def teacher_layout(recipe: Recipe, teacher: Architecture, world_size: int) -> ParallelConfig:

@@ -15,10 +15,11 @@ from minitron_mcore.distillation.state_loss import StateLosses
 from minitron_mcore.distillation.state_map import check_hidden_states, check_section
 from minitron_mcore.distillation.teacher import Teacher
 from minitron_mcore.errors import InputError
+from minitron_mcore.memory.recompute import recompute_of
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import check_model, lay_out, output_folder, read_data, refuse_other_run
+from minitron_mcore.stages.common import check_trained_model, lay_out, output_folder, read_data, refuse_other_run
 from minitron_mcore.stages.fitting import fit_model
 from minitron_mcore.stages.memory import check_memory, explaining_memory
 from minitron_mcore.stages.teachers import cache_teaching, check_teacher_keys, model_teaching
@@ -52,7 +53,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
         assert teaching.architecture is not None
         check_hidden_states(distill.hidden_states, architecture, teaching.architecture, recipe.parallel)
     check_top_k(distill, architecture.vocab_size)
-    check_model(architecture, recipe, "distill")
+    check_trained_model(architecture, recipe, "distill")
     refuse_other_run(folder, recipe, teaching.compared, "distill.checkpoint", "distill")
     resuming = latest_iteration(folder) is not None
     if resuming:
@@ -62,7 +63,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
 
     with explaining_memory(memory, "while loading"):
         teacher = teaching.load(data.timetable)
-        chunks = build_model(architecture, recipe.parallel, recipe.precision)
+        chunks = build_model(architecture, recipe.parallel, recipe.precision, recompute=recompute_of(distill))
         if not resuming:
             load_weights(student_folder, iteration, as_chunks(chunks), architecture)
     states = None

@@ -30,7 +30,7 @@ from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import distill, prune, score
 from minitron_mcore.stages.baseline import train_baseline
-from minitron_mcore.stages.common import asked_shape, check_model
+from minitron_mcore.stages.common import asked_shape, check_trained_model
 from minitron_mcore.training.budget import check_train, plan_timetable
 from minitron_mcore.training.learning_rate import check_learning_rate
 
@@ -68,7 +68,7 @@ def check_steps(recipe: Recipe, teacher: Architecture, students: dict[str, Stude
                 "again in every step: leave one of them out"
             )
         for before, after in pairwise(shapes):
-            check_model(after, recipe)
+            check_trained_model(after, recipe, "distill")
             check_residual(before, after, config.head_residual, config.residual_matrices)
     if config.steps > 1 and recipe.plan:
         raise InputError(f"plan={recipe.plan} is of one step, but prune.steps={config.steps}: leave one of them out")

@@ -17,6 +17,7 @@ from minitron_mcore.distillation.state_memory import state_memory
 from minitron_mcore.errors import InputError, MemoryExhaustedError
 from minitron_mcore.memory.advice import advice
 from minitron_mcore.memory.forecast import STATIC, Forecast, bytes_text, forecast
+from minitron_mcore.memory.recompute import recompute_of
 from minitron_mcore.memory.setting import Setting
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
@@ -93,6 +94,7 @@ def forecast_run(
         "precision": recipe.precision,
         "data_parallel": runtime.world_size // recipe.parallel.replica_ranks,
         "loss_chunk_tokens": train.loss_chunk_tokens,
+        "recompute": recompute_of(train),
         "on_cpu": runtime.device.type == "cpu",
         "section": section,
         "local_ranks": min(local_ranks(), runtime.world_size),
@@ -107,6 +109,7 @@ def forecast_run(
             "teacher_window": train.teacher_window,
             "teacher_trained": train.correct_teacher,
             "teacher_chunk_tokens": recipe.correct.loss_chunk_tokens,
+            "teacher_recompute": recompute_of(recipe.correct),
             "states": partial(state_memory, train.hidden_states),
         }
     settings = [

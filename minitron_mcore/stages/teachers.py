@@ -23,6 +23,7 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache import CachedTeacher
 from minitron_mcore.distillation.teacher import Teacher
 from minitron_mcore.errors import InputError
+from minitron_mcore.memory.recompute import KEEP_ALL, check_recompute, recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.cached import lineage_of, open_cache
@@ -73,6 +74,7 @@ def model_teaching(recipe: Recipe, runtime: Runtime, student: Architecture, stud
     corrected: Path | None = None
     if recipe.distill.correct_teacher:
         corrected, compared = corrected_folder(recipe, folder), (*compared, "correct")
+        check_recompute(recipe.correct, architecture, recipe.parallel, "correct")
 
     def load(timetable: Timetable) -> Teacher:
         teacher = Teacher.load(
@@ -83,6 +85,7 @@ def model_teaching(recipe: Recipe, runtime: Runtime, student: Architecture, stud
             recipe.teacher.precision or recipe.precision,
             layout=layout,
             placement=recipe.teacher.placement,
+            recompute=KEEP_ALL if corrected is None else recompute_of(recipe.correct),
         )
         if corrected is None:
             return teacher

@@ -10,13 +10,14 @@ from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
+from minitron_mcore.memory.recompute import recompute_of
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.initialize import initialize
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import (
-    check_model,
     check_tokenizer,
+    check_trained_model,
     checkpoint_tokenizer,
     lay_out,
     output_folder,
@@ -54,7 +55,7 @@ def train_section(
         raise InputError(f"{section}.checkpoint={folder} is {load[1]}'s own folder: name another")
     architecture = read_architecture(source[0]) if source else new_architecture(recipe, tokenizer.vocab_size)
     check_tokenizer(tokenizer, architecture)
-    check_model(architecture, recipe, section)
+    check_trained_model(architecture, recipe, section)
     refuse_other_run(folder, recipe, compared, f"{section}.checkpoint", section)
     resuming = latest_iteration(folder) is not None
     if resuming:
@@ -63,7 +64,7 @@ def train_section(
     memory = check_memory(recipe, runtime, section, architecture, data.timetable)
 
     with explaining_memory(memory, "while loading"):
-        chunks = build_model(architecture, recipe.parallel, recipe.precision)
+        chunks = build_model(architecture, recipe.parallel, recipe.precision, recompute=recompute_of(train))
         if not resuming and source:
             load_weights(*source, as_chunks(chunks), architecture)
         elif not resuming:

@@ -22,6 +22,7 @@ LEAST = {
     "global_batch_size": 1,
     "micro_batch_size": 1,
     "loss_chunk_tokens": 1,
+    "recompute_num_layers": 1,
     "max_skipped_iterations": 1,
     "lr_warmup_iters": 0,
     "lr_warmup_tokens": 0,

@@ -5,6 +5,8 @@ from typing import Optional
 
 LR_DECAY_STYLES = ("cosine", "linear", "constant", "WSD")
 LR_WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
+RECOMPUTE_GRANULARITIES = ("full", "selective")
+RECOMPUTE_METHODS = ("uniform", "block")
 
 
 @dataclass
@@ -45,6 +47,9 @@ class TrainConfig:
     eval_iters: int = 4  # global batches a validation
     save_interval: int = 0  # iterations between checkpoints; 0: one at the end
     loss_chunk_tokens: Optional[int] = None  # tokens whose logits exist at a time; null: a 16th, at least 128
+    recompute_granularity: Optional[str] = None  # full: whole layers; selective: their MLPs; null: nothing
+    recompute_method: Optional[str] = None  # of full: uniform (its default) or block (memory/recompute.py)
+    recompute_num_layers: Optional[int] = None  # of full: layers in a row (1), or in all of a chunk for block
     max_skipped_iterations: int = 5  # in a row, without a step since the loss or gradients are NaN; so many end the run
 
 

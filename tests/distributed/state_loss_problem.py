@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
 from tests.distributed.dense_reference import DenseModel, draw_weights, fill
 from tests.distributed.models import gather_named, global_batch, my_batch, start_layout, tiny
 
@@ -102,7 +103,9 @@ def fuse_norms(chunks: list[Any]) -> None:
             layer.input_layernorm, layer.pre_mlp_layernorm = IdentityOp(), IdentityOp()
 
 
-def build(case: Case, layout: Any, precision: str = "fp32", *, fused: bool = False) -> tuple[Any, Any]:
+def build(
+    case: Case, layout: Any, precision: str = "fp32", *, fused: bool = False, recompute: Recompute = KEEP_ALL
+) -> tuple[Any, Any]:
     """(the student's chunks, the objective), not yet wrapped."""
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.state_loss import StateLosses
@@ -111,7 +114,7 @@ def build(case: Case, layout: Any, precision: str = "fp32", *, fused: bool = Fal
 
     teacher_chunks = build_model(case.teacher, layout, precision, trainable=False)
     fill(teacher_chunks, case.teacher, weights_of(case, True))
-    models = build_model(case.student, layout, precision)
+    models = build_model(case.student, layout, precision, recompute=recompute)
     fill(models, case.student, weights_of(case, False))
     if fused:
         fuse_norms([*teacher_chunks, *models])
@@ -135,6 +138,7 @@ def solve_on_rank(
     precision: str = "fp32",
     fused: bool = False,
     window: int = 0,
+    recompute: Recompute = KEEP_ALL,
 ) -> dict[str, Any]:
     """Means, gradients and the gradient norm of a first step, for each case; `window` as the objective's."""
     from minitron_mcore.distillation.projection import finalize_gradients
@@ -147,7 +151,7 @@ def solve_on_rank(
     found = {}
     for name in names:
         case = CASES[name]
-        models, objective = build(case, layout, precision, fused=fused)
+        models, objective = build(case, layout, precision, fused=fused, recompute=recompute)
         objective.window = window
         chunks = wrap_model(models)
         optimizer = build_optimizer(chunks, TrainConfig(lr=1e-2), precision)

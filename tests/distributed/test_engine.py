@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
 from minitron_mcore.runtime.config import ParallelConfig
 from tests.distributed.models import (
     assemble,
@@ -48,6 +49,11 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "recomputed loss": (1, {}, {"recompute": True}),
     "recomputed loss, TP2-SP": (2, SP, {"recompute": True}),
     "masks of thousandths, PP2-VPP2": (2, VPP, {"mask_scale": 1e-3}),
+    "recomputed layers": (1, {}, {"layers": Recompute("full")}),
+    "recomputed in pairs, TP2-PP2": (4, {**TP2, **PP2}, {"layers": Recompute("full", "uniform", 2)}),
+    "recomputed in part, PP2-VPP2": (2, VPP, {"layers": Recompute("full", "block", 1), "window": 2}),
+    "recomputed in part, CP2": (2, {"context": 2}, {"layers": Recompute("full", "block", 3)}),
+    "recomputed MLPs, TP2-SP": (2, SP, {"layers": Recompute("selective")}),
     "window 1": (1, {}, {"window": 1}),
     "window 2, PP2-VPP2": (2, VPP, {"window": 2}),
     "window 3, TP2": (2, TP2, {"window": 3}),
@@ -202,7 +208,7 @@ def distil_on_rank(
         return [{**part, "loss_mask": part["loss_mask"] * options.get("mask_scale", 1)} for part in parts]
 
     def build() -> Any:
-        models = build_model(architecture, layout, "fp32")
+        models = build_model(architecture, layout, "fp32", recompute=options.get("layers", KEEP_ALL))
         load_weights(Path(folder) / "student", 0, as_chunks(models), architecture)
         chunks = wrap_model(models)
         optimizer = build_optimizer(chunks, train, "fp32")

@@ -21,6 +21,7 @@ import torch
 from minitron_mcore.distillation.config import HiddenStatesConfig
 from minitron_mcore.distillation.state_memory import state_memory
 from minitron_mcore.memory.forecast import stage_parts
+from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
 from minitron_mcore.memory.setting import Setting
 from minitron_mcore.runtime.config import ParallelConfig
 from tests.distributed.models import LAYOUTS, start_layout, tiny
@@ -39,6 +40,7 @@ def peak_on_rank(
     window: int,
     states: dict[str, Any],
     placement: str,
+    recompute: Recompute,
     folder: str,
 ) -> tuple[int, int]:
     """(pipeline stage, bytes that were allocated at most)."""
@@ -80,7 +82,7 @@ def peak_on_rank(
                     values.normal_(std=0.02)
             del values  # of the last layer, in the memory that it was read into
         teacher = Teacher(frozen, wide, placed=placed)
-        models = build_model(student, layout, precision)
+        models = build_model(student, layout, precision, recompute=recompute)
         initialize(models, student, seed=1)
         losses = None
         if states:
@@ -124,27 +126,37 @@ STATES = {"sites": ["embedding", "block_output", "mlp_input"], "layers": [[1, 1]
 
 
 @pytest.mark.parametrize(
-    ("layout", "precision", "window", "states", "placement"),
+    ("layout", "precision", "window", "states", "placement", "recompute"),
     [
-        ("1", "fp32", 0, STATES, "resident"),
-        ("1", "bf16", 0, {**STATES, "loss": "cosine"}, "resident"),
-        ("1", "fp32", 1, {"sites": ["attention_relation"], "layers": [[1, 1], [2, 3]]}, "resident"),
-        ("PP2", "fp32", 0, STATES, "resident"),
-        ("PP2-VPP2", "bf16", 2, {}, "resident"),
-        ("1", "fp32", 0, {}, "offloaded"),
-        ("TP2", "fp32", 0, STATES, "resident"),
-        ("TP2-SP", "bf16", 1, {}, "resident"),
-        ("DP2", "fp32", 0, {}, "resident"),
-        ("DP2", "fp32", 0, {}, "sharded"),
+        ("1", "fp32", 0, STATES, "resident", KEEP_ALL),
+        ("1", "bf16", 0, {**STATES, "loss": "cosine"}, "resident", KEEP_ALL),
+        ("1", "fp32", 1, {"sites": ["attention_relation"], "layers": [[1, 1], [2, 3]]}, "resident", KEEP_ALL),
+        ("PP2", "fp32", 0, STATES, "resident", KEEP_ALL),
+        ("PP2-VPP2", "bf16", 2, {}, "resident", KEEP_ALL),
+        ("1", "fp32", 0, {}, "offloaded", KEEP_ALL),
+        ("TP2", "fp32", 0, STATES, "resident", KEEP_ALL),
+        ("TP2-SP", "bf16", 1, {}, "resident", KEEP_ALL),
+        ("DP2", "fp32", 0, {}, "resident", KEEP_ALL),
+        ("DP2", "fp32", 0, {}, "sharded", KEEP_ALL),
+        ("1", "fp32", 0, STATES, "resident", Recompute("full")),
+        ("1", "bf16", 0, {}, "resident", Recompute("full", "block", 2)),
+        ("PP2-VPP2", "fp32", 0, {}, "resident", Recompute("full", "uniform", 1)),
+        ("TP2", "fp32", 0, {}, "resident", Recompute("selective")),
     ],
 )
 def test_the_peak_is_forecast(
-    layout: str, precision: str, window: int, states: dict[str, Any], placement: str, tmp_path: Path
+    layout: str,
+    precision: str,
+    window: int,
+    states: dict[str, Any],
+    placement: str,
+    recompute: Recompute,
+    tmp_path: Path,
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
     replicas = world_size // ParallelConfig(**parallel).replica_ranks
     ranks = run_on_ranks(
-        peak_on_rank, world_size, parallel, world_size, precision, window, states, placement, str(tmp_path)
+        peak_on_rank, world_size, parallel, world_size, precision, window, states, placement, recompute, str(tmp_path)
     )
     setting = Setting(
         student=tiny("llama", **STUDENT),
@@ -159,6 +171,7 @@ def test_the_peak_is_forecast(
         on_cpu=True,
         teacher_window=window,
         teacher_placement=placement,
+        recompute=recompute,
     )
     if states:
         setting = replace(setting, states=partial(state_memory, HiddenStatesConfig(**states)))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from minitron_mcore.memory.recompute import Recompute
 from tests.distributed.models import LAYOUTS, assemble, relative_error
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.state_loss_problem import CASES, dense_solution, solve_on_rank
@@ -92,6 +93,26 @@ def test_teacher_in_windows(layout: str) -> None:
         whole = solved(layout)[name]
         assert ours["means"] == pytest.approx(whole["means"], rel=1e-12)
         assert ours["next_alpha"] == pytest.approx(whole["next_alpha"], rel=1e-12)
+        compare(name, ours)
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute", "fused"),
+    [
+        ("1", Recompute("full", "uniform", 2), False),
+        ("TP2-SP", Recompute("full", "block", 3), False),
+        ("PP2", Recompute("full"), False),
+        ("PP2-VPP2", Recompute("full"), False),
+        ("TP2-SP", Recompute("selective"), True),  # the MLP's input is read within what is recomputed
+    ],
+)
+def test_recomputed_layers(layout: str, recompute: Recompute, fused: bool) -> None:
+    """Each pair's loss is added up once, and meets the teacher's state of its own microbatch."""
+    world_size, parallel = LAYOUTS[layout]
+    names = ["all-mse", "all-dynamic"]
+    ranks = run_on_ranks(solve_on_rank, world_size, names, parallel, world_size, fused=fused, recompute=recompute)
+    for name, ours in put_together(ranks, names).items():
+        assert ours["next_alpha"] == pytest.approx(solved(layout)[name]["next_alpha"], rel=1e-5)
         compare(name, ours)
 
 

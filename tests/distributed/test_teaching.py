@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
 from tests.distributed.models import LAYOUTS, global_batch, my_batch, start_layout, steady, tiny
 from tests.distributed.ranks import run_on_ranks
 
@@ -27,7 +28,9 @@ def weights_of(chunks: Any) -> list[torch.Tensor]:
     return [parameter.detach().clone() for chunk in chunks for parameter in chunk.parameters()]
 
 
-def teach_on_rank(parallel: dict[str, Any], world_size: int, folder: str, resume_at: int | None) -> dict[str, Any]:
+def teach_on_rank(
+    parallel: dict[str, Any], world_size: int, folder: str, resume_at: int | None, recompute: Recompute = KEEP_ALL
+) -> dict[str, Any]:
     """`STEPS` steps of both models, or from `resume_at` on; and, at one rank, what independent runs give."""
     from minitron_mcore.checkpoint.folder import write_description
     from minitron_mcore.distillation.objective import Objective
@@ -56,7 +59,7 @@ def teach_on_rank(parallel: dict[str, Any], world_size: int, folder: str, resume
         optimizer = build_optimizer(chunks, config, "fp32")
         return chunks, optimizer, build_scheduler(optimizer, config, timetable)
 
-    frozen = build_model(wide, layout, "fp32", trainable=False)
+    frozen = build_model(wide, layout, "fp32", trainable=False, recompute=recompute)
     initialize(frozen, wide, seed=5)
 
     def describe(tokens: int) -> None:
@@ -107,21 +110,33 @@ def teach_on_rank(parallel: dict[str, Any], world_size: int, folder: str, resume
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Any] = {}
+    made: dict[Any, Any] = {}
 
-    def of(layout: str) -> Any:
-        if layout not in made:
+    def of(layout: str, recompute: Recompute = KEEP_ALL) -> Any:
+        key = (layout, recompute)
+        if key not in made:
             folder = tmp_path_factory.mktemp(layout)
             world_size, parallel = LAYOUTS[layout]
-            made[layout] = (folder, run_on_ranks(teach_on_rank, world_size, parallel, world_size, str(folder), None))
-        return made[layout]
+            ranks = run_on_ranks(teach_on_rank, world_size, parallel, world_size, str(folder), None, recompute)
+            made[key] = (folder, ranks)
+        return made[key]
 
     return of
 
 
-@pytest.mark.parametrize("layout", ["1", "TP2", "PP2-VPP2", "DP2"])
-def test_the_teacher_learns_as_alone_and_teaches_what_it_knows(layout: str, runs: Any) -> None:
-    for rank in runs(layout)[1]:
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [
+        ("1", KEEP_ALL),
+        ("TP2", KEEP_ALL),
+        ("PP2-VPP2", KEEP_ALL),
+        ("DP2", KEEP_ALL),
+        ("PP2-VPP2", Recompute("full")),
+        ("1", Recompute("selective")),
+    ],
+)
+def test_the_teacher_learns_as_alone_and_teaches_what_it_knows(layout: str, recompute: Recompute, runs: Any) -> None:
+    for rank in runs(layout, recompute)[1]:
         for row, alone, frozen in zip(rank["history"], rank["alone"], rank["frozen"], strict=True):
             assert row["teacher lm loss"] == alone["lm loss"]
             assert row["teacher grad-norm"] == alone["grad-norm"]

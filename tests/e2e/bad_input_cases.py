@@ -184,6 +184,16 @@ for _verb in ("train", "distill"):
         (_verb, [f"{_verb}.loss_chunk_tokens=0"], f"{_verb}.loss_chunk_tokens=0 must be at least 1"),
         (
             _verb,
+            [f"{_verb}.recompute_granularity=ful"],
+            f"{_verb}.recompute_granularity='ful' is not allowed: choose one of full, selective (did you mean full?)",
+        ),
+        (
+            _verb,
+            [f"{_verb}.recompute_num_layers=1"],
+            f"{_verb}.recompute_num_layers=1 tells which whole layers are recomputed",
+        ),
+        (
+            _verb,
             [f"{_verb}.lr_decay_style=cosin"],
             "is not allowed: choose one of cosine, linear, constant, WSD (did you mean",
         ),

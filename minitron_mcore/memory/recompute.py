@@ -1,0 +1,66 @@
+"""Which activations a training pass works out once more in backward, rather than keeps; Megatron's choices. Pure.
+
+full        of layers in a row their input alone is kept: by method "uniform" of every `num_layers` in a row of a
+            pipeline chunk, by "block" of each of its first `num_layers`, the others keeping everything
+selective   of each layer's MLP its input alone. (Attention keeps no scores: of it there is little to save.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.errors import InputError
+from minitron_mcore.layout import split_layers
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """granularity: "", nothing is worked out twice; full or selective. method, num_layers: of full alone."""
+
+    granularity: str = ""
+    method: str = "uniform"
+    num_layers: int = 1
+
+    def megatron_fields(self) -> dict[str, Any]:
+        """Of TransformerConfig."""
+        if self.granularity == "full":
+            method = {"recompute_method": self.method, "recompute_num_layers": self.num_layers}
+            return {"recompute_granularity": "full", **method}
+        if self.granularity == "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+        return {}
+
+
+KEEP_ALL = Recompute()
+
+
+def recompute_of(train: TrainConfig) -> Recompute:
+    """As a recipe's section has it, with Megatron's finest grain where it leaves the method out."""
+    if train.recompute_granularity is None:
+        return KEEP_ALL
+    return Recompute(train.recompute_granularity, train.recompute_method or "uniform", train.recompute_num_layers or 1)
+
+
+def check_recompute(train: TrainConfig, architecture: Architecture, parallel: ParallelConfig, section: str) -> None:
+    """Raise InputError for keys of the recipe's `section` that do not go together, or do not suit the layers."""
+    granularity, key = train.recompute_granularity or "null", f"{section}.recompute_"
+    for name in ("method", "num_layers"):
+        value = getattr(train, f"recompute_{name}")
+        if value is not None and granularity != "full":
+            raise InputError(
+                f"{key}{name}={value} tells which whole layers are recomputed, and {key}granularity={granularity} does "
+                f"so to none: set {key}granularity=full, or leave {key}{name} out"
+            )
+    found = recompute_of(train)
+    stages = split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    chunks = sorted({len(chunk) for stage in stages for chunk in stage})
+    if granularity == "full" and found.method == "uniform" and any(size % found.num_layers for size in chunks):
+        held = " or ".join(map(str, chunks))
+        raise InputError(
+            f"{key}num_layers={found.num_layers} does not divide the {held} layers that a pipeline stage runs at a "
+            f"time, as {key}method=uniform needs: choose a divisor, or {key}method=block"
+        )
