@@ -1,8 +1,9 @@
 """Divergences over few outcomes: K token ids of the teacher, and one bucket of all other ids.
 
-With q̂ the student's softmax, q the K + 1 outcomes' probabilities under it, D the divergence and d_i = dD / dq_i, the
-gradient in the student's logit (over the temperature) of column j is q̂_j (d_bucket(j) - sum_i q_i d_i): one number a
-token for every column of the tail, and K single ones.
+With q the K + 1 outcomes' probabilities under the student, D the divergence and d_i = dD / dq_i, the gradient in the
+logarithm of outcome i's probability is g_i = q_i (d_i - sum_j q_j d_j). It is that in the student's logit (over the
+temperature) of each of the K ids; the tail's is shared out by the student's softmax over the tail's ids alone. So no
+number of it is larger than the probabilities and ratios are, however improbable the tail.
 
 Legend: C tokens of a chunk, K outcomes, V this shard's columns, R shards.
 """
@@ -12,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron_mcore.distillation.divergences import Divergence, log_mixture_ratios, log_softmax, log_softmax_
+from minitron_mcore.distillation.divergences import Divergence, log_mixture_ratios, log_softmax_
 
-# Stands for a probability of 0 in a logarithm or a quotient.
-_TINY = 1e-37
+# Stands for minus infinity where that would not be a number any more in a difference or a product with 0.
+LOWEST = -1e30
 
 
 def order_keys(values: Tensor, ids: Tensor) -> Tensor:
@@ -45,58 +46,59 @@ def selected_logits(x_CV: Tensor, column_CK: Tensor, here_CK: Tensor) -> Tensor:
     return x_CV.gather(1, column_CK).masked_fill(~here_CK, 0.0)
 
 
-def _clear_(values_CV: Tensor, column_CK: Tensor, here_CK: Tensor) -> Tensor:
-    """Set the selected columns to exactly zero. (A plain scatter would hit column 0 for the ids elsewhere.)"""
-    return values_CV.scatter_add_(1, column_CK, -selected_logits(values_CV, column_CK, here_CK))
+def tail_statistics(x_CV: Tensor, column_CK: Tensor, here_CK: Tensor) -> dict[str, Tensor]:
+    """Of this shard's logits outside the selected ids, [C] each: the largest, and the sum of exp(logit - largest).
 
-
-def tail_probability(
-    x_CV: Tensor, maximum_C: Tensor, log_sum_C: Tensor, column_CK: Tensor, here_CK: Tensor
-) -> dict[str, Tensor]:
-    """This shard's probability outside the selected ids, [C]; summed, since 1 - the selected ones would cancel."""
-    probability_CV = log_softmax(x_CV, maximum_C.unsqueeze(1), log_sum_C.unsqueeze(1)).exp_()
-    return {"tail": _clear_(probability_CV, column_CK, here_CK).sum(-1)}
+    Not from the probabilities: of a sharp distribution that of the tail is below what fp32, or 1 less the selected
+    ones, can tell from 0, while its logarithm is a number like any other.
+    """
+    # Added, not set: ids that lie on other shards point at column 0.
+    others_CV = x_CV.scatter_add(1, column_CK, torch.where(here_CK, -torch.inf, 0.0).to(x_CV))
+    maximum_C = others_CV.amax(-1).clamp_min(LOWEST)
+    return {"tail_maximum": maximum_C, "tail_sum": others_CV.sub_(maximum_C.unsqueeze(1)).exp_().sum(-1)}
 
 
 def outcome_gradient_(
     x_CV: Tensor,
-    maximum_C: Tensor,
-    log_sum_C: Tensor,
+    tail_maximum_C: Tensor,
+    tail_log_sum_C: Tensor,
     tail_C: Tensor,
     selected_CK: Tensor,
     column_CK: Tensor,
     here_CK: Tensor,
 ) -> None:
-    """Overwrite x, the student's logits over T, with the gradient in them: `selected` at the selected ids, `tail` times
-    the student's softmax elsewhere."""
-    log_softmax_(x_CV, maximum_C.unsqueeze(1), log_sum_C.unsqueeze(1)).exp_().mul_(tail_C.unsqueeze(1))
-    _clear_(x_CV, column_CK, here_CK).scatter_add_(1, column_CK, selected_CK.masked_fill(~here_CK, 0.0))
+    """Overwrite x, the student's logits over T, with the gradient in them: `selected` at the selected ids, elsewhere
+    `tail`, shared out by the student's softmax over the tail's ids."""
+    exponent_CV = log_softmax_(x_CV, tail_maximum_C.unsqueeze(1), tail_log_sum_C.unsqueeze(1))
+    exponent_CV.clamp_max_(0.0).exp_().mul_(tail_C.unsqueeze(1))  # above 0: selected ids, which are set below
+    # A plain scatter would hit column 0 for the ids elsewhere.
+    x_CV.scatter_add_(1, column_CK, -selected_logits(x_CV, column_CK, here_CK))
+    x_CV.scatter_add_(1, column_CK, selected_CK.masked_fill(~here_CK, 0.0))
 
 
 def outcome_divergence(
-    log_p: Tensor, log_q: Tensor, p_tail: Tensor, q_tail: Tensor, used: Tensor, divergence: Divergence
+    log_p: Tensor, log_q: Tensor, log_p_tail: Tensor, log_q_tail: Tensor, used: Tensor, divergence: Divergence
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence of each token, [C], and the `tail` [C] and `selected` [C, K] of its gradient, from logarithms of the K
-    outcomes' probabilities under teacher and student, [C, K], and the tail's probabilities, [C]; `used`, bool [C, K],
-    leaves slots out. All fp64."""
-    tails = torch.stack((p_tail, q_tail))
-    log_tails = tails.clamp_min(_TINY).log_()
-    p = torch.cat((log_p.exp().masked_fill(~used, 0.0), p_tail.unsqueeze(1)), 1)
-    q = torch.cat((log_q.exp().masked_fill(~used, 0.0), q_tail.unsqueeze(1)), 1)
+    """Divergence of each token, [C], and its gradient in the outcomes' logarithms of q: of the tail, [C], and of the K
+    selected ones, [C, K]. From logarithms of the K outcomes' probabilities under teacher and student, [C, K], and of
+    the tail's, [C], minus infinity where there is none; `used`, bool [C, K], leaves slots out. All fp64."""
+    log_p = torch.cat((log_p.masked_fill(~used, -torch.inf), log_p_tail.unsqueeze(1)), 1)
+    log_q = torch.cat((log_q.masked_fill(~used, -torch.inf), log_q_tail.unsqueeze(1)), 1)
+    # An outcome that neither has is none; one that the teacher alone lacks gets a ratio that is finite.
+    ratio = (log_p - log_q).masked_fill(log_q.isneginf(), 0.0).clamp_min(LOWEST)
+    p, q = log_p.exp(), log_q.exp()
     # Where q is nearly 1 at one outcome, d there and its mean cancel down to the rest of q: its sum must be 1 exactly.
     q = q / q.sum(-1, keepdim=True)
-    tail_ratio = (log_tails[0] - log_tails[1]).unsqueeze(1)
-    ratio = torch.cat(((log_p - log_q).masked_fill(~used, 0.0), tail_ratio), 1)
     if divergence.name == "forward_kl":
         value = (p * ratio).sum(-1)
-        q_d, tail_d = -p, -p_tail / q_tail.clamp_min(_TINY)
+        q_d = -p
     elif divergence.name == "reverse_kl":
         value = -(q * ratio).sum(-1)
-        q_d, tail_d = -q * ratio, -ratio[:, -1]
+        q_d = -q * ratio
     else:
         over_q, over_p = log_mixture_ratios(ratio, divergence.mix)
         student = 1.0 - divergence.mix
         value = -(divergence.mix * p * over_p + student * q * over_q).sum(-1)
-        q_d, tail_d = -student * q * over_q, -student * over_q[:, -1]
-    total = q_d.sum(-1, keepdim=True)
-    return value * divergence.value_scale, tail_d - total.squeeze(1), (q_d - q * total)[:, :-1]
+        q_d = -student * q * over_q
+    gradient = q_d - q * q_d.sum(-1, keepdim=True)
+    return value * divergence.value_scale, gradient[:, -1], gradient[:, :-1]

@@ -130,7 +130,7 @@ def logit_gradient_(
     if lm_share:
         next_token_CV = _next_token_softmax(x_CV, found["plain_logsumexp"], divergence.temperature)
     if outcomes:
-        outcome_gradient_(x_CV, found["maximum"], found["log_sum"], found["outcome_tail"], *outcomes)
+        outcome_gradient_(x_CV, found["tail_maximum"], found["tail_log_sum"], found["outcome_tail"], *outcomes)
     elif y_CV is not None:
         gradient_(x_CV, y_CV, {name: value.unsqueeze(1) for name, value in found.items()}, divergence)
     elif next_token_CV is not None:

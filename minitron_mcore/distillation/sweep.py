@@ -17,9 +17,10 @@ from torch import Tensor
 
 from minitron_mcore.distillation.divergences import Divergence, divergence_value, inverse_norms, mixture_statistics
 from minitron_mcore.distillation.outcomes import (
+    LOWEST,
     outcome_divergence,
     selected_logits,
-    tail_probability,
+    tail_statistics,
     top_of_all,
     top_of_shard,
 )
@@ -32,6 +33,9 @@ from minitron_mcore.model.vocab_parallel import (
     product_,
     product_operand,
 )
+
+# What the selected outcomes leave of 1 where rounding leaves nothing: less than the last digit of their sum in fp64.
+_LEAST_REST = 1e-37
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,16 @@ class Outcomes:
         log_tail = None if self.log_tail is None else self.log_tail[rows]
         return Outcomes(self.ids[rows], self.log_probs[rows], self.tail, log_tail)
 
-    def tail_probability(self, vocab_size: int) -> Tensor:
-        """Of the ids in no used slot, fp64 [N]; exactly zero where these are all ids, or without a tail."""
+    def log_tail_probability(self, vocab_size: int) -> Tensor:
+        """Of the ids in no used slot, fp64 [N]; minus infinity where there are none, or without a tail."""
         used = self.ids >= 0
         if self.log_tail is not None:
-            tail_N = self.log_tail.double().exp()
+            log_tail_N = self.log_tail.double()
         else:
-            tail_N = 1.0 - self.log_probs.double().exp().masked_fill(~used, 0.0).sum(-1)
-        without = used.sum(-1) >= vocab_size if self.tail else torch.ones_like(tail_N, dtype=torch.bool)
-        return tail_N.clamp_min(0.0).masked_fill(without, 0.0)
+            selected_N = self.log_probs.double().exp().masked_fill(~used, 0.0).sum(-1)
+            log_tail_N = (1.0 - selected_N).clamp_min(_LEAST_REST).log()
+        without = used.sum(-1) >= vocab_size if self.tail else torch.ones_like(log_tail_N, dtype=torch.bool)
+        return log_tail_N.masked_fill(without, -torch.inf)
 
     def top(self, vocab_size: int) -> Tensor:
         """The likeliest id, the lowest of several, fp64 [N]; `vocab_size` where no slot is used."""
@@ -231,23 +236,27 @@ class _Chunk:
         ids_CK = self.ids_CK if target is None else target.ids
         self.columns = self.shard.locate(ids_CK)
         logits_CK = selected_logits(x_CV, *self.columns)
-        local = by_rows(tail_probability, x_CV, *self._normalizer(), *self.columns)
-        if y_CV is not None:
-            of_teacher = by_rows(tail_probability, y_CV, *self._normalizer("teacher_"), *self.columns)
-            local["teacher_tail"] = of_teacher["tail"]
-        if self.shard.absent:
-            local = {name: torch.zeros_like(value) for name, value in local.items()}
-        local["logits"] = logits_CK.t()
-        summed = {name: value.sum(0) for name, value in _gather(self.shard, local).items()}
-        log_q = summed["logits"].t().contiguous() - found["logsumexp"].unsqueeze(1)
-        used = ids_CK >= 0
+        local = {"logits": logits_CK.t()}
+        for of, logits_CV in (("", x_CV), ("teacher_", y_CV)):
+            if logits_CV is not None:
+                tail = by_rows(tail_statistics, logits_CV, *self.columns)
+                if self.shard.absent:
+                    tail = {"tail_maximum": tail["tail_maximum"].fill_(LOWEST), "tail_sum": tail["tail_sum"].zero_()}
+                local |= {f"{of}{name}": value for name, value in tail.items()}
+        gathered = _gather(self.shard, local)
+        log_q = gathered["logits"].sum(0).t().contiguous() - found["logsumexp"].unsqueeze(1)
+        tail_C, _ = combine(gathered["tail_maximum"], gathered["tail_sum"])
+        found["tail_maximum"] = gathered["tail_maximum"].amax(0)
+        found["tail_log_sum"] = tail_C - found["tail_maximum"]
         if target is None:
-            log_p, p_tail = self.top_CK - found["teacher_logsumexp"].unsqueeze(1), summed["teacher_tail"]
+            log_p = self.top_CK - found["teacher_logsumexp"].unsqueeze(1)
+            teacher_tail_C, _ = combine(gathered["teacher_tail_maximum"], gathered["teacher_tail_sum"])
+            log_p_tail = teacher_tail_C - found["teacher_logsumexp"]
         else:
-            log_p, p_tail = target.log_probs.double(), target.tail_probability(self.divergence.vocab_size)
+            log_p, log_p_tail = target.log_probs.double(), target.log_tail_probability(self.divergence.vocab_size)
             found["teacher_top"] = target.top(self.divergence.vocab_size)
         value_C, found["outcome_tail"], self.outcome_gradient_CK = outcome_divergence(
-            log_p, log_q, p_tail, summed["tail"], used, self.divergence
+            log_p, log_q, log_p_tail, tail_C - found["logsumexp"], ids_CK >= 0, self.divergence
         )
         return value_C
 
