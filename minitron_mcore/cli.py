@@ -1,20 +1,26 @@
 """`minitron VERB --config RECIPE.yaml [key=value …]`: parse, start this rank, run one stage, say what went wrong.
 
-Exit code 0: done. 2: wrong input, one sentence, no traceback. 1: a failure while running.
+Exit code 0: done. 2: wrong input, one sentence, no traceback; a file that is closed to this user too, whenever it is
+met. 1: a failure while running; one sentence where the memory or the disk is full. 141: nobody reads what is printed
+any more, as behind `| head`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
+import select
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from minitron_mcore import __version__
-from minitron_mcore.errors import InputError, MemoryExhaustedError
+from minitron_mcore.errors import DivergedError, InputError, MemoryExhaustedError, StorageError
 
 # verb -> (module of stages/, what it does)
 VERBS = {
@@ -73,6 +79,7 @@ def flags_of(options: argparse.Namespace) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
     options = build_parser().parse_intermixed_args(arguments)
+    recipe: Any = None
     try:
         from minitron_mcore.recipe import load_recipe
 
@@ -88,17 +95,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with trusting(recipe.trust):
             stage.run(recipe, runtime)
         stop()
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            # What is left to print would fail once more when Python leaves.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        told = error if isinstance(error, InputError) else explained(error, recipe)
+        if told is None:
+            raise
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0:
             # The launcher ends every rank once one has ended. The first rank is to say it, and says it at once; a rank
             # that is still here after this was alone in finding the fault.
             time.sleep(8)
-        print(f"minitron {options.verb}: {error}", file=sys.stderr, flush=True)
-        return 2
-    except MemoryExhaustedError as error:
+        print(f"minitron {options.verb}: {told}", file=sys.stderr, flush=True)
+        return told.exit_code
+    except (DivergedError, MemoryExhaustedError) as error:
         print(f"minitron {options.verb}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def explained(error: OSError, recipe: Any) -> InputError | None:
+    """What is said of a system's error that nobody below has put into words: of a closed file or a full disk, else
+    None. `recipe` names the key where one of its paths leads there; None where it is not read yet."""
+    from minitron_mcore.files import FULL, not_read
+
+    path = str(error.filename or "")
+    called = next((f"{key}={value}" for key, value in paths_of(recipe) if is_below(path, value)), path)
+    if error.errno in FULL:
+        return StorageError(f"{called or 'a file'} cannot be written: {error}; make room, and run the command again")
+    return not_read(called, error) if isinstance(error, PermissionError) else None
+
+
+def paths_of(recipe: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    """(key, value) of every text in a recipe, by its whole name."""
+    if isinstance(recipe, str):
+        yield above, recipe
+    elif dataclasses.is_dataclass(recipe):
+        for field in dataclasses.fields(recipe):
+            yield from paths_of(getattr(recipe, field.name), f"{above}.{field.name}".lstrip("."))
+
+
+def is_below(path: str, value: str) -> bool:
+    """Whether `path` is, or lies below, what the recipe's `value` names."""
+    folder = value.removeprefix("cache:").rstrip("/")
+    return bool(folder) and (path == folder or path.startswith(folder + "/"))
+
+
+def nobody_reads() -> bool:
+    """Whether the other end of the pipe that is printed to is closed."""
+    try:
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):
+        return False
+    return any(event & select.POLLERR for _, event in pipe.poll(0))
 
 
 if __name__ == "__main__":

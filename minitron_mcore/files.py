@@ -1,8 +1,10 @@
-"""Small files that are whole or not there."""
+"""Small files that are whole or not there, and what is said of files that cannot be read or written."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,19 +12,59 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from minitron_mcore.errors import InputError
+from minitron_mcore.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# Of a disk that took less than was to be written; what else can go wrong is there from the beginning.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+
+
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """A full or forbidden disk is the user's to mend: an OSError within becomes one sentence that names `what`."""
+    """A full or forbidden disk is the user's to mend: an OSError within becomes one sentence that names `what`, a
+    StorageError where the disk is full or broken, else an InputError."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{what} cannot be written: {error}") from error
+        raise not_written(what, error) from error
+
+
+def not_written(what: str, error: OSError, hint: str = "") -> InputError:
+    """What the user is to see of `error`, met while `what` was written; `hint` goes behind it where the disk failed."""
+    if error.errno in FULL:
+        return StorageError(f"{what} cannot be written: {error}{hint}")
+    return InputError(f"{what} cannot be written: {error}")
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """An OSError within, such as of a closed folder, becomes an InputError of one sentence that names `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise not_read(what, error) from error
+
+
+def not_read(what: str, error: OSError) -> InputError:
+    """What the user is to see of `error`, met while `what` was read."""
+    place = "" if error.filename is None else f" at {error.filename}"
+    reason = (error.strerror or type(error).__name__).lower()
+    mend = "open it to this user, or name another" if isinstance(error, PermissionError) else "name another"
+    return InputError(f"{what} cannot be read: {reason}{place}; {mend}")
+
+
+def refuse_closed(what: str, path: str | Path) -> None:
+    """Raise InputError, naming `what`, where this user may not read `path`; one that is not there is no matter here."""
+    with reading(what):
+        try:
+            mode = os.R_OK | (os.X_OK if stat.S_ISDIR(os.stat(path).st_mode) else 0)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if not os.access(path, mode, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -43,8 +85,10 @@ def write_figure(path: Path, figure: Figure) -> None:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a small YAML file that lies beside a checkpoint. Raises InputError where it holds none."""
+    with reading(str(path)):
+        content = path.read_bytes()
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = yaml.safe_load(content.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):

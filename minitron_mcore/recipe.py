@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
@@ -155,7 +155,7 @@ def load_recipe(config: Optional[str], overrides: list[str]) -> Recipe:
             given = OmegaConf.from_dotlist([override])
         except (YAMLError, OmegaConfBaseException, ValueError) as error:
             raise InputError(f"{override!r} cannot be read: {_one_line(error)}") from error
-        merged = _merge(merged, given, "on the command line")
+        merged = _merge(merged, _in_lists(merged, key, given), "on the command line")
     try:
         recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -163,6 +163,27 @@ def load_recipe(config: Optional[str], overrides: list[str]) -> Recipe:
     assert isinstance(recipe, Recipe)
     check_choices(recipe)
     return recipe
+
+
+def _in_lists(merged: Any, key: str, given: DictConfig) -> DictConfig:
+    """`given`, where `key` names an entry of a list, as in distill.phases[1].tokens: all of the list, that changed."""
+    path, bracket, rest = key.partition("[")
+    number = rest.partition("]")[0]
+    there = OmegaConf.select(merged, path) if bracket and number.isdecimal() else None
+    if not isinstance(there, ListConfig):
+        return given
+    if int(number) >= len(there):
+        raise InputError(f"{key} (on the command line) names entry {number} from 0 on, and {path} has {len(there)}")
+    entries: Any = OmegaConf.to_container(there, resolve=False)
+    value = OmegaConf.to_container(given, resolve=False)
+    for part in (*path.split("."), number):
+        value = value[part]  # type: ignore[call-overload,index]
+    entry = entries[int(number)]
+    entries[int(number)] = {**entry, **value} if isinstance(entry, dict) and isinstance(value, dict) else value
+    whole: Any = entries
+    for part in reversed(path.split(".")):
+        whole = {part: whole}
+    return OmegaConf.create(whole)
 
 
 def _read_yaml(config: str) -> DictConfig:

@@ -24,7 +24,7 @@ import yaml
 
 from minitron_mcore.architecture import Architecture, load_architecture, save_architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import read_mapping, write_whole
+from minitron_mcore.files import read_mapping, reading, refuse_closed, write_whole
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -69,12 +69,26 @@ def latest_iteration(folder: Path) -> int | None:
 
 
 def find_checkpoint(folder: str | Path | None, key: str) -> tuple[Path, int]:
-    """(folder, newest iteration) of a checkpoint that must be there; `key` is the recipe's key for messages."""
+    """(folder, newest iteration) of a checkpoint that must be there; `key` is the recipe's key for messages.
+
+    Raises InputError where there is none, or where what lies there is closed to this user.
+    """
     if not folder:
         raise InputError(f"{key} is not given: name the folder of a checkpoint")
     path = Path(folder)
-    if not path.is_dir():
-        raise InputError(f"{key}={path} is not there: name the folder of a checkpoint")
+    with reading(f"{key}={path}"):
+        if not path.is_dir():
+            raise InputError(f"{key}={path} is not there: name the folder of a checkpoint")
+        found, iteration = _find(path, key)
+        place = iteration_folder(found, iteration)
+        besides = [beside(found, name) for name in ("architecture.yaml", "lineage.yaml", "tokenizer")]
+        # Not every file of weights, of which there may be thousands: who reads one says what is wrong with it.
+        for part in (*besides, place, place / ".metadata", place / "common.pt"):
+            refuse_closed(f"{key}={path}", part)
+    return found, iteration
+
+
+def _find(path: Path, key: str) -> tuple[Path, int]:
     if (
         (path / TRACKER).is_file()
         and (path / TRACKER).read_bytes().strip() == b"release"
@@ -93,14 +107,15 @@ def find_checkpoint(folder: str | Path | None, key: str) -> tuple[Path, int]:
 def read_architecture(folder: Path) -> Architecture:
     """The model in `folder`: as architecture.yaml says, else as another project's files in its newest iteration.
 
-    Raises InputError where nothing says it, or where the stored tensors contradict it.
+    Raises InputError where nothing says it, where the stored tensors contradict it, or where it is closed to this user.
     """
-    if (described := beside(folder, "architecture.yaml")).is_file():
-        return load_architecture(described)
-    from minitron_mcore.checkpoint.foreign import infer_architecture
+    with reading(str(folder)):
+        if (described := beside(folder, "architecture.yaml")).is_file():
+            return load_architecture(described)
+        from minitron_mcore.checkpoint.foreign import infer_architecture
 
-    place = _newest(folder)
-    return load_architecture(described) if place is None else infer_architecture(place)
+        place = _newest(folder)
+        return load_architecture(described) if place is None else infer_architecture(place)
 
 
 def said_by(folder: Path) -> str:

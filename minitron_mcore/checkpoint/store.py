@@ -6,25 +6,32 @@ checkpoint loads under both layer specs.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.storage import WriteResult
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import iteration_folder, read_architecture, said_by
 from minitron_mcore.checkpoint.manifest import StoredPiece, stored_piece
 from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
 from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, refuse_objects
-from minitron_mcore.checkpoint.writer import pieces_of, write_iteration
+from minitron_mcore.checkpoint.writer import explaining_disk, pieces_of, write_iteration
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import parameter_table
 from minitron_mcore.model.gpt import LanguageModel, unwrap
@@ -44,17 +51,53 @@ def model_state(chunks: list[torch.nn.Module]) -> dict[str, ShardedStateDict]:
 
 
 def save_state(folder: Path, iteration: int, state: ShardedStateDict, runtime: Runtime) -> None:
-    """Write `state` as a whole iteration of `folder`, or nothing that counts as one. All ranks call.
+    """Write `state` as a whole iteration of `folder`, or nothing of it. All ranks call.
 
-    Written to a temporary folder, renamed when every rank is done; with a manifest of the tensors' checksums.
+    Written to a temporary folder, renamed when every rank is done; with a manifest of the tensors' checksums. Raises
+    StorageError, on every rank, where the disk is full: the unfinished iteration is then gone, the others are whole.
     """
+    hint = "; what was saved before is whole: make room, and the same command goes on from there"
 
     def write(temporary: Path) -> list[StoredPiece]:
         save_without_helper()
-        dist_checkpointing.save(state, str(temporary), content_metadata={"iteration": iteration})
+        logging.getLogger(FileSystemWriterAsync.__module__).setLevel(logging.CRITICAL)  # what it logs is raised, too
+        state["content_metadata"] = {"iteration": iteration}
+        sharded, common = save_preprocess(state)
+
+        def write_common() -> None:
+            with explaining_disk(folder, str(folder), hint):
+                get_default_save_common_strategy().save_common(common, temporary)
+
+        def write_config() -> None:
+            with explaining_disk(folder, str(folder), hint):
+                save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
+
+        runtime.on_main(write_common)
+        _SaveOrTell("torch_dist", 1).save(sharded, temporary)
+        runtime.on_main(write_config)
         return _stored_pieces(state)
 
-    write_iteration(folder, iteration, runtime, write)
+    write_iteration(folder, iteration, runtime, write, hint=hint)
+
+
+class _SaveOrTell(TorchDistSaveShardedStrategy):
+    """megatron-core's own way to save, but that what fails on one rank is raised on all: there, a first rank that
+    cannot write what describes the checkpoint leaves the others waiting, and only it learns what they met."""
+
+    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, save_state_dict_ret: Any) -> AsyncRequest:
+        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        _, metadata, ranks = save_state_dict_ret
+
+        def written() -> list[WriteResult]:
+            found = writer.retrieve_write_results()
+            if isinstance(found, tuple):  # an error and its traceback; the system's own, where there is one, is below
+                raise found[0].__cause__ or found[0]
+            return found
+
+        def finish() -> None:
+            ranks.all_reduce("write", written, lambda results: writer.finish(metadata, results))
+
+        return request._replace(finalize_fns=[finish])
 
 
 def _stored_pieces(state: ShardedStateDict) -> list[StoredPiece]:

@@ -43,9 +43,12 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from minitron_mcore.checkpoint.folder import finish_iteration
 from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, stored_piece, write_manifest
 from minitron_mcore.checkpoint.safetensors_file import write_in_blocks
-from minitron_mcore.errors import InputError
-from minitron_mcore.files import writing
+from minitron_mcore.errors import InputError, StorageError
+from minitron_mcore.files import not_written
 from minitron_mcore.runtime.start import Runtime
+
+# What torch.save says of a full disk: that its archive is broken, where the system's own error was lost on its way.
+_ARCHIVE_BROKEN = ("inline_container.cc", "PyTorchStreamWriter failed", "iostream error")
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def save_stream(
     chosen, called = list(sources), called or str(folder)
 
     def write_common(temporary: Path) -> None:
-        with writing(called):
+        with explaining_disk(folder, called):
             common = {"content_metadata": {"iteration": iteration}}
             get_default_save_common_strategy().save_common(common, temporary)
             save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
@@ -117,15 +120,7 @@ def save_stream(
         before_finish()
         return writer.stored
 
-    existed = folder.exists()
-    try:
-        write_iteration(folder, iteration, runtime, write, called)
-    except (Exception, CheckpointException) as error:
-        if runtime.is_main:
-            shutil.rmtree(_unfinished(folder, iteration), ignore_errors=True)
-            if not existed:
-                shutil.rmtree(folder, ignore_errors=True)
-        raise _told(error, called) from error
+    write_iteration(folder, iteration, runtime, write, called)
 
 
 def write_iteration(
@@ -134,32 +129,41 @@ def write_iteration(
     runtime: Runtime,
     write: Callable[[Path], list[StoredPiece]],
     called: str | None = None,
+    hint: str = "",
 ) -> None:
     """Have `write` fill a temporary folder, on every rank, and make it the finished `iteration` of `folder`.
 
-    `write` returns the pieces that this rank stored. All ranks call. Raises InputError, which calls the
-    folder `called`, where it cannot be made or what describes the iteration cannot be written.
+    `write` returns the pieces that this rank stored, and raises on every rank where it does on one. All ranks call.
+    Whatever is raised, nothing of the iteration is left behind. Raises InputError, which calls the folder `called`,
+    where it cannot be made, and StorageError, with `hint` behind it, where the disk is full.
     """
-    temporary = _unfinished(folder, iteration)
+    existed, called, temporary = folder.exists(), called or str(folder), _unfinished(folder, iteration)
 
     def begin() -> None:
-        with writing(called or str(folder)):
+        with explaining_disk(folder, called, hint):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
 
-    runtime.on_main(begin)
-    stored = write(temporary)
-    ranks: list[Any] = [stored]
-    if runtime.world_size > 1:
-        ranks = [None] * runtime.world_size
-        torch.distributed.gather_object(stored, ranks if runtime.is_main else None, dst=0)
-
     def finish() -> None:
-        with writing(called or str(folder)):
+        with explaining_disk(folder, called, hint):
             write_manifest(temporary, (piece for pieces in ranks for piece in pieces), _objects(temporary))
             finish_iteration(folder, temporary, iteration)
 
-    runtime.on_main(finish)
+    try:
+        with explaining_disk(folder, called, hint):
+            runtime.on_main(begin)
+            stored = write(temporary)
+            ranks: list[Any] = [stored]
+            if runtime.world_size > 1:
+                ranks = [None] * runtime.world_size
+                torch.distributed.gather_object(stored, ranks if runtime.is_main else None, dst=0)
+            runtime.on_main(finish)
+    except (Exception, CheckpointException):
+        if runtime.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _unfinished(folder: Path, iteration: int) -> Path:
@@ -176,7 +180,20 @@ def _objects(place: Path) -> dict[str, str]:
     }
 
 
-def _told(error: BaseException, called: str) -> BaseException:
+@contextmanager
+def explaining_disk(folder: Path, called: str, hint: str = "") -> Iterator[None]:
+    """Within, what goes wrong with the disk under `folder` is raised as one sentence, which calls the folder `called`:
+    a StorageError, with `hint` behind it, where the disk is full or broken, else an InputError."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        told = _told(error, folder, called, hint)
+        if told is error:
+            raise
+        raise told from error
+
+
+def _told(error: BaseException, folder: Path, called: str, hint: str) -> BaseException:
     """What the user is to see of an error that torch gathered from the ranks: the first sentence there is."""
     causes = [error]
     if isinstance(error, CheckpointException):
@@ -186,8 +203,20 @@ def _told(error: BaseException, called: str) -> BaseException:
             return cause
     for cause in causes:
         if isinstance(cause, OSError):
-            return InputError(f"{called} cannot be written: {cause}")
+            return not_written(called, cause, hint)
+    for cause in causes:
+        words = " ".join(str(cause).split())
+        if isinstance(cause, RuntimeError) and any(part in words for part in _ARCHIVE_BROKEN):
+            return StorageError(
+                f"{called} cannot be written: {words[:200]}, with {_free(folder)} free on its disk{hint}"
+            )
     return error
+
+
+def _free(folder: Path) -> str:
+    while not folder.exists():
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB"
 
 
 @contextmanager

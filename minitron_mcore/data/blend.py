@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import refuse_closed
 
 Bounds = tuple[float, float]  # of a share of a file's documents, each in [0, 1]
 
@@ -124,7 +125,7 @@ def inspect_parts(
 
 
 def check_prefixes(blend: Blend) -> None:
-    """Raise InputError where files of a blend are not there."""
+    """Raise InputError where files of a blend are not there, or closed to this user."""
     for prefix in blend.prefixes:
         _check_exists(prefix, blend.key)
 
@@ -155,6 +156,8 @@ def _strip_ending(prefix: str) -> str:
 
 
 def _check_exists(prefix: str, key: str) -> None:
+    for ending in (".idx", ".bin"):
+        refuse_closed(f"{key}: {prefix}{ending}", prefix + ending)
     if os.path.isfile(prefix + ".idx") and os.path.isfile(prefix + ".bin"):
         return
     longer = prefix + "_text_document"

@@ -161,15 +161,19 @@ def log_weights(targets: Targets) -> numpy.ndarray:
     return (logs if targets.values is None else logs + targets.values).astype(numpy.float32)
 
 
-def raise_everywhere(told: str | None) -> None:
-    """Raise InputError on every rank if one of them has something to tell: `told`. Every rank of the world calls."""
+def raise_everywhere(told: str | InputError | None) -> None:
+    """Raise on every rank if one of them has something to tell: `told`, words of an InputError or the error itself.
+
+    Every rank of the world calls.
+    """
     is_bad = torch.tensor([told is not None], dtype=torch.int32, device=torch.cuda.current_device())
     torch.distributed.all_reduce(is_bad)
     if not is_bad:
         return
     answers: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(answers, told)
-    raise InputError(next(answer for answer in answers if answer is not None))
+    first = next(answer for answer in answers if answer is not None)
+    raise InputError(first) if isinstance(first, str) else first
 
 
 def check_cached(teacher: CachedTeacher, distill: DistillConfig) -> None:

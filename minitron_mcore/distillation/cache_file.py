@@ -36,7 +36,7 @@ import numpy
 import xxhash
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import write_whole
+from minitron_mcore.files import reading, write_whole
 
 DESCRIPTION = "cache.json"
 FORMAT = 2  # 1 had no probability of the other ids, and the number of samples in the digest
@@ -197,13 +197,15 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 def read_settings(folder: Path) -> dict[str, Any]:
     """How a cache was made. Raises InputError where `folder` holds none that is read here."""
     path = folder / DESCRIPTION
-    if not path.is_file():
-        raise InputError(
-            f"distill.teacher=cache:{folder} holds no teacher's targets: {DESCRIPTION} is missing; write them with "
-            "`cache`, or name another folder"
-        )
+    with reading(f"distill.teacher=cache:{folder}"):
+        if not path.is_file():
+            raise InputError(
+                f"distill.teacher=cache:{folder} holds no teacher's targets: {DESCRIPTION} is missing; write them with "
+                "`cache`, or name another folder"
+            )
+        text = path.read_bytes()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode("utf-8"))
         found, settings = content["format"], dict(content["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: it does not say how the targets were made") from error

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.distillation.config import SITES, HiddenStatesConfig
+from minitron_mcore.distillation.settings import refuse_idle
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 
@@ -121,7 +122,8 @@ def relation_heads(wanted: int, student: Architecture, teacher: Architecture, te
 
 
 def check_section(config: HiddenStatesConfig) -> None:
-    """Raise InputError, naming the key, for a section `distill.hidden_states` that no two models can follow."""
+    """Raise InputError, naming the key, for a section `distill.hidden_states` that no two models can follow, and
+    for keys of it that do nothing."""
     for index, site in enumerate(config.sites):
         if site not in SITES:
             raise InputError(f"{KEY}.sites holds {site!r}: it takes {', '.join(SITES)}")
@@ -131,6 +133,22 @@ def check_section(config: HiddenStatesConfig) -> None:
         raise InputError(f"{KEY}.weight={config.weight} must be finite and at least 0")
     if config.relation_heads < 0:
         raise InputError(f"{KEY}.relation_heads={config.relation_heads} must be at least 1, or 0 for the default")
+    refuse_idle(config, KEY, idle_keys(config.sites))
+
+
+def idle_keys(sites: Sequence[str]) -> dict[str, str]:
+    """The keys of the section that do nothing at `sites`, and why, for `refuse_idle`."""
+    if not sites:
+        words = f"without {KEY}.sites: leave it out, or name the sites that are compared"
+        return dict.fromkeys(("layers", "loss", "relation_heads", "weighting", "weight"), words)
+    where, idle = f"to {KEY}.sites=[{', '.join(sites)}]", {}
+    if "attention_relation" not in sites:
+        idle["relation_heads"] = f"{where}: leave it out, or add attention_relation"
+    elif len(sites) == 1:
+        idle["loss"] = f"{where}, which are always compared by KL: leave it out, or add another site"
+    if list(sites) == ["embedding"]:
+        idle["layers"] = f"{where}, which is one pair whatever the layers: leave it out, or add another site"
+    return idle
 
 
 def check_hidden_states(

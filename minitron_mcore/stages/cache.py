@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,13 @@ from megatron.core import parallel_state
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, iteration_folder, read_architecture
+from minitron_mcore.checkpoint.folder_lock import FolderLock
 from minitron_mcore.checkpoint.manifest import MANIFEST, bytes_checksum
 from minitron_mcore.checkpoint.reader import all_or_none
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.blend import Part, inspect_parts, parse_blend, parse_split
 from minitron_mcore.data.dataset import WHOLE, Dataset, batches_once, build_datasets
+from minitron_mcore.data.index_size import Wanted, check_index_size
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache import PREFIX, check_served, raise_everywhere
 from minitron_mcore.distillation.cache_file import (
@@ -32,9 +33,9 @@ from minitron_mcore.distillation.cache_file import (
     write_settings,
     write_shard,
 )
-from minitron_mcore.distillation.cache_lock import LOCK, FolderLock
 from minitron_mcore.distillation.config import CacheConfig
 from minitron_mcore.distillation.draw import Drawing, make_targets
+from minitron_mcore.distillation.settings import check_temperature, refuse_idle
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
 from minitron_mcore.model.gpt import LanguageModel, build_model
@@ -48,6 +49,7 @@ from minitron_mcore.training.reader import to_device
 
 LEAST = {"micro_batch_size": 1, "chunk_tokens": 1, "shard_samples": 1, "num_samples": 1, "top_k": 0}
 MOST_DRAWS = 10_000
+LOCK = "cache.lock"
 
 
 def run(recipe: Recipe, runtime: Runtime) -> Path:
@@ -64,6 +66,9 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     check_cache(cache, temperature, architecture)
     tokenizer = checkpoint_tokenizer(recipe, teacher_folder)
     num_samples = cache.num_samples or samples_needed(recipe)
+    key = f"cache.num_samples={num_samples}" if cache.num_samples else f"distill.tokens={recipe.distill.tokens}"
+    wanted = [Wanted(num_samples, recipe.data.sequence_length, key)]
+    all_or_none(lambda: check_index_size(recipe.data, wanted))
     dataset, _, _ = build_datasets(recipe.data, tokenizer, train_samples=num_samples, valid_samples=0, seed=recipe.seed)
     assert dataset is not None
     precision = recipe.teacher.precision or recipe.precision
@@ -88,7 +93,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     warn_of_refusal(recipe, runtime, folder, settings)
     if there is not None and there["num_samples"] < num_samples:
         check_order(runtime, CacheReader(folder), dataset, num_samples)
-    lock = FolderLock(folder)
+    lock = cache_lock(folder)
     try:
         settings, missing = runtime.on_main(lambda: claim(folder, settings, lock))
         if not missing:
@@ -135,7 +140,7 @@ def write_missing(
     writes = writes and parallel_state.get_tensor_model_parallel_rank() == 0
     started, written = time.perf_counter(), torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for turn in range(0, len(missing), replicas):
-        told = None
+        told: InputError | None = None
         if turn + replica < len(missing):
             shard, held = missing[turn + replica]
             first = shard * cache.shard_samples
@@ -149,7 +154,7 @@ def write_missing(
                     size = sum(len(block) for block, _ in blocks)
                     written += torch.tensor([len(samples), size], device=written.device)
             except InputError as error:
-                told = str(error)
+                told = error
         raise_everywhere(told)
         so_far = written.clone()
         torch.distributed.all_reduce(so_far)
@@ -225,21 +230,26 @@ def groups(recipe: Recipe, dataset: Dataset, samples: list[int], interleaved: bo
 
 
 def check_cache(cache: CacheConfig, temperature: float, architecture: Architecture) -> None:
-    """Raise InputError for numbers that nothing can be drawn by."""
+    """Raise InputError for numbers that nothing can be drawn by, and for keys of the method that is not chosen."""
+    if cache.method == "sampled":
+        idle = {"top_k": "to cache.method=sampled, which draws ids at random: leave it out, or set cache.method=top_k"}
+    else:
+        words = "to cache.method=top_k, which keeps the likeliest ids: leave it out, or set cache.method=sampled"
+        idle = {"draws": words, "proposal_temperature": words}
+    refuse_idle(cache, "cache", idle)
     for name, least in LEAST.items():
         value = getattr(cache, name)
         if value is not None and value < least:
             raise InputError(f"cache.{name}={value} must be at least {least}")
     if not 1 <= cache.draws <= MOST_DRAWS:
         raise InputError(f"cache.draws={cache.draws} must lie between 1 and {MOST_DRAWS}")
-    if cache.top_k > architecture.vocab_size:
+    if cache.method == "top_k" and cache.top_k > architecture.vocab_size:
         raise InputError(
             f"cache.top_k={cache.top_k} is more than the teacher's vocab_size={architecture.vocab_size}: 0 keeps all"
         )
     key = "distill.temperature" if cache.temperature is None else "cache.temperature"
     for name, value in {key: temperature, "cache.proposal_temperature": cache.proposal_temperature}.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{name}={value} must be finite and above 0")
+        check_temperature(value, name)
 
 
 def samples_needed(recipe: Recipe) -> int:
@@ -340,6 +350,12 @@ def check_order(runtime: Runtime, reader: CacheReader, dataset: Dataset, num_sam
                     )
 
     all_or_none(check_mine)
+
+
+def cache_lock(folder: Path) -> FolderLock:
+    """The right to write the cache in `folder`, not yet taken."""
+    refusal = f"cache.folder={folder} is being written by another `cache`: wait for it, or name another folder"
+    return FolderLock(folder / LOCK, refusal)
 
 
 def claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> tuple[dict[str, Any], list[tuple[int, int]]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from minitron_mcore.checkpoint.folder import (
     tokenizer_folder,
     write_description,
 )
+from minitron_mcore.checkpoint.reader import all_or_none
 from minitron_mcore.data.corpus import check_folder
 from minitron_mcore.data.dataset import build_training_datasets
+from minitron_mcore.data.index_size import Wanted, check_index_size
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.distillation.cache import PREFIX
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import read_mapping
+from minitron_mcore.files import read_mapping, refuse_closed
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.memory.recompute import check_recompute
 from minitron_mcore.model.gpt import check_fp8
@@ -81,13 +85,24 @@ def refuse_context(recipe: Recipe, verb: str) -> None:
 
 
 def output_folder(value: str | None, key: str) -> Path:
+    """The folder to write to. Raises InputError where it is none, or could not be made or read. Makes nothing."""
     if not value:
         raise InputError(f"{key} is not given: name the folder to write to")
-    if Path(value).is_file():
+    if os.path.isfile(value):
         raise InputError(f"{key}={value} is a file: name a folder")
+    check_folder(value, key)
+    refuse_closed(f"{key}={value}", value)
     if is_iteration(Path(value)):
         raise InputError(f"{key}={value} is an iteration of a checkpoint: name another folder to write to")
-    check_folder(value, key)
+    above = Path(value).absolute()
+    while not above.exists():
+        above = above.parent
+    if not os.statvfs(above).f_blocks:
+        # Where there is no disk, as in /proc, root seems to have a right that does not help: it is tried.
+        try:
+            os.rmdir(tempfile.mkdtemp(dir=above))
+        except OSError as error:
+            raise InputError(f"{key}={value} cannot be written: no folder can be made in {above}") from error
     return Path(value)
 
 
@@ -129,7 +144,7 @@ def refuse_other_run(
             path, value = f"{section}.{name}".rstrip("."), here[name]
             if path == "distill.teacher" and all(str(each).startswith(PREFIX) for each in (there[name], value)):
                 continue  # a cache is known by what it holds, not by where it lies
-            if there[name] != value and (name not in may_change or path == "teacher.checkpoint"):
+            if _settled(there[name]) != _settled(value) and (name not in may_change or path == "teacher.checkpoint"):
                 may_phase = stage and not keeps_budget and name in SIZES
                 hint = f"; to change it on the way, give {stage}.phases" if may_phase else ""
                 raise InputError(
@@ -138,6 +153,13 @@ def refuse_other_run(
                 )
     if stage is not None and not keeps_budget:
         refuse_other_budget(folder, recipe, stored, stage)
+
+
+def _settled(value: Any) -> Any:
+    """A key's value without what may change at any time: the micro-batch sizes of phases."""
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        return [{name: part for name, part in entry.items() if name not in MAY_CHANGE} for entry in value]
+    return value
 
 
 def refuse_other_budget(folder: Path, recipe: Recipe, stored: dict[str, Any], section: str) -> None:
@@ -253,16 +275,19 @@ def read_data(
     Validation is always of `data.sequence_length`. Megatron shuffles all passes over a text at once: for the order of
     `least_samples` samples, which may be more than the budget takes. Every rank calls. Raises InputError.
     """
-    check_log(recipe.log)
+    all_or_none(lambda: check_log(recipe.log))
     timetable = plan_timetable(train, recipe.data.sequence_length, section)
     check_train(train, recipe.parallel, parallel_state.get_data_parallel_world_size(), timetable, section)
     check_learning_rate(train, timetable, section)
+    samples = {length: max(count, least_samples) for length, count in timetable.samples_needed().items()}
+    valid_samples = train.eval_iters * train.global_batch_size
+    wanted = [Wanted(count, length, f"{section}.tokens={train.tokens}") for length, count in samples.items()]
+    if valid_samples:
+        key = f"{section}.eval_iters={train.eval_iters}"
+        wanted.append(Wanted(valid_samples, recipe.data.sequence_length, key, is_validation=True))
+    all_or_none(lambda: check_index_size(recipe.data, wanted))
     training, validation = build_training_datasets(
-        recipe.data,
-        tokenizer,
-        train_samples={length: max(count, least_samples) for length, count in timetable.samples_needed().items()},
-        valid_samples=train.eval_iters * train.global_batch_size,
-        seed=recipe.seed,
+        recipe.data, tokenizer, train_samples=samples, valid_samples=valid_samples, seed=recipe.seed
     )
     sizes = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size}
     read_valid = {name: batch_reader(dataset, **sizes) for name, dataset in validation.items()}

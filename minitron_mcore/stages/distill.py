@@ -11,6 +11,7 @@ from minitron_mcore.distillation.cache import cache_folder
 from minitron_mcore.distillation.config import DistillConfig
 from minitron_mcore.distillation.divergences import PROBABILISTIC
 from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.distillation.settings import check_temperature, refuse_idle
 from minitron_mcore.distillation.state_loss import StateLosses
 from minitron_mcore.distillation.state_map import check_hidden_states, check_section
 from minitron_mcore.distillation.teacher import Teacher
@@ -41,10 +42,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     student_folder, iteration = find_checkpoint(distill.load or recipe.student.checkpoint, key)
     architecture = read_architecture(student_folder)
     folder = output_folder(distill.checkpoint, "distill.checkpoint")
-    for name, given in ((key, str(student_folder)), ("teacher.checkpoint", recipe.teacher.checkpoint)):
-        # A teacher that is cached need not be there.
-        if given and Path(given).is_dir() and folder.resolve() == find_checkpoint(given, name)[0].resolve():
-            raise InputError(f"distill.checkpoint={folder} is the student's or the teacher's own folder: name another")
+    refuse_own_folder(folder, {key: str(student_folder), "teacher.checkpoint": recipe.teacher.checkpoint})
     cache = cache_folder(distill.teacher)
     if cache is not None:
         teaching = cache_teaching(recipe, runtime, cache, architecture, student_folder)
@@ -60,6 +58,8 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
         check_architecture(folder, architecture)
     data = read_data(recipe, teaching.tokenizer, distill, "distill", least_samples=teaching.samples)
     memory = check_memory(recipe, runtime, "distill", architecture, data.timetable, teaching.architecture)
+    if cache is None:
+        warn_of_itself(recipe, runtime, student_folder, iteration, key)
 
     with explaining_memory(memory, "while loading"):
         teacher = teaching.load(data.timetable)
@@ -91,7 +91,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     return fit_model(
         recipe,
         runtime,
-        train=distill,
+        section="distill",
         folder=folder,
         chunks=chunks,
         architecture=architecture,
@@ -108,11 +108,28 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     )
 
 
+def refuse_own_folder(folder: Path, read: dict[str, str | None]) -> None:
+    """Raise InputError where the output `folder` is one of those that are `read`, by their keys."""
+    for key, given in read.items():
+        # A teacher that is cached need not be there.
+        if given and Path(given).is_dir() and folder.resolve() == find_checkpoint(given, key)[0].resolve():
+            raise InputError(f"distill.checkpoint={folder} is the student's or the teacher's own folder: name another")
+
+
+def warn_of_itself(recipe: Recipe, runtime: Runtime, student_folder: Path, iteration: int, key: str) -> None:
+    """Say on the first rank where the student, which the recipe names by `key`, starts as its own teacher."""
+    folder, same = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
+    if folder.resolve() == student_folder.resolve() and same == iteration:
+        runtime.print(
+            f"WARNING: {key}={student_folder} and teacher.checkpoint are iteration {iteration} of the same checkpoint: "
+            "the student starts as its teacher, at a divergence of 0 that training can only raise"
+        )
+
+
 def check_loss(distill: DistillConfig) -> None:
-    """Raise InputError for weights, a temperature, a divergence or hidden states that make no loss."""
+    """Raise InputError for weights, a temperature, a divergence or hidden states that make no loss, or do nothing."""
     cache_folder(distill.teacher)
-    if not 0 < distill.temperature < math.inf:
-        raise InputError(f"distill.temperature={distill.temperature} must be finite and above 0")
+    check_temperature(distill.temperature, "distill.temperature")
     for name in ("kd_weight", "lm_weight"):
         if not 0 <= getattr(distill, name) < math.inf:
             raise InputError(f"distill.{name}={getattr(distill, name)} must be finite and at least 0")
@@ -126,6 +143,9 @@ def check_loss(distill: DistillConfig) -> None:
             f"distill.jensen_shannon_mix={distill.jensen_shannon_mix} must lie between 0 and 1, both left out: for the "
             "limits set distill.logit_loss=forward_kl or reverse_kl"
         )
+    if distill.logit_loss != "jensen_shannon":
+        words = f"to distill.logit_loss={distill.logit_loss}: leave it out, or set distill.logit_loss=jensen_shannon"
+        refuse_idle(distill, "distill", {"jensen_shannon_mix": words})
     check_section(distill.hidden_states)
     if distill.hidden_states.sites and distill.teacher is not None:
         raise InputError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.folder_lock import one_writer
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.memory.forecast import Forecast
@@ -26,7 +27,7 @@ def fit_model(
     recipe: Recipe,
     runtime: Runtime,
     *,
-    train: TrainConfig,
+    section: str,
     folder: Path,
     chunks: list[LanguageModel],
     architecture: Architecture,
@@ -39,14 +40,17 @@ def fit_model(
 ) -> Progress:
     """Train `chunks` into `folder`. Every rank calls.
 
-    `train` is the recipe's section, `data` what `read_data` gave, `source` the checkpoint that the weights are from,
+    `section` is the recipe's, `data` what `read_data` gave, `source` the checkpoint that the weights are from,
     `memory` what `check_memory` gave.
     """
 
     def describe(progress: Progress) -> None:
         describe_trained(folder, recipe, architecture, tokenizer, source, lineage(), progress.consumed_tokens)
 
-    with explaining_memory(memory, "while training"):
+    train: TrainConfig = getattr(recipe, section)
+    teaching = objective.teacher if isinstance(objective.teacher, TrainedTeacher) else None
+    folders = {f"{section}.checkpoint": folder} | ({"correct.checkpoint": teaching.folder} if teaching else {})
+    with one_writer(folders, runtime), explaining_memory(memory, "while training"):
         return fit(
             Job(
                 chunks=chunks,
@@ -64,6 +68,6 @@ def fit_model(
                 recipe=dataclasses.asdict(recipe),
                 name=recipe.name,
                 data_order=data.order,
-                teaching=objective.teacher if isinstance(objective.teacher, TrainedTeacher) else None,
+                teaching=teaching,
             )
         )

@@ -23,8 +23,16 @@ from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.budget import Timetable, size_keys
 
-# What the allocators say, of the host's memory and the device's; the last of pinned memory.
-_EXHAUSTED = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory", "CUDA error: out of memory")
+# What the allocators say, of the host's memory, the device's and pinned memory, and, on a device that is nearly full,
+# cuBLAS and NCCL.
+_EXHAUSTED = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",
+    "Cuda failure 'out of memory'",
+)
 
 
 def check_memory(

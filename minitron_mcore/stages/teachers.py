@@ -26,6 +26,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.memory.recompute import KEEP_ALL, check_recompute, recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages.cache import identity
 from minitron_mcore.stages.cached import lineage_of, open_cache
 from minitron_mcore.stages.common import (
     check_same_tokenizer,
@@ -64,7 +65,13 @@ def model_teaching(recipe: Recipe, runtime: Runtime, student: Architecture, stud
 
     key: where the recipe names `student_folder`. Raises InputError where the two do not belong together.
     """
-    folder, iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
+    folder, newest = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
+    iteration = runtime.on_main(lambda: taught_so_far(recipe.distill.checkpoint, folder, newest))
+    if iteration != newest:
+        runtime.print(
+            f"distill: goes on with iteration {iteration} of teacher.checkpoint={folder}, as it began, where {newest} "
+            "is the newest now"
+        )
     tokenizer, architecture = checkpoint_tokenizer(recipe, folder), read_architecture(folder)
     check_vocabulary(architecture, student)
     check_tokenizer(tokenizer, student)
@@ -93,10 +100,33 @@ def model_teaching(recipe: Recipe, runtime: Runtime, student: Architecture, stud
         return TrainedTeacher(teacher, recipe.correct, timetable, recipe.precision, corrected, describe)
 
     words = f"teacher {architecture.num_parameters:,}" + (f", corrected into {corrected}," if corrected else "")
-    lineage = {"checkpoint": str(folder), "iteration": iteration}
+    lineage = {"checkpoint": str(folder), **identity(folder, iteration)}
     if corrected:
         lineage["corrected"] = str(corrected)
     return Teaching(words, tokenizer, architecture, compared, lineage, load)
+
+
+def taught_so_far(student: str | None, teacher: Path, newest: int) -> int:
+    """The teacher's iteration that the run in the folder `student` was distilled from so far; `newest` for a new run.
+    Any rank calls. Raises InputError where that is not there any more, or not as it was."""
+    if student is None or latest_iteration(Path(student)) is None:
+        return newest
+    lineage = read_lineage(Path(student))
+    before = lineage.get("teacher", {})
+    if lineage.get("stage") != "distill" or "targets" in before or "iteration" not in before:
+        return newest
+    iteration = int(before["iteration"])
+    wrong = None
+    if not iteration_folder(teacher, iteration).is_dir():
+        wrong = f"which is not there any more (the newest is {newest})"
+    elif before.get("weights") not in (None, identity(teacher, iteration)["weights"]):
+        wrong = "which has other weights now"
+    if wrong:
+        raise InputError(
+            f"distill.checkpoint={student} was distilled from iteration {iteration} of teacher.checkpoint={teacher} so "
+            f"far, {wrong}: restore it, or name another distill.checkpoint"
+        )
+    return iteration
 
 
 def cache_teaching(

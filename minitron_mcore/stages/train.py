@@ -73,7 +73,7 @@ def train_section(
     return fit_model(
         recipe,
         runtime,
-        train=train,
+        section=section,
         folder=folder,
         chunks=chunks,
         architecture=architecture,

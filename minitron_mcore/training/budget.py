@@ -35,7 +35,7 @@ LEAST = {
     "weight_decay": 0,
     "adam_beta1": 0,
     "adam_beta2": 0,
-    "adam_eps": 0,
+    "adam_eps": 1e-30,  # at 0, or what fp32 rounds to 0, a weight without a gradient becomes 0 / 0
     "clip_grad": 0,
 }
 

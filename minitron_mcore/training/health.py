@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from minitron_mcore.errors import DivergedError
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
@@ -19,7 +20,7 @@ def count_skipped(
     """What is to be logged of `row`, a step just done: the numbers in it, and how many steps had some that were none.
 
     A step that was skipped is written down with the numbers of its samples. Every rank calls, before
-    `progress.advance`. Raises FloatingPointError at the `max_skipped_iterations`-th skipped step in a row.
+    `progress.advance`. Raises DivergedError at the `max_skipped_iterations`-th skipped step in a row.
     """
     bad = not_finite(row)
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if bad else 0
@@ -38,7 +39,7 @@ def count_skipped(
             f"{progress.skipped_in_a_row} in a row, of {limit} at most |",
         )
         if progress.skipped_in_a_row >= limit:
-            raise FloatingPointError(
+            raise DivergedError(
                 f"iteration {iteration}, {where}: {reason}; {progress.skipped_in_a_row} iterations in a row were "
                 f"skipped, and max_skipped_iterations={limit} ends the run; the newest checkpoint is from before it"
             )

@@ -13,15 +13,17 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mcore.checkpoint.folder import latest_iteration
-from minitron_mcore.checkpoint.store import load_training_state, save_state, training_state
+from minitron_mcore.checkpoint.store import load_training_state, training_state
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
+from minitron_mcore.files import writing
 from minitron_mcore.runtime.timing import timed
 from minitron_mcore.training.accounting import Interval, account
 from minitron_mcore.training.health import count_skipped
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
 from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, set_schedule, wrap_model
+from minitron_mcore.training.saving import save_described
 from minitron_mcore.training.signals import StopRequest
 from minitron_mcore.training.start_check import check_teacher
 from minitron_mcore.training.step import not_finite, train_step
@@ -55,7 +57,6 @@ def fit(job: Job) -> Progress:
         torch.cuda.reset_peak_memory_stats()
 
     metrics = MetricsLog(job.folder, job.log, name=job.name, recipe=job.recipe)
-    runtime.on_main(metrics.open)
     stop = StopRequest()
     try:
         _iterate(job, progress, chunks, optimizer, scheduler, metrics, stop)
@@ -79,6 +80,7 @@ def _iterate(
     steps = job.read_train(job.timetable, progress.iteration)
     first = next(steps)
     check_teacher(job, first[1])
+    runtime.on_main(lambda: open_metrics(metrics))
     timers = StepTimers(job.log.timing_log_level)
     timers.attach(chunks, optimizer, job.objective)
     interval = Interval(timers)
@@ -112,14 +114,18 @@ def _iterate(
         if last or asked_to_stop or _is_due(progress.iteration, train.save_interval):
             if job.teaching is not None:
                 job.teaching.save(progress.iteration, progress.consumed_tokens, runtime)
-            if runtime.is_main:
-                job.describe(progress)
             state = training_state(chunks, optimizer, scheduler, vars(progress).copy(), is_loading=False)
-            save_state(job.folder, progress.iteration, state, runtime)
+            save_described(job.folder, progress.iteration, state, runtime, lambda: job.describe(progress))
         if asked_to_stop and not last:
             runtime.print(f"SIGTERM: saved {job.folder} at iteration {progress.iteration}; the same command goes on")
             raise SystemExit(143)
         interval.start()
+
+
+def open_metrics(metrics: MetricsLog) -> None:
+    """On the first rank; InputError where they cannot be written."""
+    with writing(str(metrics.folder)):
+        metrics.open()
 
 
 def validate(chunks: list[torch.nn.Module], job: Job) -> dict[str, float]:

@@ -6,6 +6,7 @@ console shows a line every `log.interval` iterations, with the losses' means ove
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -13,6 +14,8 @@ import time
 import uuid
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.training.config import LogConfig
@@ -41,13 +44,31 @@ _FORMATS = {
 
 
 def check_log(log: LogConfig) -> None:
-    """Raise InputError for a section `log` that cannot be followed."""
+    """Raise InputError for a section `log` that cannot be followed. Any rank calls; whether Weights & Biases has an API
+    key is looked up on the first rank alone."""
     if log.interval < 1:
         raise InputError(f"log.interval={log.interval} must be at least 1 iteration between two lines")
     if log.timing_log_level not in (0, 1, 2):
         raise InputError(f"log.timing_log_level={log.timing_log_level} must be 0, 1 or 2, as Megatron's")
     if log.peak_tflops is not None and not 0 < log.peak_tflops < math.inf:
         raise InputError(f"log.peak_tflops={log.peak_tflops} must be finite and above 0")
+    if log.wandb == "online" and _is_first_rank() and not _is_logged_in():
+        raise InputError("log.wandb=online needs an API key: log in with `wandb login`, or set log.wandb=offline")
+
+
+def _is_first_rank() -> bool:
+    """The others never speak to Weights & Biases, and need no key."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _is_logged_in() -> bool:
+    """Whether there are credentials for Weights & Biases; it is not asked whether it takes them."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return wandb.login(prompt=False, verify=False)
+    return bool(wandb.api.api_key)  # older versions; newer ones warn at every use
 
 
 class MetricsLog:
@@ -85,8 +106,10 @@ class MetricsLog:
         """
         if self._file is None:
             return
-        record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **row}
-        self._file.write(json.dumps(record) + "\n")
+        # JSON has no NaN and no infinity.
+        numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **numbers}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         if shown is not None:
             print(_console_line(iteration, iterations, shown, kind), flush=True)
         if self._tensorboard is not None:
@@ -101,7 +124,7 @@ class MetricsLog:
         if self._file is None:
             return
         record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **facts}
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         print(line, flush=True)
 
     def close(self, *, finished: bool = True) -> None:
@@ -120,15 +143,14 @@ def _start_wandb(folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]
 
     os.environ.setdefault("WANDB_SILENT", "true")
     id_file = folder / "wandb_run_id"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:8])
+    run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
     mode = log.wandb
     if mode == "auto":
-        mode = "online" if wandb.api.api_key else "offline"
+        mode = "online" if _is_logged_in() else "offline"
     settings: dict[str, Any] = {"mode": mode, "resume": "allow", "reinit": "create_new"}
     try:
-        return wandb.init(
-            project=log.wandb_project, name=name, id=id_file.read_text(), dir=str(folder), config=recipe, **settings
+        started = wandb.init(
+            project=log.wandb_project, name=name, id=run_id, dir=str(folder), config=recipe, **settings
         )
     except wandb.errors.Error as error:
         words = " ".join(str(error).split())
@@ -136,6 +158,9 @@ def _start_wandb(folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]
             f"log.wandb={mode} is refused by Weights & Biases ({words.rstrip('.')}): log in with `wandb login`, "
             "or set log.wandb=offline"
         ) from error
+    if not id_file.exists():
+        id_file.write_text(run_id)
+    return started
 
 
 def _console_line(iteration: int, iterations: int, row: dict[str, float], kind: str) -> str:

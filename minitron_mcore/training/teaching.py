@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from minitron_mcore.checkpoint.store import load_training_state, save_state, training_state
+from minitron_mcore.checkpoint.store import load_training_state, training_state
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.teacher import Teacher
 from minitron_mcore.model.gpt import LanguageModel
@@ -24,6 +24,7 @@ from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.budget import Timetable
 from minitron_mcore.training.config import CorrectConfig
 from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, set_schedule, wrap_model
+from minitron_mcore.training.saving import save_described
 from minitron_mcore.training.step import apply_gradients, not_finite
 
 
@@ -91,10 +92,8 @@ class TrainedTeacher(Teacher):
 
     def save(self, iteration: int, tokens: int, runtime: Runtime) -> None:
         """A checkpoint of the teacher, written before the student's of this iteration. All ranks call."""
-        if runtime.is_main:
-            self.describe(tokens)
         state = training_state(self.wrapped, self.optimizer, self.scheduler, {"iteration": iteration}, is_loading=False)
-        save_state(self.folder, iteration, state, runtime)
+        save_described(self.folder, iteration, state, runtime, lambda: self.describe(tokens))
 
     def resume(self, iteration: int, tokens: int) -> dict[str, Any]:
         """Go on from the checkpoint of `iteration`, after `tokens` tokens. All ranks call; InputError if it is gone."""

@@ -203,7 +203,7 @@ def test_so_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     """The third of three; two before it, with a good one between, do not count."""
     damage = {"what": "loss", "rank": 1, "at": [1, 3, 4, 5]}
     with pytest.raises(
-        RankError, match=r"FloatingPointError: iteration 5, samples 32-39: lm loss is nan, .*3 iterations in a row"
+        RankError, match=r"DivergedError: iteration 5, samples 32-39: lm loss is nan, .*3 iterations in a row"
     ):
         run("DP2", tmp_path, damage, train={"max_skipped_iterations": 3, "save_interval": 2})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

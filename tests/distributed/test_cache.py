@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from minitron_mcore.distillation.cache_file import CacheReader, Targets, shard_file, token_checksum
-from minitron_mcore.distillation.cache_lock import FolderLock
+from minitron_mcore.stages.cache import cache_lock
 from tests.distributed.dense_reference import DenseModel
 from tests.distributed.models import tiny
 from tests.distributed.ranks import run_on_ranks
@@ -36,7 +36,6 @@ COMMON = [
     f"cache.num_samples={SAMPLES}",
     "cache.shard_samples=4",
     "cache.chunk_tokens=20",
-    "cache.draws=30",
     "seed=5",
 ]
 LAYOUTS = {
@@ -58,7 +57,8 @@ def cache(root: Path, overrides: list[str]) -> tuple[str, str]:
     from minitron_mcore.runtime.start import start
     from minitron_mcore.stages import cache as stage
 
-    recipe = load_recipe(None, [text.replace("@", str(root)) for text in [*COMMON, *overrides]])
+    drawn = [] if "cache.method=top_k" in overrides else ["cache.draws=30"]
+    recipe = load_recipe(None, [text.replace("@", str(root)) for text in [*COMMON, *drawn, *overrides]])
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -198,10 +198,25 @@ def test_refusals(root: Path, shown: dict[str, tuple[str, str]]) -> None:
         "data.sequence_length is 32 there and 16 here": [there, "data.sequence_length=16"],
         "holds 13 samples, and cache.num_samples or distill.tokens asks for 12": [there, "cache.num_samples=12"],
         "cannot grow from 13 samples to 90000: sample 0 would have other tokens": [there, "cache.num_samples=90000"],
-        "distill.temperature=0.0 must be finite": ["cache.folder=@/new", "distill.temperature=0"],
-        "cache.temperature=-1.0 must be finite": ["cache.folder=@/new", "cache.temperature=-1"],
+        "distill.temperature=0.0 must lie between 0.001 and 100": ["cache.folder=@/new", "distill.temperature=0"],
+        "cache.temperature=-1.0 must lie between 0.001 and 100": ["cache.folder=@/new", "cache.temperature=-1"],
         "holds other files": ["cache.folder=@/teacher"],
-        "cache.top_k=1004 is more than the teacher's vocab_size=1003": ["cache.folder=@/new", "cache.top_k=1004"],
+        "cache.proposal_temperature=1e-30 must lie": ["cache.folder=@/new", "cache.proposal_temperature=1e-30"],
+        "cache.top_k=1004 is more than the teacher's vocab_size=1003": [
+            "cache.folder=@/new",
+            "cache.method=top_k",
+            "cache.top_k=1004",
+        ],
+        "cache.top_k=10 tells nothing to cache.method=sampled": ["cache.folder=@/new", "cache.top_k=10"],
+        "cache.draws=12 tells nothing to cache.method=top_k": [
+            "cache.folder=@/new",
+            "cache.method=top_k",
+            "cache.draws=12",
+        ],
+        "cache.num_samples=20000000000 takes 20,000,000,000 samples": [
+            "cache.folder=@/new",
+            "cache.num_samples=20000000000",
+        ],
         "cache.draws=0 must lie between": ["cache.folder=@/new", "cache.draws=0"],
         "cache.shard_samples=0 must be at least 1": ["cache.folder=@/new", "cache.shard_samples=0"],
         "cache.temperature=0": ["cache.folder=@/new", "cache.temperature=0"],
@@ -264,7 +279,7 @@ def test_two_at_once_and_what_distill_would_refuse(root: Path, shown: dict[str, 
     shutil.copytree(root / "sampled-1", root / "twice")
     shard_file(root / "twice", 1).unlink()
     (root / "twice" / "targets-000001.bin.host.77.tmp").write_bytes(b"under way")
-    lock = FolderLock(root / "twice")
+    lock = cache_lock(root / "twice")
     lock.take()
     assert "is being written by another `cache`" in run_on_ranks(cache, 1, root, ["cache.folder=@/twice"])[0][1]
     assert (root / "twice" / "targets-000001.bin.host.77.tmp").exists()

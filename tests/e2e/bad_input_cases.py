@@ -361,7 +361,7 @@ RUN: list[Case] = [
     ("run", ["train.global_batch_size=3"], "train.global_batch_size=3 is no multiple of"),
     ("run", ["distill.min_lr=1"], "distill.min_lr=1.0 must lie between 0 and distill.lr"),
     ("run", ["distill.tokens=0"], "distill.tokens=0 must be at least 1"),
-    ("run", ["distill.temperature=-1"], "distill.temperature=-1.0 must be finite and above 0"),
+    ("run", ["distill.temperature=-1"], "distill.temperature=-1.0 must lie between 0.001 and 100"),
     ("run", ["importance.num_samples=0"], "importance.num_samples=0 must be at least 1"),
     ("run", ["evaluate.samples=0"], "evaluate.samples=0 must be at least 1"),
     ("run", ["log.interval=0"], "log.interval=0 must be at least 1"),

@@ -1,4 +1,4 @@
-"""Teacher correction as typed: before the student is distilled, and while it is."""
+"""Teacher correction as typed, before and while the student is distilled; and the teacher of a run that goes on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from minitron_mcore.checkpoint.folder_lock import TRAINING_LOCK, FolderLock
 from tests.e2e.test_bad_input import RECIPE
 from tests.e2e.verbs import all_run_well, minitron, run_well
 
@@ -126,3 +127,49 @@ def test_correct_takes_the_teacher(road: tuple[Path, list[str]]) -> None:
     folder, shared = road
     code, shown = minitron("correct", *shared, f"correct.load={folder}", "correct.checkpoint=x", "correct.tokens=64")
     assert code == 2 and "what is corrected is teacher.checkpoint" in shown
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_began_with(road: tuple[Path, list[str]]) -> None:
+    """Though its folder has a newer iteration by now; not where that teacher is gone, or another is in its place."""
+    folder, shared = road
+    teacher, student = folder / "living-teacher", folder / "taught"
+    shutil.copytree(folder / "teacher", teacher)
+    command = ["distill", *shared, *(f"distill.{key}" for key in SHAPE), "distill.lr_decay_style=constant"]
+    command += [f"teacher.checkpoint={teacher}", f"distill.checkpoint={student}"]
+    run_well(*command, "distill.tokens=128")
+    began = max(teacher.glob("iter_*"))
+    began_at = int(began.name.removeprefix("iter_"))
+    newer = teacher / f"iter_{began_at + 5:07d}"
+    shutil.copytree(began, newer)
+    tracker = teacher / "latest_checkpointed_iteration.txt"
+    tracker.write_text(tracker.read_text().replace(str(began_at), str(began_at + 5)))
+    shown = run_well(*command, "distill.tokens=256")
+    assert f"goes on with iteration {began_at} of teacher.checkpoint={teacher}, as it began" in shown
+    taught_by = yaml.safe_load((student / "lineage.yaml").read_text())["teacher"]
+    assert taught_by["iteration"] == began_at and len(taught_by["weights"]) > 16
+
+    before = {path: path.stat().st_mtime_ns for path in student.rglob("*")}
+    manifest = began / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    code, shown = minitron(*command, "distill.tokens=512")
+    assert code == 2 and f"from iteration {began_at} of teacher.checkpoint" in shown and "other weights now" in shown
+    shutil.rmtree(began)
+    code, shown = minitron(*command, "distill.tokens=512")
+    assert code == 2 and f"not there any more (the newest is {began_at + 5}): restore it, or name another" in shown
+    assert before == {path: path.stat().st_mtime_ns for path in student.rglob("*")}
+
+
+def test_one_run_writes_into_a_folder_at_a_time(road: tuple[Path, list[str]]) -> None:
+    folder, shared = road
+    target = folder / "contested"
+    command = ["distill", *shared, *(f"distill.{key}" for key in SHAPE), "distill.tokens=64"]
+    command.append(f"distill.checkpoint={target}")
+    lock = FolderLock(target / TRAINING_LOCK, "")
+    lock.take()
+    code, shown = minitron(*command)
+    assert code == 2 and f"distill.checkpoint={target} is being written by another run" in shown
+    assert [path.name for path in target.iterdir()] == [TRAINING_LOCK]
+    lock.release()
+    assert not target.exists(), "it was made for the lock"
+    run_well(*command)
+    assert not (target / TRAINING_LOCK).exists() and list(target.glob("iter_*"))

@@ -22,8 +22,8 @@ from minitron_mcore.distillation.cache_file import (
     write_settings,
     write_shard,
 )
-from minitron_mcore.distillation.cache_lock import FolderLock
 from minitron_mcore.errors import InputError
+from minitron_mcore.stages.cache import cache_lock
 
 SETTINGS: dict[str, Any] = {"method": "sampled", "proposal_temperature": 1.0, "vocab_size": 70_000, "dtype": "fp16"}
 SETTINGS |= {"num_samples": 5, "shard_samples": 3, "temperature": 1.0, "teacher": {"architecture": {}}}
@@ -175,7 +175,7 @@ def test_the_digest_is_of_what_is_held() -> None:
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    first, second = FolderLock(tmp_path / "new"), FolderLock(tmp_path / "new")
+    first, second = cache_lock(tmp_path / "new"), cache_lock(tmp_path / "new")
     first.take()
     assert first.is_sure
     with pytest.raises(InputError, match="is being written by another `cache`"):

@@ -189,6 +189,20 @@ def test_the_same_phases_are_the_same_run(tmp_path: Path) -> None:
         refuse_other_run(tmp_path, other, ("train",), "output")
 
 
+def test_micro_batches_of_phases_may_change_where_the_budget_may_not(tmp_path: Path) -> None:
+    """As those of the section: what an out-of-memory advises must be possible beside a corrected teacher too."""
+    phases = "distill.phases=[{tokens: 64, micro_batch_size: 4}, {sequence_length: 8}]"
+    (tmp_path / "recipe.yaml").write_text(to_yaml(load_recipe(None, [phases])))
+
+    def go_on(*changes: str) -> None:
+        recipe = load_recipe(None, [phases, *changes])
+        refuse_other_run(tmp_path, recipe, ("distill",), "correct.checkpoint", "correct", keeps_budget=True)
+
+    go_on("distill.phases[0].micro_batch_size=1", "distill.phases[1].micro_batch_size=2")
+    with pytest.raises(InputError, match=r"holds another run: distill\.phases is"):
+        go_on("distill.phases[0].tokens=128")
+
+
 def test_keys_that_an_older_run_did_not_have(tmp_path: Path) -> None:
     """They were as they are by default: a run cannot go on with another loss, and may with what helps memory."""
     stored = yaml.safe_load(to_yaml(load_recipe(None, ["distill.lr=1e-3"])))

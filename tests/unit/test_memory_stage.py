@@ -146,3 +146,17 @@ def test_a_forecast_of_the_largest_phase() -> None:
     timetable = plan_timetable(recipe.distill, 256, "distill")
     found = memory.forecast_run(recipe, run_on("cuda"), "distill", STUDENT, timetable, TEACHER)
     assert found.setting.sequence_length == 512 and found.total == forecast(found.setting).total
+
+
+@pytest.mark.parametrize(
+    ("said", "is_memory"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("NCCL error: unhandled system error. Last error: socketStartConnect: Connect failed", False),
+    ],
+)
+def test_who_says_that_memory_ran_out(said: str, is_memory: bool) -> None:
+    assert memory.is_out_of_memory(RuntimeError(said)) == is_memory

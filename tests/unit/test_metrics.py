@@ -13,7 +13,7 @@ import pytest
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.training.config import LogConfig
-from minitron_mcore.training.metrics import MetricsLog
+from minitron_mcore.training.metrics import MetricsLog, check_log
 
 ROWS: list[tuple[int, dict[str, float], str]] = [
     (10, {"consumed samples": 80, "lm loss": 2.5, "learning-rate": 1e-3, "grad-norm": 0.25}, "train"),
@@ -132,3 +132,20 @@ def test_wandb_online_without_a_login_is_refused(tmp_path: Path, monkeypatch: py
     with pytest.raises(InputError, match=r"log\.wandb=online is refused by Weights & Biases .*log\.wandb=offline"):
         log_rows(tmp_path / "run", ROWS, wandb="online")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "wandb_run_id").exists()
+    with pytest.raises(InputError, match=r"log\.wandb=online needs an API key: .*log\.wandb=offline"):
+        check_log(LogConfig(wandb="online"))
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    check_log(LogConfig(wandb="online"))
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    """JSON has no NaN: of a validation whose loss is none every reader still reads the line."""
+    log_rows(tmp_path, [(10, {"lm loss validation": float("nan"), "ppl validation": float("inf")}, "validation")])
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=refuse)
+    assert row["lm loss validation"] is None and row["ppl validation"] is None

@@ -257,3 +257,19 @@ def test_a_list_of_sections(tmp_path: Path) -> None:
     given = load_recipe(None, ["train.phases=[{tokens: 5}, {sequence_length: 8}]"])
     assert given.train.phases == [PhaseConfig(tokens=5), PhaseConfig(sequence_length=8)]
     assert load_recipe(write(tmp_path, to_yaml(given)), []) == given
+
+
+def test_an_entry_of_a_list_on_the_command_line(tmp_path: Path) -> None:
+    """As the advice on memory names it; the other entries, and the entry's other keys, stay."""
+    two = "distill.phases=[{tokens: 5, micro_batch_size: 4}, {sequence_length: 8}]"
+    given = load_recipe(None, [two, "distill.phases[0].micro_batch_size=1"])
+    assert given.distill.phases == [PhaseConfig(tokens=5, micro_batch_size=1), PhaseConfig(sequence_length=8)]
+    assert load_recipe(None, ["student.layers=[0,2,4]", "student.layers[1]=3"]).student.layers == [0, 3, 4]
+    for change, words in (
+        ("distill.phases[2].tokens=1", "distill.phases[2].tokens (on the command line) names entry 2 from 0 on, and"),
+        ("distill.phases[1].tokens=x", "distill.phases[1].tokens='x' (on the command line) is not allowed: a whole"),
+        ("distill.phases[1].token=1", "distill.phases[1].token (on the command line) is no key of a recipe"),
+    ):
+        with pytest.raises(InputError) as caught:
+            load_recipe(None, [two, change])
+        assert str(caught.value).startswith(words), caught.value

@@ -13,7 +13,7 @@ import torch
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.parallel import check_layout
-from minitron_mcore.runtime.start import read_environment
+from minitron_mcore.runtime.start import MOST_SEED, read_environment, seed_everything
 from minitron_mcore.runtime.timeout import collective_timeout
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.launchers import write_tool
@@ -214,3 +214,26 @@ def test_collectives_wait_as_long_as_is_asked(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv("MINITRON_TIMEOUT_MINUTES", value)
         with pytest.raises(InputError, match=f"MINITRON_TIMEOUT_MINUTES={value} must be a whole number of minutes"):
             collective_timeout()
+
+
+def seed_and_draw(seeds: list[int]) -> list[str]:
+    from minitron_mcore.runtime.parallel import use_layout
+    from minitron_mcore.runtime.start import start
+
+    start()
+    use_layout(ParallelConfig(), 1)
+    told = []
+    for seed in seeds:
+        try:
+            seed_everything(seed)
+            told.append("")
+        except InputError as error:
+            told.append(str(error))
+    return told
+
+
+def test_seeds_that_generators_cannot_take_are_refused() -> None:
+    seeds = [0, MOST_SEED, MOST_SEED + 1, -1, 99999999999999999999]
+    told = run_on_ranks(seed_and_draw, 1, seeds)[0]
+    assert told[:2] == ["", ""]
+    assert told[2:] == [f"seed={seed} must lie between 0 and 9223372036854775807" for seed in seeds[2:]]

@@ -98,6 +98,11 @@ def test_relation_heads() -> None:
         ({"weight": math.nan}, "distill.hidden_states.weight=nan must be finite"),
         ({"relation_heads": -2}, "distill.hidden_states.relation_heads=-2 must be at least 1"),
         ({"sites": ["attention_relation"], "relation_heads": 5}, "distill.hidden_states.relation_heads=5 does not"),
+        ({"sites": [], "weighting": "fixed"}, "distill.hidden_states.weighting=fixed tells nothing without"),
+        ({"sites": [], "layers": [[1, 1]]}, "distill.hidden_states.layers=[[1, 1]] tells nothing without"),
+        ({"relation_heads": 2}, "relation_heads=2 tells nothing to distill.hidden_states.sites=[block_output]: leave"),
+        ({"sites": ["embedding"], "layers": [[1, 1]]}, "layers=[[1, 1]] tells nothing to"),
+        ({"sites": ["attention_relation"], "loss": "cosine"}, "distill.hidden_states.loss=cosine tells nothing to"),
     ],
 )
 def test_wrong_sections_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -41,6 +41,7 @@ def test_the_budget_in_whole_global_batches(tokens: int, iterations: int) -> Non
         ({"weight_decay": -0.1}, "distill.weight_decay=-0.1 must be finite and at least 0"),
         ({"clip_grad": -1.0}, "distill.clip_grad=-1.0 must be finite and at least 0"),
         ({"adam_beta1": -0.1}, "distill.adam_beta1=-0.1 must be finite and at least 0"),
+        ({"adam_eps": 0.0}, "distill.adam_eps=0.0 must be finite and at least 1e-30"),
     ],
 )
 def test_numbers_out_of_range(changes: dict[str, Any], words: str) -> None:

@@ -1,0 +1,43 @@
+"""What is said beside the weights is said of what is there: the newest whole iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_mcore.training import saving
+
+
+class OneRank:
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+def test_a_save_that_fails_is_not_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    done: list[str] = []
+    newest: list[int] = []
+    monkeypatch.setattr(saving, "latest_iteration", lambda folder: newest[-1] if newest else None)
+
+    def save(folder: Path, iteration: int, state: Any, runtime: Any) -> None:
+        if iteration == 3:
+            raise OSError("no space is left")
+        newest.append(iteration)
+        done.append(f"saved {iteration}")
+
+    monkeypatch.setattr(saving, "save_state", save)
+    for iteration in (1, 2, 3):
+        try:
+            saving.save_described(
+                tmp_path,
+                iteration,
+                {},
+                OneRank(),  # type: ignore[arg-type]
+                lambda: done.append(f"described {iteration}"),  # noqa: B023
+            )
+        except OSError:
+            done.append("failed")
+    # The first one comes with its description: nobody could read it without.
+    assert done == ["described 1", "saved 1", "saved 2", "described 2", "failed"]
