@@ -122,8 +122,7 @@ def relation_heads(wanted: int, student: Architecture, teacher: Architecture, te
 
 
 def check_section(config: HiddenStatesConfig) -> None:
-    """Raise InputError, naming the key, for a section `distill.hidden_states` that no two models can follow, and
-    for keys of it that do nothing."""
+    """Raise InputError, naming the key, for a section `distill.hidden_states` that no two models can follow."""
     for index, site in enumerate(config.sites):
         if site not in SITES:
             raise InputError(f"{KEY}.sites holds {site!r}: it takes {', '.join(SITES)}")
@@ -133,6 +132,10 @@ def check_section(config: HiddenStatesConfig) -> None:
         raise InputError(f"{KEY}.weight={config.weight} must be finite and at least 0")
     if config.relation_heads < 0:
         raise InputError(f"{KEY}.relation_heads={config.relation_heads} must be at least 1, or 0 for the default")
+
+
+def check_idle(config: HiddenStatesConfig) -> None:
+    """Raise InputError for keys of the section that do nothing at its sites."""
     refuse_idle(config, KEY, idle_keys(config.sites))
 
 

@@ -26,6 +26,7 @@ from minitron_mcore.data.dataset import build_training_datasets
 from minitron_mcore.data.index_size import Wanted, check_index_size
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.distillation.cache import PREFIX
+from minitron_mcore.distillation.cache_file import DESCRIPTION
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import read_mapping, refuse_closed
 from minitron_mcore.layout import check_tensor_parallel, split_layers
@@ -125,6 +126,8 @@ def refuse_other_run(
     if not stored_file.is_file():
         if folder.is_dir() and any(folder.glob("iter_*")):
             raise InputError(f"{key}={folder} holds checkpoints but no recipe.yaml: name another folder")
+        if (folder / DESCRIPTION).is_file():
+            raise InputError(f"{key}={folder} holds a cache of a teacher's targets: name another folder")
         return
     made_by = read_lineage(folder).get("stage")
     if stage and made_by and made_by != stage:

@@ -13,7 +13,7 @@ from minitron_mcore.distillation.divergences import PROBABILISTIC
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.settings import check_temperature, refuse_idle
 from minitron_mcore.distillation.state_loss import StateLosses
-from minitron_mcore.distillation.state_map import check_hidden_states, check_section
+from minitron_mcore.distillation.state_map import check_hidden_states, check_idle, check_section
 from minitron_mcore.distillation.teacher import Teacher
 from minitron_mcore.errors import InputError
 from minitron_mcore.memory.recompute import recompute_of
@@ -147,6 +147,7 @@ def check_loss(distill: DistillConfig) -> None:
         words = f"to distill.logit_loss={distill.logit_loss}: leave it out, or set distill.logit_loss=jensen_shannon"
         refuse_idle(distill, "distill", {"jensen_shannon_mix": words})
     check_section(distill.hidden_states)
+    check_idle(distill.hidden_states)
     if distill.hidden_states.sites and distill.teacher is not None:
         raise InputError(
             f"distill.hidden_states.sites={distill.hidden_states.sites} needs a teacher that runs, and distill.teacher="

@@ -12,7 +12,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from minitron_mcore.checkpoint.folder import latest_iteration
+from minitron_mcore.checkpoint.folder import latest_iteration, read_lineage
 from minitron_mcore.checkpoint.store import load_training_state, training_state
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
@@ -52,6 +52,7 @@ def fit(job: Job) -> Progress:
         runtime.print(f"resumed {job.folder} at iteration {progress.iteration} of {job.iterations}")
     progress.data_order = job.data_order
     if progress.iteration >= job.iterations:
+        runtime.on_main(lambda: describe_newest(job, progress))
         return progress
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -120,6 +121,12 @@ def _iterate(
             runtime.print(f"SIGTERM: saved {job.folder} at iteration {progress.iteration}; the same command goes on")
             raise SystemExit(143)
         interval.start()
+
+
+def describe_newest(job: Job, progress: Progress) -> None:
+    """What lies beside the weights, where a run was killed after it saved them and before it said so."""
+    if read_lineage(job.folder).get("tokens") != progress.consumed_tokens:
+        job.describe(progress)
 
 
 def open_metrics(metrics: MetricsLog) -> None:

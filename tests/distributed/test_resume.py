@@ -57,7 +57,7 @@ def fit_on_rank(parallel: dict[str, Any], world_size: int, folder: str, precisio
             precision=precision,
             folder=target,
             describe=lambda progress: write_description(
-                target, architecture, lineage={}, recipe="", save_tokenizer=None
+                target, architecture, lineage={"tokens": progress.consumed_tokens}, recipe="", save_tokenizer=None
             ),
             recipe={},
             name="resume",

@@ -98,3 +98,9 @@ def test_where_a_cache_lies_may_change(tmp_path: Path) -> None:
     refuse_other_run(tmp_path, moved, ("distill",), "distill.checkpoint")
     with pytest.raises(InputError, match=r"distill\.teacher is 'cache:/here' there and None here"):
         refuse_other_run(tmp_path, load_recipe(None, []), ("distill",), "distill.checkpoint")
+
+
+def test_a_cache_is_no_place_for_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "cache.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a cache of a teacher's targets: name another folder"):
+        refuse_other_run(tmp_path, load_recipe(None, []), ("distill",), "distill.checkpoint")

@@ -11,7 +11,7 @@ import pytest
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.distillation.config import HiddenStatesConfig
-from minitron_mcore.distillation.state_map import Pair, check_hidden_states, holder, pairs, relation_heads
+from minitron_mcore.distillation.state_map import Pair, check_hidden_states, check_idle, holder, pairs, relation_heads
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 
@@ -109,6 +109,7 @@ def test_wrong_sections_are_refused(changes: dict[str, Any], message: str) -> No
     config = dataclasses.replace(HiddenStatesConfig(sites=["block_output"]), **changes)
     with pytest.raises(InputError, match=re.escape(message)):
         check_hidden_states(config, model(), model(num_layers=32), ParallelConfig())
+        check_idle(config)
 
 
 def test_attention_relations_need_the_whole_sequence() -> None:
