@@ -2,7 +2,7 @@
 
 Everything is allocated under the profiler: models, optimizer, batch and steps. The forecast is from 1% below to 10%
 above what was measured, as it adds up the buffers of a pass as if all were there at once, and does not know gloo's
-scratch; 15% are allowed, and 3% below (norms, masks and scalars are not counted).
+scratch; 15% are allowed, and 3% below (norms, masks and scalars are not counted). Settings whose parts others have are slow.
 """
 
 from __future__ import annotations
@@ -129,19 +129,19 @@ STATES = {"sites": ["embedding", "block_output", "mlp_input"], "layers": [[1, 1]
     ("layout", "precision", "window", "states", "placement", "recompute"),
     [
         ("1", "fp32", 0, STATES, "resident", KEEP_ALL),
-        ("1", "bf16", 0, {**STATES, "loss": "cosine"}, "resident", KEEP_ALL),
+        pytest.param("1", "bf16", 0, {**STATES, "loss": "cosine"}, "resident", KEEP_ALL, marks=pytest.mark.slow),
         ("1", "fp32", 1, {"sites": ["attention_relation"], "layers": [[1, 1], [2, 3]]}, "resident", KEEP_ALL),
         ("PP2", "fp32", 0, STATES, "resident", KEEP_ALL),
-        ("PP2-VPP2", "bf16", 2, {}, "resident", KEEP_ALL),
+        pytest.param("PP2-VPP2", "bf16", 2, {}, "resident", KEEP_ALL, marks=pytest.mark.slow),
         ("1", "fp32", 0, {}, "offloaded", KEEP_ALL),
         ("TP2", "fp32", 0, STATES, "resident", KEEP_ALL),
         ("TP2-SP", "bf16", 1, {}, "resident", KEEP_ALL),
-        ("DP2", "fp32", 0, {}, "resident", KEEP_ALL),
+        pytest.param("DP2", "fp32", 0, {}, "resident", KEEP_ALL, marks=pytest.mark.slow),
         ("DP2", "fp32", 0, {}, "sharded", KEEP_ALL),
         ("1", "fp32", 0, STATES, "resident", Recompute("full")),
         ("1", "bf16", 0, {}, "resident", Recompute("full", "block", 2)),
         ("PP2-VPP2", "fp32", 0, {}, "resident", Recompute("full", "uniform", 1)),
-        ("TP2", "fp32", 0, {}, "resident", Recompute("selective")),
+        pytest.param("TP2", "fp32", 0, {}, "resident", Recompute("selective"), marks=pytest.mark.slow),
     ],
 )
 def test_the_peak_is_forecast(

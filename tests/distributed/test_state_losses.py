@@ -101,7 +101,6 @@ def test_teacher_in_windows(layout: str) -> None:
     [
         ("1", Recompute("full", "uniform", 2), False),
         ("TP2-SP", Recompute("full", "block", 3), False),
-        ("PP2", Recompute("full"), False),
         ("PP2-VPP2", Recompute("full"), False),
         ("TP2-SP", Recompute("selective"), True),  # the MLP's input is read within what is recomputed
     ],
