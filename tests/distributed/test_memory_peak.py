@@ -2,7 +2,7 @@
 
 Everything is allocated under the profiler: models, optimizer, batch and steps. The forecast is from 1% below to 10%
 above what was measured, as it adds up the buffers of a pass as if all were there at once, and does not know gloo's
-scratch; 15% are allowed, and 3% below (norms, masks and scalars are not counted). Settings whose parts others have are slow.
+scratch; 15% are allowed, and 3% below (norms, masks and scalars are not counted). What has no part of its own is slow.
 """
 
 from __future__ import annotations
