@@ -210,7 +210,7 @@ def test_so_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     assert [row["iteration"] for row in rows if row["kind"] == "skipped"] == [1, 3, 4, 5]
 
 
-@pytest.mark.parametrize("layout", ["1", "DP2"])
+@pytest.mark.parametrize("layout", [pytest.param("1", marks=pytest.mark.slow), "DP2"])
 def test_a_save_before_the_first_good_step(layout: str, tmp_path: Path) -> None:
     """Saved after each of two skipped steps that are the first of all; what goes on from there is the whole run."""
     damage = {"what": "loss", "rank": 0, "at": [1, 2]}

@@ -134,7 +134,7 @@ STATES = {"sites": ["embedding", "block_output", "mlp_input"], "layers": [[1, 1]
         ("PP2", "fp32", 0, STATES, "resident", KEEP_ALL),
         pytest.param("PP2-VPP2", "bf16", 2, {}, "resident", KEEP_ALL, marks=pytest.mark.slow),
         ("1", "fp32", 0, {}, "offloaded", KEEP_ALL),
-        ("TP2", "fp32", 0, STATES, "resident", KEEP_ALL),
+        pytest.param("TP2", "fp32", 0, STATES, "resident", KEEP_ALL, marks=pytest.mark.slow),
         ("TP2-SP", "bf16", 1, {}, "resident", KEEP_ALL),
         pytest.param("DP2", "fp32", 0, {}, "resident", KEEP_ALL, marks=pytest.mark.slow),
         ("DP2", "fp32", 0, {}, "sharded", KEEP_ALL),

@@ -136,7 +136,7 @@ def test_a_batch_without_counted_tokens_leaves_the_weight() -> None:
         assert rows[-1][ALPHA] == rows[-1]["next"] == rows[-2]["next"] > 0.0
 
 
-@pytest.mark.parametrize("layout", ["TP2", "TP2-SP", "PP2"])
+@pytest.mark.parametrize("layout", [pytest.param("TP2", marks=pytest.mark.slow), "TP2-SP", "PP2"])
 def test_weight_and_difference_do_not_hang_on_the_layout(layout: str) -> None:
     """1e-5, as all losses: fp32 sums in another order. The size against which the loss is judged: in float64."""
     teacher, size, count = DenseModel(TEACHER, draw_weights(TEACHER, seed=5)), 0.0, 0.0
