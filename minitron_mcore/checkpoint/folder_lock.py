@@ -17,6 +17,17 @@ from minitron_mcore.runtime.start import Runtime
 TRAINING_LOCK = "training.lock"
 # What a file system says that has no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+# A forked child shares its parent's lock: data workers that outlive a killed rank for seconds would keep it.
+_held: set[IO[bytes]] = set()
+
+
+def _let_go() -> None:
+    for stream in _held:
+        stream.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -67,6 +78,7 @@ class FolderLock:
             try:
                 fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.is_sure = True
+                _held.add(self._stream)
             except BlockingIOError as error:
                 self._close()
                 raise InputError(self.refusal) from error
@@ -97,8 +109,6 @@ class FolderLock:
 
     def _close(self) -> None:
         assert self._stream is not None
-        if self.is_sure:
-            # Closing alone would leave it with a child that was forked meanwhile.
-            fcntl.flock(self._stream, fcntl.LOCK_UN)
+        _held.discard(self._stream)
         self._stream.close()
         self._stream, self.is_sure = None, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,23 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     first.release()
     second.take()
     second.release()
+
+
+def test_a_child_does_not_keep_the_lock_of_a_process_that_is_gone(tmp_path: Path) -> None:
+    """As a data worker of a rank that was killed, which notices after some seconds."""
+    mine, lock = cache_lock(tmp_path), cache_lock(tmp_path)
+    killed = os.fork()
+    if killed == 0:
+        try:
+            lock.take()
+            if os.fork() == 0:
+                time.sleep(10)
+        finally:
+            os._exit(0)
+    os.waitpid(killed, 0)
+    mine.take()
+    assert mine.is_sure
+    mine.release()
 
 
 def test_what_a_token_costs() -> None:
