@@ -189,12 +189,15 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 def test_a_child_does_not_keep_the_lock_of_a_process_that_is_gone(tmp_path: Path) -> None:
     """As a data worker of a rank that was killed, which notices after some seconds."""
     mine, lock = cache_lock(tmp_path), cache_lock(tmp_path)
+    reading, writing = os.pipe()
     killed = os.fork()
     if killed == 0:
         try:
             lock.take()
             if os.fork() == 0:
+                os.write(writing, b"the child runs")
                 time.sleep(10)
+            os.read(reading, 1)
         finally:
             os._exit(0)
     os.waitpid(killed, 0)
