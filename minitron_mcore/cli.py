@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from minitron_mcore import __version__
-from minitron_mcore.errors import DivergedError, InputError, MemoryExhaustedError, StorageError
+from minitron_mcore.errors import DivergedError, InputError, MemoryExhaustedError
 
 # verb -> (module of stages/, what it does)
 VERBS = {
@@ -118,12 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def explained(error: OSError, recipe: Any) -> InputError | None:
     """What is said of a system's error that nobody below has put into words: of a closed file or a full disk, else
     None. `recipe` names the key where one of its paths leads there; None where it is not read yet."""
-    from minitron_mcore.files import FULL, not_read
+    from minitron_mcore.files import FULL, not_read, not_written
 
     path = str(error.filename or "")
     called = next((f"{key}={value}" for key, value in paths_of(recipe) if is_below(path, value)), path)
     if error.errno in FULL:
-        return StorageError(f"{called or 'a file'} cannot be written: {error}; make room, and run the command again")
+        return not_written(called or "a file", error, "; make room, and run the command again")
     return not_read(called, error) if isinstance(error, PermissionError) else None
 
 

@@ -67,6 +67,14 @@ def refuse_closed(what: str, path: str | Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
+def nearest_folder(path: str | Path) -> Path:
+    """`path`, or the innermost folder above it that is there."""
+    folder = Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that no reader ever sees half of it. One process calls."""
     partial = path.with_name(path.name + ".tmp")

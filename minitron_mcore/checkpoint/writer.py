@@ -44,7 +44,7 @@ from minitron_mcore.checkpoint.folder import finish_iteration
 from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, stored_piece, write_manifest
 from minitron_mcore.checkpoint.safetensors_file import write_in_blocks
 from minitron_mcore.errors import InputError, StorageError
-from minitron_mcore.files import not_written
+from minitron_mcore.files import nearest_folder, not_written
 from minitron_mcore.runtime.start import Runtime
 
 # What torch.save says of a full disk: that its archive is broken, where the system's own error was lost on its way.
@@ -207,16 +207,9 @@ def _told(error: BaseException, folder: Path, called: str, hint: str) -> BaseExc
     for cause in causes:
         words = " ".join(str(cause).split())
         if isinstance(cause, RuntimeError) and any(part in words for part in _ARCHIVE_BROKEN):
-            return StorageError(
-                f"{called} cannot be written: {words[:200]}, with {_free(folder)} free on its disk{hint}"
-            )
+            free = f"{shutil.disk_usage(nearest_folder(folder)).free / 1e6:,.1f} MB"
+            return StorageError(f"{called} cannot be written: {words[:200]}, with {free} free on its disk{hint}")
     return error
-
-
-def _free(folder: Path) -> str:
-    while not folder.exists():
-        folder = folder.parent
-    return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType
 from minitron_mcore.data.blend import Blend, parse_blend, parse_split
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import nearest_folder
 
 # A sample's place (two int32) and its number in the shuffled order (uint32), at least.
 SAMPLE_BYTES = 12
@@ -104,10 +105,7 @@ def _count(blend: Blend) -> tuple[int, int]:
 def _room(folder: str) -> int:
     """Bytes that the indices may take in `folder`, which need not be there yet."""
     held = sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(folder), "*", "*.npy"))))
-    there = os.path.abspath(folder)
-    while not os.path.isdir(there) and os.path.dirname(there) != there:
-        there = os.path.dirname(there)
-    return shutil.disk_usage(there).free + held
+    return shutil.disk_usage(nearest_folder(folder)).free + held
 
 
 def _gigabytes(size: int) -> str:

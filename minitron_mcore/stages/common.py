@@ -28,7 +28,7 @@ from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.distillation.cache import PREFIX
 from minitron_mcore.distillation.cache_file import DESCRIPTION
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import read_mapping, refuse_closed
+from minitron_mcore.files import nearest_folder, read_mapping, refuse_closed
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.memory.recompute import check_recompute
 from minitron_mcore.model.gpt import check_fp8
@@ -95,9 +95,7 @@ def output_folder(value: str | None, key: str) -> Path:
     refuse_closed(f"{key}={value}", value)
     if is_iteration(Path(value)):
         raise InputError(f"{key}={value} is an iteration of a checkpoint: name another folder to write to")
-    above = Path(value).absolute()
-    while not above.exists():
-        above = above.parent
+    above = nearest_folder(value)
     if not os.statvfs(above).f_blocks:
         # Where there is no disk, as in /proc, root seems to have a right that does not help: it is tried.
         try:

@@ -22,12 +22,13 @@ def save_described(
     first one the description comes before the weights, which nobody could read without.
     """
 
-    def describe_if(wanted: bool) -> None:
-        if wanted:
-            with writing(str(folder)):
-                describe()
+    def tell() -> None:
+        with writing(str(folder)):
+            describe()
 
     is_first = runtime.on_main(lambda: latest_iteration(folder) is None)
-    runtime.on_main(lambda: describe_if(is_first))
+    if is_first:
+        runtime.on_main(tell)
     save_state(folder, iteration, state, runtime)
-    runtime.on_main(lambda: describe_if(not is_first))
+    if not is_first:
+        runtime.on_main(tell)
