@@ -1,9 +1,9 @@
 """What model a torch_dist checkpoint is that another project on megatron-core wrote.
 
 Megatron-Bridge leaves `run_config.yaml` in every iteration, whose `model` section is its provider's fields (those of
-megatron-core's TransformerConfig, and GPTModel's arguments). Megatron-LM leaves its parsed command line in
-`common.pt`, under `args`. Both are turned into one mapping, `Fields`, of Megatron's names; what this project's models
-do not have is refused by name, and every size is held against the stored tensors.
+megatron-core's TransformerConfig, and GPTModel's arguments). Megatron-LM leaves its parsed command line in the common
+part, under `args`. Both are turned into one mapping, `Fields`, of Megatron's names; what this project's models do not
+have is refused by name, and every size is held against the stored tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.reader import TensorReader
-from minitron_mcore.checkpoint.unpickle import read_common
+from minitron_mcore.checkpoint.unpickle import find_common, read_common
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import known_families
 from minitron_mcore.files import read_mapping
@@ -138,12 +138,13 @@ def infer_architecture(place: Path) -> Architecture:
 
 def description_file(place: Path) -> Path:
     """The file that says what the model in `place` is. Raises InputError where there is none."""
-    for name in ("run_config.yaml", "common.pt"):
-        if (place / name).is_file():
-            return place / name
+    if (config := place / "run_config.yaml").is_file():
+        return config
+    if (common := find_common(place)) is not None:
+        return common.path
     raise InputError(
         f"{place.parent / 'architecture.yaml'} is missing, and {place} holds neither run_config.yaml (Megatron-Bridge) "
-        "nor common.pt (Megatron-LM), one of which says what the model is"
+        "nor common.pt or its successor common_state (Megatron-LM), one of which says what the model is"
     )
 
 
@@ -173,11 +174,11 @@ def read_run_config(path: Path) -> Fields:
 
 
 def read_arguments(place: Path) -> Fields:
-    """From Megatron-LM's `args` in common.pt."""
+    """From Megatron-LM's `args` in the common part."""
     args = read_common(place).get("args")
     if not isinstance(args, argparse.Namespace):
         raise InputError(
-            f"{place / 'common.pt'} holds no args of Megatron-LM, and neither architecture.yaml nor run_config.yaml "
+            f"{find_common(place)} holds no args of Megatron-LM, and neither architecture.yaml nor run_config.yaml "
             "lies there: nothing says what the model is"
         )
     fields: Fields = {OPTIONS.get(name, name): value for name, value in vars(args).items()}

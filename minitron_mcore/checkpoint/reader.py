@@ -48,7 +48,7 @@ class TensorReader:
     def __init__(self, folder: Path, iteration: int) -> None:
         self.folder = iteration_folder(folder, iteration)
         metadata = read_metadata(self.folder)
-        read_common(self.folder)
+        read_common(self.folder, metadata)
         self.storage = FileSystemReader(self.folder)
         self.storage.set_up_storage_reader(metadata, is_coordinator=True)
         self.tensors = {

@@ -116,8 +116,9 @@ def load_state(folder: Path, iteration: int, state: ShardedStateDict) -> dict[st
     Raises InputError where files of it are missing, cut short or of another model, or ask for code to be run.
     """
     source = iteration_folder(folder, iteration)
-    read_common(source)
-    refuse_objects(source, read_metadata(source))
+    metadata = read_metadata(source)
+    read_common(source, metadata)
+    refuse_objects(source, metadata)
     try:
         return dist_checkpointing.load(state, str(source))
     except CheckpointException as error:  # torch's, with what each failing rank met; no Exception by birth

@@ -1,4 +1,5 @@
-"""Reading the two pickles of a torch_dist checkpoint, `.metadata` and `common.pt`, without running what lies in them.
+"""Reading the two pickles of a torch_dist checkpoint, `.metadata` and its common part (versions.py: where that lies),
+without running what lies in them.
 
 A pickle names the classes and functions that loading it calls; a stranger's may name any. Here only those that torch
 and megatron-core write are admitted, none of which runs code of the file's choosing; what else a file asks for is
@@ -16,13 +17,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from megatron.core.transformer import enums
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
+from minitron_mcore.checkpoint.versions import ARRAYS, COMMON_FILE, PATHS, CommonPart, Unknown, common_part, stand_ins
 from minitron_mcore.errors import InputError
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
@@ -55,21 +57,22 @@ METADATA_CLASSES = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
     ("builtins", "set"),
     ("builtins", "frozenset"),
 }
-# What Megatron-LM's parsed arguments in `common.pt` hold, beside what torch and megatron-core admit themselves.
+# What Megatron-LM's parsed arguments in the common part hold, beside what torch and megatron-core admit themselves.
 
 
 class _RefusedError(Exception):
     """The pickle asks for a class that is not admitted."""
 
 
-def enum_member(kind: Any, name: Any) -> Enum:
+def enum_member(kind: Any, name: Any) -> Enum | Unknown:
     """What pickles of Python 3.11.0 to 3.11.3 call `builtins.getattr` for: a member of an enum, and nothing else."""
     if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(name, str) and name in kind.__members__:
         return kind[name]
+    if isinstance(kind, type) and issubclass(kind, Unknown):
+        return kind(name)
     raise _RefusedError("builtins.getattr")
 
 
@@ -78,6 +81,7 @@ COMMON_CLASSES: list[Any] = [
     argparse.Namespace,
     *((member, f"signal.{member.name}") for member in signal.Signals),
     (enum_member, "builtins.getattr"),
+    *((made, ".".join(name)) for name, made in (PATHS | ARRAYS).items()),
     PipelineParallelLayerLayout,
     *(entry for entry in vars(enums).values() if isinstance(entry, type) and entry.__module__ == enums.__name__),
 ]
@@ -93,7 +97,7 @@ def trusting(trust: bool) -> Iterator[None]:
         _trusted.reset(token)
 
 
-def refuse(path: Path, asked: str) -> InputError:
+def refuse(path: Path | CommonPart, asked: str) -> InputError:
     return InputError(
         f"{path} asks for {asked}, which no checkpoint needs and which may run code: set trust=true if you trust "
         "where it comes from"
@@ -104,6 +108,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return enum_member
+        if (module, name) in PATHS:
+            return PATHS[module, name]
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in METADATA_CLASSES:
             return super().find_class(module, name)
@@ -135,29 +141,57 @@ def read_metadata(place: Path) -> Metadata:
     return metadata
 
 
-def read_common(place: Path) -> dict[str, Any]:
-    """The `common.pt` of an iteration's folder: what is stored beside the sharded tensors. No collective.
+def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]:
+    """The common part of the iteration in the folder `place`: what is stored beside the sharded tensors. No collective.
 
-    Raises InputError where it is missing or damaged, or holds more than tensors, plain values and Megatron's enums.
+    `metadata` is the iteration's `.metadata`, where it is read already. Raises InputError where the part is missing or
+    damaged, or holds more than tensors, plain values and Megatron's own classes.
     """
-    path = place / "common.pt"
-    if not path.is_file():
-        raise InputError(f"{path} is missing: {place} is no whole torch_dist checkpoint")
+    part = find_common(place, metadata)
+    if part is None:
+        raise InputError(f"{place / COMMON_FILE} is missing: {place} is no whole torch_dist checkpoint")
+    strangers: list[str] = []
     try:
         # The context takes away what it was given when it ends, what was admitted before as well.
         admitted = torch.serialization.get_safe_globals()
-        with torch.serialization.safe_globals([entry for entry in COMMON_CLASSES if entry not in admitted]):
-            common = torch.load(path, map_location="cpu", weights_only=not _trusted.get())
+        ours = [entry for entry in COMMON_CLASSES if entry not in admitted]
+        with torch.serialization.safe_globals(ours), part.open() as stream:
+            asked = _not_admitted(stream)
+            stream.seek(0)
+            unknown = stand_ins(asked)
+            strangers = [name for name in asked if name not in unknown]
+            with torch.serialization.safe_globals([(kind, name) for name, kind in unknown.items()]):
+                content = torch.load(stream, map_location="cpu", weights_only=not _trusted.get())
     except _RefusedError as error:
-        raise refuse(path, str(error)) from error
+        raise refuse(part, str(error)) from error
     except Exception as error:  # torch.load raises whatever the damage led to
         words = " ".join(str(error).split())
-        if (asked := re.search(r"(?:GLOBAL|[Uu]nsupported class|global) ([\w.]+\.\w+)", words)) is not None:
-            raise refuse(path, asked.group(1)) from error
-        raise InputError(f"{path} is damaged, it cannot be read: {words[:200]}") from error
+        named = re.search(r"(?:GLOBAL|[Uu]nsupported class|global) ([\w.]+\.\w+)", words)
+        if strangers or named:
+            raise refuse(part, named.group(1) if named else strangers[0]) from error
+        raise InputError(f"{part} is damaged, it cannot be read: {words[:200]}") from error
+    common = part.unboxed(content)
     if not isinstance(common, dict):
-        raise InputError(f"{path} holds a {type(common).__name__}, where a checkpoint has a mapping")
+        raise InputError(f"{part} holds a {type(common).__name__}, where a checkpoint has a mapping")
     return common
+
+
+def find_common(place: Path, metadata: Metadata | None = None) -> CommonPart | None:
+    """Where the iteration in the folder `place` keeps its common part, whichever version wrote it; None where nowhere.
+
+    Raises InputError where its `.metadata`, which says so, cannot be read.
+    """
+    return common_part(place, read_metadata(place) if metadata is None else metadata)
+
+
+def _not_admitted(stream: BinaryIO) -> list[str]:
+    """Names of the classes in a torch.save that torch does not admit; none where it is damaged, as loading will say."""
+    if _trusted.get():
+        return []
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(stream)
+    except Exception:  # raises whatever the damage led to
+        return []
 
 
 def refuse_objects(place: Path, metadata: Metadata) -> None:

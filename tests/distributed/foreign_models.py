@@ -221,8 +221,8 @@ def save_foreign(
     that the local layers have in their modules. bf16, as is usual.
     """
     from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     from minitron_mcore.runtime.repairs import save_without_helper
 
@@ -234,17 +234,7 @@ def save_foreign(
     state: dict[str, Any] = {**common, "checkpoint_version": 3.0, "iteration": ITERATION, "model": weights}
     if with_optimizer:
         state["optimizer"] = optimizer_of(model, weights)
-    apply_factories(weights)
-    for part in nested_values(weights):
-        if isinstance(part, ShardedTensor):
-            shift = part.prepend_axis_num
-            whole = stored_value(part.key, tuple(part.global_shape))
-            layer = tuple(part.global_offset[:shift])
-            cut = [
-                slice(start, start + length)
-                for start, length in zip(part.global_offset[shift:], part.local_shape, strict=True)
-            ]
-            part.data.detach().copy_(whole[layer][tuple(cut)])
+    fill_stored(weights)
     dict_list_map_inplace(lambda part: renamed(part, prefix, LOCAL_NORMS if local_norms else {}), weights)
     place = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
     grid = (parallel_state.get_pipeline_model_parallel_world_size(), parallel.get("tensor", 1))
@@ -260,6 +250,24 @@ def save_foreign(
     if torch.distributed.get_rank() == 0:
         (Path(folder) / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
     torch.distributed.barrier()
+
+
+def fill_stored(weights: dict[str, Any]) -> None:
+    """Every tensor of a model's sharded state dict gets this rank's part of `stored_value`; factories are applied."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    apply_factories(weights)
+    for part in nested_values(weights):
+        if isinstance(part, ShardedTensor):
+            shift = part.prepend_axis_num
+            whole = stored_value(part.key, tuple(part.global_shape))
+            layer = tuple(part.global_offset[:shift])
+            cut = [
+                slice(start, start + length)
+                for start, length in zip(part.global_offset[shift:], part.local_shape, strict=True)
+            ]
+            part.data.detach().copy_(whole[layer][tuple(cut)])
 
 
 def renamed(part: Any, prefix: str, names: dict[str, str]) -> Any:

@@ -43,13 +43,13 @@ LOADS = {"1": ({}, 1), "TP2": (TP2, 2), "PP2-VPP2": ({"pipeline": 2, "virtual_pi
 TARGET: dict[str, int | None] = {"num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
 
 
-def plan_of(architecture: Architecture) -> PruningPlan:
+def plan_of(architecture: Architecture, target: dict[str, int | None] = TARGET) -> PruningPlan:
     draw = numpy.random.default_rng(5)
     a = architecture
     shapes = ((a.hidden_size,), (a.num_layers, a.ffn_hidden_size), (a.num_layers, a.num_attention_heads))
     hidden, ffn, heads = (draw.random(shape) + 1 for shape in shapes)
-    scores = Scores(a, hidden, ffn, heads, numpy.array([0.3, 0.5, 0.1, 0.4]))
-    return make_plan(scores, TARGET)
+    scores = Scores(a, hidden, ffn, heads, numpy.array([0.3, 0.5, 0.1, 0.4])[: a.num_layers])
+    return make_plan(scores, target)
 
 
 # What runs on the ranks.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 import signal
 from collections.abc import Callable
 from enum import Enum
@@ -82,7 +83,7 @@ def folder(tmp_path: Path) -> Path:
     place = tmp_path / "checkpoint" / "iter_0000005"
     place.mkdir(parents=True)
     checkpoint.save(tensors(), checkpoint_id=place, no_dist=True)
-    torch.save({"args": argparse.Namespace(**ARGUMENTS), "iteration": 5}, place / "common.pt")
+    torch.save(COMMON, place / "common.pt")
     (place / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     (place.parent / TRACKER).write_text("5")
     return place.parent
@@ -104,11 +105,32 @@ WAYS_IN: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def put_evil(folder: Path, name: str, marker: Path) -> None:
-    """Replace one of the two files by the same content and an Evil."""
-    path = folder / "iter_0000005" / name
+COMMON = {"args": argparse.Namespace(**ARGUMENTS), "iteration": 5}
+OBJECT = "__0_0.distcp (common_state/shard_0_1)"  # as it is said where the common part lies among the tensors
+PLACES = [".metadata", "common.pt", OBJECT]
+
+
+def put_common(folder: Path, common: Any, name: str) -> None:
+    """The common part, as its own file or, as from megatron-core 0.17 on, as an object among the tensors."""
+    place = folder / "iter_0000005"
     if name == "common.pt":
-        torch.save({**torch.load(path, weights_only=False), "evil": Evil(marker)}, path)
+        torch.save(common, place / name)
+        return
+    (place / "common.pt").unlink(missing_ok=True)
+    save_plainly({**tensors(), "common_state/shard_0_1": [common]}, place)
+
+
+def save_plainly(state: dict[str, Any], place: Path) -> None:
+    """As megatron-core does: an object remains one, whatever it consists of."""
+    planner = checkpoint.DefaultSavePlanner(flatten_state_dict=False)
+    checkpoint.save(state, checkpoint_id=place, planner=planner, no_dist=True)
+
+
+def put_evil(folder: Path, name: str, marker: Path) -> None:
+    """Replace one of the two pickles by the same content and an Evil."""
+    path = folder / "iter_0000005" / name
+    if name != ".metadata":
+        put_common(folder, {**COMMON, "evil": Evil(marker)}, name)
         return
     metadata = pickle.loads(path.read_bytes())
     metadata.planner_data = {"evil": Evil(marker)}
@@ -116,18 +138,18 @@ def put_evil(folder: Path, name: str, marker: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS_IN)
-@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+@pytest.mark.parametrize("name", PLACES)
 def test_nothing_is_run(folder: Path, tmp_path: Path, way: str, name: str) -> None:
     marker = tmp_path / "marker"
     put_evil(folder, name, marker)
     with pytest.raises(
-        InputError, match=rf"iter_0000005/{name} asks for os\.makedirs, .* may run code: set trust=true"
+        InputError, match=rf"iter_0000005/{re.escape(name)} asks for os\.makedirs, .* may run code: set trust=true"
     ):
         WAYS_IN[way](folder)
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", [".metadata", "common.pt"])
+@pytest.mark.parametrize("name", PLACES)
 def test_trusted_files_are_read(folder: Path, tmp_path: Path, name: str) -> None:
     """And run what lies in them: the Evil above is one."""
     marker = tmp_path / "marker"
@@ -152,7 +174,9 @@ def test_the_recipes_key_is_what_trusts(
     assert cli.main(["inspect", str(folder), "trust=true"]) == 0 and (tmp_path / "marker").is_dir()
 
 
-def test_every_way_in_reads_what_is_harmless(folder: Path) -> None:
+@pytest.mark.parametrize("name", PLACES[1:])
+def test_every_way_in_reads_what_is_harmless(folder: Path, name: str) -> None:
+    put_common(folder, COMMON, name)
     whole = tensors()
     assert read_architecture(folder) == ARCHITECTURE.replace(
         rotary_base=10000.0, max_position_embeddings=32, padded_vocab_size=128

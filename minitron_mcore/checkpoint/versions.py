@@ -1,0 +1,107 @@
+"""What versions of megatron-core, Python and numpy store at other places or under other names: the one file of this
+room that knows.
+
+    what                  older                                  newer
+    the common part       common.pt                              the object common_state/shard_0_1 among the tensors
+                          (megatron-core up to 0.16; ours)       (from 0.17 on, so today's Megatron-LM and Bridge)
+    a path                pathlib.PosixPath                      pathlib._local.PosixPath (Python 3.13)
+    an array              numpy.core.multiarray (numpy 1)        numpy._core.multiarray (numpy 2)
+    classes of Megatron   those of the installed version         whichever of megatron.*: kept, never called
+
+This project writes the older form of the first, and a path as a string, so that every version reads what it wrote.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path, PosixPath
+from typing import Any, BinaryIO, cast
+
+import numpy
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from minitron_mcore.errors import InputError
+
+COMMON_FILE = "common.pt"
+COMMON_OBJECT = "common_state/shard_0_1"
+
+# (module, name) as pickled -> what it is here.
+PATHS: dict[tuple[str, str], Any] = {(module, "PosixPath"): PosixPath for module in ("pathlib", "pathlib._local")}
+ARRAYS: dict[tuple[str, str], Any] = {
+    (module, "_reconstruct"): numpy.empty(0).__reduce__()[0]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+}
+
+
+@dataclass(frozen=True)
+class CommonPart:
+    """Where an iteration keeps what is stored beside its tensors: `length` bytes of `path` from `offset` on, or all of
+    them; in a list of its own where `boxed`."""
+
+    path: Path
+    offset: int = 0
+    length: int | None = None
+    boxed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.path} ({COMMON_OBJECT})" if self.boxed else str(self.path)
+
+    def open(self) -> BinaryIO:
+        """The bytes, as a file. Raises OSError."""
+        if self.length is None:
+            return self.path.open("rb")
+        with self.path.open("rb") as stream:
+            stream.seek(self.offset)
+            return io.BytesIO(stream.read(self.length))
+
+    def unboxed(self, content: Any) -> Any:
+        return content[0] if self.boxed and isinstance(content, list) and len(content) == 1 else content
+
+
+def common_part(place: Path, metadata: Metadata) -> CommonPart | None:
+    """Where the iteration in the folder `place` keeps its common part; the older form counts where both are there, as
+    it does for megatron-core. None where neither is. Raises InputError where it lies there in a form unknown here."""
+    if (file := place / COMMON_FILE).is_file():
+        return CommonPart(file)
+    if not isinstance(metadata.state_dict_metadata.get(COMMON_OBJECT), BytesStorageMetadata):
+        return None
+    for index, info in (metadata.storage_data or {}).items():
+        if getattr(index, "fqn", None) == COMMON_OBJECT:
+            found = CommonPart(place / info.relative_path, info.offset, info.length, boxed=True)
+            if getattr(info, "transform_descriptors", None):
+                raise InputError(f"{found} is compressed ({', '.join(info.transform_descriptors)}): save it plainly")
+            return found
+    return None
+
+
+def save_common(common: dict[str, Any], place: Path) -> None:
+    """Write the common part of the iteration in the folder `place`, as every version reads it. One rank calls."""
+    torch.save(common, place / COMMON_FILE)
+
+
+class Unknown:
+    """Stands in for a class that the installed megatron-core has not: keeps what it was made of, runs nothing."""
+
+    arguments: tuple[Any, ...] = ()
+
+    def __new__(cls, *arguments: Any, **_: Any) -> Unknown:
+        made = super().__new__(cls)
+        made.arguments = arguments
+        return made
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.arguments}"
+
+
+def stand_ins(asked: list[str]) -> dict[str, type[Unknown]]:
+    """For each of the classes `asked` for that is Megatron's, an Unknown.
+
+    Nothing that a name says is imported, so a name may say anything.
+    """
+    return {
+        name: cast("type[Unknown]", type(name.rpartition(".")[2], (Unknown,), {}))
+        for name in asked
+        if name.startswith("megatron.")
+    }

@@ -1,0 +1,115 @@
+"""Checkpoints that megatron-core 0.19.2 wrote under Python 3.13, read whichever version is installed here.
+
+They lie in megatron_0_19.tar.xz, made by megatron_writer.py. Everything is compared bit for bit with what that put
+there, since it is only moved.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
+from minitron_mcore.checkpoint.integrity import verify_checkpoint
+from minitron_mcore.checkpoint.reader import TensorReader
+from minitron_mcore.checkpoint.unpickle import read_common
+from minitron_mcore.layout import parameter_table
+from tests.distributed.foreign_models import value_of
+from tests.distributed.megatron_writer import ITERATION, MODEL, SIZES
+from tests.distributed.models import start_layout
+from tests.distributed.ranks import run_on_ranks
+from tests.distributed.test_foreign import plan_of
+from tests.distributed.test_prune import sliced
+
+KINDS = ("gpt", "gpt-optimizer")
+Whole = dict[tuple[str, int | None], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("megatron_0_19")
+    with tarfile.open(Path(__file__).with_name("megatron_0_19.tar.xz")) as packed:
+        packed.extractall(path, filter="data")
+    return path
+
+
+def expected_tensors(kind: str, architecture: Architecture) -> Whole:
+    """By key and layer, bf16: as megatron_writer.py filled them, by the names that its megatron-core gave them."""
+    whole: Whole = {}
+    for parameter in parameter_table(architecture):
+        shape = parameter.shape(architecture)
+        for layer in range(SIZES["num_layers"]) if parameter.per_layer else [None]:
+            named = parameter.key
+            if layer is not None:
+                named = named.replace("decoder.layers.", f"decoder.layers.{layer}.")
+            whole[parameter.key, layer] = value_of(named, shape).bfloat16()
+    return whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_is_read(root: Path, kind: str) -> None:
+    folder, iteration = find_checkpoint(root / kind, "checkpoint")
+    architecture = read_architecture(folder)
+    assert (architecture.family, architecture.rotary_base, architecture.vocab_size) == ("llama", 500000.0, 20)
+    assert {name: getattr(architecture, name) for name in SIZES} == SIZES
+    reader = TensorReader(folder, iteration)
+    for (key, layer), expected in expected_tensors(kind, architecture).items():
+        assert torch.equal(reader.read(key, layer, tuple(expected.shape)), expected), (key, layer)
+    assert verify_checkpoint(folder).faults == []
+    if kind == "gpt-optimizer":
+        assert sum(name.startswith("optimizer.state.exp_avg.") for name in reader.tensors) == 9
+
+
+def test_the_arguments_are_read_whole(root: Path) -> None:
+    """Among Megatron-LM's 811, values of a class that megatron-core 0.16 has not."""
+    common = read_common(root / "gpt" / f"iter_{ITERATION:07d}")
+    assert common["iteration"] == ITERATION and len(vars(common["args"])) > 800
+    assert common["args"].padded_vocab_size == MODEL["padded_vocab_size"]
+    assert type(common["args"].inference_cuda_graph_scope).__name__ == "InferenceCudaGraphScope"
+
+
+def convert_all(root: Path) -> None:
+    """Prune and export each of KINDS."""
+    from minitron_mcore.checkpoint.export import export_checkpoint
+    from minitron_mcore.pruning.apply import prune_checkpoint
+    from minitron_mcore.runtime.start import start
+
+    start_layout({}, 1)
+    for kind in KINDS:
+        source = find_checkpoint(root / kind, "checkpoint")
+        prune_checkpoint(source, plan_of(read_architecture(source[0]), HALF), root / f"{kind}-student", start())
+        export_checkpoint(*source, root / f"{kind}-hf", start(), bos=1, eos=2)
+
+
+HALF: dict[str, int | None] = {"num_layers": 1, "hidden_size": 4, "ffn_hidden_size": 6}
+
+
+def test_pruned_and_exported(root: Path) -> None:
+    from safetensors.torch import load_file
+
+    run_on_ranks(convert_all, 1, root)
+    for kind in KINDS:
+        architecture = read_architecture(root / kind)
+        whole, plan = expected_tensors(kind, architecture), plan_of(architecture, HALF)
+        stacked = {
+            parameter.key: torch.stack([whole[parameter.key, layer] for layer in range(SIZES["num_layers"])])
+            if parameter.per_layer
+            else whole[parameter.key, None]
+            for parameter in parameter_table(architecture)
+        }
+        reader = TensorReader(root / f"{kind}-student", 0)
+        for key, expected in sliced(stacked, plan).items():
+            if key.startswith("decoder.layers."):
+                assert torch.equal(reader.read(key, 0, tuple(expected.shape[1:])), expected[0]), key
+            else:
+                assert torch.equal(reader.read(key, None, tuple(expected.shape)), expected), key
+        exported = load_file(root / f"{kind}-hf" / "model.safetensors")
+        for layer in range(SIZES["num_layers"]):
+            projection = whole["decoder.layers.self_attention.linear_proj.weight", layer]
+            assert torch.equal(exported[f"model.layers.{layer}.self_attn.o_proj.weight"], projection)
+            gate_up = whole["decoder.layers.mlp.linear_fc1.weight", layer]
+            assert torch.equal(exported[f"model.layers.{layer}.mlp.up_proj.weight"], gate_up[12:])
