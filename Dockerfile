@@ -3,10 +3,11 @@
 #   docker build -t minitron .
 #   docker run --rm --gpus all --ipc host -v /data:/data minitron distill --config /data/recipe.yaml
 #
-# The default base brings torch, Transformer Engine and Apex, compiled against each other: pip must not replace them.
+# The default base brings torch, Transformer Engine and Apex, compiled against each other: pip must not replace them. It
+# is the newest whose torch is in setup.py's range: 2.13, with Python 3.12 and CUDA 13.3; from 26.08 on it is 2.14.
 # Another base works too; with one that has no Transformer Engine, such as nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04,
 # pip installs torch and builds it. For a CPU image: --build-arg BASE_IMAGE=python:3.12-slim --build-arg EXTRAS=
-ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:25.12-py3
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.07-py3
 FROM ${BASE_IMAGE}
 ARG EXTRAS=gpu
 

@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make help` lists them.
 #
-#   PYTHON=python3.12            the interpreter of the virtual environment (3.10 to 3.12; else one is looked for)
+#   PYTHON=python3.12            the interpreter of the virtual environment (3.10 to 3.13; else one is looked for)
 #   MINITRON_TORCH_INDEX=URL     where torch comes from; the default is a CPU build where there is no GPU
 #   EXTRAS=dev,gpu               extras to install beside the package
 
@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format bench lock clean
+.PHONY: help venv demo test test-slow test-matrix lint format bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -39,6 +39,11 @@ test: venv lint  ## lint, then the tests that are not slow, two files at a time 
 test-slow: venv  ## the slow tests alone
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
 
+test-matrix: venv  ## what touches megatron-core, under each supported pair: here, and with 0.19 where Python 3.12 or 3.13 is
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests/unit tests/distributed $(ARGS)
+	@.ci/matrix.sh make
+	@.ci/matrix.sh full $(ARGS)
+
 format: venv  ## sort imports and format
 	@$(BIN)/ruff check --select I --fix .
 	@$(BIN)/ruff format .
@@ -46,7 +51,7 @@ format: venv  ## sort imports and format
 bench: venv  ## the benchmarks that run on any machine
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
 
-lock: venv  ## bring constraints.txt up to date with setup.py, for Python 3.10 to 3.12
+lock: venv  ## bring constraints.txt up to date with setup.py, for Python 3.10 to 3.13
 	@$(BIN)/pip install --quiet uv
 	@$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.10 --no-annotate --no-python-downloads --upgrade \
 		--custom-compile-command "make lock" --output-file constraints.txt

@@ -18,7 +18,8 @@ def read_version() -> str:
 
 REQUIREMENTS = [
     "torch>=2.8,<2.14",
-    "megatron-core>=0.16.1,<0.17",
+    # 0.16.1 is the last for Python 3.10 and 3.11; from 0.17 on there are wheels for 3.12 and newer alone.
+    "megatron-core>=0.16.1,<0.20",
     # Undeclared by megatron-core, and dist_checkpointing.save hangs without it.
     "psutil>=5.9,<8",
     "transformers>=5,<6",
@@ -34,10 +35,14 @@ REQUIREMENTS = [
 ]
 
 # Transformer Engine builds its PyTorch part against the installed torch: install torch first, then
-# `pip install --no-build-isolation .[gpu]` with CUDA's nvcc on the path. The range is the one megatron-core 0.16 names.
+# `pip install --no-build-isolation .[gpu]` with CUDA's nvcc on the path. Below Python 3.12 the range is the one that
+# megatron-core 0.16 names; newer ones name none.
 # Apex has no release on PyPI (the project of that name there is another one), so it cannot be named here; it is
 # optional, and NVIDIA's PyTorch images carry it.
-GPU = ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"]
+GPU = [
+    "transformer-engine[pytorch,core_cu13]>=2.9,<2.12; python_version < '3.12'",
+    "transformer-engine[pytorch,core_cu13]>=2.9,<3; python_version >= '3.12'",
+]
 
 DEVELOPMENT = [
     "pytest>=8,<10",
@@ -68,9 +73,10 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.14",
     packages=find_packages(include=["minitron_mcore*"]),
     package_data={"minitron_mcore": ["py.typed", "**/*.yaml", "**/*.json", "**/*.html", "**/*.css"]},
     install_requires=REQUIREMENTS,

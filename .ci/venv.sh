@@ -1,22 +1,18 @@
 #!/usr/bin/env bash
 # Make the virtual environment $VENV and install the package into it, in editable form, at the versions of
-# constraints.txt. Called by `make venv`.
+# constraints.txt; with PACKAGE=no what it needs alone. Called by `make venv`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 VENV=${VENV:-.venv}
 EXTRAS=${EXTRAS:-dev}
 
-is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; }
 can_make_venv() { "$1" -c 'import ensurepip, venv' 2>/dev/null; }
 
-python=
-for candidate in "${PYTHON:-python3}" python3.12 python3.11 python3.10; do
-  if is_supported "$candidate"; then python=$candidate && break; fi
-done
-if [[ -z $python ]]; then
-  echo "make venv: no Python 3.10, 3.11 or 3.12 found; install one, or name it: make venv PYTHON=/path/to/python3.12" >&2
-  exit 1
+if [[ -x $VENV/bin/python ]]; then
+  python=$VENV/bin/python
+else
+  python=$(.ci/python.sh)
 fi
 
 # Debian and Ubuntu ship Python without ensurepip unless python3.X-venv is installed.
@@ -35,7 +31,7 @@ pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
 "${pip[@]}" install --quiet --upgrade 'pip>=24' 'setuptools>=77' wheel
 
 # torch first and alone: it is the one package that comes in several builds. Without a GPU the CPU build is taken: from
-# pip's own index where that one is such a build, else from PyTorch's.
+# pip's own index where that one is such a build, else from PyTorch's; where that cannot be reached, any build runs.
 torch=$(grep -o '^torch==[0-9.]*' constraints.txt)
 index=()
 if [[ -n ${MINITRON_TORCH_INDEX:-} ]]; then
@@ -46,10 +42,12 @@ elif ! command -v nvidia-smi >/dev/null; then
   [[ $found == *+cpu ]] || index=(--index-url https://download.pytorch.org/whl/cpu)
 fi
 echo "make venv: installing $torch into $VENV"
-"${pip[@]}" install --quiet "${index[@]}" "$torch"
+"${pip[@]}" install --quiet "${index[@]}" "$torch" ||
+  { ((${#index[@]})) && [[ -z ${MINITRON_TORCH_INDEX:-} ]] && "${pip[@]}" install --quiet "$torch"; }
 
 echo "make venv: installing minitron_mcore[$EXTRAS] into $VENV"
 isolation=()
 [[ $EXTRAS != *gpu* ]] || isolation=(--no-build-isolation)
 "${pip[@]}" install -qq "${isolation[@]}" --constraint constraints.txt --editable ".[$EXTRAS]"
+[[ ${PACKAGE:-yes} != no ]] || "${pip[@]}" uninstall --quiet --yes minitron-mcore
 "${pip[@]}" check

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.checkpoint.hybrid import as_gpt
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.unpickle import find_common, read_common
 from minitron_mcore.errors import InputError
@@ -101,6 +102,7 @@ def infer_architecture(place: Path) -> Architecture:
     """
     source = description_file(place)
     fields = read_run_config(source) if source.name == "run_config.yaml" else read_arguments(place)
+    fields = as_gpt(fields, source)
     for name in NEEDED:
         if fields.get(name) is None:
             raise InputError(f"{source} does not say {name}, which every architecture needs")

@@ -16,7 +16,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
-from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -31,12 +30,13 @@ from minitron_mcore.checkpoint.folder import iteration_folder, read_architecture
 from minitron_mcore.checkpoint.manifest import StoredPiece, stored_piece
 from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
 from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, refuse_objects
+from minitron_mcore.checkpoint.versions import save_common
 from minitron_mcore.checkpoint.writer import explaining_disk, pieces_of, write_iteration
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import parameter_table
 from minitron_mcore.model.gpt import LanguageModel, unwrap
 from minitron_mcore.model.initialize import Rows, named_parameters
-from minitron_mcore.runtime.repairs import load_optimizer_state, optimizer_state, save_without_helper
+from minitron_mcore.runtime.repairs import load_optimizer_state, optimizer_state, save_without_helper, write_errors
 from minitron_mcore.runtime.start import Runtime
 
 
@@ -66,14 +66,15 @@ def save_state(folder: Path, iteration: int, state: ShardedStateDict, runtime: R
 
         def write_common() -> None:
             with explaining_disk(folder, str(folder), hint):
-                get_default_save_common_strategy().save_common(common, temporary)
+                save_common(common, temporary)
 
         def write_config() -> None:
             with explaining_disk(folder, str(folder), hint):
                 save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
 
         runtime.on_main(write_common)
-        _SaveOrTell("torch_dist", 1).save(sharded, temporary)
+        with write_errors() as met:
+            _SaveOrTell(met).save(sharded, temporary)
         runtime.on_main(write_config)
         return _stored_pieces(state)
 
@@ -84,14 +85,21 @@ class _SaveOrTell(TorchDistSaveShardedStrategy):
     """megatron-core's own way to save, but that what fails on one rank is raised on all: there, a first rank that
     cannot write what describes the checkpoint leaves the others waiting, and only it learns what they met."""
 
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, save_state_dict_ret: Any) -> AsyncRequest:
-        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+    def __init__(self, met: list[Exception]) -> None:
+        """`met`: where `write_errors` puts what goes wrong."""
+        super().__init__("torch_dist", 1)
+        self.met = met
+
+    def _get_save_and_finalize_callbacks(
+        self, writer: FileSystemWriterAsync, save_state_dict_ret: Any, *how: Any
+    ) -> AsyncRequest:
+        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, *how)
         _, metadata, ranks = save_state_dict_ret
 
         def written() -> list[WriteResult]:
             found = writer.retrieve_write_results()
             if isinstance(found, tuple):  # an error and its traceback; the system's own, where there is one, is below
-                raise found[0].__cause__ or found[0]
+                raise next(iter(self.met), None) or found[0].__cause__ or found[0]
             return found
 
         def finish() -> None:

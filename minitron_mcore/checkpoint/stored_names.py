@@ -6,8 +6,8 @@
     decoder.layers.self_attention.linear_qkv.layer_norm_weight
                                            decoder.layers.7.input_layernorm.weight   the local layers' own name
 
-and each of them behind `module.` or `model.`, as wrappers add it. Optimizer, random states, Transformer Engine's
-`_extra_state` and what was trained beside the model are not the model's.
+and each of them behind `module.` or `model.`, as wrappers add it; a hybrid model's as in hybrid.py. Optimizer, random
+states, Transformer Engine's `_extra_state` and what was trained beside the model are not the model's.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from minitron_mcore.checkpoint.hybrid import gpt_names
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import BESIDE_THE_MODEL, LAYERS, checkpoint_key
 
-_PREFIX = re.compile(r"(?:(?:module|model)\.)*")
+_PREFIX = re.compile(r"^(?:(?:module|model)\.)*")
 _NOT_THE_MODEL = re.compile(
     r"(^|\.)(optimizer|chained_\d+|rng_state|rerun_state_machine_state|opt_param_scheduler)(\.|$)"
 )
+
+
+def _is_of_model(name: str) -> bool:
+    return not name.endswith("_extra_state") and _NOT_THE_MODEL.search(name) is None
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,15 @@ class StoredNames:
     """Looks up (checkpoint key, layer); layers either all stacked in one tensor or each in its own."""
 
     def __init__(self, stored: Iterable[str]) -> None:
-        """`stored`: names of the tensors. Raises InputError where two of them are the same parameter."""
+        """`stored`: names of the tensors. Raises InputError where two of them are the same parameter, or where they are
+        those of a hybrid model that is no GPT."""
         self.names: dict[tuple[str, int | None], str] = {}
-        for name in stored:
-            if name.endswith("_extra_state") or _NOT_THE_MODEL.search(name):
-                continue
-            plain = name[_PREFIX.match(name).end() :]  # type: ignore[union-attr]
+        of_model = {name: _PREFIX.sub("", name) for name in stored if _is_of_model(name)}
+        gpt = gpt_names(of_model.values())
+        for name, plain in of_model.items():
             if plain.startswith(BESIDE_THE_MODEL):
                 continue
+            plain = gpt[plain]
             stacked = plain.startswith(LAYERS) and not plain.removeprefix(LAYERS)[:1].isdigit()
             key, layer = checkpoint_key(plain.replace(LAYERS, LAYERS + "0.", 1) if stacked else plain)
             place = (key, None if stacked else layer)

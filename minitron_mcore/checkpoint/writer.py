@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
-from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
 from torch.distributed.checkpoint import (
     BytesStorageMetadata,
     DefaultSavePlanner,
@@ -43,6 +42,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from minitron_mcore.checkpoint.folder import finish_iteration
 from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, stored_piece, write_manifest
 from minitron_mcore.checkpoint.safetensors_file import write_in_blocks
+from minitron_mcore.checkpoint.versions import save_common
 from minitron_mcore.errors import InputError, StorageError
 from minitron_mcore.files import nearest_folder, not_written
 from minitron_mcore.runtime.start import Runtime
@@ -108,7 +108,7 @@ def save_stream(
     def write_common(temporary: Path) -> None:
         with explaining_disk(folder, called):
             common = {"content_metadata": {"iteration": iteration}}
-            get_default_save_common_strategy().save_common(common, temporary)
+            save_common(common, temporary)
             save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
 
     def write(temporary: Path) -> list[StoredPiece]:
@@ -254,6 +254,11 @@ class _StreamWriter(FileSystemWriter):
         super().__init__(path, thread_count=1)
         self.sources = sources
         self.stored: list[StoredPiece] = []
+
+    @property
+    def checkpoint_id(self) -> str:
+        """As stored: a pickled Path has another name in Python 3.13."""
+        return str(self.path)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []

@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_mcore.model.gpt import LanguageModel, unwrap
+from minitron_mcore.runtime.repairs import divide_gradients
 
 Microbatch = dict[str, Any]
 # (loss to train, number of counted tokens, sums to report), all summed over the microbatch's tokens.
@@ -101,14 +102,15 @@ def _finalizing(chunks: list[torch.nn.Module], counted: torch.Tensor, *, now: bo
     """Within the `with`, the end of a schedule finalises gradients if `now`, by the exact count of tokens.
 
     Megatron finalises at the end of every schedule, and counts in whole numbers. `counted` holds the count on the last
-    stage; Megatron gives it to the others.
+    stage.
     """
     config = unwrap(chunks[0]).config
     finalize = config.finalize_model_grads_func
 
     def at_the_end(models: list[torch.nn.Module], num_tokens: Any, *args: Any, **kwargs: Any) -> None:
         if now:
-            finalize(models, counted, *args, **kwargs)
+            finalize(models, None, *args, **kwargs)
+            divide_gradients(models, counted)
 
     config.finalize_model_grads_func = at_the_end if finalize is not None else None
     try:

@@ -1,15 +1,21 @@
-"""The few places where megatron-core 0.16.1 is wrong without an error, mended. Each with its reason and a test.
+"""The few places where megatron-core is wrong without an error, mended. Each with its reason and a test.
 
-Tests: tests/distributed/test_repairs.py fails without each of these.
+Of 0.16.1 and of 0.19.2 alike, but for two of newer versions alone: what a full disk says, and gradients where token
+weights add up to less than 1. Tests: tests/distributed/test_repairs.py fails without each of these.
 """
 
 from __future__ import annotations
 
+import functools
 import queue
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -71,6 +77,44 @@ def save_without_helper() -> None:
     """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.SimpleQueue()
+
+
+@contextmanager
+def write_errors() -> Iterator[list[Exception]]:
+    """Within, the list holds what went wrong where a save of this process wrote its data.
+
+    From 0.17 on only the error's type comes back from there, in words, so that a full disk is not told as one.
+    """
+    writer = filesystem_async.FileSystemWriterAsync
+    original, met = writer.write_preloaded_data, []
+
+    @functools.wraps(original)
+    def remembering(*arguments: Any, **named: Any) -> Any:
+        output = original(*arguments, **named)
+        if isinstance(output, tuple) and isinstance(output[1], Exception):
+            met.append(output[1])
+        return output
+
+    writer.write_preloaded_data = staticmethod(remembering)
+    try:
+        yield met
+    finally:
+        writer.write_preloaded_data = staticmethod(original)
+
+
+def divide_gradients(chunks: list[torch.nn.Module], counted: torch.Tensor) -> None:
+    """Divide the gradients by the global number of counted tokens: the sum over data-parallel ranks of `counted`, which
+    the last stage knows and the others are given. Every rank calls, after `finalize_model_grads` without a number.
+
+    That function divides by the number, too, but from 0.17 on by 1 where it is less, and so makes gradients too small
+    where token weights are. No gradient is divided where nothing counts.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    torch.distributed.broadcast(counted, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    torch.distributed.all_reduce(counted, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if counted > 0:
+        for chunk in chunks:
+            cast(DistributedDataParallel, chunk).scale_gradients(1.0 / counted)
 
 
 def _distributed_optimizers(optimizer: MegatronOptimizer) -> list[Any]:

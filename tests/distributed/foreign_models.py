@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import pickle
 import re
 import signal
 from collections.abc import Iterable
@@ -297,6 +298,19 @@ def write_cases(root: Path, names: Iterable[str]) -> None:
         if not how.get("with_args", True) and torch.distributed.get_rank() == 0:
             (root / name / f"iter_{ITERATION:07d}" / "run_config.yaml").write_text(run_config(args))
         torch.distributed.barrier()
+
+
+def with_common_file(place: Path) -> None:
+    """Give an iteration that megatron-core wrote its common part as a file, as up to 0.16, and not as an object."""
+    from minitron_mcore.checkpoint.unpickle import read_common, read_metadata
+    from minitron_mcore.checkpoint.versions import COMMON_OBJECT, save_common
+
+    metadata = read_metadata(place)
+    save_common(read_common(place, metadata), place)
+    metadata.state_dict_metadata.pop(COMMON_OBJECT, None)
+    stored = metadata.storage_data
+    metadata.storage_data = {index: info for index, info in stored.items() if index.fqn != COMMON_OBJECT}
+    (place / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def expected_architecture(name: str) -> Architecture:

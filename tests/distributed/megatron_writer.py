@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 PYTHON -m tests.distributed.megatron_writer FOLDER [NAME ...]
 
 makes FOLDER/NAME, by default each of KINDS: megatron-core's own GPTModel (or HybridModel, from 0.19 on), its own
-`dist_checkpointing.save`, and Megatron-LM's own parsed arguments where they are installed. What is in
+`dist_checkpointing.save`, and Megatron-LM's own parsed arguments where they are installed; beside it, in logits.pt,
+what that model works out. What is in
 tests/distributed/megatron_0_19.tar.xz was made so, by Python 3.13 with megatron-core 0.19.2, torch 2.13 and
 numpy 2.5, and packed with
 
@@ -50,7 +51,7 @@ def megatron_lm_arguments(**changes: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(parsed), **known, **renamed, **changes})
 
 
-def hybrid_model(args: argparse.Namespace) -> Any:
+def hybrid_model(args: argparse.Namespace, dtype: torch.dtype) -> Any:
     """megatron-core's HybridModel of PAIRS, of local layers under the names of Transformer Engine's."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
     from megatron.core.models.hybrid import hybrid_block
@@ -71,7 +72,7 @@ def hybrid_model(args: argparse.Namespace) -> Any:
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
     )
     hybrid_block.TENorm = WrappedTorchNorm
-    config = foreign_model(args, {}, torch.bfloat16).config
+    config = foreign_model(args, {}, dtype).config
     config.num_layers = len(PAIRS)
     return HybridModel(
         config,
@@ -81,7 +82,7 @@ def hybrid_model(args: argparse.Namespace) -> Any:
         hybrid_layer_pattern=PAIRS,
         position_embedding_type="rope",
         rotary_base=args.rotary_base,
-    ).bfloat16()
+    ).to(dtype)
 
 
 def write(folder: Path, kind: str) -> None:
@@ -90,11 +91,12 @@ def write(folder: Path, kind: str) -> None:
 
     start_layout({}, 1)
     args = megatron_lm_arguments()
+    model, exact = (
+        hybrid_model(args, dtype) if kind == "hybrid" else foreign_model(args, {}, dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     if kind == "hybrid":
-        model = hybrid_model(args)
         args = megatron_lm_arguments(num_layers=len(PAIRS), hybrid_layer_pattern=PAIRS, is_hybrid_model=True)
-    else:
-        model = foreign_model(args, {}, torch.bfloat16)
     weights = model.sharded_state_dict(metadata={"dp_cp_group": None})
     state: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": ITERATION, "model": weights}
     if kind == "gpt-optimizer":
@@ -104,6 +106,22 @@ def write(folder: Path, kind: str) -> None:
     place.mkdir(parents=True)
     dist_checkpointing.save(state, str(place))
     (folder / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
+    exact.load_state_dict(model.state_dict())
+    torch.save(logits_of(exact), folder / "logits.pt")
+
+
+def sample() -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and positions [2, 16]."""
+    tokens = torch.randint(0, MODEL["vocab_size"], (2, 16), generator=torch.Generator().manual_seed(3))
+    return tokens, torch.arange(16).expand_as(tokens).contiguous()
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    """What megatron-core's model works out of `sample`, in float32: [2, 16, V]."""
+    tokens, positions = sample()
+    masked = torch.ones(1, 1, *tokens.shape[1:], tokens.shape[1]).triu(1).bool()
+    with torch.no_grad():
+        return model.eval()(tokens, positions, masked)
 
 
 if __name__ == "__main__":

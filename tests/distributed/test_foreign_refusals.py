@@ -26,6 +26,7 @@ from tests.distributed.foreign_models import (
     expected_architecture,
     run_config,
     whole_tensors,
+    with_common_file,
     write_cases,
 )
 from tests.distributed.ranks import run_on_ranks
@@ -35,6 +36,8 @@ from tests.distributed.ranks import run_on_ranks
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("foreign")
     run_on_ranks(write_cases, 2, path, ["llama", "llama-bridge"])
+    for name in ("llama", "llama-bridge"):
+        with_common_file(path / name / f"iter_{ITERATION:07d}")
     return path
 
 

@@ -19,13 +19,13 @@ from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.unpickle import read_common
 from minitron_mcore.layout import parameter_table
 from tests.distributed.foreign_models import value_of
-from tests.distributed.megatron_writer import ITERATION, MODEL, SIZES
+from tests.distributed.megatron_writer import ITERATION, MODEL, SIZES, sample
 from tests.distributed.models import start_layout
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_foreign import plan_of
 from tests.distributed.test_prune import sliced
 
-KINDS = ("gpt", "gpt-optimizer")
+KINDS = ("gpt", "gpt-optimizer", "hybrid")
 Whole = dict[tuple[str, int | None], torch.Tensor]
 
 
@@ -44,8 +44,11 @@ def expected_tensors(kind: str, architecture: Architecture) -> Whole:
         shape = parameter.shape(architecture)
         for layer in range(SIZES["num_layers"]) if parameter.per_layer else [None]:
             named = parameter.key
+            if kind == "hybrid":
+                named = named.replace("decoder.final_layernorm.", "decoder.final_norm.")
             if layer is not None:
-                named = named.replace("decoder.layers.", f"decoder.layers.{layer}.")
+                position = layer if kind != "hybrid" else 2 * layer + ("mlp." in named)
+                named = named.replace("decoder.layers.", f"decoder.layers.{position}.")
             whole[parameter.key, layer] = value_of(named, shape).bfloat16()
     return whole
 
@@ -70,6 +73,31 @@ def test_the_arguments_are_read_whole(root: Path) -> None:
     assert common["iteration"] == ITERATION and len(vars(common["args"])) > 800
     assert common["args"].padded_vocab_size == MODEL["padded_vocab_size"]
     assert type(common["args"].inference_cuda_graph_scope).__name__ == "InferenceCudaGraphScope"
+
+
+def logits_on_rank(root: Path) -> dict[str, torch.Tensor]:
+    """Of each of KINDS, this project's [2, 16, V], in float32."""
+    from minitron_mcore.checkpoint.store import as_chunks, load_weights
+    from minitron_mcore.model.gpt import build_model, unwrap
+    from minitron_mcore.model.schedule import final_hidden_states
+
+    config, found = start_layout({}, 1), {}
+    tokens, positions = sample()
+    for kind in KINDS:
+        architecture = read_architecture(root / kind)
+        chunks = as_chunks(build_model(architecture, config, "fp32", trainable=False))
+        load_weights(root / kind, ITERATION, chunks, architecture)
+        (hidden,) = final_hidden_states(chunks, [{"tokens": tokens, "position_ids": positions}])
+        with torch.no_grad():
+            found[kind] = unwrap(chunks[0]).logits(hidden).transpose(0, 1)
+    return found
+
+
+def test_logits_are_those_of_its_own_model(root: Path) -> None:
+    """1e-5 of the largest: the same sums, in another order."""
+    for kind, found in run_on_ranks(logits_on_rank, 1, root)[0].items():
+        expected = torch.load(root / kind / "logits.pt", weights_only=True)
+        assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5, kind
 
 
 def convert_all(root: Path) -> None:

@@ -51,7 +51,7 @@ def test_metadata(package: Message, distribution: Path) -> None:
 
     assert package["Name"] == "minitron-mcore"
     assert package["Version"] == minitron_mcore.__version__
-    assert SpecifierSet(package["Requires-Python"]) == SpecifierSet(">=3.10,<3.13")
+    assert SpecifierSet(package["Requires-Python"]) == SpecifierSet(">=3.10,<3.14")
     assert set(package.get_all("Provides-Extra", [])) == {"gpu", "dev"}
     scripts = configparser.ConfigParser()
     scripts.read(distribution / "entry_points.txt")
@@ -112,7 +112,10 @@ def test_license_is_apache_2() -> None:
     assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 
 
-@pytest.mark.parametrize("name", [".ci/run", ".ci/venv.sh", "launch/torchrun.sh", "launch/slurm.sbatch"])
+SCRIPTS = ".ci/run .ci/python.sh .ci/venv.sh .ci/matrix.sh launch/torchrun.sh launch/slurm.sbatch"
+
+
+@pytest.mark.parametrize("name", SCRIPTS.split())
 def test_scripts_can_be_run_and_parsed(name: str) -> None:
     path = ROOT / name
     assert path.stat().st_mode & 0o111 == 0o111, "not executable"
@@ -129,7 +132,7 @@ def dry_run(target: str) -> str:
 
 
 def test_make_targets_do_their_own_set_up() -> None:
-    for target in ("demo", "test", "test-slow", "lint", "bench", "venv", "lock"):
+    for target in ("demo", "test", "test-slow", "test-matrix", "lint", "bench", "venv", "lock"):
         assert ".ci/venv.sh" in dry_run(target), target
     assert "-m minitron_mcore run --config configs/quickstart.yaml" in dry_run("demo")
     test = dry_run("test")
