@@ -88,11 +88,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from minitron_mcore.runtime.start import quiet_libraries, start, stop
 
         quiet_libraries()
+        from minitron_mcore.checkpoint.stated import stating
         from minitron_mcore.checkpoint.unpickle import trusting
+        from minitron_mcore.stages.stated import stated_by
 
         stage = importlib.import_module(f"minitron_mcore.stages.{VERBS[options.verb][0]}")
         runtime = start()
-        with trusting(recipe.trust):
+        with trusting(recipe.trust), stating(stated_by(recipe)):
             stage.run(recipe, runtime)
         stop()
     except (InputError, OSError) as error:

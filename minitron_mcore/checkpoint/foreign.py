@@ -9,23 +9,18 @@ have is refused by name, and every size is held against the stored tensors.
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Mapping
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.checkpoint.completion import FLOATS, UNSCALED, Fields, complete
 from minitron_mcore.checkpoint.hybrid import as_gpt
 from minitron_mcore.checkpoint.reader import TensorReader
+from minitron_mcore.checkpoint.stated import refuse_contradictions
 from minitron_mcore.checkpoint.unpickle import find_common, read_common
 from minitron_mcore.errors import InputError
-from minitron_mcore.families.find import known_families
 from minitron_mcore.files import read_mapping
-
-Fields = dict[str, Any]
 
 # Megatron-LM's option -> the field it sets, where they are named differently.
 OPTIONS = {
@@ -35,39 +30,13 @@ OPTIONS = {
     "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
     "swiglu": "gated_linear_unit",
 }
-# Fields that are an Architecture's own, under the same name.
-SAME = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "max_position_embeddings",
-    "normalization",
-    "layernorm_zero_centered_gamma",
-    "layernorm_epsilon",
-    "gated_linear_unit",
-    "activation",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "rotary_percent",
-    "rotary_base",
-    "rope_scaling",
-    "untie_embeddings_and_output_weights",
-    "init_method_std",
-)
-# megatron-core's defaults, for what an older writer did not know of.
-UNSAID: Fields = {
-    "layernorm_zero_centered_gamma": False,
-    "gated_linear_unit": False,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "rotary_percent": 1.0,
-    "rotary_base": 10000.0,
-    "rope_scaling": None,
+# Our fields of a scaled rotary embedding -> the provider's.
+SCALING = {
+    "factor": "scale_factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "old_context_len",
 }
-NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "normalization")
 # Fields that change what a model computes, and the only values that leave it one of ours. None: not set.
 ONLY: dict[str, tuple[Any, ...]] = {
     "add_bias_linear": (False,),
@@ -97,43 +66,29 @@ ONLY: dict[str, tuple[Any, ...]] = {
 def infer_architecture(place: Path) -> Architecture:
     """Architecture of the iteration in the folder `place`, from what its writer left there; any rank calls.
 
-    `padded_vocab_size` is what is stored. Raises InputError where neither file is there, where the model has what ours
-    have not, or where a size disagrees with the stored tensors.
+    What the description lacks is taken from the stored tensors, else from the user (stated.py); `padded_vocab_size` is
+    what is stored. Raises InputError where neither file is there, where the model has what ours have not, where a size
+    disagrees with the stored tensors, or, with all the keys to give, where something is left that nothing says.
     """
     source = description_file(place)
-    fields = read_run_config(source) if source.name == "run_config.yaml" else read_arguments(place)
-    fields = as_gpt(fields, source)
-    for name in NEEDED:
-        if fields.get(name) is None:
-            raise InputError(f"{source} does not say {name}, which every architecture needs")
+    said = as_gpt(read_run_config(source) if source.name == "run_config.yaml" else read_arguments(place), source)
+    for name in FLOATS:
+        with suppress(ValueError):  # YAML reads 1e-06 as a word
+            said[name] = float(said[name]) if isinstance(said.get(name), str) else said.get(name)
     for name, allowed in ONLY.items():
-        given_none = fields.get(name) is None and False in allowed  # a switch that is not set
-        if name in fields and fields[name] not in allowed and not given_none:
+        given_none = said.get(name) is None and False in allowed  # a switch that is not set
+        if name in said and said[name] not in allowed and not given_none:
             needed = " or ".join(repr(value) for value in allowed)
-            raise InputError(f"{source}: {name}={fields[name]!r} is no model that can be read here, only {needed} is")
-    given = {**UNSAID, **{name: fields[name] for name in SAME if fields.get(name) is not None}}
-    family = find_by_fields(given, str(fields.get("provider", "")), source)
-
+            raise InputError(f"{source}: {name}={said[name]!r} is no model that can be read here, only {needed} is")
+    refuse_contradictions(said, source)
     reader = TensorReader(place, 0)
-    stored = reader.shape("embedding.word_embeddings.weight")
-    if stored is None:
+    if reader.shape("embedding.word_embeddings.weight") is None:
         raise InputError(f"{place} holds no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
-    vocab_size = fields.get("vocab_size")
-    if vocab_size is None:
-        vocab_size = stored[0]
-        _say(f"{source} does not say vocab_size: all {stored[0]:,} stored rows, padding included, count as vocabulary")
     try:
-        architecture = build_architecture(
-            {
-                **given,
-                "rotary_base": float(given["rotary_base"]),
-                "family": family,
-                "vocab_size": vocab_size,
-                "padded_vocab_size": stored[0],
-            }
-        )
-    except (InputError, TypeError, ValueError) as error:
-        raise InputError(f"{source} describes no architecture: {error}") from error
+        architecture = build_architecture(complete(said, reader, source))
+    except (TypeError, ValueError) as error:
+        told = isinstance(error, InputError) and str(error).startswith(("model.", str(source)))
+        raise error if told else InputError(f"{source} describes no architecture: {error}") from error
     reader.check(architecture, str(source))
     return architecture
 
@@ -162,17 +117,27 @@ def read_run_config(path: Path) -> Fields:
     fields["activation"] = _last_name(fields.get("activation_func"))
     if "share_embeddings_and_output_weights" in fields:
         fields["untie_embeddings_and_output_weights"] = not fields["share_embeddings_and_output_weights"]
-    fields.setdefault("max_position_embeddings", fields.get("seq_length"))
-    scaling = None
-    if fields.get("scale_factor"):
-        theirs = {"factor": "scale_factor", "original_max_position_embeddings": "old_context_len"}
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        read = {name: fields.get(theirs.get(name, name)) for name in names}
-        scaling = {name: value for name, value in read.items() if value is not None}
-    elif fields.get("rope_scaling") or fields.get("use_rope_scaling"):
-        scaling = {"factor": fields.get("rope_scaling_factor", 8.0)}
-    fields["rope_scaling"] = scaling
+    if fields.get("max_position_embeddings") is None:
+        fields["max_position_embeddings"] = fields.get("seq_length")  # what the provider gives to the model
+    four = {name: fields.get(theirs) for name, theirs in SCALING.items()}
+    if fields.get("scale_factor") or ("scale_factor" not in fields and any(four.values())):
+        fields["rope_scaling"] = four
+    else:
+        switch = "use_rope_scaling" if fields.get("rope_scaling") is None else "rope_scaling"
+        none = dict(UNSCALED) if "scale_factor" in fields else None
+        fields["rope_scaling"] = _switched_scaling(fields, switch, unset=1.0) or none
     return fields
+
+
+def _switched_scaling(fields: Fields, switch: str, unset: float | None) -> Fields | None:
+    """Scaling by a switch and a factor, the three other numbers being megatron-core's own; None where nothing is said.
+
+    A factor other than the writer's default (`unset`), without its switch, leaves open whether it holds.
+    """
+    factor = fields.get("rope_scaling_factor")
+    if fields.get(switch) is not None:
+        return {"factor": factor} if fields[switch] else dict(UNSCALED)
+    return None if factor in (None, unset) else {"factor": None}
 
 
 def read_arguments(place: Path) -> Fields:
@@ -184,46 +149,23 @@ def read_arguments(place: Path) -> Fields:
             "lies there: nothing says what the model is"
         )
     fields: Fields = {OPTIONS.get(name, name): value for name, value in vars(args).items()}
+    fields["is_megatron_lm"] = True
     gated, squared = fields.get("gated_linear_unit"), fields.get("squared_relu")
-    fields["activation"] = "silu" if gated else "squared_relu" if squared else "gelu"
+    plain = "gelu" if gated is not None and squared is not None else None  # its default, where both switches are off
+    fields["activation"] = "silu" if gated else "squared_relu" if squared else plain
     if not fields.get("group_query_attention"):
-        fields["num_query_groups"] = None
+        # Switched off, every head has its group; not said, the tensors tell.
+        said = fields.get("group_query_attention") is not None
+        fields["num_query_groups"] = fields.get("num_attention_heads") if said else None
     if fields.get("use_rotary_position_embeddings"):
         fields["position_embedding_type"] = "rope"
-    scaled = fields.get("use_rope_scaling")
-    fields["rope_scaling"] = {"factor": fields.get("rope_scaling_factor") or 8.0} if scaled else None
+    fields["rope_scaling"] = _switched_scaling(fields, "use_rope_scaling", unset=None)
+    if fields.get("tokenizer_type") == "NullTokenizer" and isinstance(fields.get("vocab_size"), int):
+        fields["vocab_size"] += 1  # its end of document comes on top
     return fields
-
-
-def find_by_fields(given: Mapping[str, Any], provider: str, source: Path) -> str:
-    """The family whose fixed fields are those `given`; of several, the one that `provider` names, else Llama's.
-
-    Raises InputError, naming what is unlike the nearest family, where there is none.
-    """
-    unlike = {
-        name: {field: needed for field, needed in family.fixed.items() if given.get(field) != needed}
-        for name, family in known_families().items()
-    }
-    fitting = [name for name, differences in unlike.items() if not differences]
-    if fitting:
-        named = [name for name in fitting if f".{name}." in provider.lower()]
-        return (named or [name for name in fitting if name == "llama"] or fitting)[0]
-    nearest = min(unlike, key=lambda name: (len(unlike[name]), name != "llama"))
-    field, needed = next(iter(unlike[nearest].items()))
-    raise InputError(
-        f"{source}: {field}={given.get(field)!r} fits none of the families {', '.join(unlike)}: a {nearest} model has "
-        f"{needed!r}"
-    )
 
 
 def _last_name(function: Any) -> Any:
     """`torch.nn.functional.silu`, or the mapping whose `_target_` is that -> `silu`."""
     name = function.get("_target_") if isinstance(function, dict) else function
     return name.rpartition(".")[2] if isinstance(name, str) else name
-
-
-@cache
-def _say(text: str) -> None:
-    """Once, by the first rank."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(text, file=sys.stderr)

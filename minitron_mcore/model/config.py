@@ -1,4 +1,5 @@
-"""Recipe section `model`: the architecture to train from random weights; Megatron's field names."""
+"""Recipe section `model`: the architecture to train from random weights, and what a foreign checkpoint does not say;
+Megatron's field names."""
 
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -6,9 +7,12 @@ from typing import Any, Optional
 
 @dataclass
 class ModelConfig:
-    """What is left out follows from the family, or from other fields (see architecture.py)."""
+    """What is left out follows from the family, or from other fields (see architecture.py).
 
-    family: str = "llama"  # llama or nemotron
+    Of a checkpoint that another project wrote, what its own files lack is read here (see checkpoint/completion.py).
+    """
+
+    family: Optional[str] = None  # llama (where left out), mistral, nemotron, qwen2, qwen3
     num_layers: Optional[int] = None
     hidden_size: Optional[int] = None
     ffn_hidden_size: Optional[int] = None
@@ -21,6 +25,10 @@ class ModelConfig:
     rotary_base: Optional[float] = None
     rotary_percent: Optional[float] = None
     rope_scaling: Optional[dict[str, Any]] = None
-    layernorm_epsilon: float = 1e-5
+    layernorm_epsilon: Optional[float] = None  # 1e-5 where left out
     untie_embeddings_and_output_weights: bool = True
     init_method_std: float = 0.02
+
+
+# What the keys that may be left out mean then, for recipes that were stored when these stood in them as defaults.
+LEFT_OUT = {"family": "llama", "layernorm_epsilon": 1e-5}

@@ -31,6 +31,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.files import nearest_folder, read_mapping, refuse_closed
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.memory.recompute import check_recompute
+from minitron_mcore.model.config import LEFT_OUT
 from minitron_mcore.model.gpt import check_fp8
 from minitron_mcore.plan import TARGETS, student_shape
 from minitron_mcore.pruning.config import StudentConfig
@@ -140,6 +141,8 @@ def refuse_other_run(
             there = {**there, **{name: value for name, value in defaults.items() if name not in there}}
         here = dataclasses.asdict(here) if dataclasses.is_dataclass(here) else {"": here}  # type: ignore[arg-type]
         there = there if isinstance(there, dict) else {"": there}
+        if section == "model":
+            here, there = ({**said, **_meant(said)} for said in (here, there))
         may_change = MAY_CHANGE | BUDGET if section == stage and not keeps_budget else MAY_CHANGE
         for name in filter(here.__contains__, there):
             path, value = f"{section}.{name}".rstrip("."), here[name]
@@ -154,6 +157,11 @@ def refuse_other_run(
                 )
     if stage is not None and not keeps_budget:
         refuse_other_budget(folder, recipe, stored, stage)
+
+
+def _meant(model: dict[str, Any]) -> dict[str, Any]:
+    """What the keys that a recipe's section `model` leaves out mean, which once stood there as defaults."""
+    return {name: value for name, value in LEFT_OUT.items() if model.get(name) is None}
 
 
 def _settled(value: Any) -> Any:

@@ -19,7 +19,6 @@ from minitron_mcore.errors import InputError
 from tests.distributed.foreign_models import (
     ITERATION,
     LLAMA,
-    PADDED,
     SIZES,
     TIED,
     arguments,
@@ -84,7 +83,6 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     },
     r"rotary_percent=0.5 fits none of the families .*: a llama model has 1.0": {"rotary_percent": 0.5},
     r"normalization='BatchNorm' is no model": {"normalization": "BatchNorm"},
-    r"does not say num_layers, which every architecture needs": {"num_layers": None},
     r"describes no architecture: .*num_attention_heads=6 must be a multiple of num_query_groups=4": {
         "num_query_groups": 4
     },
@@ -97,15 +95,6 @@ def test_contradictions_are_named(root: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=words) as said:
             read_architecture(folder)
         assert "\n" not in str(said.value) and str(folder) in str(said.value)
-
-
-def test_a_vocabulary_that_is_not_said_is_what_is_stored(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = changed(root, tmp_path / "unsaid", vocab_size=None)
-    for _ in range(2):
-        assert read_architecture(folder).vocab_size == PADDED
-    assert capsys.readouterr().err.count("all 1,024 stored rows, padding included, count as vocabulary") == 1
 
 
 def test_run_configs_of_other_forms(root: Path, tmp_path: Path) -> None:

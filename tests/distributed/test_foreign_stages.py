@@ -6,10 +6,12 @@ import contextlib
 import importlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minitron_mcore.checkpoint.folder import read_architecture, read_lineage
 from tests.distributed.foreign_models import ITERATION, LLAMA, arguments, save_foreign
@@ -40,14 +42,54 @@ FOREIGN = f"@/foreign/iter_{ITERATION:07d}"
 
 def run_verb(verb: str, root: Path, *overrides: str) -> str:
     """What the first rank printed; `@` stands for the folder of the test."""
-    from minitron_mcore.recipe import load_recipe
+    from minitron_mcore.checkpoint.stated import stating
     from minitron_mcore.runtime.start import start
+    from minitron_mcore.stages.stated import stated_by
 
-    recipe = load_recipe(None, [text.replace("@", str(root)) for text in [*COMMON, *overrides]])
+    recipe = recipe_of(root, *overrides)
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), stating(stated_by(recipe)):
         importlib.import_module(f"minitron_mcore.stages.{verb}").run(recipe, start())
     return printed.getvalue()
+
+
+def recipe_of(root: Path, *overrides: str) -> Any:
+    from minitron_mcore.recipe import load_recipe
+
+    return load_recipe(None, [text.replace("@", str(root)) for text in [*COMMON, *overrides]])
+
+
+def copy_without_vocabulary(root: Path) -> None:
+    """The folder `unsaid`: as Megatron-LM writes it, whose arguments name the tokenizer, and the padded size alone."""
+    from minitron_mcore.runtime.start import start
+
+    def copy() -> None:
+        shutil.copytree(root / "foreign", root / "unsaid")
+        path = root / "unsaid" / f"iter_{ITERATION:07d}" / "common.pt"
+        common = torch.load(path, weights_only=False)
+        common["args"].vocab_size = None
+        common["args"].make_vocab_size_divisible_by = 512  # 600 ids at TP2: 1,024 rows
+        common["args"].tensor_model_parallel_size = 2
+        common["args"].tokenizer_model = str(root / "tokenizer.model")
+        torch.save(common, path)
+
+    start().on_main(copy)
+
+
+def loss_of_transformers(root: Path, folder: str) -> float:
+    """Mean next-token loss of the exported `folder` over the sequences that `evaluate` reads; float32."""
+    from transformers import AutoModelForCausalLM
+
+    from minitron_mcore.data.tokenizer import load_tokenizer
+    from minitron_mcore.stages.evaluate import held_out
+
+    recipe = recipe_of(root, "precision=fp32")
+    dataset = held_out(recipe, load_tokenizer(recipe.tokenizer))
+    model = AutoModelForCausalLM.from_pretrained(root / folder, dtype=torch.float32, local_files_only=True)
+    samples = [dataset[index] for index in range(recipe.evaluate.samples)]
+    tokens, labels = (torch.stack([torch.as_tensor(each[name]) for each in samples]) for name in ("tokens", "labels"))
+    with torch.no_grad():
+        return float(torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten()))
 
 
 def copy_as_ours(root: Path) -> None:
@@ -68,10 +110,17 @@ def copy_as_ours(root: Path) -> None:
 def walk(root: Path) -> dict[str, str]:
     save_foreign(str(root / "foreign"), arguments(**LLAMA), {"pipeline": 2}, 2, per_layer=True, prefix="module.")
     copy_as_ours(root)
+    copy_without_vocabulary(root)
     teacher = f"teacher.checkpoint={FOREIGN}"
     return {
         "evaluate": run_verb("evaluate", root, "checkpoint=@/foreign", "results=@/foreign.json"),
         "evaluate ours": run_verb("evaluate", root, "checkpoint=@/ours", "results=@/ours.json"),
+        "evaluate unsaid": run_verb("evaluate", root, "checkpoint=@/unsaid", "results=@/unsaid.json", "precision=fp32"),
+        "evaluate all rows": run_verb(
+            "evaluate", root, "checkpoint=@/unsaid", "results=@/rows.json", "precision=fp32", "model.vocab_size=1024"
+        ),
+        "export unsaid": run_verb("export", root, "checkpoint=@/unsaid", "hf=@/unsaid-hf"),
+        "loss of transformers": str(loss_of_transformers(root, "unsaid-hf")),
         "score": run_verb("score", root, teacher),
         "plan": run_verb("plan", root, teacher),
         "prune": run_verb("prune", root, teacher, "student.checkpoint=@/student"),
@@ -99,9 +148,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_whole_road_from_a_foreign_teacher(root: Path) -> None:
     printed = run_on_ranks(walk, 2, root)[0]
-    results: dict[str, Any] = {name: json.loads((root / f"{name}.json").read_text()) for name in ("foreign", "ours")}
+    names = ("foreign", "ours", "unsaid", "rows")
+    results: dict[str, Any] = {name: json.loads((root / f"{name}.json").read_text()) for name in names}
     assert results["foreign"]["lm loss"] == results["ours"]["lm loss"] > 1
     assert results["foreign"]["iteration"] == ITERATION
+    # Padding rows count as no words: the loss is transformers' over the tokenizer's 600 ids, not that over 1,024 rows.
+    expected = float(printed["loss of transformers"])
+    assert abs(results["unsaid"]["lm loss"] - expected) <= 1e-5 * expected  # the same sums in another order
+    assert results["rows"]["lm loss"] > expected + 0.05
+    assert json.loads((root / "unsaid-hf" / "config.json").read_text())["vocab_size"] == 600
     assert read_architecture(root / "student").num_layers == 3
     teacher = read_lineage(root / "student")["teacher"]
     assert teacher["checkpoint"].endswith(f"iter_{ITERATION:07d}") and teacher["iteration"] == ITERATION
