@@ -36,6 +36,7 @@ quiet_libraries()  # Megatron warns while it is imported
 from megatron.core import parallel_state  # noqa: E402
 
 from minitron_mcore.architecture import Architecture, build_architecture  # noqa: E402
+from minitron_mcore.checkpoint.companions import carry_companions  # noqa: E402
 from minitron_mcore.checkpoint.folder import (  # noqa: E402
     find_checkpoint,
     read_architecture,
@@ -287,6 +288,8 @@ def save(model: Model, folder: str | Path) -> Path:
             recipe=f"precision: {model.precision}\n",
             save_tokenizer=partial(shutil.copytree, tokenizer) if tokenizer is not None else None,
         )
+        if model.source is not None:
+            carry_companions(model.source, unfinished)
         os.replace(unfinished, target)
 
     runtime.on_main(describe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,15 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def copy_file(source: str | Path, target: str | Path) -> None:
+    """Copy a file byte for byte, folders made; whole or not at all. One process calls."""
+    if os.path.abspath(source) == os.path.abspath(target):
+        return
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    shutil.copyfile(source, f"{target}.tmp")
+    os.replace(f"{target}.tmp", target)
 
 
 def write_figure(path: Path, figure: Figure) -> None:

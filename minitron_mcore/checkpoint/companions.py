@@ -2,7 +2,7 @@
 
 CHECKPOINT/hugging_face/config.json              as it was imported; never that of a pruned shape
                        /generation_config.json   as it was imported, byte for byte
-                       /README.md, LICENSE …     the source's own card and terms
+                       /README.md, LICENSE …     and every other file that is not weights, in its own sub-folder
 CHECKPOINT/plan.json                             of a pruned student, and of what is trained onward from it
 
 One process calls; nothing here is a collective.
@@ -11,32 +11,71 @@ One process calls; nothing here is a collective.
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from minitron_mcore.checkpoint.folder import beside, read_lineage
+from minitron_mcore.checkpoint.folder import TRACKER, beside, read_lineage
+from minitron_mcore.errors import InputError
+from minitron_mcore.files import copy_file
 
 FOLDER = "hugging_face"
-TERMS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
-KEPT = ("config.json", "generation_config.json", "README.md", *TERMS)
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What an export writes itself, of the model that it is.
+WRITTEN_ANEW = ("config.json", "README.md", "manifest.json")
+# Weights in any form, and what a training run keeps beside them.
+WEIGHTS = (
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl"),
+    *("*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.onnx.data", "*.h5", "*.msgpack", "*.msgpack.index.json", "*.ot"),
+    *("*.tflite", "*.nemo", "*.distcp", "*.mlmodel", "*.engine", "*.llamafile"),
+)
+PASSED_OVER = ("__pycache__", ".*")  # folders
+LARGEST = 100_000_000  # bytes of a file; the largest tokenizers and figures have a third of it
 
 
-def keep_companions(source: Path, checkpoint: Path) -> None:
-    """Copy what lies beside the weights of the Hugging Face folder `source` into the checkpoint made from it."""
-    _copy(source, checkpoint / FOLDER, KEPT)
+def refuse_adapter(source: Path) -> None:
+    """Raise InputError where an adapter lies beside the weights of `source`, which would be left out in silence."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (source / name).is_file():
+            raise InputError(
+                f"hf={source} holds {name}, an adapter whose weights are not in those of the model: merge it first "
+                "(PEFT: merge_and_unload, then save_pretrained), or move the adapter's files away to import the model "
+                "without it"
+            )
+
+
+def keep_companions(source: Path, checkpoint: Path) -> list[str]:
+    """Copy what lies beside the weights of the Hugging Face folder `source` into the checkpoint made from it.
+
+    That is every file but weights, what `checkpoint`/tokenizer has already, and hidden folders. Returns what is to be
+    said of files that stay behind.
+    """
+    other, large = [], []
+    for name in files_below(source):
+        if (checkpoint / "tokenizer" / name).is_file() and name != "config.json":
+            continue
+        if any(fnmatch(os.path.basename(name).lower(), pattern) for pattern in WEIGHTS):
+            other += [] if fnmatch(name, "model*.safetensors*") else [name]
+        elif (source / name).stat().st_size > LARGEST:
+            large.append(name)
+        elif name != "manifest.json":  # an earlier export's
+            copy_file(source / name, checkpoint / FOLDER / name)
+    notes = {"other files of weights": other, f"files of more than {LARGEST // 10**6} MB": large}
+    return [f"{what} stay behind: {', '.join(names)}" for what, names in notes.items() if names]
 
 
 def carry_companions(source: Path, target: Path) -> None:
     """Copy a checkpoint's companions into the checkpoint `target` that is made from it; what has none gives none."""
     if source.resolve() == target.resolve():
         return
-    _copy(beside(source, FOLDER), target / FOLDER, KEPT)
-    _copy(beside(source, "plan.json").parent, target, ("plan.json",))
+    _copy_all(beside(source, FOLDER), target / FOLDER)
+    if (plan := beside(source, "plan.json")).is_file():
+        copy_file(plan, target / "plan.json")
 
 
 def token_ids(checkpoint: Path, ids: dict[str, Any]) -> dict[str, Any]:
@@ -45,9 +84,18 @@ def token_ids(checkpoint: Path, ids: dict[str, Any]) -> dict[str, Any]:
     return {**ids, **{name: config[name] for name in MARKS if name in config}}
 
 
+def tokenizer_class(checkpoint: Path) -> dict[str, str]:
+    """The source's `tokenizer_class` in config.json, by which transformers reads a tokenizer that names none itself."""
+    named = _json(beside(checkpoint, FOLDER) / "config.json").get("tokenizer_class")
+    return {"tokenizer_class": named} if isinstance(named, str) else {}
+
+
 def write_companions(checkpoint: Path, folder: Path, ids: dict[str, Any]) -> None:
-    """Put generation_config.json, the source's or one that names `ids`, and the source's terms into a new `folder`."""
-    _copy(beside(checkpoint, FOLDER), folder, ("generation_config.json", *TERMS))
+    """Put the source's files into a new `folder`, but those that are of the model itself.
+
+    generation_config.json is made, of `ids`, where the source had none.
+    """
+    _copy_all(beside(checkpoint, FOLDER), folder, WRITTEN_ANEW)
     if not (folder / "generation_config.json").is_file():
         content = json.dumps({"_from_model_config": True, **ids}, indent=2)
         (folder / "generation_config.json").write_text(content + "\n", encoding="utf-8")
@@ -103,10 +151,23 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    for name in names:
-        if (source / name).is_file():
-            target.mkdir(parents=True, exist_ok=True)
-            partial = target / f"{name}.tmp"
-            shutil.copyfile(source / name, partial)
-            partial.replace(target / name)
+def _copy_all(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
+    for name in files_below(source):
+        if name not in without:
+            copy_file(source / name, target / name)
+
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Paths in `folder` of its files and those of its sub-folders, linked ones too, each once; sorted.
+
+    Not of hidden folders and caches, nor of a checkpoint that was put there.
+    """
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        inner = Path(place)
+        if inner.resolve() in seen or (inner != folder and TRACKER in files):
+            folders.clear()
+            continue
+        seen.add(inner.resolve())
+        folders[:] = sorted(name for name in folders if not any(fnmatch(name, each) for each in PASSED_OVER))
+        yield from (str((inner / name).relative_to(folder)) for name in sorted(files) if (inner / name).is_file())

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from minitron_mcore.checkpoint.companions import token_ids, write_companions
+from minitron_mcore.checkpoint.companions import token_ids, tokenizer_class, write_companions
 from minitron_mcore.checkpoint.conversion import units
 from minitron_mcore.checkpoint.folder import read_architecture
 from minitron_mcore.checkpoint.manifest import StoredPiece, write_manifest
@@ -115,7 +115,13 @@ class _Export:
         marks = token_ids(self.folder, {"bos_token_id": bos, "eos_token_id": eos})
         dtype = str(self.files[0][0].dtype).removeprefix("torch.")
         documents: dict[str, dict[str, Any]] = {
-            "config.json": {**self.config, **marks, "torch_dtype": dtype, "use_cache": True},
+            "config.json": {
+                **self.config,
+                **marks,
+                **tokenizer_class(self.folder),
+                "torch_dtype": dtype,
+                "use_cache": True,
+            },
         }
         if len(self.files) > 1:
             documents["model.safetensors.index.json"] = self._index()

@@ -38,6 +38,11 @@ def read_config(source: Path, make_vocab_size_divisible_by: int = 128) -> Archit
         raise InputError(f"{path} is no JSON: {error}") from error
     if not isinstance(given, dict):
         raise InputError(f"{path} is no config: it holds no mapping of keys to values")
+    if given.get("quantization_config"):
+        raise InputError(
+            f"{path} has a quantization_config: quantized weights are not read; dequantize the model first, or take "
+            "the key out where the weights are not quantized"
+        )
     family = find_family(given.get("model_type"), str(path))
     # transformers takes seconds to import; a folder that is none need not wait for it
     from transformers import AutoConfig

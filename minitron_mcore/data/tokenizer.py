@@ -10,7 +10,6 @@ import io
 import os
 import random
 import re
-import shutil
 import threading
 import time
 from collections import OrderedDict
@@ -21,25 +20,26 @@ from typing import Optional, Union
 from minitron_mcore.data.config import TokenizerConfig
 from minitron_mcore.data.corpus import check_file, documents, find_files, make_parent
 from minitron_mcore.data.fingerprint import (
+    PROBES,
     fingerprint,
     hugging_face_files_fingerprint,
     sentencepiece_file_fingerprint,
 )
+from minitron_mcore.data.tokenizer_files import (
+    CONFIG_FILES,
+    MODEL,
+    SETTINGS_FILES,
+    VOCABULARY_FILES,
+    changed_by,
+    check_added,
+    copy_files,
+    is_hugging_face,
+)
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import copy_file
 
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE = "HuggingFaceTokenizer"
-
-# Any of these makes a folder one with a tokenizer; the others say how it is used.
-VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
-SETTINGS_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tekken.json",
-)
 
 PASSAGE_CHARACTERS = 2_000  # a training "sentence": whole lines, so that pieces may span a line end
 SEGMENT_CHARACTERS = 1_000_000  # SentencePiece needs about 60 bytes a character while it encodes
@@ -97,13 +97,13 @@ class Tokenizer:
         """Copy the tokenizer's files into `folder`, byte for byte, so that `load_tokenizer(folder)` gives the same."""
         os.makedirs(folder, exist_ok=True)
         if self.type == SENTENCEPIECE:
-            _copy(self.path, os.path.join(folder, "tokenizer.model"))
-            if os.path.basename(self.path) == "tokenizer.model":
+            copy_file(self.path, os.path.join(folder, MODEL))
+            if os.path.basename(self.path) == MODEL:
                 # Not tokenizer_config.json, with which the copy would be of the other type.
-                copy_files(os.path.dirname(self.path), folder, SETTINGS_FILES[1:])
+                copy_files(os.path.dirname(self.path) or ".", folder, SETTINGS_FILES)
             return
         # AutoTokenizer looks into the model's config.json for what tokenizer_config.json leaves open.
-        copy_files(self.path, folder, (*VOCABULARY_FILES, *SETTINGS_FILES, "config.json"))
+        copy_files(self.path, folder, (*VOCABULARY_FILES, *SETTINGS_FILES, *CONFIG_FILES, "config.json"))
 
 
 def load_tokenizer(source: Union[str, TokenizerConfig]) -> Tokenizer:
@@ -118,19 +118,35 @@ def load_tokenizer(source: Union[str, TokenizerConfig]) -> Tokenizer:
         raise InputError(f"tokenizer.model={path} does not exist; train one with the verb tokenizer, or give another")
     if kind not in (None, SENTENCEPIECE, HUGGING_FACE):
         raise InputError(f"tokenizer.type={kind} is unknown; use {SENTENCEPIECE} or {HUGGING_FACE}")
-    hugging_face_files = ("tokenizer.json", "tokenizer_config.json")
-    if os.path.basename(path) in hugging_face_files:
+    if os.path.basename(path) in ("tokenizer.json", "tokenizer_config.json"):
+        path = os.path.dirname(path) or "."
+    if os.path.isfile(path) and (changes := changed_by(path)):
+        if kind == SENTENCEPIECE:
+            raise InputError(
+                f"tokenizer.type={kind}: {' and '.join(changes)} beside tokenizer.model={path} give it ids or marks "
+                "that a SentencePiece model has not: leave tokenizer.type out, or copy the model into its own folder"
+            )
         path = os.path.dirname(path) or "."
     if os.path.isdir(path):
-        is_hugging_face = any(os.path.isfile(os.path.join(path, name)) for name in hugging_face_files)
-        if kind == HUGGING_FACE or (kind is None and is_hugging_face):
+        if kind == HUGGING_FACE or (kind is None and is_hugging_face(path)):
             return _load_hugging_face(path)
-        if not os.path.isfile(os.path.join(path, "tokenizer.model")):
+        if not os.path.isfile(os.path.join(path, MODEL)):
             raise InputError(f"tokenizer.model={path} holds neither tokenizer.json nor tokenizer.model")
-        path = os.path.join(path, "tokenizer.model")
-    elif kind == HUGGING_FACE:
+        return load_tokenizer(TokenizerConfig(type=kind, model=os.path.join(path, MODEL)))
+    if kind == HUGGING_FACE:
         raise InputError(f"tokenizer.model={path} is a file; tokenizer.type={kind} needs a folder")
     return _load_sentencepiece(path)
+
+
+def cut_otherwise(tokenizer: Tokenizer) -> int:
+    """Of PROBES, how many the model's own sentencepiece cuts otherwise than transformers, which reads a bare
+    tokenizer.model with files beside that add to it; 0 where there is more to read or nothing to compare."""
+    others = ("tokenizer.json", "tokenizer_config.json")
+    model = os.path.join(tokenizer.path, MODEL)
+    if not os.path.isfile(model) or any(os.path.isfile(os.path.join(tokenizer.path, name)) for name in others):
+        return 0
+    bare = _load_sentencepiece(model)
+    return sum(bare.encode(probe) != tokenizer.encode(probe) for probe in PROBES)
 
 
 def _load_sentencepiece(path: str) -> Tokenizer:
@@ -168,9 +184,14 @@ def _load_hugging_face(folder: str) -> Tokenizer:
     try:
         model = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever the files broke in
-        raise InputError(f"tokenizer.model={folder} is no Hugging Face tokenizer: {_first_line(error)}") from error
+        files = changed_by(os.path.join(folder, MODEL)) if os.path.isfile(os.path.join(folder, MODEL)) else ()
+        beside = f"{' and '.join(files)} beside {MODEL} cannot be applied: " if files else ""
+        raise InputError(
+            f"tokenizer.model={folder} is no Hugging Face tokenizer: {beside}{_first_line(error)}"
+        ) from error
     if model.eos_token_id is None:
         raise InputError(f"tokenizer.model={folder} has no end-of-sentence token, which ends each document")
+    check_added(folder, model.get_vocab().get)
     model.model_max_length = int(1e30)  # documents longer than a model's window are no mistake here
 
     def encode(text: str) -> list[int]:
@@ -321,19 +342,6 @@ class _Heartbeat:
     def __exit__(self, *_: object) -> None:
         self.done.set()
         self.thread.join()
-
-
-def copy_files(source: str, target: str, names: Iterable[str]) -> None:
-    """Copy those of `names` that lie in the folder `source` into the folder `target`, byte for byte."""
-    for name in names:
-        if os.path.isfile(os.path.join(source, name)):
-            _copy(os.path.join(source, name), os.path.join(target, name))
-
-
-def _copy(source: str, target: str) -> None:
-    if os.path.abspath(source) != os.path.abspath(target):
-        shutil.copyfile(source, target + ".tmp")
-        os.replace(target + ".tmp", target)
 
 
 def _first_line(error: BaseException) -> str:

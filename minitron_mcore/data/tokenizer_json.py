@@ -14,9 +14,12 @@ import json
 import os
 from typing import Any
 
-from minitron_mcore.data.tokenizer import SENTENCEPIECE, SETTINGS_FILES, VOCABULARY_FILES, Tokenizer, copy_files
+from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
+from minitron_mcore.data.tokenizer_files import CONFIG_FILES, SETTINGS_FILES, VOCABULARY_FILES, copy_files, files_of
 from minitron_mcore.errors import InputError
 
+# All that a tokenizer consists of in a folder for transformers.
+FILES = VOCABULARY_FILES + SETTINGS_FILES + CONFIG_FILES
 SPACE = "\u2581"  # SentencePiece's sign for a space
 # ModelProto.SentencePiece.Type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -30,8 +33,10 @@ def save_for_transformers(tokenizer: Tokenizer, folder: str) -> None:
     tokenizer.model lies beside them. As in `Tokenizer`, no mark is added to a text, and the marks' names in a text
     (`</s>`) are ordinary characters. Raises InputError for a SentencePiece model of a kind that has no equal there.
     """
+    for name in list(files_of(folder, FILES)):  # what lay beside the source's weights may be of another one
+        os.remove(os.path.join(folder, name))
     if tokenizer.type != SENTENCEPIECE:
-        copy_files(tokenizer.path, folder, VOCABULARY_FILES + SETTINGS_FILES)
+        copy_files(tokenizer.path, folder, FILES)
         return
     with open(tokenizer.path, "rb") as stream:
         model, settings = convert_sentencepiece(stream.read(), tokenizer.path)

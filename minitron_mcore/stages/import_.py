@@ -6,11 +6,12 @@ import os
 import shutil
 from pathlib import Path
 
-from minitron_mcore.checkpoint.companions import keep_companions
+from minitron_mcore.checkpoint.companions import keep_companions, refuse_adapter
 from minitron_mcore.checkpoint.folder import write_description
 from minitron_mcore.checkpoint.import_hf import import_checkpoint, read_config
 from minitron_mcore.checkpoint.verify import TOLERANCE, compare_with_transformers
-from minitron_mcore.data.tokenizer import VOCABULARY_FILES, load_tokenizer
+from minitron_mcore.data.tokenizer import cut_otherwise, load_tokenizer
+from minitron_mcore.data.tokenizer_files import has_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
 from minitron_mcore.recipe import Recipe, to_yaml
@@ -33,11 +34,16 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     target = output_folder(recipe.checkpoint, "checkpoint")
     if target.exists():
         raise InputError(f"checkpoint={target} exists: name a folder that does not, or move that one away")
+    refuse_adapter(source)
     architecture = read_config(source, recipe.model.make_vocab_size_divisible_by)
-    has_tokenizer = any((source / name).is_file() for name in VOCABULARY_FILES)
-    tokenizer = load_tokenizer(str(source)) if has_tokenizer else None
+    tokenizer = load_tokenizer(str(source)) if has_tokenizer(source) else None
     if tokenizer is not None:
         check_tokenizer(tokenizer, architecture)
+        if others := cut_otherwise(tokenizer):
+            runtime.print(
+                "import: tokenizer.model is read by transformers, for what lies beside it, which cuts "
+                f"{others} of 10 texts otherwise than sentencepiece; a tokenizer_config.json would say how"
+            )
     runtime.barrier()  # every rank has looked before the first one writes
 
     runtime.print(f"import: {source}, {architecture.num_parameters:,} parameters -> {target}")
@@ -47,13 +53,15 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     checked = import_checkpoint(source, unfinished, architecture, recipe.parallel, runtime, called=called)
     runtime.print(f"import: {checked}")
 
+    notes: list[str] = []
+
     def describe() -> None:
         fingerprint = tokenizer.fingerprint if tokenizer else None
         lineage = {"stage": "import", "hf": str(source), "tokens": 0, "tokenizer": fingerprint}
         save = tokenizer.save if tokenizer else None
         with writing(called):
             write_description(unfinished, architecture, lineage=lineage, recipe=to_yaml(recipe), save_tokenizer=save)
-            keep_companions(source, unfinished)
+            notes.extend(keep_companions(source, unfinished))
 
     def put_in_place() -> None:
         with writing(called):
@@ -72,6 +80,8 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
         if runtime.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    for note in notes:
+        runtime.print(f"import: {note}")
     if tokenizer is None:
         runtime.print(f"import: {source} holds no tokenizer; stages that read text need tokenizer.model")
     return target

@@ -25,7 +25,8 @@ from minitron_mcore.checkpoint.inspection import (
     is_hugging_face,
     verify,
 )
-from minitron_mcore.data.tokenizer import VOCABULARY_FILES, Tokenizer, load_tokenizer
+from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mcore.data.tokenizer_files import has_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.plan import load_plan
@@ -66,9 +67,8 @@ def describe(path: Path) -> dict[str, Any]:
         return _with_tokenizer(_checkpoint(path), tokenizer_folder(path))
     if path.is_dir() and is_hugging_face(path):
         found = inspect_hugging_face(path)
-        has_tokenizer = any((path / name).is_file() for name in VOCABULARY_FILES)
         try:
-            return _with_tokenizer(found, path if has_tokenizer else None)
+            return _with_tokenizer(found, path if has_tokenizer(path) else None)
         except InputError as error:  # the weights are of use without it
             return {**found, "tokenizer": None, "warnings": [*found["warnings"], str(error)]}
     if path.is_file():

@@ -13,12 +13,15 @@ import yaml
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.companions import (
     carry_companions,
+    files_below,
     keep_companions,
+    refuse_adapter,
     source_card,
     token_ids,
     write_companions,
 )
 from minitron_mcore.checkpoint.model_card import model_card
+from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.plan import PruningPlan, make_plan, save_plan
 from tests.distributed.hf_cases import SHAPE
@@ -54,10 +57,60 @@ def test_generation_config_is_the_sources_or_made(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
         "generation_config.json": text,
         "LICENSE": "terms",
+        "other": "x",
     }
     write_companions(tmp_path / "trained", written(tmp_path / "made"), {"eos_token_id": 2})
     made = json.loads((tmp_path / "made" / "generation_config.json").read_text())
     assert made == {"_from_model_config": True, "eos_token_id": 2}
+
+
+CARRIED = (
+    *("LICENSE", "NOTICE.md", ".gitattributes", "tool.py", "preprocessor_config.json", "params.json"),
+    *("assets/figure.svg", "original/params.json", "tools/deep/er/search.yaml", "linked/inner.txt"),
+)
+LEFT = ("model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "original/consolidated.00.PTH", "a.gguf")
+
+
+def test_every_file_but_weights_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sub-folders too, linked ones once; not hidden folders, caches, another checkpoint, or what is very large."""
+    source = tmp_path / "hf"
+    passed_over: tuple[str, ...] = (
+        ".git/config",
+        ".cache/x.json",
+        "__pycache__/tool.pyc",
+        "ck/latest_checkpointed_iteration.txt",
+    )
+    passed_over += ("ck/lineage.yaml", "manifest.json", "onnx/model.onnx_data", "pytorch_model.bin.index.json")
+    (tmp_path / "elsewhere").mkdir()
+    for name in (*CARRIED[:-1], *LEFT, *passed_over, "huge.txt", "tokenizer.json", "config.json"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    (tmp_path / "elsewhere" / "inner.txt").write_text("linked/inner.txt")
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(source)
+    (source / "gone").symlink_to(tmp_path / "nowhere")
+    (source / "huge.txt").write_text("x" * 1001)
+    monkeypatch.setattr("minitron_mcore.checkpoint.companions.LARGEST", 1000)
+    written(tmp_path / "checkpoint" / "tokenizer", tokenizer__json="the same", config__json="the same")
+
+    notes = keep_companions(source, tmp_path / "checkpoint")
+    assert notes[0].startswith("other files of weights stay behind: ") and "huge.txt" in notes[1] and len(notes) == 2
+    assert all(name in notes[0] for name in LEFT[1:]) and " model.safetensors" not in notes[0]
+    carry_companions(tmp_path / "checkpoint", tmp_path / "student")
+    write_companions(tmp_path / "student", written(tmp_path / "out"), {})
+    kept = {name: (tmp_path / "out" / name).read_text() for name in files_below(tmp_path / "out")}
+    del kept["generation_config.json"]
+    assert kept == {name: name for name in CARRIED}
+    assert (tmp_path / "checkpoint" / "hugging_face" / "config.json").read_text() == "config.json"
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path, name: str) -> None:
+    written(tmp_path, model__safetensors="x")
+    refuse_adapter(tmp_path)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=f"holds {name}, an adapter .* merge it first"):
+        refuse_adapter(tmp_path)
 
 
 CACHE = "/x/hub/models--nvidia--Minitron-4B-Base/snapshots/0a1b"
