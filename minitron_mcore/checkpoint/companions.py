@@ -93,10 +93,10 @@ def tokenizer_class(checkpoint: Path) -> dict[str, str]:
 def write_companions(checkpoint: Path, folder: Path, ids: dict[str, Any]) -> None:
     """Put the source's files into a new `folder`, but those that are of the model itself.
 
-    generation_config.json is made, of `ids`, where the source had none.
+    generation_config.json is made, of `ids`, where the source had none and there are any.
     """
     _copy_all(beside(checkpoint, FOLDER), folder, WRITTEN_ANEW)
-    if not (folder / "generation_config.json").is_file():
+    if ids and not (folder / "generation_config.json").is_file():
         content = json.dumps({"_from_model_config": True, **ids}, indent=2)
         (folder / "generation_config.json").write_text(content + "\n", encoding="utf-8")
 

@@ -51,9 +51,9 @@ def export_checkpoint(
     """Write the finished iteration of `folder`, saved at any layout, as the Hugging Face folder `target`.
 
     Weights keep their stored dtype; the vocabulary's padding is taken off. `bos` and `eos` are the tokenizer's marks,
-    `save_tokenizer` writes its files into a folder. All ranks call, whatever the layout; no model-parallel groups are
-    needed. Raises InputError, on every rank and with nothing written, where `target` exists, cannot be written, or
-    transformers has no such shape.
+    `save_tokenizer` writes its files into a folder; without all three the folder names what its source named. All ranks
+    call, whatever the layout; no model-parallel groups are needed. Raises InputError, on every rank and with nothing
+    written, where `target` exists, cannot be written, or transformers has no such shape.
     """
     job = _Export(folder, iteration, target, max_shard_bytes)
     try:
@@ -112,7 +112,9 @@ class _Export:
 
     def finish(self, bos: int | None, eos: int | None, save_tokenizer: Callable[[Path], None] | None) -> None:
         """What lies beside the weights; then the folder gets its name."""
-        marks = token_ids(self.folder, {"bos_token_id": bos, "eos_token_id": eos})
+        has_marks = save_tokenizer is not None or (bos, eos) != (None, None)
+        own = {"bos_token_id": bos, "eos_token_id": eos} if has_marks else {}
+        marks = token_ids(self.folder, own)
         dtype = str(self.files[0][0].dtype).removeprefix("torch.")
         documents: dict[str, dict[str, Any]] = {
             "config.json": {
@@ -129,7 +131,9 @@ class _Export:
         def write() -> None:
             for name, content in documents.items():
                 (self.temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-            card = model_card(self.target.name, self.architecture, self.folder, self.iteration)
+            card = model_card(
+                self.target.name, self.architecture, self.folder, self.iteration, save_tokenizer is not None
+            )
             (self.temporary / "README.md").write_text(card, encoding="utf-8")
             write_companions(self.folder, self.temporary, marks)
             if save_tokenizer is not None:

@@ -22,10 +22,11 @@ SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", 
 TAGS = {"prune": "pruned", "distill": "knowledge-distillation"}
 
 
-def model_card(name: str, architecture: Architecture, folder: Path, iteration: int) -> str:
+def model_card(name: str, architecture: Architecture, folder: Path, iteration: int, has_tokenizer: bool = True) -> str:
     """Markdown, with the front matter that model hubs read; lineage and results are read from beside the weights."""
     lineage = read_lineage(folder)
     plan = _plan(folder, architecture, lineage)
+    classes = {"model": "AutoModelForCausalLM", **({"tokenizer": "AutoTokenizer"} if has_tokenizer else {})}
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(architecture, folder, lineage), sort_keys=False).strip()}\n---",
         f"# {name}",
@@ -33,9 +34,9 @@ def model_card(name: str, architecture: Architecture, folder: Path, iteration: i
         "Megatron checkpoint by minitron_mcore.",
         _shape_table(architecture, plan),
         *([f"Layers kept, of the teacher's {plan.teacher.num_layers}: {_ranges(plan.layers)}."] if plan else []),
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```',
+        f"```python\nfrom transformers import {', '.join(classes.values())}\n\n"
+        + "".join(f'{what} = {kind}.from_pretrained("{name}")\n' for what, kind in classes.items())
+        + "```",
     ]
     if lineage:
         sections += ["## Lineage", f"```yaml\n{yaml.safe_dump(lineage, sort_keys=False).strip()}\n```"]

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional, Union
 
 from minitron_mcore.data.config import TokenizerConfig
@@ -57,6 +57,7 @@ class Tokenizer:
     fingerprint: str  # sha256 in hex, of what the ids mean: the same wherever the files lie, and in either type
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    pieces: Callable[[], dict[int, str]] = field(default=dict, compare=False, repr=False)  # what each id stands for
 
     # No id is padding: GPT samples are never padded, and a dataset would mask every label that equals it.
     pad = -1
@@ -164,16 +165,17 @@ def _load_sentencepiece(path: str) -> Tokenizer:
         index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id(), processor.unk_id())
     )
     ids = list(range(processor.get_piece_size()))
-    pieces = zip(ids, processor.id_to_piece(ids), strict=True)
+    pieces = dict(zip(ids, processor.id_to_piece(ids), strict=True))
     return Tokenizer(
         type=SENTENCEPIECE,
         path=path,
         vocab_size=len(ids),
         bos=bos,
         eod=processor.eos_id(),
-        fingerprint=fingerprint(pieces, {"bos": bos, "eos": eos, "unk": unk}, processor.encode),
+        fingerprint=fingerprint(pieces.items(), {"bos": bos, "eos": eos, "unk": unk}, processor.encode),
         encode=processor.encode,
         decode=processor.decode,
+        pieces=lambda: pieces,
     )
 
 
@@ -208,6 +210,7 @@ def _load_hugging_face(folder: str) -> Tokenizer:
         fingerprint=fingerprint(vocabulary.items(), marks, encode),
         encode=encode,
         decode=lambda ids: str(model.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
+        pieces=lambda: vocabulary,
     )
 
 

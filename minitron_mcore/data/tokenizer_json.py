@@ -6,12 +6,19 @@ SentencePiece BPE merges, of all adjacent pairs whose union is a piece, the one 
 A unigram model takes the cut whose pieces' scores add up to most, in both libraries; SentencePiece adds in single
 precision from the text's start. Where two cuts are equally good, as the pieces of a long run of spaces in another order
 are, or nearly so after tens of thousands of characters, the two may differ; the text that comes back does not.
+
+A normalization rule (nmt_nfkc, SentencePiece's default) is a compiled table of characters, which `tokenizers` reads as
+it lies in the model, without its sequences of several: those that Unicode composes are composed before and after.
+Combining marks in an order that is not Unicode's, and one after a character that the rule rewrites, may still come out
+otherwise. Whatever is converted is held against sentencepiece on texts before it is exported (agreement.py).
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 from typing import Any
 
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
@@ -23,6 +30,9 @@ FILES = VOCABULARY_FILES + SETTINGS_FILES + CONFIG_FILES
 SPACE = "\u2581"  # SentencePiece's sign for a space
 # ModelProto.SentencePiece.Type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NONCHARACTER = "\ufffe"  # in no text that is one
+# What a rule that composes makes of a letter and its accent, of Korean letters, and of half-width Japanese.
+COMPOSED = {"e\u0301": "\u00e9", "\u1112\u1161\u11ab": "\ud55c", "\uff76\uff9e": "\u30ac"}
 NEVER = 1e6  # more than the scores of any text's pieces add up to
 
 
@@ -64,36 +74,118 @@ def convert_sentencepiece(proto: bytes, path: str) -> tuple[dict[str, Any], dict
         )
         if 0 <= index < len(pieces)
     }
-    user_defined = [i for i, piece in enumerate(model.pieces) if piece.type == USER_DEFINED]
-    prefix = model.normalizer_spec.add_dummy_prefix
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prefix, trimmed = model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.remove_extra_whitespaces
+    symbols = [i for i, piece in enumerate(model.pieces) if piece.type == USER_DEFINED]
+    # An added token ends the text before it, which would be trimmed and the text behind it prefixed anew.
+    is_split = bool(symbols) and (prefix or trimmed or _is_unigram(model))
+    added = special if is_split else sorted(special + symbols)
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
-        *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
+        *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix or trimmed else []),
     ]
     tokenizer_json = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(i, pieces[i], special=i in special) for i in sorted(special + user_defined)],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [*([{"type": "Prepend", "prepend": SPACE}] if prefix else []), replace],
-        },
-        "pre_tokenizer": None,
+        "added_tokens": [_added(i, pieces[i], special=i in special) for i in added],
+        "normalizer": {"type": "Sequence", "normalizers": _normalizers(model)},
+        "pre_tokenizer": _pre_tokenizer(model, [pieces[i] for i in symbols] if is_split else []),
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _unigram(model) if _is_unigram(model) else _bpe(model, marks.get("unk_token")),
+        "model": _unigram(model) if _is_unigram(model) else _bpe(model, marks.get("unk_token"), whole=is_split),
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **marks,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
+        # transformers has both from tokenizer.json; llama.cpp, for which they are true unless said, reads them here.
+        "add_prefix_space": bool(prefix),
+        "add_bos_token": False,
+        "add_eos_token": False,
     }
     return tokenizer_json, settings
+
+
+def _normalizers(model: Any) -> list[dict[str, Any]]:
+    """What SentencePiece does before it cuts: a table of characters, then spaces, then the space put before a text."""
+    spec = model.normalizer_spec
+    steps: list[dict[str, Any]] = []
+    if spec.precompiled_charsmap:
+        # `Precompiled` looks at characters one by one, but for two of few bytes, of which a line end's are one.
+        normalize = _processor(model).normalize
+        if normalize("a\rb") == normalize("a\nb"):
+            steps.append(_replace("\r\n", "\n\n"))
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        table = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+        composes = all(normalize(f"a{text}").endswith(composed) for text, composed in COMPOSED.items())
+        steps += [{"type": "NFC"}, table, {"type": "NFC"}] if composes else [table]
+    if spec.remove_extra_whitespaces:
+        steps += [_replace(" {2,}", " ", kind="Regex"), _replace("\\A +", "", kind="Regex")]
+    steps.append(_replace(" ", SPACE))
+    if spec.remove_extra_whitespaces:
+        steps.append(_replace(f"{SPACE}+\\z", "", kind="Regex"))  # a U+2581 of the text counts
+    if spec.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    if _is_unigram(model) and not _has_bytes(model) and (unknown := _unknown_in_names(model)):
+        # Whatever stands for an unknown character is as unknown, and no mark's name is in the text any more.
+        steps.append(_replace("|".join(unknown), NONCHARACTER, kind="Regex"))
+    return steps
+
+
+def _pre_tokenizer(model: Any, symbols: list[str]) -> dict[str, Any] | None:
+    """The model's own symbols are cut out, the longest first; so is what is unknown in a mark's or byte's name."""
+    alone = _unknown_in_names(model) if _is_unigram(model) and _has_bytes(model) else []
+    patterns = [*map(_quoted, sorted(symbols, key=lambda text: -len(text))), *alone]
+    steps = ["|".join(patterns)] if patterns else []
+    if symbols and not _is_unigram(model):
+        steps += ["|".join(_cuts_of_names(model))]
+    splits = [{"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False} for step in steps]
+    return {"type": "Sequence", "pretokenizers": splits} if splits else None
+
+
+def _cuts_of_names(model: Any) -> list[str]:
+    """Patterns that cut a text which is just the name of a mark or byte, where SentencePiece cuts it first."""
+    bare = type(model).FromString(model.SerializeToString())
+    bare.normalizer_spec.add_dummy_prefix = bare.normalizer_spec.remove_extra_whitespaces = False
+    encode = _processor(bare).encode
+    cuts = {name: encode(name, out_type=str)[0] for name in _names(model)}
+    sizes = {name: len(first) if name.startswith(first) else 1 for name, first in cuts.items()}
+    return [f"\\A{_quoted(name[:size])}(?={_quoted(name[size:])}\\z)" for name, size in sizes.items()]
+
+
+def _names(model: Any) -> list[str]:
+    """Of pieces that no text is cut into by their names: marks and bytes."""
+    return [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL, BYTE)]
+
+
+def _unknown_in_names(model: Any) -> list[str]:
+    """Patterns of a character that no piece has alone, where it stands in a name that pieces could not spell."""
+    alone = {piece.piece for piece in model.pieces if piece.type == NORMAL and len(piece.piece) == 1}
+    patterns = []
+    for name in _names(model):
+        if place := next((i for i, character in enumerate(name) if character not in alone), None):
+            patterns.append(f"(?<={_quoted(name[:place])}){_quoted(name[place])}(?={_quoted(name[place + 1 :])})")
+        elif place == 0:
+            patterns.append(f"{_quoted(name[0])}(?={_quoted(name[1:])})")
+    return patterns
+
+
+def _quoted(text: str) -> str:
+    """`text` as a pattern of the regular expressions in `tokenizers`."""
+    return re.sub(r"([^\w\s])", r"\\\1", text)
+
+
+def _processor(model: Any) -> Any:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+
+def _replace(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
 
 def _is_unigram(model: Any) -> bool:
@@ -104,7 +196,8 @@ def _has_bytes(model: Any) -> bool:
     return any(piece.type == BYTE for piece in model.pieces)
 
 
-def _bpe(model: Any, unk_token: str | None) -> dict[str, Any]:
+def _bpe(model: Any, unk_token: str | None, *, whole: bool) -> dict[str, Any]:
+    """whole: a cut-out text that is a piece is that piece, as the model's own symbols are, to which no merge leads."""
     return {
         "type": "BPE",
         "dropout": None,
@@ -113,19 +206,21 @@ def _bpe(model: Any, unk_token: str | None) -> dict[str, Any]:
         "end_of_word_suffix": None,
         "fuse_unk": True,  # a run of unknown characters is one unk to SentencePiece
         "byte_fallback": _has_bytes(model),
-        "ignore_merges": False,
+        "ignore_merges": whole,
         "vocab": {piece.piece: index for index, piece in enumerate(model.pieces)},
         "merges": _merges(model),
     }
 
 
 def _unigram(model: Any) -> dict[str, Any]:
-    """Marks and bytes get a score so low that their names in a text (`</s>`, `<0x0A>`) are cut as any other text."""
+    """Marks and bytes get a score so low that their names in a text (`</s>`, `<0x0A>`) are cut as any other text; the
+    model's own symbols, which are cut out, one that is better than any."""
     lowest = min(piece.score for piece in model.pieces) - NEVER
+    scores = {NORMAL: lambda piece: piece.score, USER_DEFINED: lambda piece: 0.0}
     return {
         "type": "Unigram",
         "unk_id": model.trainer_spec.unk_id,
-        "vocab": [[piece.piece, piece.score if piece.type == NORMAL else lowest] for piece in model.pieces],
+        "vocab": [[piece.piece, scores.get(piece.type, lambda _: lowest)(piece)] for piece in model.pieces],
         "byte_fallback": _has_bytes(model),
     }
 
@@ -135,21 +230,14 @@ def _check(model: Any, path: str) -> None:
     where = f"tokenizer.model={path} cannot be written for transformers:"
     if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM):
         raise InputError(f"{where} it is neither a BPE nor a unigram model")
-    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        raise InputError(f"{where} it normalizes text (rule {normalizer.name or 'unknown'!r}, or runs of spaces)")
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise InputError(f"{where} it does not write a space as {SPACE} before the word")
     user_defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
-    if any(SPACE in piece for piece in user_defined) or (user_defined and normalizer.add_dummy_prefix):
-        raise InputError(f"{where} its own symbols ({user_defined[0]!r} …) are looked for beside added spaces")
-    if not _is_unigram(model):
-        return
-    if user_defined:
-        raise InputError(f"{where} it is a unigram model with symbols of its own ({user_defined[0]!r} …)")
+    if spaced := [symbol for symbol in user_defined if SPACE in symbol or " " in symbol]:
+        raise InputError(f"{where} its own symbol {spaced[0]!r} is looked for beside added spaces")
     # What an unknown character costs differs between the libraries: it must not decide between two cuts.
     normal = {piece.piece for piece in model.pieces if piece.type == NORMAL}
-    names = {piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL, BYTE)}
-    if missing := sorted(set("".join(normal | names)) - normal):
+    if _is_unigram(model) and (missing := sorted(set("".join(normal)) - normal)):
         raise InputError(f"{where} it is a unigram model without a piece for {missing[0]!r} alone, which others hold")
 
 

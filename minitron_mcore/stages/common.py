@@ -222,8 +222,10 @@ def asked_shape(recipe: Recipe, student: StudentConfig, teacher: Architecture) -
     )
 
 
-def check_model(architecture: Architecture, recipe: Recipe, section: str | None = None) -> None:
-    """Raise InputError where the recipe's layout or sequence length does not suit the model.
+def check_model(
+    architecture: Architecture, recipe: Recipe, section: str | None = None, *, reads_text: bool = True
+) -> None:
+    """Raise InputError where the recipe's layout, or its sequence length where text is read, does not suit the model.
 
     section: that of a training, whose phases may have lengths of their own.
     """
@@ -233,7 +235,7 @@ def check_model(architecture: Architecture, recipe: Recipe, section: str | None 
     for number, phase in enumerate(getattr(recipe, section).phases if section else []):
         if phase.sequence_length is not None:
             lengths[f"{section}.phases[{number}].sequence_length"] = phase.sequence_length
-    for key, length in lengths.items():
+    for key, length in lengths.items() if reads_text else ():
         if length > architecture.max_position_embeddings:
             raise InputError(
                 f"{key}={length} is longer than the model's max_position_embeddings="

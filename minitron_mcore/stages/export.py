@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from minitron_mcore.checkpoint.companions import tokenizer_class
 from minitron_mcore.checkpoint.export import export_checkpoint
-from minitron_mcore.checkpoint.folder import find_checkpoint
+from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, tokenizer_folder
+from minitron_mcore.data.agreement import check_saved
+from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.data.tokenizer_json import save_for_transformers
 from minitron_mcore.errors import InputError
 from minitron_mcore.recipe import Recipe
@@ -22,20 +29,35 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
         raise InputError("hf is not given: name the Hugging Face folder to write")
     target = Path(recipe.hf)
     max_shard_bytes = parse_size(recipe.max_shard_size, "max_shard_size")
-    tokenizer = checkpoint_tokenizer(recipe, folder)
+    has_tokenizer = recipe.tokenizer.model or tokenizer_folder(folder) is not None
+    tokenizer = checkpoint_tokenizer(recipe, folder) if has_tokenizer else None
     runtime.print(f"export: {folder}, iteration {iteration} -> {target}")
+    beside: dict[str, Any] = {}
+    if tokenizer is None:
+        runtime.print(f"export: warning: {folder} has no tokenizer, so {target} gets none; name one as tokenizer.model")
+    else:
+        runtime.on_main(partial(try_tokenizer, tokenizer, folder))
+        beside = {"bos": tokenizer.bos, "eos": tokenizer.eos}
+        beside["save_tokenizer"] = lambda path: save_for_transformers(tokenizer, str(path))
     export_checkpoint(
         folder,
         iteration,
         target,
         runtime,
-        bos=tokenizer.bos,
-        eos=tokenizer.eos,
-        save_tokenizer=lambda path: save_for_transformers(tokenizer, str(path)),
         max_shard_bytes=max_shard_bytes,
+        **beside,
     )
     runtime.print(f"export: {target} is written")
     return target
+
+
+def try_tokenizer(tokenizer: Tokenizer, checkpoint: Path) -> None:
+    """Raise InputError, before weights are written, where transformers would not read the exported tokenizer so."""
+    with tempfile.TemporaryDirectory() as place:
+        config = {"model_type": read_architecture(checkpoint).family, **tokenizer_class(checkpoint)}
+        Path(place, "config.json").write_text(json.dumps(config))
+        save_for_transformers(tokenizer, place)
+        check_saved(tokenizer, place)
 
 
 def parse_size(text: str, key: str) -> int:

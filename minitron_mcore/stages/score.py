@@ -47,7 +47,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     check_importance(importance)
     folder, iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
     architecture = read_architecture(folder)
-    check_model(architecture, recipe)
+    check_model(architecture, recipe, reads_text=importance.method == "activation")
     if importance.method == "activation":
         refuse_context(recipe, "score")
     tokenizer = checkpoint_tokenizer(recipe, folder) if importance.method == "activation" else None

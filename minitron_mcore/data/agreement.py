@@ -1,0 +1,79 @@
+"""Whether two tokenizers mean the same by their ids: held against each other piece by piece, and on texts."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Optional
+
+from minitron_mcore.data.fingerprint import PROBES
+from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mcore.errors import InputError
+
+# Beside PROBES: what tokenizers trip over at a text's edges, and in names of marks and bytes.
+EDGES = (
+    *("", " ", "a", "  x ", "\t\n x", "\n", "a\r\n b ", "x" * 40, " " * 9, "\u2581", "\u2581 x", "a\0b", "\ufeffa"),
+    *("</s>", "a</s>b", "<s>", "<unk>x", "<0x0A>", "[INST] a [/INST]", "\ufb01\u2460\uff21  \u00bd", "e\u0301"),
+    *(
+        "é漢🙂",
+        "漢</s>é",
+        "\u3000a\u00a0b\u200bc\u00add",
+        "한국어 한글",
+        "\u1112\u1161\u11ab \uff76\uff9e",
+        "हिन्दी",
+        "🙂" * 5,
+    ),
+)
+
+
+def difference(one: Tokenizer, other: Tokenizer, rows: Optional[int] = None) -> Optional[str]:
+    """What is first found to differ between two tokenizers, in words; None where they agree.
+
+    Compared are the ids below `rows` that both have, and the cuts of texts that have ids below `rows` alone; a piece
+    that only one has is no difference. Of marks nothing is said.
+    """
+    pieces, others = one.pieces(), other.pieces()
+    for number in sorted(pieces.keys() & others.keys()):
+        if (rows is None or number < rows) and pieces[number] != others[number]:
+            return f"id {number} is {pieces[number]!r} in the one and {others[number]!r} in the other"
+    for text in (*PROBES, *EDGES):
+        cuts = one.encode(text), other.encode(text)
+        if cuts[0] != cuts[1] and (rows is None or max(map(max, filter(None, cuts)), default=0) < rows):
+            return f"{text[:40]!r} is {shown(cuts[0])} in the one and {shown(cuts[1])} in the other"
+    return None
+
+
+def check_saved(tokenizer: Tokenizer, folder: str) -> None:
+    """Raise InputError unless transformers reads in `folder`, where `tokenizer` was saved for it, the same tokenizer.
+
+    Ids, marks and texts are compared. Two cuts that are equally good to a unigram model are one.
+    """
+    saved = load_tokenizer(folder)
+    where = f"tokenizer.model={tokenizer.path} cannot be written for transformers, which would read it otherwise:"
+    marks, others = ((each.bos, each.eos) for each in (tokenizer, saved))
+    if marks != others:
+        raise InputError(f"{where} bos and eos are {marks} here and {others} there")
+    pieces, theirs = tokenizer.pieces(), saved.pieces()
+    if unlike := sorted(number for number in pieces.keys() | theirs.keys() if pieces.get(number) != theirs.get(number)):
+        number = unlike[0]
+        raise InputError(f"{where} id {number} is {pieces.get(number)!r} here and {theirs.get(number)!r} there")
+    scores = _scores(folder)
+    for text in (*PROBES, *EDGES):
+        ids, there = tokenizer.encode(text), saved.encode(text)
+        if ids == there or (scores and abs(sum(scores[i] for i in ids) - sum(scores[i] for i in there)) < 1e-3):
+            continue
+        raise InputError(f"{where} {text[:40]!r} is {shown(ids)} here and {shown(there)} there")
+
+
+def _scores(folder: str) -> list[float]:
+    """Of a unigram model's pieces, by their ids; empty for another model."""
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding="utf-8") as stream:
+        model = json.load(stream)["model"]
+    return [score for _, score in model["vocab"]] if model.get("type") == "Unigram" else []
+
+
+def shown(ids: list[int]) -> str:
+    return str(ids) if len(ids) <= 8 else f"{str(ids[:8])[:-1]}, …]"
