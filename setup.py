@@ -28,6 +28,8 @@ REQUIREMENTS = [
     "xxhash>=3.4,<5",
     "omegaconf>=2.3,<3",
     "numpy>=1.26,<3",
+    # Text compressed by zstd; Python 3.14 has it in its standard library.
+    'backports.zstd>=1.0,<2; python_version < "3.14"',
     "pyyaml>=6,<7",
     "matplotlib>=3.8,<4",
     "tensorboard>=2.16,<3",
@@ -44,7 +46,11 @@ GPU = [
     "transformer-engine[pytorch,core_cu13]>=2.9,<3; python_version >= '3.12'",
 ]
 
+# Text in Parquet files.
+PARQUET = ["pyarrow>=16,<27"]
+
 DEVELOPMENT = [
+    *PARQUET,
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
     "pytest-xdist>=3.6,<4",
@@ -80,6 +86,6 @@ setup(
     packages=find_packages(include=["minitron_mcore*"]),
     package_data={"minitron_mcore": ["py.typed", "**/*.yaml", "**/*.json", "**/*.html", "**/*.css"]},
     install_requires=REQUIREMENTS,
-    extras_require={"gpu": GPU, "dev": DEVELOPMENT},
+    extras_require={"gpu": GPU, "parquet": PARQUET, "dev": DEVELOPMENT},
     entry_points={"console_scripts": ["minitron = minitron_mcore.cli:main"]},
 )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+EXTENSIONS = (".txt", ".jsonl", ".ndjson", ".parquet")
+
 
 @dataclass
 class TokenizerConfig:
@@ -11,9 +13,10 @@ class TokenizerConfig:
     type: Optional[str] = None  # SentencePieceTokenizer or HuggingFaceTokenizer; null: seen from what `model` is
     model: Optional[str] = None  # a SentencePiece .model file, or a Hugging Face folder
     input: Any = None  # text to train on: a file, folder or glob, or a list of them; null: the recipe's `input`
-    extensions: list[str] = field(default_factory=lambda: [".txt", ".jsonl"])  # taken from folders
+    # taken from folders, in capitals too, and compressed (.gz, .zst, .bz2, .xz)
+    extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
     exclude: list[str] = field(default_factory=list)  # names of folders not to enter
-    json_key: str = "text"  # which value of a .jsonl line is the text
+    json_key: str = "text"  # which value of a JSON line, or column of a Parquet file, is the text
     vocab_size: int = 32000
     character_coverage: float = 0.9995  # rarer characters are spelled in bytes
     split_digits: bool = True
@@ -28,9 +31,10 @@ class PreprocessConfig:
 
     input: Any = None  # a file, folder or glob, or a list of them; null: the recipe's `input`
     output_prefix: Optional[str] = None  # null: the recipe's `output_prefix`
-    extensions: list[str] = field(default_factory=lambda: [".txt", ".jsonl"])  # taken from folders
+    # taken from folders, in capitals too, and compressed (.gz, .zst, .bz2, .xz)
+    extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
     exclude: list[str] = field(default_factory=list)  # names of folders not to enter
-    json_keys: list[str] = field(default_factory=lambda: ["text"])
+    json_keys: list[str] = field(default_factory=lambda: ["text"])  # of JSON lines; columns of a Parquet file
     append_eod: bool = True  # samples are cut across documents: without the mark they run together
     workers: Optional[int] = None  # null: every core this process may use
     log_interval: int = 1000  # documents between two lines of progress

@@ -1,16 +1,14 @@
-"""Text on disk: which files an input names, the documents in them, and where output may go.
-
-A document is a whole text file, or one line of a .jsonl file. Bytes that are not UTF-8 become U+FFFD.
-"""
+"""Files on disk: which ones an input names, and where output may go."""
 
 from __future__ import annotations
 
 import glob
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from minitron_mcore.data.compression import without_ending
+from minitron_mcore.data.folders import files_below
 from minitron_mcore.errors import InputError
 
 
@@ -25,40 +23,62 @@ def as_list(value: Any, key: str) -> list[str]:
     return items
 
 
-def find_files(inputs: Any, extensions: Iterable[str], key: str, exclude: Iterable[str] = ()) -> list[str]:
+def find_files(
+    inputs: Any,
+    extensions: Iterable[str],
+    key: str,
+    exclude: Iterable[str] = (),
+    report: Callable[[str], None] | None = None,
+) -> list[str]:
     """The files that `inputs` names, each once, in an order that depends on names alone.
 
-    Folders are read to the bottom for files with one of `extensions`, but for folders whose name is in `exclude`; files
-    and globs are taken as they are.
-    Raises InputError, naming `key`, for a path that is not there and where no file is left.
+    Folders are read to the bottom for files with one of `extensions`, in capitals too and with a compression's ending
+    behind it, but for folders whose name is in `exclude`; links are followed. Files and globs are taken as they are.
+    `report` is told of links that lead nowhere. Raises InputError, naming `key`, for a path that is not there or a
+    folder that is closed, and where no file is left.
     """
-    endings = tuple(e if e.startswith(".") else "." + e for e in extensions)
+    endings = tuple((e if e.startswith(".") else "." + e).lower() for e in extensions)
     skipped = set(exclude)
     files: list[str] = []
+    broken: list[str] = []
     for path in as_list(inputs, key):
-        if os.path.isdir(path):
-            files += _files_below(path, endings, skipped)
-        elif os.path.isfile(path):
-            files.append(path)
-        else:
-            matches = sorted(glob.glob(path, recursive=True))
-            if not matches:
-                raise InputError(f"{key}: {path} does not exist")
-            for match in matches:
-                files += _files_below(match, endings, skipped) if os.path.isdir(match) else [match]
+        if os.path.islink(path) and not os.path.exists(path):
+            raise InputError(f"{key}: {path} is a link to {os.readlink(path)}, which does not exist")
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        if not matches:
+            raise InputError(f"{key}: {path} does not exist")
+        for match in matches:
+            if os.path.isdir(match):
+                found, lost = files_below(match, lambda name: _is_asked_for(name, endings), skipped, key)
+                files += found
+                broken += lost
+            else:
+                (files if os.path.exists(match) else broken).append(match)
+    if broken and report is not None:
+        more = f" and {len(broken) - 1:,} more" if len(broken) > 1 else ""
+        report(
+            f"warning: {key}: {broken[0]}{more} left out, for a link to {os.readlink(broken[0])}, which does not exist"
+        )
     if not files:
         raise InputError(
             f"{key}={inputs!r} holds no file ending in {', '.join(endings)}; give others or set extensions"
         )
-    return list(dict.fromkeys(files))
+    return _each_once(files)
 
 
-def _files_below(folder: str, endings: tuple[str, ...], exclude: set[str]) -> list[str]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in exclude)
-        found += [os.path.join(parent, name) for name in sorted(names) if name.endswith(endings)]
-    return found
+def _is_asked_for(name: str, endings: tuple[str, ...]) -> bool:
+    name = name.lower()
+    return name.endswith(endings) or without_ending(name).endswith(endings)
+
+
+def _each_once(files: list[str]) -> list[str]:
+    """`files` in their order; of those that are one name in one folder, reached by several links, the shortest path."""
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in files}}
+    shortest: dict[tuple[str, str], str] = {}
+    for path in sorted(dict.fromkeys(files), key=lambda path: path.count(os.sep)):
+        shortest.setdefault((folders[os.path.dirname(path)], os.path.basename(path)), path)
+    kept = set(shortest.values())
+    return [path for path in dict.fromkeys(files) if path in kept]
 
 
 def check_folder(path: str, key: str) -> None:
@@ -95,58 +115,3 @@ def make_parent(path: str, key: str) -> list[str]:
     except OSError as error:
         raise InputError(f"{key}={path}: the folder {parent} cannot be made: {error.strerror}") from error
     return made
-
-
-def is_jsonl(path: str) -> bool:
-    return path.endswith((".jsonl", ".json"))
-
-
-def read_text(path: str) -> str:
-    """A whole text file, its line ends untouched."""
-    try:
-        with open(path, "rb") as stream:
-            return stream.read().decode("utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of a .jsonl file, blank lines left out."""
-    try:
-        with open(path, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def json_texts(line: bytes, keys: Iterable[str], path: str, number: int) -> list[str]:
-    """The texts under `keys` in one line of a .jsonl file. Raises InputError with file and line number."""
-    try:
-        record = json.loads(line.decode("utf-8", errors="replace"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {number}, is not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{path}, line {number}, holds a {type(record).__name__}; each line must be an object")
-    texts = []
-    for key in keys:
-        if key not in record:
-            raise InputError(f"{path}, line {number}, has no key {key!r} (it has {sorted(record)}); set json_keys")
-        if not isinstance(record[key], str):
-            raise InputError(
-                f"{path}, line {number}: {key!r} is of type {type(record[key]).__name__}; it must be a string"
-            )
-        # JSON may spell half of a surrogate pair, which no tokenizer accepts
-        texts.append(record[key].encode("utf-8", errors="replace").decode("utf-8"))
-    return texts
-
-
-def documents(files: Iterable[str], json_key: str) -> Iterator[str]:
-    """Every document of `files`, in order."""
-    for path in files:
-        if is_jsonl(path):
-            for number, line in read_lines(path):
-                yield json_texts(line, [json_key], path, number)[0]
-        else:
-            yield read_text(path)

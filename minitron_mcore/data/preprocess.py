@@ -1,4 +1,4 @@
-"""Text and JSON lines to Megatron's indexed token files.
+"""Text, JSON lines and Parquet to Megatron's indexed token files.
 
 For each key of `json_keys` (plain text counts as key `text`), under Megatron's names:
 
@@ -15,38 +15,40 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Union
 
 import numpy
 
 from minitron_mcore.data.config import PreprocessConfig
-from minitron_mcore.data.corpus import find_files, is_jsonl, json_texts, make_parent, read_lines, read_text
+from minitron_mcore.data.corpus import find_files, make_parent
+from minitron_mcore.data.decoding import Replacements
+from minitron_mcore.data.records import Record, read_records, texts_of
+from minitron_mcore.data.text_file import TEXT, TextFile, inspect_files
+from minitron_mcore.data.token_files import TokenWriter, token_dtype
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 
 TASK_BYTES = 1 << 18  # text handed to a worker at a time
+RECORD_BYTES = 64  # what a document weighs beside its text
 
 
 @dataclass(frozen=True)
-class TextTask:
-    paths: list[str]
+class Batch:
+    """Documents of one file."""
 
-
-@dataclass(frozen=True)
-class JsonTask:
     path: str
-    lines: list[tuple[int, bytes]]  # (line number, line)
+    form: str
+    records: list[Record]
+    read: int  # bytes of the file on the disk that they take
 
 
-Task = Union[TextTask, JsonTask]
+Task = list[Batch]
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ class Encoding:
 class Encoded:
     """One task's documents. A key's `tokens` are its documents end to end; a length of 0 is an empty document."""
 
-    bytes: int = 0
+    bytes: int = 0  # of the files on the disk
     tokens: dict[str, numpy.ndarray] = field(default_factory=dict)  # [sum of lengths], the output's integer type
     lengths: dict[str, numpy.ndarray] = field(default_factory=dict)  # [documents], int64
+    replacements: Replacements = field(default_factory=Replacements)
 
 
 def preprocess(
@@ -76,8 +79,10 @@ def preprocess(
     One process calls it. `seed` decides which documents are held out. Raises InputError, with nothing left behind, for
     input that is missing, empty or malformed, and for output that exists (unless `config.overwrite`).
     """
-    files = find_files(config.input, config.extensions, "preprocess.input", config.exclude)
-    keys = _check(config, files)
+    keys = _check(config)
+    paths = find_files(config.input, config.extensions, "preprocess.input", config.exclude, report)
+    files = inspect_files(paths, report)
+    _check_plain(files, keys)
     names = [f"{config.output_prefix}_{key}_document" for key in keys]
     held_out_names = [f"{config.output_prefix}_valid_{key}_document" for key in keys] if config.valid_fraction else []
     for name in names + held_out_names:
@@ -86,16 +91,18 @@ def preprocess(
     made = make_parent(names[0], "preprocess.output_prefix")
 
     encoding = Encoding(tokenizer.type, tokenizer.path, tuple(keys), config.append_eod)
-    writers = [_Writer(name, tokenizer, config.append_eod) for name in names + held_out_names]
-    progress = _Progress(sum(map(os.path.getsize, files)), config.log_interval, report)
+    writers = [TokenWriter(name, tokenizer, config.append_eod) for name in names + held_out_names]
+    progress = _Progress(sum(file.size for file in files), config.log_interval, report)
+    replacements = Replacements()
     try:
         count = 0
-        for encoded in _encode_all(_tasks(files), encoding, config.workers or len(os.sched_getaffinity(0))):
+        for encoded in _encode_all(_tasks(files, keys), encoding, config.workers or len(os.sched_getaffinity(0))):
             documents = len(encoded.lengths[keys[0]])
             held_out = [is_held_out(count + i, config.valid_fraction, seed) for i in range(documents)]
             for k, key in enumerate(keys):
                 _write(encoded.tokens[key], encoded.lengths[key], held_out, writers[k :: len(keys)])
             count += documents
+            replacements.add(encoded.replacements)
             progress.add(documents, encoded.bytes)
         for writer in writers:
             writer.finish()
@@ -109,6 +116,8 @@ def preprocess(
         raise
     for writer in writers:
         writer.publish()
+    if warning := str(replacements):
+        report(warning)
     progress.end(sum(writer.tokens for writer in writers))
     return [writer.prefix for writer in writers]
 
@@ -121,7 +130,7 @@ def is_held_out(document: int, fraction: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "little") < fraction * 2.0**64
 
 
-def _check(config: PreprocessConfig, files: list[str]) -> list[str]:
+def _check(config: PreprocessConfig) -> list[str]:
     """The keys to write. Raises InputError for settings that cannot be."""
     if not config.output_prefix:
         raise InputError("preprocess.output_prefix is not set; it is the path that the written files' names begin with")
@@ -131,46 +140,35 @@ def _check(config: PreprocessConfig, files: list[str]) -> list[str]:
         raise InputError(f"preprocess.workers={config.workers} must be 1 or more, or null for every core")
     if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
         raise InputError(f"preprocess.json_keys={config.json_keys} must be one or more different keys")
-    plain = [path for path in files if not is_jsonl(path)]
-    if plain and list(config.json_keys) != ["text"]:
-        raise InputError(
-            f"preprocess.json_keys={config.json_keys} cannot be read from plain text such as {plain[0]}, whose key is "
-            "text; preprocess text and JSON lines apart"
-        )
     return list(config.json_keys)
 
 
-def _tasks(files: Iterable[str]) -> Iterator[Task]:
+def _check_plain(files: Iterable[TextFile], keys: list[str]) -> None:
+    plain = next((file.path for file in files if file.form == TEXT), None)
+    if plain and keys != ["text"]:
+        raise InputError(
+            f"preprocess.json_keys={keys} cannot be read from plain text such as {plain}, whose key is text; "
+            "preprocess text and JSON lines apart"
+        )
+
+
+def _tasks(files: Iterable[TextFile], keys: Sequence[str]) -> Iterator[Task]:
     """The work, in order, in parts of about TASK_BYTES."""
-    paths: list[str] = []
+    task: Task = []
     size = 0
-    for path in files:
-        if is_jsonl(path):
-            if paths:
-                yield TextTask(paths)
-                paths, size = [], 0
-            yield from _json_tasks(path)
-            continue
-        paths.append(path)
-        size += os.path.getsize(path)
-        if size >= TASK_BYTES:
-            yield TextTask(paths)
-            paths, size = [], 0
-    if paths:
-        yield TextTask(paths)
-
-
-def _json_tasks(path: str) -> Iterator[JsonTask]:
-    lines: list[tuple[int, bytes]] = []
-    size = 0
-    for number, line in read_lines(path):
-        lines.append((number, line))
-        size += len(line)
-        if size >= TASK_BYTES:
-            yield JsonTask(path, lines)
-            lines, size = [], 0
-    if lines:
-        yield JsonTask(path, lines)
+    for file in files:
+        records: list[Record] = []
+        read = 0
+        for record in read_records(file, keys):
+            records.append(record)
+            size += record.size + RECORD_BYTES
+            if size >= TASK_BYTES:
+                yield [*task, Batch(file.path, file.form, records, record.read - read)]
+                task, records, size, read = [], [], 0, record.read
+        if records:
+            task.append(Batch(file.path, file.form, records, records[-1].read - read))
+    if task:
+        yield task
 
 
 def _encode_all(tasks: Iterator[Task], encoding: Encoding, workers: int) -> Iterator[Encoded]:
@@ -206,14 +204,11 @@ def encode(task: Task, encoding: Encoding) -> Encoded:
     dtype = token_dtype(tokenizer.vocab_size)
     encoded = Encoded()
     rows: list[list[str]] = []  # for each document its text under each key
-    if isinstance(task, TextTask):
-        for path in task.paths:
-            rows.append([read_text(path)])
-            encoded.bytes += os.path.getsize(path)
-    else:
-        for number, line in task.lines:
-            rows.append(json_texts(line, encoding.keys, task.path, number))
-            encoded.bytes += len(line)
+    for batch in task:
+        rows += [
+            texts_of(record, batch.form, batch.path, encoding.keys, encoded.replacements) for record in batch.records
+        ]
+        encoded.bytes += batch.read
     for column, key in enumerate(encoding.keys):
         pieces = []
         for row in rows:
@@ -226,12 +221,7 @@ def encode(task: Task, encoding: Encoding) -> Encoded:
     return encoded
 
 
-def token_dtype(vocab_size: int) -> Any:
-    """The integer type of the .bin file: Megatron's own rule (`DType.optimal_dtype`), without importing it."""
-    return numpy.uint16 if vocab_size < 65500 else numpy.int32
-
-
-def _write(tokens: numpy.ndarray, lengths: numpy.ndarray, held_out: list[bool], writers: list[_Writer]) -> None:
+def _write(tokens: numpy.ndarray, lengths: numpy.ndarray, held_out: list[bool], writers: list[TokenWriter]) -> None:
     start = 0
     for length, out in zip(lengths.tolist(), held_out, strict=True):
         if length:
@@ -239,56 +229,7 @@ def _write(tokens: numpy.ndarray, lengths: numpy.ndarray, held_out: list[bool], 
         start += length
 
 
-class _Writer:
-    """One .bin/.idx pair under temporary names until `publish`."""
-
-    def __init__(self, prefix: str, tokenizer: Tokenizer, append_eod: bool) -> None:
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-        self.prefix, self.tokenizer, self.append_eod = prefix, tokenizer, append_eod
-        self.documents = self.tokens = 0
-        dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        assert dtype is token_dtype(tokenizer.vocab_size), "Megatron's rule for the token type has changed"
-        self.dtype = dtype
-        self.builder = IndexedDatasetBuilder(prefix + ".bin.tmp", dtype=dtype)
-
-    def add(self, tokens: numpy.ndarray) -> None:
-        self.builder.add_document(tokens, [len(tokens)])
-        self.documents += 1
-        self.tokens += len(tokens)
-
-    def finish(self) -> None:
-        self.builder.finalize(self.prefix + ".idx.tmp")
-        description = {
-            "tokenizer": {
-                "type": self.tokenizer.type,
-                "model": self.tokenizer.path,
-                "fingerprint": self.tokenizer.fingerprint,
-                "vocab_size": self.tokenizer.vocab_size,
-            },
-            "append_eod": self.append_eod,
-            "dtype": numpy.dtype(self.dtype).name,
-            "documents": self.documents,
-            "tokens": self.tokens,
-        }
-        with open(self.prefix + ".json.tmp", "w", encoding="utf-8") as stream:
-            json.dump(description, stream, indent=2)
-            stream.write("\n")
-
-    def publish(self) -> None:
-        if os.path.exists(self.prefix + ".idx"):  # an overwrite: the old index must not meet the new tokens
-            os.remove(self.prefix + ".idx")
-        for ending in (".json", ".bin", ".idx"):
-            os.replace(self.prefix + ending + ".tmp", self.prefix + ending)
-
-    def discard(self) -> None:
-        self.builder.data_file.close()
-        for ending in (".json.tmp", ".bin.tmp", ".idx.tmp"):
-            if os.path.exists(self.prefix + ending):
-                os.remove(self.prefix + ending)
-
-
-def _refuse_empty(writers: list[_Writer], config: PreprocessConfig) -> None:
+def _refuse_empty(writers: list[TokenWriter], config: PreprocessConfig) -> None:
     if not any(writer.documents for writer in writers):
         raise InputError(f"preprocess.input={config.input!r} holds no text")
     for writer in writers:

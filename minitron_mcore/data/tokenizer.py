@@ -18,13 +18,16 @@ from dataclasses import dataclass, field
 from typing import Optional, Union
 
 from minitron_mcore.data.config import TokenizerConfig
-from minitron_mcore.data.corpus import check_file, documents, find_files, make_parent
+from minitron_mcore.data.corpus import check_file, find_files, make_parent
+from minitron_mcore.data.decoding import Replacements
 from minitron_mcore.data.fingerprint import (
     PROBES,
     fingerprint,
     hugging_face_files_fingerprint,
     sentencepiece_file_fingerprint,
 )
+from minitron_mcore.data.records import documents
+from minitron_mcore.data.text_file import inspect_files
 from minitron_mcore.data.tokenizer_files import (
     CONFIG_FILES,
     MODEL,
@@ -228,8 +231,10 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
         raise InputError(f"tokenizer.model={config.model} exists; give another name, or set tokenizer.overwrite=true")
     check_file(config.model, "tokenizer.model")
     _check_numbers(config)
-    files = find_files(config.input, config.extensions, "tokenizer.input", config.exclude)
-    passages, read = _sample(_passages(documents(files, config.json_key)), config.input_sentence_size, seed)
+    files = find_files(config.input, config.extensions, "tokenizer.input", config.exclude, report)
+    replacements = Replacements()
+    texts = documents(inspect_files(files, report), config.json_key, replacements)
+    passages, read = _sample(_passages(texts), config.input_sentence_size, seed)
     if not passages:
         raise InputError(f"tokenizer.input={config.input!r} holds no text: {len(files)} files are empty")
     size = sum(map(len, passages))
@@ -237,6 +242,8 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
         f"tokenizer: {len(files):,} files, {read / 1e6:,.1f}M characters; training {config.vocab_size:,} pieces on "
         f"{size / 1e6:,.1f}M of them"
     )
+    if warning := str(replacements):
+        report(warning)
     started = time.perf_counter()
     with _Heartbeat(report, started):
         model = _train_sentencepiece(passages, config)

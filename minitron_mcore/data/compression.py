@@ -1,0 +1,103 @@
+"""Compressed files: which compression a file's first bytes name, and its content as a stream.
+
+Only the bytes decide, for names lie: `.jsonl` files that a server compressed on the way, `.gz` files it unpacked.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import IO, Any, cast
+
+from minitron_mcore.errors import InputError
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How one format is known and read. `open`: a raw stream -> the stream of its content."""
+
+    name: str
+    magic: tuple[bytes, ...]
+    endings: tuple[str, ...]  # lower case
+    open: Callable[[IO[bytes]], Any]
+
+
+def _zstd() -> ModuleType:
+    try:
+        from compression import zstd  # type: ignore[import-not-found, unused-ignore]  # Python 3.14's own
+    except ImportError:
+        from backports import zstd  # type: ignore[import-not-found, no-redef, unused-ignore]
+    return cast(ModuleType, zstd)
+
+
+def _open_zstd(raw: IO[bytes]) -> Any:
+    zstd = _zstd()
+    # Archives made with `zstd --long` ask for a window of up to 2 GiB; the library's own limit is 128 MiB.
+    return zstd.ZstdFile(raw, "rb", options={zstd.DecompressionParameter.window_log_max: 31})
+
+
+# The frame, and the skippable frames that may stand before it.
+_ZSTD_MAGIC = (b"\x28\xb5\x2f\xfd", *(bytes([low]) + b"\x2a\x4d\x18" for low in range(0x50, 0x60)))
+
+COMPRESSIONS = (
+    Compression("gzip", (b"\x1f\x8b",), (".gz", ".gzip"), lambda raw: gzip.GzipFile(fileobj=raw, mode="rb")),
+    Compression("zstd", _ZSTD_MAGIC, (".zst", ".zstd"), _open_zstd),
+    Compression("bzip2", tuple(b"BZh%d" % level for level in range(1, 10)), (".bz2",), bz2.BZ2File),
+    Compression("xz", (b"\xfd7zXZ\x00",), (".xz",), lzma.LZMAFile),
+)
+ENDINGS = tuple(ending for compression in COMPRESSIONS for ending in compression.endings)
+
+
+def compression_of(head: bytes) -> Compression | None:
+    """The compression that a file's first bytes, 8 at least, are of; None: none that can be read."""
+    return next((each for each in COMPRESSIONS if head.startswith(each.magic)), None)
+
+
+def compression_named(path: str) -> Compression | None:
+    """The compression that the ending of `path` names."""
+    return next((each for each in COMPRESSIONS if path.lower().endswith(each.endings)), None)
+
+
+def without_ending(path: str) -> str:
+    """`path` less the ending of a compression: `a.JSONL.gz` -> `a.JSONL`."""
+    return next((path[: -len(ending)] for ending in ENDINGS if path.lower().endswith(ending)), path)
+
+
+def decompressed(raw: IO[bytes], compression: Compression, path: str) -> io.BufferedReader:
+    """The content of `raw`. Raises InputError where the library for it is not installed."""
+    try:
+        return io.BufferedReader(compression.open(raw), 1 << 18)
+    except ImportError as error:
+        raise InputError(
+            f"{path} is compressed by {compression.name}, which takes the package backports.zstd: "
+            "pip install backports.zstd"
+        ) from error
+
+
+@contextmanager
+def reading_text(path: str) -> Iterator[None]:
+    """A file within that cannot be read, is damaged or ends too soon is the user's to mend: an InputError naming it."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _damaged(path, error) from error
+    except OSError as error:
+        if error.errno is None:  # what gzip and bz2 raise for content that is not theirs
+            raise _damaged(path, error) from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":  # its module need not be installed
+            raise
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str, error: Exception) -> InputError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return InputError(f"{path} is damaged or cut off ({reason}): make or fetch it again")

@@ -1,0 +1,57 @@
+"""The files below a folder, links followed, each folder entered once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from minitron_mcore.errors import InputError
+
+
+def files_below(
+    folder: str, is_asked_for: Callable[[str], bool], exclude: set[str], key: str
+) -> tuple[list[str], list[str]]:
+    """(files whose name `is_asked_for`, links that lead nowhere) below `folder`, to the bottom.
+
+    Of each folder first its files, by name, then its folders, by name; not those whose name is in `exclude`. A link to
+    a folder is entered too, unless that folder is read without it, as one above the link is. Raises InputError, naming
+    `key`, for a folder that is closed to this user.
+    """
+    files: list[str] = []
+    broken: list[str] = []
+    entered: set[str] = set()
+    links: list[str] = []  # to folders; followed last, so that what lies here is found under its own name
+    waiting = [folder]
+    while waiting or links:
+        if waiting:
+            parent = waiting.pop()
+        else:
+            links.sort(key=lambda path: path.split(os.sep), reverse=True)
+            parent = links.pop()
+        place = os.path.realpath(parent)
+        if place in entered:
+            continue
+        entered.add(place)
+        for entry in _entries(parent, key):
+            if os.path.isdir(entry.path):
+                if entry.name not in exclude:
+                    (links if entry.is_symlink() else waiting).append(entry.path)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                broken.append(entry.path)
+            elif entry.is_file() and is_asked_for(entry.name):
+                files.append(entry.path)
+    return sorted(files, key=_walk_order), sorted(broken, key=_walk_order)
+
+
+def _entries(folder: str, key: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise InputError(f"{key}: the folder {folder} cannot be read: {error.strerror}") from error
+
+
+def _walk_order(path: str) -> list[tuple[bool, str]]:
+    """Where a walk that lists a folder's files before it enters its folders meets the file `path`."""
+    *folders, name = path.split(os.sep)
+    return [*((True, part) for part in folders), (False, name)]

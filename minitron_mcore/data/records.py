@@ -1,0 +1,193 @@
+"""The documents of text files: read one after another as bytes, then made text.
+
+A document is a plain text file, a line of a JSON lines file, an item of a list in a .json file, or a row of a Parquet
+file. Whatever the size of a file, few of its documents are in memory at a time. Reading and decoding are apart, since
+one process reads and many decode.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+from minitron_mcore.data.compression import reading_text
+from minitron_mcore.data.decoding import Replacements
+from minitron_mcore.data.text_file import (
+    JSON_LINES,
+    JSON_LIST,
+    PARQUET,
+    TEXT,
+    TextFile,
+    open_text,
+    refuse_zero_bytes,
+)
+from minitron_mcore.errors import InputError
+
+BLOCK_BYTES = 1 << 20
+MOST_ITEM_CHARACTERS = 1 << 28  # of an item in a JSON list: what is longer is no list
+PARQUET_ROWS = 256  # decoded at a time
+UNITS = {TEXT: "line", JSON_LINES: "line", JSON_LIST: "item", PARQUET: "row"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One document as it lies in its file."""
+
+    number: int  # of its line, item or row, from 1; of plain text the line it begins in
+    content: tuple[bytes, ...]  # of Parquet one value for each key; else one value in all
+    read: int  # bytes of the file on the disk that are read by now
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.content))
+
+
+def read_records(file: TextFile, keys: Sequence[str]) -> Iterator[Record]:
+    """The documents of `file`, in order. Raises InputError with the file, and the place in it where there is one."""
+    if file.form == PARQUET:
+        yield from _rows(file, keys)
+        return
+    with open_text(file) as (stream, raw):
+        for number, content in _READERS[file.form](stream, file.path):
+            yield Record(number, (content,), raw.tell())
+
+
+def texts_of(record: Record, form: str, path: str, keys: Sequence[str], replacements: Replacements) -> list[str]:
+    """A document's text under each of `keys` (plain text has one). Raises InputError with file and line."""
+    unit = UNITS[form]
+    if form in (TEXT, PARQUET):
+        return [replacements.decode(value, path, unit, record.number) for value in record.content]
+    return _json_texts(record, unit, path, keys, replacements)
+
+
+def documents(files: Iterable[TextFile], json_key: str, replacements: Replacements) -> Iterator[str]:
+    """The text of every document of `files`, in order."""
+    for file in files:
+        for record in read_records(file, [json_key]):
+            yield texts_of(record, file.form, file.path, [json_key], replacements)[0]
+
+
+def _whole(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
+    blocks: list[bytes] = []
+    size = 0
+    while block := stream.read(BLOCK_BYTES):
+        refuse_zero_bytes(path, block, size)
+        blocks.append(block)
+        size += len(block)
+    yield 1, b"".join(blocks)
+
+
+def _lines(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield number, line
+
+
+def _items(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
+    """Each item of a JSON list, as JSON."""
+    scan = json.JSONDecoder().raw_decode
+    # Bytes that are no UTF-8 pass through, to be counted where they are made text.
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    buffer, number, opened = "", 1, False
+    while True:
+        buffer = buffer.lstrip()
+        if buffer and not opened:
+            buffer, opened = buffer[1:].lstrip(), True
+        if buffer.startswith("]") and opened:
+            break
+        end, fault = 0, "no comma or ] behind it"
+        try:
+            _, end = scan(buffer)
+        except RecursionError as error:
+            raise _too_deep(path, "item", number) from error
+        except ValueError as error:
+            fault = getattr(error, "msg", str(error))
+        after = buffer[end:].lstrip()
+        if end and after[:1] in (",", "]"):  # else a number may go on, or the list is broken
+            yield number, buffer[:end].encode("utf-8", errors="surrogateescape")
+            number, buffer = number + 1, after.removeprefix(",") if after[0] == "," else after
+            continue
+        block = text.read(max(BLOCK_BYTES, len(buffer)))
+        if not block or len(buffer) > MOST_ITEM_CHARACTERS:
+            raise InputError(f"{path}, item {number:,} of its list, is not JSON: {fault}")
+        buffer += block
+    if buffer[1:].strip() or text.read(BLOCK_BYTES).strip():
+        raise InputError(f"{path} goes on after its list of {number - 1:,} items: write one object a line (.jsonl)")
+
+
+_READERS = {TEXT: _whole, JSON_LINES: _lines, JSON_LIST: _items}
+
+
+def _json_texts(record: Record, unit: str, path: str, keys: Sequence[str], replacements: Replacements) -> list[str]:
+    number = record.number
+    line = replacements.decode(record.content[0], path, unit, number).lstrip("\ufeff")  # of files put end to end
+    where = f"{path}, {unit} {number}"
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        hint = "; a file of JSON lines has a whole object on each line" if number == 1 else ""
+        raise InputError(f"{where}, is not JSON: {error.msg} at column {error.colno}{hint}") from error
+    except RecursionError as error:
+        raise _too_deep(path, unit, number) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{where}, cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}, holds a {type(fields).__name__}; each {unit} must be an object")
+    texts = []
+    for key in keys:
+        if key not in fields:
+            raise InputError(f"{where}, has no key {key!r} (it has {sorted(fields)}); set json_keys")
+        if not isinstance(fields[key], str):
+            raise InputError(f"{where}: {key!r} is of type {type(fields[key]).__name__}; it must be a string")
+        texts.append(replacements.without_surrogates(fields[key], path, f"{unit} {number:,}"))
+    return texts
+
+
+def _too_deep(path: str, unit: str, number: int) -> InputError:
+    return InputError(
+        f"{path}, {unit} {number}, holds lists or objects nested too deeply to be read: leave it out, or flatten it"
+    )
+
+
+def _rows(file: TextFile, keys: Sequence[str]) -> Iterator[Record]:
+    """Rows of a Parquet file: the strings of the columns `keys`, still as bytes."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(
+            f"{file.path} is a Parquet file, which takes the package pyarrow: pip install 'minitron-mcore[parquet]'"
+        ) from error
+    try:
+        with reading_text(file.path), parquet.ParquetFile(file.path) as table:
+            _check_columns(table.schema_arrow, keys, file.path)
+            size, rows, number = file.size, table.metadata.num_rows, 0
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=list(keys)):
+                columns = [batch.column(key).cast(pyarrow.large_binary()).to_pylist() for key in keys]
+                for values in zip(*columns, strict=True):
+                    number += 1
+                    if None in values:
+                        key = keys[values.index(None)]
+                        raise InputError(f"{file.path}, row {number}: {key!r} is null; it must be a string")
+                    yield Record(number, values, size * number // rows)
+    except pyarrow.ArrowException as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(f"{file.path} is damaged or cut off ({reason}): make or fetch it again") from error
+
+
+def _check_columns(schema: Any, keys: Sequence[str], path: str) -> None:
+    import pyarrow.types
+
+    for key in keys:
+        if key not in schema.names:
+            raise InputError(f"{path} has no column {key!r} (it has {sorted(schema.names)}); set json_keys")
+        kind = schema.field(key).type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not any(getattr(pyarrow.types, f"is_{name}")(kind) for name in STRING_TYPES):
+            raise InputError(f"{path}: the column {key!r} is of type {kind}; it must hold strings")
+
+
+STRING_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")  # pyarrow's

@@ -1,0 +1,223 @@
+"""What a text file is, by its first bytes and its name, and its text as a stream of UTF-8.
+
+The bytes say how it is compressed and encoded, whether it is Parquet, and whether it is text at all; the name says
+whether the text is JSON. Nothing that is no text, or whose encoding is unknown, is ever read as if it were.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+from minitron_mcore.data.compression import (
+    Compression,
+    compression_named,
+    compression_of,
+    decompressed,
+    reading_text,
+    without_ending,
+)
+from minitron_mcore.errors import InputError
+
+TEXT, JSON_LINES, JSON_LIST, PARQUET = "text", "JSON lines", "JSON list", "Parquet"
+
+HEAD_BYTES = 1 << 16  # read of each file to see what it is
+JSON_ENDINGS = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
+PARQUET_ENDINGS = (".parquet", ".parq", ".pq")
+TABLES = {".csv": "comma", ".tsv": "tab"}
+
+# The longest first: UTF-32's mark for little endian begins with UTF-16's. utf-8-sig is the mark that UTF-8 may have.
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+# (where, bytes, what it is) of files that hold no text, or hold it in a way that is not read here.
+NO_TEXT = (
+    (0, b"PAR1", "a Parquet file"),
+    (0, b"PARE", "an encrypted Parquet file"),
+    (0, b"ARROW1", "an Arrow file"),
+    (0, b"\xff\xff\xff\xff", "an Arrow stream"),
+    (0, b"ORC", "an ORC file"),
+    (0, b"Obj\x01", "an Avro file"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (0, b"Rar!\x1a\x07", "a RAR archive"),
+    (257, b"ustar", "a tar archive"),
+    (0, b"\x04\x22\x4d\x18", "compressed by lz4"),
+    (0, b"\xff\x06\x00\x00sNaPpY", "compressed by snappy"),
+    (0, b"\x1f\x9d", "compressed by compress (.Z)"),
+    (0, b"%PDF-", "a PDF document"),
+    (0, b"{\\rtf", "an RTF document"),
+    (0, b"\x89HDF\r\n", "an HDF5 file"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"SQLite format 3", "an SQLite database"),
+)
+# Text of another encoding is mostly undecodable where its letters are; text with a few bad bytes is not.
+MOST_UNDECODABLE, FEWEST_UNDECODABLE = 0.3, 64
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file that can be read."""
+
+    path: str
+    form: str  # TEXT, JSON_LINES, JSON_LIST or PARQUET
+    compression: Compression | None = None
+    mark: bytes = b""  # the byte order mark it begins with
+    encoding: str = "utf-8"
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return os.path.getsize(self.path)
+
+
+def inspect_file(path: str) -> TextFile:
+    """What the file at `path` is.
+
+    Raises InputError where it is closed, damaged at its beginning, no text, or of a kind that is not read here.
+    """
+    name = without_ending(path).lower()
+    if table := next((word for ending, word in TABLES.items() if name.endswith(ending)), None):
+        raise InputError(
+            f"{path} is a table of {table}-separated values, whose text is in one of its columns: write that to a "
+            ".jsonl or .parquet file"
+        )
+    with reading_text(path), open(path, "rb") as raw:
+        head = raw.read(HEAD_BYTES)
+        if head.startswith(b"PAR1"):
+            return TextFile(path, PARQUET)
+        compression = compression_of(head)
+        if compression:
+            raw.seek(0)
+            with decompressed(raw, compression, path) as stream:
+                head = stream.read(HEAD_BYTES)
+    if compression is None and (named := compression_named(path)):
+        raise InputError(f"{path} is not compressed by {named.name}, as its name says: fetch it again, or rename it")
+    if name.endswith(PARQUET_ENDINGS):
+        raise InputError(f"{path} is no Parquet file, as its name says: make or fetch it again")
+    mark, encoding = next(((mark, name) for mark, name in BYTE_ORDER_MARKS if head.startswith(mark)), (b"", "utf-8"))
+    _refuse_no_text(path, head, compression, encoding if mark else None)
+    text = head[len(mark) :].decode(encoding, errors="ignore")
+    form = TEXT
+    if name.endswith(JSON_ENDINGS):
+        form = JSON_LIST if text.lstrip().startswith("[") else JSON_LINES
+    elif _is_json_lines(text, is_longer=len(head) == HEAD_BYTES):
+        form = JSON_LINES
+    return TextFile(path, form, compression, mark, encoding)
+
+
+def inspect_files(paths: Iterable[str], report: Callable[[str], None]) -> list[TextFile]:
+    """`inspect_file` of each, so that what cannot be read is refused before anything is.
+
+    `report` is told of files that are read otherwise than their names say.
+    """
+    files = [inspect_file(path) for path in paths]
+    if others := [file for file in files if _is_misnamed(file)]:
+        file, more = others[0], f" (and {len(others) - 1:,} more of the kind)" if len(others) > 1 else ""
+        inside = f", compressed by {file.compression.name}" if file.compression else ""
+        report(f"warning: {file.path} is read as {file.form}{inside}, whatever its name says{more}")
+    return files
+
+
+def _is_misnamed(file: TextFile) -> bool:
+    name = without_ending(file.path).lower()
+    is_json = file.form in (JSON_LINES, JSON_LIST)
+    return (
+        file.compression is not compression_named(file.path)
+        or is_json != name.endswith(JSON_ENDINGS)
+        or (file.form == PARQUET) != name.endswith(PARQUET_ENDINGS)
+    )
+
+
+def _refuse_no_text(path: str, head: bytes, compression: Compression | None, marked: str | None) -> None:
+    inside = f" inside {compression.name}" if compression else ""
+    for start, magic, what in NO_TEXT:
+        if not marked and head.startswith(magic, start):
+            raise InputError(f"{path} is {what}{inside}, and no text: unpack or convert it, or leave it out")
+    if not marked and compression and (again := compression_of(head)):
+        raise InputError(f"{path} is compressed twice, by {compression.name} and {again.name}: unpack it once")
+    if marked not in (None, "utf-8"):
+        return
+    refuse_zero_bytes(path, head, 0)
+    text = head.decode("utf-8", errors="replace")
+    bad = text.count("\ufffd") - head.count("\ufffd".encode())
+    if bad >= FEWEST_UNDECODABLE and bad > MOST_UNDECODABLE * len(text):
+        raise InputError(
+            f"{path} is no text in UTF-8, for {bad:,} of its first {len(text):,} characters are none: convert it "
+            "(iconv does), or leave it out"
+        )
+
+
+def refuse_zero_bytes(path: str, block: bytes, start: int) -> None:
+    """Raise InputError where `block`, which stands at byte `start` of the text, holds a byte that no text has."""
+    if (zero := block.find(b"\0")) >= 0:
+        raise InputError(
+            f"{path} is no text in UTF-8, for byte {start + zero:,} of it is zero: convert it if it is UTF-16 or "
+            "UTF-32 (iconv does), or leave it out"
+        )
+
+
+def _is_json_lines(text: str, is_longer: bool) -> bool:
+    """Whether the first lines are JSON objects, whatever the file's name says. `text` may be the file's beginning."""
+    lines = text.split("\n")
+    whole = [line for line in (lines[:-1] if is_longer else lines) if line.strip()][:2]
+    if not whole:  # one long line
+        return is_longer and bool(re.match(r'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*["\[{\d]', text))
+    try:
+        records = [json.loads(line) for line in whole]
+    except (ValueError, RecursionError):
+        return False
+    return all(isinstance(record, dict) and record for record in records)
+
+
+@contextmanager
+def open_text(file: TextFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """(the text in UTF-8 without a byte order mark, the file as it lies on the disk, to ask how far it is read).
+
+    Raises InputError where the file is damaged, or holds what its encoding does not know.
+    """
+    with reading_text(file.path), open(file.path, "rb") as raw:
+        stream: IO[bytes] = decompressed(raw, file.compression, file.path) if file.compression else raw
+        stream.read(len(file.mark))
+        if file.encoding != "utf-8":
+            stream = io.BufferedReader(_Recoded(stream, file))
+        yield stream, raw
+
+
+class _Recoded(io.RawIOBase):
+    """A stream of another encoding, as UTF-8."""
+
+    def __init__(self, stream: IO[bytes], file: TextFile) -> None:
+        self.stream, self.file, self.rest = stream, file, b""
+        self.decoder = codecs.getincrementaldecoder(file.encoding)()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: memoryview) -> int:  # type: ignore[override]
+        while not self.rest:
+            block = self.stream.read(1 << 16)
+            try:
+                self.rest = self.decoder.decode(block, final=not block).encode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{self.file.path} begins as {self.file.encoding.upper()} and then is not: {error.reason}; convert "
+                    "it to UTF-8, or leave it out"
+                ) from error
+            if not block:
+                break
+        size = min(len(target), len(self.rest))
+        target[:size], self.rest = self.rest[:size], self.rest[size:]
+        return size

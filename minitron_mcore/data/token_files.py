@@ -1,0 +1,65 @@
+"""Megatron's token files, written document after document, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy
+
+from minitron_mcore.data.tokenizer import Tokenizer
+
+
+def token_dtype(vocab_size: int) -> Any:
+    """The integer type of the .bin file: Megatron's own rule (`DType.optimal_dtype`), without importing it."""
+    return numpy.uint16 if vocab_size < 65500 else numpy.int32
+
+
+class TokenWriter:
+    """One .bin/.idx pair under temporary names until `publish`."""
+
+    def __init__(self, prefix: str, tokenizer: Tokenizer, append_eod: bool) -> None:
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self.prefix, self.tokenizer, self.append_eod = prefix, tokenizer, append_eod
+        self.documents = self.tokens = 0
+        dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        assert dtype is token_dtype(tokenizer.vocab_size), "Megatron's rule for the token type has changed"
+        self.dtype = dtype
+        self.builder = IndexedDatasetBuilder(prefix + ".bin.tmp", dtype=dtype)
+
+    def add(self, tokens: numpy.ndarray) -> None:
+        self.builder.add_document(tokens, [len(tokens)])
+        self.documents += 1
+        self.tokens += len(tokens)
+
+    def finish(self) -> None:
+        self.builder.finalize(self.prefix + ".idx.tmp")
+        description = {
+            "tokenizer": {
+                "type": self.tokenizer.type,
+                "model": self.tokenizer.path,
+                "fingerprint": self.tokenizer.fingerprint,
+                "vocab_size": self.tokenizer.vocab_size,
+            },
+            "append_eod": self.append_eod,
+            "dtype": numpy.dtype(self.dtype).name,
+            "documents": self.documents,
+            "tokens": self.tokens,
+        }
+        with open(self.prefix + ".json.tmp", "w", encoding="utf-8") as stream:
+            json.dump(description, stream, indent=2)
+            stream.write("\n")
+
+    def publish(self) -> None:
+        if os.path.exists(self.prefix + ".idx"):  # an overwrite: the old index must not meet the new tokens
+            os.remove(self.prefix + ".idx")
+        for ending in (".json", ".bin", ".idx"):
+            os.replace(self.prefix + ending + ".tmp", self.prefix + ending)
+
+    def discard(self) -> None:
+        self.builder.data_file.close()
+        for ending in (".json.tmp", ".bin.tmp", ".idx.tmp"):
+            if os.path.exists(self.prefix + ending):
+                os.remove(self.prefix + ending)
