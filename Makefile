@@ -27,7 +27,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt .ci/venv.sh
 	@touch $@
 
 demo: venv  ## the whole road on two ranks: teacher, pruning, distillation, evaluation, export (ARGS: key=value ...)
-	@$(BIN)/torchrun --standalone --nproc-per-node 2 -m minitron_mcore run --config configs/quickstart.yaml $(ARGS)
+	@PATH=$(abspath $(BIN)):$$PATH NPROC_PER_NODE=2 launch/torchrun.sh run --config configs/quickstart.yaml $(ARGS)
 
 lint: venv  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """`minitron VERB --config RECIPE.yaml [key=value …]`: parse, start this rank, run one stage, say what went wrong.
 
 Exit code 0: done. 2: wrong input, one sentence, no traceback; a file that is closed to this user too, whenever it is
-met. 1: a failure while running; one sentence where the memory or the disk is full. 141: nobody reads what is printed
-any more, as behind `| head`.
+met. 1: a failure while running; one sentence where the memory or the disk is full. 130: Ctrl-C; 143: SIGTERM; 129:
+SIGHUP, as of a terminal that is closed. 141: nobody reads what is printed any more, as behind `| head`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from minitron_mcore import __version__
 from minitron_mcore.errors import DivergedError, InputError, MemoryExhaustedError
+from minitron_mcore.runtime.interrupt import Ending, exit_code, name_of, say_at_once
 
 # verb -> (module of stages/, what it does)
 VERBS = {
@@ -79,6 +80,26 @@ def flags_of(options: argparse.Namespace) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
     options = build_parser().parse_intermixed_args(arguments)
+    with Ending() as ending:
+        try:
+            try:
+                return carry_out(options, ending)
+            except BaseException:
+                ending.settle()
+                raise
+        except BaseException as error:
+            # What a signal broke off may show as any failure, as that of a rank whose peers have gone.
+            if not ending.number or isinstance(error, SystemExit):
+                raise
+        if rank_told() == 0:
+            say_at_once(f"\nminitron {options.verb}: {stopped(ending.number)}")
+        print_no_more()
+        return exit_code(ending.number)
+
+
+def carry_out(options: argparse.Namespace, ending: Ending) -> int:
+    """Run the verb; returns the exit code. What a user has to see of a failure is told here, unless the first signal
+    that `ending` met is the reason."""
     recipe: Any = None
     try:
         from minitron_mcore.recipe import load_recipe
@@ -98,23 +119,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stage.run(recipe, runtime)
         stop()
     except (InputError, OSError) as error:
+        if ending.number:
+            raise
         if isinstance(error, BrokenPipeError) and nobody_reads():
-            # What is left to print would fail once more when Python leaves.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+            print_no_more()
+            return exit_code(signal.SIGPIPE)
         told = error if isinstance(error, InputError) else explained(error, recipe)
         if told is None:
             raise
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) > 0:
+        if rank_told() > 0:
             # The launcher ends every rank once one has ended. The first rank is to say it, and says it at once; a rank
             # that is still here after this was alone in finding the fault.
             time.sleep(8)
         print(f"minitron {options.verb}: {told}", file=sys.stderr, flush=True)
         return told.exit_code
     except (DivergedError, MemoryExhaustedError) as error:
+        if ending.number:
+            raise
         print(f"minitron {options.verb}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def stopped(number: int) -> str:
+    """What is said of a verb that a signal ended; a training that has saved says more, and is none of them."""
+    return f"stopped by {name_of(number)}; what was finished stays, and the same command goes on from there"
+
+
+def rank_told() -> int:
+    """This process's rank as the launcher says, 0 where it says none that could be."""
+    told = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return int(told) if told.isdecimal() else 0
+
+
+def print_no_more() -> None:
+    """What is left to print where nobody reads would fail once more when Python leaves."""
+    if nobody_reads():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explained(error: OSError, recipe: Any) -> InputError | None:

@@ -19,3 +19,11 @@ class DivergedError(FloatingPointError):
 
 class MemoryExhaustedError(RuntimeError):
     """Memory ran out while running (exit code 1). The message says what needs it, and which keys help."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or another signal that ends the process in good order (exit code 128 + `number`)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def iteration_folder(folder: Path, iteration: int) -> Path:
 
 def _name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
+
+
+def unfinished_folder(folder: Path, iteration: int) -> Path:
+    """Where an iteration of `folder` lies while it is written."""
+    return folder / f".unfinished_{_name(iteration)}"
 
 
 def is_iteration(folder: Path) -> bool:
@@ -169,3 +175,12 @@ def finish_iteration(folder: Path, temporary: Path, iteration: int) -> None:
         shutil.rmtree(target)
     os.replace(temporary, target)
     write_whole(folder / TRACKER, str(iteration))
+
+
+def drop_iteration(folder: Path, iteration: int) -> None:
+    """Take away an iteration that is not the newest; one that is half gone counts as unfinished. One rank calls."""
+    going = unfinished_folder(folder, iteration)
+    shutil.rmtree(going, ignore_errors=True)
+    with suppress(OSError):  # it is in nobody's way
+        os.replace(folder / _name(iteration), going)
+    shutil.rmtree(going, ignore_errors=True)

@@ -39,11 +39,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from minitron_mcore.checkpoint.folder import finish_iteration
+from minitron_mcore.checkpoint.folder import finish_iteration, unfinished_folder
 from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, stored_piece, write_manifest
 from minitron_mcore.checkpoint.safetensors_file import write_in_blocks
 from minitron_mcore.checkpoint.versions import save_common
-from minitron_mcore.errors import InputError, StorageError
+from minitron_mcore.errors import InputError, Interrupted, StorageError
 from minitron_mcore.files import nearest_folder, not_written
 from minitron_mcore.runtime.start import Runtime
 
@@ -137,7 +137,7 @@ def write_iteration(
     Whatever is raised, nothing of the iteration is left behind. Raises InputError, which calls the folder `called`,
     where it cannot be made, and StorageError, with `hint` behind it, where the disk is full.
     """
-    existed, called, temporary = folder.exists(), called or str(folder), _unfinished(folder, iteration)
+    existed, called, temporary = folder.exists(), called or str(folder), unfinished_folder(folder, iteration)
 
     def begin() -> None:
         with explaining_disk(folder, called, hint):
@@ -158,16 +158,12 @@ def write_iteration(
                 ranks = [None] * runtime.world_size
                 torch.distributed.gather_object(stored, ranks if runtime.is_main else None, dst=0)
             runtime.on_main(finish)
-    except (Exception, CheckpointException):
+    except (Exception, CheckpointException, Interrupted):
         if runtime.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
             if not existed:
                 shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _unfinished(folder: Path, iteration: int) -> Path:
-    return folder / f".unfinished_iter_{iteration:07d}"
 
 
 def _objects(place: Path) -> dict[str, str]:

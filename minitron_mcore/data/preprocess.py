@@ -33,6 +33,7 @@ from minitron_mcore.data.text_file import TEXT, TextFile, inspect_files
 from minitron_mcore.data.token_files import TokenWriter, token_dtype
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.interrupt import held_back
 
 TASK_BYTES = 1 << 18  # text handed to a worker at a time
 RECORD_BYTES = 64  # what a document weighs beside its text
@@ -181,7 +182,8 @@ def _encode_all(tasks: Iterator[Task], encoding: Encoding, workers: int) -> Iter
         pending: deque = deque()
         try:
             for task in tasks:
-                pending.append(pool.submit(encode, task, encoding))
+                with held_back():  # the first tasks start the workers
+                    pending.append(pool.submit(encode, task, encoding))
                 # bounded, so that a corpus larger than memory streams through
                 if len(pending) >= 4 * workers:
                     yield pending.popleft().result()

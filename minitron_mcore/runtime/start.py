@@ -34,6 +34,7 @@ class Runtime:
     world_size: int
     local_rank: int
     device: torch.device
+    stop_signal: int = 0  # that asked to stop in a training's last iteration, which it had ended by then
     _waits: int = 0
 
     @property

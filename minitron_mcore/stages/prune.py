@@ -17,7 +17,7 @@ from minitron_mcore.checkpoint.folder import (
     tokenizer_folder,
     write_description,
 )
-from minitron_mcore.errors import InputError
+from minitron_mcore.errors import InputError, Interrupted
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.plan import TARGETS, PruningPlan, load_plan, save_plan, scores_fingerprint
 from minitron_mcore.pruning.apply import prune_checkpoint
@@ -50,7 +50,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
         unfinished.mkdir(parents=True)
     try:
         prune_checkpoint(source, plan, unfinished, runtime, called=f"student.checkpoint={target}")
-    except Exception:
+    except (Exception, Interrupted):
         if runtime.is_main:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -31,6 +31,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_whole
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, to_yaml
+from minitron_mcore.runtime.interrupt import exit_code, name_of
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import correct, distill, evaluate, export, iterate, preprocess, score, tokenizer, train
 from minitron_mcore.stages.baseline import train_baseline
@@ -109,6 +110,9 @@ def do(step: Step, number: str, folder: Path, runtime: Runtime) -> Any:
     if runtime.is_main:
         _write(done, result)
     runtime.print(f"{number} {step.title}: {time.perf_counter() - started:.1f} s")
+    if runtime.stop_signal:
+        runtime.print(f"{name_of(runtime.stop_signal)}: {step.title} is done; the same command goes on after it")
+        raise SystemExit(exit_code(runtime.stop_signal))
     return result
 
 

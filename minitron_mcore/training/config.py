@@ -45,7 +45,9 @@ class TrainConfig:
     clip_grad: float = 1.0
     eval_interval: int = 0  # iterations between validations; 0: none on the way
     eval_iters: int = 4  # global batches a validation
-    save_interval: int = 0  # iterations between checkpoints; 0: one at the end
+    # Iterations between checkpoints, all of which stay; 0: one at the end. null: after every tenth of the run, each in
+    # place of the one before.
+    save_interval: Optional[int] = None
     loss_chunk_tokens: Optional[int] = None  # tokens whose logits exist at a time; null: a 16th, at least 128
     recompute_granularity: Optional[str] = None  # full: whole layers; selective: their MLPs; null: nothing
     recompute_method: Optional[str] = None  # of full: uniform (its default) or block (memory/recompute.py)

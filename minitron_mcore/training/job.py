@@ -16,6 +16,8 @@ from minitron_mcore.training.config import LogConfig, TrainConfig
 from minitron_mcore.training.reader import BatchReader, StepReader
 from minitron_mcore.training.teaching import TrainedTeacher
 
+PARTS = 10  # of a run that is not told when to save
+
 
 @dataclass
 class Progress:
@@ -62,3 +64,9 @@ class Job:
     @property
     def iterations(self) -> int:
         return self.timetable.iterations
+
+    @property
+    def save_interval(self) -> int:
+        """Iterations between checkpoints, 0 for one at the end: `save_interval`, by default a tenth of the run."""
+        given = self.train.save_interval
+        return -(-self.iterations // PARTS) if given is None else given

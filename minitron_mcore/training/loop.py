@@ -7,16 +7,18 @@ DistributedOptimizer step, learning-rate step, metrics, now and then validation 
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from minitron_mcore.checkpoint.folder import latest_iteration, read_lineage
+from minitron_mcore.checkpoint.folder import drop_iteration, latest_iteration, read_lineage
 from minitron_mcore.checkpoint.store import load_training_state, training_state
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import writing
+from minitron_mcore.runtime.interrupt import exit_code, name_of
 from minitron_mcore.runtime.timing import timed
 from minitron_mcore.training.accounting import Interval, account
 from minitron_mcore.training.health import count_skipped
@@ -33,7 +35,8 @@ from minitron_mcore.training.timers import StepTimers, split_line
 def fit(job: Job) -> Progress:
     """Train up to `job.iterations`, from the newest checkpoint in the folder if there is one. Every rank calls.
 
-    SIGTERM to any rank saves a checkpoint, after the iteration it came in, and raises SystemExit(143).
+    Ctrl-C or SIGTERM to any rank saves a checkpoint, after the iteration it came in, and raises SystemExit(130) or
+    (143). In the last iteration it comes too late for that: `runtime.stop_signal` has it for who would go on.
     """
     train, runtime = job.train, job.runtime
     chunks = wrap_model(job.chunks)
@@ -60,10 +63,17 @@ def fit(job: Job) -> Progress:
     metrics = MetricsLog(job.folder, job.log, name=job.name, recipe=job.recipe)
     stop = StopRequest()
     try:
-        _iterate(job, progress, chunks, optimizer, scheduler, metrics, stop)
+        with stop.outliving_the_reader():
+            runtime.stop_signal = _iterate(job, progress, chunks, optimizer, scheduler, metrics, stop)
+            if runtime.stop_signal and progress.iteration < job.iterations:
+                saved = f"{name_of(runtime.stop_signal)}: saved {job.folder} at iteration {progress.iteration}"
+                runtime.print(f"{saved} of {job.iterations}; the same command goes on")
     finally:
-        stop.restore()
         metrics.close(finished=progress.iteration == job.iterations)
+        stop.restore()
+    if runtime.stop_signal and progress.iteration < job.iterations:
+        runtime.barrier()  # a launcher ends the ranks that are left once one has gone
+        raise SystemExit(exit_code(runtime.stop_signal))
     return progress
 
 
@@ -75,8 +85,10 @@ def _iterate(
     scheduler: OptimizerParamScheduler,
     metrics: MetricsLog,
     stop: StopRequest,
-) -> None:
-    """From `progress`, which moves along, to the last iteration, or to the one at which a stop was asked for."""
+) -> int:
+    """From `progress`, which moves along, to the last iteration, or to the one at which a stop was asked for.
+
+    Returns the signal that asked for it, 0 for none; the same on every rank."""
     train, runtime = job.train, job.runtime
     steps = job.read_train(job.timetable, progress.iteration)
     first = next(steps)
@@ -85,6 +97,7 @@ def _iterate(
     timers = StepTimers(job.log.timing_log_level)
     timers.attach(chunks, optimizer, job.objective)
     interval = Interval(timers)
+    interim: int | None = None  # the newest checkpoint, where nobody asked for one to keep
     for step, batch in timers.batches(itertools.chain([first], steps)):
         row = train_step(chunks, optimizer, scheduler, job.objective, step.shape, batch, timers.timers)
         if job.teaching is not None:
@@ -112,15 +125,36 @@ def _iterate(
                 progress.iteration, job.iterations, progress.metrics, shown=progress.metrics, kind="validation"
             )
         asked_to_stop = stop.on_any_rank()
-        if last or asked_to_stop or _is_due(progress.iteration, train.save_interval):
-            if job.teaching is not None:
-                job.teaching.save(progress.iteration, progress.consumed_tokens, runtime)
-            state = training_state(chunks, optimizer, scheduler, vars(progress).copy(), is_loading=False)
-            save_described(job.folder, progress.iteration, state, runtime, lambda: job.describe(progress))
-        if asked_to_stop and not last:
-            runtime.print(f"SIGTERM: saved {job.folder} at iteration {progress.iteration}; the same command goes on")
-            raise SystemExit(143)
+        if last or asked_to_stop or _is_due(progress.iteration, job.save_interval):
+            save(job, progress, chunks, optimizer, scheduler)
+            if train.save_interval is None:
+                drop(job, interim)
+                interim = progress.iteration
+        if last or asked_to_stop:
+            return asked_to_stop
         interval.start()
+    raise AssertionError("the steps ended before the last iteration")
+
+
+def save(
+    job: Job,
+    progress: Progress,
+    chunks: list[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> None:
+    """A checkpoint of the iteration that `progress` has reached; every rank calls."""
+    if job.teaching is not None:
+        job.teaching.save(progress.iteration, progress.consumed_tokens, job.runtime)
+    state = training_state(chunks, optimizer, scheduler, vars(progress).copy(), is_loading=False)
+    save_described(job.folder, progress.iteration, state, job.runtime, lambda: job.describe(progress))
+
+
+def drop(job: Job, iteration: int | None) -> None:
+    """Make room where another checkpoint has taken the place of `iteration`'s; every rank calls."""
+    if iteration is not None:
+        for folder in [job.folder] + ([job.teaching.folder] if job.teaching is not None else []):
+            job.runtime.on_main(partial(drop_iteration, folder, iteration))
 
 
 def describe_newest(job: Job, progress: Progress) -> None:

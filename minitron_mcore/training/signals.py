@@ -1,28 +1,79 @@
-"""A polite end: SIGTERM (SLURM's warning before a time limit or a preemption) saves a checkpoint first."""
+"""A polite end: Ctrl-C, SIGTERM (SLURM's warning before a time limit or a preemption) or SIGHUP saves a checkpoint
+first, and so does a run whose output nobody reads any more (`| tee`, which the same Ctrl-C ended)."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 from types import FrameType
+from typing import Any
 
 import torch
 
+from minitron_mcore.runtime.interrupt import at_once, install, name_of, restore, say_at_once
+
 
 class StopRequest:
-    """Remembers a SIGTERM to any rank; `on_any_rank` tells all of them, at the same iteration."""
+    """Remembers a signal to any rank; `on_any_rank` tells all of them, at the same iteration.
+
+    A second one with Ctrl-C among the two is not waited for: it goes to the handler that was there before.
+    """
 
     def __init__(self) -> None:
-        self.received = False
-        self._previous = signal.signal(signal.SIGTERM, self._remember)
+        self.number = 0  # of the first signal
+        self._process = os.getpid()
+        self._previous = install(self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        if os.getpid() != self._process:
+            return  # a reader of data, just forked
+        if at_once(self.number, number):
+            self.restore()
+            signal.raise_signal(number)
+        elif not self.number:
+            self.number = number
+            if torch.distributed.get_rank() == 0:
+                say_at_once(f"\n{name_of(number)}: this iteration will be finished and saved; Ctrl-C leaves at once")
 
-    def on_any_rank(self) -> bool:
-        """Whether any rank was asked to stop. Every rank calls, once an iteration."""
-        flag = torch.tensor(int(self.received), device=torch.cuda.current_device())
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+    def on_any_rank(self) -> int:
+        """The number of the signal that asked any rank to stop, 0 for none. Every rank calls, once an iteration."""
+        number = torch.tensor(self.number, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        return int(number.item())
+
+    def outliving_the_reader(self) -> contextlib.redirect_stdout[Any]:
+        """Within, what cannot be printed since nobody reads it is no failure, but asks to stop (SIGPIPE)."""
+        return contextlib.redirect_stdout(_Outliving(sys.stdout, self))
 
     def restore(self) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        restore(self._previous)
+        self._previous = {}
+
+
+class _Outliving:
+    """A stream whose reader may go away."""
+
+    def __init__(self, stream: Any, stop: StopRequest) -> None:
+        self._stream, self._stop = stream, stop
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._go_on()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self._stop.number = self._stop.number or signal.SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

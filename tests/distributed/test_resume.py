@@ -19,7 +19,9 @@ from tests.distributed.ranks import run_on_ranks
 STEPS, CUT = 6, 3
 
 
-def fit_on_rank(parallel: dict[str, Any], world_size: int, folder: str, precision: str = "fp32") -> dict[str, Any]:
+def fit_on_rank(
+    parallel: dict[str, Any], world_size: int, folder: str, precision: str = "fp32", save_interval: int | None = CUT
+) -> dict[str, Any]:
     """`fit` in `folder`, resuming if it holds a checkpoint: the losses it logged and the final weights."""
     import json
 
@@ -41,7 +43,7 @@ def fit_on_rank(parallel: dict[str, Any], world_size: int, folder: str, precisio
         for step in timetable.steps(iteration):
             yield step, my_batch(global_batch(architecture.vocab_size, step.iteration))
 
-    train = TrainConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=2, global_batch_size=8, save_interval=CUT)
+    train = TrainConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=2, global_batch_size=8, save_interval=save_interval)
     target = Path(folder)
     fit(
         Job(

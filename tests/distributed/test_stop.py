@@ -1,4 +1,4 @@
-"""Runs that are stopped: SIGTERM saves first, and a crash at any moment of a save costs no more than that save.
+"""Runs that are stopped: Ctrl-C and SIGTERM save first; a crash at any moment of a save costs no more than that save.
 
 What goes on afterwards is the uninterrupted run, bit for bit (the same layout).
 """
@@ -18,6 +18,8 @@ import torch
 from minitron_mcore.checkpoint import folder as checkpoint_folder
 from minitron_mcore.checkpoint import store, writer
 from minitron_mcore.checkpoint.folder import TRACKER, latest_iteration
+from minitron_mcore.runtime.interrupt import SIGNALS
+from minitron_mcore.training import loop
 from tests.distributed import test_resume
 from tests.distributed.models import LAYOUTS
 from tests.distributed.ranks import run_on_ranks
@@ -26,16 +28,18 @@ from tests.distributed.test_resume import CUT, STEPS, fit_on_rank, run
 TERMINATED = 5  # no multiple of the interval between checkpoints, and not the last iteration
 
 
-def terminated_on_rank(parallel: dict[str, Any], world_size: int, folder: str, iteration: int) -> tuple[Any, bool]:
-    """`fit` until the last rank gets a SIGTERM: how this rank left, and whether it has its old handler back."""
+def terminated_on_rank(
+    parallel: dict[str, Any], world_size: int, folder: str, iteration: int, number: int = signal.SIGTERM
+) -> tuple[Any, bool]:
+    """`fit` until the last rank gets a signal: how this rank left, and whether it has its old handlers back."""
     calls, my_batch = itertools.count(1), test_resume.my_batch
 
     def interrupting(batch: Any) -> Any:
         if next(calls) == iteration and torch.distributed.get_rank() == world_size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return my_batch(batch)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = [signal.getsignal(each) for each in SIGNALS]
     test_resume.my_batch = interrupting  # type: ignore[assignment]
     code: Any = "finished"
     try:
@@ -44,7 +48,7 @@ def terminated_on_rank(parallel: dict[str, Any], world_size: int, folder: str, i
         code = leaving.code
     finally:
         test_resume.my_batch = my_batch  # type: ignore[assignment]
-    return code, signal.getsignal(signal.SIGTERM) is handler
+    return code, [signal.getsignal(each) for each in SIGNALS] == handlers
 
 
 class Crash(BaseException):
@@ -81,12 +85,13 @@ MOMENTS: dict[str, tuple[Any, str, str | None, int]] = {
 LEFT = [[f".unfinished_iter_{STEPS:07d}"], [f".unfinished_iter_{STEPS:07d}"], [f"iter_{STEPS:07d}"]]
 
 
-def test_sigterm_to_one_rank_saves_and_stops_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_one_rank_saves_and_stops_all(number: int, code: int, tmp_path: Path) -> None:
     world_size, parallel = LAYOUTS["TP2"]
     history, weights = run("TP2", tmp_path / "whole")
     folder = tmp_path / "stopped"
-    ranks = run_on_ranks(terminated_on_rank, world_size, parallel, world_size, str(folder), TERMINATED)
-    assert ranks == [(143, True)] * world_size
+    ranks = run_on_ranks(terminated_on_rank, world_size, parallel, world_size, str(folder), TERMINATED, number)
+    assert ranks == [(code, True)] * world_size
     assert latest_iteration(folder) == TERMINATED
     resumed_history, resumed_weights = run("TP2", folder)
     assert sorted(history) == list(range(1, STEPS + 1)) and resumed_history == history
@@ -122,3 +127,57 @@ def test_a_crash_before_it_is_described_is_made_good(tmp_path: Path) -> None:
     before = checkpoint_folder.read_lineage(tmp_path)["tokens"]
     run("1", tmp_path)
     assert checkpoint_folder.read_lineage(tmp_path)["tokens"] > before > 0
+
+
+def hurried_on_rank(folder: str) -> tuple[str, list[int]]:
+    """`fit` under two Ctrl-C in one iteration: how it left, and the iterations that were begun."""
+    begun: list[int] = []
+    my_batch = test_resume.my_batch
+
+    def interrupting(batch: Any) -> Any:
+        begun.append(len(begun) + 1)
+        if len(begun) == TERMINATED:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return my_batch(batch)
+
+    test_resume.my_batch = interrupting  # type: ignore[assignment]
+    try:
+        fit_on_rank({}, 1, folder)
+    except KeyboardInterrupt as interrupt:
+        return type(interrupt).__name__, begun
+    finally:
+        test_resume.my_batch = my_batch  # type: ignore[assignment]
+    return "finished", begun
+
+
+def test_a_second_ctrl_c_is_not_waited_for(tmp_path: Path) -> None:
+    """Without the command line, as in a notebook, it is Python's own."""
+    assert run_on_ranks(hurried_on_rank, 1, str(tmp_path)) == [("KeyboardInterrupt", list(range(1, TERMINATED + 1)))]
+    assert latest_iteration(tmp_path) == CUT, "nothing was saved for it"
+
+
+def saved_on_rank(folder: str, save_interval: int | None) -> list[list[str]]:
+    """Which iterations lie in the folder after each checkpoint."""
+    seen: list[list[str]] = []
+    drop = loop.drop_iteration
+
+    def seeing(place: Path, iteration: int) -> None:
+        seen.append(sorted(path.name for path in place.glob("iter_*")))
+        drop(place, iteration)
+
+    loop.drop_iteration = seeing  # type: ignore[assignment]
+    try:
+        fit_on_rank({}, 1, folder, save_interval=save_interval)
+    finally:
+        loop.drop_iteration = drop
+    return [*seen, sorted(path.name for path in Path(folder).glob("*iter_*") if path.is_dir())]
+
+
+def test_a_run_saves_by_default(tmp_path: Path) -> None:
+    """After every tenth, here every iteration; the one before stays until the new one is whole, and then goes."""
+    names = [f"iter_{iteration:07d}" for iteration in range(1, STEPS + 1)]
+    expected = [list(pair) for pair in itertools.pairwise(names)]
+    assert run_on_ranks(saved_on_rank, 1, str(tmp_path / "default"), None) == [[*expected, names[-1:]]]
+    assert run_on_ranks(saved_on_rank, 1, str(tmp_path / "asked"), 2) == [[names[1::2]]], "what was asked for stays"
+    assert run_on_ranks(saved_on_rank, 1, str(tmp_path / "end"), 0) == [[names[-1:]]]

@@ -57,11 +57,12 @@ def test_torchrun_on_one_node(tmp_path: Path) -> None:
 def test_torchrun_starts_a_process_for_each_gpu(tmp_path: Path, listing: str, processes: str) -> None:
     """Both tools are stand-ins: one lists GPUs (or fails, as without a driver), the other shows what it was given."""
     write_tool(tmp_path, "nvidia-smi", f"#!/bin/sh\nprintf '%s' '{listing}'\n[ -n '{listing}' ]\n")
-    write_tool(tmp_path, "torchrun", "#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    write_tool(tmp_path, "python", "#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     env = environment()
     env["PATH"] = f"{tmp_path}:{env['PATH']}"
     done = subprocess.run([ROOT / "launch" / "torchrun.sh", "run"], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [
+        *("-m", "minitron_mcore.runtime.torchrun"),
         *("--standalone", "--shutdown-timeout", "600", "--nproc-per-node", processes),
         *("-m", "minitron_mcore", "run"),
     ]

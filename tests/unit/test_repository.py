@@ -134,7 +134,7 @@ def dry_run(target: str) -> str:
 def test_make_targets_do_their_own_set_up() -> None:
     for target in ("demo", "test", "test-slow", "test-matrix", "lint", "bench", "venv", "lock"):
         assert ".ci/venv.sh" in dry_run(target), target
-    assert "-m minitron_mcore run --config configs/quickstart.yaml" in dry_run("demo")
+    assert "launch/torchrun.sh run --config configs/quickstart.yaml" in dry_run("demo")
     test = dry_run("test")
     assert test.index("ruff check") < test.index("mypy") < test.index("-m pytest")
     dry_run("clean")

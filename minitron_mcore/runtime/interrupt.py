@@ -1,0 +1,143 @@
+"""Ctrl-C (SIGINT), SIGTERM and SIGHUP: the first ends this process in good order, Ctrl-C once more at once.
+
+Outside a training the first raises `Interrupted`, which unwinds as any error does, so that nothing half-made is left.
+A training remembers it instead, and saves (training/signals.py). torchrun sends a second Ctrl-C on as SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+from minitron_mcore.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PATIENCE = 2.0  # seconds until it is said that a signal has come
+
+_endings: set[Ending] = set()  # one, for as long as the command line runs a verb
+
+
+def _let_go() -> None:
+    """A forked child, as a reader of data, would write the signals that it gets into its parent's pipe."""
+    for ending in _endings:
+        ending.leave_pipe()
+    _endings.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Make `handler` this process's for SIGNALS; returns the handlers before it, for `restore`. In a thread other than
+    the main one nothing happens. A SIGHUP that nohup had ignored stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    return {number: signal.signal(number, handler) for number in SIGNALS if number not in kept}
+
+
+def restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        # None: not from Python, and nothing that could be put back.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def at_once(first: int, number: int) -> bool:
+    """Whether a signal `number` after a `first` one says that nothing is to be waited for."""
+    return bool(first) and signal.SIGINT in (first, number)
+
+
+def name_of(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def exit_code(number: int) -> int:
+    """As a shell has it."""
+    return 128 + number
+
+
+def say_at_once(words: str) -> None:
+    """To the terminal, from wherever Python stands; a terminal that is gone is no matter."""
+    with suppress(OSError):
+        os.write(2, f"{words}\n".encode())
+
+
+class Ending:
+    """While this context is entered the first of SIGNALS raises Interrupted in the main thread, a second one with
+    Ctrl-C among the two leaves at once: a thread sees to it, wherever the main one is held up, as in a collective."""
+
+    def __init__(self) -> None:
+        self.number = 0  # the first signal that was raised
+        self._process = os.getpid()
+        self._handlers: dict[int, Any] = {}
+        self._pipe = -1
+
+    def __enter__(self) -> Ending:
+        self._handlers = install(self._raise)
+        if self._handlers:
+            reading, self._pipe = os.pipe()
+            os.set_blocking(self._pipe, False)
+            self._pipe_before = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+            _endings.add(self)
+            threading.Thread(target=self._watch, args=(reading,), name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: object, error: object, where: object) -> None:
+        if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+            self.number = self.number or error.code - 128
+        if self.number:
+            return  # until the process has gone an echo of the signal is to do no harm, and Ctrl-C still its work
+        restore(self._handlers)
+        if self._pipe >= 0:
+            _endings.discard(self)
+            signal.set_wakeup_fd(self._pipe_before)
+            self.leave_pipe()
+
+    def leave_pipe(self) -> None:
+        if self._pipe >= 0:
+            if os.getpid() != self._process:
+                signal.set_wakeup_fd(-1)
+            os.close(self._pipe)  # the thread, where there is one, ends
+            self._pipe = -1
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        # Once: what is cleared away thereupon is not to be interrupted.
+        if os.getpid() == self._process and not self.number:
+            self.number = number
+            raise Interrupted(number)
+
+    def settle(self) -> None:
+        """Let a signal come that is here already: after a failure, which may be that of a rank that got it earlier."""
+
+    def _watch(self, reading: int) -> None:
+        """What is written into the pipe is a signal's number, at once, whatever the main thread does."""
+        first = 0
+        while True:
+            # A library may take its time before Python, and so the handler, has its turn again.
+            waits = first and not select.select([reading], [], [], PATIENCE)[0] and not self.number
+            if waits and signal.getsignal(first) == self._raise:
+                say_at_once(f"\n{name_of(first)}: stops as soon as it can; Ctrl-C leaves at once")
+            numbers = os.read(reading, 64)
+            if not numbers:
+                return os.close(reading)
+            for number in numbers:
+                if number in SIGNALS and at_once(first, number):
+                    say_at_once("minitron: left at once; what was saved before is whole")
+                    os._exit(exit_code(signal.SIGINT))
+                first = first or (number if number in SIGNALS else 0)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Processes that are started within never get a Ctrl-C: the one that starts them ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,136 @@
+"""Ctrl-C and SIGTERM as a process of its own meets them: an exit code and a sentence, and a second one at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+from minitron_mcore.runtime.interrupt import SIGNALS, Ending, held_back
+from minitron_mcore.training import signals
+from tests.e2e.launchers import ROOT, environment
+
+# A verb whose work is `WORK`; neither torch nor a stage is loaded.
+VERB = """
+import ctypes, hashlib, os, signal, subprocess, sys, threading, time
+from minitron_mcore import cli
+
+def send(number, after):
+    threading.Timer(after, os.kill, (os.getpid(), number)).start()
+
+def carry_out(options, ending):
+    try:
+        WORK
+    finally:
+        print("cleared away", flush=True)
+    return 0
+
+cli.carry_out = carry_out
+sys.exit(cli.main(["inspect", "path=x"]))
+"""
+# In C, for half a minute, and back in Python only then: as in a collective that waits for a rank that is gone.
+DEAF = 'hashlib.pbkdf2_hmac("sha256", b"a", b"b", 100_000_000)'
+SENTENCE = "minitron inspect: stopped by {}; what was finished stays, and the same command goes on from there"
+
+
+def run(work: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    code = VERB.replace("WORK", work)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "name"), [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM"), ("SIGHUP", 129, "SIGHUP")]
+)
+def test_the_first_unwinds(number: str, code: int, name: str) -> None:
+    done = run(f"send(signal.{number}, 0.1); time.sleep(30)")
+    assert (done.returncode, done.stdout) == (code, "cleared away\n")
+    assert done.stderr.split("\n") == ["", SENTENCE.format(name), ""]
+
+
+def test_other_ranks_say_nothing() -> None:
+    done = run("send(signal.SIGINT, 0.1); time.sleep(30)", RANK="1", WORLD_SIZE="2")
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_what_breaks_because_of_it_is_no_failure_of_its_own() -> None:
+    """A rank that waits for its peers sees that they are gone."""
+    work = (
+        "signal.raise_signal(signal.SIGINT)\n    except BaseException: raise RuntimeError('connection closed by peer')"
+    )
+    done = run(work)
+    assert done.returncode == 130 and "Traceback" not in done.stderr and SENTENCE.format("Ctrl-C") in done.stderr
+
+
+@pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])
+def test_a_second_one_leaves_at_once_wherever_the_process_is(second: str) -> None:
+    done = run(f"send(signal.SIGINT, 0.2); send(signal.{second}, 0.5); {DEAF}")
+    assert done.returncode == 130 and done.stdout == "", "it never came back from where it was"
+    assert done.stderr == "minitron: left at once; what was saved before is whole\n"
+
+
+def test_a_second_sigterm_is_the_first_ones_echo() -> None:
+    done = run("send(signal.SIGTERM, 0.2); send(signal.SIGTERM, 0.25); time.sleep(30)")
+    assert done.returncode == 143 and done.stdout == "cleared away\n"
+
+
+def test_no_hangup_under_nohup() -> None:
+    code = VERB.replace("WORK", "signal.raise_signal(signal.SIGHUP)")
+    command = ["nohup", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "cleared away\n")
+
+
+def test_a_process_started_meanwhile_goes_on() -> None:
+    """As the workers of `preprocess` do, which get the terminal's Ctrl-C too."""
+    with held_back():
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5); print('done')"], stdout=-1)
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=30)[0] == b"done\n" and child.returncode == 0
+
+
+def test_handlers_come_back_and_a_forked_child_is_no_concern() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Ending() as ending:
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGINT)  # not ours: no exception, and nothing in the parent's pipe
+            signal.raise_signal(signal.SIGINT)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert not ending.number
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_in_another_thread_nothing_is_taken_over() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[Any] = []
+
+    def look() -> None:
+        with Ending():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_output_that_nobody_reads_asks_to_stop() -> None:
+    """`train | tee log`: the Ctrl-C ends `tee` as well, and what is printed on the way to the checkpoint fails."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    stop = signals.StopRequest()
+    try:
+        with open(writing, "w", buffering=1) as stream:
+            told = signals._Outliving(stream, stop)
+            print("iteration 1", file=told, flush=True)  # type: ignore[call-overload]
+            print("iteration 2", file=told, flush=True)  # type: ignore[call-overload]
+            assert stop.number == signal.SIGPIPE
+    finally:
+        stop.restore()
