@@ -22,6 +22,7 @@ from typing import Any
 from minitron_mcore import __version__
 from minitron_mcore.errors import DivergedError, InputError, MemoryExhaustedError
 from minitron_mcore.runtime.interrupt import Ending, exit_code, name_of, say_at_once
+from minitron_mcore.runtime.world import read_world
 
 # verb -> (module of stages/, what it does)
 VERBS = {
@@ -148,8 +149,10 @@ def stopped(number: int) -> str:
 
 def rank_told() -> int:
     """This process's rank as the launcher says, 0 where it says none that could be."""
-    told = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    return int(told) if told.isdecimal() else 0
+    try:
+        return read_world(os.environ).rank
+    except InputError:
+        return 0
 
 
 def print_no_more() -> None:

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.timeout import collective_timeout
+from minitron_mcore.runtime.world import own_interface
 
 _current: ParallelConfig | None = None
 _teacher_groups: dict[str, ProcessGroupCollection] = {}  # by layout, for as long as the student's groups stand
@@ -74,13 +75,14 @@ def use_layout(parallel: ParallelConfig, world_size: int) -> None:
     if parallel_state.model_parallel_is_initialized() and _current == parallel:
         return
     release_layout()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        distributed_timeout_minutes=collective_timeout() // timedelta(minutes=1),
-    )
+    with own_interface(world_size):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            distributed_timeout_minutes=collective_timeout() // timedelta(minutes=1),
+        )
     _current = dataclasses.replace(parallel)
 
 
@@ -129,7 +131,8 @@ def teacher_groups(parallel: ParallelConfig, world_size: int) -> ProcessGroupCol
         for name, axes in _AXES.items():
             for ranks in generator.get_ranks(axes) if axes else [[rank] for rank in range(world_size)]:
                 if tuple(ranks) not in made:
-                    made[tuple(ranks)] = dist.new_group(ranks, timeout=collective_timeout())
+                    with own_interface(world_size):
+                        made[tuple(ranks)] = dist.new_group(ranks, timeout=collective_timeout())
                 if dist.get_rank() in ranks:
                     fields[name] = made[tuple(ranks)]
         _teacher_groups[key] = ProcessGroupCollection(**fields, embd=None, pos_embd=None, hcp=None)

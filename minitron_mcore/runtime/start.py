@@ -5,9 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import re
-import socket
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -16,10 +13,13 @@ from typing import Any, TypeVar
 
 import numpy
 import torch
+from torch.distributed import HashStore
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime import cpu_adapter
+from minitron_mcore.runtime.fork import forget_groups_in_children
 from minitron_mcore.runtime.timeout import collective_timeout
+from minitron_mcore.runtime.world import own_interface, read_world
 
 T = TypeVar("T")
 
@@ -34,6 +34,7 @@ class Runtime:
     world_size: int
     local_rank: int
     device: torch.device
+    local_size: int = 1  # ranks of this node
     stop_signal: int = 0  # that asked to stop in a training's last iteration, which it had ended by then
     _waits: int = 0
 
@@ -92,41 +93,14 @@ class Runtime:
         return result
 
 
-def read_environment(environment: dict[str, str]) -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's variables, else srun's, else a single process.
-
-    Fills MASTER_ADDR and MASTER_PORT into `environment` where SLURM alone started us.
-    """
-    env = environment
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
-    # The step's own number of tasks: inside `salloc`, SLURM_NTASKS is the allocation's.
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and tasks > 1:
-        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 12000))
-        return int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", "0"))
-    return 0, 1, 0
-
-
-def _first_host(node_list: str) -> str:
-    """First host of a SLURM node list such as `gpu[003-007,12]-ib,login1`."""
-    if "[" in node_list:
-        try:
-            command = ["scontrol", "show", "hostnames", node_list]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            node_list = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", node_list)  # in a container without scontrol
-    return node_list.split(",")[0] or "127.0.0.1"
-
-
 def start() -> Runtime:
     """Start this process: device, adapter, and the world's process group (NCCL on CUDA, gloo on CPU).
 
     Every rank calls it once. Model-parallel groups come later, from `parallel.use_layout`, since stages may differ.
     """
     quiet_libraries()
-    rank, world_size, local_rank = read_environment(os.environ)  # type: ignore[arg-type]
+    world = read_world(os.environ)
+    local_rank = world.local_rank
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
             local_rank = 0  # --gpus-per-task=1: each task sees its own GPU alone
@@ -141,11 +115,17 @@ def start() -> Runtime:
         cpu_adapter.install()
         device, backend = torch.device("cpu"), "gloo"
     if not torch.distributed.is_initialized():
-        if world_size == 1:
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", str(_free_port()))
-        torch.distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=collective_timeout())
-    return Runtime(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
+        # Alone, nobody has to be met, and so no port is needed that another process might have.
+        meeting = {"store": HashStore()} if world.address is None else {"init_method": world.address}
+        with own_interface(world.size):
+            torch.distributed.init_process_group(
+                backend, rank=world.rank, world_size=world.size, timeout=collective_timeout(), **meeting
+            )
+    if world.size == 1:
+        forget_groups_in_children()
+    return Runtime(
+        rank=world.rank, world_size=world.size, local_rank=local_rank, device=device, local_size=world.local_size
+    )
 
 
 def stop() -> None:
@@ -155,12 +135,6 @@ def stop() -> None:
     if torch.distributed.is_initialized():
         release_layout()
         torch.distributed.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def quiet_libraries() -> None:

@@ -105,7 +105,7 @@ def forecast_run(
         "recompute": recompute_of(train),
         "on_cpu": runtime.device.type == "cpu",
         "section": section,
-        "local_ranks": min(local_ranks(), runtime.world_size),
+        "local_ranks": runtime.local_size,
         "host_free": host_free,
     }
     if teacher is not None:
@@ -140,14 +140,15 @@ def forecast_run(
 
 def least_memory(runtime: Runtime) -> tuple[tuple[int, int], tuple[int, int]]:
     """(free, total) bytes of the device of the rank that has least, and of the host of the node; every rank calls."""
-    mine = torch.tensor([*device_memory(), *host_memory()], device=runtime.device)
+    mine = torch.tensor([*device_memory(runtime.local_size), *host_memory()], device=runtime.device)
     torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MIN)
     free, total, host_free, host_total = mine.tolist()
     return (free, total), (host_free, host_total)
 
 
-def device_memory() -> tuple[int, int]:
-    """(free, total) bytes of this rank's device; on CPU its share of the host's, or of its container's.
+def device_memory(local_ranks: int) -> tuple[int, int]:
+    """(free, total) bytes of this rank's device; on CPU its share of the host's, or of its container's,
+    which the node's `local_ranks` have.
 
     On CUDA what PyTorch's allocator keeps from earlier work and has given to no tensor is free too.
     """
@@ -155,7 +156,7 @@ def device_memory() -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
     free, total = host_memory()
-    return free // local_ranks(), total // local_ranks()
+    return free // local_ranks, total // local_ranks
 
 
 def host_memory() -> tuple[int, int]:
@@ -169,11 +170,6 @@ def host_memory() -> tuple[int, int]:
     if limit.isdigit() and used.isdigit() and int(limit) < total:
         free, total = min(free, int(limit) - int(used)), int(limit)
     return free, total
-
-
-def local_ranks() -> int:
-    """Of this node, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -85,9 +85,9 @@ def starved(command: list[str], when: int, kind: str) -> list[tuple[int, str]]:
     if kind == "loading":
         distill.load_weights = full  # type: ignore[assignment]
     elif kind == "small":
-        memory.device_memory = lambda: (2**16, 2**16)
+        memory.device_memory = lambda local_ranks: (2**16, 2**16)
     elif kind == "tight":
-        memory.device_memory = lambda: (2**20, 2**40)
+        memory.device_memory = lambda local_ranks: (2**20, 2**40)
     else:
         loop.train_step = hungry  # type: ignore[assignment]
     with one_process_group():

@@ -34,7 +34,7 @@ BUDGET = ["data.sequence_length=256", "distill.tokens=65536", "distill.global_ba
 
 
 def run_on(device: str, world_size: int = 1) -> Runtime:
-    return Runtime(rank=0, world_size=world_size, local_rank=0, device=torch.device(device))
+    return Runtime(0, world_size, 0, torch.device(device), local_size=world_size)
 
 
 def checked(recipe: Recipe, runtime: Runtime) -> Any:
@@ -42,8 +42,7 @@ def checked(recipe: Recipe, runtime: Runtime) -> Any:
     return memory.check_memory(recipe, runtime, "distill", STUDENT, timetable, TEACHER)
 
 
-def free(patch: pytest.MonkeyPatch, host_free: int, host_total: int, ranks: int = 8) -> None:
-    patch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+def free(patch: pytest.MonkeyPatch, host_free: int, host_total: int) -> None:
     patch.setattr(memory, "least_memory", lambda runtime: ((64 * GIB, 80 * GIB), (host_free, host_total)))
 
 
@@ -89,7 +88,7 @@ def test_the_key_of_a_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest microbatch is a phase's own: that key is named, not the section's, which is 1 already."""
     phases = "distill.phases=[{tokens: 32768}, {tokens: 32768, micro_batch_size: 8}]"
     recipe = load_recipe(None, [*BUDGET, "distill.micro_batch_size=1", phases])
-    free(monkeypatch, GIB, GIB, ranks=1)
+    free(monkeypatch, GIB, GIB)
     lines = advice(checked(recipe, run_on("cuda")), 9)
     assert any(line.startswith("distill.phases[1].micro_batch_size=1 saves") for line in lines), lines
     assert not any(line.startswith("distill.micro_batch_size") for line in lines)
@@ -104,7 +103,7 @@ def test_the_key_of_a_phase(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_chunks_of_a_corrected_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own pass runs with correct.loss_chunk_tokens, whatever the student's."""
-    free(monkeypatch, GIB, GIB, ranks=1)
+    free(monkeypatch, GIB, GIB)
     common = [*BUDGET, "distill.micro_batch_size=8", "distill.correct_teacher=true", "distill.loss_chunk_tokens=64"]
     totals = {}
     for chunk in (64, 128, 1024):
@@ -121,7 +120,7 @@ def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (45 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 30 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10 * GIB)
-    assert memory.device_memory() == (65 * GIB, 80 * GIB)
+    assert memory.device_memory(8) == (65 * GIB, 80 * GIB)
 
 
 def test_ranks_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,12 +132,9 @@ def test_ranks_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setattr(memory, "_read", lambda path: files[path])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
-    assert memory.host_memory() == (48 * GIB, 64 * GIB) and memory.device_memory() == (12 * GIB, 16 * GIB)
+    assert memory.host_memory() == (48 * GIB, 64 * GIB) and memory.device_memory(4) == (12 * GIB, 16 * GIB)
     files["/sys/fs/cgroup/memory.max"] = str(16 * GIB)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert memory.host_memory() == (12 * GIB, 16 * GIB) and memory.device_memory() == (6 * GIB, 8 * GIB)
+    assert memory.host_memory() == (12 * GIB, 16 * GIB) and memory.device_memory(2) == (6 * GIB, 8 * GIB)
 
 
 def test_a_forecast_of_the_largest_phase() -> None:

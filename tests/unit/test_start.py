@@ -1,10 +1,8 @@
-"""Start-up: who this process is, under every launcher; which layouts there can be; one rank's work for all."""
+"""Start-up: which layouts there can be; one rank's work for all. Who a process is: test_world.py."""
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,78 +11,9 @@ import torch
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.parallel import check_layout
-from minitron_mcore.runtime.start import MOST_SEED, read_environment, seed_everything
+from minitron_mcore.runtime.start import MOST_SEED, seed_everything
 from minitron_mcore.runtime.timeout import collective_timeout
 from tests.distributed.ranks import run_on_ranks
-from tests.e2e.launchers import write_tool
-
-
-def test_torchruns_variables() -> None:
-    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    before = dict(environment)
-    assert read_environment(environment) == (5, 8, 1)
-    # torchrun inside an allocation: SLURM's variables describe the agents, not the ranks.
-    slurm = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
-    assert read_environment({**environment, **slurm}) == (5, 8, 1)
-    assert environment == before, "the address is the launcher's"
-
-
-def test_a_single_process() -> None:
-    for environment in (
-        {},
-        # In an allocation's own shell there is no step; and a step of one task is a single process.
-        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},
-        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "3"},
-    ):
-        before = dict(environment)
-        assert read_environment(environment) == (0, 1, 0)
-        assert environment == before
-
-
-def srun(node_list: str, **changes: str) -> dict[str, str]:
-    step = {"SLURM_PROCID": "11", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3", "SLURM_STEP_ID": "0"}
-    return {**step, "SLURM_JOB_ID": "123456", "SLURM_STEP_NODELIST": node_list, **changes}
-
-
-@pytest.mark.parametrize(
-    ("node_list", "first"),
-    [
-        ("gpu001", "gpu001"),
-        ("gpu001,gpu002", "gpu001"),
-        ("gpu[003-007,12]", "gpu003"),
-        ("gpu[12,003-007]", "gpu12"),
-        ("gpu[4,7]", "gpu4"),
-        ("login1,gpu[3-4]", "login1"),
-        ("node[1-2]-ib,login1", "node1-ib"),
-        ("rack[0-1]node[00-31]", "rack0node00"),
-        ("gpu-a-[01-02].cluster.org", "gpu-a-01.cluster.org"),
-        ("", "127.0.0.1"),
-    ],
-)
-def test_sruns_variables(node_list: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container without scontrol the node list is read here."""
-    monkeypatch.setenv("PATH", "/nowhere")
-    environment = srun(node_list)
-    assert read_environment(environment) == (11, 16, 3)
-    assert environment["MASTER_ADDR"] == first
-    assert environment["MASTER_PORT"] == str(20000 + 123456 % 12000), "as launch/slurm.sbatch has it"
-
-
-def test_srun_asks_slurm_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_tool(tmp_path, "scontrol", '#!/bin/sh\n[ "$*" = "show hostnames odd[1-2]" ] && echo first && echo second\n')
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    environment = srun("odd[1-2]")
-    read_environment(environment)
-    assert environment["MASTER_ADDR"] == "first"
-    environment = srun("other[5-6]")
-    read_environment(environment)
-    assert environment["MASTER_ADDR"] == "other5", "scontrol failed"
-
-
-def test_an_address_that_is_given_stays() -> None:
-    environment = srun("gpu[1-2]", MASTER_ADDR="10.0.0.1", MASTER_PORT="29501")
-    read_environment(environment)
-    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "29501")
 
 
 @pytest.mark.parametrize(
