@@ -1,4 +1,4 @@
-"""Checkpoints of megatron-core's HybridModel (MambaModel, up to 0.16) that are a GPT in other words.
+"""Checkpoints of megatron-core's HybridModel (MambaModel, up to 0.17) that are a GPT in other words.
 
 Its layers are positions of a pattern: `*` attention, `-` MLP, `M` Mamba, `E` experts, and more; `|` divides pipeline
 stages. A pattern of `*-` pairs alone is a GPT of half as many layers, and computes the same:

@@ -3,10 +3,11 @@ room that knows.
 
     what                  older                                  newer
     the common part       common.pt                              the object common_state/shard_0_1 among the tensors
-                          (megatron-core up to 0.16; ours)       (from 0.17 on, so today's Megatron-LM and Bridge)
+                          (megatron-core up to 0.18; ours)       (from 0.19 on, so today's Megatron-LM and Bridge)
     a path                pathlib.PosixPath                      pathlib._local.PosixPath (Python 3.13)
     an array              numpy.core.multiarray (numpy 1)        numpy._core.multiarray (numpy 2)
     classes of Megatron   those of the installed version         whichever of megatron.*: kept, never called
+                                                                 (InferenceCudaGraphScope from 0.18 on, in all args)
 
 This project writes the older form of the first, and a path as a string, so that every version reads what it wrote.
 """

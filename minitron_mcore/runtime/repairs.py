@@ -1,7 +1,8 @@
 """The few places where megatron-core is wrong without an error, mended. Each with its reason and a test.
 
-Of 0.16.1 and of 0.19.2 alike, but for two of newer versions alone: what a full disk says, and gradients where token
-weights add up to less than 1. Tests: tests/distributed/test_repairs.py fails without each of these.
+Of 0.16.1 and of 0.19.2 alike, but for two of newer versions alone: what a full disk says, from 0.17 on, and gradients
+where token weights add up to less than 1, from 0.18 on. Tests: tests/distributed/test_repairs.py and test_full_disk.py
+fail without each of these.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def divide_gradients(chunks: list[torch.nn.Module], counted: torch.Tensor) -> No
     """Divide the gradients by the global number of counted tokens: the sum over data-parallel ranks of `counted`, which
     the last stage knows and the others are given. Every rank calls, after `finalize_model_grads` without a number.
 
-    That function divides by the number, too, but from 0.17 on by 1 where it is less, and so makes gradients too small
+    That function divides by the number, too, but from 0.18 on by 1 where it is less, and so makes gradients too small
     where token weights are. No gradient is divided where nothing counts.
     """
     group = parallel_state.get_pipeline_model_parallel_group()

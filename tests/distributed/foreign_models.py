@@ -301,7 +301,7 @@ def write_cases(root: Path, names: Iterable[str]) -> None:
 
 
 def with_common_file(place: Path) -> None:
-    """Give an iteration that megatron-core wrote its common part as a file, as up to 0.16, and not as an object."""
+    """Give an iteration that megatron-core wrote its common part as a file, as up to 0.18, and not as an object."""
     from minitron_mcore.checkpoint.unpickle import read_common, read_metadata
     from minitron_mcore.checkpoint.versions import COMMON_OBJECT, save_common
 

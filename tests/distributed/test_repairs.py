@@ -102,7 +102,7 @@ def test_gradient_norm_needs_marked_shards() -> None:
 def test_token_weights_of_less_than_one_in_all(layout: str) -> None:
     """A mean does not depend on the scale of its weights: here 2**-12 for each of some 100 tokens, an exact factor.
 
-    From megatron-core 0.17 on `finalize_model_grads` divides by 1 where it is given less.
+    From megatron-core 0.18 on `finalize_model_grads` divides by 1 where it is given less.
     """
     assert gradient_norm(layout, weight=2.0**-12) == pytest.approx(gradient_norm(layout), rel=1e-5)
     assert gradient_norm(layout, weight=0.0) == 0.0

@@ -111,7 +111,7 @@ PLACES = [".metadata", "common.pt", OBJECT]
 
 
 def put_common(folder: Path, common: Any, name: str) -> None:
-    """The common part, as its own file or, as from megatron-core 0.17 on, as an object among the tensors."""
+    """The common part, as its own file or, as from megatron-core 0.19 on, as an object among the tensors."""
     place = folder / "iter_0000005"
     if name == "common.pt":
         torch.save(common, place / name)
