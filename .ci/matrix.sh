@@ -16,18 +16,12 @@ QUICK=(tests/unit/test_unpickle.py tests/unit/test_versions.py tests/unit/test_b
   tests/distributed/test_training.py tests/distributed/test_resume.py tests/distributed/test_stream.py)
 FULL=(tests/unit tests/distributed)
 
-has_it_all() {  # whether interpreter $1 has megatron-core 0.17 or newer, and what the tests need
-  "$1" -c '
-from importlib.metadata import version
-assert tuple(map(int, version("megatron-core").split(".")[:2])) >= (0, 17)
-for name in ("torch", "transformers", "omegaconf", "wandb", "hypothesis", "pytest-timeout", "pytest-xdist"):
-    version(name)' 2>/dev/null
-}
-
 installed() {
-  local python
+  local python lacking
   for python in "${MINITRON_MATRIX_PYTHON:-}" "$ENVIRONMENT/bin/python"; do
-    if [[ -n $python ]] && has_it_all "$python"; then echo "$python" && return; fi
+    command -v "$python" >/dev/null || continue
+    if lacking=$("$python" .ci/lacking.py 2>&1) && [[ -z $lacking ]]; then echo "$python" && return; fi
+    echo "$python lacks ${lacking##*$'\n'}: make test-matrix installs it in $ENVIRONMENT" >&2
   done
 }
 

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from minitron_mcore.checkpoint.versions import ARRAYS, COMMON_FILE, PATHS, CommonPart, Unknown, common_part, stand_ins
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import not_read
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
@@ -164,6 +165,8 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
                 content = torch.load(stream, map_location="cpu", weights_only=not _trusted.get())
     except _RefusedError as error:
         raise refuse(part, str(error)) from error
+    except OSError as error:
+        raise not_read(str(part), error) from error
     except Exception as error:  # torch.load raises whatever the damage led to
         words = " ".join(str(error).split())
         named = re.search(r"(?:GLOBAL|[Uu]nsupported class|global) ([\w.]+\.\w+)", words)

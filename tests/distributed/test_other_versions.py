@@ -28,7 +28,7 @@ from tests.distributed.test_foreign import plan_of
 from tests.distributed.test_prune import sliced
 
 WRITTEN = "MINITRON_WRITTEN_ELSEWHERE"  # names a folder that megatron_writer.py has just made, instead
-KINDS = ("gpt", "gpt-optimizer", "hybrid")
+KINDS: tuple[str, ...] = ("gpt", "gpt-optimizer", "hybrid")
 if WRITTEN in os.environ:
     KINDS = tuple(kind for kind in KINDS if (Path(os.environ[WRITTEN]) / kind).is_dir())
 Whole = dict[tuple[str, int | None], torch.Tensor]

@@ -90,6 +90,8 @@ def test_it_is_what_megatron_core_would_have_saved(folder: Path, name: str) -> N
     (plain,) = run_on_ranks(plain_on_rank, 1, [str(place) for pair in pairs for place in pair])
     for number, (streamed, saved) in enumerate(pairs):
         assert described(streamed) == described(saved)
+        # A pickled path has another name in Python 3.13: there are none.
+        assert all(b"pathlib" not in (place / ".metadata").read_bytes() for place in (streamed, saved))
         ours, theirs = plain[2 * number], plain[2 * number + 1]
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
         assert (streamed / "metadata.json").read_text() == (saved / "metadata.json").read_text()
