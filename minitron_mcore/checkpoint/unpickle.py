@@ -24,7 +24,17 @@ from megatron.core.transformer import enums
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
-from minitron_mcore.checkpoint.versions import ARRAYS, COMMON_FILE, PATHS, CommonPart, Unknown, common_part, stand_ins
+from minitron_mcore.checkpoint.versions import (
+    ANY_VERSION,
+    ARRAYS,
+    COMMON_FILE,
+    PATHS,
+    AnyVersion,
+    CommonPart,
+    Unknown,
+    common_part,
+    stand_ins,
+)
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import not_read
 
@@ -125,7 +135,7 @@ def read_metadata(place: Path) -> Metadata:
     path = place / ".metadata"
     try:
         with path.open("rb") as stream:
-            metadata = (pickle.Unpickler if _trusted.get() else _MetadataUnpickler)(stream).load()
+            metadata = (AnyVersion if _trusted.get() else _MetadataUnpickler)(stream).load()
         is_metadata = isinstance(metadata.state_dict_metadata, dict) and isinstance(metadata.storage_data, dict)
     except _RefusedError as error:
         raise refuse(path, str(error)) from error
@@ -162,7 +172,7 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
             unknown = stand_ins(asked)
             strangers = [name for name in asked if name not in unknown]
             with torch.serialization.safe_globals([(kind, name) for name, kind in unknown.items()]):
-                content = torch.load(stream, map_location="cpu", weights_only=not _trusted.get())
+                content = torch.load(stream, map_location="cpu", **_how())
     except _RefusedError as error:
         raise refuse(part, str(error)) from error
     except OSError as error:
@@ -185,6 +195,11 @@ def find_common(place: Path, metadata: Metadata | None = None) -> CommonPart | N
     Raises InputError where its `.metadata`, which says so, cannot be read.
     """
     return common_part(place, read_metadata(place) if metadata is None else metadata)
+
+
+def _how() -> dict[str, Any]:
+    """torch.load's arguments, as far as they depend on trust."""
+    return {"weights_only": False, "pickle_module": ANY_VERSION} if _trusted.get() else {"weights_only": True}
 
 
 def _not_admitted(stream: BinaryIO) -> list[str]:

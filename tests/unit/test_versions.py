@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import signal
 import zipfile
 from pathlib import Path, PosixPath
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from minitron_mcore.checkpoint.unpickle import read_common, read_metadata
+from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, trusting
 from minitron_mcore.checkpoint.versions import COMMON_OBJECT, Unknown
 from minitron_mcore.errors import InputError
 from tests.unit.test_unpickle import save_plainly
@@ -66,15 +67,18 @@ def place(tmp_path: Path) -> Path:
 HERE = PosixPath.__module__.encode()
 
 
+@pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
-def test_a_path_of_every_python(place: Path, module: bytes) -> None:
+def test_a_path_of_every_python(place: Path, module: bytes, trust: bool) -> None:
     names = {b"c" + HERE + b"\nPosixPath": b"c" + module + b"\nPosixPath"}
     metadata = pickle.loads((place / ".metadata").read_bytes())
     metadata.storage_meta.checkpoint_id = Path("/a/b")
     (place / ".metadata").write_bytes(renamed(metadata, names))
-    assert getattr(read_metadata(place).storage_meta, "checkpoint_id", None) == Path("/a/b")
+    with trusting(trust):
+        assert getattr(read_metadata(place).storage_meta, "checkpoint_id", None) == Path("/a/b")
     save_renamed({"where": Path("/a/b")}, place / "common.pt", names)
-    assert read_common(place)["where"] == Path("/a/b")
+    with trusting(trust):
+        assert read_common(place)["where"] == Path("/a/b")
 
 
 @pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
@@ -96,6 +100,15 @@ def test_classes_of_another_megatron_are_kept_and_never_called(place: Path) -> N
         first, second = read_common(place)["args"].a
         assert isinstance(first, Unknown) and first.arguments == ("true",) and repr(first) == f"{last}('true',)"
         assert second.arguments == (7,) and second.state == [1]
+
+
+def test_classes_of_another_megatron_where_the_file_is_trusted(place: Path) -> None:
+    names = {f"c{__name__}\nOneOf\n".encode(): b"cmegatron.core.transformer.enums\nLater\n"}
+    save_renamed({"args": Later(OneOf, (3,)), "module": signal.SIGTERM}, place / "common.pt", names)
+    with trusting(True):
+        common = read_common(place)
+    assert isinstance(common["args"], Unknown) and common["args"].arguments == (3,)
+    assert common["module"] is signal.SIGTERM
 
 
 @pytest.mark.parametrize("name", ["megatronx.core.system", "os.system", "builtins.eval", "minitron_mcore.files.x"])
