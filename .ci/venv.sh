@@ -42,8 +42,11 @@ elif ! command -v nvidia-smi >/dev/null; then
   [[ $found == *+cpu ]] || index=(--index-url https://download.pytorch.org/whl/cpu)
 fi
 echo "make venv: installing $torch into $VENV"
-"${pip[@]}" install --quiet "${index[@]}" "$torch" ||
-  { ((${#index[@]})) && [[ -z ${MINITRON_TORCH_INDEX:-} ]] && "${pip[@]}" install --quiet "$torch"; }
+if ! "${pip[@]}" install --quiet "${index[@]}" "$torch"; then
+  if ((${#index[@]} == 0)) || [[ -n ${MINITRON_TORCH_INDEX:-} ]]; then exit 1; fi
+  echo "make venv: PyTorch's index gives no CPU build, so the build of pip's own index is installed, with its libraries"
+  "${pip[@]}" install --quiet "$torch"
+fi
 
 echo "make venv: installing minitron_mcore[$EXTRAS] into $VENV"
 isolation=()
