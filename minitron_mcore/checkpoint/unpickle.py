@@ -32,7 +32,7 @@ from minitron_mcore.checkpoint.versions import (
     AnyVersion,
     CommonPart,
     Unknown,
-    common_part,
+    locate_common,
     stand_ins,
 )
 from minitron_mcore.errors import InputError
@@ -194,7 +194,7 @@ def find_common(place: Path, metadata: Metadata | None = None) -> CommonPart | N
 
     Raises InputError where its `.metadata`, which says so, cannot be read.
     """
-    return common_part(place, read_metadata(place) if metadata is None else metadata)
+    return locate_common(place, read_metadata(place) if metadata is None else metadata)
 
 
 def _how() -> dict[str, Any]:

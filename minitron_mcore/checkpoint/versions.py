@@ -63,7 +63,7 @@ class CommonPart:
         return content[0] if self.boxed and isinstance(content, list) and len(content) == 1 else content
 
 
-def common_part(place: Path, metadata: Metadata) -> CommonPart | None:
+def locate_common(place: Path, metadata: Metadata) -> CommonPart | None:
     """Where the iteration in the folder `place` keeps its common part; the older form counts where both are there, as
     it does for megatron-core. None where neither is. Raises InputError where it lies there in a form unknown here."""
     if (file := place / COMMON_FILE).is_file():
