@@ -276,7 +276,7 @@ def save(model: Model, folder: str | Path) -> Path:
         return unfinished
 
     unfinished = runtime.on_main(prepare)
-    save_state(unfinished, 0, model_state(as_chunks(model.chunks)), runtime)
+    save_state(unfinished, 0, model_state(as_chunks(model.chunks)), runtime, model.architecture)
 
     def describe() -> None:
         tokenizer = tokenizer_folder(model.source) if model.source is not None else None

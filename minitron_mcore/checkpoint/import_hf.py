@@ -102,6 +102,7 @@ def import_checkpoint(
         0,
         sources,
         runtime,
+        architecture=architecture,
         called=called,
         before_finish=lambda: result.append(checks.judge(wanted, architecture, folder.path, runtime)),
     )

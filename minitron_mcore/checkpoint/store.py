@@ -1,7 +1,7 @@
 """Save and load sharded checkpoints through megatron-core's dist_checkpointing (torch_dist).
 
-Stored are the tensors of layout.py alone. Transformer Engine's `_extra_state` objects are left out, so that one
-checkpoint loads under both layer specs.
+Stored are the tensors of layout.py. Instead of a layer spec's own `_extra_state` objects, empty ones are stored that
+every spec finds (way_back.py), so that one checkpoint loads under all.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from minitron_mcore.checkpoint.manifest import StoredPiece, stored_piece
 from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
 from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, refuse_objects
 from minitron_mcore.checkpoint.versions import save_common
+from minitron_mcore.checkpoint.way_back import common_part, extra_states, write_beside
 from minitron_mcore.checkpoint.writer import explaining_disk, pieces_of, write_iteration
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import parameter_table
@@ -50,8 +51,16 @@ def model_state(chunks: list[torch.nn.Module]) -> dict[str, ShardedStateDict]:
     return state
 
 
-def save_state(folder: Path, iteration: int, state: ShardedStateDict, runtime: Runtime) -> None:
+def save_state(
+    folder: Path,
+    iteration: int,
+    state: ShardedStateDict,
+    runtime: Runtime,
+    architecture: Architecture | None = None,
+) -> None:
     """Write `state` as a whole iteration of `folder`, or nothing of it. All ranks call.
+
+    With an `architecture`, what other projects on megatron-core need to load it is written along (way_back.py).
 
     Written to a temporary folder, renamed when every rank is done; with a manifest of the tensors' checksums. Raises
     StorageError, on every rank, where the disk is full: the unfinished iteration is then gone, the others are whole.
@@ -62,11 +71,18 @@ def save_state(folder: Path, iteration: int, state: ShardedStateDict, runtime: R
         save_without_helper()
         logging.getLogger(FileSystemWriterAsync.__module__).setLevel(logging.CRITICAL)  # what it logs is raised, too
         state["content_metadata"] = {"iteration": iteration}
+        if architecture is not None:
+            state.update(common_part(architecture, iteration))
+            if runtime.is_main:
+                state["extra_states"] = {value.unique_key: value for value in extra_states(architecture)}
         sharded, common = save_preprocess(state)
 
         def write_common() -> None:
             with explaining_disk(folder, str(folder), hint):
                 save_common(common, temporary)
+                if architecture is not None:
+                    weights = [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
+                    write_beside(temporary, architecture, weights[0].dtype)
 
         def write_config() -> None:
             with explaining_disk(folder, str(folder), hint):

@@ -38,6 +38,7 @@ from minitron_mcore.checkpoint.versions import (
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import not_read
 
+EXTRA_STATE = re.compile(r"_extra_state/shard_\d+_\d+$")
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 _PLANNER = "torch.distributed.checkpoint.planner"
@@ -215,8 +216,10 @@ def _not_admitted(stream: BinaryIO) -> list[str]:
 def refuse_objects(place: Path, metadata: Metadata) -> None:
     """Raise InputError where pickled objects lie among the tensors, for torch unpickles them without restriction.
 
-    Only `torch.distributed.checkpoint.load` does, when it finds one under the name it was asked for.
+    Only `torch.distributed.checkpoint.load` does, when it finds one under the name it was asked for. Extra states are
+    never asked for here.
     """
     for key, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, BytesStorageMetadata) and not _trusted.get():
+        is_asked_for = not EXTRA_STATE.search(key)
+        if isinstance(entry, BytesStorageMetadata) and is_asked_for and not _trusted.get():
             raise refuse(place / ".metadata", f"the pickled object {key}")

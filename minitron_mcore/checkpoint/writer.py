@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from torch.distributed.checkpoint import (
     BytesStorageMetadata,
     DefaultSavePlanner,
@@ -39,10 +39,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import finish_iteration, unfinished_folder
 from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, stored_piece, write_manifest
 from minitron_mcore.checkpoint.safetensors_file import write_in_blocks
 from minitron_mcore.checkpoint.versions import save_common
+from minitron_mcore.checkpoint.way_back import common_part, extra_states, stored_object, write_beside
 from minitron_mcore.errors import InputError, Interrupted, StorageError
 from minitron_mcore.files import nearest_folder, not_written
 from minitron_mcore.runtime.start import Runtime
@@ -93,10 +95,13 @@ def save_stream(
     sources: Iterable[Source],
     runtime: Runtime,
     *,
+    architecture: Architecture | None = None,
     called: str | None = None,
     before_finish: Callable[[], None] = lambda: None,
 ) -> None:
     """Write each rank's `sources` as a whole iteration of `folder`; all ranks call, each with its own, possibly none.
+
+    With an `architecture`, what other projects on megatron-core need to load it is written along (way_back.py).
 
     In memory at a time: the tensors of one source. `before_finish` is called on every rank when all is written, and
     may refuse it. Whatever is raised, is raised on every rank, and nothing of the iteration is left behind; an
@@ -104,18 +109,22 @@ def save_stream(
     `called` so.
     """
     chosen, called = list(sources), called or str(folder)
+    objects = extra_states(architecture) if architecture is not None and runtime.is_main else []
 
     def write_common(temporary: Path) -> None:
         with explaining_disk(folder, called):
-            common = {"content_metadata": {"iteration": iteration}}
+            common: dict[str, Any] = {"content_metadata": {"iteration": iteration}}
+            if architecture is not None:
+                common |= common_part(architecture, iteration)
+                write_beside(temporary, architecture, chosen[0].pieces[0].dtype if chosen else torch.float32)
             save_common(common, temporary)
             save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
 
     def write(temporary: Path) -> list[StoredPiece]:
-        writer = _StreamWriter(temporary, chosen)
+        writer = _StreamWriter(temporary, chosen, objects)
         # A stored tensor's own checksum is in the manifest; torch.load never reads the CRC-32, which takes longer.
         with _without_crc32():
-            save({}, storage_writer=writer, planner=_StreamPlanner(chosen))
+            save({}, storage_writer=writer, planner=_StreamPlanner(chosen, objects))
         runtime.on_main(partial(write_common, temporary))
         before_finish()
         return writer.stored
@@ -221,12 +230,14 @@ def _without_crc32() -> Iterator[None]:
 class _StreamPlanner(DefaultSavePlanner):
     """Plans from shapes alone; the tensors come later."""
 
-    def __init__(self, sources: list[Source]) -> None:
+    def __init__(self, sources: list[Source], objects: list[ShardedObject]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.sources = sources
+        self.sources, self.objects = sources, objects
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(piece) for source in self.sources for piece in source.pieces])
+        pieces = [_write_item(piece) for source in self.sources for piece in source.pieces]
+        objects = [WriteItem(MetadataIndex(value.unique_key), WriteItemType.BYTE_IO) for value in self.objects]
+        self.plan = SavePlan(pieces + objects)
         return self.plan
 
 
@@ -244,11 +255,11 @@ def _write_item(piece: Piece) -> WriteItem:
 
 
 class _StreamWriter(FileSystemWriter):
-    """Reads one source after another, and writes its tensors, when torch asks for the rank's data."""
+    """Reads one source after another, and writes its tensors, when torch asks for the rank's data; then `objects`."""
 
-    def __init__(self, path: Path, sources: list[Source]) -> None:
+    def __init__(self, path: Path, sources: list[Source], objects: list[ShardedObject]) -> None:
         super().__init__(path, thread_count=1)
-        self.sources = sources
+        self.sources, self.objects = sources, objects
         self.stored: list[StoredPiece] = []
 
     @property
@@ -267,6 +278,10 @@ class _StreamWriter(FileSystemWriter):
         with (Path(self.path) / name).open("wb") as stream:
             for source in self.sources:
                 self._write_source(source, items, stream, name, results)
+            for value in self.objects:
+                start, length = stream.tell(), _InBlocks(stream).write(stored_object(value))
+                index = next(items).index
+                results.append(WriteResult(index, length, _StorageInfo(name, start, length)))
             stream.flush()
             os.fsync(stream.fileno())
         return done

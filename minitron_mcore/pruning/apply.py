@@ -62,7 +62,7 @@ def prune_checkpoint(
             for found in _sources(reader, plan, parameter, layer, group.rank(), group.size())
         ]
 
-    save_stream(target, 0, all_or_none(open_teacher), runtime, called=called)
+    save_stream(target, 0, all_or_none(open_teacher), runtime, architecture=plan.student, called=called)
 
 
 def stage_parameters(

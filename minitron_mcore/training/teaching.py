@@ -93,7 +93,7 @@ class TrainedTeacher(Teacher):
     def save(self, iteration: int, tokens: int, runtime: Runtime) -> None:
         """A checkpoint of the teacher, written before the student's of this iteration. All ranks call."""
         state = training_state(self.wrapped, self.optimizer, self.scheduler, {"iteration": iteration}, is_loading=False)
-        save_described(self.folder, iteration, state, runtime, lambda: self.describe(tokens))
+        save_described(self.folder, iteration, state, runtime, self.architecture, lambda: self.describe(tokens))
 
     def resume(self, iteration: int, tokens: int) -> dict[str, Any]:
         """Go on from the checkpoint of `iteration`, after `tokens` tokens. All ranks call; InputError if it is gone."""

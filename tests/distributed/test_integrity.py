@@ -99,8 +99,10 @@ def pieces(place: Path) -> list[tuple[Path, str, int, bytes]]:
             content = stream.read(info.length)
         with open(place / "piece", "wb") as stream:
             stream.write(content)
-        tensor = torch.load(place / "piece", weights_only=True)
-        found.append((path, index.fqn, info.offset, tensor.flatten().view(torch.uint8).numpy().tobytes()))
+        value = torch.load(place / "piece", weights_only=True)
+        if isinstance(value, torch.Tensor):  # else an object, which counts as it is stored
+            content = value.flatten().view(torch.uint8).numpy().tobytes()
+        found.append((path, index.fqn, info.offset, content))
     (place / "piece").unlink()
     return found
 

@@ -27,6 +27,7 @@ from tests.e2e.verbs import commands_on_rank, minitron
 
 PLACES = ["1", "TP2", "PP2", "TP2-PP2"]
 COMPARED = ["llama-scaled", "llama-tied", "nemotron", "qwen3"]
+BESIDE = ("run_config.yaml", "architecture.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def both_ways_on_rank(folder: str, name: str, parallel: dict[str, Any], world_si
         runtime.barrier()
         chunks = build_model(architecture, layout, "fp32", trainable=False)
         load_weights(streamed, 0, as_chunks(chunks), architecture)
-        save_state(saved, 0, model_state(as_chunks(chunks)), runtime)
+        save_state(saved, 0, model_state(as_chunks(chunks)), runtime, architecture)
 
 
 def plain_on_rank(folders: list[str]) -> list[dict[str, torch.Tensor]]:
@@ -69,16 +70,23 @@ def plain_on_rank(folders: list[str]) -> list[dict[str, torch.Tensor]]:
 
 
 def described(place: Path) -> dict[str, Any]:
-    """What `.metadata` says of each tensor, whichever file its pieces lie in."""
+    """What `.metadata` says of each tensor and object, whichever file its pieces lie in."""
     from torch.distributed.checkpoint import FileSystemReader
 
     metadata: Any = FileSystemReader(place).read_metadata()
-    assert {(index.fqn, index.offset) for index in metadata.storage_data} == {
-        (key, chunk.offsets) for key, entry in metadata.state_dict_metadata.items() for chunk in entry.chunks
+    stored: set[tuple[str, Any]] = {(index.fqn, index.offset) for index in metadata.storage_data}
+    tensors = {key: entry for key, entry in metadata.state_dict_metadata.items() if hasattr(entry, "chunks")}
+    objects = metadata.state_dict_metadata.keys() - tensors.keys()
+    assert stored == {
+        *((key, chunk.offsets) for key, entry in tensors.items() for chunk in entry.chunks),
+        *((key, None) for key in objects),
     }
     return {
-        key: (entry.properties, entry.size, sorted((chunk.offsets, chunk.sizes) for chunk in entry.chunks))
-        for key, entry in metadata.state_dict_metadata.items()
+        **{
+            key: (entry.properties, entry.size, sorted((chunk.offsets, chunk.sizes) for chunk in entry.chunks))
+            for key, entry in tensors.items()
+        },
+        **dict.fromkeys(objects),
     }
 
 
@@ -95,11 +103,13 @@ def test_it_is_what_megatron_core_would_have_saved(folder: Path, name: str) -> N
         ours, theirs = plain[2 * number], plain[2 * number + 1]
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
         assert (streamed / "metadata.json").read_text() == (saved / "metadata.json").read_text()
-        first, second = (torch.load(place / "common.pt", weights_only=True) for place in (streamed, saved))
-        assert first["content_metadata"] == second["content_metadata"] == {"iteration": 0}
+        first, second = (torch.load(place / "common.pt", weights_only=False) for place in (streamed, saved))
+        assert first == second and first["content_metadata"] == {"iteration": 0}
+        assert all((streamed / name).read_text() == (saved / name).read_text() for name in BESIDE)
         # Both list the same checksums: one from the stream, one from the tensors of a model.
         first, second = (json.loads((place / "manifest.json").read_text()) for place in (streamed, saved))
         assert first["tensors"] == second["tensors"] and len(first["tensors"]) == len(ours)
+        assert first["objects"].keys() == second["objects"].keys() and len(first["objects"]) > 0
 
 
 def stream_on_rank(folder: str) -> int:

@@ -21,7 +21,7 @@ def test_a_save_that_fails_is_not_described(monkeypatch: pytest.MonkeyPatch, tmp
     newest: list[int] = []
     monkeypatch.setattr(saving, "latest_iteration", lambda folder: newest[-1] if newest else None)
 
-    def save(folder: Path, iteration: int, state: Any, runtime: Any) -> None:
+    def save(folder: Path, iteration: int, state: Any, runtime: Any, architecture: Any) -> None:
         if iteration == 3:
             raise OSError("no space is left")
         newest.append(iteration)
@@ -35,6 +35,7 @@ def test_a_save_that_fails_is_not_described(monkeypatch: pytest.MonkeyPatch, tmp
                 iteration,
                 {},
                 OneRank(),  # type: ignore[arg-type]
+                None,  # type: ignore[arg-type]
                 lambda: done.append(f"described {iteration}"),  # noqa: B023
             )
         except OSError:

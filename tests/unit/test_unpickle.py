@@ -54,6 +54,11 @@ ARGUMENTS = {
     "swiglu": True,
     "untie_embeddings_and_output_weights": True,
     "position_embedding_type": "rope",
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "use_rope_scaling": False,
+    "apply_layernorm_1p": False,
+    "norm_epsilon": 1e-5,
     "exit_signal": signal.SIGTERM,
 }
 
