@@ -93,6 +93,7 @@ class Recipe:
     json: bool = False  # inspect: print JSON, not a table
     verify: bool = False  # inspect: check every tensor's checksum; import: compare logits with transformers
     trust: bool = False  # read checkpoints whose pickles hold more than tensors and plain values: they may run code
+    allow: list[str] = field(default_factory=list)  # refusals to go past, as words of ALLOWANCES; the message names it
     max_shard_size: str = "5GB"  # export: largest weight file, as 500MB or 5GB
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -113,6 +114,16 @@ class Recipe:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+# What may be gone past, since transformers does too: a word of `allow` -> what it lets through.
+ALLOWANCES = {
+    "zero_tensors": "import: matrices that are zero throughout, as of a block made an identity",
+    "non_finite_tensors": "import: tensors that hold NaN or Inf",
+    "extra_tensors": "import: tensors that the family's model does not have; they are left out",
+    "larger_tokenizer": "a tokenizer with ordinary pieces beyond the model's vocabulary, which no text may hold",
+    "other_tokenizer": "data, a cache or a student of another tokenizer",
+    "unconverted_tokenizer": "export: a SentencePiece model that transformers would not cut so; it goes along as it is",
+    "long_sequences": "sequences longer than the model's max_position_embeddings",
+}
 PLACEMENTS = ("resident", "sharded", "offloaded")
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16"),
@@ -330,6 +341,9 @@ def check_choices(recipe: Recipe) -> None:
             near = difflib.get_close_matches(str(value), allowed, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise InputError(f"{path}={value!r} is not allowed: choose one of {', '.join(allowed)}{hint}")
+    for word in recipe.allow:
+        if word not in ALLOWANCES:
+            raise InputError(f"allow={recipe.allow} holds {word!r}: choose from {', '.join(ALLOWANCES)}")
     for name in recipe.run.baselines:
         if name not in BASELINES:
             raise InputError(f"run.baselines={recipe.run.baselines} holds {name!r}: choose from {', '.join(BASELINES)}")

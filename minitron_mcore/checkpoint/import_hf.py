@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,20 +68,22 @@ def import_checkpoint(
     runtime: Runtime,
     *,
     called: str | None = None,
+    allow: Sequence[str] = (),
 ) -> CheckedWeights:
     """Write the weights of the Hugging Face folder `source` as iteration 0 of `target`, in their stored dtype.
 
     Every rank calls, after `use_layout(parallel)`. A rank reads the parts it stores, one parameter after another, and
     holds no more than one. Raises InputError on every rank, naming file and tensor, where tensors are missing, left
-    over, of another shape, cut off, all zero, or hold NaN or Inf, and where `target` cannot be written, which messages
-    call `called`; nothing is left behind then.
+    over, of another shape, cut off, all zero, or hold NaN or Inf (as far as `allow`, the recipe's, does not let them
+    through), and where `target` cannot be written, which messages call `called`; nothing is left behind then.
     """
     check_tensor_parallel(architecture, parallel.tensor)
     stages = split_layers(architecture.num_layers, parallel.pipeline)
     wanted = units(find_family(architecture.family, f"hf={source}"), architecture)
     checks = WeightChecks()
     folder = SafetensorsFolder(source, checks.look)
-    folder.check(wanted, architecture)
+    for note in folder.check(wanted, architecture, allow_extra="extra_tensors" in allow):
+        runtime.print(f"import: warning: {note}")
     if not architecture.untie_embeddings_and_output_weights:
         (embedding,) = next(unit for unit in wanted if _is_embedding(unit)).names
         runtime.on_main(partial(folder.check_tied_head, embedding))
@@ -104,7 +107,7 @@ def import_checkpoint(
         runtime,
         architecture=architecture,
         called=called,
-        before_finish=lambda: result.append(checks.judge(wanted, architecture, folder.path, runtime)),
+        before_finish=lambda: result.append(checks.judge(wanted, architecture, folder.path, runtime, allow)),
     )
     return result[0]
 

@@ -149,7 +149,7 @@ def inspect_hugging_face(folder: Path) -> dict[str, Any]:
         architecture = read_config(_with_mappings(folder), make_vocab_size_divisible_by=1)
         wanted = units(find_family(architecture.family, str(folder)), architecture)
         files = SafetensorsFolder(folder)
-        files.check(wanted, architecture)
+        notes = files.check(wanted, architecture, allow_extra=True)
     except InputError as error:
         raise InputError(str(error).removeprefix("hf=")) from error
     dtypes = {_name(files.dtype(name)) for unit in wanted for name in unit.names}
@@ -163,7 +163,7 @@ def inspect_hugging_face(folder: Path) -> dict[str, Any]:
         "files": len(used),
         "stored_bytes": sum((folder / name).stat().st_size for name in used),
         "lineage": _card_lineage(folder / "README.md"),
-        "warnings": [f"{name} belongs to no index: it is not read" for name in other],
+        "warnings": [*(f"{name} belongs to no index: it is not read" for name in other), *notes],
     }
 
 

@@ -41,6 +41,7 @@ class SafetensorsFolder:
         self.source = source
         self.look = look
         self.files: dict[str, SafetensorsFile] = {}
+        self.widened: dict[str, torch.dtype] = {}  # tensors that are stored in a wider type than they lie here in
         if (source / INDEX).is_file():
             self.places = _read_index(source / INDEX)
             if (source / SINGLE).is_file() and SINGLE not in self.places.values():
@@ -51,14 +52,18 @@ class SafetensorsFolder:
         elif (source / SINGLE).is_file():
             self.places = dict.fromkeys(self._open(SINGLE).tensors, SINGLE)
         else:
-            raise InputError(f"hf={source} holds neither {SINGLE} nor {INDEX}: only safetensors are read")
+            raise InputError(
+                f"hf={source} holds neither {SINGLE} nor {INDEX}: only safetensors are read, which transformers' "
+                "save_pretrained writes of weights in other files"
+            )
 
     def path(self, name: str) -> Path:
         """The file that holds tensor `name`."""
         return self.source / self.places[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._file(name).dtype(name)
+        """The type in which `name` is read."""
+        return self.widened.get(name) or self._file(name).dtype(name)
 
     def _open(self, file: str) -> SafetensorsFile:
         if file not in self.files:
@@ -74,12 +79,13 @@ class SafetensorsFolder:
             raise InputError(f"{file.path} holds no {name}, though {INDEX} says so")
         return file
 
-    def check(self, wanted: list[Unit], architecture: Architecture) -> None:
-        """Raise InputError unless the folder holds exactly what `wanted` needs, in its shapes.
+    def check(self, wanted: list[Unit], architecture: Architecture, *, allow_extra: bool = False) -> list[str]:
+        """Raise InputError unless the folder holds exactly what `wanted` needs, in its shapes; returns warnings.
 
-        The layers of one kind must be of one type, since a checkpoint holds them as one tensor.
+        The layers of one kind are of one type, since a checkpoint holds them as one tensor: the one that holds all of
+        theirs exactly. With `allow_extra` tensors that nothing needs are left out.
         """
-        kinds: dict[str, str] = {}  # checkpoint key -> the first of its tensors
+        kinds: dict[str, torch.dtype] = {}  # by checkpoint key
         shapes = {
             name: shape for unit in wanted for name, shape in zip(unit.names, unit.shapes(architecture), strict=True)
         }
@@ -89,22 +95,32 @@ class SafetensorsFolder:
                 raise InputError(f"hf={self.source} holds no tensor {name}, which its config.json asks for")
             if (found := self._file(name).shape(name)) != shape:
                 raise InputError(f"{self.path(name)}: {name} is of shape {found}, but config.json means {shape}")
-            first = kinds.setdefault(keys[name], name)
-            if self.dtype(name) != self.dtype(first):
-                raise InputError(
-                    f"{self.path(name)}: {name} is of type {self.dtype(name)} and {first} of {self.dtype(first)}: "
-                    "tensors of one kind must be of one type"
-                )
+            dtype = self._file(name).dtype(name)
+            kinds[keys[name]] = torch.promote_types(kinds.get(keys[name], dtype), dtype)
+        self.widened = {name: kinds[key] for name, key in keys.items() if self._file(name).dtype(name) != kinds[key]}
+        notes = []
+        if self.widened:
+            name, dtype = next(iter(self.widened.items()))
+            notes.append(
+                f"tensors of one kind are of several types: {len(self.widened)} are widened, which is exact; {name} "
+                f"to {dtype}"
+            )
         # What an index leaves out is there all the same, and transformers would load it.
         for file, opened in self.files.items():
             self.places = {**dict.fromkeys(opened.tensors, file), **self.places}
         # Older Llama folders carry their rotary frequencies, and tied heads may lie there twice; both are known.
-        known = {HEAD} if not architecture.untie_embeddings_and_output_weights else set()
-        for name in self.places:
-            if name not in shapes and name not in known and not name.endswith("rotary_emb.inv_freq"):
-                raise InputError(
-                    f"{self.path(name)} holds a tensor {name}, which a {architecture.family} model does not have"
-                )
+        known = {*shapes, *([] if architecture.untie_embeddings_and_output_weights else [HEAD])}
+        extra = [name for name in self.places if name not in known and not name.endswith("rotary_emb.inv_freq")]
+        if extra and not allow_extra:
+            raise InputError(
+                f"{self.path(extra[0])} holds a tensor {extra[0]}, which a {architecture.family} model does not have; "
+                "allow=[extra_tensors] leaves it out, as transformers does"
+            )
+        if extra:
+            notes.append(
+                f"{len(extra)} tensors that a {architecture.family} model does not have are left out: {extra[0]}"
+            )
+        return notes
 
     def check_tied_head(self, embedding: str) -> None:
         """Raise InputError where a tied model's output head lies there too, and is not its `embedding`.
@@ -153,4 +169,4 @@ class SafetensorsFolder:
         part = local if held == shape else local[: held[0]]
         file.read_into(name, part, axis or 0, start)
         self.look(name, part)
-        return local
+        return local.to(self.dtype(name))

@@ -19,6 +19,12 @@ from minitron_mcore.checkpoint.conversion import Unit
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.start import Runtime
 
+# By the word of `allow` that lets it through.
+FAULTS = {
+    "non_finite_tensors": "holds NaN or Inf: the file is damaged, get it anew",
+    "zero_tensors": "is all zero: its weights were never filled in, or it was made so on purpose",
+}
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -39,15 +45,14 @@ class CheckedWeights:
     num_parameters: int
     num_tensors: int
     num_zero: int
+    allowed: tuple[str, ...] = ()  # matrices of zeros, and tensors that hold NaN or Inf, which were let through
 
     def __str__(self) -> str:
         zeros = (
             f"; all zero, as in a fresh model: {self.num_zero} biases or zero-centred norms" if self.num_zero else ""
         )
-        return (
-            f"{self.num_parameters:,} parameters in {self.num_tensors:,} tensors, as the config says; "
-            f"no NaN, no Inf, no matrix all zero{zeros}"
-        )
+        none = f"let through: {len(self.allowed)} tensors" if self.allowed else "no NaN, no Inf, no matrix all zero"
+        return f"{self.num_parameters:,} parameters in {self.num_tensors:,} tensors, as the config says; {none}{zeros}"
 
 
 class WeightChecks:
@@ -65,31 +70,37 @@ class WeightChecks:
         self.seen[name] = self.seen.get(name, Seen()) + found
 
     def judge(
-        self, wanted: Iterable[Unit], architecture: Architecture, path: Callable[[str], Path], runtime: Runtime
+        self,
+        wanted: Iterable[Unit],
+        architecture: Architecture,
+        path: Callable[[str], Path],
+        runtime: Runtime,
+        allow: Iterable[str] = (),
     ) -> CheckedWeights:
         """All ranks call, when all parts were seen, and all raise InputError for the same tensor, or none does.
 
-        `path(name)` is the file of a tensor, for messages.
+        `path(name)` is the file of a tensor, for messages; `allow` the recipe's.
         """
         ranks: list[Any] = [self.seen]
         if runtime.world_size > 1:
             ranks = [None] * runtime.world_size
             torch.distributed.all_gather_object(ranks, self.seen)
-        zeros = 0
+        zeros, allowed = 0, []
         totals: dict[str, Seen] = {}
         for unit in wanted:
             for name in unit.names:
                 total = sum((seen[name] for seen in ranks if name in seen), Seen())
                 totals[name] = total
-                if not total.finite:
-                    raise InputError(f"{path(name)}: {name} holds NaN or Inf: the file is damaged, get it anew")
-                if total.zero and unit.parameter.initial != "zero":
-                    raise InputError(f"{path(name)}: {name} is all zero: its weights were never filled in")
-                zeros += total.zero
+                is_lost = total.zero and unit.parameter.initial != "zero"
+                for word, fault in (("non_finite_tensors", not total.finite), ("zero_tensors", is_lost)):
+                    if fault and word not in allow:
+                        raise InputError(f"{path(name)}: {name} {FAULTS[word]}; allow=[{word}] takes it as it is")
+                    allowed += [name] if fault else []
+                zeros += total.zero and not is_lost
         count = sum(total.num_elements for total in totals.values())
         if count != architecture.num_parameters:
             raise InputError(
                 f"{count:,} parameters were read, where the architecture in config.json has "
                 f"{architecture.num_parameters:,}"
             )
-        return CheckedWeights(count, len(totals), zeros)
+        return CheckedWeights(count, len(totals), zeros, tuple(allowed))

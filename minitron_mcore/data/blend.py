@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -14,9 +15,11 @@ from typing import Any, Optional
 import numpy
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.data.agreement import difference
+from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import refuse_closed
+from minitron_mcore.runtime.notice import say
 
 Bounds = tuple[float, float]  # of a share of a file's documents, each in [0, 1]
 
@@ -193,27 +196,50 @@ def _is_whole_index(path: str) -> bool:
 
 
 def _check_tokenizer(dataset: IndexedDataset, prefix: str, tokenizer: Tokenizer, key: str) -> None:
+    rows = tokenizer.vocab_size if tokenizer.rows is None else tokenizer.rows
     try:
         with open(prefix + ".json", encoding="utf-8") as stream:
             made_by = json.load(stream)["tokenizer"]
             fingerprint, model = made_by["fingerprint"], made_by["model"]
     except (OSError, ValueError, KeyError, TypeError):  # data from elsewhere: only the ids can tell
-        largest = _largest_token(prefix + ".bin", dataset.index.dtype)
-        if largest >= tokenizer.vocab_size:
+        largest = _largest_token(prefix + ".bin", dataset.index.dtype, thorough=tokenizer.rows is not None)
+        if largest >= rows:
             raise InputError(
-                f"{key}: {prefix} holds token {largest}, beyond the {tokenizer.vocab_size} of "
+                f"{key}: {prefix} holds token {largest}, beyond the {rows} of "
                 f"tokenizer.model={tokenizer.path}; give the tokenizer that made it, or preprocess again"
             ) from None
         return
-    if not tokenizer.is_named_by(fingerprint):
+    if not tokenizer.is_named_by(fingerprint) and not _is_alike(prefix, tokenizer, model, fingerprint, rows):
         raise InputError(
             f"{key}: {prefix} was made with another tokenizer ({model}, {fingerprint[:12]}) than "
-            f"tokenizer.model={tokenizer.path} ({tokenizer.fingerprint[:12]}); give that one, or preprocess again"
+            f"tokenizer.model={tokenizer.path} ({tokenizer.fingerprint[:12]}); give that one, or preprocess again "
+            "(allow=[other_tokenizer] takes its ids as they are)"
         )
+    if tokenizer.rows is None and not tokenizer.stands_in:
+        return
+    # A few ids are in no text but by name: every token is looked at.
+    if (largest := _largest_token(prefix + ".bin", dataset.index.dtype, thorough=True)) >= rows:
+        raise InputError(f"{key}: {dataclasses.replace(tokenizer, rows=rows).beyond(largest)}, and {prefix} holds it")
 
 
-def _largest_token(path: str, dtype: Any) -> int:
+def _is_alike(prefix: str, tokenizer: Tokenizer, model: str, fingerprint: str, rows: int) -> bool:
+    """Whether the tokenizer `model`, if it still is the one of `fingerprint`, agrees below `rows`."""
+    try:
+        other = load_tokenizer(model)
+    except InputError:
+        return False
+    if not other.is_named_by(fingerprint) or difference(tokenizer, other, rows) is not None:
+        return False
+    ends = "" if other.eos == tokenizer.eos else f", but ends documents with id {other.eos}, not {tokenizer.eos}"
+    say(f"{prefix} was made with another tokenizer ({model}) than {tokenizer.path}, of the same ids{ends}")
+    return True
+
+
+def _largest_token(path: str, dtype: Any, *, thorough: bool) -> int:
     tokens = numpy.memmap(path, dtype=dtype, mode="r")
+    if thorough:
+        blocks = range(0, len(tokens), SCAN_TOKENS)
+        return max((int(tokens[start : start + SCAN_TOKENS].max()) for start in blocks), default=0)
     if len(tokens) <= SCAN_TOKENS:
         return int(tokens.max())
     width = SCAN_TOKENS // SCAN_WINDOWS

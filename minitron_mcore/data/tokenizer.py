@@ -60,6 +60,9 @@ class Tokenizer:
     fingerprint: str  # sha256 in hex, of what the ids mean: the same wherever the files lie, and in either type
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    added: frozenset[int] = frozenset()  # ids that no ordinary text has: added tokens, and marks
+    rows: Optional[int] = None  # of a model that has fewer than there are ids: no text may hold ids from there on
+    stands_in: bool = False  # for any tokenizer that data or a checkpoint names
     pieces: Callable[[], dict[int, str]] = field(default=dict, compare=False, repr=False)  # what each id stands for
 
     # No id is padding: GPT samples are never padded, and a dataset would mask every label that equals it.
@@ -77,15 +80,26 @@ class Tokenizer:
     def tokenize(self, text: str) -> list[int]:
         """Ids of `text`; neither bos nor eod is added. Very long texts are encoded in parts cut at line ends."""
         if len(text) <= SEGMENT_CHARACTERS:
-            return self.encode(text)
-        return [token for part in _segments(text, SEGMENT_CHARACTERS) for token in self.encode(part)]
+            ids = self.encode(text)
+        else:
+            ids = [token for part in _segments(text, SEGMENT_CHARACTERS) for token in self.encode(part)]
+        if self.rows is not None and ids and (largest := max(ids)) >= self.rows:
+            raise InputError(f"{self.beyond(largest)}: {text[:60]!r} holds it")
+        return ids
+
+    def beyond(self, number: int) -> str:
+        """That an id lies beyond the model's vocabulary, in words."""
+        return (
+            f"tokenizer.model={self.path}: id {number} ({self.pieces().get(number)!r}) is beyond the model's "
+            f"vocab_size={self.rows}"
+        )
 
     def detokenize(self, ids: Iterable[int]) -> str:
         return self.decode([int(token) for token in ids])
 
     def is_named_by(self, recorded: str) -> bool:
         """Whether `recorded`, a fingerprint beside data or in a lineage, is this tokenizer's; older forms count too."""
-        if recorded == self.fingerprint:
+        if self.stands_in or recorded == self.fingerprint:
             return True
         if self.type == SENTENCEPIECE:
             return recorded == sentencepiece_file_fingerprint(self.path)
@@ -178,6 +192,7 @@ def _load_sentencepiece(path: str) -> Tokenizer:
         fingerprint=fingerprint(pieces.items(), {"bos": bos, "eos": eos, "unk": unk}, processor.encode),
         encode=processor.encode,
         decode=processor.decode,
+        added=frozenset(number for number in ids if processor.is_control(number) or processor.is_unused(number)),
         pieces=lambda: pieces,
     )
 
@@ -213,6 +228,7 @@ def _load_hugging_face(folder: str) -> Tokenizer:
         fingerprint=fingerprint(vocabulary.items(), marks, encode),
         encode=encode,
         decode=lambda ids: str(model.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
+        added=frozenset(model.added_tokens_decoder),
         pieces=lambda: vocabulary,
     )
 

@@ -40,7 +40,8 @@ def open_cache(
     if not tokenizer.is_named_by(settings["tokenizer"]):
         raise InputError(
             f"{key} was made with another tokenizer ({settings['tokenizer'][:12]}) than the student's "
-            f"({tokenizer.path}, {tokenizer.fingerprint[:12]}): make it anew from the student's data"
+            f"({tokenizer.path}, {tokenizer.fingerprint[:12]}): make it anew from the student's data "
+            "(allow=[other_tokenizer] takes its ids as they are)"
         )
     check_teacher(recipe, settings, key)
     if recipe.distill.checkpoint:

@@ -25,7 +25,6 @@ from minitron_mcore.recipe import Recipe
 from minitron_mcore.stages.common import (
     asked_shape,
     check_model,
-    check_tokenizer,
     check_trained_model,
     checkpoint_tokenizer,
     refuse_context,
@@ -35,6 +34,7 @@ from minitron_mcore.stages.correct import check_load
 from minitron_mcore.stages.distill import check_loss, check_top_k
 from minitron_mcore.stages.evaluate import check_evaluate
 from minitron_mcore.stages.teachers import check_teacher_keys
+from minitron_mcore.stages.tokenizers import fit_tokenizer
 from minitron_mcore.stages.train import new_architecture
 from minitron_mcore.training.budget import check_train, plan_timetable
 from minitron_mcore.training.learning_rate import check_learning_rate
@@ -111,7 +111,7 @@ def check_text(recipe: Recipe, teacher: Architecture, folder: Path) -> None:
     if given:
         checkpoint_tokenizer(recipe, given)
     elif recipe.tokenizer.model:
-        check_tokenizer(load_tokenizer(recipe.tokenizer), teacher)
+        fit_tokenizer(load_tokenizer(recipe.tokenizer), teacher, recipe)
     elif recipe.data.train is not None:
         raise InputError(f"data.train={recipe.data.train} holds token ids: name the tokenizer's tokenizer.model too")
     makes = {"tokenizer": not recipe.tokenizer.model, "preprocess": recipe.data.train is None}

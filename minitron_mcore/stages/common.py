@@ -21,6 +21,7 @@ from minitron_mcore.checkpoint.folder import (
     write_description,
 )
 from minitron_mcore.checkpoint.reader import all_or_none
+from minitron_mcore.data.agreement import difference
 from minitron_mcore.data.corpus import check_folder
 from minitron_mcore.data.dataset import build_training_datasets
 from minitron_mcore.data.index_size import Wanted, check_index_size
@@ -40,6 +41,7 @@ from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.context import check_sequence
 from minitron_mcore.runtime.parallel import check_teacher_layout, of_teacher, use_layout
 from minitron_mcore.runtime.start import Runtime, seed_everything
+from minitron_mcore.stages.tokenizers import check_lineage, fit_tokenizer
 from minitron_mcore.training.budget import SIZES, Timetable, check_train, plan_timetable
 from minitron_mcore.training.config import PhaseConfig, TrainConfig
 from minitron_mcore.training.learning_rate import check_continuation, check_learning_rate
@@ -236,10 +238,11 @@ def check_model(
         if phase.sequence_length is not None:
             lengths[f"{section}.phases[{number}].sequence_length"] = phase.sequence_length
     for key, length in lengths.items() if reads_text else ():
-        if length > architecture.max_position_embeddings:
+        if length > architecture.max_position_embeddings and "long_sequences" not in recipe.allow:
             raise InputError(
                 f"{key}={length} is longer than the model's max_position_embeddings="
-                f"{architecture.max_position_embeddings}: shorten it, or use a model of longer context"
+                f"{architecture.max_position_embeddings}: shorten it, or use a model of longer context "
+                "(allow=[long_sequences] goes beyond it)"
             )
         check_sequence(length, parallel, key)
 
@@ -315,41 +318,12 @@ def checkpoint_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
     given = load_tokenizer(recipe.tokenizer) if recipe.tokenizer.model or beside is None else None
     tokenizer = load_tokenizer(str(beside)) if beside is not None else given
     assert tokenizer is not None
-    if given is not None and given.fingerprint != tokenizer.fingerprint:
+    rows = read_architecture(folder).vocab_size
+    if given is not None and given.fingerprint != tokenizer.fingerprint and difference(given, tokenizer, rows):
         raise InputError(
             f"tokenizer.model={recipe.tokenizer.model} is not the tokenizer that {folder} was trained with, which lies "
             f"in {beside}: leave tokenizer.model out"
         )
+    tokenizer = dataclasses.replace(tokenizer, stands_in="other_tokenizer" in recipe.allow)
     check_lineage(tokenizer, folder)
-    check_tokenizer(tokenizer, read_architecture(folder))
-    return tokenizer
-
-
-def check_lineage(tokenizer: Tokenizer, folder: Path) -> None:
-    """Raise InputError where the lineage of the checkpoint in `folder` names another tokenizer."""
-    stated = read_lineage(folder).get("tokenizer")
-    if isinstance(stated, str) and not tokenizer.is_named_by(stated):
-        raise InputError(
-            f"tokenizer.model={tokenizer.path} is not the tokenizer that {folder} was made with: its fingerprint is "
-            f"{tokenizer.fingerprint[:12]}, lineage.yaml says {stated[:12]}; give that one"
-        )
-
-
-def check_same_tokenizer(teacher: Tokenizer, student_folder: Path, key: str) -> None:
-    """Raise InputError where the checkpoint `key`=`student_folder` has another tokenizer than its teacher."""
-    beside = tokenizer_folder(student_folder)
-    student = load_tokenizer(str(beside)).fingerprint if beside else read_lineage(student_folder).get("tokenizer")
-    if isinstance(student, str) and not teacher.is_named_by(student):
-        raise InputError(
-            f"{key}={student_folder} has another tokenizer ({student[:12]}) than its teacher ({teacher.path}, "
-            f"{teacher.fingerprint[:12]}): a student is distilled from a teacher of the same tokenizer"
-        )
-
-
-def check_tokenizer(tokenizer: Tokenizer, architecture: Architecture) -> None:
-    """Raise InputError where the tokenizer has ids the model has no embedding for."""
-    if tokenizer.vocab_size > architecture.vocab_size:
-        raise InputError(
-            f"tokenizer.model={tokenizer.path} has {tokenizer.vocab_size} ids and the model vocab_size="
-            f"{architecture.vocab_size}: use the tokenizer the model was trained with"
-        )
+    return fit_tokenizer(tokenizer, read_architecture(folder), recipe)

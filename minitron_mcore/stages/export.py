@@ -14,7 +14,7 @@ from minitron_mcore.checkpoint.companions import tokenizer_class
 from minitron_mcore.checkpoint.export import export_checkpoint
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, tokenizer_folder
 from minitron_mcore.data.agreement import check_saved
-from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
 from minitron_mcore.data.tokenizer_json import save_for_transformers
 from minitron_mcore.errors import InputError
 from minitron_mcore.recipe import Recipe
@@ -36,9 +36,12 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     if tokenizer is None:
         runtime.print(f"export: warning: {folder} has no tokenizer, so {target} gets none; name one as tokenizer.model")
     else:
-        runtime.on_main(partial(try_tokenizer, tokenizer, folder))
+        as_it_is = tokenizer.type == SENTENCEPIECE and "unconverted_tokenizer" in recipe.allow
+        if not as_it_is:
+            runtime.on_main(partial(try_tokenizer, tokenizer, folder))
         beside = {"bos": tokenizer.bos, "eos": tokenizer.eos}
-        beside["save_tokenizer"] = lambda path: save_for_transformers(tokenizer, str(path))
+        save = tokenizer.save if as_it_is else partial(save_for_transformers, tokenizer)
+        beside["save_tokenizer"] = lambda path: save(str(path))
     export_checkpoint(
         folder,
         iteration,
@@ -56,8 +59,13 @@ def try_tokenizer(tokenizer: Tokenizer, checkpoint: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         config = {"model_type": read_architecture(checkpoint).family, **tokenizer_class(checkpoint)}
         Path(place, "config.json").write_text(json.dumps(config))
-        save_for_transformers(tokenizer, place)
-        check_saved(tokenizer, place)
+        try:
+            save_for_transformers(tokenizer, place)
+            check_saved(tokenizer, place)
+        except InputError as error:
+            if tokenizer.type != SENTENCEPIECE:
+                raise
+            raise InputError(f"{error} (allow=[unconverted_tokenizer] exports the model as it is)") from error
 
 
 def parse_size(text: str, key: str) -> int:

@@ -17,7 +17,8 @@ from minitron_mcore.files import writing
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.parallel import use_layout
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import check_tokenizer, output_folder
+from minitron_mcore.stages.common import output_folder
+from minitron_mcore.stages.tokenizers import fit_tokenizer
 
 
 def run(recipe: Recipe, runtime: Runtime) -> Path:
@@ -38,7 +39,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     architecture = read_config(source, recipe.model.make_vocab_size_divisible_by)
     tokenizer = load_tokenizer(str(source)) if has_tokenizer(source) else None
     if tokenizer is not None:
-        check_tokenizer(tokenizer, architecture)
+        fit_tokenizer(tokenizer, architecture, recipe)
         if others := cut_otherwise(tokenizer):
             runtime.print(
                 "import: tokenizer.model is read by transformers, for what lies beside it, which cuts "
@@ -50,8 +51,15 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     unfinished = target.with_name(f".{target.name}.unfinished")
     runtime.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
     called = f"checkpoint={target}"
-    checked = import_checkpoint(source, unfinished, architecture, recipe.parallel, runtime, called=called)
+    checked = import_checkpoint(
+        source, unfinished, architecture, recipe.parallel, runtime, called=called, allow=recipe.allow
+    )
     runtime.print(f"import: {checked}")
+    if checked.allowed:
+        runtime.print(
+            f"import: warning: {len(checked.allowed)} tensors are all zero or not finite, let through by "
+            f"allow={recipe.allow}: {', '.join(checked.allowed[:4])}{' …' if len(checked.allowed) > 4 else ''}"
+        )
 
     notes: list[str] = []
 

@@ -29,14 +29,13 @@ from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.cache import identity
 from minitron_mcore.stages.cached import lineage_of, open_cache
 from minitron_mcore.stages.common import (
-    check_same_tokenizer,
-    check_tokenizer,
     checkpoint_tokenizer,
     describe_trained,
     output_folder,
     refuse_other_run,
     teacher_layout,
 )
+from minitron_mcore.stages.tokenizers import check_same_tokenizer, fit_tokenizer
 from minitron_mcore.training.budget import Timetable, check_numbers, plan_timetable
 from minitron_mcore.training.learning_rate import check_learning_rate
 from minitron_mcore.training.teaching import TrainedTeacher
@@ -74,7 +73,7 @@ def model_teaching(recipe: Recipe, runtime: Runtime, student: Architecture, stud
         )
     tokenizer, architecture = checkpoint_tokenizer(recipe, folder), read_architecture(folder)
     check_vocabulary(architecture, student)
-    check_tokenizer(tokenizer, student)
+    tokenizer = fit_tokenizer(tokenizer, student, recipe)
     check_same_tokenizer(tokenizer, student_folder, key)
     layout = teacher_layout(recipe, architecture, runtime.world_size)
     compared: tuple[str, ...] = ("data", "distill", "teacher")

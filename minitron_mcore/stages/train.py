@@ -16,7 +16,6 @@ from minitron_mcore.model.initialize import initialize
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import (
-    check_tokenizer,
     check_trained_model,
     checkpoint_tokenizer,
     lay_out,
@@ -26,6 +25,7 @@ from minitron_mcore.stages.common import (
 )
 from minitron_mcore.stages.fitting import fit_model
 from minitron_mcore.stages.memory import check_memory, explaining_memory
+from minitron_mcore.stages.tokenizers import fit_tokenizer
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Progress
 
@@ -54,7 +54,7 @@ def train_section(
     if source and folder.resolve() == source[0].resolve():
         raise InputError(f"{section}.checkpoint={folder} is {load[1]}'s own folder: name another")
     architecture = read_architecture(source[0]) if source else new_architecture(recipe, tokenizer.vocab_size)
-    check_tokenizer(tokenizer, architecture)
+    tokenizer = fit_tokenizer(tokenizer, architecture, recipe)
     check_trained_model(architecture, recipe, section)
     refuse_other_run(folder, recipe, compared, f"{section}.checkpoint", section)
     resuming = latest_iteration(folder) is not None

@@ -130,7 +130,10 @@ def _judge_weights(checks: WeightChecks, teacher: Teacher, world_size: int) -> N
     every = sorted({fault for rank in ranks for fault in rank})
     if every:
         more = f" (and {len(every) - 1} more)" if len(every) > 1 else ""
-        raise InputError(f"teacher.checkpoint: {every[0]}{more}: the teacher's weights were lost or never filled in")
+        raise InputError(
+            f"teacher.checkpoint: {every[0]}{more}: the teacher's weights were lost or never filled in; "
+            "where they were made so, distill.check_teacher=false trains all the same"
+        )
 
 
 def _name(key: str, layer: int | None) -> str:

@@ -32,7 +32,14 @@ def test_weights_without_a_tokenizer(tmp_path: Path) -> None:
     whole, again = (tensors_of(path) for path in (source, tmp_path / "teacher-hf"))
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     assert {path.name for path in (tmp_path / "teacher-hf").iterdir()} == {
-        *("config.json", "generation_config.json", "README.md", "manifest.json", "model.safetensors", "chat_template.jinja")
+        *(
+            "config.json",
+            "generation_config.json",
+            "README.md",
+            "manifest.json",
+            "model.safetensors",
+            "chat_template.jinja",
+        )
     }
     written = json.loads((tmp_path / "teacher-hf" / "config.json").read_text())
     assert written["bos_token_id"] == 5 and "eos_token_id" not in written
