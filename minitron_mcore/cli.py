@@ -27,7 +27,7 @@ from minitron_mcore.runtime.world import read_world
 # verb -> (module of stages/, what it does)
 VERBS = {
     "tokenizer": ("tokenizer", "train a SentencePiece model on text files"),
-    "preprocess": ("preprocess", "text or JSONL -> Megatron .bin/.idx"),
+    "preprocess": ("preprocess", "text, JSON lines or Parquet -> Megatron .bin/.idx"),
     "import": ("import_", "Hugging Face folder -> sharded Megatron checkpoint"),
     "train": ("train", "next-token training, from random weights or from a checkpoint"),
     "correct": ("correct", "fine-tune the teacher on the distillation's data, before it teaches"),

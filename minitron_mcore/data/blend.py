@@ -46,6 +46,7 @@ class Part:
     size: Optional[int]  # None: one pass
     one_pass: bool = False  # refuse to draw the same sample twice
     sequence_length: Optional[int] = None  # None: data.sequence_length
+    is_asked_for: bool = True  # else left out where there is not enough of it
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Facts:
     """What the files say about the parts to be built."""
 
     digest: str  # of all the indices: another text under the same name has another
-    tokens: tuple[tuple[int, ...], ...]  # for each part, for each of its prefixes: tokens in the share
+    tokens: tuple[Optional[tuple[int, ...]], ...]  # for each part, of each prefix: those in the share; None: too few
 
 
 def parse_blend(value: Any, key: str) -> Blend:
@@ -115,16 +116,21 @@ def inspect_parts(
         with open(prefix + ".idx", "rb") as stream:
             while block := stream.read(1 << 24):
                 digest.update(block)
-    tokens = []
-    for part in parts:
-        counts = []
-        for prefix in part.blend.prefixes:
-            lengths = datasets[prefix].sequence_lengths
-            begin, end = (round(bound * len(lengths)) for bound in part.share)
-            counts.append(int(lengths[begin:end].sum(dtype=numpy.int64)))
-            _check_enough(part, prefix, counts[-1], end - begin, len(lengths), part.sequence_length or sequence_length)
-        tokens.append(tuple(counts))
-    return Facts(digest.hexdigest(), tuple(tokens))
+    tokens = tuple(_count_share(part, datasets, part.sequence_length or sequence_length) for part in parts)
+    return Facts(digest.hexdigest(), tokens)
+
+
+def _count_share(part: Part, datasets: dict[str, IndexedDataset], sequence_length: int) -> Optional[tuple[int, ...]]:
+    """Tokens in the part's share of each prefix; None where they are too few for one that nobody asked for."""
+    counts = []
+    for prefix in part.blend.prefixes:
+        lengths = datasets[prefix].sequence_lengths
+        begin, end = (round(bound * len(lengths)) for bound in part.share)
+        counts.append(int(lengths[begin:end].sum(dtype=numpy.int64)))
+        if counts[-1] <= sequence_length and not part.is_asked_for:
+            return None
+        _check_enough(part, prefix, counts[-1], end - begin, len(lengths), sequence_length)
+    return tuple(counts)
 
 
 def check_prefixes(blend: Blend) -> None:
@@ -252,7 +258,8 @@ def _check_enough(part: Part, prefix: str, tokens: int, documents: int, total: i
     if tokens <= sequence_length:
         raise InputError(
             f"{part.blend.key}: {prefix} holds {tokens:,} tokens in the {documents:,} of its {total:,} documents that "
-            f"are for {part.name}, but one sample takes data.sequence_length + 1 = {sequence_length + 1:,}"
+            f"are for {part.name}, but one sample takes data.sequence_length + 1 = {sequence_length + 1:,}; give more "
+            f"text{' (data.valid, or preprocess.valid_fraction)' if part.name == 'valid' else ''}, or lower it"
         )
     if not part.one_pass or part.size is None or part.blend.weights is None:
         return

@@ -35,6 +35,9 @@ class PreprocessConfig:
     extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
     exclude: list[str] = field(default_factory=list)  # names of folders not to enter
     json_keys: list[str] = field(default_factory=lambda: ["text"])  # of JSON lines; columns of a Parquet file
+    # Plain text that is longer is cut at blank lines into documents of at most so many bytes; 0: a file is a document.
+    # null: files above 64 KiB into 16 KiB if they end in .txt or in nothing; of others, such as .py, one document.
+    document_bytes: Optional[int] = None
     append_eod: bool = True  # samples are cut across documents: without the mark they run together
     workers: Optional[int] = None  # null: every core this process may use
     log_interval: int = 1000  # documents between two lines of progress
@@ -51,7 +54,7 @@ class DataConfig:
     """
 
     train: Any = None
-    valid: Any = None  # null: `split` cuts `train`
+    valid: Any = None  # null: `split` cuts `train`; what its default holds out may be too little, and none validates
     calibration: Any = None  # null: drawn from the training set
     split: str = "969,30,1"  # shares of train, valid, test, in documents; read only where `valid` is null
     sequence_length: int = 4096

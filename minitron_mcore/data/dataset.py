@@ -88,7 +88,9 @@ def build_training_datasets(
 
     train_samples: samples needed of each sequence length. Validation is of `data.sequence_length`; "" is what
     `build_datasets` gives, and where that blends several sources, each of them is there alone too, as if `data` named
-    no other. Without `valid_samples` there is none. Called like `build_datasets`, on every rank. Raises InputError.
+    no other. Without `valid_samples` there is none, nor where nobody asked for held-out text (`data.valid` is null and
+    `data.split` as it is by default, or with no share for it) and what `data.split` holds out is less than one sample.
+    Called like `build_datasets`, on every rank. Raises InputError.
     """
     _check_settings(data)
     (train, share), (valid, valid_share), _ = _blends(data)
@@ -97,18 +99,21 @@ def build_training_datasets(
         for length, size in train_samples.items()
     ]
     names: list[str] = []
-    if valid_samples:
-        held_out = _given(valid_share, data, "valid")
+    if valid_samples and valid_share is not None:
+        is_asked_for = data.valid is not None or data.split != DataConfig.split
         prefixes = list(dict.fromkeys(valid.prefixes))
         sources = {"": valid}
         if len(prefixes) > 1:
             alone = [Blend((prefix,), None, valid.key) for prefix in prefixes]
             sources |= dict(zip(source_names(prefixes), alone, strict=True))
-        parts += [Part("valid", blend, held_out, valid_samples) for blend in sources.values()]
+        parts += [
+            Part("valid", blend, valid_share, valid_samples, is_asked_for=is_asked_for) for blend in sources.values()
+        ]
         names = list(sources)
     built: list[Any] = _build(data, tokenizer, parts, seed, lambda: True)
     count = len(train_samples)
-    return dict(zip(train_samples, built[:count], strict=True)), dict(zip(names, built[count:], strict=True))
+    validation = {name: dataset for name, dataset in zip(names, built[count:], strict=True) if dataset is not None}
+    return dict(zip(train_samples, built[:count], strict=True)), validation
 
 
 def _blends(data: DataConfig) -> list[tuple[Blend, Optional[Bounds]]]:
@@ -309,7 +314,7 @@ def _build(
     # Megatron keys its cache by the files' names; the digest keeps the indices of overwritten files apart.
     cache = os.path.join(folder, facts.digest[:16])
     return [
-        _build_part(data, tokenizer, part, tokens, seed, cache, is_built_on_rank)
+        None if tokens is None else _build_part(data, tokenizer, part, tokens, seed, cache, is_built_on_rank)
         for part, tokens in zip(parts, facts.tokens, strict=True)
     ]
 

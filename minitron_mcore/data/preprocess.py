@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import multiprocessing
 import os
 import time
@@ -28,6 +27,8 @@ import numpy
 from minitron_mcore.data.config import PreprocessConfig
 from minitron_mcore.data.corpus import find_files, make_parent
 from minitron_mcore.data.decoding import Replacements
+from minitron_mcore.data.held_out import assign
+from minitron_mcore.data.passages import check_document_bytes
 from minitron_mcore.data.records import Record, read_records, texts_of
 from minitron_mcore.data.text_file import TEXT, TextFile, inspect_files
 from minitron_mcore.data.token_files import TokenWriter, token_dtype
@@ -71,6 +72,10 @@ class Encoded:
     lengths: dict[str, numpy.ndarray] = field(default_factory=dict)  # [documents], int64
     replacements: Replacements = field(default_factory=Replacements)
 
+    def sizes(self) -> list[int]:
+        """Tokens of each document, under all keys."""
+        return numpy.sum(list(self.lengths.values()), axis=0).tolist()
+
 
 def preprocess(
     config: PreprocessConfig, tokenizer: Tokenizer, *, seed: int, report: Callable[[str], None] = print
@@ -95,16 +100,16 @@ def preprocess(
     writers = [TokenWriter(name, tokenizer, config.append_eod) for name in names + held_out_names]
     progress = _Progress(sum(file.size for file in files), config.log_interval, report)
     replacements = Replacements()
+    cut: dict[str, int] = {}
+    tasks = _tasks(files, keys, config.document_bytes, cut)
     try:
-        count = 0
-        for encoded in _encode_all(_tasks(files, keys), encoding, config.workers or len(os.sched_getaffinity(0))):
-            documents = len(encoded.lengths[keys[0]])
-            held_out = [is_held_out(count + i, config.valid_fraction, seed) for i in range(documents)]
+        parts = _encode_all(tasks, encoding, config.workers or len(os.sched_getaffinity(0)))
+        assigned = assign(parts, Encoded.sizes, fraction=config.valid_fraction, seed=seed, report=report)
+        for encoded, held_out in assigned:
             for k, key in enumerate(keys):
                 _write(encoded.tokens[key], encoded.lengths[key], held_out, writers[k :: len(keys)])
-            count += documents
             replacements.add(encoded.replacements)
-            progress.add(documents, encoded.bytes)
+            progress.add(len(held_out), encoded.bytes)
         for writer in writers:
             writer.finish()
         _refuse_empty(writers, config)
@@ -117,18 +122,15 @@ def preprocess(
         raise
     for writer in writers:
         writer.publish()
+    if cut:
+        report(
+            f"preprocess: {len(cut):,} long text files are cut at blank lines into {sum(cut.values()):,} documents "
+            "(preprocess.document_bytes=0 leaves each whole)"
+        )
     if warning := str(replacements):
         report(warning)
     progress.end(sum(writer.tokens for writer in writers))
     return [writer.prefix for writer in writers]
-
-
-def is_held_out(document: int, fraction: float, seed: int) -> bool:
-    """Whether a document goes to the held-out files: a draw by its number and the seed, the same on every machine."""
-    if not fraction:
-        return False
-    digest = hashlib.sha256(f"{seed}:{document}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") < fraction * 2.0**64
 
 
 def _check(config: PreprocessConfig) -> list[str]:
@@ -141,6 +143,7 @@ def _check(config: PreprocessConfig) -> list[str]:
         raise InputError(f"preprocess.workers={config.workers} must be 1 or more, or null for every core")
     if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
         raise InputError(f"preprocess.json_keys={config.json_keys} must be one or more different keys")
+    check_document_bytes(config.document_bytes)
     return list(config.json_keys)
 
 
@@ -153,14 +156,18 @@ def _check_plain(files: Iterable[TextFile], keys: list[str]) -> None:
         )
 
 
-def _tasks(files: Iterable[TextFile], keys: Sequence[str]) -> Iterator[Task]:
-    """The work, in order, in parts of about TASK_BYTES."""
+def _tasks(
+    files: Iterable[TextFile], keys: Sequence[str], document_bytes: int | None, cut: dict[str, int]
+) -> Iterator[Task]:
+    """The work, in order, in parts of about TASK_BYTES. `cut` is told how many documents a text file was cut into."""
     task: Task = []
     size = 0
     for file in files:
         records: list[Record] = []
         read = 0
-        for record in read_records(file, keys):
+        for count, record in enumerate(read_records(file, keys, document_bytes), start=1):
+            if count > 1 and file.form == TEXT:
+                cut[file.path] = count
             records.append(record)
             size += record.size + RECORD_BYTES
             if size >= TASK_BYTES:
@@ -226,21 +233,20 @@ def encode(task: Task, encoding: Encoding) -> Encoded:
 def _write(tokens: numpy.ndarray, lengths: numpy.ndarray, held_out: list[bool], writers: list[TokenWriter]) -> None:
     start = 0
     for length, out in zip(lengths.tolist(), held_out, strict=True):
-        if length:
-            writers[out].add(tokens[start : start + length])
+        writers[out].add(tokens[start : start + length])
         start += length
 
 
 def _refuse_empty(writers: list[TokenWriter], config: PreprocessConfig) -> None:
-    if not any(writer.documents for writer in writers):
+    if not any(writer.tokens for writer in writers):
         raise InputError(f"preprocess.input={config.input!r} holds no text")
     for writer in writers:
-        if not writer.documents and config.valid_fraction:
+        if not writer.tokens and config.valid_fraction:
             raise InputError(
-                f"preprocess.valid_fraction={config.valid_fraction} leaves no document for {writer.prefix}; "
-                "give more documents or another fraction"
+                f"preprocess.valid_fraction={config.valid_fraction} leaves no document for {writer.prefix}; give more "
+                "documents, another fraction, or preprocess.document_bytes, by which text files are cut into several"
             )
-        if not writer.documents:
+        if not writer.tokens:
             raise InputError(f"{writer.prefix} would be empty: preprocess.json_keys={config.json_keys} names no text")
 
 

@@ -1,8 +1,8 @@
 """The documents of text files: read one after another as bytes, then made text.
 
-A document is a plain text file, a line of a JSON lines file, an item of a list in a .json file, or a row of a Parquet
-file. Whatever the size of a file, few of its documents are in memory at a time. Reading and decoding are apart, since
-one process reads and many decode.
+A document is a plain text file or a passage of a long one, a line of a JSON lines file, an item of a list in a .json
+file, or a row of a Parquet file. Whatever the size of a file, few of its documents are in memory at a time. Reading and
+decoding are apart, since one process reads and many decode.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from minitron_mcore.data.compression import reading_text
 from minitron_mcore.data.decoding import Replacements
+from minitron_mcore.data.passages import passages
 from minitron_mcore.data.text_file import (
     JSON_LINES,
     JSON_LIST,
@@ -22,7 +23,6 @@ from minitron_mcore.data.text_file import (
     TEXT,
     TextFile,
     open_text,
-    refuse_zero_bytes,
 )
 from minitron_mcore.errors import InputError
 
@@ -45,13 +45,20 @@ class Record:
         return sum(map(len, self.content))
 
 
-def read_records(file: TextFile, keys: Sequence[str]) -> Iterator[Record]:
-    """The documents of `file`, in order. Raises InputError with the file, and the place in it where there is one."""
+def read_records(file: TextFile, keys: Sequence[str], document_bytes: int | None = None) -> Iterator[Record]:
+    """The documents of `file`, in order; of plain text as `passages.passages` cuts it by `document_bytes`.
+
+    Raises InputError with the file, and the place in it where there is one.
+    """
     if file.form == PARQUET:
         yield from _rows(file, keys)
         return
     with open_text(file) as (stream, raw):
-        for number, content in _READERS[file.form](stream, file.path):
+        if file.form == TEXT:
+            found = passages(stream, file.path, document_bytes)
+        else:
+            found = (_items if file.form == JSON_LIST else _lines)(stream, file.path)
+        for number, content in found:
             yield Record(number, (content,), raw.tell())
 
 
@@ -68,16 +75,6 @@ def documents(files: Iterable[TextFile], json_key: str, replacements: Replacemen
     for file in files:
         for record in read_records(file, [json_key]):
             yield texts_of(record, file.form, file.path, [json_key], replacements)[0]
-
-
-def _whole(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
-    blocks: list[bytes] = []
-    size = 0
-    while block := stream.read(BLOCK_BYTES):
-        refuse_zero_bytes(path, block, size)
-        blocks.append(block)
-        size += len(block)
-    yield 1, b"".join(blocks)
 
 
 def _lines(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
@@ -116,9 +113,6 @@ def _items(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
         buffer += block
     if buffer[1:].strip() or text.read(BLOCK_BYTES).strip():
         raise InputError(f"{path} goes on after its list of {number - 1:,} items: write one object a line (.jsonl)")
-
-
-_READERS = {TEXT: _whole, JSON_LINES: _lines, JSON_LIST: _items}
 
 
 def _json_texts(record: Record, unit: str, path: str, keys: Sequence[str], replacements: Replacements) -> list[str]:

@@ -30,7 +30,8 @@ class TokenWriter:
         self.builder = IndexedDatasetBuilder(prefix + ".bin.tmp", dtype=dtype)
 
     def add(self, tokens: numpy.ndarray) -> None:
-        self.builder.add_document(tokens, [len(tokens)])
+        """A document. One without tokens is a boundary in the index and no sequence, as of Megatron-LM's own tool."""
+        self.builder.add_document(tokens, [len(tokens)] if len(tokens) else [])
         self.documents += 1
         self.tokens += len(tokens)
 

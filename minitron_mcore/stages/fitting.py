@@ -48,6 +48,13 @@ def fit_model(
         describe_trained(folder, recipe, architecture, tokenizer, source, lineage(), progress.consumed_tokens)
 
     train: TrainConfig = getattr(recipe, section)
+    if train.eval_iters and "" not in data.read_valid:
+        runtime.print(
+            f"warning: {section}: no validation{' of the whole blend' if data.read_valid else ''}, for data.valid is "
+            f"not set and data.split={recipe.data.split} holds out less than one sample of "
+            f"{recipe.data.sequence_length + 1} tokens: preprocess.valid_fraction can hold out more, and "
+            f"{section}.eval_iters=0 says that none is wanted"
+        )
     teaching = objective.teacher if isinstance(objective.teacher, TrainedTeacher) else None
     folders = {f"{section}.checkpoint": folder} | ({"correct.checkpoint": teaching.folder} if teaching else {})
     with one_writer(folders, runtime), explaining_memory(memory, "while training"):

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_whole
 from minitron_mcore.pruning.config import StudentConfig
@@ -124,6 +125,8 @@ def plan_road(recipe: Recipe, runtime: Runtime, folder: Path) -> list[Step]:
     shape = teacher_architecture(recipe)
     data_parallel = runtime.world_size // recipe.parallel.replica_ranks
     iterate.check_steps(recipe, shape, students, data_parallel)
+    if recipe.data.train is not None:
+        check_held_out(base)
 
     def add(name: str, title: str, act: Callable[..., Any], *arguments: Any) -> None:
         road.append(Step(name, title, partial(act, *arguments)))
@@ -186,12 +189,25 @@ def with_data(recipe: Recipe, runtime: Runtime, folder: Path) -> tuple[Recipe, l
         recipe = dataclasses.replace(
             recipe, preprocess=dataclasses.replace(recipe.preprocess, output_prefix=prefix, overwrite=True)
         )
-        road.append(Step("preprocess", "text to tokens", partial(preprocess.run, recipe, runtime)))
+        making = recipe
         key = recipe.preprocess.json_keys[0]
         held_out = f"{prefix}_valid_{key}_document" if recipe.preprocess.valid_fraction > 0 else None
         data = dataclasses.replace(recipe.data, train=f"{prefix}_{key}_document", valid=recipe.data.valid or held_out)
         recipe = dataclasses.replace(recipe, data=data)
+        road.append(Step("preprocess", "text to tokens", partial(preprocess_for, recipe, making, runtime)))
     return recipe, road
+
+
+def preprocess_for(recipe: Recipe, making: Recipe, runtime: Runtime) -> list[str]:
+    """The text of `making` as tokens, from which `recipe` goes on. Every rank calls."""
+    prefixes = preprocess.run(making, runtime)
+    check_held_out(recipe)
+    return prefixes
+
+
+def check_held_out(recipe: Recipe) -> None:
+    """Raise InputError where there is nothing to evaluate on, which else would be seen after the teacher's training."""
+    evaluate.held_out(recipe, load_tokenizer(recipe.tokenizer))
 
 
 def with_train(recipe: Recipe, checkpoint: str) -> Recipe:

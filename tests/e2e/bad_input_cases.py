@@ -165,7 +165,7 @@ for _verb in ("train", "distill"):
         (_verb, ["data.sequence_length=65"], LENGTH),
         (_verb, ["data.sequence_length=0"], "data.sequence_length=0 must be"),
         (_verb, ["data.num_workers=-1"], "data.num_workers=-1 must be 0 or more"),
-        (_verb, ["data.split=100,0,0"], "data.split=100,0,0"),
+        (_verb, ["data.split=0,50,50"], "data.split=0,50,50 with data.valid=None leaves no documents for train"),
         (_verb, [f"{_verb}.tokens=0"], f"{_verb}.tokens=0 must be at least 1: it is the budget"),
         (_verb, [f"{_verb}.global_batch_size=0"], f"{_verb}.global_batch_size=0 must be at least 1"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections import Counter
@@ -14,7 +15,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from minitron_mcore.data.blend import parse_blend, parse_split
 from minitron_mcore.data.config import DataConfig
-from minitron_mcore.data.dataset import batches, batches_once, build_calibration_dataset, build_datasets, num_rounds
+from minitron_mcore.data.dataset import (
+    batches,
+    batches_once,
+    build_calibration_dataset,
+    build_datasets,
+    build_training_datasets,
+    num_rounds,
+)
 from minitron_mcore.errors import InputError
 from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
 
@@ -121,6 +129,30 @@ def test_split_cuts_documents(config, prefixes, tokenizer):
     cut = round(0.8 * len(documents))
     assert rows(train) == packed(documents[:cut], SEED)
     assert rows(valid) == packed(documents[cut:], SEED)
+
+
+def test_training_without_held_out_text_where_nobody_asked_for_any(config, prefixes, tokenizer):
+    def names(**settings):
+        data = dataclasses.replace(config, **settings)
+        training, validation = build_training_datasets(
+            data, tokenizer, train_samples={LENGTH: 4}, valid_samples=4, seed=SEED
+        )
+        assert len(training[LENGTH]) >= 4
+        return list(validation)
+
+    assert names() == names(valid=None) == names(valid=None, split="80,20,0") == [""]
+    assert names(valid=None, train=prefixes[1]) == [], "three files, of which the default holds none out"
+    assert names(valid=None, split="1,0,0") == []
+    both = list(prefixes)
+    assert names(valid=None, train=both) == ["email_text_document"]
+    assert names(train=both) == [""] and len(names(valid=both)) == 3
+    for settings, words in (({"split": "97,2,1"}, "0 tokens in the 0 of its"), ({"split": "0,1,1"}, "for train")):
+        with pytest.raises(InputError, match=words):
+            names(valid=None, train=prefixes[1], **settings)
+    (Path(prefixes[1]).parent / "no.txt").write_text("short")
+    short = small_data(Path(prefixes[1]).parent / "short", tokenizer, package=str(Path(prefixes[1]).parent / "no.txt"))
+    with pytest.raises(InputError, match=r"data\.valid: .*short_text_document holds . tokens.*give more text"):
+        names(valid=short)
 
 
 @pytest.mark.parametrize("form", ["list", "string"])

@@ -1,0 +1,76 @@
+"""Which documents are held out for validation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+WAITING_TOKENS = 1 << 26  # of documents that are kept in memory until both sides have one
+
+
+def draw(document: int, seed: int) -> int:
+    """A number below 2**64 for a document by its own number and the seed, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{document}".encode()).digest()[:8], "little")
+
+
+def is_held_out(document: int, fraction: float, seed: int) -> bool:
+    """Whether a document goes to the held-out files: `fraction` of all draws do."""
+    return bool(fraction) and draw(document, seed) < fraction * 2.0**64
+
+
+def assign(
+    parts: Iterable[T],
+    sizes: Callable[[T], Sequence[int]],
+    *,
+    fraction: float,
+    seed: int,
+    report: Callable[[str], None],
+) -> Iterator[tuple[T, list[bool]]]:
+    """Each of `parts` with, for each of its documents, whether it is held out. `sizes`: their tokens.
+
+    Of few documents the draw may leave one side without any: then it gets the one whose draw came nearest, and `report`
+    is told so. Empty documents do not count.
+    """
+    waiting: list[tuple[T, list[bool]]] = []
+    tokens = number = 0
+    sides: set[bool] = set()
+    settled = not fraction
+    for part in parts:
+        lengths = sizes(part)
+        marks = [is_held_out(number + i, fraction, seed) for i in range(len(lengths))]
+        number += len(lengths)
+        if settled:
+            yield part, marks
+            continue
+        waiting.append((part, marks))
+        tokens += sum(lengths)
+        sides |= {mark for mark, length in zip(marks, lengths, strict=True) if length}
+        settled = len(sides) == 2 or tokens > WAITING_TOKENS
+        if settled:
+            yield from waiting
+            waiting = []
+    if waiting and len(sides) == 1:
+        _move_one(waiting, sizes, sides.pop(), seed, report)
+    yield from waiting
+
+
+def _move_one(
+    waiting: list[tuple[T, list[bool]]],
+    sizes: Callable[[T], Sequence[int]],
+    side: bool,
+    seed: int,
+    report: Callable[[str], None],
+) -> None:
+    """Where all documents are on one `side`, put the one whose draw is nearest to the other side there."""
+    places = [(marks, i, length) for part, marks in waiting for i, length in enumerate(sizes(part))]
+    draws = [(draw(number, seed), number) for number, (_, _, length) in enumerate(places) if length]
+    if len(draws) > 1:
+        marks, i, _ = places[(max if side else min)(draws)[1]]
+        marks[i] = not side
+        report(
+            f"preprocess: the draw holds {'all' if side else 'none'} of the {len(draws)} documents out, for they are "
+            f"few; one of them is {'not' if side else 'held out'} all the same"
+        )
