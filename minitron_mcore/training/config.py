@@ -73,5 +73,7 @@ class LogConfig:
     timing_log_level: int = 0  # Megatron's: 0 large parts of a step, 1 collectives too, 2 every microbatch
     peak_tflops: Optional[float] = None  # of a device, for the MFU; null: by the device's name, in bf16
     tensorboard: bool = True
-    wandb: str = "auto"  # auto (online when logged in, else offline), online, offline or disabled
+    wandb: str = (
+        "disabled"  # online uploads, offline writes for `wandb sync`; auto: online when logged in, else offline
+    )
     wandb_project: str = "minitron"

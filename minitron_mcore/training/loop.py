@@ -93,7 +93,7 @@ def _iterate(
     steps = job.read_train(job.timetable, progress.iteration)
     first = next(steps)
     check_teacher(job, first[1])
-    runtime.on_main(lambda: open_metrics(metrics))
+    runtime.on_main(lambda: open_metrics(metrics, progress.iteration))
     timers = StepTimers(job.log.timing_log_level)
     timers.attach(chunks, optimizer, job.objective)
     interval = Interval(timers)
@@ -165,10 +165,10 @@ def describe_newest(job: Job, progress: Progress) -> None:
         job.describe(progress)
 
 
-def open_metrics(metrics: MetricsLog) -> None:
+def open_metrics(metrics: MetricsLog, iteration: int) -> None:
     """On the first rank; InputError where they cannot be written."""
     with writing(str(metrics.folder)):
-        metrics.open()
+        metrics.open(iteration)
 
 
 def validate(chunks: list[torch.nn.Module], job: Job) -> dict[str, float]:

@@ -1,24 +1,22 @@
 """Where a run's numbers go: console, JSONL, TensorBoard, Weights & Biases; by Megatron's names.
 
-Only the first rank writes. One file `metrics.jsonl` a run folder, one line an iteration, appended on resume; the
+Only the first rank writes. One file `metrics.jsonl` a run folder, one line an iteration; a run that goes on after a
+checkpoint cuts every log back to it first, so that each iteration stands there once. The
 console shows a line every `log.interval` iterations, with the losses' means over them.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
-import os
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron_mcore.errors import InputError
 from minitron_mcore.training.config import LogConfig
+from minitron_mcore.training.dashboard import Dashboard, check_wandb
+from minitron_mcore.training.history import cut_back
 
 # Console order and form; what is not named here follows, as it comes.
 _FORMATS = {
@@ -44,31 +42,14 @@ _FORMATS = {
 
 
 def check_log(log: LogConfig) -> None:
-    """Raise InputError for a section `log` that cannot be followed. Any rank calls; whether Weights & Biases has an API
-    key is looked up on the first rank alone."""
+    """Raise InputError for a section `log` that cannot be followed. Any rank calls."""
     if log.interval < 1:
         raise InputError(f"log.interval={log.interval} must be at least 1 iteration between two lines")
     if log.timing_log_level not in (0, 1, 2):
         raise InputError(f"log.timing_log_level={log.timing_log_level} must be 0, 1 or 2, as Megatron's")
     if log.peak_tflops is not None and not 0 < log.peak_tflops < math.inf:
         raise InputError(f"log.peak_tflops={log.peak_tflops} must be finite and above 0")
-    if log.wandb == "online" and _is_first_rank() and not _is_logged_in():
-        raise InputError("log.wandb=online needs an API key: log in with `wandb login`, or set log.wandb=offline")
-
-
-def _is_first_rank() -> bool:
-    """The others never speak to Weights & Biases, and need no key."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def _is_logged_in() -> bool:
-    """Whether there are credentials for Weights & Biases; it is not asked whether it takes them."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    if "prompt" in inspect.signature(wandb.login).parameters:
-        return wandb.login(prompt=False, verify=False)
-    return bool(wandb.api.api_key)  # older versions; newer ones warn at every use
+    check_wandb(log)
 
 
 class MetricsLog:
@@ -78,18 +59,26 @@ class MetricsLog:
         self.folder, self.log, self.name, self.recipe = folder, log, name, recipe
         self._file: Any = None
         self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._dashboard: Dashboard | None = None
 
-    def open(self) -> None:
-        """Start every writer. Raises InputError where Weights & Biases will not."""
+    def open(self, iteration: int) -> None:
+        """Start every writer, for a run that goes on after `iteration`: what was logged of later ones goes, since it is
+        done again. Raises InputError where Weights & Biases will not."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.log.wandb != "disabled":
-            self._wandb = _start_wandb(self.folder, self.log, self.name, self.recipe)
-        self._file = (self.folder / "metrics.jsonl").open("a", buffering=1)
+            self._dashboard = Dashboard(self.folder, self.log, self.name, self.recipe)
+            print(self._dashboard, flush=True)
+        file = self.folder / "metrics.jsonl"
+        if cut := cut_back(file, iteration):
+            print(f"{file}: {cut} lines from after iteration {iteration} are cut, since they come again", flush=True)
+        if self._dashboard is not None:
+            self._dashboard.take_over(file)
+        self._file = file.open("a", buffering=1)
         if self.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+            # Readers drop what earlier files say of these steps.
+            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1)
 
     def write(
         self,
@@ -116,8 +105,8 @@ class MetricsLog:
             for name, value in row.items():
                 self._tensorboard.add_scalar(name, value, iteration)
             self._tensorboard.flush()  # a run that is killed resumes after these rows and never writes them again
-        if self._wandb is not None:
-            self._wandb.log(row, step=iteration)
+        if self._dashboard is not None:
+            self._dashboard.write(iteration, row)
 
     def event(self, iteration: int, kind: str, facts: dict[str, Any], line: str) -> None:
         """What happened at an iteration: `facts` to the file, `line` to the console."""
@@ -133,34 +122,8 @@ class MetricsLog:
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if finished else 1)
-
-
-def _start_wandb(folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]) -> Any:
-    """One wandb run a folder: a resumed run goes on under the same id."""
-    import wandb
-
-    os.environ.setdefault("WANDB_SILENT", "true")
-    id_file = folder / "wandb_run_id"
-    run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
-    mode = log.wandb
-    if mode == "auto":
-        mode = "online" if _is_logged_in() else "offline"
-    settings: dict[str, Any] = {"mode": mode, "resume": "allow", "reinit": "create_new"}
-    try:
-        started = wandb.init(
-            project=log.wandb_project, name=name, id=run_id, dir=str(folder), config=recipe, **settings
-        )
-    except wandb.errors.Error as error:
-        words = " ".join(str(error).split())
-        raise InputError(
-            f"log.wandb={mode} is refused by Weights & Biases ({words.rstrip('.')}): log in with `wandb login`, "
-            "or set log.wandb=offline"
-        ) from error
-    if not id_file.exists():
-        id_file.write_text(run_id)
-    return started
+        if self._dashboard is not None:
+            self._dashboard.close(finished=finished)
 
 
 def _console_line(iteration: int, iterations: int, row: dict[str, float], kind: str) -> str:

@@ -99,8 +99,9 @@ def train_on_rank(commands: list[list[str]], folders: list[str]) -> list[dict[st
 
 
 def losses(folder: Path) -> dict[int, tuple[float, float]]:
-    """By iteration; of an iteration that was done again, the last."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    """By iteration; each stands there once, whatever was done again."""
+    rows = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
+    assert len({row["iteration"] for row in rows}) == len(rows)
     return {row["iteration"]: (row["lm loss"], row["grad-norm"]) for row in rows}
 
 
@@ -150,4 +151,6 @@ def curve(folder: Path) -> dict[int, float]:
 
     accumulator = EventAccumulator(str(folder / "tensorboard"))
     accumulator.Reload()
-    return {event.step: event.value for event in accumulator.Scalars("lm loss")}
+    events = accumulator.Scalars("lm loss")
+    assert len({event.step for event in events}) == len(events)
+    return {event.step: event.value for event in events}

@@ -22,10 +22,11 @@ ROWS: list[tuple[int, dict[str, float], str]] = [
 ]
 
 
-def log_rows(folder: Path, rows: list[Any], **settings: Any) -> None:
+def log_rows(folder: Path, rows: list[Any], after: int = 0, **settings: Any) -> None:
+    """What a process logs that goes on after iteration `after`."""
     log = LogConfig(**{"tensorboard": False, "wandb": "disabled", **settings})
     metrics = MetricsLog(folder, log, name="test", recipe={"seed": 7})
-    metrics.open()
+    metrics.open(after)
     for iteration, row, kind in rows:
         metrics.write(iteration, 20, row, shown=row, kind=kind)
     metrics.close()
@@ -33,7 +34,7 @@ def log_rows(folder: Path, rows: list[Any], **settings: Any) -> None:
 
 def test_json_lines_are_appended_to(tmp_path: Path) -> None:
     log_rows(tmp_path, ROWS[:1])
-    log_rows(tmp_path, ROWS[1:])
+    log_rows(tmp_path, ROWS[1:], after=10)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line.pop("iteration"), line.pop("kind"), line.pop("time") > 1.7e9) for line in lines] == [
         (10, "train", True),
@@ -46,7 +47,7 @@ def test_json_lines_are_appended_to(tmp_path: Path) -> None:
 def test_a_line_is_there_once_it_is_written(tmp_path: Path) -> None:
     """A killed run has lost none of its lines."""
     metrics = MetricsLog(tmp_path, LogConfig(tensorboard=False, wandb="disabled"), name="test", recipe={})
-    metrics.open()
+    metrics.open(0)
     metrics.write(1, 20, {"lm loss": 2.0}, shown=None)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["lm loss"] == 2.0
     metrics.close()
@@ -79,11 +80,11 @@ def test_a_rank_that_does_not_open_writes_nothing(tmp_path: Path, capsys: pytest
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    """Two runs, the second a resumed one, are one curve."""
+    """Two processes, the second goes on where the first had its checkpoint, are one curve."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log_rows(tmp_path, ROWS[:1], tensorboard=True)
-    log_rows(tmp_path, ROWS[1:], tensorboard=True)
+    log_rows(tmp_path, [*ROWS[:1], (12, {"lm loss": 9.0}, "train")], tensorboard=True)
+    log_rows(tmp_path, ROWS[1:], after=10, tensorboard=True)
     accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
     accumulator.Reload()
     curves = {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
@@ -91,21 +92,54 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert set(curves) == {"consumed samples", "lm loss", "learning-rate", "grad-norm", "lm loss validation"}
 
 
-def test_wandb_offline_goes_on_under_its_id(tmp_path: Path) -> None:
-    log_rows(tmp_path, ROWS[:1], wandb="offline")
-    log_rows(tmp_path, ROWS[1:], wandb="offline")
-    run_id = (tmp_path / "wandb_run_id").read_text()
-    deadline = time.monotonic() + 20  # another process writes the files
-    while time.monotonic() < deadline:
-        files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-        if sum(len(history(path)) for path in files) == 2:
-            break
-        time.sleep(0.2)
-    assert {path.name for path in files} == {f"run-{run_id}.wandb"}
-    assert [row for path in files for row in history(path)] == [
-        {"_step": 10, **ROWS[0][1]},
-        {"_step": 20, **ROWS[1][1], **ROWS[2][1]},
+def test_killed_again_and_again_each_iteration_stands_once(tmp_path: Path) -> None:
+    """Rows of every kind go that are after the checkpoint, the half of one that a kill leaves, and what it became."""
+
+    def train(first: int, last: int) -> list[Any]:
+        return [(step, {"lm loss": 10.0 - step}, "train") for step in range(first, last + 1)]
+
+    file = tmp_path / "metrics.jsonl"
+    log_rows(tmp_path, [*train(1, 7), (5, {"lm loss validation": 5.0}, "validation")])
+    with file.open("a") as stream:
+        stream.write('{"iteration": 6, "kind": "skipped", "time": 1.0, "samples": [3]}\n{"iteration": 8, "ki')
+    log_rows(tmp_path, train(5, 6), after=4)
+    log_rows(tmp_path, train(1, 3), after=0)
+    with file.open("a") as stream:
+        stream.write('{"iteration": 3, "ki{"iteration": 2, "kind": "train"}\n\n[4]\n')
+    log_rows(tmp_path, [*train(4, 6), (5, {"lm loss validation": 5.0}, "validation")], after=3)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["iteration"], row["kind"]) for row in rows] == [
+        *((step, "train") for step in range(1, 7)),
+        (5, "validation"),
     ]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
+
+
+def test_what_is_not_cut_is_not_written_again(tmp_path: Path) -> None:
+    log_rows(tmp_path, ROWS)
+    before = (tmp_path / "metrics.jsonl").stat().st_ino
+    log_rows(tmp_path, [], after=20)
+    assert (tmp_path / "metrics.jsonl").stat().st_ino == before
+
+
+def test_wandb_offline_is_one_run_in_one_folder(tmp_path: Path) -> None:
+    """Killed after iteration 15, with a checkpoint of 10: the folder that is to be synced has each iteration once."""
+    log_rows(tmp_path, [*ROWS[:1], (15, {"lm loss": 9.0}, "train")], wandb="offline")
+    run_id = (tmp_path / "wandb_run_id").read_text()
+    time.sleep(1.1)  # wandb names a folder by the second
+    log_rows(tmp_path, ROWS[1:], after=10, wandb="offline")
+    assert (tmp_path / "wandb_run_id").read_text() == run_id
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (file,) = folder.glob("*.wandb")
+    deadline = time.monotonic() + 20  # another process writes the file
+    while len(history(file)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert file.name == f"run-{run_id}.wandb"
+    assert history(file) == [{"_step": 10, **ROWS[0][1]}, {"_step": 20, **ROWS[1][1], **ROWS[2][1]}]
+
+
+def test_wandb_is_off_unless_it_is_asked_for() -> None:
+    assert LogConfig().wandb == "disabled"
 
 
 def history(path: Path) -> list[dict[str, float]]:

@@ -1,0 +1,97 @@
+"""Weights & Biases: one run a folder, which goes on under its id where the folder's training does.
+
+Offline there is one folder below `wandb/` too, whatever was killed: the rows up to where the run goes on are written
+into the new one, from metrics.jsonl, and the earlier goes. Online the iterations that are done again keep the numbers
+they had: Weights & Biases takes no step twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron_mcore.errors import InputError
+from minitron_mcore.training.config import LogConfig
+from minitron_mcore.training.history import logged
+
+
+def check_wandb(log: LogConfig) -> None:
+    """Raise InputError where uploading is asked for without an API key; it is looked up on the first rank alone."""
+    if log.wandb == "online" and _is_first_rank() and not _is_logged_in():
+        raise InputError("log.wandb=online needs an API key: log in with `wandb login`, or set log.wandb=offline")
+
+
+def _is_first_rank() -> bool:
+    """The others never speak to Weights & Biases, and need no key."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _is_logged_in() -> bool:
+    """Whether there are credentials for Weights & Biases; it is not asked whether it takes them."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return wandb.login(prompt=False, verify=False)
+    return bool(wandb.api.api_key)  # older versions; newer ones warn at every use
+
+
+class Dashboard:
+    """A run of Weights & Biases in `folder`/wandb; its id lies in `folder`/wandb_run_id. One process makes it.
+
+    Raises InputError where Weights & Biases refuses.
+    """
+
+    def __init__(self, folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]) -> None:
+        import wandb
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        id_file = folder / "wandb_run_id"
+        self.id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
+        self.mode = log.wandb
+        if self.mode == "auto":
+            self.mode = "online" if _is_logged_in() else "offline"
+        self.earlier = sorted((folder / "wandb").glob(f"offline-run-*-{self.id}"))
+        settings: dict[str, Any] = {"mode": self.mode, "resume": "allow", "reinit": "create_new"}
+        try:
+            self.run = wandb.init(
+                project=log.wandb_project, name=name, id=self.id, dir=str(folder), config=recipe, **settings
+            )
+        except wandb.errors.Error as error:
+            words = " ".join(str(error).split())
+            raise InputError(
+                f"log.wandb={self.mode} is refused by Weights & Biases ({words.rstrip('.')}): log in with "
+                "`wandb login`, or set log.wandb=offline"
+            ) from error
+        if not id_file.exists():
+            id_file.write_text(self.id)
+
+    def __str__(self) -> str:
+        place = self.run.url if self.mode == "online" else Path(self.run.dir).parent
+        return f"wandb: {self.mode}, run {self.id} -> {place}"
+
+    def take_over(self, history: Path) -> None:
+        """Bring what an earlier, killed process logged offline into this run: the rows of `history`, which has been cut
+        back. Nothing happens online, or where there are no such rows."""
+        earlier = [path for path in self.earlier if path != Path(self.run.dir).parent]
+        rows = logged(history) if self.mode == "offline" and earlier and history.is_file() else iter(())
+        is_whole = False
+        for iteration, time, row in rows:
+            self.run.log({"_timestamp": time, **row}, step=iteration)
+            is_whole = True
+        if is_whole:
+            for path in earlier:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def write(self, iteration: int, row: dict[str, float]) -> None:
+        self.run.log(row, step=iteration)
+
+    def close(self, *, finished: bool) -> None:
+        """Weights & Biases shows the run as `finished`, or as failed."""
+        self.run.finish(exit_code=0 if finished else 1)

@@ -1,0 +1,43 @@
+"""`metrics.jsonl` of a run that was cut off: what is done again goes, so that each iteration stands in it once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+DASHBOARD_KINDS = ("train", "validation")
+
+
+def cut_back(file: Path, iteration: int) -> int:
+    """Take the rows of later iterations than `iteration` out of `file`, and what is no whole row, as a killed process
+    leaves its last one. The file is whole at any moment. Returns how many lines went. One process calls."""
+    if not file.is_file():
+        return 0
+    with file.open("rb") as stream:
+        cut = sum(not _stays(line, iteration) for line in stream)
+    if cut:
+        partial = file.with_name(file.name + ".tmp")
+        with file.open("rb") as source, partial.open("wb") as target:
+            target.writelines(line for line in source if _stays(line, iteration))
+        os.replace(partial, file)
+    return cut
+
+
+def _stays(line: bytes, iteration: int) -> bool:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return False
+    return isinstance(row, dict) and isinstance(row.get("iteration"), int) and row["iteration"] <= iteration
+
+
+def logged(file: Path) -> Iterator[tuple[int, float, dict[str, float]]]:
+    """(iteration, time, numbers) of every row that dashboards get; a number that JSON has not is NaN."""
+    with file.open(encoding="utf-8") as stream:
+        for row in map(json.loads, stream):
+            iteration, time, kind = row.pop("iteration"), row.pop("time"), row.pop("kind")
+            if kind in DASHBOARD_KINDS:
+                yield iteration, time, {name: math.nan if value is None else value for name, value in row.items()}
