@@ -145,6 +145,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "prune.layers": ("scattered", "contiguous"),
     "prune.head_residual": ("none", "paper", "laco"),
     "prune.step_loss": ("distillation", "next_token"),
+    "log.console": ("short", "full"),
     "log.wandb": ("auto", "online", "offline", "disabled"),
 }
 # `input: ${python_stdlib:}` names real text that is on every machine: the Python standard library's own source.

@@ -70,6 +70,7 @@ class LogConfig:
     """Where metrics go. JSONL and the console always; TensorBoard and Weights & Biases by key."""
 
     interval: int = 10  # iterations between lines on the console; files and dashboards get every iteration
+    console: str = "short"  # full: every number that metrics.jsonl has, and the parts of an iteration's time
     timing_log_level: int = 0  # Megatron's: 0 large parts of a step, 1 collectives too, 2 every microbatch
     peak_tflops: Optional[float] = None  # of a device, for the MFU; null: by the device's name, in bf16
     tensorboard: bool = True

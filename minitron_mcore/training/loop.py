@@ -20,7 +20,7 @@ from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import writing
 from minitron_mcore.runtime.interrupt import exit_code, name_of
 from minitron_mcore.runtime.timing import timed
-from minitron_mcore.training.accounting import Interval, account
+from minitron_mcore.training.accounting import Interval, Pace, account
 from minitron_mcore.training.health import count_skipped
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
@@ -95,6 +95,7 @@ def _iterate(
     check_teacher(job, first[1])
     runtime.on_main(lambda: open_metrics(metrics, progress.iteration))
     timers = StepTimers(job.log.timing_log_level)
+    pace = Pace(progress.consumed_tokens, job.timetable.tokens)
     timers.attach(chunks, optimizer, job.objective)
     interval = Interval(timers)
     interim: int | None = None  # the newest checkpoint, where nobody asked for one to keep
@@ -114,10 +115,10 @@ def _iterate(
         if last or progress.iteration % job.log.interval == 0:
             spent = interval.report()
             costs, times = account(job, timers, spent)
-            shown = {**row, **costs, **spent.means}
+            shown = {**row, **costs, **spent.means, **pace.report(progress.consumed_tokens)}
             row |= {**costs, **times}
         metrics.write(progress.iteration, job.iterations, row, shown=shown)
-        if times is not None:
+        if times is not None and (job.log.console == "full" or job.log.timing_log_level):
             runtime.print(split_line(times, timers.parts))
         if job.read_valid and (last or _is_due(progress.iteration, train.eval_interval)):
             progress.metrics = validate(chunks, job)

@@ -1,8 +1,8 @@
 """Where a run's numbers go: console, JSONL, TensorBoard, Weights & Biases; by Megatron's names.
 
 Only the first rank writes. One file `metrics.jsonl` a run folder, one line an iteration; a run that goes on after a
-checkpoint cuts every log back to it first, so that each iteration stands there once. The
-console shows a line every `log.interval` iterations, with the losses' means over them.
+checkpoint cuts every log back to it first, so that each iteration stands there once. The console shows a line every
+`log.interval` iterations, with the losses' means over them.
 """
 
 from __future__ import annotations
@@ -15,30 +15,9 @@ from typing import Any
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.training.config import LogConfig
+from minitron_mcore.training.console import train_line, validation_line
 from minitron_mcore.training.dashboard import Dashboard, check_wandb
 from minitron_mcore.training.history import cut_back
-
-# Console order and form; what is not named here follows, as it comes.
-_FORMATS = {
-    "consumed samples": "{:>9.0f}",
-    "elapsed time per iteration (ms)": "{:.1f}",
-    "throughput per GPU (TFLOP/s/GPU)": "{:.3f}",
-    "student throughput per GPU (TFLOP/s/GPU)": "{:.3f}",
-    "teacher throughput per GPU (TFLOP/s/GPU)": "{:.3f}",
-    "model FLOPs utilization (%)": "{:.1f}",
-    "tokens per second": "{:.1f}",
-    "tokens per second per GPU": "{:.1f}",
-    "peak memory (GiB)": "{:.3f}",
-    "learning-rate": "{:.3E}",
-    "global batch size": "{:.0f}",
-    "lm loss": "{:.6f}",
-    "logits distillation loss": "{:.6f}",
-    "teacher lm loss": "{:.6f}",
-    "top-1 agreement": "{:.4f}",
-    "grad-norm": "{:.3f}",
-    "number of skipped iterations": "{:.0f}",
-    "number of nan iterations": "{:.0f}",
-}
 
 
 def check_log(log: LogConfig) -> None:
@@ -100,7 +79,11 @@ class MetricsLog:
         record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **numbers}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         if shown is not None:
-            print(_console_line(iteration, iterations, shown, kind), flush=True)
+            full = self.log.console == "full"
+            line = validation_line(iteration, shown, full=full)
+            if kind == "train":
+                line = train_line(iteration, iterations, shown, full=full)
+            print(line, flush=True)
         if self._tensorboard is not None:
             for name, value in row.items():
                 self._tensorboard.add_scalar(name, value, iteration)
@@ -124,14 +107,3 @@ class MetricsLog:
             self._tensorboard.close()
         if self._dashboard is not None:
             self._dashboard.close(finished=finished)
-
-
-def _console_line(iteration: int, iterations: int, row: dict[str, float], kind: str) -> str:
-    """One line; of a validation one for each source, whose name follows `validation` in the names of its losses."""
-    shown = [name for name in _FORMATS if name in row] + [name for name in row if name not in _FORMATS]
-    lines: dict[str, list[str]] = {}
-    for name in shown:
-        source = name.partition(" validation")[2] if kind == "validation" else ""
-        lines.setdefault(source, []).append(f"{name}: {_FORMATS.get(name, '{:.6f}').format(row[name])}")
-    head = f" iteration {iteration:>8}/{iterations:>8} |" if kind == "train" else f" {kind} at iteration {iteration} |"
-    return "\n".join(head + " " + " | ".join(cells) + " |" for cells in lines.values())

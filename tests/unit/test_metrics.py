@@ -13,6 +13,7 @@ import pytest
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.training.config import LogConfig
+from minitron_mcore.training.console import WIDTH, train_line, validation_line
 from minitron_mcore.training.metrics import MetricsLog, check_log
 
 ROWS: list[tuple[int, dict[str, float], str]] = [
@@ -62,14 +63,53 @@ def test_the_console_shows_a_line_for_each_source(tmp_path: Path, capsys: pytest
     ]
 
 
-def test_the_console_shows_megatrons_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log_rows(tmp_path, ROWS)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == (
-        " iteration       10/      20 | consumed samples:        80 | learning-rate: 1.000E-03 | lm loss: 2.500000 | "
-        "grad-norm: 0.250 |"
+STEP = {
+    "consumed samples": 4000.0,
+    "lm loss": 2.5,
+    "logits distillation loss": 1.25,
+    "teacher lm loss": 2.25,
+    "top-1 agreement": 0.75,
+    "embedding loss": 0.5,
+    "learning-rate": 1e-3,
+    "grad-norm": 0.25,
+    "global batch size": 8.0,
+    "number of skipped iterations": 0.0,
+    "number of nan iterations": 0.0,
+    "elapsed time per iteration (ms)": 12345.6,
+    "throughput per GPU (TFLOP/s/GPU)": 312.5,
+    "tokens per second": 25000.0,
+    "peak memory (GiB)": 70.0,
+    "tokens": 94_000_000_000.0,
+    "time left": 187_384.4,
+}
+
+
+def test_a_training_line_can_be_read() -> None:
+    line = train_line(500, 10000, STEP, full=False)
+    assert line == (
+        " iteration   500/10000 | tokens: 94.00B | elapsed time per iteration (ms): 12345.6 | time left: 2d 4:03:04 | "
+        "learning-rate: 1.000E-03 | lm loss: 2.500000 | "
+        "logits distillation loss: 1.250000 | grad-norm: 0.250 |"
     )
-    assert lines[2] == " validation at iteration 20 | lm loss validation: 1.500000 |"
+    plain = {name: value for name, value in STEP.items() if name != "logits distillation loss"}
+    assert "| top-1 agreement: 0.7500 |" in train_line(500, 10000, plain, full=False), "there is room for it"
+    assert len(train_line(500, 10000, plain, full=False)) <= WIDTH
+    skipped = train_line(500, 10000, {**STEP, "number of skipped iterations": 2.0}, full=False)
+    assert skipped.endswith("| number of skipped iterations: 2 |"), "as there is something to tell"
+
+
+def test_a_full_line_has_everything() -> None:
+    line = train_line(500, 10000, STEP, full=True)
+    assert all(f"| {name}: " in line for name in STEP)
+
+
+def test_a_validation_line_has_what_is_looked_for() -> None:
+    losses = ("lm loss", "logits distillation loss", "teacher lm loss", "top-1 agreement", "embedding loss", "ppl")
+    row = {f"{name} validation": 1.0 for name in losses}
+    line = validation_line(500, row, full=False)
+    assert len(line) <= WIDTH and line.startswith(" validation at iteration 500 | lm loss validation: 1.000000 |")
+    assert "| ppl validation: 1.000000 |" in line
+    assert all(f"| {name}: " in validation_line(500, row, full=True) for name in row)
 
 
 def test_a_rank_that_does_not_open_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,103 @@
+"""Lines on the console: short enough to be read, by Megatron's names. Everything stands in metrics.jsonl, and on the
+console with log.console=full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+WIDTH = 200  # of a short line, in characters
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds))).replace(" days, ", "d ").replace(" day, ", "d ")
+
+
+def _count(number: float) -> str:
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= unit:
+            return f"{number / unit:.2f}{letter}"
+    return f"{number:,.0f}"
+
+
+# Console order and form; what is not named here follows, as it comes.
+FORMATS: dict[str, Callable[[float], str]] = {
+    "consumed samples": "{:.0f}".format,
+    "tokens": _count,
+    "elapsed time per iteration (ms)": "{:.1f}".format,
+    "time left": _duration,
+    "throughput per GPU (TFLOP/s/GPU)": "{:.3f}".format,
+    "student throughput per GPU (TFLOP/s/GPU)": "{:.3f}".format,
+    "teacher throughput per GPU (TFLOP/s/GPU)": "{:.3f}".format,
+    "model FLOPs utilization (%)": "{:.1f}".format,
+    "tokens per second": "{:.1f}".format,
+    "tokens per second per GPU": "{:.1f}".format,
+    "peak memory (GiB)": "{:.3f}".format,
+    "learning-rate": "{:.3E}".format,
+    "global batch size": "{:.0f}".format,
+    "lm loss": "{:.6f}".format,
+    "logits distillation loss": "{:.6f}".format,
+    "teacher lm loss": "{:.6f}".format,
+    "top-1 agreement": "{:.4f}".format,
+    "grad-norm": "{:.3f}".format,
+    "number of skipped iterations": "{:.0f}".format,
+    "number of nan iterations": "{:.0f}".format,
+}
+# A short line has these, and of the other losses and shares as many as fit.
+ALWAYS = {
+    "tokens",
+    "elapsed time per iteration (ms)",
+    "time left",
+    "learning-rate",
+    "lm loss",
+    "logits distillation loss",
+    "grad-norm",
+}
+# What has its place in metrics.jsonl alone, unless there is something to tell.
+DETAILS = {
+    "consumed samples",
+    "throughput per GPU (TFLOP/s/GPU)",
+    "student throughput per GPU (TFLOP/s/GPU)",
+    "teacher throughput per GPU (TFLOP/s/GPU)",
+    "tokens per second",
+    "tokens per second per GPU",
+    "peak memory (GiB)",
+    "global batch size",
+    "number of skipped iterations",
+    "number of nan iterations",
+}
+
+
+def train_line(iteration: int, iterations: int, row: dict[str, float], *, full: bool) -> str:
+    """One line of a step, or of the mean of several."""
+    head = f" iteration {iteration:>{len(str(iterations))}}/{iterations} |"
+    if full:
+        return _line(head, row, list(row))
+    always = [name for name in row if name in ALWAYS or (row[name] and name.startswith("number of"))]
+    return _line(head, row, always, [name for name in row if name not in DETAILS | {*always}])
+
+
+def validation_line(iteration: int, row: dict[str, float], *, full: bool) -> str:
+    """One line for each source, whose name follows `validation` in the names of its losses."""
+    sources: dict[str, list[str]] = {}
+    for name in row:
+        sources.setdefault(name.partition(" validation")[2], []).append(name)
+    lines = []
+    for source, names in sources.items():
+        always = [f"{loss} validation{source}" for loss in ("lm loss", "ppl", "logits distillation loss")]
+        first = names if full else [name for name in always if name in names]
+        rest = [name for name in names if name not in first]
+        lines.append(_line(f" validation at iteration {iteration} |", row, first, rest))
+    return "\n".join(lines)
+
+
+def _line(head: str, row: dict[str, float], always: list[str], where_it_fits: list[str] | None = None) -> str:
+    cells = {name: f" {name}: {FORMATS.get(name, '{:.6f}'.format)(row[name])} |" for name in row}
+    chosen, length = set(always), len(head) + sum(len(cells[name]) for name in always)
+    for name in where_it_fits or ():
+        if length + len(cells[name]) <= WIDTH:
+            chosen.add(name)
+            length += len(cells[name])
+    known = list(FORMATS)
+    order = sorted(chosen, key=lambda name: known.index(name) if name in known else len(known) + list(row).index(name))
+    return head + "".join(cells[name] for name in order)
