@@ -1,18 +1,20 @@
 """The distillation engine on one GPU: Llama-3.1-8B teaches the 4B-width student, random weights, bf16.
 
     python benchmarks/kd_gpu.py                              32 layers if they fit, sequences of 4096 and 8192
-    python benchmarks/kd_gpu.py --layers 8 --repeats 10
+    python benchmarks/kd_gpu.py --layers 8 --repeats 10 --only step
     python benchmarks/kd_gpu.py --small                      the same code at tiny shapes; without a GPU always so
 
-step: tokens/s, MFU against the matrix rate that is measured first (aim: 50%), peak memory, time by parts.
-loss: the logit loss alone, at 8192 tokens, against its four matrix products (aim: at least 85% of their rate), and
-against Liger-Kernel's fused linear JSD (forward KL) where that is installed. Medians over repeats. Ends with one JSON
-line.
+step: tokens/s, MFU against the matrix rate that is measured first (aim: 50%) and against the maker's peak, the time by
+parts, and peak memory against the forecast, which is of what is allocated for models and step alone.
+loss: the logit loss alone, at 8192 tokens, over its four matrix products, two of each head (aim: at most 1.18 times
+their time), and against Liger-Kernel's fused linear JSD (forward KL) where that is installed. Medians over repeats.
+Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import statistics
@@ -81,7 +83,6 @@ class Step:
         from minitron_mcore.training.budget import plan_timetable
         from minitron_mcore.training.config import TrainConfig
         from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-        from minitron_mcore.training.timers import StepTimers
 
         shared, wide, narrow = shapes(options)
         self.sequence, self.microbatches = sequence, 2
@@ -107,8 +108,7 @@ class Step:
             kd_weight=1.0,
             teacher=Teacher(teacher, self.teacher_architecture),
         )
-        self.timers = StepTimers(0)
-        self.timers.attach(self.chunks, self.optimizer, self.objective)
+        self.measure_parts(0)
         ids = torch.randint(0, self.architecture.vocab_size, (1, sequence + 1), device=device)
         self.microbatch = {
             "tokens": ids[:, :-1].contiguous(),
@@ -116,6 +116,13 @@ class Step:
             "loss_mask": torch.ones(1, sequence, device=device),
             "position_ids": torch.arange(sequence, device=device).unsqueeze(0),
         }
+
+    def measure_parts(self, log_level: int) -> None:
+        """From here on by the timers of that level; those of 2 wait for the device at every microbatch."""
+        from minitron_mcore.training.timers import StepTimers
+
+        self.timers = StepTimers(log_level)
+        self.timers.attach(self.chunks, self.optimizer, self.objective)
 
     def __call__(self) -> None:
         from minitron_mcore.training.step import train_step
@@ -146,26 +153,62 @@ def draw_weights(model: torch.nn.Module) -> None:
                 parameter.normal_(0.0, 0.02)
 
 
+def forecast_bytes(step: Step, precision: str, on_cpu: bool) -> dict[str, int]:
+    """What the forecast says of this step on one rank, by part."""
+    from minitron_mcore.memory.forecast import forecast
+    from minitron_mcore.memory.setting import Setting
+    from minitron_mcore.runtime.config import ParallelConfig
+
+    setting = Setting(
+        student=step.architecture,
+        parallel=ParallelConfig(),
+        precision=precision,
+        data_parallel=1,
+        sequence_length=step.sequence,
+        global_batch_size=step.microbatches,
+        micro_batch_size=1,
+        loss_chunk_tokens=None,
+        on_cpu=on_cpu,
+        teacher=step.teacher_architecture,
+    )
+    return forecast(setting).parts
+
+
 def measure_step(options: argparse.Namespace, sequence: int, rate: float, device: torch.device) -> dict[str, Any]:
     """Tokens/s, MFU, memory and time by parts; too large for the device: says so."""
-    from minitron_mcore.training.accounting import peak_memory
+    from minitron_mcore.training.accounting import peak_memory, peak_tflops
 
-    if torch.cuda.is_available():
+    is_cuda, before = torch.cuda.is_available(), 0
+    if is_cuda:
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     try:
         step = Step(options, sequence, device)
+        seconds = median_seconds(step, options.repeats)
+        peak = peak_memory() - before
+        step.measure_parts(2)
         step()
         step.timers.take()
-        seconds = median_seconds(step, options.repeats)
-    except torch.OutOfMemoryError:
-        return {"out_of_memory": True}
-    parts = {name: value / (options.repeats + 1) for name, value in step.timers.take().items()}
+        whole = median_seconds(step, options.repeats)
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": " ".join(str(error).split())[:300]}
+    spent = {name: value / (options.repeats + 1) for name, value in step.timers.take().items()}
+    parts = step.timers.split(spent, whole)
+    expected = forecast_bytes(step, options.precision, not is_cuda)
+    flops_per_second, maker = step.flops / seconds, peak_tflops(torch.cuda.get_device_name()) if is_cuda else None
     return {
         "tokens_per_second": round(step.tokens / seconds, 1),
-        "mfu_of_measured_rate": round(step.flops / seconds / rate, 4),
-        "peak_memory_gib": round(peak_memory() / 2**30, 2),
+        "mfu_of_measured_rate": round(flops_per_second / rate, 4),
+        "mfu_of_makers_peak": round(flops_per_second / maker / 1e12, 4) if maker else None,
+        "peak_memory_gib": round(peak / 2**30, 3),
+        "forecast_gib": round(sum(expected.values()) / 2**30, 3),
+        # A CPU process holds far more than tensors.
+        "peak_over_forecast": round(peak / sum(expected.values()), 4) if is_cuda else None,
+        "forecast_parts_gib": {name: round(value / 2**30, 3) for name, value in expected.items() if value},
         "milliseconds": round(1000 * seconds, 2),
+        "milliseconds_timed_by_parts": round(1000 * whole, 2),
         "parts_milliseconds": {name: round(1000 * value, 2) for name, value in parts.items()},
+        "parts_share": {name: round(value / whole, 4) for name, value in parts.items()},
     }
 
 
@@ -225,7 +268,7 @@ def measure_loss(options: argparse.Namespace, device: torch.device) -> dict[str,
         result["liger"] = median_seconds(liger, options.repeats)
     return {
         "milliseconds": {name: round(1000 * value, 3) for name, value in result.items()},
-        "share_of_the_products_rate": round(result["products"] / result["ours"], 4),
+        "over_the_products": round(result["ours"] / result["products"], 4),
     }
 
 
@@ -236,6 +279,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="tokens of the loss alone (8192; 256 with --small)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--only", choices=("loss", "step"), help="one of the two")
     parser.add_argument("--small", action="store_true", help="tiny shapes, for a machine without a GPU")
     options = parser.parse_args()
     options.small = options.small or not torch.cuda.is_available()
@@ -258,16 +302,33 @@ def main() -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     rate = matrix_rate(256 if options.small else 8192, DTYPES[options.precision], runtime.device, options.repeats)
     print(f"{name}: {rate / 1e12:.3f} TFLOP/s in {options.precision} products")
-    loss = measure_loss(options, runtime.device)
-    print(f"loss: {loss['share_of_the_products_rate']:.1%} of its products' rate (aim: 85%), {loss['milliseconds']} ms")
-    steps = {}
-    for sequence in options.sequences:
+    told: list[str] = []
+    facts: dict[str, Any] = {"device": name, "matrix_tflops": round(rate / 1e12, 3)}
+    if options.only != "step":
+        loss = facts["loss"] = measure_loss(options, runtime.device)
+        told.append(f"loss {loss['over_the_products']:.2f}x its products (aim: 1.18x)")
+        print(f"{told[-1]}, {loss['milliseconds']} ms", flush=True)
+    steps = facts["steps"] = {}
+    for sequence in options.sequences if options.only != "loss" else ():
         steps[sequence] = measure_step(options, sequence, rate, runtime.device)
-        print(f"step at sequence {sequence}: {steps[sequence]} (aim: MFU of 50%)", flush=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    facts = {"device": name, "matrix_tflops": round(rate / 1e12, 3), "loss": loss, "steps": steps}
-    print(json.dumps({"benchmark": "kd_gpu", **vars(options), **facts}))
+        told.append(f"step at {sequence}: {words_of(steps[sequence])}")
+        print(f"{told[-1]}\n{steps[sequence]}", flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(json.dumps({"benchmark": "kd_gpu", "summary": "; ".join(told), **vars(options), **facts}))
+
+
+def words_of(step: dict[str, Any]) -> str:
+    """A step's figures in a line."""
+    if "out_of_memory" in step:
+        return f"out of memory ({step['out_of_memory']})"
+    ratio = step["peak_over_forecast"]
+    memory = f"{ratio:.3f} of its forecast" if ratio else "not compared with a forecast on CPU"
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in step["parts_share"].items() if share >= 0.005)
+    return (
+        f"{step['tokens_per_second']:,.0f} tokens/s, MFU {step['mfu_of_measured_rate']:.0%} of the measured rate (aim: "
+        f"50%), peak memory {step['peak_memory_gib']} GiB, {memory}; {shares}"
+    )
 
 
 if __name__ == "__main__":

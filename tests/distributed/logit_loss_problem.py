@@ -13,6 +13,11 @@ from minitron_mcore.distillation.sparse_target import SparseTarget
 SCALE = 0.37  # of the loss before backward, as a schedule's gradient scale would be
 
 
+def place() -> int | str:
+    """This rank's device; in the test itself the CPU."""
+    return torch.cuda.current_device() if dist.is_initialized() else "cpu"
+
+
 @dataclass(frozen=True)
 class Case:
     vocab_size: int = 37
@@ -42,7 +47,7 @@ class Case:
 
 @dataclass
 class Problem:
-    """The whole problem of a case, the same on every rank; fields in the case's dtype."""
+    """The whole problem of a case, the same on every rank, drawn on the CPU; fields in the case's dtype."""
 
     case: Case
     hidden: Tensor = field(init=False)
@@ -70,6 +75,8 @@ class Problem:
             self.labels[self.mask == 0] = -100
         if case.mask == "fractions":
             self.mask *= torch.rand(shape, generator=generator)
+        for name in ("hidden", "weight", "teacher_hidden", "teacher_weight", "labels", "mask"):
+            setattr(self, name, getattr(self, name).to(place()))
 
     def teacher_logits(self) -> Tensor:
         """fp64, of the true vocabulary."""
@@ -82,15 +89,16 @@ class Problem:
             return None
         log_probs = torch.log_softmax(self.teacher_logits(), -1)
         generator = torch.Generator().manual_seed(case.seed + 1)
-        order = torch.argsort(torch.rand(log_probs.shape, generator=generator))
+        order = torch.argsort(torch.rand(log_probs.shape, generator=generator)).to(place())
         if case.target == "top":
             order = log_probs.topk(5).indices
         if case.target == "drawn":
             order = order[..., :7]
         ids, values = order, log_probs.gather(-1, order)
         if case.target == "drawn":
-            values = torch.log_softmax(values, -1) + 0.1 * torch.randn(*log_probs.shape[:-1], 1, generator=generator)
-        unused = torch.zeros(*ids.shape[:-1], 2)
+            shift = torch.randn(*log_probs.shape[:-1], 1, generator=generator).to(place())
+            values = torch.log_softmax(values, -1) + 0.1 * shift
+        unused = torch.zeros(*ids.shape[:-1], 2, device=place())
         ids = torch.cat((ids[..., :2], unused.long() - 1, ids[..., 2:]), -1)
         values = torch.cat((values[..., :2], unused.double(), values[..., 2:]), -1)
         return SparseTarget(ids, values.float(), tail=case.target != "drawn")

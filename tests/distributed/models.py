@@ -79,11 +79,12 @@ def global_batch(vocab_size: int, seed: int = 3, microbatches: int = MICROBATCHE
 
 
 def my_batch(batch: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """This data-parallel rank's microbatches, in Megatron's order."""
+    """This data-parallel rank's microbatches, in Megatron's order, on the device."""
     from megatron.core import parallel_state
 
-    rank = parallel_state.get_data_parallel_rank()
-    return [dict(part) for part in batch[rank :: parallel_state.get_data_parallel_world_size()]]
+    rank, device = parallel_state.get_data_parallel_rank(), torch.cuda.current_device()
+    mine = batch[rank :: parallel_state.get_data_parallel_world_size()]
+    return [{name: value.to(device) for name, value in part.items()} for part in mine]
 
 
 def steady(train: Any, iterations: int, sequence_length: int = SEQUENCE) -> Any:

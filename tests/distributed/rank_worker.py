@@ -78,7 +78,10 @@ def _set_up(call: dict[str, Any]) -> None:
     # Longer than the call may take: the tests' own time limit reports more than gloo's would.
     patience = datetime.timedelta(seconds=call["timeout"] + 60)
     store = dist.PrefixStore(name, dist.TCPStore(host, port, is_master=False, timeout=patience))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
 
 
 def _tear_down(environment: dict[str, str]) -> None:
@@ -127,6 +130,8 @@ def _prepare() -> None:
     if not torch.cuda.is_available() and importlib.util.find_spec("minitron_mcore.runtime.cpu_adapter"):
         importlib.import_module("minitron_mcore.runtime.cpu_adapter").install()
     importlib.import_module("megatron.core")
+    if os.environ.get("MINITRON_TEST_DEVICE") == "stand-in":
+        importlib.import_module("tests.device_stand_in").install()
 
 
 def main() -> None:

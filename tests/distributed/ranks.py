@@ -1,8 +1,12 @@
-"""Run a function on several gloo ranks from inside a test.
+"""Run a function on several ranks from inside a test.
 
 `run_on_ranks(fn, world_size, *args)` calls the module-level function `fn` on ranks 0 .. world_size - 1, each in its own
 process, and returns the results by rank. The processes are started at the first call and reused until the tests end,
 since importing torch and megatron-core takes longer than most tests. Every call gets a fresh process group.
+
+The ranks are on the CPU over gloo, so that a result does not depend on the machine, unless MINITRON_TEST_DEVICE says
+otherwise: `cuda` (a GPU each over NCCL; what needs more GPUs than there are is skipped) or `stand-in` (one GPU's, on
+the CPU, where code that mixes up the devices fails all the same: tests/device_stand_in.py).
 """
 
 import atexit
@@ -29,6 +33,19 @@ MAX_WORLD_SIZE = 8
 START_TIMEOUT = 300.0  # seconds for a worker to import torch and megatron-core on a busy machine
 GRACE = 1.0  # seconds that the other ranks get to report, once one has failed
 DUMP_WAIT = 0.5  # seconds for faulthandler to write its dump
+DEVICE_VARIABLE = "MINITRON_TEST_DEVICE"
+DEVICES = ("cpu", "stand-in", "cuda")
+
+
+def test_device() -> str:
+    """Where ranks run, as the environment says: one of DEVICES."""
+    device = os.environ.get(DEVICE_VARIABLE) or "cpu"
+    if device not in DEVICES:
+        raise ValueError(f"{DEVICE_VARIABLE} is {device!r}; it must be one of {', '.join(DEVICES)}")
+    return device
+
+
+test_device.__test__ = False  # type: ignore[attr-defined]
 
 
 class RankError(RuntimeError):
@@ -66,18 +83,20 @@ class _Worker:
             return log.read()[-limit:].decode(errors="replace").strip()
 
 
-def _start_worker(folder: Path, number: int) -> _Worker:
+def _start_worker(folder: Path, number: int, device: str) -> _Worker:
     ours, theirs = Pipe(duplex=True)
     log = folder / f"worker_{number}.log"
     environment = dict(os.environ)
     environment.update(
         OMP_NUM_THREADS="1",
         MKL_NUM_THREADS="1",
-        CUDA_VISIBLE_DEVICES="",  # these ranks are always CPU + gloo, so that a result does not depend on the machine
         TOKENIZERS_PARALLELISM="false",
         PYTHONPATH=os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
         PYTHONUNBUFFERED="1",
     )
+    environment[DEVICE_VARIABLE] = device
+    if device != "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with log.open("wb") as output:
@@ -96,9 +115,10 @@ def _start_worker(folder: Path, number: int) -> _Worker:
 
 
 class _Pool:
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         from torch.distributed import TCPStore
 
+        self.device = device
         self.folder = Path(tempfile.mkdtemp(prefix="ranks_"))
         self.workers: list[_Worker] = []
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -115,7 +135,9 @@ class _Pool:
     def require(self, world_size: int) -> list[_Worker]:
         """The first `world_size` workers, alive; starts what is missing, all at once."""
         self.workers = [worker for worker in self.workers if worker.process.poll() is None]
-        fresh = [_start_worker(self.folder, next(self.started)) for _ in range(world_size - len(self.workers))]
+        fresh = [
+            _start_worker(self.folder, next(self.started), self.device) for _ in range(world_size - len(self.workers))
+        ]
         deadline = time.monotonic() + START_TIMEOUT
         for worker in fresh:
             try:
@@ -142,7 +164,7 @@ class _Pool:
         self.workers = [worker for worker in self.workers if worker not in workers]
 
 
-_pool: _Pool | None = None
+_pools: dict[str, _Pool] = {}
 
 
 def _free_port() -> int:
@@ -191,8 +213,26 @@ def _where(workers: list[_Worker], ranks: list[int], offsets: list[int]) -> str:
     return "\n".join(f"--- rank {rank} stands at:\n{workers[rank].written_since(offsets[rank])}" for rank in ranks)
 
 
-def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, **kwargs: Any) -> list:
-    """Call `fn(*args, **kwargs)` on `world_size` ranks of a fresh gloo group and return the results by rank.
+def _check_devices(device: str, world_size: int) -> None:
+    """Skip the test where there are fewer GPUs than ranks."""
+    import pytest
+    import torch
+
+    if (torch.cuda.device_count() if device == "cuda" else 1) < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+
+
+def run_on_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    device: str | None = None,
+    **kwargs: Any,
+) -> list:
+    """Call `fn(*args, **kwargs)` on `world_size` ranks of a fresh process group and return the results by rank.
+
+    `device`: one of DEVICES; None: what the environment says.
 
     `fn` is a function of a module that can be imported from the repository's root (a test module can). Arguments and
     results are pickled; tensors in a result come back detached, on the CPU. RANK, LOCAL_RANK, WORLD_SIZE,
@@ -203,19 +243,22 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
     Raises RankError with the traceback of the rank that failed first (ranks left waiting in a collective are killed
     and replaced at the next call), or, after `timeout` seconds, with the place where each unfinished rank stands.
     """
-    global _pool
     if not 1 <= world_size <= MAX_WORLD_SIZE:
         raise ValueError(f"world_size is {world_size}; run_on_ranks takes 1 to {MAX_WORLD_SIZE}")
     if "." in fn.__qualname__:
         raise ValueError(f"{fn.__qualname__} is not a module-level function: workers import it by name")
-    if _pool is None:
-        _pool = _Pool()
-    workers = _pool.require(world_size)
+    device = device or test_device()
+    if device != "cpu":
+        _check_devices(device, world_size)
+    if device not in _pools:
+        _pools[device] = _Pool(device)
+    pool = _pools[device]
+    workers = pool.require(world_size)
     offsets = [worker.log.stat().st_size for worker in workers]
     call = {
         "function": (fn.__module__, fn.__qualname__),
         "world_size": world_size,
-        "store": (_pool.store.host, _pool.store.port, f"call_{next(_pool.calls)}"),
+        "store": (pool.store.host, pool.store.port, f"call_{next(pool.calls)}"),
         "master_port": _free_port(),
         "timeout": timeout,
     }
@@ -225,7 +268,7 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
 
     reports = _collect(workers, timeout)
     for rank in reports:
-        _pool.release(workers[rank])
+        pool.release(workers[rank])
     failed = sorted((report["time"], rank) for rank, report in reports.items() if "traceback" in report)
     if not failed and len(reports) == world_size:
         return [reports[rank]["result"] for rank in range(world_size)]
@@ -233,7 +276,7 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
     where = _where(workers, missing, offsets) if missing else ""
     dead = [rank for _, rank in failed if workers[rank].process.poll() is not None]
     written = workers[failed[0][1]].written_since(offsets[failed[0][1]]) if failed else ""
-    _pool.discard([workers[rank] for rank in {*missing, *dead}])
+    pool.discard([workers[rank] for rank in {*missing, *dead}])
     if not failed:
         raise RankError(f"{fn.__qualname__}: ranks {missing} not done after {timeout:g} s\n{where}")
     rank = failed[0][1]

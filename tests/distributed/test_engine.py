@@ -138,7 +138,7 @@ def cache_on_rank(folder: str) -> None:
         )
         blocks = [
             (encode_targets(of_sample, vocab, "fp32"), token_checksum(tokens.numpy()))
-            for of_sample, tokens in zip(targets, batch["tokens"], strict=True)
+            for of_sample, tokens in zip(targets, batch["tokens"].cpu(), strict=True)
         ]
         write_shard(shard_file(target, step), settings_digest(settings), step * SAMPLES, blocks)
 
