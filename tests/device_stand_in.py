@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,12 +49,11 @@ class MixedDevicesError(RuntimeError):
 
 
 def _storage(tensor: torch.Tensor) -> Any:
-    """The tensor's memory; None where it has none of its own: of a sharded tensor the parts have it."""
-    try:
-        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunctionSubclass():
-            return tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):
+    """The tensor's memory; None of a sharded tensor, whose parts have it."""
+    if isinstance(tensor, ShardedTensor):
         return None
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunctionSubclass():
+        return tensor.untyped_storage()
 
 
 def is_there(tensor: torch.Tensor) -> bool:
@@ -226,6 +226,15 @@ def install() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: DEVICE.index
     cuda.get_device_capability = lambda device=None: (9, 0)
+    from minitron_mcore.runtime.start import Runtime
+
+    begin = Runtime.__init__
+
+    def on_device(self: Runtime, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self.device = DEVICE
+
+    Runtime.__init__ = on_device  # type: ignore[method-assign]
     for name in _OBJECTS:
         setattr(torch.distributed, name, _silently(getattr(torch.distributed, name)))
     _Account().__enter__()
