@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-matrix lint format bench lock clean
+.PHONY: help venv demo test test-slow test-matrix lint format bench gpu-check lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -50,6 +50,10 @@ format: venv  ## sort imports and format
 
 bench: venv  ## the benchmarks that run on any machine
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+
+# With PYTHON=… by that interpreter as it is, so that a machine without a network needs no virtual environment.
+gpu-check: $(if $(PYTHON),,venv)  ## what only a GPU can show, in 8 minutes; a dry run without one (PYTHON=python3.12: without make venv)
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(PYTHON),$(BIN)/python) benchmarks/gpu/check.py $(ARGS)
 
 lock: venv  ## bring constraints.txt up to date with setup.py, for Python 3.10 to 3.13
 	@$(BIN)/pip install --quiet uv

@@ -183,11 +183,11 @@ def distil_on_rank(
     layout = start_layout(parallel, world_size)
     architecture, wide = architectures()
     own = ParallelConfig(**options["teacher"]) if "teacher" in options else None
-    placement = options.get("placement", "resident")
+    placement, precision = options.get("placement", "resident"), options.get("precision", "fp32")
     teacher: Any = (
         CachedTeacher(Path(folder) / "cache", loss["temperature"])
         if "cached" in options
-        else Teacher.load(Path(folder) / "teacher", 0, wide, layout, "fp32", layout=own, placement=placement)
+        else Teacher.load(Path(folder) / "teacher", 0, wide, layout, precision, layout=own, placement=placement)
     )
     objective = Objective(
         vocab_size=architecture.vocab_size,
@@ -208,10 +208,10 @@ def distil_on_rank(
         return [{**part, "loss_mask": part["loss_mask"] * options.get("mask_scale", 1)} for part in parts]
 
     def build() -> Any:
-        models = build_model(architecture, layout, "fp32", recompute=options.get("layers", KEEP_ALL))
+        models = build_model(architecture, layout, precision, recompute=options.get("layers", KEEP_ALL))
         load_weights(Path(folder) / "student", 0, as_chunks(models), architecture)
         chunks = wrap_model(models)
-        optimizer = build_optimizer(chunks, train, "fp32")
+        optimizer = build_optimizer(chunks, train, precision)
         return models, chunks, optimizer, build_scheduler(optimizer, train, timetable)
 
     models, chunks, _, _ = build()

@@ -78,14 +78,16 @@ def my_batches(dataset: Any, micro_batch_size: int) -> Any:
     from megatron.core import parallel_state
 
     from minitron_mcore.data.dataset import batches_once
+    from minitron_mcore.training.reader import to_device
 
-    return batches_once(
+    microbatches = batches_once(
         dataset,
         range(len(dataset)),
         micro_batch_size=micro_batch_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
+    return map(to_device, microbatches)
 
 
 def score(
