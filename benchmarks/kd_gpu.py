@@ -188,11 +188,16 @@ def measure_step(options: argparse.Namespace, sequence: int, rate: float, device
         peak = peak_memory() - before
         step.measure_parts(2)
         step()
+        synchronize()
         step.timers.take()
-        whole = median_seconds(step, options.repeats)
+        started = time.perf_counter()
+        for _ in range(options.repeats):
+            step()
+        synchronize()
+        whole = (time.perf_counter() - started) / options.repeats
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": " ".join(str(error).split())[:300]}
-    spent = {name: value / (options.repeats + 1) for name, value in step.timers.take().items()}
+    spent = {name: value / options.repeats for name, value in step.timers.take().items()}
     parts = step.timers.split(spent, whole)
     expected = forecast_bytes(step, options.precision, not is_cuda)
     flops_per_second, maker = step.flops / seconds, peak_tflops(torch.cuda.get_device_name()) if is_cuda else None

@@ -170,12 +170,12 @@ def _outcome(part: Part, code: int | None, seconds: float, limit: float, lines: 
     last = lines[-1].strip() if lines else ""
     figures = _figures(last)
     text = str(figures.get("summary", last))[:300]
-    if code == 0:
+    if code == 0 and not re.match(r"\d+ skipped", last):  # pytest's, where no test ran
         return Outcome(part.name, "PASS", seconds, text, figures)
-    if code == SKIPPED:
+    if code in (0, SKIPPED):
         return Outcome(part.name, "SKIP", seconds, text, figures)
     if code is None:
-        why = f"not done after its {limit:.0f} s"
+        why = f"not done after its {limit:.3g} s"
     elif code < 0:
         why = f"ended by {signal.Signals(-code).name}"
     else:
@@ -271,7 +271,7 @@ def main() -> int:
     for part in parts:
         left = options.limit - (time.monotonic() - started)
         if left <= 0:
-            outcome = Outcome(part.name, "SKIP", 0.0, f"no time left of {options.limit:.0f} s")
+            outcome = Outcome(part.name, "SKIP", 0.0, f"no time left of {options.limit:g} s")
         else:
             outcome = run_part(part, small=small, limit=min(part.limit, left), env=environment(machine["device"]))
         outcomes.append(outcome)

@@ -3,10 +3,10 @@
     python benchmarks/gpu/layers.py             8 layers of Llama-3.1-8B's shapes, 1024 tokens
     python benchmarks/gpu/layers.py --small     a tiny model; without Transformer Engine local layers stand in for its
 
-The same weights (by the names that checkpoints have) and the same tokens: final hidden states, and the gradient of their
-projection on a fixed direction in every parameter, by relative norm. bf16 rounds to 2^-9 and the two have other kernels:
-a bound of 5%; fp8 has 3 bits of mantissa: 15%. Exit code 77 where Transformer Engine is not installed, so that nothing
-of it was shown. Ends with one JSON line.
+The same weights, by the names that checkpoints have, and the same tokens: final hidden states, and the gradient of
+their projection on a fixed direction in every parameter, by relative norm. bf16 rounds to 2^-9 and the two have other
+kernels: a bound of 5%; fp8 has 3 bits of mantissa: 15%. Exit code 77 where Transformer Engine is not installed, so that
+nothing of it was shown. Ends with one JSON line.
 """
 
 from __future__ import annotations
