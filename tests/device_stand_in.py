@@ -33,8 +33,10 @@ _CROSSING = ("copy_", "_to_copy", "set_")
 _INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 # No single number of the host joins these.
 _STRICT = ("cat", "stack", "gather", "scatter", "scatter_add", "scatter_add_", "index_select", "embedding", "mm")
-_FACTORIES = ("zeros", "empty", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "linspace", "eye")
-_FACTORIES += ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "as_tensor")
+_FACTORIES = (
+    *("zeros", "empty", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "linspace", "eye"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "as_tensor"),
+)
 _METHODS = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
 # Of torch.distributed; they carry objects, and move them to the device themselves.
 _OBJECTS = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
