@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib
 import io
 import lzma
 import zlib
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from minitron_mcore.errors import InputError
 
@@ -31,10 +32,9 @@ class Compression:
 
 def _zstd() -> ModuleType:
     try:
-        from compression import zstd  # type: ignore[import-not-found, unused-ignore]  # Python 3.14's own
+        return importlib.import_module("compression.zstd")  # of Python 3.14 on
     except ImportError:
-        from backports import zstd  # type: ignore[import-not-found, no-redef, unused-ignore]
-    return cast(ModuleType, zstd)
+        return importlib.import_module("backports.zstd")
 
 
 def _open_zstd(raw: IO[bytes]) -> Any:

@@ -26,6 +26,7 @@ from minitron_mcore.data.fingerprint import (
     hugging_face_files_fingerprint,
     sentencepiece_file_fingerprint,
 )
+from minitron_mcore.data.long_text import encode_long
 from minitron_mcore.data.records import documents
 from minitron_mcore.data.text_file import inspect_files
 from minitron_mcore.data.tokenizer_files import (
@@ -78,11 +79,11 @@ class Tokenizer:
         return OrderedDict(type=self.type, fingerprint=self.fingerprint)
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of `text`; neither bos nor eod is added. Very long texts are encoded in parts cut at line ends."""
+        """Ids of `text`; neither bos nor eod is added. Very long texts are encoded in parts, to the same ids."""
         if len(text) <= SEGMENT_CHARACTERS:
             ids = self.encode(text)
         else:
-            ids = [token for part in _segments(text, SEGMENT_CHARACTERS) for token in self.encode(part)]
+            ids = encode_long(self.encode, text, SEGMENT_CHARACTERS)
         if self.rows is not None and ids and (largest := max(ids)) >= self.rows:
             raise InputError(f"{self.beyond(largest)}: {text[:60]!r} holds it")
         return ids
