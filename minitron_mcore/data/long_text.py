@@ -5,8 +5,9 @@ many tokenizers put a space before every text they are given, join what lies acr
 
 So each part is read with some text before it, whose ids are then left out; and a cut is made only where the ids before
 it are the same with and without what follows, and those behind it the same whatever stands far before. For both merges
-by rank (BPE) and best paths (unigram), a boundary that no piece crosses leaves either side as it would be alone. Where
-no such place is found, the part goes on to the next one.
+by rank (BPE) and best paths (unigram), a boundary that no piece crosses leaves either side as it would be alone; but
+for rounding, by which a unigram model may choose between two equally good paths. Where no such place is found, the part
+goes on to the next one.
 """
 
 from __future__ import annotations

@@ -47,6 +47,9 @@ HUGGING_FACE = "HuggingFaceTokenizer"
 
 PASSAGE_CHARACTERS = 2_000  # a training "sentence": whole lines, so that pieces may span a line end
 SEGMENT_CHARACTERS = 1_000_000  # SentencePiece needs about 60 bytes a character while it encodes
+# A unigram model adds scores up from the text's start, and rounding decides between cuts that are equally good: to get
+# the whole text's ids to the last one it must be given the whole.
+UNIGRAM_SEGMENT_CHARACTERS = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Tokenizer:
     fingerprint: str  # sha256 in hex, of what the ids mean: the same wherever the files lie, and in either type
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    is_unigram: bool = False
     added: frozenset[int] = frozenset()  # ids that no ordinary text has: added tokens, and marks
     rows: Optional[int] = None  # of a model that has fewer than there are ids: no text may hold ids from there on
     stands_in: bool = False  # for any tokenizer that data or a checkpoint names
@@ -80,10 +84,8 @@ class Tokenizer:
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of `text`; neither bos nor eod is added. Very long texts are encoded in parts, to the same ids."""
-        if len(text) <= SEGMENT_CHARACTERS:
-            ids = self.encode(text)
-        else:
-            ids = encode_long(self.encode, text, SEGMENT_CHARACTERS)
+        size = UNIGRAM_SEGMENT_CHARACTERS if self.is_unigram else SEGMENT_CHARACTERS
+        ids = self.encode(text) if len(text) <= size else encode_long(self.encode, text, size)
         if self.rows is not None and ids and (largest := max(ids)) >= self.rows:
             raise InputError(f"{self.beyond(largest)}: {text[:60]!r} holds it")
         return ids
@@ -195,7 +197,15 @@ def _load_sentencepiece(path: str) -> Tokenizer:
         decode=processor.decode,
         added=frozenset(number for number in ids if processor.is_control(number) or processor.is_unused(number)),
         pieces=lambda: pieces,
+        is_unigram=_is_unigram(model),
     )
+
+
+def _is_unigram(proto: bytes) -> bool:
+    from sentencepiece import sentencepiece_model_pb2
+
+    trainer = sentencepiece_model_pb2.ModelProto.FromString(proto).trainer_spec  # type: ignore[attr-defined]
+    return trainer.model_type == trainer.UNIGRAM
 
 
 def _load_hugging_face(folder: str) -> Tokenizer:
@@ -231,6 +241,7 @@ def _load_hugging_face(folder: str) -> Tokenizer:
         decode=lambda ids: str(model.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
         added=frozenset(model.added_tokens_decoder),
         pieces=lambda: vocabulary,
+        is_unigram=type(getattr(getattr(model, "backend_tokenizer", None), "model", None)).__name__ == "Unigram",
     )
 
 

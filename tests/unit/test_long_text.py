@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from minitron_mcore.data import tokenizer as module
 from minitron_mcore.data.long_text import encode_long
@@ -143,3 +144,17 @@ def test_a_tokenizer_parts_its_long_texts(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SEGMENT_CHARACTERS", 5000)
     assert dataclasses.replace(loaded, encode=encode).tokenize(SOURCE) == whole
     assert max(sizes) < 8000 and loaded.detokenize(whole) == SOURCE
+
+
+def test_a_unigram_model_is_given_more_at_once(tmp_path, monkeypatch):
+    """Its sums of scores round otherwise from another beginning, which decides between cuts that are equally good."""
+    (tmp_path / "u.model").write_bytes(sentencepiece_model("unigram").serialized_model_proto())
+    fast = PreTrainedTokenizerFast(tokenizer_object=hugging_face_model("unigram"), eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(tmp_path / "hf")
+    monkeypatch.setattr(module, "SEGMENT_CHARACTERS", 1000)
+    for path, at_once in ((tmp_path / "u.model", True), (tmp_path / "hf", True), (tmp_path / "t.model", False)):
+        loaded = load_tokenizer(str(path)) if at_once else small_tokenizer(path)
+        given: list[str] = []
+        counted = dataclasses.replace(loaded, encode=lambda text, given=given: given.append(text) or [])
+        counted.tokenize(SOURCE)
+        assert (given == [SOURCE]) == at_once
