@@ -155,6 +155,11 @@ def test_a_unigram_model_is_given_more_at_once(tmp_path, monkeypatch):
     for path, at_once in ((tmp_path / "u.model", True), (tmp_path / "hf", True), (tmp_path / "t.model", False)):
         loaded = load_tokenizer(str(path)) if at_once else small_tokenizer(path)
         given: list[str] = []
-        counted = dataclasses.replace(loaded, encode=lambda text, given=given: given.append(text) or [])
+
+        def encode(text: str, given: list[str] = given) -> list[int]:
+            given.append(text)
+            return []
+
+        counted = dataclasses.replace(loaded, encode=encode)
         counted.tokenize(SOURCE)
         assert (given == [SOURCE]) == at_once
