@@ -17,6 +17,7 @@ from minitron_mcore.data.agreement import check_saved
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
 from minitron_mcore.data.tokenizer_json import save_for_transformers
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import writing
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import checkpoint_tokenizer
@@ -38,7 +39,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     else:
         as_it_is = tokenizer.type == SENTENCEPIECE and "unconverted_tokenizer" in recipe.allow
         if not as_it_is:
-            runtime.on_main(partial(try_tokenizer, tokenizer, folder))
+            runtime.on_main(partial(try_tokenizer, tokenizer, folder, target))
         beside = {"bos": tokenizer.bos, "eos": tokenizer.eos}
         save = tokenizer.save if as_it_is else partial(save_for_transformers, tokenizer)
         beside["save_tokenizer"] = lambda path: save(str(path))
@@ -54,9 +55,9 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     return target
 
 
-def try_tokenizer(tokenizer: Tokenizer, checkpoint: Path) -> None:
+def try_tokenizer(tokenizer: Tokenizer, checkpoint: Path, target: Path) -> None:
     """Raise InputError, before weights are written, where transformers would not read the exported tokenizer so."""
-    with tempfile.TemporaryDirectory() as place:
+    with writing(f"hf={target}"), tempfile.TemporaryDirectory() as place:
         config = {"model_type": read_architecture(checkpoint).family, **tokenizer_class(checkpoint)}
         Path(place, "config.json").write_text(json.dumps(config))
         try:

@@ -181,12 +181,6 @@ TENSORS = [
         f"@/{SINGLE}: {UP} is of type I64",
     ),
     Damage(
-        "a type of its own",
-        "single",
-        tensors(lambda found: found.update({UP: found[UP].bfloat16()})),
-        f"@/{SINGLE}: {UP} is of type",
-    ),
-    Damage(
         "a tied head of its own",
         "llama-tied",
         tensors(lambda found: found.update({"lm_head.weight": torch.ones(1003, 96)})),
