@@ -5,7 +5,8 @@ DIR/tokenizer/                            the tokenizer it was trained with
 DIR/hugging_face/                         what lay beside the imported weights (companions.py)
 DIR/recipe.yaml                           the recipe that made it, resolved
 DIR/lineage.yaml                          where it comes from: teacher, plan, data
-DIR/iter_0000100/                         weights (and optimizer), in Megatron's torch_dist form
+DIR/iter_0000100/                         weights (and optimizer), in Megatron's torch_dist form, with what other
+                                          projects need to load them (way_back.py) and a copy of architecture.yaml
 DIR/latest_checkpointed_iteration.txt     written last, once the iteration is whole
 
 Other projects on megatron-core write the last two alone; what the model is then follows from what lies in the

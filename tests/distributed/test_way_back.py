@@ -29,7 +29,7 @@ from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_foreign import plan_of
 from tests.distributed.test_prune import sliced
 
-NAMES = ("llama", "llama-bridge", "llama-tied-by-layer", "nemotron", "qwen2-by-layer", "qwen3-bridge")
+NAMES = ("llama-bridge", "llama-tied-by-layer", "nemotron", "qwen3-bridge")
 PLACE = "iter_0000000"
 # What Transformer Engine's modules ask for, as megatron-core names it (its norms before a linear module are fused).
 OF_TRANSFORMER_ENGINE = (
@@ -181,16 +181,16 @@ def load_in_megatron_lm(folder: Path, flags: list[str]) -> tuple[Any, Weights]:
 HAS_MEGATRON_LM = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.training")
 # The flags of docs/checkpoints.md, and what a machine without a GPU needs in addition.
 FLAGS = (
-    "--use-checkpoint-args --ckpt-format torch_dist --finetune --no-load-optim --no-load-rng --bf16 --norm-epsilon 1e-5",
-    "--micro-batch-size 1 --seq-length 64 --train-iters 1 --lr 1e-4 --tokenizer-type NullTokenizer --vocab-size 1002",
-    "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion",
-    "--no-rope-fusion",
+    "--use-checkpoint-args --ckpt-format torch_dist --finetune --no-load-optim --no-load-rng --bf16 --seq-length 64",
+    "--norm-epsilon 1e-5 --micro-batch-size 1 --train-iters 1 --lr 1e-4 --tokenizer-type NullTokenizer",
+    "--vocab-size 1002 --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion --no-rope-fusion",
 )
 
 
 @pytest.mark.slow  # the contract above is what it rests on
 @pytest.mark.skipif(not HAS_MEGATRON_LM, reason="megatron.training comes with megatron-core 0.17 and newer")
-@pytest.mark.parametrize("name", ["llama", "llama-tied-by-layer", "nemotron", "qwen3-bridge"])
+@pytest.mark.parametrize("name", NAMES)
 def test_megatron_lms_own_loader(root: Path, loaded: dict[str, Weights], name: str) -> None:
     flags = " ".join([*FLAGS, "--qk-layernorm" if name.startswith("qwen3") else ""]).split()
     for folder in (name, f"{name}-pruned"):
