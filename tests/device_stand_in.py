@@ -228,8 +228,12 @@ def install() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: DEVICE.index
     cuda.get_device_capability = lambda device=None: (9, 0)
+    from minitron_mcore.runtime import cpu_adapter
     from minitron_mcore.runtime.start import Runtime
 
+    fields = cpu_adapter.transformer_fields
+    # As on CUDA: backward then starts from Megatron's own call of the engine.
+    cpu_adapter.transformer_fields = lambda: {**fields(), "deallocate_pipeline_outputs": True}
     begin = Runtime.__init__
 
     def on_device(self: Runtime, *args: Any, **kwargs: Any) -> None:
