@@ -29,6 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 480.0  # seconds of all parts together
+SLACK = 3  # times the limits in a dry run: of a CPU that others use too, and no device waits
 SKIPPED = 77  # the exit code of a part that cannot show anything here
 TAIL = 40  # lines of a failed part's output that the result keeps
 # Modules that the parts import -> the package each comes in.
@@ -234,7 +235,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a dry run, at small shapes")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these parts alone")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of all parts together (480)")
+    parser.add_argument("--limit", type=float, help="seconds of all parts together (480; in a dry run 1440)")
     parser.add_argument("--parts", type=Path, default=Path(__file__).with_name("parts.yaml"), help="another table")
     parser.add_argument(
         "--results",
@@ -259,6 +260,7 @@ def main() -> int:
     parts = [part for part in parts if not options.only or part.name in options.only]
     machine = probe()
     small = options.small or not machine["device"]
+    whole = options.limit or LIMIT * (SLACK if small else 1)
     why = "" if not small else " (dry run: small shapes)" if machine["device"] else " (no GPU: dry run, small shapes)"
     date = datetime.datetime.now(datetime.timezone.utc).date()
     versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
@@ -269,11 +271,16 @@ def main() -> int:
 
     started, outcomes, summary = time.monotonic(), [], ""
     for part in parts:
-        left = options.limit - (time.monotonic() - started)
+        left = whole - (time.monotonic() - started)
         if left <= 0:
-            outcome = Outcome(part.name, "SKIP", 0.0, f"no time left of {options.limit:g} s")
+            outcome = Outcome(part.name, "SKIP", 0.0, f"no time left of {whole:g} s")
         else:
-            outcome = run_part(part, small=small, limit=min(part.limit, left), env=environment(machine["device"]))
+            outcome = run_part(
+                part,
+                small=small,
+                limit=min(part.limit * (SLACK if small else 1), left),
+                env=environment(machine["device"]),
+            )
         outcomes.append(outcome)
         print(f"{outcome.status}  {part.name}  {outcome.seconds:.1f} s  {outcome.text}", flush=True)
         if outcome.tail:
