@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from minitron_mcore.data.blend import (
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.runtime.interrupt import SIGNALS
+from minitron_mcore.runtime.interrupt import outlive_signals
 
 Batch = dict[str, torch.Tensor]
 
@@ -263,15 +262,8 @@ def _loader(dataset: Dataset, order: Any, num_workers: int) -> torch.utils.data.
         collate_fn=_collate,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=outlive_signals,
     )
-
-
-def _outlive_signals(worker: int) -> None:
-    """Terminals, torchrun and SLURM send signals to whole process groups: a reader that died of one would end its rank,
-    which is to save first. Readers end when their rank does."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:

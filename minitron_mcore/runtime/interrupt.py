@@ -48,6 +48,13 @@ def restore(handlers: dict[int, Any]) -> None:
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
+def outlive_signals(worker: int) -> None:
+    """In a reader of data: terminals, torchrun and SLURM send signals to whole process groups, and a reader that died
+    of one would end its rank, which is to save first. Readers end when their rank does."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def at_once(first: int, number: int) -> bool:
     """Whether a signal `number` after a `first` one says that nothing is to be waited for."""
     return bool(first) and signal.SIGINT in (first, number)

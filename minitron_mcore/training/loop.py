@@ -148,9 +148,7 @@ def save(
     if job.teaching is not None:
         job.teaching.save(progress.iteration, progress.consumed_tokens, job.runtime)
     state = training_state(chunks, optimizer, scheduler, vars(progress).copy(), is_loading=False)
-    save_described(
-        job.folder, progress.iteration, state, job.runtime, job.architecture, lambda: job.describe(progress)
-    )
+    save_described(job.folder, progress.iteration, state, job.runtime, job.architecture, lambda: job.describe(progress))
 
 
 def drop(job: Job, iteration: int | None) -> None:
