@@ -45,8 +45,8 @@ class TrainConfig:
     clip_grad: float = 1.0
     eval_interval: int = 0  # iterations between validations; 0: none on the way
     eval_iters: int = 4  # global batches a validation
-    # Iterations between checkpoints, all of which stay; 0: one at the end. null: after every tenth of the run, each in
-    # place of the one before.
+    # Iterations between checkpoints, all of which stay; 0: one at the end. null: a tenth of the run, at most 500, each
+    # checkpoint in place of the one before.
     save_interval: Optional[int] = None
     loss_chunk_tokens: Optional[int] = None  # tokens whose logits exist at a time; null: a 16th, at least 128
     recompute_granularity: Optional[str] = None  # full: whole layers; selective: their MLPs; null: nothing

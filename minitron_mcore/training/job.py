@@ -16,7 +16,8 @@ from minitron_mcore.training.config import LogConfig, TrainConfig
 from minitron_mcore.training.reader import BatchReader, StepReader
 from minitron_mcore.training.teaching import TrainedTeacher
 
-PARTS = 10  # of a run that is not told when to save
+# Of a run that is not told when to save: it does so after each of these parts, or of so many iterations if that is less.
+PARTS, MOST_ITERATIONS = 10, 500
 
 
 @dataclass
@@ -67,6 +68,6 @@ class Job:
 
     @property
     def save_interval(self) -> int:
-        """Iterations between checkpoints, 0 for one at the end: `save_interval`, by default a tenth of the run."""
+        """Iterations between checkpoints, 0 for one at the end: by default a tenth of the run, at most 500."""
         given = self.train.save_interval
-        return -(-self.iterations // PARTS) if given is None else given
+        return min(-(-self.iterations // PARTS), MOST_ITERATIONS) if given is None else given

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from minitron_mcore.training import saving
+from minitron_mcore.training.config import TrainConfig
+from minitron_mcore.training.job import Job
 
 
 class OneRank:
@@ -42,3 +45,13 @@ def test_a_save_that_fails_is_not_described(monkeypatch: pytest.MonkeyPatch, tmp
             done.append("failed")
     # The first one comes with its description: nobody could read it without.
     assert done == ["described 1", "saved 1", "saved 2", "described 2", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("iterations", "given", "interval"),
+    [(8, None, 1), (500, None, 50), (501, None, 51), (100_000, None, 500), (100_000, 7, 7), (100_000, 0, 0)],
+)
+def test_a_run_saves_often_enough_by_default(iterations: int, given: int | None, interval: int) -> None:
+    """Every tenth of it, but no more than 500 iterations apart; what is asked for holds."""
+    run: Any = SimpleNamespace(iterations=iterations, train=TrainConfig(save_interval=given))
+    assert Job.save_interval.fget(run) == interval  # type: ignore[attr-defined]
