@@ -16,7 +16,7 @@ from minitron_mcore.training.config import LogConfig, TrainConfig
 from minitron_mcore.training.reader import BatchReader, StepReader
 from minitron_mcore.training.teaching import TrainedTeacher
 
-# Of a run that is not told when to save: it does so after each of these parts, or of so many iterations if that is less.
+# A run that is not told when to save does so after each of these parts, or so many iterations if that is less.
 PARTS, MOST_ITERATIONS = 10, 500
 
 
