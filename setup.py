@@ -50,7 +50,6 @@ GPU = [
 PARQUET = ["pyarrow>=16,<27"]
 
 DEVELOPMENT = [
-    *PARQUET,
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
     "pytest-xdist>=3.6,<4",
@@ -86,6 +85,6 @@ setup(
     packages=find_packages(include=["minitron_mcore*"]),
     package_data={"minitron_mcore": ["py.typed", "**/*.yaml", "**/*.json", "**/*.html", "**/*.css"]},
     install_requires=REQUIREMENTS,
-    extras_require={"gpu": GPU, "parquet": PARQUET, "dev": DEVELOPMENT},
+    extras_require={"gpu": GPU, "parquet": PARQUET, "dev": PARQUET + DEVELOPMENT},
     entry_points={"console_scripts": ["minitron = minitron_mcore.cli:main"]},
 )

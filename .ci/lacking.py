@@ -31,4 +31,4 @@ if __name__ == "__main__":
         for node in source.body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.List) and isinstance(node.targets[0], ast.Name)
     }
-    print(*lacking(["megatron-core>=0.19", *lists["REQUIREMENTS"], *lists["DEVELOPMENT"]]), sep=", ")
+    print(*lacking(["megatron-core>=0.19", *lists["REQUIREMENTS"], *lists["PARQUET"], *lists["DEVELOPMENT"]]), sep=", ")
