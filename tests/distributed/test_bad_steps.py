@@ -66,7 +66,7 @@ def damaged_teacher(damage: dict[str, Any]) -> Any:
     def teach(tokens: int) -> dict[str, float]:
         return {"teacher grad-norm": damage["value"] if next(steps_taught) in damage["at"] else 1.0}
 
-    return SimpleNamespace(step=teach, save=lambda *arguments: None)
+    return SimpleNamespace(step=teach, save=lambda *arguments: None, folder=Path("of the teacher"))
 
 
 def fit_with_damage(

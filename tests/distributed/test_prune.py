@@ -154,8 +154,8 @@ def read_whole(root: Path) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
     result = {}
     for model in MODELS:
         for folder in (root / model).iterdir():
-            result[model, folder.name] = dist_checkpointing.load_plain_tensors(str(folder / "iter_0000000"))
-            del result[model, folder.name]["content_metadata"]
+            found = dist_checkpointing.load_plain_tensors(str(folder / "iter_0000000"))
+            result[model, folder.name] = {key: found[key] for key in found if isinstance(found[key], torch.Tensor)}
     return result
 
 

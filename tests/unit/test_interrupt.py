@@ -54,7 +54,9 @@ def test_the_first_unwinds(number: str, code: int, name: str) -> None:
 
 
 def test_other_ranks_say_nothing() -> None:
-    done = run("send(signal.SIGINT, 0.1); time.sleep(30)", RANK="1", WORLD_SIZE="2")
+    done = run(
+        "send(signal.SIGINT, 0.1); time.sleep(30)", RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1"
+    )
     assert (done.returncode, done.stderr) == (130, "")
 
 
