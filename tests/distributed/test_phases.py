@@ -196,6 +196,7 @@ def test_a_budget_changed_on_the_way(recipe: list[str], tmp_path: Path) -> None:
         run([*constant, *longer, "train.global_batch_size=8"], "1", tmp_path / "run")
 
 
+@pytest.mark.slow  # phases are trained above, and distillation at each layout in test_engine.py
 def test_distillation_through_phases(recipe: list[str], whole: tuple[Path, Any], tmp_path: Path) -> None:
     """The teacher runs ahead over batches of every size and length, at any layout."""
     distill = [entry.replace("train.", "distill.", 1) for entry in BUDGET]

@@ -48,6 +48,7 @@ def losses(checkpoint: Path) -> list[float]:
     return [line["lm loss"] for line in lines if "lm loss" in line]
 
 
+@pytest.mark.slow  # test_launch.py starts ranks by both; what DP2 trains is compared in test_training.py
 def test_both_launchers_train_the_same_model(recipe: Path, tmp_path: Path) -> None:
     """The numbers do not depend on who started the ranks: equal to the last bit."""
     command = ["train", "--config", str(recipe)]

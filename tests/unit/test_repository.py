@@ -146,7 +146,7 @@ def test_ci_runs_make_test() -> None:
 
 def test_the_matrix_knows_what_an_environment_lacks() -> None:
     """This one has everything that setup.py asks for, but perhaps the newer megatron-core."""
-    command = [sys.executable, ROOT / ".ci" / "lacking.py"]
+    command = [sys.executable, str(ROOT / ".ci" / "lacking.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     newer = metadata.version("megatron-core") in SpecifierSet(">=0.19")
     assert done.stdout.strip() == ("" if newer else "megatron-core>=0.19")
