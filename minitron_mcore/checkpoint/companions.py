@@ -21,13 +21,15 @@ from typing import Any
 import yaml
 
 from minitron_mcore.checkpoint.folder import TRACKER, beside, read_lineage
+from minitron_mcore.checkpoint.manifest import ALGORITHM, MANIFEST
+from minitron_mcore.checkpoint.safetensors_folder import INDEX, SINGLE
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import copy_file
 
 FOLDER = "hugging_face"
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What an export writes itself, of the model that it is.
-WRITTEN_ANEW = ("config.json", "README.md", "manifest.json")
+WRITTEN_ANEW = ("config.json", "README.md", MANIFEST)
 # Weights in any form, and what a training run keeps beside them.
 WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl"),
@@ -55,17 +57,28 @@ def keep_companions(source: Path, checkpoint: Path) -> list[str]:
     That is every file but weights, what `checkpoint`/tokenizer has already, and hidden folders. Returns what is to be
     said of files that stay behind.
     """
-    other, large = [], []
-    for name in files_below(source):
-        if (checkpoint / "tokenizer" / name).is_file() and name != "config.json":
+    other, large, nowhere, named_alike = [], [], [], []
+    shards = _json(source / INDEX).get("weight_map")
+    imported = {SINGLE, INDEX, *(map(str, shards.values()) if isinstance(shards, dict) else ())}
+    for name in _paths_below(source):
+        if not (source / name).is_file():
+            nowhere.append(name)
+        elif (checkpoint / "tokenizer" / name).is_file() and name != "config.json":
             continue
-        if any(fnmatch(os.path.basename(name).lower(), pattern) for pattern in WEIGHTS):
-            other += [] if fnmatch(name, "model*.safetensors*") else [name]
+        elif any(fnmatch(os.path.basename(name).lower(), pattern) for pattern in WEIGHTS):
+            other += [] if name in imported else [name]
         elif (source / name).stat().st_size > LARGEST:
             large.append(name)
-        elif name != "manifest.json":  # an earlier export's
+        elif name == MANIFEST:  # an export writes its own
+            named_alike += [] if _json(source / name).get("checksum") == ALGORITHM else [name]
+        else:
             copy_file(source / name, checkpoint / FOLDER / name)
-    notes = {"other files of weights": other, f"files of more than {LARGEST // 10**6} MB": large}
+    notes = {
+        "other files of weights": other,
+        f"files of more than {LARGEST // 10**6} MB": large,
+        "links to nothing": nowhere,
+        "other programs' files with the name of one that an export writes": named_alike,
+    }
     return [f"{what} stay behind: {', '.join(names)}" for what, names in notes.items() if names]
 
 
@@ -162,6 +175,11 @@ def files_below(folder: Path) -> Iterator[str]:
 
     Not of hidden folders and caches, nor of a checkpoint that was put there.
     """
+    return (name for name in _paths_below(folder) if (folder / name).is_file())
+
+
+def _paths_below(folder: Path) -> Iterator[str]:
+    """Those of `files_below`, and what has a file's place but is none, as a link to nothing."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         inner = Path(place)
@@ -170,4 +188,4 @@ def files_below(folder: Path) -> Iterator[str]:
             continue
         seen.add(inner.resolve())
         folders[:] = sorted(name for name in folders if not any(fnmatch(name, each) for each in PASSED_OVER))
-        yield from (str((inner / name).relative_to(folder)) for name in sorted(files) if (inner / name).is_file())
+        yield from (str((inner / name).relative_to(folder)) for name in sorted(files))

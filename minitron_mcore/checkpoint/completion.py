@@ -14,20 +14,17 @@ init_method_std                                                     0.02; traine
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.shown import shown_fields, shown_heads
 from minitron_mcore.checkpoint.stated import said_by_user
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import known_families
+from minitron_mcore.runtime.notice import say, warn
 
 Fields = dict[str, Any]
 
@@ -124,7 +121,7 @@ def complete(said: Fields, reader: TensorReader, source: Path) -> Fields:
         fields["vocab_size"] = count_vocabulary(said, reader.folder, shown["padded_vocab_size"], missing)
     missing.refuse()
     if unscaled:
-        say_once(
+        warn(
             f"{source} says nothing of rope_scaling: rotary frequencies are read as not scaled; where they are, give "
             "model.rope_scaling"
         )
@@ -201,7 +198,7 @@ def count_vocabulary(said: Fields, place: Path, rows: int, missing: Missing) -> 
             continue
         name, ids = found
         if any(-(-ids // (unit * size)) * unit * size == rows for size in layouts):
-            say_once(
+            say(
                 f"{missing.source} does not say vocab_size: the {ids:,} ids of {name} count, the other {rows - ids:,} "
                 f"of {rows:,} stored rows are padding"
             )
@@ -211,10 +208,3 @@ def count_vocabulary(said: Fields, place: Path, rows: int, missing: Missing) -> 
         missing.hints.append(f"the tokenizer it names, {named}, cannot be read here")
     missing.add("vocab_size", f"{way} or tokenizer.model")
     return None
-
-
-@cache
-def say_once(text: str) -> None:
-    """By the first rank."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(text, file=sys.stderr)

@@ -17,7 +17,7 @@ from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.completion import FLOATS, UNSCALED, Fields, complete
 from minitron_mcore.checkpoint.hybrid import as_gpt
 from minitron_mcore.checkpoint.reader import TensorReader
-from minitron_mcore.checkpoint.stated import refuse_contradictions
+from minitron_mcore.checkpoint.stated import refuse_contradictions, said_by_user
 from minitron_mcore.checkpoint.unpickle import find_common, read_common
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import read_mapping
@@ -62,6 +62,9 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm", "LayerNorm"),
 }
 
+# Fields that are reckoned with before the Architecture that is made of them can look at them.
+NUMBERS: dict[str, Any] = {**dict.fromkeys(FLOATS, (int, float)), "vocab_size": int}
+
 
 def infer_architecture(place: Path) -> Architecture:
     """Architecture of the iteration in the folder `place`, from what its writer left there; any rank calls.
@@ -75,6 +78,9 @@ def infer_architecture(place: Path) -> Architecture:
     for name in FLOATS:
         with suppress(ValueError):  # YAML reads 1e-06 as a word
             said[name] = float(said[name]) if isinstance(said.get(name), str) else said.get(name)
+    for name, kind in NUMBERS.items():
+        if (value := said.get(name)) is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise InputError(f"{source}: {name}={value!r} must be a {'whole ' if kind is int else ''}number")
     for name, allowed in ONLY.items():
         given_none = said.get(name) is None and False in allowed  # a switch that is not set
         if name in said and said[name] not in allowed and not given_none:
@@ -144,11 +150,16 @@ def read_arguments(place: Path) -> Fields:
     """From Megatron-LM's `args` in the common part."""
     args = read_common(place).get("args")
     if not isinstance(args, argparse.Namespace):
+        if said_by_user().fields:  # says all there is to say, or what else is missing is asked for
+            return {}
         raise InputError(
             f"{find_common(place)} holds no args of Megatron-LM, and neither architecture.yaml nor run_config.yaml "
-            "lies there: nothing says what the model is"
+            "lies there: nothing says what the model is; give model.family (as model.family=llama) and, where the "
+            "stored tensors do not show them, the keys that are asked for then"
         )
-    fields: Fields = {OPTIONS.get(name, name): value for name, value in vars(args).items()}
+    # An array is no value of any option: its words are compared, and named where it stands for one that matters.
+    words = {name: repr(value) if hasattr(value, "shape") else value for name, value in vars(args).items()}
+    fields: Fields = {OPTIONS.get(name, name): value for name, value in words.items()}
     fields["is_megatron_lm"] = True
     gated, squared = fields.get("gated_linear_unit"), fields.get("squared_relu")
     plain = "gelu" if gated is not None and squared is not None else None  # its default, where both switches are off

@@ -131,17 +131,18 @@ class TensorReader:
         offsets = torch.Size([place.layer or 0] + [0] * (len(sizes) - 1))
         if len(entry.size) != len(sizes) or ChunkStorageMetadata(offsets, sizes) not in entry.chunks:
             return None
-        info = self.storage.storage_data[MetadataIndex(place.name, offsets)]
-        if info.transform_descriptors:  # compressed: torch's own reader knows how
-            return None
         try:
+            info = self.storage.storage_data[MetadataIndex(place.name, offsets)]
+            if getattr(info, "transform_descriptors", None):  # compressed: torch's own reader knows how
+                return None
             loaded = load_piece(self.folder, info)
         except Exception as error:  # torch.load raises whatever the damage led to
             raise self._damaged(place, error) from error
         return loaded if loaded.shape == sizes else None
 
     def _damaged(self, place: Place, error: Exception) -> InputError:
-        words = " ".join(str(error).split())
+        missing = isinstance(error, KeyError) and isinstance(error.args[0], MetadataIndex)
+        words = "its .metadata does not say where a part of it lies" if missing else " ".join(str(error).split())
         return InputError(f"{self.folder} is damaged, {place.name} cannot be read: {words}")
 
     def read_part(

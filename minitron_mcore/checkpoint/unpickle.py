@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from megatron.core.transformer import enums
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 
 from minitron_mcore.checkpoint.versions import (
     ANY_VERSION,
@@ -137,7 +137,7 @@ def read_metadata(place: Path) -> Metadata:
     try:
         with path.open("rb") as stream:
             metadata = (AnyVersion if _trusted.get() else _MetadataUnpickler)(stream).load()
-        is_metadata = isinstance(metadata.state_dict_metadata, dict) and isinstance(metadata.storage_data, dict)
+        is_metadata = _is_whole(metadata)
     except _RefusedError as error:
         raise refuse(path, str(error)) from error
     except Exception as error:  # unpickling raises whatever the damage led to
@@ -151,6 +151,26 @@ def read_metadata(place: Path) -> Metadata:
     if getattr(metadata, "storage_meta", None) is None:
         metadata.storage_meta = StorageMeta()
     return metadata
+
+
+def _is_whole(metadata: Any) -> bool:
+    """Whether what was read has the form of a checkpoint's; raises AttributeError where a part of it is not there."""
+    entries, places = metadata.state_dict_metadata, metadata.storage_data
+    if not (isinstance(entries, dict) and isinstance(places, dict)):
+        return False
+    for name, entry in entries.items():
+        is_object = isinstance(entry, BytesStorageMetadata)
+        if not isinstance(name, str) or not (is_object or _is_tensor(entry)):
+            return False
+    numbers = [number for info in places.values() for number in (info.offset, info.length)]
+    return all(isinstance(number, int) and number >= 0 for number in numbers)
+
+
+def _is_tensor(entry: Any) -> bool:
+    if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
+        return False
+    axes = [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
+    return all(len(offsets) == len(sizes) == len(entry.size) for offsets, sizes in axes)
 
 
 def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]:

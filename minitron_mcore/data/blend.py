@@ -19,7 +19,7 @@ from minitron_mcore.data.agreement import difference
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import refuse_closed
-from minitron_mcore.runtime.notice import say
+from minitron_mcore.runtime.notice import warn
 
 Bounds = tuple[float, float]  # of a share of a file's documents, each in [0, 1]
 
@@ -237,7 +237,7 @@ def _is_alike(prefix: str, tokenizer: Tokenizer, model: str, fingerprint: str, r
     if not other.is_named_by(fingerprint) or difference(tokenizer, other, rows) is not None:
         return False
     ends = "" if other.eos == tokenizer.eos else f", but ends documents with id {other.eos}, not {tokenizer.eos}"
-    say(f"{prefix} was made with another tokenizer ({model}) than {tokenizer.path}, of the same ids{ends}")
+    warn(f"{prefix} was made with another tokenizer ({model}) than {tokenizer.path}, of the same ids{ends}")
     return True
 
 

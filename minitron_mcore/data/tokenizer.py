@@ -33,6 +33,7 @@ from minitron_mcore.data.tokenizer_files import (
     CONFIG_FILES,
     MODEL,
     SETTINGS_FILES,
+    SPECIAL,
     VOCABULARY_FILES,
     changed_by,
     check_added,
@@ -45,6 +46,7 @@ from minitron_mcore.files import copy_file
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE = "HuggingFaceTokenizer"
 
+NO_END = "has no end-of-sentence token, which ends each document"
 PASSAGE_CHARACTERS = 2_000  # a training "sentence": whole lines, so that pieces may span a line end
 SEGMENT_CHARACTERS = 1_000_000  # SentencePiece needs about 60 bytes a character while it encodes
 # A unigram model adds scores up from the text's start, and rounding decides between cuts that are equally good: to get
@@ -180,7 +182,7 @@ def _load_sentencepiece(path: str) -> Tokenizer:
     except RuntimeError as error:
         raise InputError(f"tokenizer.model={path} is not a SentencePiece model") from error
     if processor.eos_id() < 0:
-        raise InputError(f"tokenizer.model={path} has no end-of-sentence token, which ends each document")
+        raise InputError(f"tokenizer.model={path} {NO_END}: name a piece of it as eos_token in {SPECIAL} beside it")
     bos, eos, unk = (
         index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id(), processor.unk_id())
     )
@@ -213,15 +215,19 @@ def _load_hugging_face(folder: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        model = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Not given, it asks at the terminal whether a folder's own code may run.
+        model = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the files broke in
         files = changed_by(os.path.join(folder, MODEL)) if os.path.isfile(os.path.join(folder, MODEL)) else ()
         beside = f"{' and '.join(files)} beside {MODEL} cannot be applied: " if files else ""
+        way = " (save it as tokenizer.json, or move them away to read the model alone)" if files else ""
+        needs_code = "trust_remote_code" in str(error)
+        words = "it needs custom code, which is not run here: save it as tokenizer.json" if needs_code else ""
         raise InputError(
-            f"tokenizer.model={folder} is no Hugging Face tokenizer: {beside}{_first_line(error)}"
+            f"tokenizer.model={folder} is no Hugging Face tokenizer: {beside}{words or _first_line(error)}{way}"
         ) from error
     if model.eos_token_id is None:
-        raise InputError(f"tokenizer.model={folder} has no end-of-sentence token, which ends each document")
+        raise InputError(f"tokenizer.model={folder} {NO_END}: name one as eos_token in its {SPECIAL}")
     check_added(folder, model.get_vocab().get)
     model.model_max_length = int(1e30)  # documents longer than a model's window are no mistake here
 

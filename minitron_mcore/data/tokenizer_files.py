@@ -120,6 +120,10 @@ def check_added(folder: str, id_of: Any) -> None:
     if os.path.isfile(os.path.join(folder, "tokenizer.json")):
         return
     for name, number in read_names(folder, ADDED).items():
+        if not isinstance(number, int):
+            raise InputError(
+                f"{os.path.join(folder, ADDED)} gives {name!r} the id {number!r}, which is no whole number"
+            )
         found: Optional[int] = id_of(name)
         if found != number:
             raise InputError(

@@ -1,4 +1,4 @@
-"""A warning from where no Runtime is at hand."""
+"""A line or a warning from where no Runtime is at hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import torch
 
 
 @cache
-def say(warning: str) -> None:
+def say(text: str) -> None:
     """Print it once, on the first rank's standard error; any rank may call."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(text, file=sys.stderr)
+
+
+def warn(warning: str) -> None:
+    say(f"warning: {warning}")

@@ -11,7 +11,7 @@ from minitron_mcore.data.agreement import difference
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.notice import say
+from minitron_mcore.runtime.notice import warn
 
 
 def check_lineage(tokenizer: Tokenizer, folder: Path) -> None:
@@ -36,7 +36,7 @@ def check_same_tokenizer(teacher: Tokenizer, student_folder: Path, key: str) -> 
     if not isinstance(student, str) or teacher.is_named_by(student):
         return
     if tokenizer and difference(teacher, tokenizer, read_architecture(student_folder).vocab_size) is None:
-        say(f"{key}={student_folder} has another tokenizer than its teacher, of the same ids as far as the model goes")
+        warn(f"{key}={student_folder} has another tokenizer than its teacher, of the same ids as far as the model goes")
         return
     raise InputError(
         f"{key}={student_folder} has another tokenizer ({student[:12]}) than its teacher ({teacher.path}, "
@@ -62,7 +62,7 @@ def fit_tokenizer(tokenizer: Tokenizer, architecture: Architecture, recipe: Reci
             "tokenizer the model was trained with (allow=[larger_tokenizer] takes this one for texts without those ids)"
         )
     names = ", ".join(repr(tokenizer.pieces()[number]) for number in beyond[:3]) + (" …" if len(beyond) > 3 else "")
-    say(
+    warn(
         f"tokenizer.model={tokenizer.path} has {len(beyond)} ids beyond the model's vocab_size={rows} ({names}): "
         "a text that holds one is refused"
     )

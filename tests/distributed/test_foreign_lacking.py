@@ -38,6 +38,7 @@ from tests.distributed.ranks import run_on_ranks
 from tests.unit.text_data import small_tokenizer
 
 SCALED = "model.rope_scaling={factor: 4, low_freq_factor: 1, high_freq_factor: 3, original_max_position_embeddings: 32}"
+OF_PROVIDER = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")
 # Keys of run_config.yaml (Llama's, its provider no family's) that are asked for -> what to give.
 RUN_CONFIG = {
     "activation_func": "model.family=llama",
@@ -48,7 +49,7 @@ RUN_CONFIG = {
     "rotary_percent": "model.rotary_percent=1",
     "seq_length": f"model.max_position_embeddings={CONTEXT}",
     "vocab_size": f"model.vocab_size={VOCAB}",
-    **dict.fromkeys(("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len"), SCALED),
+    **dict.fromkeys(OF_PROVIDER, SCALED),
 }
 # Options of Megatron-LM that are asked for -> what to give.
 ARGUMENTS = {
@@ -161,17 +162,31 @@ def test_all_that_is_missing_is_one_sentence(root: Path) -> None:
         assert found == expected_architecture(name).replace(rope_scaling=None)
 
 
+def test_without_any_description_the_user_gives_it(root: Path) -> None:
+    """A checkpoint of megatron-core's own `dist_checkpointing.save`, whose common part has no arguments."""
+    path = root / "llama" / f"iter_{ITERATION:07d}" / "common.pt"
+    torch.save({"iteration": ITERATION}, path)
+    with pytest.raises(InputError, match=r"holds no args of Megatron-LM, .* give model\.family"):
+        described(root / "llama")
+    with pytest.raises(InputError, match="does not say") as said:
+        described(root / "llama", "model.family=llama")
+    of_family = ("model.family=llama", RUN_CONFIG["rotary_percent"])
+    given = [key for name, key in RUN_CONFIG.items() if name not in OF_PROVIDER and key not in of_family]
+    given += ["model.num_attention_heads=6", "model.rope_scaling={factor: 8}"]
+    assert all(key.partition("=")[0] in str(said.value) for key in given), said.value
+    assert described(root / "llama", *given, "model.family=llama") == expected_architecture("llama")
+
+
 def test_a_provider_named_after_a_family_says_what_it_fixes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drop = ("activation_func", "layernorm_zero_centered_gamma", "position_embedding_type", "rotary_percent")
-    scaling = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")
     target = "megatron.bridge.models.llama.llama_provider.LlamaModelProvider"
-    write_run_config(root, "llama-bridge", (*drop, *scaling), _target_=target)
+    write_run_config(root, "llama-bridge", (*drop, *OF_PROVIDER), _target_=target)
     expected = expected_architecture("llama-bridge")
     for _ in range(2):
         assert described(root / "llama-bridge") == expected.replace(rope_scaling=None)
     assert capsys.readouterr().err.count("says nothing of rope_scaling: rotary frequencies are read as not scaled") == 1
     assert described(root / "llama-bridge", SCALED) == expected
-    write_run_config(root, "llama-bridge", (*scaling, "rotary_base"), _target_=target)
+    write_run_config(root, "llama-bridge", (*OF_PROVIDER, "rotary_base"), _target_=target)
     with pytest.raises(InputError, match=r"give model\.rotary_base, model\.rope_scaling"):
         described(root / "llama-bridge")
 

@@ -83,6 +83,12 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     },
     r"rotary_percent=0.5 fits none of the families .*: a llama model has 1.0": {"rotary_percent": 0.5},
     r"normalization='BatchNorm' is no model": {"normalization": "BatchNorm"},
+    r"num_moe_experts='tensor\(\[1, 2\]\)' is no model": {"num_experts": torch.tensor([1, 2])},
+    r"num_attention_heads='tensor\(6\)' must be a whole number": {"num_attention_heads": torch.tensor(6)},
+    r"common\.pt: rotary_base=\[1\] must be a number": {"rotary_base": [1]},
+    r"common\.pt: layernorm_epsilon='small' must be a number": {"norm_epsilon": "small"},
+    r"common\.pt: vocab_size='1003' must be a whole number": {"vocab_size": "1003"},
+    r"common\.pt: vocab_size=True must be a whole number": {"vocab_size": True},
     r"describes no architecture: .*num_attention_heads=6 must be a multiple of num_query_groups=4": {
         "num_query_groups": 4
     },

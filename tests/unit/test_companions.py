@@ -71,6 +71,18 @@ CARRIED = (
 LEFT = ("model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "original/consolidated.00.PTH", "a.gguf")
 
 
+def test_the_weights_that_an_index_names_are_those_that_were_imported(tmp_path: Path) -> None:
+    """Whatever they are called; what bears a usual name without being one of them stays behind with a word."""
+    index = {"weight_map": {"a": "consolidated-1.safetensors", "b": "consolidated-2.safetensors"}}
+    source = written(tmp_path / "hf", model__safetensors__index__json=json.dumps(index))
+    for name in (*index["weight_map"].values(), "model.fp16.safetensors", "model-00001-of-00002.safetensors"):
+        (source / name).write_text("x")
+    (source / "manifest.json").write_text(json.dumps({"format": 1, "checksum": "xxh3_128"}))  # an earlier export's
+    assert keep_companions(source, tmp_path / "checkpoint") == [
+        "other files of weights stay behind: model-00001-of-00002.safetensors, model.fp16.safetensors"
+    ]
+
+
 def test_every_file_but_weights_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sub-folders too, linked ones once; not hidden folders, caches, another checkpoint, or what is very large."""
     source = tmp_path / "hf"
@@ -94,7 +106,11 @@ def test_every_file_but_weights_travels(tmp_path: Path, monkeypatch: pytest.Monk
     written(tmp_path / "checkpoint" / "tokenizer", tokenizer__json="the same", config__json="the same")
 
     notes = keep_companions(source, tmp_path / "checkpoint")
-    assert notes[0].startswith("other files of weights stay behind: ") and "huge.txt" in notes[1] and len(notes) == 2
+    assert notes[0].startswith("other files of weights stay behind: ") and "huge.txt" in notes[1]
+    assert notes[2] == "links to nothing stay behind: gone"
+    assert (
+        notes[3].endswith("with the name of one that an export writes stay behind: manifest.json") and notes[4:] == []
+    )
     assert all(name in notes[0] for name in LEFT[1:]) and " model.safetensors" not in notes[0]
     carry_companions(tmp_path / "checkpoint", tmp_path / "student")
     write_companions(tmp_path / "student", written(tmp_path / "out"), {})

@@ -100,9 +100,10 @@ def test_what_says_nothing_new_leaves_a_sentencepiece_model(tmp_path: Path, bpe:
 def test_what_cannot_be_applied_is_refused(tmp_path: Path, bpe: bytes) -> None:
     cases: list[tuple[str, bytes, dict[str, Any]]] = [
         ("gives '<|im_start|>' the id 700", bpe, {"added_tokens": {"<|im_start|>": 700, "<|im_end|>": 600}}),
+        ("the id '600', which is no whole number", bpe, {"added_tokens": {"<|im_start|>": "600"}}),
         ("to map names", bpe, {"added_tokens": ["<|im_start|>"]}),
         (
-            "is no Hugging Face tokenizer: .*beside tokenizer.model",
+            r"is no Hugging Face tokenizer: .*beside tokenizer\.model .* \(save it as tokenizer\.json, or move them",
             model(tmp_path / "u.model", model_type="unigram", vocab_size=400).read_bytes(),
             {"added_tokens": {"<|im_start|>": 400}},
         ),
@@ -114,6 +115,36 @@ def test_what_cannot_be_applied_is_refused(tmp_path: Path, bpe: bytes) -> None:
     (broken / SPECIAL).write_text("{")
     with pytest.raises(InputError, match=r"special_tokens_map\.json cannot be read"):
         load_tokenizer(str(broken))
+
+
+def test_a_tokenizer_without_end_of_sentence_is_given_one(tmp_path: Path, bpe: bytes) -> None:
+    """One of sentencepiece, and a tokenizer.json alone."""
+    from tests.unit.test_fingerprint import train_byte_level
+
+    silent = model(tmp_path / "silent.model", eos_id=-1, user_defined_symbols=["<end>"]).read_bytes()
+    folder_of(tmp_path / "sentencepiece", silent)
+    train_byte_level(tmp_path / "json")
+    (tmp_path / "json" / "tokenizer_config.json").unlink()
+    for name, end in (("sentencepiece", "<end>"), ("json", "def")):
+        folder = tmp_path / name
+        with pytest.raises(InputError, match=r"has no end-of-sentence token, .*: name .* as eos_token in .*_map\.json"):
+            load_tokenizer(str(folder))
+        (folder / SPECIAL).write_text(json.dumps({"eos_token": end}))
+        tokenizer = load_tokenizer(str(folder))
+        assert tokenizer.pieces()[tokenizer.eod] == end
+
+
+def test_a_folders_own_code_is_not_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask at the terminal."""
+    from tests.unit.test_fingerprint import train_byte_level
+
+    train_byte_level(tmp_path)
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(InputError, match=r"it needs custom code, which is not run here: save it as tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_vocabulary_and_merges_alone_are_a_tokenizer(tmp_path: Path) -> None:

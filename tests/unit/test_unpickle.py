@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -241,6 +241,25 @@ def test_an_object_in_a_tensors_place(folder: Path) -> None:
         read_all(folder)
 
 
+def damaged_metadata(whole: bytes) -> Iterator[bytes]:
+    """Each of another part that is not there, or is of another kind; the pickle itself is well."""
+
+    def changed(change: Callable[[Metadata, Any, Any], Any]) -> bytes:
+        metadata = pickle.loads(whole)
+        index = next(index for index in metadata.storage_data if index.fqn == "output_layer.weight")
+        change(metadata, metadata.state_dict_metadata["output_layer.weight"], index)
+        return pickle.dumps(metadata)
+
+    yield changed(lambda metadata, _, index: delattr(metadata.storage_data[index], "length"))
+    yield changed(lambda metadata, _, index: setattr(metadata.storage_data[index], "offset", "far"))
+    yield changed(lambda metadata, _, index: setattr(metadata.storage_data[index], "offset", -1))
+    yield changed(lambda metadata, _, index: metadata.storage_data.pop(index))
+    yield changed(lambda metadata, entry, _: vars(metadata)["state_dict_metadata"].update({7: entry}))
+    yield changed(lambda metadata, _, index: metadata.state_dict_metadata.update({"a": metadata.storage_data[index]}))
+    yield changed(lambda _, entry, __: setattr(entry, "size", torch.Size([16])))
+    yield changed(lambda _, entry, __: setattr(entry.properties, "dtype", 7))
+
+
 def test_what_is_damaged_is_said_in_one_sentence(folder: Path) -> None:
     place = folder / "iter_0000005"
     whole = {name: (place / name).read_bytes() for name in (".metadata", "common.pt")}
@@ -258,6 +277,12 @@ def test_what_is_damaged_is_said_in_one_sentence(folder: Path) -> None:
         with pytest.raises(InputError, match=name):
             TensorReader(folder, 5)
         (place / name).write_bytes(whole[name])
+    for part in damaged_metadata(whole[".metadata"]):
+        (place / ".metadata").write_bytes(part)
+        with pytest.raises(InputError, match=r"no readable \.metadata|does not say where a part of it lies") as said:
+            TensorReader(folder, 5).read("output_layer.weight", None, tuple(tensors()["output_layer.weight"].shape))
+        assert "\n" not in str(said.value)
+    (place / ".metadata").write_bytes(whole[".metadata"])
     torch.save([1], place / "common.pt")
     with pytest.raises(InputError, match="holds a list"):
         read_common(place)
