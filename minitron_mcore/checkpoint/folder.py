@@ -96,12 +96,7 @@ def find_checkpoint(folder: str | Path | None, key: str) -> tuple[Path, int]:
 
 
 def _find(path: Path, key: str) -> tuple[Path, int]:
-    if (
-        (path / TRACKER).is_file()
-        and (path / TRACKER).read_bytes().strip() == b"release"
-        and is_iteration(path / "release")
-    ):
-        path = path / "release"  # how Megatron-LM's converters name what has no iteration
+    path = released(path)
     if is_iteration(path):
         number = path.resolve().name.removeprefix("iter_")
         return path, int(number) if number.isdecimal() else 0
@@ -109,6 +104,14 @@ def _find(path: Path, key: str) -> tuple[Path, int]:
     if iteration is None:
         raise InputError(f"{key}={path} holds no finished checkpoint: {TRACKER} is missing")
     return path, iteration
+
+
+def released(folder: Path) -> Path:
+    """Its sub-folder `release`, as Megatron-LM's converters name what has no iteration, where `folder` has that; else
+    `folder`."""
+    tracker = folder / TRACKER
+    is_release = tracker.is_file() and tracker.read_bytes().strip() == b"release"
+    return folder / "release" if is_release and is_iteration(folder / "release") else folder
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -86,9 +86,13 @@ def infer_architecture(place: Path) -> Architecture:
         if name in said and said[name] not in allowed and not given_none:
             needed = " or ".join(repr(value) for value in allowed)
             raise InputError(f"{source}: {name}={said[name]!r} is no model that can be read here, only {needed} is")
-    refuse_contradictions(said, source)
     reader = TensorReader(place, 0)
-    if reader.shape("embedding.word_embeddings.weight") is None:
+    embedding, words = reader.shape("embedding.word_embeddings.weight"), said_by_user().fields.get("vocab_size")
+    # All rows, as of models that leave here to be trained there: the user may know that some of them are padding.
+    if embedding is not None and words is not None and words < embedding[0] == said.get("vocab_size"):
+        said["vocab_size"] = None
+    refuse_contradictions(said, source)
+    if embedding is None:
         raise InputError(f"{place} holds no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
     try:
         architecture = build_architecture(complete(said, reader, source))

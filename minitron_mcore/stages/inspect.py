@@ -13,6 +13,7 @@ from minitron_mcore.checkpoint.folder import (
     iteration_folder,
     read_architecture,
     read_lineage,
+    released,
     said_by,
     tokenizer_folder,
 )
@@ -63,6 +64,7 @@ def describe(path: Path) -> dict[str, Any]:
     """What `path` is, by its `kind`. Raises InputError where it is none of KINDS, or damaged. One process calls."""
     if not path.exists():
         raise InputError(f"path={path} is not there: name a checkpoint, a Hugging Face folder, a scores file or a plan")
+    path = released(path)
     if path.is_dir() and (is_iteration(path) or is_checkpoint(path)):
         return _with_tokenizer(_checkpoint(path), tokenizer_folder(path))
     if path.is_dir() and is_hugging_face(path):

@@ -205,6 +205,11 @@ def test_what_is_said_twice_must_agree(root: Path) -> None:
     for given, words in refused.items():
         with pytest.raises(InputError, match=words):
             described(place, given)
+    with pytest.raises(InputError, match=r"model\.vocab_size=1000 contradicts .* which says 1003"):
+        described(place, "model.vocab_size=1000")
+    write_run_config(root, "llama-bridge", (), vocab_size=PADDED)  # as what left here with its padding comes back
+    assert described(place).vocab_size == PADDED
+    assert described(place, f"model.vocab_size={VOCAB}") == expected_architecture("llama-bridge")
 
 
 def test_a_verb_reads_the_keys(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,7 @@ from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, trust
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import parameter_table
 from minitron_mcore.stages.common import output_folder
+from minitron_mcore.stages.inspect import describe
 
 ARCHITECTURE = build_architecture(
     {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "num_attention_heads": 2, "vocab_size": 16}
@@ -302,6 +303,7 @@ def test_an_iterations_folder_may_be_named(folder: Path) -> None:
     alone = alone.rename(alone.with_name("release"))
     assert find_checkpoint(alone, "checkpoint") == (alone, 0) and TensorReader(alone, 0).dtype("output_layer.weight")
     (alone.parent / TRACKER).write_text("release\n")
+    assert describe(alone.parent)["newest_finished"] == 0
     assert find_checkpoint(alone.parent, "checkpoint") == (alone, 0)
 
 
