@@ -39,6 +39,7 @@ from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.context import check_sequence
+from minitron_mcore.runtime.notice import warn
 from minitron_mcore.runtime.parallel import check_teacher_layout, of_teacher, use_layout
 from minitron_mcore.runtime.start import Runtime, seed_everything
 from minitron_mcore.stages.tokenizers import check_lineage, fit_tokenizer
@@ -319,11 +320,13 @@ def checkpoint_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
     tokenizer = load_tokenizer(str(beside)) if beside is not None else given
     assert tokenizer is not None
     rows = read_architecture(folder).vocab_size
-    if given is not None and given.fingerprint != tokenizer.fingerprint and difference(given, tokenizer, rows):
-        raise InputError(
-            f"tokenizer.model={recipe.tokenizer.model} is not the tokenizer that {folder} was trained with, which lies "
-            f"in {beside}: leave tokenizer.model out"
-        )
+    if given is not None and given.fingerprint != tokenizer.fingerprint:
+        if difference(given, tokenizer, rows):
+            raise InputError(
+                f"tokenizer.model={recipe.tokenizer.model} is not the tokenizer that {folder} was trained with, which "
+                f"lies in {beside}: leave tokenizer.model out"
+            )
+        warn(f"tokenizer.model={recipe.tokenizer.model} has the same ids as far as the model goes, {beside} is used")
     tokenizer = dataclasses.replace(tokenizer, stands_in="other_tokenizer" in recipe.allow)
     check_lineage(tokenizer, folder)
     return fit_tokenizer(tokenizer, read_architecture(folder), recipe)

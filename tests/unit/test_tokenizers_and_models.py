@@ -119,6 +119,7 @@ def test_ids_that_agree_are_the_same_tokenizer(
     named = Recipe()
     named.tokenizer.model = str(folders / "base")
     assert checkpoint_tokenizer(named, student).fingerprint == chat.fingerprint
+    assert "base has the same ids as far as the model goes, " in capsys.readouterr().err
     prefix = small_data(tmp_path / "text", chat, package=JSON_PACKAGE)
     assert build(prefix, base) is not None
     assert "of the same ids, but ends documents with id 502, not 501" in capsys.readouterr().err
