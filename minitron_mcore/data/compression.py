@@ -14,10 +14,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import IO, Any
 
 from minitron_mcore.errors import InputError
+
+BLOCK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,47 @@ def _open_zstd(raw: IO[bytes]) -> Any:
     return zstd.ZstdFile(raw, "rb", options={zstd.DecompressionParameter.window_log_max: 31})
 
 
+class Streams(io.RawIOBase):
+    """The content of compressed streams that lie end to end, as parallel tools write them; zeros may fill up each.
+
+    Python's own files of bzip2 and xz end without a word at a later stream that is damaged, as at any bytes behind the
+    first that are no stream.
+    """
+
+    def __init__(self, new: Callable[[], Any], raw: IO[bytes]) -> None:
+        self.new, self.raw, self.engine = new, raw, new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: memoryview) -> int:  # type: ignore[override]
+        content = b""
+        while not content:
+            block = b""
+            if self.engine.eof:
+                block = self.engine.unused_data.lstrip(b"\0")
+                while not block:
+                    if not (read := self.raw.read(BLOCK_BYTES)):
+                        return 0
+                    block = read.lstrip(b"\0")
+                self.engine = self.new()
+            elif self.engine.needs_input and not (block := self.raw.read(BLOCK_BYTES)):
+                raise EOFError("it ends within a compressed stream")
+            content = self.engine.decompress(block, len(target))
+        target[: len(content)] = content
+        return len(content)
+
+
 # The frame, and the skippable frames that may stand before it.
 _ZSTD_MAGIC = (b"\x28\xb5\x2f\xfd", *(bytes([low]) + b"\x2a\x4d\x18" for low in range(0x50, 0x60)))
 
 COMPRESSIONS = (
     Compression("gzip", (b"\x1f\x8b",), (".gz", ".gzip"), lambda raw: gzip.GzipFile(fileobj=raw, mode="rb")),
     Compression("zstd", _ZSTD_MAGIC, (".zst", ".zstd"), _open_zstd),
-    Compression("bzip2", tuple(b"BZh%d" % level for level in range(1, 10)), (".bz2",), bz2.BZ2File),
-    Compression("xz", (b"\xfd7zXZ\x00",), (".xz",), lzma.LZMAFile),
+    Compression(
+        "bzip2", tuple(b"BZh%d" % level for level in range(1, 10)), (".bz2",), partial(Streams, bz2.BZ2Decompressor)
+    ),
+    Compression("xz", (b"\xfd7zXZ\x00", b"]\x00\x00"), (".xz", ".lzma"), partial(Streams, lzma.LZMADecompressor)),
 )
 ENDINGS = tuple(ending for compression in COMPRESSIONS for ending in compression.endings)
 

@@ -13,7 +13,7 @@ class TokenizerConfig:
     type: Optional[str] = None  # SentencePieceTokenizer or HuggingFaceTokenizer; null: seen from what `model` is
     model: Optional[str] = None  # a SentencePiece .model file, or a Hugging Face folder
     input: Any = None  # text to train on: a file, folder or glob, or a list of them; null: the recipe's `input`
-    # taken from folders, in capitals too, and compressed (.gz, .zst, .bz2, .xz)
+    # taken from folders, in capitals too, and compressed (.gz, .zst, .bz2, .xz, .lzma)
     extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
     exclude: list[str] = field(default_factory=list)  # names of folders not to enter
     json_key: str = "text"  # which value of a JSON line, or column of a Parquet file, is the text
@@ -31,7 +31,7 @@ class PreprocessConfig:
 
     input: Any = None  # a file, folder or glob, or a list of them; null: the recipe's `input`
     output_prefix: Optional[str] = None  # null: the recipe's `output_prefix`
-    # taken from folders, in capitals too, and compressed (.gz, .zst, .bz2, .xz)
+    # taken from folders, in capitals too, and compressed (.gz, .zst, .bz2, .xz, .lzma)
     extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
     exclude: list[str] = field(default_factory=list)  # names of folders not to enter
     json_keys: list[str] = field(default_factory=lambda: ["text"])  # of JSON lines; columns of a Parquet file

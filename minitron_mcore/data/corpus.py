@@ -11,6 +11,8 @@ from minitron_mcore.data.compression import without_ending
 from minitron_mcore.data.folders import files_below
 from minitron_mcore.errors import InputError
 
+NO_FILE = "is a pipe, a socket or a device, and no file"
+
 
 def as_list(value: Any, key: str) -> list[str]:
     """One string or a list of strings, as a list. `key` is named in the InputError for anything else."""
@@ -34,31 +36,32 @@ def find_files(
 
     Folders are read to the bottom for files with one of `extensions`, in capitals too and with a compression's ending
     behind it, but for folders whose name is in `exclude`; links are followed. Files and globs are taken as they are.
-    `report` is told of links that lead nowhere. Raises InputError, naming `key`, for a path that is not there or a
-    folder that is closed, and where no file is left.
+    `report` is told of what is left out: links that lead nowhere, pipes and the like. Raises InputError, naming `key`,
+    for a path that is not there or is no file, for a folder that is closed, and where no file is left.
     """
     endings = tuple((e if e.startswith(".") else "." + e).lower() for e in extensions)
     skipped = set(exclude)
     files: list[str] = []
-    broken: list[str] = []
+    left_out: list[str] = []
     for path in as_list(inputs, key):
         if os.path.islink(path) and not os.path.exists(path):
             raise InputError(f"{key}: {path} is a link to {os.readlink(path)}, which does not exist")
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
             raise InputError(f"{key}: {path} does not exist")
+        if matches == [path] and not os.path.isdir(path) and not os.path.isfile(path):
+            raise InputError(f"{key}: {path} {NO_FILE}; text is read twice, so write it to a file first")
         for match in matches:
             if os.path.isdir(match):
                 found, lost = files_below(match, lambda name: _is_asked_for(name, endings), skipped, key)
                 files += found
-                broken += lost
+                left_out += lost
             else:
-                (files if os.path.exists(match) else broken).append(match)
-    if broken and report is not None:
-        more = f" and {len(broken) - 1:,} more" if len(broken) > 1 else ""
-        report(
-            f"warning: {key}: {broken[0]}{more} left out, for a link to {os.readlink(broken[0])}, which does not exist"
-        )
+                (files if os.path.isfile(match) else left_out).append(match)
+    if left_out and report is not None:
+        path, more = left_out[0], f" and {len(left_out) - 1:,} more" if len(left_out) > 1 else ""
+        reason = NO_FILE if os.path.exists(path) else f"is a link to {os.readlink(path)}, which does not exist"
+        report(f"warning: {key}: {path}{more} left out: it {reason}")
     if not files:
         raise InputError(
             f"{key}={inputs!r} holds no file ending in {', '.join(endings)}; give others or set extensions"

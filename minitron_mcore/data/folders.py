@@ -11,14 +11,15 @@ from minitron_mcore.errors import InputError
 def files_below(
     folder: str, is_asked_for: Callable[[str], bool], exclude: set[str], key: str
 ) -> tuple[list[str], list[str]]:
-    """(files whose name `is_asked_for`, links that lead nowhere) below `folder`, to the bottom.
+    """(files whose name `is_asked_for`, what is left out: links that lead nowhere, and whatever of such a name is no
+    file, as a named pipe, which would be waited on for ever) below `folder`, to the bottom.
 
     Of each folder first its files, by name, then its folders, by name; not those whose name is in `exclude`. A link to
     a folder is entered too, unless that folder is read without it, as one above the link is. Raises InputError, naming
     `key`, for a folder that is closed to this user.
     """
     files: list[str] = []
-    broken: list[str] = []
+    left_out: list[str] = []
     entered: set[str] = set()
     links: list[str] = []  # to folders; followed last, so that what lies here is found under its own name
     waiting = [folder]
@@ -37,10 +38,10 @@ def files_below(
                 if entry.name not in exclude:
                     (links if entry.is_symlink() else waiting).append(entry.path)
             elif entry.is_symlink() and not os.path.exists(entry.path):
-                broken.append(entry.path)
-            elif entry.is_file() and is_asked_for(entry.name):
-                files.append(entry.path)
-    return sorted(files, key=_walk_order), sorted(broken, key=_walk_order)
+                left_out.append(entry.path)
+            elif is_asked_for(entry.name):
+                (files if entry.is_file() else left_out).append(entry.path)
+    return sorted(files, key=_walk_order), sorted(left_out, key=_walk_order)
 
 
 def _entries(folder: str, key: str) -> list[os.DirEntry[str]]:

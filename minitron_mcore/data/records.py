@@ -178,6 +178,8 @@ def _check_columns(schema: Any, keys: Sequence[str], path: str) -> None:
     for key in keys:
         if key not in schema.names:
             raise InputError(f"{path} has no column {key!r} (it has {sorted(schema.names)}); set json_keys")
+        if (count := schema.names.count(key)) > 1:
+            raise InputError(f"{path} has {count} columns {key!r}: rename or drop all but one")
         kind = schema.field(key).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not any(getattr(pyarrow.types, f"is_{name}")(kind) for name in STRING_TYPES):

@@ -65,6 +65,8 @@ NO_TEXT = (
 )
 # Text of another encoding is mostly undecodable where its letters are; text with a few bad bytes is not.
 MOST_UNDECODABLE, FEWEST_UNDECODABLE = 0.3, 64
+# A list of objects, or an object over several lines.
+JSON_BEGINNING = re.compile(r'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class TextFile:
     compression: Compression | None = None
     mark: bytes = b""  # the byte order mark it begins with
     encoding: str = "utf-8"
+    looks_like_json: bool = False  # although it is read as text
 
     @property
     def size(self) -> int:
@@ -115,20 +118,29 @@ def inspect_file(path: str) -> TextFile:
         form = JSON_LIST if text.lstrip().startswith("[") else JSON_LINES
     elif _is_json_lines(text, is_longer=len(head) == HEAD_BYTES):
         form = JSON_LINES
-    return TextFile(path, form, compression, mark, encoding)
+    return TextFile(path, form, compression, mark, encoding, form == TEXT and bool(JSON_BEGINNING.match(text)))
 
 
 def inspect_files(paths: Iterable[str], report: Callable[[str], None]) -> list[TextFile]:
     """`inspect_file` of each, so that what cannot be read is refused before anything is.
 
-    `report` is told of files that are read otherwise than their names say.
+    `report` is told of files that are read otherwise than their names say, or perhaps should be.
     """
     files = [inspect_file(path) for path in paths]
+    if others := [file for file in files if file.looks_like_json]:
+        path, more = others[0].path, _more(others)
+        report(
+            f"warning: {path} is read as plain text, but begins as JSON does; to be read so it must end in .json{more}"
+        )
     if others := [file for file in files if _is_misnamed(file)]:
-        file, more = others[0], f" (and {len(others) - 1:,} more of the kind)" if len(others) > 1 else ""
+        file, more = others[0], _more(others)
         inside = f", compressed by {file.compression.name}" if file.compression else ""
         report(f"warning: {file.path} is read as {file.form}{inside}, whatever its name says{more}")
     return files
+
+
+def _more(files: list[TextFile]) -> str:
+    return f" (and {len(files) - 1:,} more of the kind)" if len(files) > 1 else ""
 
 
 def _is_misnamed(file: TextFile) -> bool:

@@ -75,7 +75,7 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
     said: list[str] = []
     assert found(tmp_path, said=said) == ["in/a.txt"]
     left_out = f"warning: input: {tmp_path}/in/lost and 1 more left out"
-    assert said == [f"{left_out}, for a link to /nowhere/folder, which does not exist"]
+    assert said == [f"{left_out}: it is a link to /nowhere/folder, which does not exist"]
     with pytest.raises(InputError, match="in/lost is a link to /nowhere/folder, which does not exist"):
         found(tmp_path, str(tmp_path / "in" / "lost"))
 
@@ -95,8 +95,17 @@ def test_a_closed_folder_is_refused(tmp_path, monkeypatch):
     assert found(tmp_path, exclude=("closed",)) == ["in/a.txt"]
 
 
-def test_what_is_no_file_is_left_alone(tmp_path):
-    """A named pipe would be waited on for ever."""
+def test_what_is_no_file_is_left_out_and_named(tmp_path):
+    """A named pipe would be waited on for ever, and what a shell makes of `<(zcat a.gz)` can be read only once."""
     write(tmp_path / "in", "a.txt")
     os.mkfifo(tmp_path / "in" / "b.txt")
-    assert found(tmp_path) == ["in/a.txt"]
+    os.mkfifo(tmp_path / "in" / "other")
+    (tmp_path / "in" / "zero.txt").symlink_to("/dev/zero")
+    said: list[str] = []
+    assert found(tmp_path, said=said) == ["in/a.txt"]
+    words = "left out: it is a pipe, a socket or a device, and no file"
+    assert said == [f"warning: input: {tmp_path}/in/b.txt and 1 more {words}"]
+    assert found(tmp_path, str(tmp_path / "in" / "*.txt"), said) == ["in/a.txt"] and said[1] == said[0]
+    for path in ("in/b.txt", "in/zero.txt"):
+        with pytest.raises(InputError, match=f"input: .*{path} is a pipe, a socket or a device, and no file; text is"):
+            found(tmp_path, str(tmp_path / path))

@@ -53,6 +53,9 @@ SPELLINGS: dict[str, Callable[[], bytes]] = {
     "A.JSONL.GZ": lambda: gzip.compress(RAW),
     "a.jsonl.bz2": lambda: bz2.compress(RAW),
     "a.ndjson.xz": lambda: lzma.compress(RAW),
+    "filled.jsonl.xz": lambda: lzma.compress(RAW[:900]) + bytes(8) + lzma.compress(RAW[900:]) + bytes(4),
+    "parallel.jsonl.bz2": lambda: bz2.compress(RAW[:900]) + bz2.compress(RAW[900:]),
+    "old.jsonl.lzma": lambda: lzma.compress(RAW, format=lzma.FORMAT_ALONE),
     "a.jsonl.zst": lambda: zstd(RAW[:1000]) + zstd(RAW[1000:]),
     "compressed.jsonl": lambda: gzip.compress(RAW),
     "other.jsonl.zst": lambda: gzip.compress(RAW),
@@ -122,6 +125,9 @@ def test_parquet_that_cannot_be_read(tokenizer, tmp_path):
         "some": "a.parquet, row 2: 'some' is null; it must be a string",
     }.items():
         refused(path, words, tokenizer, tmp_path, json_keys=[key])
+    both = pyarrow.Table.from_arrays([pyarrow.array(TEXTS)] * 2, names=["text", "text"])
+    parquet.write_table(both, tmp_path / "b.parquet")
+    refused(tmp_path / "b.parquet", "b.parquet has 2 columns 'text'", tokenizer, tmp_path)
     whole = path.read_bytes()
     for damaged in (whole[:-20], whole[:200] + bytes(200) + whole[400:], whole[:4] + whole[8:]):
         path.write_bytes(damaged)
@@ -179,6 +185,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "a.jsonl.bz2": (lambda _: bz2.compress(RAW)[:-9], "is damaged or cut off"),
     "b.jsonl.bz2": (lambda _: b"BZh9" + RAW, "is damaged or cut off"),
     "a.jsonl.xz": (lambda _: lzma.compress(RAW)[:-9], "is damaged or cut off"),
+    # Of streams end to end a later one: its beginning, and its middle.
+    "c.jsonl.bz2": (lambda _: bz2.compress(RAW) + b"BZh8" + bytes(9), "is damaged or cut off"),
+    "d.jsonl.bz2": (lambda _: bz2.compress(RAW) + bz2.compress(RAW)[:60] + bytes(99), "is damaged or cut off"),
+    "b.jsonl.xz": (lambda _: lzma.compress(RAW) + b"more", "is damaged or cut off"),
+    "c.jsonl.xz": (lambda _: lzma.compress(RAW) + lzma.compress(RAW)[:60] + bytes(99), "is damaged or cut off"),
     "a.parquet": (lambda _: RAW, "is no Parquet file, as its name says"),
     "a.csv": (lambda _: b"text,id\nhello,1\n", "is a table of comma-separated values"),
     "a.TSV.gz": (lambda _: gzip.compress(b"text\tid\nhello\t1\n"), "is a table of tab-separated values"),
@@ -218,6 +229,18 @@ def test_a_mark_is_no_text(tokenizer, tmp_path):
         (tmp_path / f"{name}.txt").write_bytes("größer\r\nals 漢字🎉".encode(encoding))
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress("größer\r\nals 漢字🎉".encode("utf-8-sig")))
     assert texts_in(tmp_path, tokenizer, tmp_path) == ["größer\r\nals 漢字🎉"] * 4
+
+
+@pytest.mark.parametrize("text", [LIST.decode(), '{\n "text": "a",\n "id": 1\n}\n'])
+def test_json_under_the_name_of_a_text_is_asked_about(text, tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text(text)
+    said: list[str] = []
+    assert texts_in(tmp_path / "a.txt", tokenizer, tmp_path, said.append) == [text]
+    assert "a.txt is read as plain text, but begins as JSON does; to be read so it must end in .json" in said[0]
+    (tmp_path / "c.txt").write_text("[{braces}] and {more: of them}")
+    said.clear()
+    texts_in(tmp_path / "c.txt", tokenizer, tmp_path, said.append)
+    assert not any("warning" in words for words in said)
 
 
 def test_what_is_replaced_is_counted(tokenizer, tmp_path):
