@@ -31,7 +31,7 @@ from minitron_mcore.data.blend import (
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.runtime.interrupt import outlive_signals
+from minitron_mcore.runtime.interrupt import held_back, outlive_signals
 
 Batch = dict[str, torch.Tensor]
 
@@ -181,7 +181,7 @@ def batches(
         )
     stride = micro_batch_size * data_parallel_size
     order = _Endless(len(dataset), consumed_samples + data_parallel_rank * micro_batch_size, micro_batch_size, stride)
-    return iter(_loader(_Numbered(dataset), order, num_workers))
+    return _read(_Numbered(dataset), order, num_workers)
 
 
 def num_rounds(num_samples: int, *, micro_batch_size: int, data_parallel_size: int) -> int:
@@ -207,7 +207,7 @@ def batches_once(
     stride = micro_batch_size * data_parallel_size
     starts = [k * stride + data_parallel_rank * micro_batch_size for k in range(rounds)]
     order = [list(range(start, start + micro_batch_size)) for start in starts]
-    return iter(_loader(_Filled(dataset, samples), order, num_workers))
+    return _read(_Filled(dataset, samples), order, num_workers)
 
 
 class _Endless:
@@ -255,8 +255,8 @@ class _Filled:
         return sample
 
 
-def _loader(dataset: Dataset, order: Any, num_workers: int) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(
+def _read(dataset: Dataset, order: Any, num_workers: int) -> Iterator[Batch]:
+    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
         dataset,  # type: ignore[arg-type]  # a dataset by its methods
         batch_sampler=order,
         collate_fn=_collate,
@@ -264,6 +264,8 @@ def _loader(dataset: Dataset, order: Any, num_workers: int) -> torch.utils.data.
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=outlive_signals,
     )
+    with held_back():  # a Ctrl-C that met a reader just forked would be told to this process as a second one
+        return iter(loader)
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -184,8 +185,7 @@ def _encode_all(tasks: Iterator[Task], encoding: Encoding, workers: int) -> Iter
     if workers == 1:
         yield from (encode(task, encoding) for task in tasks)
         return
-    # spawn: a fork of a process that holds process groups or CUDA may hang
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with _pool(workers) as pool:
         pending: deque = deque()
         try:
             for task in tasks:
@@ -198,6 +198,25 @@ def _encode_all(tasks: Iterator[Task], encoding: Encoding, workers: int) -> Iter
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # spawn: a fork of a process that holds process groups or CUDA may hang
+    context = multiprocessing.get_context("spawn")
+    with held_back():  # what keeps the pool's locks is a process too
+        return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """In a worker: a parent that was killed, or left at once, ends no pool, and the worker would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @functools.lru_cache(maxsize=1)

@@ -33,7 +33,9 @@ class World:
 
 
 def read_world(env: Mapping[str, str]) -> World:
-    """What the variables `env` say. Raises InputError where they contradict each other."""
+    """What the variables `env` say, of which an empty one says nothing. Raises InputError where they contradict each
+    other."""
+    env = {name: value for name, value in env.items() if value}
     given = [name for name in ("RANK", "WORLD_SIZE") if name in env]
     if len(given) == 2:
         return _of_torchrun(env)

@@ -10,7 +10,9 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 
+from minitron_mcore.data.dataset import FIELDS, batches_once
 from minitron_mcore.runtime.interrupt import SIGNALS, Ending, held_back
 from minitron_mcore.training import signals
 from tests.e2e.launchers import ROOT, environment
@@ -36,6 +38,8 @@ sys.exit(cli.main(["inspect", "path=x"]))
 # In C, for half a minute, and back in Python only then: as in a collective that waits for a rank that is gone.
 DEAF = 'hashlib.pbkdf2_hmac("sha256", b"a", b"b", 100_000_000)'
 SENTENCE = "minitron inspect: stopped by {}; what was finished stays, and the same command goes on from there"
+
+ALONE = {"data_parallel_rank": 0, "data_parallel_size": 1}
 
 
 def run(work: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -94,6 +98,33 @@ def test_a_process_started_meanwhile_goes_on() -> None:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5); print('done')"], stdout=-1)
     child.send_signal(signal.SIGINT)
     assert child.communicate(timeout=30)[0] == b"done\n" and child.returncode == 0
+
+
+def test_a_reader_that_is_forked_as_ctrl_c_comes_tells_its_process_nothing() -> None:
+    """Which would take it for a second Ctrl-C, and leave before it has saved."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    os.set_blocking(writing, False)
+    asked = [True]
+
+    def interrupt() -> None:
+        if asked[0]:
+            signal.raise_signal(signal.SIGINT)
+
+    os.register_at_fork(after_in_child=interrupt)
+    sample = {name: torch.arange(4) for name in FIELDS}
+    before = signal.set_wakeup_fd(writing), signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        batch = next(batches_once([sample], [0], micro_batch_size=1, num_workers=2, **ALONE))  # type: ignore[arg-type]
+        assert batch["tokens"].tolist() == [[0, 1, 2, 3]]
+        os.write(writing, b"end")
+        assert signal.SIGINT not in os.read(reading, 99)
+    finally:
+        asked[0] = False
+        signal.set_wakeup_fd(before[0])
+        signal.signal(signal.SIGINT, before[1])
+        os.close(reading)
+        os.close(writing)
 
 
 def test_handlers_come_back_and_a_forked_child_is_no_concern() -> None:

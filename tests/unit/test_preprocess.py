@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy
@@ -15,6 +18,7 @@ from minitron_mcore.data.config import PreprocessConfig
 from minitron_mcore.data.held_out import is_held_out
 from minitron_mcore.data.preprocess import preprocess
 from minitron_mcore.errors import InputError
+from tests.e2e.launchers import ROOT
 from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, python_files, silent, small_data, small_tokenizer
 
 
@@ -211,3 +215,21 @@ def test_keys_need_json(tokenizer, tmp_path):
     (tmp_path / "b.txt").write_text("text")
     with pytest.raises(InputError, match=r"cannot be read from plain text such as .*b\.txt"):
         preprocess(config_for(tmp_path, tmp_path, json_keys=["title"]), tokenizer, seed=0, report=silent)
+
+
+def test_workers_end_with_a_process_that_was_killed(tmp_path):
+    """Else they would wait for it, and hold its memory, until the machine is restarted."""
+    code = "import os; from minitron_mcore.data.preprocess import _pool; pool = _pool(1); "
+    code += "print(pool.submit(os.getpid).result(), flush=True); os._exit(9)"
+    with (tmp_path / "out").open("w") as out:
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=out, timeout=60).returncode == 9
+    worker = int((tmp_path / "out").read_text())
+    deadline = time.monotonic() + 30
+    while is_alive(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"

@@ -35,6 +35,7 @@ def test_torchruns_variables() -> None:
         ADDRESS,
         {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"},
         {"WORLD_SIZE": "1"},
+        {"RANK": "", "WORLD_SIZE": "", **ADDRESS},
         {"RANK": "0", "WORLD_SIZE": "1"},
         {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **ADDRESS},
         # In an allocation's own shell there is no step, or one of its own; a step of one task is a single process.
@@ -61,7 +62,7 @@ def test_a_single_process(shell: dict[str, str]) -> None:
         ({"RANK": "2", "WORLD_SIZE": "2", **ADDRESS}, "RANK=2 of WORLD_SIZE=2 in the environment cannot be"),
         ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK=first in the environment is no number"),
         ({"RANK": "-1", "WORLD_SIZE": "1"}, "RANK=-1 in the environment is no number"),
-        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE= in the environment is no number"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "RANK=0 is set in the environment and WORLD_SIZE is not"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 of WORLD_SIZE=0"),
     ],
 )
