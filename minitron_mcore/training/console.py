@@ -3,10 +3,12 @@ console with log.console=full."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from datetime import timedelta
 
 WIDTH = 200  # of a short line, in characters
+LARGE = 1e8
 
 
 def _duration(seconds: float) -> str:
@@ -20,28 +22,33 @@ def _count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def _fixed(digits: int) -> Callable[[float], str]:
+    """So many digits behind the point; of what is very large, as the perplexity of a model astray, the exponent."""
+    return lambda number: f"{number:.3E}" if LARGE <= abs(number) < math.inf else f"{number:.{digits}f}"
+
+
 # Console order and form; what is not named here follows, as it comes.
 FORMATS: dict[str, Callable[[float], str]] = {
-    "consumed samples": "{:.0f}".format,
+    "consumed samples": _fixed(0),
     "tokens": _count,
-    "elapsed time per iteration (ms)": "{:.1f}".format,
+    "elapsed time per iteration (ms)": _fixed(1),
     "time left": _duration,
-    "throughput per GPU (TFLOP/s/GPU)": "{:.3f}".format,
-    "student throughput per GPU (TFLOP/s/GPU)": "{:.3f}".format,
-    "teacher throughput per GPU (TFLOP/s/GPU)": "{:.3f}".format,
-    "model FLOPs utilization (%)": "{:.1f}".format,
-    "tokens per second": "{:.1f}".format,
-    "tokens per second per GPU": "{:.1f}".format,
-    "peak memory (GiB)": "{:.3f}".format,
+    "throughput per GPU (TFLOP/s/GPU)": _fixed(3),
+    "student throughput per GPU (TFLOP/s/GPU)": _fixed(3),
+    "teacher throughput per GPU (TFLOP/s/GPU)": _fixed(3),
+    "model FLOPs utilization (%)": _fixed(1),
+    "tokens per second": _fixed(1),
+    "tokens per second per GPU": _fixed(1),
+    "peak memory (GiB)": _fixed(3),
     "learning-rate": "{:.3E}".format,
-    "global batch size": "{:.0f}".format,
-    "lm loss": "{:.6f}".format,
-    "logits distillation loss": "{:.6f}".format,
-    "teacher lm loss": "{:.6f}".format,
-    "top-1 agreement": "{:.4f}".format,
-    "grad-norm": "{:.3f}".format,
-    "number of skipped iterations": "{:.0f}".format,
-    "number of nan iterations": "{:.0f}".format,
+    "global batch size": _fixed(0),
+    "lm loss": _fixed(6),
+    "logits distillation loss": _fixed(6),
+    "teacher lm loss": _fixed(6),
+    "top-1 agreement": _fixed(4),
+    "grad-norm": _fixed(3),
+    "number of skipped iterations": _fixed(0),
+    "number of nan iterations": _fixed(0),
 }
 # A short line has these, and of the other losses and shares as many as fit.
 ALWAYS = {
@@ -92,7 +99,7 @@ def validation_line(iteration: int, row: dict[str, float], *, full: bool) -> str
 
 
 def _line(head: str, row: dict[str, float], always: list[str], where_it_fits: list[str] | None = None) -> str:
-    cells = {name: f" {name}: {FORMATS.get(name, '{:.6f}'.format)(row[name])} |" for name in row}
+    cells = {name: f" {name}: {FORMATS.get(name, _fixed(6))(row[name])} |" for name in row}
     chosen, length = set(always), len(head) + sum(len(cells[name]) for name in always)
     for name in where_it_fits or ():
         if length + len(cells[name]) <= WIDTH:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import time
@@ -96,6 +97,13 @@ def test_a_training_line_can_be_read() -> None:
     assert len(train_line(500, 10000, plain, full=False)) <= WIDTH
     skipped = train_line(500, 10000, {**STEP, "number of skipped iterations": 2.0}, full=False)
     assert skipped.endswith("| number of skipped iterations: 2 |"), "as there is something to tell"
+
+
+def test_very_large_numbers_have_an_exponent() -> None:
+    large = {**STEP, "lm loss": 1e20, "logits distillation loss": math.inf, "grad-norm": 3.4e38}
+    line = train_line(500, 10000, large, full=False)
+    assert line.endswith("| lm loss: 1.000E+20 | logits distillation loss: inf | grad-norm: 3.400E+38 |")
+    assert validation_line(5, {"ppl validation": math.exp(40)}, full=False).endswith("| ppl validation: 2.354E+17 |")
 
 
 def test_a_full_line_has_everything() -> None:
