@@ -46,8 +46,8 @@ class Replacements:
             return ""
         path, where = next(iter(self.first.items()))
         return (
-            f"warning: {self.characters:,} characters in {len(self.first):,} files are not UTF-8 and became U+FFFD, "
-            f"the first of them in {path}, {where}"
+            f"warning: not UTF-8, so replaced by U+FFFD: {self.characters:,} (files: {len(self.first):,}), "
+            f"the first in {path}, {where}"
         )
 
     def _add(self, count: int, path: str, where: str) -> None:

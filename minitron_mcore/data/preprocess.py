@@ -125,7 +125,7 @@ def preprocess(
         writer.publish()
     if cut:
         report(
-            f"preprocess: {len(cut):,} long text files are cut at blank lines into {sum(cut.values()):,} documents "
+            f"preprocess: long text files, cut at blank lines: {len(cut):,}, into {sum(cut.values()):,} documents "
             "(preprocess.document_bytes=0 leaves each whole)"
         )
     if warning := str(replacements):

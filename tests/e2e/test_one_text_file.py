@@ -67,7 +67,7 @@ def test_trains_without_validation_and_says_so(seen):
 
 def test_a_long_file_has_a_held_out_share(seen):
     folder, shown = seen
-    assert "1 long text files are cut at blank lines into 5 documents" in shown["preprocess long"][1]
+    assert "long text files, cut at blank lines: 1, into 5 documents" in shown["preprocess long"][1]
     assert shown["train long"][0] == 0 and "no validation" not in shown["train long"][1]
     assert validations(folder / "validated") == 1
 

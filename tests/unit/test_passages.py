@@ -86,7 +86,7 @@ def test_one_text_file_has_a_held_out_share(tokenizer, tmp_path):
     train, valid = run(tmp_path, tokenizer, said, valid_fraction=0.1)
     pieces = [tokenizer.detokenize(document[:-1]) for document in stored(train) + stored(valid)]
     assert sorted(pieces) == sorted(piece.decode() for piece in parts(PROSE)) and 0 < len(stored(valid)) < 6
-    words = f"preprocess: 1 long text files are cut at blank lines into {len(pieces)} documents"
+    words = f"preprocess: long text files, cut at blank lines: 1, into {len(pieces)} documents"
     assert any(line.startswith(words) and "preprocess.document_bytes=0" in line for line in said)
     with pytest.raises(InputError, match=r"document_bytes=99 must be 0 or at least 100"):
         run(tmp_path, tokenizer, document_bytes=99)
