@@ -61,17 +61,18 @@ def recipe_of(root: Path, *overrides: str) -> Any:
 
 def copy_without_vocabulary(root: Path) -> None:
     """The folder `unsaid`: as Megatron-LM writes it, whose arguments name the tokenizer, and the padded size alone."""
+    from minitron_mcore.checkpoint.unpickle import read_common
     from minitron_mcore.runtime.start import start
 
     def copy() -> None:
         shutil.copytree(root / "foreign", root / "unsaid")
-        path = root / "unsaid" / f"iter_{ITERATION:07d}" / "common.pt"
-        common = torch.load(path, weights_only=False)
+        place = root / "unsaid" / f"iter_{ITERATION:07d}"
+        common = read_common(place)
         common["args"].vocab_size = None
         common["args"].make_vocab_size_divisible_by = 512  # 600 ids at TP2: 1,024 rows
         common["args"].tensor_model_parallel_size = 2
         common["args"].tokenizer_model = str(root / "tokenizer.model")
-        torch.save(common, path)
+        torch.save(common, place / "common.pt")  # which counts, wherever the version that wrote it keeps them
 
     start().on_main(copy)
 

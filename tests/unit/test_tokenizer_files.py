@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from minitron_mcore.data.config import TokenizerConfig
 from minitron_mcore.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, cut_otherwise, load_tokenizer
@@ -14,6 +16,8 @@ from minitron_mcore.data.tokenizer_json import save_for_transformers
 from minitron_mcore.errors import InputError
 from tests.unit.test_tokenizer_json import model
 
+# From then on transformers reads a SentencePiece model without a tokenizer_config.json as sentencepiece does.
+BEFORE_5_24 = metadata.version("transformers") in SpecifierSet("<5.24")
 ADDED, SPECIAL = "added_tokens.json", "special_tokens_map.json"
 MARKS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CHAT = {"<|im_start|>": 500, "<|im_end|>": 501}
@@ -70,7 +74,8 @@ def test_added_tokens_and_marks_are_applied(tmp_path: Path, bpe: bytes, kind: st
     assert ours.fingerprint != plain.fingerprint
     assert not ours.is_named_by(plain.fingerprint)
     # Without a tokenizer_config.json transformers puts no space before a text, as the model was trained to have it.
-    assert (cut_otherwise(ours) > 0) == ("tokenizer_config" not in APPLIED[kind]) and cut_otherwise(plain) == 0
+    assert (cut_otherwise(ours) > 0) == (BEFORE_5_24 and "tokenizer_config" not in APPLIED[kind])
+    assert cut_otherwise(plain) == 0
     by_name = load_tokenizer(str(source / "tokenizer.model"))
     if "tokenizer_config" not in APPLIED[kind]:
         with pytest.raises(InputError, match="give it ids or marks that a SentencePiece model has not"):
@@ -102,12 +107,11 @@ def test_what_cannot_be_applied_is_refused(tmp_path: Path, bpe: bytes) -> None:
         ("gives '<|im_start|>' the id 700", bpe, {"added_tokens": {"<|im_start|>": 700, "<|im_end|>": 600}}),
         ("the id '600', which is no whole number", bpe, {"added_tokens": {"<|im_start|>": "600"}}),
         ("to map names", bpe, {"added_tokens": ["<|im_start|>"]}),
-        (
-            r"is no Hugging Face tokenizer: .*beside tokenizer\.model .* \(save it as tokenizer\.json, or move them",
-            model(tmp_path / "u.model", model_type="unigram", vocab_size=400).read_bytes(),
-            {"added_tokens": {"<|im_start|>": 400}},
-        ),
     ]
+    if BEFORE_5_24:
+        unigram = model(tmp_path / "u.model", model_type="unigram", vocab_size=400).read_bytes()
+        words = r"is no Hugging Face tokenizer: .*beside tokenizer\.model .* \(save it as tokenizer\.json, or move them"
+        cases.append((words, unigram, {"added_tokens": {"<|im_start|>": 400}}))
     for number, (words, proto, files) in enumerate(cases):
         with pytest.raises(InputError, match=words):
             load_tokenizer(str(folder_of(tmp_path / str(number), proto, **files)))
