@@ -77,7 +77,7 @@ class Step:
     def __init__(self, options: argparse.Namespace, sequence: int, device: torch.device) -> None:
         from minitron_mcore.architecture import build_architecture
         from minitron_mcore.distillation.objective import Objective
-        from minitron_mcore.distillation.teacher import Teacher
+        from minitron_mcore.distillation.teacher.ahead import Teacher
         from minitron_mcore.model.gpt import build_model
         from minitron_mcore.runtime.config import ParallelConfig
         from minitron_mcore.training.budget import plan_timetable
@@ -155,8 +155,8 @@ def draw_weights(model: torch.nn.Module) -> None:
 
 def forecast_bytes(step: Step, precision: str, on_cpu: bool) -> dict[str, int]:
     """What the forecast says of this step on one rank, by part."""
-    from minitron_mcore.memory.forecast import forecast
-    from minitron_mcore.memory.setting import Setting
+    from minitron_mcore.estimate.forecast import forecast
+    from minitron_mcore.estimate.setting import Setting
     from minitron_mcore.runtime.config import ParallelConfig
 
     setting = Setting(
@@ -219,7 +219,7 @@ def measure_step(options: argparse.Namespace, sequence: int, rate: float, device
 
 def measure_loss(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The loss with all its gradients against the four products it cannot do without, and against Liger-Kernel."""
-    from minitron_mcore.distillation.logit_loss import logit_loss
+    from minitron_mcore.distillation.logits.loss import logit_loss
     from minitron_mcore.model.gpt import DTYPES
 
     shared, wide, _ = shapes(options)

@@ -67,9 +67,9 @@ def ours(problem: Problem, options: argparse.Namespace) -> dict[str, Callable[..
     from megatron.core import parallel_state
 
     from minitron_mcore.distillation.config import default_chunk_tokens
-    from minitron_mcore.distillation.divergences import Divergence
-    from minitron_mcore.distillation.logit_loss import logit_loss
-    from minitron_mcore.distillation.sweep import Objective, losses_and_gradient
+    from minitron_mcore.distillation.logits.divergences import Divergence
+    from minitron_mcore.distillation.logits.loss import logit_loss
+    from minitron_mcore.distillation.logits.sweep import Objective, losses_and_gradient
     from minitron_mcore.model.vocab_parallel import VocabularyShard
 
     group = parallel_state.get_tensor_model_parallel_group()

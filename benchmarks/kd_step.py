@@ -88,7 +88,7 @@ def draw_batch(options: argparse.Namespace, device: torch.device) -> list[dict[s
 def sides(options: argparse.Namespace, parallel: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """What is timed, by name, on this rank."""
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.model.schedule import visit_final_states

@@ -74,7 +74,7 @@ def plan_of(shape: dict[str, Any]) -> Any:
     """A plan of random scores; sizes that two tensor-parallel ranks share."""
     from minitron_mcore.architecture import build_architecture
     from minitron_mcore.importance.scores import Scores
-    from minitron_mcore.plan import make_plan
+    from minitron_mcore.pruning.plan import make_plan
 
     a, draw = build_architecture(shape), numpy.random.default_rng(5)
     sizes: dict[str, tuple[int, ...]] = {

@@ -60,8 +60,8 @@ from minitron_mcore.importance.scores import Scores, load_scores, save_scores, t
 from minitron_mcore.model.gpt import DTYPES, LanguageModel, build_model  # noqa: E402
 from minitron_mcore.model.initialize import initialize, named_parameters  # noqa: E402
 from minitron_mcore.model.schedule import Microbatch, in_calls, uncounted  # noqa: E402
-from minitron_mcore.plan import PruningPlan, check_same_model, load_plan, make_plan, save_plan  # noqa: E402
 from minitron_mcore.pruning.in_memory import prune_chunks  # noqa: E402
+from minitron_mcore.pruning.plan import PruningPlan, check_same_model, load_plan, make_plan, save_plan  # noqa: E402
 from minitron_mcore.runtime.config import ParallelConfig  # noqa: E402
 from minitron_mcore.runtime.parallel import use_layout  # noqa: E402
 
@@ -227,7 +227,7 @@ def plan(
 ) -> PruningPlan:
     """Which indices of every axis stay, for a student of the given sizes; what is left out stays the teacher's.
 
-    `choices`: those of `minitron_mcore.plan.make_plan`: keep_layers, ratios, divisible_by, layers (scattered or
+    `choices`: those of `minitron_mcore.pruning.plan.make_plan`: keep_layers, ratios, divisible_by, layers (scattered or
     contiguous), depth_metric, variant, head_residual, residual_matrices. Pure data; save it with `save_plan`.
     """
     sizes = {

@@ -2,9 +2,46 @@
 
 
 class InputError(ValueError):
-    """Wrong input (exit code 2). The message, one sentence, names the value seen, the rule and the key to change."""
+    """Wrong input (exit code 2): what was given, the rule it breaks, and what to do. `str` is the sentence.
+
+    key: the recipe's key, by its whole name as in `distill.top_k`; "" where no key is at fault.
+    value: what was given; None: it is not shown, as where nothing was given.
+    rule: what is wrong; it goes on after `key=value`, as in "must be at least 1".
+    remedy: what to do, as in "raise it, or leave it out"; "" where the rule says it.
+    """
 
     exit_code = 2
+
+    def __init__(self, key: str, value: object = None, rule: str = "", remedy: str = "") -> None:
+        if not rule:  # one sentence, as it was before keys and values were kept apart
+            key, rule = "", key
+        super().__init__(key, value, rule, remedy)
+        self.key, self.value, self.rule, self.remedy = key, value, rule, remedy
+
+    def __str__(self) -> str:
+        return in_words(self)
+
+    def under(self, section: str) -> "InputError":
+        """The same error with its key inside `section`, as where `hidden_size` was read from `model`."""
+        return type(self)(f"{section}.{self.key}".rstrip("."), self.value, self.rule, self.remedy)
+
+
+def in_words(error: InputError) -> str:
+    """The one sentence a user sees: `key=value rule: remedy`."""
+    subject = error.key if error.value is None else f"{error.key}={shown(error.value)}".lstrip("=")
+    sentence = f"{subject} {error.rule}".strip()
+    return f"{sentence}: {error.remedy}" if error.remedy else sentence
+
+
+def shown(value: object) -> str:
+    """A value as a recipe writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {shown(entry)}" for name, entry in value.items()) + "}"
+    return "null" if value is None else str(value)
 
 
 class StorageError(InputError):

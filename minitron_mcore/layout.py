@@ -27,7 +27,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 
 LAYERS = "decoder.layers."
-# What is trained and stored beside a model, and is no parameter of it (see distillation/projection.py).
+# What is trained and stored beside a model, and is no parameter of it (see distillation/states/projection.py).
 BESIDE_THE_MODEL = ("state_projection.",)
 
 

@@ -17,7 +17,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from minitron_mcore.ablation.config import AblateConfig
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
 from minitron_mcore.distillation.config import (
     CACHE_METHODS,
@@ -33,6 +32,7 @@ from minitron_mcore.importance.config import AGGREGATIONS, METHODS, NEURON_SITES
 from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.search.config import AblateConfig
 from minitron_mcore.training.config import (
     LR_DECAY_STYLES,
     LR_WSD_DECAY_STYLES,

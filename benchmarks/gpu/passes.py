@@ -3,8 +3,9 @@
     python benchmarks/gpu/passes.py             512 tokens of Llama-3.1's vocabulary
     python benchmarks/gpu/passes.py --small     a few tokens of a small one; without a GPU always so
 
-First each pass of distillation/passes.py, in the variants that training asks for: every result and every buffer that it
-writes in place, compiled as `by_rows` compiles it on CUDA, against the function itself on the same tensors in float64.
+First each pass of distillation/logits/passes.py, in the variants that training asks for: every result and every
+buffer that it writes in place, compiled as `by_rows` compiles it on CUDA, against the function itself on the same
+tensors in float64.
 Then the loss that is made of them, from hidden states and heads, against dense float64 autograd: its value and both
 gradients. Errors are relative norms. Exit code 1 where one is above its bound. Ends with one JSON line.
 """
@@ -49,9 +50,14 @@ def logits(options: argparse.Namespace) -> list[Tensor]:
 def variants(
     options: argparse.Namespace,
 ) -> Iterator[tuple[str, Callable[..., Any], tuple[Tensor, ...], dict[str, Any]]]:
-    from minitron_mcore.distillation.divergences import DIVERGENCES, PROBABILISTIC, Divergence, mixture_statistics
-    from minitron_mcore.distillation.outcomes import tail_statistics, top_of_shard
-    from minitron_mcore.distillation.passes import logit_gradient_, logit_statistics
+    from minitron_mcore.distillation.logits.divergences import (
+        DIVERGENCES,
+        PROBABILISTIC,
+        Divergence,
+        mixture_statistics,
+    )
+    from minitron_mcore.distillation.logits.outcomes import tail_statistics, top_of_shard
+    from minitron_mcore.distillation.logits.passes import logit_gradient_, logit_statistics
 
     rows = torch.arange(1, options.tokens + 1, device=options.device).double() / options.tokens
     # Of the second pass any positive numbers will do.
@@ -76,7 +82,7 @@ def variants(
 
 def check_pass(function: Callable[..., Any], given: list[Tensor], others: tuple[Tensor, ...], settings: Any) -> float:
     """The largest error of the compiled pass, over its results and over the logits as it leaves them."""
-    from minitron_mcore.distillation import passes
+    from minitron_mcore.distillation.logits import passes
 
     both = function.__name__ not in ("tail_statistics", "top_of_shard")
     found = []
@@ -95,7 +101,7 @@ def check_pass(function: Callable[..., Any], given: list[Tensor], others: tuple[
 
 def check_loss(options: argparse.Namespace, dtype: torch.dtype, name: str) -> float:
     """The largest error of value and gradients of the whole loss against dense float64 autograd."""
-    from minitron_mcore.distillation.logit_loss import logit_loss
+    from minitron_mcore.distillation.logits.loss import logit_loss
 
     generator = torch.Generator().manual_seed(3)
     tokens, hidden, wide, vocabulary = options.tokens, options.hidden, 2 * options.hidden, options.vocabulary

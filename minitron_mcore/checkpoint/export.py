@@ -25,7 +25,6 @@ from minitron_mcore.checkpoint.companions import token_ids, tokenizer_class, wri
 from minitron_mcore.checkpoint.conversion import units
 from minitron_mcore.checkpoint.folder import read_architecture
 from minitron_mcore.checkpoint.manifest import StoredPiece, write_manifest
-from minitron_mcore.checkpoint.model_card import model_card
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.safetensors_file import Entry, split_files, write_safetensors
 from minitron_mcore.errors import InputError
@@ -43,6 +42,7 @@ def export_checkpoint(
     target: Path,
     runtime: Runtime,
     *,
+    card: Callable[[], str] | None = None,
     bos: int | None = None,
     eos: int | None = None,
     save_tokenizer: Callable[[Path], None] | None = None,
@@ -50,16 +50,17 @@ def export_checkpoint(
 ) -> None:
     """Write the finished iteration of `folder`, saved at any layout, as the Hugging Face folder `target`.
 
-    Weights keep their stored dtype; the vocabulary's padding is taken off. `bos` and `eos` are the tokenizer's marks,
-    `save_tokenizer` writes its files into a folder; without all three the folder names what its source named. All ranks
-    call, whatever the layout; no model-parallel groups are needed. Raises InputError, on every rank and with nothing
-    written, where `target` exists, cannot be written, or transformers has no such shape.
+    Weights keep their stored dtype; the vocabulary's padding is taken off. `card` gives the text of README.md; None: no
+    such file. `bos` and `eos` are the tokenizer's marks, `save_tokenizer` writes its files into a folder; without all
+    three the folder names what its source named. All ranks call, whatever the layout; no model-parallel groups are
+    needed. Raises InputError, on every rank and with nothing written, where `target` exists, cannot be written, or
+    transformers has no such shape.
     """
     job = _Export(folder, iteration, target, max_shard_bytes)
     try:
         for number in range(runtime.on_main(job.begin)):
             runtime.on_main(partial(job.write_weights, number))
-        runtime.on_main(partial(job.finish, bos, eos, save_tokenizer))
+        runtime.on_main(partial(job.finish, card, bos, eos, save_tokenizer))
     except BaseException:
         if runtime.is_main:
             job.discard()
@@ -110,7 +111,13 @@ class _Export:
 
         self._guard(write)
 
-    def finish(self, bos: int | None, eos: int | None, save_tokenizer: Callable[[Path], None] | None) -> None:
+    def finish(
+        self,
+        card: Callable[[], str] | None,
+        bos: int | None,
+        eos: int | None,
+        save_tokenizer: Callable[[Path], None] | None,
+    ) -> None:
         """What lies beside the weights; then the folder gets its name."""
         has_marks = save_tokenizer is not None or (bos, eos) != (None, None)
         own = {"bos_token_id": bos, "eos_token_id": eos} if has_marks else {}
@@ -131,10 +138,8 @@ class _Export:
         def write() -> None:
             for name, content in documents.items():
                 (self.temporary / name).write_text(json.dumps(content, indent=2) + "\n")
-            card = model_card(
-                self.target.name, self.architecture, self.folder, self.iteration, save_tokenizer is not None
-            )
-            (self.temporary / "README.md").write_text(card, encoding="utf-8")
+            if card is not None:
+                (self.temporary / "README.md").write_text(card(), encoding="utf-8")
             write_companions(self.folder, self.temporary, marks)
             if save_tokenizer is not None:
                 save_tokenizer(self.temporary)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from minitron_mcore.distillation.cache import CachedTeacher
-from minitron_mcore.distillation.logit_loss import logit_loss
-from minitron_mcore.distillation.state_loss import StateLosses
-from minitron_mcore.distillation.teacher import Teacher
+from minitron_mcore.distillation.cache.teacher import CachedTeacher
+from minitron_mcore.distillation.logits.loss import logit_loss
+from minitron_mcore.distillation.states.loss import StateLosses
+from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import LossSums, Microbatch, run_schedule
 from minitron_mcore.runtime.timing import timed

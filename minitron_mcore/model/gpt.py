@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from minitron_mcore.architecture import Architecture, RopeScaling
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import axis_sizes, check_tensor_parallel, checkpoint_key, parameter_table, split_layers
-from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
+from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.model.specs import HAVE_TE, block_submodules
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.cpu_adapter import transformer_fields
@@ -38,7 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class LanguageModel(GPTModel):
     """GPTModel whose last stage gives the final (normed) hidden states [s, b, h], not logits.
 
-    Every loss of this project starts from hidden states (distillation/logit_loss.py), so full logits never exist.
+    Every loss of this project starts from hidden states (distillation/logits/loss.py), so full logits never exist.
     Call `logits` where a user wants them.
     """
 
@@ -178,7 +178,8 @@ def build_model(
 
     Every rank calls, after `use_layout(parallel)`, or with the `groups` of another layout that `parallel` describes.
     Fill it with `initialize` or a checkpoint. `bare_layers`: layers have no memory for their weights either, which
-    somebody else keeps (distillation/placement.py). `recompute`: what a training pass works out once more in backward.
+    somebody else keeps (distillation/teacher/placement.py). `recompute`: what a training pass works out once more in
+    backward.
     """
     config = transformer_config(architecture, parallel, precision, bare_layers=bare_layers, recompute=recompute)
     groups = groups or ProcessGroupCollection.use_mpu_process_groups()

@@ -15,8 +15,8 @@ from megatron.core import parallel_state
 from minitron_mcore.layout import Parameter, local_shape, parameter_table, split_layers
 from minitron_mcore.model.gpt import LanguageModel, build_model, unwrap
 from minitron_mcore.model.initialize import named_parameters
-from minitron_mcore.plan import PruningPlan
 from minitron_mcore.pruning.apply import prune_shard
+from minitron_mcore.pruning.plan import PruningPlan
 from minitron_mcore.runtime.config import ParallelConfig
 
 

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from minitron_mcore.ablation.grid import Setting, check_ablate, grid_of, shapes_of
-from minitron_mcore.ablation.results import Row, read_rows, squares, table, write_plot, write_rows
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
@@ -33,10 +31,12 @@ from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.schedule import Microbatch
-from minitron_mcore.plan import TARGETS, PruningPlan, make_plan
 from minitron_mcore.pruning.in_memory import prune_chunks
+from minitron_mcore.pruning.plan import TARGETS, PruningPlan, make_plan
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.search.ablation_grid import Setting, check_ablate, grid_of, shapes_of
+from minitron_mcore.search.ablation_results import Row, read_rows, squares, table, write_plot, write_rows
 from minitron_mcore.stages import score
 from minitron_mcore.stages.common import (
     asked_shape,

@@ -22,8 +22,8 @@ from minitron_mcore.data.blend import Part, inspect_parts, parse_blend, parse_sp
 from minitron_mcore.data.dataset import WHOLE, Dataset, batches_once, build_datasets
 from minitron_mcore.data.index_size import Wanted, check_index_size
 from minitron_mcore.data.tokenizer import Tokenizer
-from minitron_mcore.distillation.cache import PREFIX, check_served, raise_everywhere
-from minitron_mcore.distillation.cache_file import (
+from minitron_mcore.distillation.cache.draw import Drawing, make_targets
+from minitron_mcore.distillation.cache.file import (
     DESCRIPTION,
     CacheReader,
     encode_targets,
@@ -33,8 +33,8 @@ from minitron_mcore.distillation.cache_file import (
     write_settings,
     write_shard,
 )
+from minitron_mcore.distillation.cache.teacher import PREFIX, check_served, raise_everywhere
 from minitron_mcore.distillation.config import CacheConfig
-from minitron_mcore.distillation.draw import Drawing, make_targets
 from minitron_mcore.distillation.settings import check_temperature, refuse_idle
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing

@@ -10,8 +10,8 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, read_lineage
 from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.data.tokenizer import Tokenizer
-from minitron_mcore.distillation.cache import CachedTeacher, check_cached
-from minitron_mcore.distillation.cache_file import DESCRIPTION, require_settings, settings_digest
+from minitron_mcore.distillation.cache.file import DESCRIPTION, require_settings, settings_digest
+from minitron_mcore.distillation.cache.teacher import CachedTeacher, check_cached
 from minitron_mcore.errors import InputError
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime

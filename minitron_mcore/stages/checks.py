@@ -10,17 +10,17 @@ from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture,
 from minitron_mcore.data.blend import check_prefixes, parse_blend
 from minitron_mcore.data.corpus import find_files
 from minitron_mcore.data.tokenizer import load_tokenizer
-from minitron_mcore.distillation.cache import CachedTeacher, cache_folder, check_cached
-from minitron_mcore.distillation.state_map import check_hidden_states
+from minitron_mcore.distillation.cache.teacher import CachedTeacher, cache_folder, check_cached
+from minitron_mcore.distillation.states.map import check_hidden_states
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import config_of
 from minitron_mcore.importance.config import check_importance
 from minitron_mcore.importance.depth import check_blocks, measured
 from minitron_mcore.importance.multiple_choice import read_questions
-from minitron_mcore.memory.recompute import check_recompute
-from minitron_mcore.plan import check_residual
+from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.pruning.config import StudentConfig
+from minitron_mcore.pruning.plan import check_residual
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.stages.common import (
     asked_shape,

@@ -26,16 +26,16 @@ from minitron_mcore.data.corpus import check_folder
 from minitron_mcore.data.dataset import build_training_datasets
 from minitron_mcore.data.index_size import Wanted, check_index_size
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
-from minitron_mcore.distillation.cache import PREFIX
-from minitron_mcore.distillation.cache_file import DESCRIPTION
+from minitron_mcore.distillation.cache.file import DESCRIPTION
+from minitron_mcore.distillation.cache.teacher import PREFIX
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import nearest_folder, read_mapping, refuse_closed
 from minitron_mcore.layout import check_tensor_parallel, split_layers
-from minitron_mcore.memory.recompute import check_recompute
 from minitron_mcore.model.config import LEFT_OUT
 from minitron_mcore.model.gpt import check_fp8
-from minitron_mcore.plan import TARGETS, student_shape
+from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.pruning.config import StudentConfig
+from minitron_mcore.pruning.plan import TARGETS, student_shape
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.context import check_sequence

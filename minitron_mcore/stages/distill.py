@@ -7,17 +7,17 @@ from pathlib import Path
 
 from minitron_mcore.checkpoint.folder import find_checkpoint, latest_iteration, read_architecture, read_lineage
 from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_weights
-from minitron_mcore.distillation.cache import cache_folder
+from minitron_mcore.distillation.cache.teacher import cache_folder
 from minitron_mcore.distillation.config import DistillConfig
-from minitron_mcore.distillation.divergences import PROBABILISTIC
+from minitron_mcore.distillation.logits.divergences import PROBABILISTIC
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.settings import check_temperature, refuse_idle
-from minitron_mcore.distillation.state_loss import StateLosses
-from minitron_mcore.distillation.state_map import check_hidden_states, check_idle, check_section
-from minitron_mcore.distillation.teacher import Teacher
+from minitron_mcore.distillation.states.loss import StateLosses
+from minitron_mcore.distillation.states.map import check_hidden_states, check_idle, check_section
+from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.errors import InputError
-from minitron_mcore.memory.recompute import recompute_of
 from minitron_mcore.model.gpt import build_model
+from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import check_trained_model, lay_out, output_folder, read_data, refuse_other_run

@@ -19,6 +19,7 @@ from minitron_mcore.data.tokenizer_json import save_for_transformers
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.report.model_card import model_card
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import checkpoint_tokenizer
 
@@ -48,6 +49,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
         iteration,
         target,
         runtime,
+        card=partial(model_card, target.name, read_architecture(folder), folder, iteration, tokenizer is not None),
         max_shard_bytes=max_shard_bytes,
         **beside,
     )

@@ -11,7 +11,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder_lock import one_writer
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.memory.forecast import Forecast
+from minitron_mcore.estimate.forecast import Forecast
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime

@@ -30,7 +30,7 @@ from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.data.tokenizer_files import has_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import load_scores
-from minitron_mcore.plan import load_plan
+from minitron_mcore.pruning.plan import load_plan
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 

@@ -23,9 +23,9 @@ from typing import Any
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
-from minitron_mcore.plan import TARGETS, check_residual
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.iterative import step_shapes
+from minitron_mcore.pruning.plan import TARGETS, check_residual
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import distill, prune, score

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.distillation.state_memory import state_memory
 from minitron_mcore.errors import InputError, MemoryExhaustedError
-from minitron_mcore.memory.advice import advice
-from minitron_mcore.memory.forecast import STATIC, Forecast, bytes_text, forecast
-from minitron_mcore.memory.recompute import recompute_of
-from minitron_mcore.memory.setting import Setting
+from minitron_mcore.estimate.advice import advice
+from minitron_mcore.estimate.forecast import STATIC, Forecast, bytes_text, forecast
+from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.estimate.states import state_memory
+from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.budget import Timetable, size_keys

@@ -19,8 +19,8 @@ from minitron_mcore.checkpoint.folder import (
 )
 from minitron_mcore.errors import InputError, Interrupted
 from minitron_mcore.layout import check_tensor_parallel, split_layers
-from minitron_mcore.plan import TARGETS, PruningPlan, load_plan, save_plan, scores_fingerprint
 from minitron_mcore.pruning.apply import prune_checkpoint
+from minitron_mcore.pruning.plan import TARGETS, PruningPlan, load_plan, save_plan, scores_fingerprint
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.parallel import use_layout

@@ -14,13 +14,13 @@ from minitron_mcore.data.corpus import check_file
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.files import writing
 from minitron_mcore.importance.depth import check_blocks, costs, kept_bytes, measure_depth, measured
+from minitron_mcore.importance.depth_report import depth_text, write_csv, write_plot
 from minitron_mcore.importance.multiple_choice import Task, load_task
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.depth_report import depth_text, write_csv, write_plot
 
 REPORT_SECONDS = 10.0
 

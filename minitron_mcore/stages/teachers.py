@@ -20,10 +20,10 @@ from minitron_mcore.checkpoint.folder import (
     read_lineage,
 )
 from minitron_mcore.data.tokenizer import Tokenizer
-from minitron_mcore.distillation.cache import CachedTeacher
-from minitron_mcore.distillation.teacher import Teacher
+from minitron_mcore.distillation.cache.teacher import CachedTeacher
+from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.errors import InputError
-from minitron_mcore.memory.recompute import KEEP_ALL, check_recompute, recompute_of
+from minitron_mcore.model.recompute import KEEP_ALL, check_recompute, recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.cache import identity

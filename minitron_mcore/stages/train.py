@@ -10,9 +10,9 @@ from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
-from minitron_mcore.memory.recompute import recompute_of
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.initialize import initialize
+from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import (

@@ -50,7 +50,7 @@ class TrainConfig:
     save_interval: Optional[int] = None
     loss_chunk_tokens: Optional[int] = None  # tokens whose logits exist at a time; null: a 16th, at least 128
     recompute_granularity: Optional[str] = None  # full: whole layers; selective: their MLPs; null: nothing
-    recompute_method: Optional[str] = None  # of full: uniform (its default) or block (memory/recompute.py)
+    recompute_method: Optional[str] = None  # of full: uniform (its default) or block (model/recompute.py)
     recompute_num_layers: Optional[int] = None  # of full: layers in a row (1), or in all of a chunk for block
     max_skipped_iterations: int = 5  # in a row, without a step since the loss or gradients are NaN; so many end the run
 

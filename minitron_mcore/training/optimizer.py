@@ -7,7 +7,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from minitron_mcore.distillation.projection import finalize_gradients
+from minitron_mcore.distillation.states.projection import finalize_gradients
 from minitron_mcore.model.gpt import DTYPES, LanguageModel
 from minitron_mcore.training.budget import Timetable
 from minitron_mcore.training.config import TrainConfig

@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 
 from minitron_mcore.data.dataset import batches
-from minitron_mcore.distillation.cache_file import token_checksum
+from minitron_mcore.distillation.cache.file import token_checksum
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.runtime.context import on_this_context_rank
 from minitron_mcore.training.budget import Step, Timetable

@@ -19,7 +19,7 @@ from minitron_mcore.checkpoint.store import as_chunks
 from minitron_mcore.checkpoint.weight_checks import Seen, WeightChecks
 from minitron_mcore.distillation.config import DistillConfig
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.distillation.teacher import Teacher
+from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import parameter_table
 from minitron_mcore.model.gpt import LanguageModel

@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from minitron_mcore.checkpoint.store import load_training_state, training_state
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.distillation.teacher import Teacher
+from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import Begin, LossSums, Microbatch, run_schedule
 from minitron_mcore.runtime.start import Runtime

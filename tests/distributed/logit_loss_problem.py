@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mcore.distillation.logit_loss import LogitLossOutput, logit_loss
-from minitron_mcore.distillation.sparse_target import SparseTarget
+from minitron_mcore.distillation.logits.loss import LogitLossOutput, logit_loss
+from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 
 SCALE = 0.37  # of the loss before backward, as a schedule's gradient scale would be
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
+from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from tests.distributed.dense_reference import DenseModel, draw_weights, fill
 from tests.distributed.models import gather_named, global_batch, my_batch, start_layout, tiny
 
@@ -108,8 +108,8 @@ def build(
 ) -> tuple[Any, Any]:
     """(the student's chunks, the objective), not yet wrapped."""
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.state_loss import StateLosses
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.states.loss import StateLosses
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
 
     teacher_chunks = build_model(case.teacher, layout, precision, trainable=False)
@@ -141,7 +141,7 @@ def solve_on_rank(
     recompute: Recompute = KEEP_ALL,
 ) -> dict[str, Any]:
     """Means, gradients and the gradient norm of a first step, for each case; `window` as the objective's."""
-    from minitron_mcore.distillation.projection import finalize_gradients
+    from minitron_mcore.distillation.states.projection import finalize_gradients
     from minitron_mcore.model.initialize import named_parameters
     from minitron_mcore.runtime.context import on_this_context_rank
     from minitron_mcore.training.config import TrainConfig

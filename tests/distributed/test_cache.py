@@ -17,7 +17,7 @@ import numpy
 import pytest
 import torch
 
-from minitron_mcore.distillation.cache_file import CacheReader, Targets, shard_file, token_checksum
+from minitron_mcore.distillation.cache.file import CacheReader, Targets, shard_file, token_checksum
 from minitron_mcore.stages.cache import cache_lock
 from tests.distributed.dense_reference import DenseModel
 from tests.distributed.models import tiny

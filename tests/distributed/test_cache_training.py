@@ -36,9 +36,9 @@ def losses_on_rank(
     from minitron_mcore.data.config import DataConfig
     from minitron_mcore.data.dataset import build_datasets
     from minitron_mcore.data.tokenizer import load_tokenizer
-    from minitron_mcore.distillation.cache import CachedTeacher
+    from minitron_mcore.distillation.cache.teacher import CachedTeacher
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize, named_parameters
     from minitron_mcore.training.optimizer import wrap_model

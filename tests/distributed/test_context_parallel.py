@@ -113,7 +113,7 @@ def test_attention_against_dense_float64(size: int) -> None:
 def build_on_rank(parallel: dict[str, Any], world_size: int, teacher: bool) -> tuple[Any, Any, Any]:
     """(models, objective, training section); the objective distils from a deeper, wider teacher where asked."""
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.training.config import TrainConfig

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
+from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.runtime.config import ParallelConfig
 from tests.distributed.models import (
     assemble,
@@ -98,7 +98,8 @@ def cache_on_rank(folder: str) -> None:
     from megatron.core import parallel_state
 
     from minitron_mcore.checkpoint.store import as_chunks
-    from minitron_mcore.distillation.cache_file import (
+    from minitron_mcore.distillation.cache.draw import Drawing, make_targets
+    from minitron_mcore.distillation.cache.file import (
         encode_targets,
         settings_digest,
         shard_file,
@@ -106,8 +107,7 @@ def cache_on_rank(folder: str) -> None:
         write_settings,
         write_shard,
     )
-    from minitron_mcore.distillation.draw import Drawing, make_targets
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.schedule import final_hidden_states
 
     layout = start_layout({}, 1)
@@ -170,10 +170,10 @@ def distil_on_rank(
 ) -> dict[str, Any]:
     """First step's gradients, then `steps` steps from the start: what each reports."""
     from minitron_mcore.checkpoint.store import as_chunks, load_weights
-    from minitron_mcore.distillation.cache import CachedTeacher
+    from minitron_mcore.distillation.cache.teacher import CachedTeacher
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.projection import finalize_gradients
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.states.projection import finalize_gradients
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import named_parameters
     from minitron_mcore.training.config import TrainConfig

@@ -105,7 +105,7 @@ def test_a_save_that_finds_the_disk_full(tmp_path: Path, world_size: int) -> Non
 
 def tells_on_rank(path: str) -> str:
     """The last rank alone finds the disk full, as one that writes a shard of a cache."""
-    from minitron_mcore.distillation.cache import raise_everywhere
+    from minitron_mcore.distillation.cache.teacher import raise_everywhere
     from minitron_mcore.errors import InputError, StorageError
     from minitron_mcore.files import writing
     from minitron_mcore.runtime.start import start

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minitron_mcore.distillation import passes
+from minitron_mcore.distillation.logits import passes
 from tests.distributed.logit_loss_problem import SCALE, Case, Problem, part, relative, run
 from tests.distributed.ranks import run_on_ranks, test_device
 

@@ -15,7 +15,7 @@ import torch
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.plan import make_plan
+from minitron_mcore.pruning.plan import make_plan
 from tests.distributed.dense_reference import EMBEDDING, FC1, FC2, HEAD, PROJ, QKV, draw_weights, fill
 from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks

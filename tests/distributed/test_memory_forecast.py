@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_mcore.memory.blocks import pinned_bytes
-from minitron_mcore.memory.forecast import stage_parts
-from minitron_mcore.memory.model import layer_activations, local_parameters
-from minitron_mcore.memory.setting import Setting
-from minitron_mcore.memory.teacher import host_bytes, teacher_layers_at_work
+from minitron_mcore.distillation.teacher.blocks import pinned_bytes
+from minitron_mcore.estimate.forecast import stage_parts
+from minitron_mcore.estimate.model import layer_activations, local_parameters
+from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.estimate.teacher import host_bytes, teacher_layers_at_work
 from minitron_mcore.runtime.config import ParallelConfig
 from tests.distributed.models import LAYOUTS, start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
@@ -124,7 +124,7 @@ def placed_on_rank(parallel: dict[str, Any], world_size: int, placement: str) ->
     """Bytes that a placed model keeps, embedding and head among them, those of its two buffers, its layers' blocks."""
     from megatron.core import parallel_state
 
-    from minitron_mcore.distillation.placement import place
+    from minitron_mcore.distillation.teacher.placement import place
     from minitron_mcore.model.gpt import build_model
 
     layout = start_layout(parallel, world_size)

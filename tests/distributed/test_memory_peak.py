@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from minitron_mcore.distillation.config import HiddenStatesConfig
-from minitron_mcore.distillation.state_memory import state_memory
-from minitron_mcore.memory.forecast import stage_parts
-from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
-from minitron_mcore.memory.setting import Setting
+from minitron_mcore.estimate.forecast import stage_parts
+from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.estimate.states import state_memory
+from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.runtime.config import ParallelConfig
 from tests.distributed.models import LAYOUTS, start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
@@ -48,9 +48,9 @@ def peak_on_rank(
     from torch.profiler import ProfilerActivity, profile
 
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.placement import place
-    from minitron_mcore.distillation.state_loss import StateLosses
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.states.loss import StateLosses
+    from minitron_mcore.distillation.teacher.ahead import Teacher
+    from minitron_mcore.distillation.teacher.placement import place
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.training.budget import Shape, plan_timetable

@@ -69,8 +69,8 @@ def states_on_rank(
     """Placement -> the final hidden states, then the inner ones, of windows of 4, 2 and again 4 microbatches; and the
     final ones of a pass that was not foretold."""
     from minitron_mcore.checkpoint.store import as_chunks
-    from minitron_mcore.distillation.state_map import Pair
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.states.map import Pair
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.schedule import final_hidden_states
     from minitron_mcore.runtime.config import ParallelConfig
     from minitron_mcore.runtime.context import on_this_context_rank
@@ -129,7 +129,7 @@ def compare(ranks: list[dict[str, list[list[torch.Tensor]]]]) -> None:
 
 def fetches_on_rank(folder: str, parallel: dict[str, Any], world_size: int, count: int) -> list[tuple[int, bool]]:
     """Every fetch of a pass: (layer, whether it was started before its layer was asked for)."""
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.teacher.ahead import Teacher
 
     layout = start_layout(parallel, world_size)
     architecture = teacher_of("llama")
@@ -183,7 +183,7 @@ def memory_on_rank(folder: str, placement: str) -> dict[str, int]:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from minitron_mcore.checkpoint.reader import TensorReader
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.teacher.ahead import Teacher
 
     layout = start_layout({}, 2)
     architecture = big_teacher()
@@ -240,7 +240,7 @@ def test_sharded_layers_take_a_half_and_two_whole_ones(tmp_path: Path) -> None:
 
 def train_on_rank(folder: str, placement: str) -> list[dict[str, float]]:
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.training.budget import plan_timetable

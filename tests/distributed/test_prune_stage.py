@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from minitron_mcore.importance.scores import WIDTH_AXES, Scores, load_scores, save_scores
-from minitron_mcore.plan import load_plan
+from minitron_mcore.pruning.plan import load_plan
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.stages.prune import pipeline_split
 from tests.distributed.models import start_layout, tiny

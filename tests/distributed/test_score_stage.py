@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minitron_mcore.importance.scores import AXES, TOLERANCE, load_scores
-from minitron_mcore.plan import make_plan
+from minitron_mcore.pruning.plan import make_plan
 from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
 from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer

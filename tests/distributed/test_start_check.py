@@ -17,7 +17,7 @@ def check_on_rank(parallel: dict[str, Any], world_size: int, damage: str, precis
     """What `check_teacher` printed on this rank."""
     from minitron_mcore.distillation.config import DistillConfig
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize, named_parameters
     from minitron_mcore.runtime.start import start

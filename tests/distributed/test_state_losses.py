@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_mcore.memory.recompute import Recompute
+from minitron_mcore.model.recompute import Recompute
 from tests.distributed.models import LAYOUTS, assemble, relative_error
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.state_loss_problem import CASES, dense_solution, solve_on_rank

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_mcore.distillation.state_loss import ALPHA, DIFFERENCE, LEAST_DIFFERENCE
+from minitron_mcore.distillation.states.loss import ALPHA, DIFFERENCE, LEAST_DIFFERENCE
 from minitron_mcore.model.schedule import uncounted
 from tests.distributed.dense_reference import DenseModel, draw_weights, fill
 from tests.distributed.models import LAYOUTS, global_batch, my_batch, start_layout, steady, tiny
@@ -33,8 +33,8 @@ def start_cut(site: str, loss: str, noise: float, layout: Any, precision: str) -
     """
     from minitron_mcore.distillation.config import HiddenStatesConfig
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.state_loss import StateLosses
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.states.loss import StateLosses
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.training.config import TrainConfig
     from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model

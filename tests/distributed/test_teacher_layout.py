@@ -78,8 +78,8 @@ def teach_on_rank(
     """What `run_ahead` left on this rank, by number of the microbatch, and the teacher's head."""
     from megatron.core import parallel_state
 
-    from minitron_mcore.distillation.state_map import Pair
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.states.map import Pair
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.runtime.config import ParallelConfig
     from minitron_mcore.runtime.context import on_this_context_rank
 
@@ -115,7 +115,7 @@ def train_on_rank(
 ) -> list[dict[str, float]]:
     """Three steps of a student of 4 layers in fp32, by both losses, from a teacher in `precision`."""
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.runtime.config import ParallelConfig
@@ -173,7 +173,7 @@ def compare(
     case: tuple[int, dict[str, Any], dict[str, Any] | None, int],
     placement: str = "resident",
 ) -> None:
-    from minitron_mcore.distillation.state_map import holder
+    from minitron_mcore.distillation.states.map import holder
     from minitron_mcore.layout import split_layers
     from minitron_mcore.runtime.context import context_part
 

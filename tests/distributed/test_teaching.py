@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
+from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from tests.distributed.models import LAYOUTS, global_batch, my_batch, start_layout, steady, tiny
 from tests.distributed.ranks import run_on_ranks
 
@@ -34,7 +34,7 @@ def teach_on_rank(
     """`STEPS` steps of both models, or from `resume_at` on; and, at one rank, what independent runs give."""
     from minitron_mcore.checkpoint.folder import write_description
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.runtime.start import start

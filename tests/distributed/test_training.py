@@ -67,7 +67,7 @@ def draw_plain_weights(architecture: Any, seed: int) -> dict[Any, torch.Tensor]:
 def objective_of(family: str, layout: Any) -> Any:
     """Next-token loss, or both losses at temperature 2 under a wider teacher of the other depth."""
     from minitron_mcore.distillation.objective import Objective
-    from minitron_mcore.distillation.teacher import Teacher
+    from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from minitron_mcore.distillation.cache_file import CacheReader, settings_digest, shard_file, write_shard
+from minitron_mcore.distillation.cache.file import CacheReader, settings_digest, shard_file, write_shard
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_score_stage import save_teacher
 from tests.e2e.launchers import ROOT, environment

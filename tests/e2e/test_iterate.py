@@ -11,7 +11,7 @@ import yaml
 
 from minitron_mcore.architecture import load_architecture
 from minitron_mcore.importance.scores import load_scores
-from minitron_mcore.plan import load_plan
+from minitron_mcore.pruning.plan import load_plan
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_score_stage import save_teacher
 from tests.e2e.verbs import all_typed, run_well

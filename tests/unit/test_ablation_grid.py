@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from minitron_mcore.ablation.config import AblateConfig
-from minitron_mcore.ablation.grid import Setting, grid_of, shapes_of
-from minitron_mcore.ablation.results import Row, best_first, read_rows, squares, table, write_plot, write_rows
 from minitron_mcore.errors import InputError
+from minitron_mcore.search.ablation_grid import Setting, grid_of, shapes_of
+from minitron_mcore.search.ablation_results import Row, best_first, read_rows, squares, table, write_plot, write_rows
+from minitron_mcore.search.config import AblateConfig
 from tests.distributed.models import tiny
 
 TEACHER = tiny("llama", num_attention_heads=8)

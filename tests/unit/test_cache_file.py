@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitron_mcore.distillation.cache_file import (
+from minitron_mcore.distillation.cache.file import (
     CacheReader,
     Targets,
     decode_targets,

@@ -11,8 +11,8 @@ import yaml
 
 from minitron_mcore.architecture import Architecture, save_architecture
 from minitron_mcore.checkpoint.folder import TRACKER
-from minitron_mcore.distillation.cache import CachedTeacher
-from minitron_mcore.distillation.cache_file import write_settings
+from minitron_mcore.distillation.cache.file import write_settings
+from minitron_mcore.distillation.cache.teacher import CachedTeacher
 from minitron_mcore.errors import InputError
 from minitron_mcore.recipe import Recipe, load_recipe
 from minitron_mcore.stages.cache import identity

@@ -18,7 +18,7 @@ import pytest
 from minitron_mcore import cli, recipe
 from minitron_mcore.checkpoint.folder import TRACKER, find_checkpoint, read_architecture
 from minitron_mcore.data.blend import check_prefixes, parse_blend
-from minitron_mcore.distillation.cache_file import read_settings
+from minitron_mcore.distillation.cache.file import read_settings
 from minitron_mcore.errors import InputError, StorageError
 from minitron_mcore.files import writing
 from minitron_mcore.recipe import Recipe

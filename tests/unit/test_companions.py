@@ -20,10 +20,10 @@ from minitron_mcore.checkpoint.companions import (
     token_ids,
     write_companions,
 )
-from minitron_mcore.checkpoint.model_card import model_card
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.plan import PruningPlan, make_plan, save_plan
+from minitron_mcore.pruning.plan import PruningPlan, make_plan, save_plan
+from minitron_mcore.report.model_card import model_card
 from tests.distributed.hf_cases import SHAPE
 
 

@@ -13,9 +13,9 @@ import numpy
 import pytest
 import torch
 
-from minitron_mcore.distillation.cache import log_weights
-from minitron_mcore.distillation.cache_file import Targets
-from minitron_mcore.distillation.draw import draw, most_probable, poisson, token_keys
+from minitron_mcore.distillation.cache.draw import draw, most_probable, poisson, token_keys
+from minitron_mcore.distillation.cache.file import Targets
+from minitron_mcore.distillation.cache.teacher import log_weights
 from minitron_mcore.model.vocab_parallel import VocabularyShard
 
 V = 300

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.plan import TARGETS
 from minitron_mcore.pruning.iterative import step_shapes
+from minitron_mcore.pruning.plan import TARGETS
 from tests.distributed.models import tiny
 
 TEACHER = tiny(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitron_mcore.distillation.logit_loss import logit_loss
+from minitron_mcore.distillation.logits.loss import logit_loss
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_mcore.distillation import passes
-from minitron_mcore.distillation.divergences import DIVERGENCES, Divergence, maximum_and_column
-from minitron_mcore.distillation.passes import logit_gradient_, logit_statistics
+from minitron_mcore.distillation.logits import passes
+from minitron_mcore.distillation.logits.divergences import DIVERGENCES, Divergence, maximum_and_column
+from minitron_mcore.distillation.logits.passes import logit_gradient_, logit_statistics
 
 NAMES = (
     *("maximum", "log_sum", "plain_logsumexp", "teacher_maximum", "teacher_log_sum"),

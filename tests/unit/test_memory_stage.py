@@ -10,8 +10,8 @@ import torch
 
 from minitron_mcore.architecture import build_architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.memory.advice import advice
-from minitron_mcore.memory.forecast import bytes_text, forecast
+from minitron_mcore.estimate.advice import advice
+from minitron_mcore.estimate.forecast import bytes_text, forecast
 from minitron_mcore.recipe import Recipe, load_recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import memory

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.plan import TARGETS, PruningPlan, load_plan, make_plan, save_plan, scores_fingerprint
+from minitron_mcore.pruning.plan import TARGETS, PruningPlan, load_plan, make_plan, save_plan, scores_fingerprint
 
 
 def model(**changes: Any) -> Architecture:

@@ -11,7 +11,7 @@ import pytest
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.plan import PruningPlan, make_plan, scores_fingerprint
+from minitron_mcore.pruning.plan import PruningPlan, make_plan, scores_fingerprint
 
 
 def model(**changes: Any) -> Architecture:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.memory.advice import advice
-from minitron_mcore.memory.forecast import bytes_text, forecast, stage_parts
-from minitron_mcore.memory.model import activations, recomputed_activations
-from minitron_mcore.memory.recompute import KEEP_ALL, Recompute, check_recompute, recompute_of
+from minitron_mcore.estimate.advice import advice
+from minitron_mcore.estimate.forecast import bytes_text, forecast, stage_parts
+from minitron_mcore.estimate.model import activations, recomputed_activations
+from minitron_mcore.model.recompute import KEEP_ALL, Recompute, check_recompute, recompute_of
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.training.config import TrainConfig
 from tests.unit.test_memory import STUDENT, setting

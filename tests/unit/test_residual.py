@@ -19,9 +19,9 @@ from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.layout import parameter_table
-from minitron_mcore.plan import PruningPlan, make_plan
 from minitron_mcore.pruning.axes import prune_dense
-from minitron_mcore.ranking import residual_pairs
+from minitron_mcore.pruning.plan import PruningPlan, make_plan
+from minitron_mcore.pruning.ranking import residual_pairs
 
 D = 4
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitron_mcore.distillation.routes import Grid, Moves, assign, state_moves, token_moves
+from minitron_mcore.distillation.teacher.routes import Grid, Moves, assign, state_moves, token_moves
 
 
 def grids_of(world_size: int, context: int) -> list[Grid]:

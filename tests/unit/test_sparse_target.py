@@ -9,17 +9,17 @@ import numpy
 import pytest
 import torch
 
-from minitron_mcore.distillation.cache import CachedTeacher
-from minitron_mcore.distillation.cache_file import (
+from minitron_mcore.distillation.cache.draw import Drawing, make_targets
+from minitron_mcore.distillation.cache.file import (
     encode_targets,
     settings_digest,
     shard_file,
     write_settings,
     write_shard,
 )
-from minitron_mcore.distillation.draw import Drawing, make_targets
-from minitron_mcore.distillation.logit_loss import logit_loss
-from minitron_mcore.distillation.sparse_target import SparseTarget
+from minitron_mcore.distillation.cache.teacher import CachedTeacher
+from minitron_mcore.distillation.logits.loss import logit_loss
+from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
 

@@ -11,7 +11,7 @@ import pytest
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.distillation.config import HiddenStatesConfig
-from minitron_mcore.distillation.state_map import Pair, check_hidden_states, check_idle, holder, pairs, relation_heads
+from minitron_mcore.distillation.states.map import Pair, check_hidden_states, check_idle, holder, pairs, relation_heads
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.pruning.config import StudentConfig
-from minitron_mcore.targets import TARGETS, student_shape
+from minitron_mcore.pruning.targets import TARGETS, student_shape
 
 
 def model(**changes: Any) -> Architecture:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minitron_mcore.architecture import BYTES, Architecture
-from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
+from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.runtime.config import ParallelConfig
 
 
@@ -52,7 +52,7 @@ class Setting:
     teacher_trained: bool = False  # corrected as it teaches: then it has gradients and an optimizer too
     teacher_chunk_tokens: int | None = None  # `loss_chunk_tokens` of the corrected teacher's own pass
     teacher_recompute: Recompute = KEEP_ALL
-    # The losses between inner states on a stage (distillation/state_memory.py); None: there are none.
+    # The losses between inner states on a stage (estimate/states.py); None: there are none.
     states: Callable[[Setting, int], StateMemory] | None = None
 
     @property

@@ -10,9 +10,9 @@ from math import prod
 
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.distillation.config import default_chunk_tokens
+from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.layout import local_shape, parameter_table, split_layers
-from minitron_mcore.memory.recompute import Recompute
-from minitron_mcore.memory.setting import Setting
+from minitron_mcore.model.recompute import Recompute
 from minitron_mcore.runtime.config import ParallelConfig
 
 

@@ -17,9 +17,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from minitron_mcore.architecture import Architecture, build_architecture
-from minitron_mcore.distillation.cache_file import CacheReader, Targets, has_tails, token_checksum
+from minitron_mcore.distillation.cache.file import CacheReader, Targets, has_tails, token_checksum
 from minitron_mcore.distillation.config import DistillConfig
-from minitron_mcore.distillation.sparse_target import SparseTarget
+from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.runtime.context import context_part

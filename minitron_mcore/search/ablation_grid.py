@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from minitron_mcore.ablation.config import AblateConfig
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import DEPTH_METRICS, METHODS, NEURON_SITES, PAIRS
-from minitron_mcore.plan import LAYER_CHOICES, TARGETS, check_residual
-from minitron_mcore.plan_file import RESIDUAL_MATRICES, RESIDUALS
+from minitron_mcore.pruning.plan import LAYER_CHOICES, TARGETS, check_residual
+from minitron_mcore.pruning.plan_file import RESIDUAL_MATRICES, RESIDUALS
+from minitron_mcore.search.config import AblateConfig
 
 # name of a shape that prunes one axis alone -> the fields it takes from the student
 ALONE = {

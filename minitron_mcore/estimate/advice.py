@@ -8,11 +8,11 @@ from typing import Any
 
 from minitron_mcore.distillation.config import LEAST_CHUNK, default_chunk_tokens
 from minitron_mcore.errors import InputError
+from minitron_mcore.estimate.forecast import Forecast, bytes_text, forecast
+from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.estimate.teacher import host_bytes
 from minitron_mcore.layout import check_tensor_parallel, split_layers
-from minitron_mcore.memory.forecast import Forecast, bytes_text, forecast
-from minitron_mcore.memory.recompute import Recompute
-from minitron_mcore.memory.setting import Setting
-from minitron_mcore.memory.teacher import host_bytes
+from minitron_mcore.model.recompute import Recompute
 
 
 def advice(found: Forecast, count: int = 3) -> list[str]:

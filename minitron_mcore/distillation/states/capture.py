@@ -1,4 +1,4 @@
-"""The teacher's inner states, kept while it runs ahead (state_map.py tells which, and where they are read)."""
+"""The teacher's inner states, kept while it runs ahead (map.py tells which, and where they are read)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from minitron_mcore.distillation.state_map import WIDE_SITES
+from minitron_mcore.distillation.states.map import WIDE_SITES
 from minitron_mcore.model.gpt import LanguageModel, unwrap
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.model.sites import fused_norm, layers_of, norm_sites
@@ -20,7 +20,7 @@ Visit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 def watch(chunk: LanguageModel, site: str, layer: int, visit: Visit) -> list[RemovableHandle]:
     """Call `visit` whenever `chunk` computes the state (site, layer); no handles where another chunk has it.
 
-    States as state_map.py has them: [s, b, h], under sequence parallelism this rank's part of s; for an attention
+    States as map.py has them: [s, b, h], under sequence parallelism this rank's part of s; for an attention
     relation the output of linear_qkv [s, b, G (q + 2) d / TP] for the whole sequence.
     """
     if site not in WIDE_SITES:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from math import prod
 
+from minitron_mcore.distillation.teacher.blocks import aligned, flat_bytes, host_blocks, pinned_bytes
+from minitron_mcore.estimate.model import local_parameters
+from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.layout import local_shape, parameter_table, split_layers
-from minitron_mcore.memory.blocks import aligned, flat_bytes, host_blocks, pinned_bytes
-from minitron_mcore.memory.model import local_parameters
-from minitron_mcore.memory.setting import Setting
 
 
 def teacher_weights(setting: Setting, stage: int) -> int:

@@ -15,8 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitron_mcore.distillation.divergences import Divergence, divergence_value, inverse_norms, mixture_statistics
-from minitron_mcore.distillation.outcomes import (
+from minitron_mcore.distillation.logits.divergences import (
+    Divergence,
+    divergence_value,
+    inverse_norms,
+    mixture_statistics,
+)
+from minitron_mcore.distillation.logits.outcomes import (
     LOWEST,
     outcome_divergence,
     selected_logits,
@@ -24,7 +29,13 @@ from minitron_mcore.distillation.outcomes import (
     top_of_all,
     top_of_shard,
 )
-from minitron_mcore.distillation.passes import KEEPING, by_rows, kept_gradient_, logit_gradient_, logit_statistics
+from minitron_mcore.distillation.logits.passes import (
+    KEEPING,
+    by_rows,
+    kept_gradient_,
+    logit_gradient_,
+    logit_statistics,
+)
 from minitron_mcore.model.vocab_parallel import (
     ABSENT,
     VocabularyShard,

@@ -30,17 +30,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.distillation.capture import Visit, watch
 from minitron_mcore.distillation.config import HiddenStatesConfig
-from minitron_mcore.distillation.projection import Projection, attach_projection
-from minitron_mcore.distillation.relation import relation_loss
-from minitron_mcore.distillation.state_map import (
+from minitron_mcore.distillation.states.capture import Visit, watch
+from minitron_mcore.distillation.states.map import (
     WIDE_SITES,
     Pair,
     check_hidden_states,
     needs_projection,
     relation_heads,
 )
+from minitron_mcore.distillation.states.projection import Projection, attach_projection
+from minitron_mcore.distillation.states.relation import relation_loss
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.runtime.config import ParallelConfig

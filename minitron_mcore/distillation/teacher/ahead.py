@@ -18,16 +18,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
-from minitron_mcore.distillation.capture import Capture
-from minitron_mcore.distillation.placement import Placement, place
-from minitron_mcore.distillation.routes import Grid, assign, state_moves, token_moves
-from minitron_mcore.distillation.state_map import WIDE_SITES, Pair, holder
-from minitron_mcore.distillation.transfer import carry
+from minitron_mcore.distillation.states.capture import Capture
+from minitron_mcore.distillation.states.map import WIDE_SITES, Pair, holder
+from minitron_mcore.distillation.teacher.placement import Placement, place
+from minitron_mcore.distillation.teacher.routes import Grid, assign, state_moves, token_moves
+from minitron_mcore.distillation.teacher.transfer import carry
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import axis_sizes, local_shape, parameter_table
-from minitron_mcore.memory.recompute import KEEP_ALL, Recompute
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import named_parameters
+from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.model.schedule import Begin, Microbatch, final_hidden_states
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.parallel import teacher_groups

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from minitron_mcore.distillation.cache_file import Targets
+from minitron_mcore.distillation.cache.file import Targets
 from minitron_mcore.model.vocab_parallel import ABSENT, VocabularyShard, product_, product_operand
 
 _MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # the multipliers of splitmix64's finaliser, as signed numbers

@@ -17,8 +17,8 @@ from typing import Any
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_whole
-from minitron_mcore.ranking import Cut
-from minitron_mcore.targets import TARGETS
+from minitron_mcore.pruning.ranking import Cut
+from minitron_mcore.pruning.targets import TARGETS
 
 FORMAT = "minitron_plan"
 RESIDUALS = ("paper", "laco")

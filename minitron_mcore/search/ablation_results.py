@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_mcore.ablation.grid import Setting
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_figure, write_whole
+from minitron_mcore.search.ablation_grid import Setting
 
 CHOICES = [entry.name for entry in dataclasses.fields(Setting)]
 NUMBERS = ["lm_loss", "ppl", "parameters"]

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from minitron_mcore.architecture import BYTES
-from minitron_mcore.layout import check_tensor_parallel
-from minitron_mcore.memory.model import (
+from minitron_mcore.estimate.model import (
     activations,
     largest_layer_output,
     local_parameters,
@@ -19,8 +18,9 @@ from minitron_mcore.memory.model import (
     passes,
     recomputed_activations,
 )
-from minitron_mcore.memory.setting import Setting, StateMemory
-from minitron_mcore.memory.teacher import host_bytes, teacher_hidden_states, teacher_layers_at_work, teacher_weights
+from minitron_mcore.estimate.setting import Setting, StateMemory
+from minitron_mcore.estimate.teacher import host_bytes, teacher_hidden_states, teacher_layers_at_work, teacher_weights
+from minitron_mcore.layout import check_tensor_parallel
 
 # Held from the first step to the last; the others come and go within a step.
 STATIC = ("weights", "gradients", "optimizer state", "teacher weights", "teacher's training")

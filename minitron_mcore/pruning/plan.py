@@ -13,7 +13,7 @@ import numpy
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
-from minitron_mcore.plan_file import (
+from minitron_mcore.pruning.plan_file import (
     HeadResidual,
     PruningPlan,
     check_residual,
@@ -21,7 +21,7 @@ from minitron_mcore.plan_file import (
     load_plan,
     save_plan,
 )
-from minitron_mcore.ranking import (
+from minitron_mcore.pruning.ranking import (
     Cut,
     best,
     best_in_groups,
@@ -31,7 +31,7 @@ from minitron_mcore.ranking import (
     without_block,
     without_cheapest,
 )
-from minitron_mcore.targets import TARGETS, student_shape
+from minitron_mcore.pruning.targets import TARGETS, student_shape
 
 __all__ = [
     "TARGETS",

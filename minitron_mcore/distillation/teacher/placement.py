@@ -28,7 +28,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-from minitron_mcore.memory.blocks import aligned, host_blocks
+from minitron_mcore.distillation.teacher.blocks import aligned, host_blocks
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.specs import BareLayer
@@ -109,7 +109,7 @@ class ShardedSource:
 
 
 class OffloadedSource:
-    """Every rank keeps its layers whole in its own host memory, each in a few blocks (see memory/blocks.py)."""
+    """Every rank keeps its layers whole in its own host memory, each in a few blocks (see blocks.py)."""
 
     def __init__(self) -> None:
         self.parts: dict[int, list[torch.Tensor]] = {}

@@ -1,4 +1,4 @@
-"""How many bytes the losses between inner states need on a rank. Pure; memory/forecast.py adds them to the rest.
+"""How many bytes the losses between inner states need on a rank. Pure; estimate/forecast.py adds them to the rest.
 
 Legend: n tokens of a microbatch on a rank, T tensor-parallel size, h_s and h_t hidden sizes of student and teacher.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.distillation.config import RELATION_BUFFER, HiddenStatesConfig
-from minitron_mcore.distillation.state_map import WIDE_SITES, Pair, holder, needs_projection, pairs, relation_heads
+from minitron_mcore.distillation.states.map import WIDE_SITES, Pair, holder, needs_projection, pairs, relation_heads
+from minitron_mcore.estimate.setting import Setting, StateMemory
 from minitron_mcore.layout import axis_sizes, stage_of
-from minitron_mcore.memory.setting import Setting, StateMemory
 
 # Beside the lifted state, in its type, what one loss holds in fp32 at a time: copies of both states if they are bf16,
 # unit vectors of both for a cosine, and their difference; of two fp32 states also its square.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from minitron_mcore.distillation.routes import Move, Moves
+from minitron_mcore.distillation.teacher.routes import Move, Moves
 
 
 def carry(

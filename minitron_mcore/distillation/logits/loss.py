@@ -1,6 +1,6 @@
 """Next-token loss and distillation loss from final hidden states, over vocabulary shards, without ever holding logits.
 
-One sweep over the tokens (distillation/sweep.py) computes the losses and, when gradients are wanted, their gradients
+One sweep over the tokens (sweep.py) computes the losses and, when gradients are wanted, their gradients
 too. Products take the parameters' type with fp32 output; statistics, losses and logit gradients are fp32. The same
 sweep serves plain next-token training (no teacher), evaluation (no gradients) and distillation.
 
@@ -8,7 +8,7 @@ For a token with student logits z, teacher logits z_t and label y the loss is
 
     lm_weight (logsumexp(z) - z[y]) + kd_weight D(z_t, z)
 
-with D of distillation/divergences.py, or of distillation/outcomes.py where the teacher is given by few outcomes.
+with D of divergences.py, or of outcomes.py where the teacher is given by few outcomes.
 
 Legend: S sequence, B batch, N = S * B tokens, H hidden size, V this rank's vocabulary shard, K outcomes.
 """
@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitron_mcore.distillation.config import default_chunk_tokens
-from minitron_mcore.distillation.divergences import Divergence
-from minitron_mcore.distillation.sparse_target import SparseTarget
-from minitron_mcore.distillation.sweep import Model, Objective, Outcomes, sweep
+from minitron_mcore.distillation.logits.divergences import Divergence
+from minitron_mcore.distillation.logits.sparse_target import SparseTarget
+from minitron_mcore.distillation.logits.sweep import Model, Objective, Outcomes, sweep
 from minitron_mcore.model.vocab_parallel import VocabularyShard
 
 REPORTED = ("lm", "kd", "teacher_lm", "agreement")
@@ -183,7 +183,7 @@ def logit_loss(
     teacher_hidden_SBH, teacher_weight_VH: as the student's, of any width, with the same sharding; they get no gradient.
     teacher_target: in their place, few outcomes of the teacher at this temperature, of the full sequence on every
         rank. It goes with a divergence of probabilities; without a tail not with reverse_kl, which would be infinite.
-    divergence, jensen_shannon_mix, temperature: see distillation/divergences.py.
+    divergence, jensen_shannon_mix, temperature: see distillation/logits/divergences.py.
     top_k: compare over the teacher's top_k likeliest ids (of equals the lowest) and one bucket of all others; 0: over
         the whole vocabulary.
     recompute: the sweep once more in backward, instead of keeping gradients from forward.

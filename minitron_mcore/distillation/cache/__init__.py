@@ -1,0 +1,1 @@
+"""A teacher's targets on disk, and the teacher they stand in for."""

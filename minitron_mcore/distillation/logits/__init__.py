@@ -1,0 +1,1 @@
+"""The distillation loss between logits, from hidden states."""

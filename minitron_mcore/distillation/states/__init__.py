@@ -1,0 +1,1 @@
+"""Losses between inner states of teacher and student."""

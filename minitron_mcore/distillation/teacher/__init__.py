@@ -1,0 +1,1 @@
+"""The teacher beside the student: it runs ahead, in its own layout and placement."""
