@@ -29,8 +29,9 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt .ci/venv.sh
 demo: venv  ## the whole road on two ranks: teacher, pruning, distillation, evaluation, export (ARGS: key=value ...)
 	@PATH=$(abspath $(BIN)):$$PATH NPROC_PER_NODE=2 launch/torchrun.sh run --config configs/quickstart.yaml $(ARGS)
 
-lint: venv  ## ruff and mypy
+lint: venv  ## ruff, its formatter, and mypy
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --quiet --diff .
 	@$(BIN)/mypy
 
 test: venv lint  ## lint, then the tests that are not slow, two files at a time (ARGS: further pytest arguments)
