@@ -127,7 +127,8 @@ def convert_on_rank(job: str, source: Path, target: Path) -> float:
 
     from minitron_mcore.checkpoint.export import export_checkpoint
     from minitron_mcore.checkpoint.folder import write_description
-    from minitron_mcore.checkpoint.import_hf import import_checkpoint, read_config
+    from minitron_mcore.checkpoint.hf_config import read_config
+    from minitron_mcore.checkpoint.import_hf import import_checkpoint
     from minitron_mcore.runtime.config import ParallelConfig
     from minitron_mcore.runtime.parallel import use_layout
     from minitron_mcore.runtime.start import start

@@ -107,17 +107,20 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
 
         words = [*overrides_of(options.verb, options.overrides), *flags_of(options)]
         recipe = load_recipe(options.config, words)
-        from minitron_mcore.runtime.start import quiet_libraries, start, stop
+        from minitron_mcore.jobs.job import resolve
+        from minitron_mcore.jobs.stated import reading_for
 
-        quiet_libraries()
-        from minitron_mcore.checkpoint.stated import stating
-        from minitron_mcore.checkpoint.unpickle import trusting
-        from minitron_mcore.stages.stated import stated_by
+        with reading_for(recipe):
+            has_job = options.verb in ("export", "import")
+            job: Any = resolve(options.verb, recipe, read_world(os.environ)) if has_job else recipe
+            from minitron_mcore.runtime.start import quiet_libraries, start, stop
 
-        stage = importlib.import_module(f"minitron_mcore.stages.{VERBS[options.verb][0]}")
-        runtime = start()
-        with trusting(recipe.trust), stating(stated_by(recipe)):
-            stage.run(recipe, runtime)
+            quiet_libraries()
+            stage = importlib.import_module(f"minitron_mcore.stages.{VERBS[options.verb][0]}")
+            runtime = start()
+            for note in job.notes if has_job else ():
+                runtime.print(f"{options.verb}: warning: {note}")
+            stage.run(job, runtime)
         stop()
     except (InputError, OSError) as error:
         if ending.number:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,53 +10,16 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.conversion import Unit, units
 from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
 from minitron_mcore.checkpoint.sharding import stored_parts
 from minitron_mcore.checkpoint.weight_checks import CheckedWeights, WeightChecks
 from minitron_mcore.checkpoint.writer import Source, pieces_of, save_stream
-from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
-from minitron_mcore.families.table import fields_of
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.start import Runtime
-
-
-def read_config(source: Path, make_vocab_size_divisible_by: int = 128) -> Architecture:
-    """The Architecture that `config.json` in `source` describes, transformers' defaults filled in. Any rank calls.
-
-    Raises InputError where there is no such file, or no family here for it.
-    """
-    path = source / "config.json"
-    if not path.is_file():
-        raise InputError(f"hf={source} holds no config.json: name a Hugging Face folder")
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise InputError(f"{path} is no config: it holds no mapping of keys to values")
-    if given.get("quantization_config"):
-        raise InputError(
-            f"{path} has a quantization_config: quantized weights are not read; dequantize the model first, or take "
-            "the key out where the weights are not quantized"
-        )
-    family = find_family(given.get("model_type"), str(path))
-    # transformers takes seconds to import; a folder that is none need not wait for it
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True).to_dict()
-    except Exception as error:
-        raise InputError(f"{path} is refused by transformers: {' '.join(str(error).split())}") from error
-    fields = fields_of(family, config, str(path))
-    divisor = {"make_vocab_size_divisible_by": make_vocab_size_divisible_by}
-    try:
-        return build_architecture({"family": family.model_type, **fields, **divisor})
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def import_checkpoint(

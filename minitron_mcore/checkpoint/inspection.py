@@ -27,7 +27,7 @@ from minitron_mcore.checkpoint.folder import (
     read_lineage,
     said_by,
 )
-from minitron_mcore.checkpoint.import_hf import read_config
+from minitron_mcore.checkpoint.hf_config import read_config
 from minitron_mcore.checkpoint.integrity import Verification, verify_checkpoint, verify_hugging_face
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.safetensors_folder import INDEX, SafetensorsFolder

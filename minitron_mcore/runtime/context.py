@@ -15,9 +15,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from minitron_mcore.errors import InputError
-from minitron_mcore.runtime.config import ParallelConfig
-
 # What of a microbatch has the sequence as its axis 1.
 SEQUENCE_TENSORS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -56,16 +53,3 @@ def on_this_context_rank(microbatch: dict[str, Any]) -> dict[str, Any]:
     rank = parallel_state.get_context_parallel_rank()
     cut = {name: context_part(microbatch[name], 1, rank, size) for name in SEQUENCE_TENSORS if name in microbatch}
     return {**microbatch, **cut}
-
-
-def check_sequence(length: int, parallel: ParallelConfig, key: str = "data.sequence_length") -> None:
-    """Raise InputError where sequences of `length` tokens, which `key` asks for, cannot be cut for `parallel`."""
-    tensor = parallel.tensor if parallel.sequence else 1
-    parts = (2 * parallel.context if parallel.context > 1 else 1) * tensor
-    if length % parts == 0:
-        return
-    factors = ["2", f"parallel.context={parallel.context}"] if parallel.context > 1 else []
-    factors += [f"parallel.tensor={parallel.tensor}"] if tensor > 1 else []
-    product = " x ".join(factors) + (f" = {parts}" if len(factors) > 1 else "")
-    why = ", as parallel.sequence=true needs" if tensor > 1 else ""
-    raise InputError(f"{key}={length} is no multiple of {product} ({length} / {parts} = {length / parts:g}){why}")

@@ -1,17 +1,18 @@
-"""A line or a warning from where no Runtime is at hand."""
+"""A line or a warning from where no Runtime is at hand. Pure."""
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import cache
 
-import torch
+from minitron_mcore.runtime.world import read_world
 
 
 @cache
 def say(text: str) -> None:
     """Print it once, on the first rank's standard error; any rank may call."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if read_world(os.environ).rank == 0:
         print(text, file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Model-parallel process groups from the recipe's `parallel` section, and what a layout can be."""
+"""Model-parallel process groups from the recipe's `parallel` section."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.timeout import collective_timeout
 from minitron_mcore.runtime.world import own_interface
 
@@ -38,34 +39,6 @@ _AXES = {
     "inter_dist_opt": "",
     "intra_dist_opt": "tp-dp-cp-pp",
 }
-
-
-def check_parallel(parallel: ParallelConfig) -> None:
-    """Raise InputError for a layout that no number of ranks can have."""
-    for name in ("tensor", "pipeline", "context"):
-        if getattr(parallel, name) < 1:
-            raise InputError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")
-    if parallel.virtual_pipeline is not None and parallel.virtual_pipeline < 2:
-        raise InputError(
-            f"parallel.virtual_pipeline={parallel.virtual_pipeline} must be at least 2 chunks a stage: "
-            "leave it out for the plain 1F1B schedule"
-        )
-    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
-        raise InputError(f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs parallel.pipeline of at least 2")
-    if parallel.sequence and parallel.tensor == 1:
-        raise InputError("parallel.sequence=true shards the sequence over tensor-parallel ranks: parallel.tensor is 1")
-
-
-def check_layout(parallel: ParallelConfig, world_size: int) -> None:
-    """Raise InputError, with the arithmetic, where `world_size` ranks cannot be laid out so."""
-    check_parallel(parallel)
-    ranks = parallel.replica_ranks
-    if world_size % ranks:
-        context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
-        raise InputError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context} = {ranks} ranks for "
-            f"one copy of the model, but {world_size} were started: start a multiple of {ranks}, or change parallel.*"
-        )
 
 
 def use_layout(parallel: ParallelConfig, world_size: int) -> None:

@@ -29,6 +29,7 @@ from minitron_mcore.importance.baselines import random_scores
 from minitron_mcore.importance.config import ImportanceConfig, check_importance
 from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.scores import Scores, load_scores
+from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.pruning.in_memory import prune_chunks
@@ -38,14 +39,7 @@ from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.search.ablation_grid import Setting, check_ablate, grid_of, shapes_of
 from minitron_mcore.search.ablation_results import Row, read_rows, squares, table, write_plot, write_rows
 from minitron_mcore.stages import score
-from minitron_mcore.stages.common import (
-    asked_shape,
-    check_model,
-    checkpoint_tokenizer,
-    lay_out,
-    output_folder,
-    refuse_context,
-)
+from minitron_mcore.stages.common import asked_shape, check_model, lay_out, output_folder, refuse_context
 from minitron_mcore.stages.evaluate import grouped, held_out
 
 

@@ -38,11 +38,12 @@ from minitron_mcore.distillation.config import CacheConfig
 from minitron_mcore.distillation.settings import check_temperature, refuse_idle
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
+from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.schedule import Microbatch, in_calls, visit_final_states
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out, output_folder, refuse_context
+from minitron_mcore.stages.common import check_model, lay_out, output_folder, refuse_context
 from minitron_mcore.stages.score import flat
 from minitron_mcore.training.budget import plan_timetable
 from minitron_mcore.training.reader import to_device

@@ -18,23 +18,16 @@ from minitron_mcore.families.table import config_of
 from minitron_mcore.importance.config import check_importance
 from minitron_mcore.importance.depth import check_blocks, measured
 from minitron_mcore.importance.multiple_choice import read_questions
+from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer, fit_tokenizer
 from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.plan import check_residual
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.stages.common import (
-    asked_shape,
-    check_model,
-    check_trained_model,
-    checkpoint_tokenizer,
-    refuse_context,
-    teacher_layout,
-)
+from minitron_mcore.stages.common import asked_shape, check_model, check_trained_model, refuse_context, teacher_layout
 from minitron_mcore.stages.correct import check_load
 from minitron_mcore.stages.distill import check_loss, check_top_k
 from minitron_mcore.stages.evaluate import check_evaluate
 from minitron_mcore.stages.teachers import check_teacher_keys
-from minitron_mcore.stages.tokenizers import fit_tokenizer
 from minitron_mcore.stages.train import new_architecture
 from minitron_mcore.training.budget import check_train, plan_timetable
 from minitron_mcore.training.learning_rate import check_learning_rate

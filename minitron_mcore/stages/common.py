@@ -15,17 +15,14 @@ from minitron_mcore.checkpoint.companions import carry_companions
 from minitron_mcore.checkpoint.folder import (
     is_iteration,
     latest_iteration,
-    read_architecture,
     read_lineage,
-    tokenizer_folder,
     write_description,
 )
 from minitron_mcore.checkpoint.reader import all_or_none
-from minitron_mcore.data.agreement import difference
 from minitron_mcore.data.corpus import check_folder
 from minitron_mcore.data.dataset import build_training_datasets
 from minitron_mcore.data.index_size import Wanted, check_index_size
-from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache.file import DESCRIPTION
 from minitron_mcore.distillation.cache.teacher import PREFIX
 from minitron_mcore.errors import InputError
@@ -38,11 +35,9 @@ from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.plan import TARGETS, student_shape
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.runtime.context import check_sequence
-from minitron_mcore.runtime.notice import warn
+from minitron_mcore.runtime.layouts import check_sequence
 from minitron_mcore.runtime.parallel import check_teacher_layout, of_teacher, use_layout
 from minitron_mcore.runtime.start import Runtime, seed_everything
-from minitron_mcore.stages.tokenizers import check_lineage, fit_tokenizer
 from minitron_mcore.training.budget import SIZES, Timetable, check_train, plan_timetable
 from minitron_mcore.training.config import PhaseConfig, TrainConfig
 from minitron_mcore.training.learning_rate import check_continuation, check_learning_rate
@@ -308,25 +303,3 @@ def read_data(
     read_valid = {name: batch_reader(dataset, **sizes) for name, dataset in validation.items()}
     read_train = step_reader(training, num_workers=recipe.data.num_workers)
     return TrainingData(timetable, read_train, read_valid, data_order(training))
-
-
-def checkpoint_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
-    """The tokenizer that lies beside the checkpoint in `folder`, else the recipe's. Any rank calls.
-
-    Raises InputError where there is neither, where the recipe names another one, or where it does not fit the model.
-    """
-    beside = tokenizer_folder(folder)
-    given = load_tokenizer(recipe.tokenizer) if recipe.tokenizer.model or beside is None else None
-    tokenizer = load_tokenizer(str(beside)) if beside is not None else given
-    assert tokenizer is not None
-    rows = read_architecture(folder).vocab_size
-    if given is not None and given.fingerprint != tokenizer.fingerprint:
-        if difference(given, tokenizer, rows):
-            raise InputError(
-                f"tokenizer.model={recipe.tokenizer.model} is not the tokenizer that {folder} was trained with, which "
-                f"lies in {beside}: leave tokenizer.model out"
-            )
-        warn(f"tokenizer.model={recipe.tokenizer.model} has the same ids as far as the model goes, {beside} is used")
-    tokenizer = dataclasses.replace(tokenizer, stands_in="other_tokenizer" in recipe.allow)
-    check_lineage(tokenizer, folder)
-    return fit_tokenizer(tokenizer, read_architecture(folder), recipe)

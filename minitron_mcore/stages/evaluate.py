@@ -20,12 +20,13 @@ from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import write_whole
+from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.schedule import Microbatch, in_calls, uncounted
 from minitron_mcore.recipe import EvaluateConfig, Recipe
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import check_model, checkpoint_tokenizer, lay_out
+from minitron_mcore.stages.common import check_model, lay_out
 from minitron_mcore.training.reader import to_device
 
 

@@ -6,47 +6,30 @@ import os
 import shutil
 from pathlib import Path
 
-from minitron_mcore.checkpoint.companions import keep_companions, refuse_adapter
+from minitron_mcore.checkpoint.companions import keep_companions
 from minitron_mcore.checkpoint.folder import write_description
-from minitron_mcore.checkpoint.import_hf import import_checkpoint, read_config
+from minitron_mcore.checkpoint.import_hf import import_checkpoint
 from minitron_mcore.checkpoint.verify import TOLERANCE, compare_with_transformers
-from minitron_mcore.data.tokenizer import cut_otherwise, load_tokenizer
-from minitron_mcore.data.tokenizer_files import has_tokenizer
-from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
-from minitron_mcore.recipe import Recipe, to_yaml
+from minitron_mcore.jobs.import_ import ImportJob
+from minitron_mcore.recipe import to_yaml
 from minitron_mcore.runtime.parallel import use_layout
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import output_folder
-from minitron_mcore.stages.tokenizers import fit_tokenizer
 
 
-def run(recipe: Recipe, runtime: Runtime) -> Path:
-    """Write `hf` to the new folder `checkpoint`, iteration 0, and return it; it is whole, or not there.
+def run(job: ImportJob, runtime: Runtime) -> Path:
+    """Write `job.target`, iteration 0, and return it; it is whole, or not there.
 
     With `verify`, the checkpoint's logits are compared with those of transformers' model first.
     """
+    recipe, source, target, architecture, tokenizer = (
+        job.recipe,
+        job.source,
+        job.target,
+        job.architecture,
+        job.tokenizer,
+    )
     use_layout(recipe.parallel, runtime.world_size)
-    if not recipe.hf:
-        raise InputError("hf is not given: name the Hugging Face folder to read")
-    source = Path(recipe.hf)
-    if not source.is_dir():
-        raise InputError(f"hf={source} is not there: name a Hugging Face folder")
-    target = output_folder(recipe.checkpoint, "checkpoint")
-    if target.exists():
-        raise InputError(f"checkpoint={target} exists: name a folder that does not, or move that one away")
-    refuse_adapter(source)
-    architecture = read_config(source, recipe.model.make_vocab_size_divisible_by)
-    tokenizer = load_tokenizer(str(source)) if has_tokenizer(source) else None
-    if tokenizer is not None:
-        fit_tokenizer(tokenizer, architecture, recipe)
-        if others := cut_otherwise(tokenizer):
-            runtime.print(
-                "import: tokenizer.model is read by transformers, for what lies beside it, which cuts "
-                f"{others} of 10 texts otherwise than sentencepiece; a tokenizer_config.json would say how"
-            )
-    runtime.barrier()  # every rank has looked before the first one writes
-
     runtime.print(f"import: {source}, {architecture.num_parameters:,} parameters -> {target}")
     unfinished = target.with_name(f".{target.name}.unfinished")
     runtime.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
@@ -60,7 +43,6 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
             f"import: warning: {len(checked.allowed)} tensors are all zero or not finite, let through by "
             f"allow={recipe.allow}: {', '.join(checked.allowed[:4])}{' …' if len(checked.allowed) > 4 else ''}"
         )
-
     notes: list[str] = []
 
     def describe() -> None:
@@ -90,6 +72,4 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
         raise
     for note in notes:
         runtime.print(f"import: {note}")
-    if tokenizer is None:
-        runtime.print(f"import: {source} holds no tokenizer; stages that read text need tokenizer.model")
     return target

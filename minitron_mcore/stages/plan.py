@@ -11,7 +11,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.pruning.plan import TARGETS, PruningPlan, check_same_model, make_plan, save_plan
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.parallel import check_parallel
+from minitron_mcore.runtime.layouts import check_parallel
 from minitron_mcore.runtime.start import Runtime
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,10 +29,12 @@ import torch
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_whole
+from minitron_mcore.jobs.export import resolve as resolve_export
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.interrupt import exit_code, name_of
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.runtime.world import World
 from minitron_mcore.stages import correct, distill, evaluate, export, iterate, preprocess, score, tokenizer, train
 from minitron_mcore.stages.baseline import train_baseline
 from minitron_mcore.stages.checks import check_road, teacher_architecture
@@ -232,10 +233,7 @@ def with_student(recipe: Recipe, student: StudentConfig, pruned: Path, distilled
 
 def export_again(recipe: Recipe, runtime: Runtime) -> Path:
     """Export into the run's own folder, over what a run cut off between the export and its mark has left."""
-    if runtime.is_main and recipe.hf:
-        shutil.rmtree(recipe.hf, ignore_errors=True)
-    runtime.barrier()
-    return export.run(recipe, runtime)
+    return export.run(resolve_export(recipe, World(size=runtime.world_size), replaces=True), runtime)
 
 
 def _plain(result: Any) -> Any:

@@ -23,19 +23,13 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache.teacher import CachedTeacher
 from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.tokenizers import check_same_tokenizer, checkpoint_tokenizer, fit_tokenizer
 from minitron_mcore.model.recompute import KEEP_ALL, check_recompute, recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.cache import identity
 from minitron_mcore.stages.cached import lineage_of, open_cache
-from minitron_mcore.stages.common import (
-    checkpoint_tokenizer,
-    describe_trained,
-    output_folder,
-    refuse_other_run,
-    teacher_layout,
-)
-from minitron_mcore.stages.tokenizers import check_same_tokenizer, fit_tokenizer
+from minitron_mcore.stages.common import describe_trained, output_folder, refuse_other_run, teacher_layout
 from minitron_mcore.training.budget import Timetable, check_numbers, plan_timetable
 from minitron_mcore.training.learning_rate import check_learning_rate
 from minitron_mcore.training.teaching import TrainedTeacher

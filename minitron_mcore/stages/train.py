@@ -10,22 +10,15 @@ from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer, fit_tokenizer
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.initialize import initialize
 from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.common import (
-    check_trained_model,
-    checkpoint_tokenizer,
-    lay_out,
-    output_folder,
-    read_data,
-    refuse_other_run,
-)
+from minitron_mcore.stages.common import check_trained_model, lay_out, output_folder, read_data, refuse_other_run
 from minitron_mcore.stages.fitting import fit_model
 from minitron_mcore.stages.memory import check_memory, explaining_memory
-from minitron_mcore.stages.tokenizers import fit_tokenizer
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Progress
 

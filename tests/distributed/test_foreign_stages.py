@@ -43,8 +43,8 @@ FOREIGN = f"@/foreign/iter_{ITERATION:07d}"
 def run_verb(verb: str, root: Path, *overrides: str) -> str:
     """What the first rank printed; `@` stands for the folder of the test."""
     from minitron_mcore.checkpoint.stated import stating
+    from minitron_mcore.jobs.stated import stated_by
     from minitron_mcore.runtime.start import start
-    from minitron_mcore.stages.stated import stated_by
 
     recipe = recipe_of(root, *overrides)
     printed = io.StringIO()

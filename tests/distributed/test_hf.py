@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.export import export_checkpoint
-from minitron_mcore.checkpoint.import_hf import import_checkpoint, read_config
+from minitron_mcore.checkpoint.hf_config import read_config
+from minitron_mcore.checkpoint.import_hf import import_checkpoint
 from minitron_mcore.families.find import known_families
 from minitron_mcore.model.initialize import draw
 from tests.distributed.hf_cases import (

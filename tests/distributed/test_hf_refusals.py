@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from minitron_mcore.architecture import build_architecture
 from minitron_mcore.checkpoint.conversion import units
 from minitron_mcore.checkpoint.export import export_checkpoint
-from minitron_mcore.checkpoint.import_hf import SafetensorsFolder, import_checkpoint, read_config
+from minitron_mcore.checkpoint.hf_config import read_config
+from minitron_mcore.checkpoint.import_hf import SafetensorsFolder, import_checkpoint
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import known_families
 from minitron_mcore.runtime.config import ParallelConfig

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from minitron_mcore.checkpoint.export import export_checkpoint
-from minitron_mcore.checkpoint.import_hf import import_checkpoint, read_config
+from minitron_mcore.checkpoint.hf_config import read_config
+from minitron_mcore.checkpoint.import_hf import import_checkpoint
 from minitron_mcore.checkpoint.inspection import verify
 from minitron_mcore.checkpoint.manifest import MANIFEST
 from minitron_mcore.errors import InputError

@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minitron_mcore.checkpoint.import_hf import import_checkpoint, read_config
+from minitron_mcore.checkpoint.hf_config import read_config
+from minitron_mcore.checkpoint.import_hf import import_checkpoint
 from minitron_mcore.errors import InputError
 from tests.distributed.hf_cases import CASES, architecture_of, save_with_transformers
 from tests.distributed.models import LAYOUTS, start_layout

@@ -134,7 +134,7 @@ TARGETS = [
     ("import", "checkpoint=/proc/nowhere/it", "checkpoint=/proc/nowhere/it cannot be written"),
     ("import", "checkpoint=@/nowhere", "checkpoint=@/nowhere"),
     ("import", "hf=@/file", "hf=@/file is not there: name a Hugging Face folder"),
-    ("export", "hf=@/file", "hf=@/file exists: name a folder that does not"),
+    ("export", "hf=@/file", "hf=@/file is a file: name a folder"),
     ("export", "hf=@/checkpoint", "hf=@/checkpoint exists"),
     ("export", "hf=@/file/in/it", "hf=@/file/in/it cannot be written"),
     ("export", "hf=/proc/nowhere/it", "hf=/proc/nowhere/it cannot be written"),

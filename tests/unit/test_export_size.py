@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.stages.export import parse_size
+from minitron_mcore.jobs.export import parse_size
 
 SIZES = {
     "5GB": 5_000_000_000,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_mcore.checkpoint.import_hf import read_config
+from minitron_mcore.checkpoint.hf_config import read_config
 from minitron_mcore.errors import InputError
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from minitron_mcore.architecture import RopeScaling
-from minitron_mcore.checkpoint.import_hf import read_config
+from minitron_mcore.checkpoint.hf_config import read_config
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import config_of
 

@@ -10,7 +10,7 @@ import torch
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.runtime.parallel import check_layout
+from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.start import MOST_SEED, seed_everything
 from minitron_mcore.runtime.timeout import collective_timeout
 from tests.distributed.ranks import run_on_ranks

@@ -17,10 +17,9 @@ from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.tokenizers import check_same_tokenizer, checkpoint_tokenizer, fit_tokenizer
 from minitron_mcore.recipe import Recipe, load_recipe
 from minitron_mcore.runtime import notice
-from minitron_mcore.stages.common import checkpoint_tokenizer
-from minitron_mcore.stages.tokenizers import check_same_tokenizer, fit_tokenizer
 from tests.distributed.hf_cases import SHAPE
 from tests.unit.test_fingerprint import train_byte_level
 from tests.unit.text_data import JSON_PACKAGE, small_data

@@ -1,4 +1,4 @@
-"""Whether tokenizers and models belong together, and what of a tokenizer a model has no rows for."""
+"""Whether tokenizers and models belong together, and what of a tokenizer a model has no rows for. Pure."""
 
 from __future__ import annotations
 
@@ -10,8 +10,44 @@ from minitron_mcore.checkpoint.folder import read_architecture, read_lineage, to
 from minitron_mcore.data.agreement import difference
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.job import Model, Promises, absolute
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.notice import warn
+
+
+def model_tokenizer(recipe: Recipe, model: Model, promises: Promises) -> Tokenizer | None:
+    """The tokenizer that `model` is read with; None where it, too, will be made by an earlier job.
+
+    Raises InputError where there is none, where the recipe names another one, or where it does not fit the model.
+    """
+    if model.iteration is not None:
+        return checkpoint_tokenizer(recipe, model.folder)
+    if model.tokenizer is not None:
+        return fit_tokenizer(model.tokenizer, model.architecture, recipe)
+    if recipe.tokenizer.model and absolute(recipe.tokenizer.model) in promises.tokenizers:
+        return None
+    return fit_tokenizer(load_tokenizer(recipe.tokenizer), model.architecture, recipe)
+
+
+def checkpoint_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:
+    """The tokenizer that lies beside the checkpoint in `folder`, else the recipe's. Any rank calls.
+
+    Raises InputError where there is neither, where the recipe names another one, or where it does not fit the model.
+    """
+    beside = tokenizer_folder(folder)
+    given = load_tokenizer(recipe.tokenizer) if recipe.tokenizer.model or beside is None else None
+    tokenizer = load_tokenizer(str(beside)) if beside is not None else given
+    assert tokenizer is not None
+    rows = read_architecture(folder).vocab_size
+    named = recipe.tokenizer.model
+    if given is not None and given.fingerprint != tokenizer.fingerprint:
+        if difference(given, tokenizer, rows):
+            rule = f"is not the tokenizer that {folder} was trained with, which lies in {beside}"
+            raise InputError("tokenizer.model", named, rule, "leave tokenizer.model out")
+        warn(f"tokenizer.model={named} has the same ids as far as the model goes, so {beside} is used")
+    tokenizer = dataclasses.replace(tokenizer, stands_in="other_tokenizer" in recipe.allow)
+    check_lineage(tokenizer, folder)
+    return fit_tokenizer(tokenizer, read_architecture(folder), recipe)
 
 
 def check_lineage(tokenizer: Tokenizer, folder: Path) -> None:

@@ -1,0 +1,79 @@
+"""`import`: a Hugging Face folder as a sharded Megatron checkpoint, at any layout. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.companions import refuse_adapter
+from minitron_mcore.checkpoint.hf_config import read_config
+from minitron_mcore.data.tokenizer import Tokenizer, cut_otherwise, load_tokenizer
+from minitron_mcore.data.tokenizer_files import has_tokenizer
+from minitron_mcore.errors import InputError
+from minitron_mcore.families.find import find_family
+from minitron_mcore.jobs.inputs import output_folder, require
+from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
+from minitron_mcore.jobs.tokenizers import fit_tokenizer
+from minitron_mcore.layout import check_tensor_parallel, split_layers
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.layouts import check_layout
+from minitron_mcore.runtime.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportJob(Job):
+    """The folder `source` to the checkpoint `target`, iteration 0."""
+
+    source: Path
+    target: Path
+    architecture: Architecture
+    tokenizer: Tokenizer | None
+
+
+def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> ImportJob:
+    """`hf` -> the new folder `checkpoint`. Raises InputError."""
+    require(recipe, {"hf": "the Hugging Face folder to read", "checkpoint": "the folder to write to"})
+    check_layout(recipe.parallel, world.size)
+    source = Path(str(recipe.hf))
+    if not source.is_dir():
+        raise InputError("hf", source, "is not there", "name a Hugging Face folder")
+    target = output_folder(recipe.checkpoint, "checkpoint")
+    if target.exists():
+        raise InputError("checkpoint", target, "exists", "name a folder that does not, or move that one away")
+    refuse_adapter(source)
+    architecture = read_config(source, recipe.model.make_vocab_size_divisible_by)
+    check_tensor_parallel(architecture, recipe.parallel.tensor)
+    split_layers(architecture.num_layers, recipe.parallel.pipeline, recipe.parallel.virtual_pipeline)
+    check_weights(source, architecture, recipe)
+    notes = []
+    tokenizer = load_tokenizer(str(source)) if has_tokenizer(source) else None
+    if tokenizer is None:
+        notes.append(f"{source} holds no tokenizer; stages that read text need tokenizer.model")
+    else:
+        fit_tokenizer(tokenizer, architecture, recipe)
+        if others := cut_otherwise(tokenizer):
+            notes.append(
+                "tokenizer.model is read by transformers, because of the files beside it, and it cuts "
+                f"{others} of 10 texts differently from sentencepiece; a tokenizer_config.json would say which is right"
+            )
+    return ImportJob(
+        recipe=recipe,
+        reads=(Item("hf", str(source), f"Hugging Face folder, {architecture.num_parameters:,} parameters"),),
+        makes=(Model("checkpoint", target, architecture, 0, tokenizer=tokenizer),),
+        notes=tuple(notes),
+        source=source,
+        target=target,
+        architecture=architecture,
+        tokenizer=tokenizer,
+    )
+
+
+def check_weights(source: Path, architecture: Architecture, recipe: Recipe) -> None:
+    """Raise InputError where the headers of the weight files do not make the model."""
+    # Reading tensors' types takes torch; a folder whose config says enough need not wait for it.
+    from minitron_mcore.checkpoint.conversion import units
+    from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
+
+    wanted = units(find_family(architecture.family, f"hf={source}"), architecture)
+    SafetensorsFolder(source).check(wanted, architecture, allow_extra="extra_tensors" in recipe.allow)

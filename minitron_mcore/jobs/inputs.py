@@ -1,0 +1,58 @@
+"""What jobs read and where they write: models found or promised, folders that may be written. Pure."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.checkpoint.folder import find_checkpoint, is_iteration, read_architecture, read_lineage
+from minitron_mcore.data.corpus import check_folder
+from minitron_mcore.errors import InputError
+from minitron_mcore.files import nearest_folder, refuse_closed
+from minitron_mcore.jobs.job import Model, Promises, absolute
+from minitron_mcore.recipe import Recipe
+
+
+def require(recipe: Recipe, needed: dict[str, str]) -> None:
+    """Raise InputError naming all keys of `needed` that are not given. needed: key -> what to name there, in words."""
+    missing = [key for key in needed if value_at(recipe, key) in (None, "")]
+    if missing:
+        rule = "is not given" if len(missing) == 1 else "are not given"
+        raise InputError(", ".join(missing), None, rule, "; ".join(f"name {needed[key]}" for key in missing))
+
+
+def value_at(recipe: Any, key: str) -> Any:
+    """The value at a key's full path."""
+    for part in key.split("."):
+        recipe = getattr(recipe, part)
+    return recipe
+
+
+def find_model(folder: str | Path | None, key: str, promises: Promises) -> Model:
+    """The checkpoint in `folder`, which the recipe names by `key`: promised, else found. Raises InputError."""
+    if folder and (promised := promises.models.get(absolute(folder))):
+        return Model(key, Path(folder), promised.architecture, None, promised.lineage, promised.tokenizer)
+    path, iteration = find_checkpoint(folder, key)
+    return Model(key, path, read_architecture(path), iteration, read_lineage(path))
+
+
+def output_folder(value: str | None, key: str) -> Path:
+    """The folder to write to. Raises InputError where it is none, or could not be made or read. Makes nothing."""
+    if not value:
+        raise InputError(key, None, "is not given", "name the folder to write to")
+    if os.path.isfile(value):
+        raise InputError(key, value, "is a file", "name a folder")
+    check_folder(value, key)
+    refuse_closed(f"{key}={value}", value)
+    if is_iteration(Path(value)):
+        raise InputError(key, value, "is an iteration of a checkpoint", "name another folder to write to")
+    above = nearest_folder(value)
+    if not os.statvfs(above).f_blocks:
+        # Where there is no disk, as in /proc, root seems to have a right that does not help: it is tried.
+        try:
+            os.rmdir(tempfile.mkdtemp(dir=above))
+        except OSError as error:
+            raise InputError(key, value, f"cannot be written: no folder can be made in {above}") from error
+    return Path(value)

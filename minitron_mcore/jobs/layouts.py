@@ -1,0 +1,116 @@
+"""Whether a model can be laid over the ranks as the recipe asks, and read its sequences. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.job import Model
+from minitron_mcore.layout import axis_sizes, check_tensor_parallel, split_layers
+from minitron_mcore.model.recompute import check_recompute
+from minitron_mcore.pruning.config import StudentConfig
+from minitron_mcore.pruning.plan import TARGETS, student_shape
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.layouts import check_layout, check_sequence
+from minitron_mcore.runtime.world import World
+
+
+def refuse_context(recipe: Recipe, verb: str) -> None:
+    """Raise InputError where sequences are cut over ranks, for a verb that needs a whole one on a rank."""
+    if recipe.parallel.context > 1:
+        raise InputError(
+            "parallel.context",
+            recipe.parallel.context,
+            f"is not possible in `{verb}`, which needs a whole sequence on a rank",
+            "set parallel.context=1 and raise parallel.tensor",
+        )
+
+
+def asked_shape(recipe: Recipe, student: StudentConfig, teacher: Architecture) -> Architecture:
+    """The teacher cut to what `student`, a section, asks for. Raises InputError naming student.<field>."""
+    return student_shape(
+        teacher,
+        {name: getattr(student, name) for name in TARGETS},
+        recipe.parallel.tensor,
+        recipe.parallel.pipeline,
+        ratios=student.ratios,
+        layers=student.layers,
+        divisible_by=recipe.prune.divisible_by,
+    )
+
+
+def check_model(
+    architecture: Architecture, recipe: Recipe, section: str | None = None, *, reads_text: bool = True
+) -> None:
+    """Raise InputError where the recipe's layout, or its sequence length where text is read, does not suit the model.
+
+    section: that of a training, whose phases may have lengths of their own.
+    """
+    parallel, lengths = recipe.parallel, {"data.sequence_length": recipe.data.sequence_length}
+    check_tensor_parallel(architecture, parallel.tensor)
+    split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    for number, phase in enumerate(getattr(recipe, section).phases if section else []):
+        if phase.sequence_length is not None:
+            lengths[f"{section}.phases[{number}].sequence_length"] = phase.sequence_length
+    longest = architecture.max_position_embeddings
+    for key, length in lengths.items() if reads_text else ():
+        if length > longest and "long_sequences" not in recipe.allow:
+            raise InputError(
+                key,
+                length,
+                f"is longer than the model's max_position_embeddings={longest}",
+                "shorten it, or use a model of longer context (allow=[long_sequences] goes beyond it)",
+            )
+        check_sequence(length, parallel, key)
+
+
+def check_trained_model(architecture: Architecture, recipe: Recipe, section: str) -> None:
+    """Raise InputError where layout, lengths or recomputed layers do not suit a model that `section` trains."""
+    check_model(architecture, recipe, section)
+    check_recompute(getattr(recipe, section), architecture, recipe.parallel, section)
+
+
+def teacher_layout(recipe: Recipe, teacher: Model, world: World) -> ParallelConfig:
+    """How the teacher lies over the ranks beside the student of `distill`: `teacher.parallel`, else as the student.
+
+    Raises InputError, naming the key, where it cannot lie so.
+    """
+    own, architecture = recipe.teacher.parallel, teacher.architecture
+    if recipe.teacher.precision == "fp8":
+        check_fp8_widths(architecture, (own or recipe.parallel).tensor)
+    if own is None or own == recipe.parallel:
+        check_model(architecture, recipe, "distill")
+        return recipe.parallel
+    try:
+        check_layout(own, world.size)
+        check_model(architecture, dataclasses.replace(recipe, parallel=own), "distill")
+    except InputError as error:
+        raise of_teacher(error) from error
+    if own.context != recipe.parallel.context:
+        raise InputError(
+            "teacher.parallel.context",
+            own.context,
+            f"is not parallel.context={recipe.parallel.context}",
+            "teacher and student read the same parts of a sequence, so give both one number",
+        )
+    return own
+
+
+def of_teacher(error: InputError) -> InputError:
+    """An error about `parallel.*` as one about `teacher.parallel.*`."""
+    said = (part.replace("parallel.", "teacher.parallel.") for part in (error.key, error.rule, error.remedy))
+    key, rule, remedy = said
+    return InputError(key, error.value, rule, remedy)
+
+
+def check_fp8_widths(architecture: Architecture, tensor: int, key: str = "teacher.precision") -> None:
+    """Raise InputError where the products of a model at tensor-parallel size `tensor` cannot be in fp8."""
+    sizes = axis_sizes(architecture)
+    widths = {"hidden_size": sizes["hidden"], "ffn_hidden_size": sizes["ffn"], "query heads' width": sizes["heads"]}
+    for name, width in widths.items():
+        share = 1 if name == "hidden_size" else tensor
+        if width % (16 * share):
+            rule = f"needs multiples of 16 on every rank, and {name}={width} at tensor={share} is none"
+            raise InputError(key, "fp8", rule, f"set {key}=bf16")
