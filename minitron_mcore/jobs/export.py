@@ -14,10 +14,9 @@ from minitron_mcore.checkpoint.folder import tokenizer_folder
 from minitron_mcore.data.agreement import check_saved
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
 from minitron_mcore.data.tokenizer_json import save_for_transformers
-from minitron_mcore.errors import InputError
+from minitron_mcore.errors import InputError, StorageError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import config_of
-from minitron_mcore.files import writing
 from minitron_mcore.jobs.inputs import find_model, output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.tokenizers import model_tokenizer
@@ -70,17 +69,20 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING, *, repla
 
 def try_tokenizer(tokenizer: Tokenizer, model: Model, target: Path) -> None:
     """Raise InputError, before weights are written, where transformers would not read the exported tokenizer so."""
-    with writing(f"hf={target}"), tempfile.TemporaryDirectory() as place:
-        classes = {} if model.iteration is None else tokenizer_class(model.folder)
-        Path(place, "config.json").write_text(json.dumps({"model_type": model.architecture.family, **classes}))
-        try:
+    classes = {} if model.iteration is None else tokenizer_class(model.folder)
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            Path(place, "config.json").write_text(json.dumps({"model_type": model.architecture.family, **classes}))
             save_for_transformers(tokenizer, place)
             check_saved(tokenizer, place)
-        except InputError as error:
-            if tokenizer.type != SENTENCEPIECE:
-                raise
-            remedy = f"{error.remedy} (allow=[unconverted_tokenizer] exports the model as it is)".lstrip()
-            raise InputError(error.key, error.value, error.rule, remedy) from error
+    except OSError as error:
+        rule = f"cannot be written: the tokenizer is tried in {tempfile.gettempdir()} first, and {error.strerror}"
+        raise StorageError("hf", target, rule, "make room there") from error
+    except InputError as error:
+        if tokenizer.type != SENTENCEPIECE:
+            raise
+        remedy = f"{error.remedy} (allow=[unconverted_tokenizer] exports the model as it is)".lstrip()
+        raise InputError(error.key, error.value, error.rule, remedy) from error
 
 
 def parse_size(text: str, key: str) -> int:
