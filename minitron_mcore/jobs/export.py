@@ -76,7 +76,8 @@ def try_tokenizer(tokenizer: Tokenizer, model: Model, target: Path) -> None:
             save_for_transformers(tokenizer, place)
             check_saved(tokenizer, place)
     except OSError as error:
-        rule = f"cannot be written: the tokenizer is tried in {tempfile.gettempdir()} first, and {error.strerror}"
+        place = f"{tempfile.gettempdir()}/…/{Path(str(error.filename)).name}"
+        rule = f"cannot be written: [Errno {error.errno}] {error.strerror}: {place}, where the tokenizer is tried first"
         raise StorageError("hf", target, rule, "make room there") from error
     except InputError as error:
         if tokenizer.type != SENTENCEPIECE:
