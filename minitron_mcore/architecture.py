@@ -1,6 +1,7 @@
 """What a model is: one record of Megatron's field names, and the exact arithmetic on it.
 
 Parameters are summed from the table of `layout.py`, so that what is counted, sharded, pruned and stored is one list.
+Pure.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import yaml
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import known_families
 from minitron_mcore.files import read_mapping, write_whole
+from minitron_mcore.layout import parameter_table
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -99,8 +101,6 @@ class Architecture:
     @property
     def num_parameters(self) -> int:
         """Every stored parameter, with the true vocabulary (padding rows are no parameters of the model)."""
-        from minitron_mcore.layout import parameter_table
-
         return sum(p.count(self, self.vocab_size) for p in parameter_table(self))
 
     @property
@@ -129,8 +129,6 @@ class Architecture:
 
     def weight_bytes(self, precision: str) -> int:
         """Bytes of the weights in `precision` (fp32, bf16), padding rows included: what a checkpoint stores."""
-        from minitron_mcore.layout import parameter_table
-
         return BYTES[precision] * sum(p.count(self, self.padded_vocab_size) for p in parameter_table(self))
 
     def replace(self, **changes: Any) -> Architecture:

@@ -15,6 +15,7 @@ Tensor-parallel rank r of R holds the contiguous r-th part of the sharded axis (
     output_layer.weight (untied)              [V|, h]
 
 In a checkpoint the layers of one kind are one tensor with the layer as leading axis: `decoder.layers.mlp...`, [L, ...].
+Pure.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
-from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
+
+if TYPE_CHECKING:
+    from minitron_mcore.architecture import Architecture
 
 LAYERS = "decoder.layers."
 # What is trained and stored beside a model, and is no parameter of it (see distillation/states/projection.py).

@@ -10,6 +10,8 @@ rope_scaling                                                        model.rope_s
     rotary embedding is said, and nothing of a scaling, the writer knew of none: a line says so
 vocab_size                                                          the tokenizer (Megatron-LM), else model.vocab_size
 init_method_std                                                     0.02; trained weights are never drawn by it
+
+Pure.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.shown import shown_fields, shown_heads
 from minitron_mcore.checkpoint.stated import said_by_user
+from minitron_mcore.checkpoint.stored import StoredTensors
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import known_families
 from minitron_mcore.runtime.notice import say, warn
@@ -89,16 +91,16 @@ class Missing:
         )
 
 
-def complete(said: Fields, reader: TensorReader, source: Path) -> Fields:
+def complete(said: Fields, stored: StoredTensors, source: Path) -> Fields:
     """What build_architecture takes: as `said` by the description in the file `source`, else as the user says, else as
     the tensors show.
 
     Raises InputError: one sentence with all that is missing and the keys to give.
     """
-    user, shown, missing = said_by_user().fields, shown_fields(reader), Missing(source)
+    user, shown, missing = said_by_user().fields, shown_fields(stored), Missing(source)
     fields = {**shown, **_known(user), **_known(said)}
     # What is said and does not fit stays, for the check of all shapes to name it.
-    fields = {**shown_heads(reader, fields), **fields}
+    fields = {**shown_heads(stored, fields), **fields}
     if not fields.get("num_attention_heads"):
         missing.add("num_attention_heads")
     complete_scaling(fields, said, missing)
@@ -118,7 +120,7 @@ def complete(said: Fields, reader: TensorReader, source: Path) -> Fields:
             missing.add("rope_scaling", "model.rope_scaling (as model.rope_scaling={factor: 8}; a factor of 1 is none)")
     fields["vocab_size"] = said.get("vocab_size") or user.get("vocab_size")
     if fields["vocab_size"] is None:
-        fields["vocab_size"] = count_vocabulary(said, reader.folder, shown["padded_vocab_size"], missing)
+        fields["vocab_size"] = count_vocabulary(said, stored.folder, shown["padded_vocab_size"], missing)
     missing.refuse()
     if unscaled:
         warn(

@@ -10,7 +10,7 @@ DIR/iter_0000100/                         weights (and optimizer), in Megatron's
 DIR/latest_checkpointed_iteration.txt     written last, once the iteration is whole
 
 Other projects on megatron-core write the last two alone; what the model is then follows from what lies in the
-iteration (foreign.py). An iteration's folder may be named instead of DIR, as one that was copied alone.
+iteration (foreign.py). An iteration's folder may be named instead of DIR, as one that was copied alone. Pure.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from minitron_mcore.architecture import Architecture, load_architecture, save_architecture
+from minitron_mcore.checkpoint.foreign import description_file, infer_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import read_mapping, reading, refuse_closed, write_whole
 
@@ -122,16 +123,12 @@ def read_architecture(folder: Path) -> Architecture:
     with reading(str(folder)):
         if (described := beside(folder, "architecture.yaml")).is_file():
             return load_architecture(described)
-        from minitron_mcore.checkpoint.foreign import infer_architecture
-
         place = _newest(folder)
         return load_architecture(described) if place is None else infer_architecture(place)
 
 
 def said_by(folder: Path) -> str:
     """The file that `read_architecture` reads, for messages."""
-    from minitron_mcore.checkpoint.foreign import description_file
-
     described = beside(folder, "architecture.yaml")
     place = None if described.is_file() else _newest(folder)
     return str(described if place is None else description_file(place))

@@ -3,7 +3,7 @@
 Megatron-Bridge leaves `run_config.yaml` in every iteration, whose `model` section is its provider's fields (those of
 megatron-core's TransformerConfig, and GPTModel's arguments). Megatron-LM leaves its parsed command line in the common
 part, under `args`. Both are turned into one mapping, `Fields`, of Megatron's names; what this project's models do not
-have is refused by name, and every size is held against the stored tensors.
+have is refused by name, and every size is held against the stored tensors. Pure.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.completion import FLOATS, UNSCALED, Fields, complete
 from minitron_mcore.checkpoint.hybrid import as_gpt
-from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.stated import refuse_contradictions, said_by_user
-from minitron_mcore.checkpoint.unpickle import find_common, read_common
+from minitron_mcore.checkpoint.stored import StoredTensors
+from minitron_mcore.checkpoint.unpickle import find_common
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import read_mapping
 
@@ -74,7 +74,8 @@ def infer_architecture(place: Path) -> Architecture:
     disagrees with the stored tensors, or, with all the keys to give, where something is left that nothing says.
     """
     source = description_file(place)
-    said = as_gpt(read_run_config(source) if source.name == "run_config.yaml" else read_arguments(place), source)
+    stored = StoredTensors(place)
+    said = as_gpt(read_run_config(source) if source.name == "run_config.yaml" else read_arguments(stored), source)
     for name in FLOATS:
         with suppress(ValueError):  # YAML reads 1e-06 as a word
             said[name] = float(said[name]) if isinstance(said.get(name), str) else said.get(name)
@@ -86,8 +87,7 @@ def infer_architecture(place: Path) -> Architecture:
         if name in said and said[name] not in allowed and not given_none:
             needed = " or ".join(repr(value) for value in allowed)
             raise InputError(f"{source}: {name}={said[name]!r} is no model that can be read here, only {needed} is")
-    reader = TensorReader(place, 0)
-    embedding, words = reader.shape("embedding.word_embeddings.weight"), said_by_user().fields.get("vocab_size")
+    embedding, words = stored.shape("embedding.word_embeddings.weight"), said_by_user().fields.get("vocab_size")
     # All rows, as of models that leave here to be trained there: the user may know that some of them are padding.
     if embedding is not None and words is not None and words < embedding[0] == said.get("vocab_size"):
         said["vocab_size"] = None
@@ -95,11 +95,11 @@ def infer_architecture(place: Path) -> Architecture:
     if embedding is None:
         raise InputError(f"{place} holds no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
     try:
-        architecture = build_architecture(complete(said, reader, source))
+        architecture = build_architecture(complete(said, stored, source))
     except (TypeError, ValueError) as error:
         told = isinstance(error, InputError) and str(error).startswith(("model.", str(source)))
         raise error if told else InputError(f"{source} describes no architecture: {error}") from error
-    reader.check(architecture, str(source))
+    stored.check(architecture, str(source))
     return architecture
 
 
@@ -150,16 +150,18 @@ def _switched_scaling(fields: Fields, switch: str, unset: float | None) -> Field
     return None if factor in (None, unset) else {"factor": None}
 
 
-def read_arguments(place: Path) -> Fields:
+def read_arguments(stored: StoredTensors) -> Fields:
     """From Megatron-LM's `args` in the common part."""
-    args = read_common(place).get("args")
+    args = stored.common.get("args")
     if not isinstance(args, argparse.Namespace):
         if said_by_user().fields:  # says all there is to say, or what else is missing is asked for
             return {}
         raise InputError(
-            f"{find_common(place)} holds no args of Megatron-LM, and neither architecture.yaml nor run_config.yaml "
-            "lies there: nothing says what the model is; give model.family (as model.family=llama) and, where the "
-            "stored tensors do not show them, the keys that are asked for then"
+            "",
+            find_common(stored.folder, stored.metadata),
+            "holds no args of Megatron-LM, and there is neither architecture.yaml nor run_config.yaml, so that nothing "
+            "says what the model is",
+            "give model.family (as model.family=llama), and then the keys asked for, which the tensors do not show",
         )
     # An array is no value of any option: its words are compared, and named where it stands for one that matters.
     words = {name: repr(value) if hasattr(value, "shape") else value for name, value in vars(args).items()}

@@ -7,6 +7,8 @@ stages. A pattern of `*-` pairs alone is a GPT of half as many layers, and compu
     decoder.layers.6.self_attention.linear_qkv.…     decoder.layers.3.self_attention.linear_qkv.…
     decoder.layers.7.mlp.linear_fc1.…                decoder.layers.3.mlp.linear_fc1.…
     decoder.final_norm.weight                        decoder.final_layernorm.weight
+
+Pure.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def check_iteration(folder: Path, iteration: int, architecture: Architecture) ->
 def _check_files(place: Path, reader: TensorReader) -> int:
     """Bytes of the files that `.metadata` names, each of which must reach as far as its last part does."""
     ends: dict[str, int] = {}
-    for info in reader.storage.storage_data.values():
+    for info in reader.metadata.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     total = 0
     for name, end in ends.items():

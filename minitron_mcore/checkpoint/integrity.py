@@ -55,7 +55,7 @@ def verify_checkpoint(folder: Path) -> Verification:
         return result
     left = set(manifest.pieces) if manifest else set()
     keys = set()
-    stored: dict[MetadataIndex, Any] = reader.storage.storage_data
+    stored: dict[MetadataIndex, Any] = reader.metadata.storage_data
     absent = {name for name in {info.relative_path for info in stored.values()} if not (place / name).is_file()}
     if manifest is None:
         result.faults += [f"{place / name} is missing, though .metadata names it" for name in sorted(absent)]

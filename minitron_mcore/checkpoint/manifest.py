@@ -6,7 +6,7 @@
      "objects": {KEY: checksum}}                                                     what is stored and no tensor
 
 Beside a checkpoint's weights (in `iter_NNNNNNN/`) and in an exported Hugging Face folder. A checksum of a tensor is
-that of its elements, row by row, as they lie in memory: the container they are stored in does not matter.
+that of its elements, row by row, as they lie in memory: the container they are stored in does not matter. Pure.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_whole
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "manifest.json"
 FORMAT, ALGORITHM = 1, "xxh3_128"
@@ -53,6 +55,8 @@ def tensor_checksum(tensor: torch.Tensor) -> str:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The elements' bytes in row-major order; no copy where the tensor is contiguous and on the host."""
+    import torch
+
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 

@@ -14,103 +14,27 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import iteration_folder
-from minitron_mcore.checkpoint.stored_names import Place, StoredNames
-from minitron_mcore.checkpoint.unpickle import read_common, read_metadata
+from minitron_mcore.checkpoint.stored import StoredTensors
+from minitron_mcore.checkpoint.stored_names import Place
 from minitron_mcore.errors import InputError
-from minitron_mcore.layout import Parameter, local_shape, parameter_table, shard_slices
+from minitron_mcore.layout import Parameter, local_shape, shard_slices
 
 T = TypeVar("T")
-# Which fields of an Architecture an axis of the layout table is made of.
-FIELDS = {
-    "vocab": ("padded_vocab_size",),
-    "hidden": ("hidden_size",),
-    "qkv": ("num_attention_heads", "num_query_groups", "kv_channels"),
-    "heads": ("num_attention_heads", "kv_channels"),
-    "head": ("kv_channels",),
-    "ffn": ("ffn_hidden_size",),
-    "gated_ffn": ("ffn_hidden_size",),
-}
 
 
-class TensorReader:
-    """Reads tensors of one finished iteration, whatever layout it was saved at. No collective.
-
-    `tensors`: what is stored, by stored name. Raises InputError where the iteration is damaged, or where a file of it
-    asks for code to be run (see unpickle.py).
-    """
+class TensorReader(StoredTensors):
+    """Reads tensors of one finished iteration, whatever layout it was saved at. No collective."""
 
     def __init__(self, folder: Path, iteration: int) -> None:
-        self.folder = iteration_folder(folder, iteration)
-        metadata = read_metadata(self.folder)
-        read_common(self.folder, metadata)
+        super().__init__(iteration_folder(folder, iteration))
         self.storage = FileSystemReader(self.folder)
-        self.storage.set_up_storage_reader(metadata, is_coordinator=True)
-        self.tensors = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        try:
-            self.names = StoredNames(self.tensors)
-        except InputError as error:
-            raise InputError(f"{self.folder}: {error}") from error
-
-    def _find(self, key: str, layer: int | None) -> tuple[Place, TensorStorageMetadata]:
-        place = self.names.find(key, layer)
-        if place is None:
-            of_layer = "" if layer is None else f" of layer {layer}"
-            raise InputError(f"{self.folder} holds no tensor {key}{of_layer}: it does not fit its architecture.yaml")
-        return place, self.tensors[place.name]
-
-    def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
-        """The stored dtype; where layers are stored one by one, that of `layer`, by default the first."""
-        layers = None if layer is not None else self.names.layers(key)
-        return self._find(key, layers[0] if layers else layer)[1].properties.dtype
-
-    def shape(self, key: str) -> tuple[int, ...] | None:
-        """Global shape [L, …] of a parameter with layers, which need not be stacked, or [...]; None where it is not
-        stored. Raises InputError where layers that are stored one by one are not 0 .. L - 1 of the same shape."""
-        layers = self.names.layers(key)
-        if layers is None:
-            return tuple(self.tensors[self.names.names[key, None]].size)
-        if not layers:
-            return None
-        shapes = {tuple(self._find(key, layer)[1].size) for layer in layers}
-        if len(shapes) > 1 or layers != list(range(len(layers))):
-            raise InputError(
-                f"{self.folder}: {key} is stored for the layers {layers} in the shapes {sorted(shapes)}: all layers of "
-                "a model are needed, in one shape"
-            )
-        return (len(layers), *shapes.pop())
-
-    def check(self, architecture: Architecture, said_by: str) -> None:
-        """Raise InputError where the stored parameters are not those of `architecture`, which `said_by` describes.
-
-        Of no account are the optimizer and whatever else lies beside the model.
-        """
-        table = parameter_table(architecture)
-        for parameter in table:
-            found = self.shape(parameter.key)
-            if found is None:
-                raise InputError(f"{self.folder} holds no {parameter.key}: {said_by} is of another model")
-            wanted = parameter.shape(architecture)
-            axes = ("num_layers", *parameter.axes) if parameter.per_layer else parameter.axes
-            wanted = (architecture.num_layers, *wanted) if parameter.per_layer else wanted
-            for axis, (is_there, needed) in zip(axes, zip(found, wanted, strict=False), strict=False):
-                if is_there != needed or len(found) != len(wanted):
-                    fields = [f"{name}={getattr(architecture, name)}" for name in FIELDS.get(axis, (axis,))]
-                    raise InputError(
-                        f"{self.folder}: {parameter.key} is of shape {found}, but {', '.join(fields)} in {said_by} "
-                        f"means {wanted}"
-                    )
-        if other := sorted(self.names.keys() - {parameter.key for parameter in table}):
-            raise InputError(f"{self.folder} holds {other[0]}, for which the model in {said_by} has no place")
+        self.storage.set_up_storage_reader(self.metadata, is_coordinator=True)
 
     def read(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The global tensor `key` (layer `layer` of it, where it has layers), of `shape`, in the stored dtype.
@@ -126,7 +50,7 @@ class TensorReader:
 
     def _only_piece(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor | None:
         """The stored piece that is the whole tensor (the layer) and no more, as it is loaded; None where none is."""
-        place, entry = self._find(key, layer)
+        place, entry = self.find(key, layer)
         sizes = torch.Size(shape if place.layer is None else (1, *shape))
         offsets = torch.Size([place.layer or 0] + [0] * (len(sizes) - 1))
         if len(entry.size) != len(sizes) or ChunkStorageMetadata(offsets, sizes) not in entry.chunks:
@@ -176,7 +100,7 @@ class TensorReader:
         slices: Sequence[slice] = (),
     ) -> None:
         """Fill `target` with the global tensor of `shape`, or with `slices` of its `axis`, one after the other."""
-        place, entry = self._find(key, layer)
+        place, entry = self.find(key, layer)
         stored = tuple(entry.size) if place.layer is None else tuple(entry.size[1:])
         if stored != shape or (place.layer is not None and place.layer >= entry.size[0]):
             raise InputError(

@@ -4,7 +4,7 @@
     linear_fc1.weight [L, f or 2f, h] linear_proj.weight [L, h, heads d]
     linear_fc2.weight [L, h, f]       q_layernorm.weight [L, d]
 
-Of heads, groups and the head dimension d one must be known; the two others follow.
+Of heads, groups and the head dimension d one must be known; the two others follow. Pure.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minitron_mcore.checkpoint.reader import TensorReader
+from minitron_mcore.checkpoint.stored import StoredTensors
 from minitron_mcore.layout import LAYERS
 
 QKV, PROJ = LAYERS + "self_attention.linear_qkv.weight", LAYERS + "self_attention.linear_proj.weight"
@@ -20,17 +20,17 @@ FC1, FC2 = LAYERS + "mlp.linear_fc1.weight", LAYERS + "mlp.linear_fc2.weight"
 HEADS = ("num_attention_heads", "num_query_groups", "kv_channels")
 
 
-def shown_fields(reader: TensorReader) -> dict[str, Any]:
+def shown_fields(stored: StoredTensors) -> dict[str, Any]:
     """Fields of an Architecture that the shapes and names of the tensors tell; what is not stored tells nothing.
 
     Raises InputError where layers of one kind differ in shape.
     """
-    embedding, fc1, fc2 = (reader.shape(key) for key in ("embedding.word_embeddings.weight", FC1, FC2))
+    embedding, fc1, fc2 = (stored.shape(key) for key in ("embedding.word_embeddings.weight", FC1, FC2))
     fields: dict[str, Any] = {
-        "untie_embeddings_and_output_weights": reader.shape("output_layer.weight") is not None,
-        "add_qkv_bias": reader.shape(LAYERS + "self_attention.linear_qkv.bias") is not None,
-        "qk_layernorm": reader.shape(LAYERS + "self_attention.q_layernorm.weight") is not None,
-        "normalization": "RMSNorm" if reader.shape("decoder.final_layernorm.bias") is None else "LayerNorm",
+        "untie_embeddings_and_output_weights": stored.shape("output_layer.weight") is not None,
+        "add_qkv_bias": stored.shape(LAYERS + "self_attention.linear_qkv.bias") is not None,
+        "qk_layernorm": stored.shape(LAYERS + "self_attention.q_layernorm.weight") is not None,
+        "normalization": "RMSNorm" if stored.shape("decoder.final_layernorm.bias") is None else "LayerNorm",
     }
     if embedding is not None:
         fields |= {"padded_vocab_size": embedding[0], "hidden_size": embedding[1]}
@@ -39,9 +39,9 @@ def shown_fields(reader: TensorReader) -> dict[str, Any]:
     return fields
 
 
-def shown_heads(reader: TensorReader, known: Mapping[str, Any]) -> dict[str, int]:
+def shown_heads(stored: StoredTensors, known: Mapping[str, Any]) -> dict[str, int]:
     """All three of HEADS, from those that are `known` and the shapes; {} where they do not follow, or not evenly."""
-    qkv, proj, norm = (reader.shape(key) for key in (QKV, PROJ, LAYERS + "self_attention.q_layernorm.weight"))
+    qkv, proj, norm = (stored.shape(key) for key in (QKV, PROJ, LAYERS + "self_attention.q_layernorm.weight"))
     if qkv is None or proj is None:
         return {}
     queries, keys = proj[2], (qkv[1] - proj[2]) // 2  # rows of all heads' queries, and of all groups' keys

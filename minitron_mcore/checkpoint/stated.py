@@ -1,6 +1,6 @@
 """What a user says of a foreign checkpoint whose own description leaves it open: `model.*`, and the tokenizer.
 
-A checkpoint is described in many places, by its folder alone; so what is said is kept for as long as a verb runs.
+A checkpoint is described in many places, by its folder alone; so what is said is kept for as long as a verb runs. Pure.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
                                            decoder.layers.7.input_layernorm.weight   the local layers' own name
 
 and each of them behind `module.` or `model.`, as wrappers add it; a hybrid model's as in hybrid.py. Optimizer, random
-states, Transformer Engine's `_extra_state` and what was trained beside the model are not the model's.
+states, Transformer Engine's `_extra_state` and what was trained beside the model are not the model's. Pure.
 """
 
 from __future__ import annotations

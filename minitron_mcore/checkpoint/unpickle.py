@@ -3,12 +3,14 @@ without running what lies in them.
 
 A pickle names the classes and functions that loading it calls; a stranger's may name any. Here only those that torch
 and megatron-core write are admitted, none of which runs code of the file's choosing; what else a file asks for is
-refused, unless the user trusts it (`trust=true`).
+refused, unless the user trusts it (`trust=true`). Megatron's own classes become inert stand-ins.
+Pure; torch, which takes seconds to import, is imported where a pickle is read.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
 import re
 import signal
@@ -17,12 +19,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from megatron.core.transformer import enums
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+import numpy
 
 from minitron_mcore.checkpoint.versions import (
     ANY_VERSION,
@@ -32,22 +32,31 @@ from minitron_mcore.checkpoint.versions import (
     AnyVersion,
     CommonPart,
     Unknown,
+    is_object,
     locate_common,
     stand_ins,
 )
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import not_read
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
 EXTRA_STATE = re.compile(r"_extra_state/shard_\d+_\d+$")
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
-_PLANNER = "torch.distributed.checkpoint.planner"
+_METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 _SHARDED_TENSOR = "torch.distributed._shard.sharded_tensor.metadata"  # where torch 2.2 and older kept the properties
 _TORCH_DIST = "megatron.core.dist_checkpointing.strategies.torch"
+# megatron-core's subclasses of torch's classes, which add nothing that is read here -> torch's.
+OF_MEGATRON = {
+    (_TORCH_DIST, "MCoreMetadata"): (_METADATA, "Metadata"),
+    (_TORCH_DIST, "MCoreSavePlan"): (_PLANNER, "SavePlan"),
+}
 # What `.metadata` is made of. megatron-core's writer keeps the plans it saved by in it.
 METADATA_CLASSES = {
     *(
-        ("torch.distributed.checkpoint.metadata", name)
+        (_METADATA, name)
         for name in (
             "Metadata",
             "MetadataIndex",
@@ -64,15 +73,12 @@ METADATA_CLASSES = {
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
     (_SHARDED_TENSOR, "TensorProperties"),
     (_SHARDED_TENSOR, "MEM_FORMAT_ENCODING"),
-    (_TORCH_DIST, "MCoreMetadata"),
-    (_TORCH_DIST, "MCoreSavePlan"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
     ("builtins", "set"),
     ("builtins", "frozenset"),
 }
-# What Megatron-LM's parsed arguments in the common part hold, beside what torch and megatron-core admit themselves.
 
 
 class _RefusedError(Exception):
@@ -88,14 +94,19 @@ def enum_member(kind: Any, name: Any) -> Enum | Unknown:
     raise _RefusedError("builtins.getattr")
 
 
+# What the common part holds, Megatron-LM's parsed arguments among it, beside what torch itself admits.
 # Python up to 3.11.3 pickles a signal (`exit_signal`) as the name signal.SIGTERM, later ones as signal.Signals(15).
 COMMON_CLASSES: list[Any] = [
     argparse.Namespace,
+    SimpleNamespace,
+    io.BytesIO,
+    numpy.ndarray,
+    numpy.dtype,
+    numpy.dtypes.UInt32DType,
+    signal.Signals,
     *((member, f"signal.{member.name}") for member in signal.Signals),
     (enum_member, "builtins.getattr"),
     *((made, ".".join(name)) for name, made in (PATHS | ARRAYS).items()),
-    PipelineParallelLayerLayout,
-    *(entry for entry in vars(enums).values() if isinstance(entry, type) and entry.__module__ == enums.__name__),
 ]
 
 
@@ -118,6 +129,9 @@ def refuse(path: Path | CommonPart, asked: str) -> InputError:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        module, name = OF_MEGATRON.get((module, name), (module, name))
         if (module, name) == ("builtins", "getattr"):
             return enum_member
         if (module, name) in PATHS:
@@ -148,8 +162,6 @@ def read_metadata(place: Path) -> Metadata:
         name = getattr(entry, "relative_path", None)
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(f"{path} names the file {name!r}: a checkpoint's files lie beside it")
-    if getattr(metadata, "storage_meta", None) is None:
-        metadata.storage_meta = StorageMeta()
     return metadata
 
 
@@ -159,15 +171,17 @@ def _is_whole(metadata: Any) -> bool:
     if not (isinstance(entries, dict) and isinstance(places, dict)):
         return False
     for name, entry in entries.items():
-        is_object = isinstance(entry, BytesStorageMetadata)
-        if not isinstance(name, str) or not (is_object or _is_tensor(entry)):
+        if not isinstance(name, str) or not (is_object(entry) or is_tensor(entry)):
             return False
     numbers = [number for info in places.values() for number in (info.offset, info.length)]
     return all(isinstance(number, int) and number >= 0 for number in numbers)
 
 
-def _is_tensor(entry: Any) -> bool:
-    if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
+def is_tensor(entry: Any) -> bool:
+    """Whether an entry of `.metadata` is a tensor's, told by its name as an object's is, and whole."""
+    import torch
+
+    if type(entry).__name__ != "TensorStorageMetadata" or not isinstance(entry.properties.dtype, torch.dtype):
         return False
     axes = [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
     return all(len(offsets) == len(sizes) == len(entry.size) for offsets, sizes in axes)
@@ -179,6 +193,8 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
     `metadata` is the iteration's `.metadata`, where it is read already. Raises InputError where the part is missing or
     damaged, or holds more than tensors, plain values and Megatron's own classes.
     """
+    import torch
+
     part = find_common(place, metadata)
     if part is None:
         raise InputError(f"{place / COMMON_FILE} is missing: {place} is no whole torch_dist checkpoint")
@@ -225,6 +241,8 @@ def _how() -> dict[str, Any]:
 
 def _not_admitted(stream: BinaryIO) -> list[str]:
     """Names of the classes in a torch.save that torch does not admit; none where it is damaged, as loading will say."""
+    import torch
+
     if _trusted.get():
         return []
     try:
@@ -241,5 +259,5 @@ def refuse_objects(place: Path, metadata: Metadata) -> None:
     """
     for key, entry in metadata.state_dict_metadata.items():
         is_asked_for = not EXTRA_STATE.search(key)
-        if isinstance(entry, BytesStorageMetadata) and is_asked_for and not _trusted.get():
+        if is_object(entry) and is_asked_for and not _trusted.get():
             raise refuse(place / ".metadata", f"the pickled object {key}")

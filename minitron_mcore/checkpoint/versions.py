@@ -10,6 +10,7 @@ room that knows.
                                                                  (InferenceCudaGraphScope from 0.18 on, in all args)
 
 This project writes the older form of the first, and a path as a string, so that every version reads what it wrote.
+Pure.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import pickle
 from dataclasses import dataclass
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy
-import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from minitron_mcore.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 COMMON_FILE = "common.pt"
 COMMON_OBJECT = "common_state/shard_0_1"
@@ -68,7 +70,7 @@ def locate_common(place: Path, metadata: Metadata) -> CommonPart | None:
     it does for megatron-core. None where neither is. Raises InputError where it lies there in a form unknown here."""
     if (file := place / COMMON_FILE).is_file():
         return CommonPart(file)
-    if not isinstance(metadata.state_dict_metadata.get(COMMON_OBJECT), BytesStorageMetadata):
+    if not is_object(metadata.state_dict_metadata.get(COMMON_OBJECT)):
         return None
     for index, info in (metadata.storage_data or {}).items():
         if getattr(index, "fqn", None) == COMMON_OBJECT:
@@ -79,8 +81,15 @@ def locate_common(place: Path, metadata: Metadata) -> CommonPart | None:
     return None
 
 
+def is_object(entry: Any) -> bool:
+    """Whether an entry of `.metadata` is a pickled object; told by name, as its class is slow to import."""
+    return type(entry).__name__ == "BytesStorageMetadata"
+
+
 def save_common(common: dict[str, Any], place: Path) -> None:
     """Write the common part of the iteration in the folder `place`, as every version reads it. One rank calls."""
+    import torch
+
     torch.save(common, place / COMMON_FILE)
 
 

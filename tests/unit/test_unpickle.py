@@ -10,11 +10,14 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from megatron.core.transformer.enums import AttnBackend
@@ -316,6 +319,28 @@ def test_signals_of_every_python(folder: Path, older: bool, monkeypatch: pytest.
         monkeypatch.setattr(signal.Signals, "__reduce_ex__", lambda self, protocol: (signal.Signals, (int(self),)))
     torch.save({"args": argparse.Namespace(**ARGUMENTS)}, folder / "iter_0000005" / "common.pt")
     assert read_common(folder / "iter_0000005")["args"].exit_signal is signal.SIGTERM
+
+
+WITHOUT_MEGATRON = """
+import sys
+from pathlib import Path
+from minitron_mcore.checkpoint.folder import read_architecture
+from minitron_mcore.checkpoint.unpickle import read_common
+assert "torch" not in sys.modules
+place = Path(sys.argv[1])
+args = read_common(place)["args"]
+print(read_architecture(place).num_layers, args.exit_signal, args.attention_backend, args.seeds)
+assert "megatron" not in sys.modules
+"""
+
+
+def test_a_checkpoint_is_described_without_megatron(folder: Path) -> None:
+    more = {"attention_backend": AttnBackend.flash, "seeds": numpy.arange(2, dtype="uint32")}
+    place = folder / "iter_0000005"
+    torch.save({"args": argparse.Namespace(**ARGUMENTS, **more)}, place / "common.pt")
+    command = [sys.executable, "-c", WITHOUT_MEGATRON, str(place)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.stdout == f"2 {signal.SIGTERM!s} AttnBackend({AttnBackend.flash.value},) [0 1]\n", found.stderr
 
 
 def pickled_as_before_3_11_4(self: Enum, protocol: Any) -> Any:

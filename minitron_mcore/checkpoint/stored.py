@@ -1,0 +1,100 @@
+"""What tensors an iteration's folder holds, as its `.metadata` says; their elements are not read. Pure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.stored_names import Place, StoredNames
+from minitron_mcore.checkpoint.unpickle import is_tensor, read_common, read_metadata
+from minitron_mcore.errors import InputError
+from minitron_mcore.layout import parameter_table
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+# Which fields of an Architecture an axis of the layout table is made of.
+FIELDS = {
+    "vocab": ("padded_vocab_size",),
+    "hidden": ("hidden_size",),
+    "qkv": ("num_attention_heads", "num_query_groups", "kv_channels"),
+    "heads": ("num_attention_heads", "kv_channels"),
+    "head": ("kv_channels",),
+    "ffn": ("ffn_hidden_size",),
+    "gated_ffn": ("ffn_hidden_size",),
+}
+
+
+class StoredTensors:
+    """Shapes and dtypes of what one finished iteration holds, whatever layout and names it was saved under.
+
+    `tensors`: what is stored, by stored name; `common`: what is stored beside it. Raises InputError where the iteration
+    is damaged, or where a file of it asks for code to be run (see unpickle.py).
+    """
+
+    def __init__(self, place: Path) -> None:
+        """`place`: the iteration's folder."""
+        self.folder = place
+        self.metadata = read_metadata(place)
+        self.common = read_common(place, self.metadata)
+        self.tensors: dict[str, Any] = {
+            key: entry for key, entry in self.metadata.state_dict_metadata.items() if is_tensor(entry)
+        }
+        try:
+            self.names = StoredNames(self.tensors)
+        except InputError as error:
+            raise InputError(f"{self.folder}: {error}") from error
+
+    def find(self, key: str, layer: int | None) -> tuple[Place, TensorStorageMetadata]:
+        """Where a parameter lies. Raises InputError where it is not stored."""
+        place = self.names.find(key, layer)
+        if place is None:
+            of_layer = "" if layer is None else f" of layer {layer}"
+            raise InputError(f"{self.folder} holds no tensor {key}{of_layer}: it does not fit its architecture.yaml")
+        return place, self.tensors[place.name]
+
+    def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
+        """The stored dtype; where layers are stored one by one, that of `layer`, by default the first."""
+        layers = None if layer is not None else self.names.layers(key)
+        return self.find(key, layers[0] if layers else layer)[1].properties.dtype
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """Global shape [L, …] of a parameter with layers, which need not be stacked, or [...]; None where it is not
+        stored. Raises InputError where layers that are stored one by one are not 0 .. L - 1 of the same shape."""
+        layers = self.names.layers(key)
+        if layers is None:
+            return tuple(self.tensors[self.names.names[key, None]].size)
+        if not layers:
+            return None
+        shapes = {tuple(self.find(key, layer)[1].size) for layer in layers}
+        if len(shapes) > 1 or layers != list(range(len(layers))):
+            raise InputError(
+                f"{self.folder}: {key} is stored for the layers {layers} in the shapes {sorted(shapes)}: all layers of "
+                "a model are needed, in one shape"
+            )
+        return (len(layers), *shapes.pop())
+
+    def check(self, architecture: Architecture, said_by: str) -> None:
+        """Raise InputError where the stored parameters are not those of `architecture`, which `said_by` describes.
+
+        Of no account are the optimizer and whatever else lies beside the model.
+        """
+        table = parameter_table(architecture)
+        for parameter in table:
+            found = self.shape(parameter.key)
+            if found is None:
+                raise InputError(f"{self.folder} holds no {parameter.key}: {said_by} is of another model")
+            wanted = parameter.shape(architecture)
+            axes = ("num_layers", *parameter.axes) if parameter.per_layer else parameter.axes
+            wanted = (architecture.num_layers, *wanted) if parameter.per_layer else wanted
+            for axis, (is_there, needed) in zip(axes, zip(found, wanted, strict=False), strict=False):
+                if is_there != needed or len(found) != len(wanted):
+                    fields = [f"{name}={getattr(architecture, name)}" for name in FIELDS.get(axis, (axis,))]
+                    raise InputError(
+                        f"{self.folder}: {parameter.key} is of shape {found}, but {', '.join(fields)} in {said_by} "
+                        f"means {wanted}"
+                    )
+        if other := sorted(self.names.keys() - {parameter.key for parameter in table}):
+            raise InputError(f"{self.folder} holds {other[0]}, for which the model in {said_by} has no place")
