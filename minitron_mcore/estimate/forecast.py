@@ -18,7 +18,8 @@ from minitron_mcore.estimate.model import (
     passes,
     recomputed_activations,
 )
-from minitron_mcore.estimate.setting import Setting, StateMemory
+from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.estimate.states import state_memory
 from minitron_mcore.estimate.teacher import host_bytes, teacher_hidden_states, teacher_layers_at_work, teacher_weights
 from minitron_mcore.layout import check_tensor_parallel
 
@@ -77,7 +78,7 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
     """Bytes by part on a rank of pipeline stage `stage`."""
     s, parallel = setting, setting.parallel
     element, last = BYTES[s.precision], stage == s.parallel.pipeline - 1
-    states = s.states(s, stage) if s.states is not None and s.teacher is not None else StateMemory()
+    states = state_memory(s, stage)
     count = local_parameters(s.student, parallel, stage) + states.projection
     parts = {
         "weights": element * count,

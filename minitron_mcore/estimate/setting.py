@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from minitron_mcore.architecture import BYTES, Architecture
+from minitron_mcore.distillation.config import HiddenStatesConfig
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.runtime.config import ParallelConfig
-
-
-@dataclass(frozen=True)
-class StateMemory:
-    """What the losses between inner states need on a pipeline stage; in bytes but for `projection`, in numbers.
-
-    projection: the learned map's weight, which every rank holds.
-    targets: the teacher's states, for every microbatch of a window.
-    saved: of one microbatch, the losses' gradients that wait for backward.
-    working: while one pair's loss is worked out.
-    """
-
-    projection: int = 0
-    targets: int = 0
-    saved: int = 0
-    working: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,8 +36,7 @@ class Setting:
     teacher_trained: bool = False  # corrected as it teaches: then it has gradients and an optimizer too
     teacher_chunk_tokens: int | None = None  # `loss_chunk_tokens` of the corrected teacher's own pass
     teacher_recompute: Recompute = KEEP_ALL
-    # The losses between inner states on a stage (estimate/states.py); None: there are none.
-    states: Callable[[Setting, int], StateMemory] | None = None
+    hidden_states: HiddenStatesConfig | None = None  # losses between inner states; None: there are none
 
     @property
     def microbatches(self) -> int:

@@ -1,14 +1,16 @@
-"""How many bytes the losses between inner states need on a rank. Pure; estimate/forecast.py adds them to the rest.
+"""How many bytes the losses between inner states need on a rank. Pure.
 
 Legend: n tokens of a microbatch on a rank, T tensor-parallel size, h_s and h_t hidden sizes of student and teacher.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from minitron_mcore.architecture import BYTES, Architecture
-from minitron_mcore.distillation.config import RELATION_BUFFER, HiddenStatesConfig
+from minitron_mcore.distillation.config import RELATION_BUFFER
 from minitron_mcore.distillation.states.map import WIDE_SITES, Pair, holder, needs_projection, pairs, relation_heads
-from minitron_mcore.estimate.setting import Setting, StateMemory
+from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.layout import axis_sizes, stage_of
 
 # Beside the lifted state, in its type, what one loss holds in fp32 at a time: copies of both states if they are bf16,
@@ -16,10 +18,27 @@ from minitron_mcore.layout import axis_sizes, stage_of
 _COPIES = {("mse", 2): 3, ("mse", 4): 2, ("cosine", 2): 5, ("cosine", 4): 3}
 
 
-def state_memory(config: HiddenStatesConfig, setting: Setting, stage: int) -> StateMemory:
-    """What `config` needs on the student's pipeline stage `stage`; `setting` has a teacher."""
-    student, teacher, parallel = setting.student, setting.teacher, setting.parallel
-    assert teacher is not None
+@dataclass(frozen=True)
+class StateMemory:
+    """What the losses between inner states need on a pipeline stage; in bytes but for `projection`, in numbers.
+
+    projection: the learned map's weight, which every rank holds.
+    targets: the teacher's states, for every microbatch of a window.
+    saved: of one microbatch, the losses' gradients that wait for backward.
+    working: while one pair's loss is computed.
+    """
+
+    projection: int = 0
+    targets: int = 0
+    saved: int = 0
+    working: int = 0
+
+
+def state_memory(setting: Setting, stage: int) -> StateMemory:
+    """What the losses of `setting` need on the student's pipeline stage `stage`."""
+    student, teacher, parallel, config = setting.student, setting.teacher, setting.parallel, setting.hidden_states
+    if config is None or teacher is None:
+        return StateMemory()
     element, tokens = BYTES[setting.precision], setting.tokens
     depth = student.num_layers
     here = [

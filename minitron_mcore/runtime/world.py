@@ -22,14 +22,27 @@ _START = "start the ranks with torchrun or srun, or unset it for a single proces
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes that the rank, or the node, with the least memory has."""
+
+    free: int  # of a rank's device; on CPU its share of the host's
+    total: int
+    host_free: int  # of a node
+    host_total: int
+
+
+@dataclass(frozen=True)
 class World:
-    """`address`: where the ranks meet, for torch.distributed; None for a process that is alone."""
+    """The ranks of a job, and which of them this process is. One that is only described, as for a dry run, takes
+    nothing but numbers."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1  # ranks of this node
-    address: str | None = None
+    address: str | None = None  # where the ranks meet, for torch.distributed; None for a process that is alone
+    device: str = "cpu"  # or "cuda"
+    memory: Memory | None = None  # None: not known
 
 
 def read_world(env: Mapping[str, str]) -> World:

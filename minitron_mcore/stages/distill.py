@@ -16,13 +16,13 @@ from minitron_mcore.distillation.states.loss import StateLosses
 from minitron_mcore.distillation.states.map import check_hidden_states, check_idle, check_section
 from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.errors import InputError
+from minitron_mcore.estimate.exhausted import explaining_memory
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import check_trained_model, lay_out, output_folder, read_data, refuse_other_run
-from minitron_mcore.stages.fitting import fit_model
-from minitron_mcore.stages.memory import check_memory, explaining_memory
+from minitron_mcore.stages.fitting import fit_model, forecast_here
 from minitron_mcore.stages.teachers import cache_teaching, check_teacher_keys, model_teaching
 from minitron_mcore.training.job import Progress
 
@@ -57,7 +57,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     if resuming:
         check_architecture(folder, architecture)
     data = read_data(recipe, teaching.tokenizer, distill, "distill", least_samples=teaching.samples)
-    memory = check_memory(recipe, runtime, "distill", architecture, data.timetable, teaching.architecture)
+    memory = forecast_here(recipe, runtime, "distill", architecture, data.timetable, teaching.architecture)
     if cache is None:
         warn_of_itself(recipe, runtime, student_folder, iteration, key)
 

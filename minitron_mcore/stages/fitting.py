@@ -11,16 +11,34 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder_lock import one_writer
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.estimate.exhausted import explaining_memory
 from minitron_mcore.estimate.forecast import Forecast
+from minitron_mcore.estimate.run import forecast_run, forecast_words
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.host import measured_world
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import TrainingData, describe_trained
-from minitron_mcore.stages.memory import explaining_memory
+from minitron_mcore.training.budget import Timetable
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.loop import fit
 from minitron_mcore.training.teaching import TrainedTeacher
+
+
+def forecast_here(
+    recipe: Recipe,
+    runtime: Runtime,
+    section: str,
+    architecture: Architecture,
+    timetable: Timetable,
+    teacher: Architecture | None = None,
+) -> Forecast:
+    """`forecast_run` on the ranks that are here, printed; every rank calls."""
+    world = measured_world(runtime)
+    expected = forecast_run(recipe, section, architecture, timetable, world, teacher)
+    runtime.print("\n".join(forecast_words(expected, world.memory)))
+    return expected
 
 
 def fit_model(
@@ -41,7 +59,7 @@ def fit_model(
     """Train `chunks` into `folder`. Every rank calls.
 
     `section` is the recipe's, `data` what `read_data` gave, `source` the checkpoint that the weights are from,
-    `memory` what `check_memory` gave.
+    `memory` what `forecast_run` gave.
     """
 
     def describe(progress: Progress) -> None:

@@ -10,6 +10,7 @@ from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
+from minitron_mcore.estimate.exhausted import explaining_memory
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer, fit_tokenizer
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.initialize import initialize
@@ -17,8 +18,7 @@ from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import check_trained_model, lay_out, output_folder, read_data, refuse_other_run
-from minitron_mcore.stages.fitting import fit_model
-from minitron_mcore.stages.memory import check_memory, explaining_memory
+from minitron_mcore.stages.fitting import fit_model, forecast_here
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Progress
 
@@ -54,7 +54,7 @@ def train_section(
     if resuming:
         check_architecture(folder, architecture)
     data = read_data(recipe, tokenizer, train, section)
-    memory = check_memory(recipe, runtime, section, architecture, data.timetable)
+    memory = forecast_here(recipe, runtime, section, architecture, data.timetable)
 
     with explaining_memory(memory, "while loading"):
         chunks = build_model(architecture, recipe.parallel, recipe.precision, recompute=recompute_of(train))

@@ -11,7 +11,6 @@ import ctypes
 import gc
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import torch
 from minitron_mcore.distillation.config import HiddenStatesConfig
 from minitron_mcore.estimate.forecast import stage_parts
 from minitron_mcore.estimate.setting import Setting
-from minitron_mcore.estimate.states import state_memory
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.runtime.config import ParallelConfig
 from tests.distributed.models import LAYOUTS, start_layout, tiny
@@ -174,7 +172,7 @@ def test_the_peak_is_forecast(
         recompute=recompute,
     )
     if states:
-        setting = replace(setting, states=partial(state_memory, HiddenStatesConfig(**states)))
+        setting = replace(setting, hidden_states=HiddenStatesConfig(**states))
     for stage, measured in ranks:
         expected = sum(stage_parts(setting, stage).values())
         assert 0.97 <= expected / measured <= 1.15, (stage, measured, stage_parts(setting, stage))

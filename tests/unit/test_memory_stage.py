@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ import torch
 from minitron_mcore.architecture import build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.advice import advice
-from minitron_mcore.estimate.forecast import bytes_text, forecast
+from minitron_mcore.estimate.exhausted import is_out_of_memory
+from minitron_mcore.estimate.forecast import Forecast, bytes_text, forecast
+from minitron_mcore.estimate.run import forecast_run, forecast_words
 from minitron_mcore.recipe import Recipe, load_recipe
-from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages import memory
+from minitron_mcore.runtime import host
+from minitron_mcore.runtime.world import Memory, World
 from minitron_mcore.training.budget import plan_timetable
 
 STUDENT = build_architecture(
@@ -33,82 +36,73 @@ GIB = 2**30
 BUDGET = ["data.sequence_length=256", "distill.tokens=65536", "distill.global_batch_size=16"]
 
 
-def run_on(device: str, world_size: int = 1) -> Runtime:
-    return Runtime(0, world_size, 0, torch.device(device), local_size=world_size)
+def world_of(device: str, ranks: int = 1, host_free: int = GIB, host_total: int = 4 * GIB) -> World:
+    memory = Memory(64 * GIB, 80 * GIB, host_free, host_total)
+    return World(size=ranks, local_size=ranks, device=device, memory=memory)
 
 
-def checked(recipe: Recipe, runtime: Runtime) -> Any:
+def forecast_of(recipe: Recipe, world: World) -> Forecast:
     timetable = plan_timetable(recipe.distill, recipe.data.sequence_length, "distill")
-    return memory.check_memory(recipe, runtime, "distill", STUDENT, timetable, TEACHER)
+    return forecast_run(recipe, "distill", STUDENT, timetable, world, TEACHER)
 
 
-def free(patch: pytest.MonkeyPatch, host_free: int, host_total: int) -> None:
-    patch.setattr(memory, "least_memory", lambda runtime: ((64 * GIB, 80 * GIB), (host_free, host_total)))
-
-
-def test_host_memory_of_an_offloaded_teacher(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_host_memory_of_an_offloaded_teacher() -> None:
     """8 ranks of a node keep 16 layers each: said, warned of, refused by the key, as there is room for it."""
     recipe = load_recipe(None, [*BUDGET, "precision=bf16", "teacher.placement=offloaded"])
-    runtime = run_on("cuda", 8)
-    free(monkeypatch, 2 * GIB, 4 * GIB)
-    needed = checked(recipe, runtime).host
+    roomy = world_of("cuda", 8, 2 * GIB)
+    found = forecast_of(recipe, roomy)
+    needed = found.host
     layer = 2 * (256 * 192 + 64 * 256 + 3 * 256 * 128 + 2 * 256)
     assert needed == 8 * 17 * layer, "a layer is 256 + 64 + 1 KiB: nothing is lost to rounding"
-    shown = capsys.readouterr().out
-    assert "; host memory of a node: forecast 42.6 MiB" in shown and "free 2.0 GiB of 4.0 GiB" in shown
-    assert "WARNING" not in shown
+    (line,) = forecast_words(found, roomy.memory)
+    assert "; host memory of a node: forecast 42.6 MiB" in line and "free 2.0 GiB of 4.0 GiB" in line
+    (line,) = forecast_words(found, None)
+    assert line == f"memory of a rank: forecast {found}"
 
-    free(monkeypatch, needed - 2**20, needed)
-    checked(recipe, runtime)
-    shown = capsys.readouterr().out
-    assert "WARNING: teacher.placement=offloaded needs 1.0 MiB more of a node's host memory than is free" in shown
-    assert "with a copy on each of 8 ranks" in shown and "set teacher.placement=sharded" in shown
+    tight = world_of("cuda", 8, needed - 2**20, needed)
+    _, warning = forecast_words(forecast_of(recipe, tight), tight.memory)
+    assert "WARNING: teacher.placement=offloaded needs 1.0 MiB more of a node's host memory than is free" in warning
+    assert "with a copy on each of 8 ranks" in warning and "set teacher.placement=sharded" in warning
 
-    free(monkeypatch, needed - 1, needed - 1)
-    with pytest.raises(InputError, match=r"teacher\.placement=offloaded needs .* of host memory on a node"):
-        checked(recipe, runtime)
-    assert capsys.readouterr().out == ""
+    with pytest.raises(InputError, match="of host memory on a node, with a copy on each of 8 ranks") as caught:
+        forecast_of(recipe, world_of("cuda", 8, needed - 1, needed - 1))
+    assert (caught.value.key, caught.value.value) == ("teacher.placement", "offloaded")
+    assert "set teacher.placement=sharded" in caught.value.remedy
 
-    resident = load_recipe(None, [*BUDGET, "precision=bf16"])
-    assert checked(resident, runtime).host == 0
-    assert "host memory" not in capsys.readouterr().out
+    resident = forecast_of(load_recipe(None, [*BUDGET, "precision=bf16"]), roomy)
+    assert resident.host == 0 and "host memory" not in "".join(forecast_words(resident, roomy.memory))
 
 
-def test_offloading_is_advised_where_the_host_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloading_is_advised_where_the_host_has_room() -> None:
     recipe = load_recipe(None, [*BUDGET, "precision=bf16"])
     for host_free, device, is_said in ((GIB, "cuda", True), (2**20, "cuda", False), (GIB, "cpu", False)):
-        free(monkeypatch, host_free, 4 * GIB)
-        lines = advice(checked(recipe, run_on(device, 8)), 9)
+        lines = advice(forecast_of(recipe, world_of(device, 8, host_free)), 9)
         assert any("teacher.placement=offloaded" in line for line in lines) == is_said, lines
 
 
-def test_the_key_of_a_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_of_a_phase() -> None:
     """The largest microbatch is a phase's own: that key is named, not the section's, which is 1 already."""
     phases = "distill.phases=[{tokens: 32768}, {tokens: 32768, micro_batch_size: 8}]"
     recipe = load_recipe(None, [*BUDGET, "distill.micro_batch_size=1", phases])
-    free(monkeypatch, GIB, GIB)
-    lines = advice(checked(recipe, run_on("cuda")), 9)
+    world = world_of("cuda")
+    lines = advice(forecast_of(recipe, world), 9)
     assert any(line.startswith("distill.phases[1].micro_batch_size=1 saves") for line in lines), lines
     assert not any(line.startswith("distill.micro_batch_size") for line in lines)
     # Phases of 4 and 8: one key of two saves what the other phase leaves it.
     both = "distill.phases=[{tokens: 32768, micro_batch_size: 4}, {tokens: 32768, micro_batch_size: 8}]"
-    found = checked(load_recipe(None, [*BUDGET, both]), run_on("cuda"))
+    found = forecast_of(load_recipe(None, [*BUDGET, both]), world)
     saving = found.total - forecast(replace(found.setting, micro_batch_size=4)).total
     assert f"distill.phases[1].micro_batch_size=1 saves {bytes_text(saving)}" in advice(found, 9)
     plain = load_recipe(None, [*BUDGET, "distill.micro_batch_size=8"])
-    assert any(line.startswith("distill.micro_batch_size=1") for line in advice(checked(plain, run_on("cuda")), 9))
+    assert any(line.startswith("distill.micro_batch_size=1") for line in advice(forecast_of(plain, world), 9))
 
 
-def test_the_chunks_of_a_corrected_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunks_of_a_corrected_teacher() -> None:
     """Its own pass runs with correct.loss_chunk_tokens, whatever the student's."""
-    free(monkeypatch, GIB, GIB)
     common = [*BUDGET, "distill.micro_batch_size=8", "distill.correct_teacher=true", "distill.loss_chunk_tokens=64"]
     totals = {}
     for chunk in (64, 128, 1024):
-        recipe = load_recipe(None, [*common, f"correct.loss_chunk_tokens={chunk}"])
-        found = checked(recipe, run_on("cuda"))
+        found = forecast_of(load_recipe(None, [*common, f"correct.loss_chunk_tokens={chunk}"]), world_of("cuda"))
         assert found.setting.teacher_chunk_tokens == chunk and "teacher's training pass" in found.parts
         totals[chunk] = found.total
     assert totals[1024] - totals[64] == 960 / 64 * (totals[128] - totals[64]) > 0
@@ -120,27 +114,26 @@ def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (45 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 30 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10 * GIB)
-    assert memory.device_memory(8) == (65 * GIB, 80 * GIB)
+    assert host.device_memory(8) == (65 * GIB, 80 * GIB)
 
 
-def test_ranks_share_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its container's, where that has less; a rank on CPU has its share, a node's offloaded teachers have it all."""
-    files = {
-        "/proc/meminfo": f"MemTotal: {64 * 2**20} kB\nMemFree: 1 kB\nMemAvailable: {48 * 2**20} kB\n",
-        "/sys/fs/cgroup/memory.max": "max\n",
-        "/sys/fs/cgroup/memory.current": f"{4 * GIB}\n",
-    }
-    monkeypatch.setattr(memory, "_read", lambda path: files[path])
+    seen = SimpleNamespace(total=64 * GIB, available=48 * GIB)
+    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: seen)
+    monkeypatch.setattr(host, "_CGROUP", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert memory.host_memory() == (48 * GIB, 64 * GIB) and memory.device_memory(4) == (12 * GIB, 16 * GIB)
-    files["/sys/fs/cgroup/memory.max"] = str(16 * GIB)
-    assert memory.host_memory() == (12 * GIB, 16 * GIB) and memory.device_memory(2) == (6 * GIB, 8 * GIB)
+    assert host.host_memory() == (48 * GIB, 64 * GIB) and host.device_memory(4) == (12 * GIB, 16 * GIB)
+    (tmp_path / "memory.current").write_text(f"{4 * GIB}\n")
+    for limit, expected in (("max", (48 * GIB, 64 * GIB)), (f"{16 * GIB}", (12 * GIB, 16 * GIB))):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert host.host_memory() == expected
+    assert host.device_memory(2) == (6 * GIB, 8 * GIB)
 
 
 def test_a_forecast_of_the_largest_phase() -> None:
     recipe = load_recipe(None, [*BUDGET, "distill.phases=[{tokens: 32768}, {tokens: 32768, sequence_length: 512}]"])
-    timetable = plan_timetable(recipe.distill, 256, "distill")
-    found = memory.forecast_run(recipe, run_on("cuda"), "distill", STUDENT, timetable, TEACHER)
+    found = forecast_of(recipe, world_of("cuda"))
     assert found.setting.sequence_length == 512 and found.total == forecast(found.setting).total
 
 
@@ -155,4 +148,4 @@ def test_a_forecast_of_the_largest_phase() -> None:
     ],
 )
 def test_who_says_that_memory_ran_out(said: str, is_memory: bool) -> None:
-    assert memory.is_out_of_memory(RuntimeError(said)) == is_memory
+    assert is_out_of_memory(RuntimeError(said)) == is_memory
