@@ -33,7 +33,6 @@ from minitron_mcore.runtime.start import start as start_process
 
 quiet_libraries()  # Megatron warns while it is imported
 
-from megatron.core import parallel_state  # noqa: E402
 
 from minitron_mcore.architecture import Architecture, build_architecture  # noqa: E402
 from minitron_mcore.checkpoint.companions import carry_companions  # noqa: E402
@@ -63,7 +62,7 @@ from minitron_mcore.model.schedule import Microbatch, in_calls, uncounted  # noq
 from minitron_mcore.pruning.in_memory import prune_chunks  # noqa: E402
 from minitron_mcore.pruning.plan import PruningPlan, check_same_model, load_plan, make_plan, save_plan  # noqa: E402
 from minitron_mcore.runtime.config import ParallelConfig  # noqa: E402
-from minitron_mcore.runtime.parallel import use_layout  # noqa: E402
+from minitron_mcore.runtime.parallel import layout_stands, use_layout  # noqa: E402
 
 __all__ = [
     "Measure",
@@ -122,7 +121,7 @@ def start(*, seed: int = 1234, **parallel: Any) -> Runtime:
 
 
 def _started() -> tuple[Runtime, ParallelConfig]:
-    if _runtime is None or _parallel is None or not parallel_state.model_parallel_is_initialized():
+    if _runtime is None or _parallel is None or not layout_stands():
         start()
     assert _runtime is not None and _parallel is not None
     return _runtime, _parallel

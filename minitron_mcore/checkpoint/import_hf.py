@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.conversion import Unit, units
@@ -19,6 +18,7 @@ from minitron_mcore.checkpoint.writer import Source, pieces_of, save_stream
 from minitron_mcore.families.find import find_family
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.groups import data_group, pipeline_group, tensor_group
 from minitron_mcore.runtime.start import Runtime
 
 
@@ -50,16 +50,14 @@ def import_checkpoint(
         (embedding,) = next(unit for unit in wanted if _is_embedding(unit)).names
         runtime.on_main(partial(folder.check_tied_head, embedding))
     # Embedding on the first stage, final norm and output head on the last; replicas of a shard have nothing to write.
-    stage = parallel_state.get_pipeline_model_parallel_rank()
+    stage = pipeline_group().rank()
     first, last = stage == 0, stage == parallel.pipeline - 1
     sources = [
         found
         for unit in wanted
         if (unit.layer in stages[stage][0] if unit.layer is not None else first if _is_embedding(unit) else last)
-        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-        for found in _sources(
-            folder, unit, architecture, parallel_state.get_tensor_model_parallel_rank(), parallel.tensor
-        )
+        and data_group(with_context=True).rank() == 0
+        for found in _sources(folder, unit, architecture, tensor_group().rank(), parallel.tensor)
     ]
     result: list[CheckedWeights] = []
     save_stream(

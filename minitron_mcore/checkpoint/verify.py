@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
@@ -18,6 +17,7 @@ from minitron_mcore.model.gpt import build_model, unwrap
 from minitron_mcore.model.schedule import final_hidden_states
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.context import context_part, on_this_context_rank
+from minitron_mcore.runtime.groups import context_group, tensor_group
 from minitron_mcore.runtime.start import Runtime
 
 # The same products, summed in another order, differ by about 1e-6 of the largest logit in a few layers, and by some
@@ -49,13 +49,13 @@ def compare_with_transformers(
         on_this_context_rank({"tokens": tokens.to(runtime.device), "position_ids": positions.to(runtime.device)})
         for tokens in ids
     ]
-    place = parallel_state.get_context_parallel_rank(), parallel.context
+    place = context_group().rank(), parallel.context
     theirs_here = context_part(expected, 2, *place)  # [microbatch, b, s, V]
     largest = torch.zeros(1, dtype=torch.float64)
     for sequence, hidden in enumerate(final_hidden_states(chunks, batch)):
         with torch.no_grad():
             mine = unwrap(chunks[-1]).logits(hidden).cpu().transpose(0, 1)  # [b, s, V / tensor]
-        first = parallel_state.get_tensor_model_parallel_rank() * mine.shape[-1]
+        first = tensor_group().rank() * mine.shape[-1]
         theirs = theirs_here[sequence][..., first : first + mine.shape[-1]]
         if theirs.numel():  # a rank's part of the vocabulary may be padding alone
             difference = (mine[..., : theirs.shape[-1]] - theirs).abs().max()

@@ -33,13 +33,13 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core import parallel_state
 
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.token_values import over_world, token_values
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import GROUP, Microbatch, visit_final_states
+from minitron_mcore.runtime.groups import data_group, pipeline_group, tensor_group
 
 FORM = '{"context": text (or one a choice), "choices": [text, …], "answer": index or text}'
 
@@ -240,16 +240,16 @@ def log_likelihoods(
     One forward pass over all rows. Every rank calls; the same on every rank.
     """
     device = next(chunks[0].parameters()).device
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stages = pipeline_group().size()
     sharded = chunks[0].config.sequence_parallel
     groups = row_batches(
         task,
         micro_batch_size=micro_batch_size,
         group=GROUP * stages,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=data_group().rank(),
+        data_parallel_size=data_group().size(),
         count_multiple=stages if len(chunks) > 1 else 1,
-        length_multiple=parallel_state.get_tensor_model_parallel_world_size() if sharded else 1,
+        length_multiple=tensor_group().size() if sharded else 1,
     )
     totals = torch.zeros(len(task.rows), dtype=torch.float64, device=device)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core import parallel_state
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
@@ -27,6 +26,7 @@ from minitron_mcore.importance.hooks import GROUPS, HEADS, HIDDEN, LAYERS, NEURO
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import Microbatch, forward_only, in_calls
+from minitron_mcore.runtime.groups import context_group, data_group, pipeline_group, tensor_group
 
 _NONE = torch.iinfo(torch.int64).max
 
@@ -110,9 +110,9 @@ def measure(
 
     Raises InputError, on every rank, where activations are NaN or Inf: which layer, which samples.
     """
-    if parallel_state.get_context_parallel_world_size() > 1:
+    if context_group().size() > 1:
         raise InputError(
-            f"parallel.context={parallel_state.get_context_parallel_world_size()} is not possible in scoring, which "
+            f"parallel.context={context_group().size()} is not possible in scoring, which "
             "needs a token's whole sequence on a rank: set parallel.context=1 and raise parallel.tensor"
         )
     collector = _Collector(chunks, architecture, wanted)
@@ -147,10 +147,10 @@ class _Collector:
 
     def __init__(self, chunks: Sequence[LanguageModel], architecture: Architecture, wanted: Wanted) -> None:
         self.chunks, self.architecture, self.wanted = chunks, architecture, wanted
-        self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-        self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
-        self.data_rank = parallel_state.get_data_parallel_rank()
-        self.data_size = parallel_state.get_data_parallel_world_size()
+        self.tensor_rank = tensor_group().rank()
+        self.tensor_size = tensor_group().size()
+        self.data_rank = data_group().rank()
+        self.data_size = data_group().size()
         self.split_sequence = chunks[0].config.sequence_parallel
         self.device = next(chunks[0].parameters()).device
         self.sums: dict[str, SampleSums] = {}
@@ -203,7 +203,7 @@ class _Collector:
             self.recorded[each.name].clear()
             sums_KRBC, length = torch.stack(sums, dim=1).double(), lengths[0]
             if self.split_sequence and not each.sharded:
-                torch.distributed.all_reduce(sums_KRBC, group=parallel_state.get_tensor_model_parallel_group())
+                torch.distributed.all_reduce(sums_KRBC, group=tensor_group())
                 length *= self.tensor_size
             values_ARBC = over_sequence(sums_KRBC, sums_for(sequence), length, sequence)
             row_numbers = self._row_numbers(rows)
@@ -255,6 +255,6 @@ class _Collector:
                 whole.totals.copy_(local)
             torch.distributed.all_reduce(whole.totals)
             merged[each.name] = whole
-        count = self.num_samples * float(answers and parallel_state.get_pipeline_model_parallel_rank() == 0)
+        count = self.num_samples * float(answers and pipeline_group().rank() == 0)
         torch.distributed.all_reduce(count)
         return Statistics(num_samples=float(count), sums=merged)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from minitron_mcore.model.gpt import LanguageModel
@@ -25,6 +24,7 @@ from minitron_mcore.model.vocab_parallel import (
     product_,
     product_operand,
 )
+from minitron_mcore.runtime.groups import tensor_group
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def token_values(
 
     Extra memory: two float32 buffers of [chunk_tokens, V], three with a reference; in bf16 a widened head on CPU.
     """
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = tensor_group()
     states = [hidden_SBH] if reference_SBH is None else [hidden_SBH, reference_SBH]
     if chunk.config.sequence_parallel:
         states = [gather_from_sequence_parallel_region(state, group=group) for state in states]
@@ -98,7 +98,7 @@ def _chunk_values(logits: tuple[torch.Tensor, ...], labels_C: torch.Tensor, shar
 def over_world(values: torch.Tensor, chunks: Sequence[LanguageModel]) -> torch.Tensor:
     """Sums that data-parallel ranks hold on the last pipeline stage, the same on every tensor-parallel rank, added up
     and given to every rank. Every rank calls."""
-    answers = chunks[-1].post_process and parallel_state.get_tensor_model_parallel_rank() == 0
+    answers = chunks[-1].post_process and tensor_group().rank() == 0
     total = values.clone() if answers else torch.zeros_like(values)
     torch.distributed.all_reduce(total)
     return total

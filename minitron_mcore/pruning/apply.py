@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy
 import torch
-from megatron.core import parallel_state
 
 from minitron_mcore.checkpoint.folder import said_by
 from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
@@ -34,6 +33,7 @@ from minitron_mcore.layout import Parameter, check_tensor_parallel, parameter_ta
 from minitron_mcore.pruning.axes import Part, part_of, shard_rows, take_kept
 from minitron_mcore.pruning.plan import PruningPlan
 from minitron_mcore.pruning.select import take
+from minitron_mcore.runtime.groups import data_group, pipeline_group, tensor_group
 from minitron_mcore.runtime.start import Runtime
 
 
@@ -47,11 +47,11 @@ def prune_checkpoint(
     for a teacher that is damaged or no model of the plan's, and where `target`, which messages call `called`, cannot be
     written; nothing counts as a checkpoint before all of it is written.
     """
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = tensor_group()
     check_tensor_parallel(plan.student, group.size())
-    stages = split_layers(plan.student.num_layers, parallel_state.get_pipeline_model_parallel_world_size())
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    works = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    stages = split_layers(plan.student.num_layers, pipeline_group().size())
+    stage = pipeline_group().rank()
+    works = data_group(with_context=True).rank() == 0
 
     def open_teacher() -> list[Source]:
         reader = TensorReader(*source)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from megatron.core import parallel_state
 
 from minitron_mcore.layout import Parameter, local_shape, parameter_table, split_layers
 from minitron_mcore.model.gpt import LanguageModel, build_model, unwrap
@@ -18,6 +17,7 @@ from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.pruning.apply import prune_shard
 from minitron_mcore.pruning.plan import PruningPlan
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.groups import pipeline_group, tensor_group
 
 
 def prune_chunks(
@@ -40,8 +40,8 @@ def prune_chunks(
     )
     student = build_model(plan.student, parallel, "bf16" if config.bf16 else "fp32", trainable=trainable)
     held, wanted = _by_name(teacher), _by_name(student)
-    group = parallel_state.get_tensor_model_parallel_group()
-    stages = parallel_state.get_pipeline_model_parallel_group()
+    group = tensor_group()
+    stages = pipeline_group()
     device = next(teacher[0].parameters()).device
     for parameter, layer, source, target in _moves(plan, parallel):
         from_layer = None if layer is None else plan.layers[layer]

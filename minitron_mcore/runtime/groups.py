@@ -1,38 +1,31 @@
-"""Megatron's model-parallel groups and this rank's place in them, under Megatron's names: the one door to
-`parallel_state`. What makes and ends the groups is parallel.py."""
+"""Megatron's process groups of the layout that stands (parallel.use_layout), for this rank.
 
-from megatron.core.parallel_state import (
-    get_context_parallel_group,
-    get_context_parallel_rank,
-    get_context_parallel_world_size,
-    get_data_parallel_group,
-    get_data_parallel_rank,
-    get_data_parallel_world_size,
-    get_pipeline_model_parallel_group,
-    get_pipeline_model_parallel_last_rank,
-    get_pipeline_model_parallel_rank,
-    get_pipeline_model_parallel_world_size,
-    get_tensor_model_parallel_group,
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    is_pipeline_last_stage,
-    model_parallel_is_initialized,
-)
+A group's `rank()` and `size()` are this rank's place along that axis, and how many there are.
+"""
 
-__all__ = [
-    "get_context_parallel_group",
-    "get_context_parallel_rank",
-    "get_context_parallel_world_size",
-    "get_data_parallel_group",
-    "get_data_parallel_rank",
-    "get_data_parallel_world_size",
-    "get_pipeline_model_parallel_group",
-    "get_pipeline_model_parallel_last_rank",
-    "get_pipeline_model_parallel_rank",
-    "get_pipeline_model_parallel_world_size",
-    "get_tensor_model_parallel_group",
-    "get_tensor_model_parallel_rank",
-    "get_tensor_model_parallel_world_size",
-    "is_pipeline_last_stage",
-    "model_parallel_is_initialized",
-]
+from __future__ import annotations
+
+from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
+
+
+def tensor_group() -> ProcessGroup:
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def pipeline_group() -> ProcessGroup:
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def context_group() -> ProcessGroup:
+    return parallel_state.get_context_parallel_group()
+
+
+def data_group(*, with_context: bool = False) -> ProcessGroup:
+    """The data-parallel ranks; with `with_context` those of all parts of a sequence."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=with_context)
+
+
+def on_last_stage() -> bool:
+    """Whether this rank's pipeline stage is the last one."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)

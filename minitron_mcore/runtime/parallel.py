@@ -45,7 +45,7 @@ def use_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Make Megatron's process groups for `parallel`; all ranks call. Nothing happens if they stand already."""
     global _current
     check_layout(parallel, world_size)
-    if parallel_state.model_parallel_is_initialized() and _current == parallel:
+    if layout_stands() and _current == parallel:
         return
     release_layout()
     with own_interface(world_size):
@@ -64,7 +64,7 @@ def release_layout() -> None:
     global _current
     _current = None
     _teacher_groups.clear()
-    if parallel_state.model_parallel_is_initialized():
+    if layout_stands():
         parallel_state.destroy_model_parallel()
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
@@ -35,6 +34,7 @@ from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.pruning.in_memory import prune_chunks
 from minitron_mcore.pruning.plan import TARGETS, PruningPlan, make_plan
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.search.ablation_grid import Setting, check_ablate, grid_of, shapes_of
 from minitron_mcore.search.ablation_results import Row, read_rows, squares, table, write_plot, write_rows
@@ -174,8 +174,8 @@ def held_out_groups(recipe: Recipe, tokenizer: Tokenizer) -> list[list[Microbatc
         dataset,
         range(min(recipe.evaluate.samples, len(dataset))),
         micro_batch_size=recipe.evaluate.micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=data_group().rank(),
+        data_parallel_size=data_group().size(),
     )
     return list(grouped(microbatches, recipe.parallel))
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core import parallel_state
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, iteration_folder, read_architecture
@@ -42,6 +41,7 @@ from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.schedule import Microbatch, in_calls, visit_final_states
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.groups import data_group, on_last_stage, tensor_group
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import check_model, lay_out, output_folder, refuse_context
 from minitron_mcore.stages.score import flat
@@ -136,9 +136,9 @@ def write_missing(
         seed=recipe.seed,
         chunk_tokens=cache.chunk_tokens,
     )
-    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    writes = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    writes = writes and parallel_state.get_tensor_model_parallel_rank() == 0
+    replica, replicas = data_group().rank(), data_group().size()
+    writes = on_last_stage()
+    writes = writes and tensor_group().rank() == 0
     started, written = time.perf_counter(), torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for turn in range(0, len(missing), replicas):
         told: InputError | None = None
@@ -178,7 +178,7 @@ def ask_teacher(
 
     Every rank of a replica calls, with the same samples. Raises InputError where logits are NaN or Inf.
     """
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = tensor_group()
     blocks: dict[int, tuple[bytes, str]] = {}
     bad: list[int] = []
 

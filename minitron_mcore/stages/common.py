@@ -8,8 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron.core import parallel_state
-
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.companions import carry_companions
 from minitron_mcore.checkpoint.folder import (
@@ -35,6 +33,7 @@ from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.plan import TARGETS, student_shape
 from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.layouts import check_sequence
 from minitron_mcore.runtime.parallel import check_teacher_layout, of_teacher, use_layout
 from minitron_mcore.runtime.start import Runtime, seed_everything
@@ -287,7 +286,7 @@ def read_data(
     """
     all_or_none(lambda: check_log(recipe.log))
     timetable = plan_timetable(train, recipe.data.sequence_length, section)
-    check_train(train, recipe.parallel, parallel_state.get_data_parallel_world_size(), timetable, section)
+    check_train(train, recipe.parallel, data_group().size(), timetable, section)
     check_learning_rate(train, timetable, section)
     samples = {length: max(count, least_samples) for length, count in timetable.samples_needed().items()}
     valid_samples = train.eval_iters * train.global_batch_size

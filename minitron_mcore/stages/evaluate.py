@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron.core import parallel_state
-
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, read_lineage
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.blend import parse_blend
@@ -25,6 +23,7 @@ from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.schedule import Microbatch, in_calls, uncounted
 from minitron_mcore.recipe import EvaluateConfig, Recipe
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import check_model, lay_out
 from minitron_mcore.training.reader import to_device
@@ -68,8 +67,8 @@ def evaluate_checkpoint(recipe: Recipe, runtime: Runtime, folder: str | Path) ->
         dataset,
         range(samples),
         micro_batch_size=recipe.evaluate.micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=data_group().rank(),
+        data_parallel_size=data_group().size(),
     )
     losses = mean_loss(chunks, grouped(microbatches, recipe.parallel), Objective(vocab_size=architecture.vocab_size))
     facts = {

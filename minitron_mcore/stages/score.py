@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from megatron.core import parallel_state
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
@@ -31,6 +30,7 @@ from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.pruning.plan import check_same_model
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import score_depth
 from minitron_mcore.stages.common import check_model, lay_out, refuse_context
@@ -96,8 +96,8 @@ def read_calibration(recipe: Recipe, tokenizer: Tokenizer) -> Callable[[], Itera
             num_samples=importance.num_samples,
             micro_batch_size=importance.micro_batch_size,
             seed=recipe.seed,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            data_parallel_rank=data_group().rank(),
+            data_parallel_size=data_group().size(),
             num_workers=recipe.data.num_workers,
         )
         return map(to_device, once)
@@ -115,7 +115,7 @@ def from_activations(
 ) -> Scores:
     """All axes from one pass. Every rank calls."""
     importance = recipe.importance
-    a_round = importance.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    a_round = importance.micro_batch_size * data_group().size()
     report = progress(runtime.print, importance.num_samples, a_round)
     return score_model(chunks, batches(), architecture, importance, settings=settings, report=report)
 

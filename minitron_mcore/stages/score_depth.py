@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from megatron.core import parallel_state
-
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.corpus import check_file
 from minitron_mcore.data.tokenizer import Tokenizer
@@ -20,6 +18,7 @@ from minitron_mcore.importance.scores import Scores
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.schedule import Microbatch
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.start import Runtime
 
 REPORT_SECONDS = 10.0
@@ -66,7 +65,7 @@ def with_depth(
         runtime.print(f"score: depth: {line}")
     kept = (
         kept_bytes(architecture, metrics, recipe.precision, importance.num_samples, recipe.data.sequence_length)
-        // parallel_state.get_data_parallel_world_size()
+        // data_group().size()
     )
     if kept:
         kept //= recipe.parallel.tensor if recipe.parallel.sequence else 1

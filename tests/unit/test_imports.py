@@ -31,6 +31,18 @@ FLOORS = [
     {"__main__"},
 ]
 FORBIDDEN_IN_PURE = ("megatron", "torch.distributed")
+LEFT = {
+    "minitron_mcore.distillation.cache.teacher",
+    "minitron_mcore.distillation.objective",
+    "minitron_mcore.distillation.states.loss",
+    "minitron_mcore.distillation.states.projection",
+    "minitron_mcore.distillation.teacher.ahead",
+    "minitron_mcore.distillation.teacher.placement",
+    "minitron_mcore.model.attention",
+    "minitron_mcore.model.schedule",
+    "minitron_mcore.training.health",
+    "minitron_mcore.training.reader",
+}
 
 
 def module_name(path: Path) -> str:
@@ -145,6 +157,17 @@ def test_imports_point_down(module: str) -> None:
 def test_pure_modules() -> None:
     found = impure()
     assert [f"{name} is pure and imports {found[name]}" for name in MODULES if says_pure(name) and name in found] == []
+
+
+def test_only_runtime_knows_parallel_state() -> None:
+    """Elsewhere Megatron's groups come from runtime/groups.py."""
+    name = "megatron.core.parallel_state"
+    found = {
+        module
+        for module, path in MODULES.items()
+        if room(module) != "runtime" and name in imports(path.read_text(encoding="utf-8"), module)
+    }
+    assert found - LEFT == set()
 
 
 def test_impurity_is_seen() -> None:
