@@ -4,7 +4,7 @@
 #   docker run --rm --gpus all --ipc host -v /data:/data minitron distill --config /data/recipe.yaml
 #
 # The default base brings torch, Transformer Engine and Apex, compiled against each other: pip must not replace them. It
-# is the newest whose torch is in setup.py's range: 2.13, with Python 3.12 and CUDA 13.3; from 26.08 on it is 2.14.
+# is the newest whose torch is in pyproject.toml's range: 2.13, with Python 3.12 and CUDA 13.3; from 26.08 on it is 2.14.
 # Another base works too; with one that has no Transformer Engine, such as nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04,
 # pip installs torch and builds it. For a CPU image: --build-arg BASE_IMAGE=python:3.12-slim --build-arg EXTRAS=
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.07-py3

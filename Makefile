@@ -22,7 +22,7 @@ help:  ## this list
 
 venv: $(INSTALLED)  ## the virtual environment, with the package in editable form
 
-$(INSTALLED): setup.py pyproject.toml constraints.txt .ci/venv.sh
+$(INSTALLED): pyproject.toml constraints.txt .ci/venv.sh
 	@VENV=$(VENV) EXTRAS=$(EXTRAS) .ci/venv.sh
 	@touch $@
 
@@ -56,9 +56,9 @@ bench: venv  ## the benchmarks that run on any machine
 gpu-check: $(if $(PYTHON),,venv)  ## what only a GPU can show, in 8 minutes; a dry run without one (PYTHON=python3.12: without make venv)
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(PYTHON),$(BIN)/python) benchmarks/gpu/check.py $(ARGS)
 
-lock: venv  ## bring constraints.txt up to date with setup.py, for Python 3.10 to 3.13
+lock: venv  ## bring constraints.txt up to date with pyproject.toml, for Python 3.10 to 3.13
 	@$(BIN)/pip install --quiet uv
-	@$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.10 --no-annotate --no-python-downloads --upgrade \
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-annotate --no-python-downloads --upgrade \
 		--custom-compile-command "make lock" --output-file constraints.txt
 
 clean:  ## everything that was built, but no run folder

@@ -1,15 +1,20 @@
-"""Print what the interpreter that runs this lacks of setup.py, but for the tools that only look at the source.
+"""Print what this interpreter lacks of pyproject.toml's requirements, except the tools that tests do not need.
 
-And megatron-core, where it is not 0.19 or newer: this is for the environment of that pair (matrix.sh).
+And megatron-core, where it is older than 0.19: this is for the environment of that pair (matrix.sh).
 """
 
-import ast
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-NOT_NEEDED = {"ruff", "mypy", "types-PyYAML", "pre-commit"}
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+NOT_NEEDED = {"coverage", "ruff", "mypy", "types-PyYAML", "pre-commit"}
 
 
 def lacking(lines: list[str]) -> list[str]:
@@ -25,10 +30,6 @@ def lacking(lines: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    source = ast.parse((Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8"))
-    lists = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in source.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List) and isinstance(node.targets[0], ast.Name)
-    }
-    print(*lacking(["megatron-core>=0.19", *lists["REQUIREMENTS"], *lists["PARQUET"], *lists["DEVELOPMENT"]]), sep=", ")
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    development = project["optional-dependencies"]["dev"]
+    print(*lacking(["megatron-core>=0.19", *project["dependencies"], *development]), sep=", ")

@@ -53,6 +53,11 @@ def test_metadata(package: Message, distribution: Path) -> None:
     assert package["Version"] == minitron_mcore.__version__
     assert SpecifierSet(package["Requires-Python"]) == SpecifierSet(">=3.10,<3.14")
     assert set(package.get_all("Provides-Extra", [])) == {"gpu", "parquet", "dev"}
+    lines = {
+        extra: {line.split(";")[0] for line in package.get_all("Requires-Dist", []) if f'"{extra}"' in line}
+        for extra in ("parquet", "dev")
+    }
+    assert lines["parquet"] < lines["dev"]
     scripts = configparser.ConfigParser()
     scripts.read(distribution / "entry_points.txt")
     assert scripts["console_scripts"]["minitron"] == "minitron_mcore.cli:main"
@@ -65,7 +70,7 @@ def test_every_requirement_is_bounded_on_both_sides(package: Message) -> None:
 
 
 def test_installed_and_pinned_versions_are_in_range(package: Message) -> None:
-    """What the tests run on is what setup.py allows, and constraints.txt fixes every direct requirement."""
+    """What the tests run on is what pyproject.toml allows, and constraints.txt fixes every direct requirement."""
     for line in package.get_all("Requires-Dist", []):
         requirement = Requirement(line)
         if 'extra == "gpu"' in line:
@@ -145,7 +150,7 @@ def test_ci_runs_make_test() -> None:
 
 
 def test_the_matrix_knows_what_an_environment_lacks() -> None:
-    """This one has everything that setup.py asks for, but perhaps the newer megatron-core."""
+    """This one has everything that pyproject.toml asks for, but perhaps the newer megatron-core."""
     command = [sys.executable, str(ROOT / ".ci" / "lacking.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     newer = metadata.version("megatron-core") in SpecifierSet(">=0.19")
@@ -165,7 +170,8 @@ def test_dockerfile_copies_what_exists() -> None:
     assert copies
     for name in (name for names in copies for name in names):
         assert (ROOT / name).exists() and name not in ignored
-    assert not {"minitron_mcore", "configs", "launch", "setup.py", "README.md", "LICENSE"} & set(ignored)
+    needed = "minitron_mcore configs launch setup.py pyproject.toml README.md LICENSE"
+    assert not set(needed.split()) & set(ignored)
 
 
 @pytest.mark.slow
