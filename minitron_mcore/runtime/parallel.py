@@ -41,6 +41,11 @@ _AXES = {
 }
 
 
+def layout_stands() -> bool:
+    """Whether this process has model-parallel groups."""
+    return parallel_state.model_parallel_is_initialized()
+
+
 def use_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Make Megatron's process groups for `parallel`; all ranks call. Nothing happens if they stand already."""
     global _current
