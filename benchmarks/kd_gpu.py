@@ -76,6 +76,7 @@ class Step:
 
     def __init__(self, options: argparse.Namespace, sequence: int, device: torch.device) -> None:
         from minitron_mcore.architecture import build_architecture
+        from minitron_mcore.distillation.logits.settings import LossSettings
         from minitron_mcore.distillation.objective import Objective
         from minitron_mcore.distillation.teacher.ahead import Teacher
         from minitron_mcore.model.gpt import build_model
@@ -103,9 +104,7 @@ class Step:
         self.optimizer = build_optimizer(self.chunks, train, options.precision)
         self.scheduler = build_scheduler(self.optimizer, train, timetable)
         self.objective = Objective(
-            vocab_size=self.architecture.vocab_size,
-            lm_weight=0.0,
-            kd_weight=1.0,
+            LossSettings(vocab_size=self.architecture.vocab_size, lm_weight=0.0, kd_weight=1.0),
             teacher=Teacher(teacher, self.teacher_architecture),
         )
         self.measure_parts(0)
@@ -220,6 +219,8 @@ def measure_step(options: argparse.Namespace, sequence: int, rate: float, device
 def measure_loss(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The loss with all its gradients against the four products it cannot do without, and against Liger-Kernel."""
     from minitron_mcore.distillation.logits.loss import logit_loss
+    from minitron_mcore.distillation.logits.settings import LossSettings
+    from minitron_mcore.distillation.logits.sweep import Model
     from minitron_mcore.model.gpt import DTYPES
 
     shared, wide, _ = shapes(options)
@@ -239,12 +240,9 @@ def measure_loss(options: argparse.Namespace, device: torch.device) -> dict[str,
             weight,
             labels,
             mask,
-            vocab_size=vocabulary,
+            LossSettings(vocab_size=vocabulary, lm_weight=0.0, kd_weight=1.0),
             tp_group=None,
-            lm_weight=0.0,
-            kd_weight=1.0,
-            teacher_hidden_SBH=teacher,
-            teacher_weight_VH=heads[1],
+            teacher=Model(teacher, heads[1]),
         )
         output.loss.backward()
         student.grad = None

@@ -66,50 +66,38 @@ class Problem:
 def ours(problem: Problem, options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
     from megatron.core import parallel_state
 
-    from minitron_mcore.distillation.config import default_chunk_tokens
-    from minitron_mcore.distillation.logits.divergences import Divergence
+    from minitron_mcore.distillation.logits.chunk import Chunk, gradient_, measure
     from minitron_mcore.distillation.logits.loss import logit_loss
-    from minitron_mcore.distillation.logits.sweep import Objective, losses_and_gradient
+    from minitron_mcore.distillation.logits.settings import LossSettings
+    from minitron_mcore.distillation.logits.sweep import Model
     from minitron_mcore.model.vocab_parallel import VocabularyShard
 
     group = parallel_state.get_tensor_model_parallel_group()
-    name = "reverse_kl" if problem.reverse else "forward_kl"
     problem.weight.main_grad = torch.zeros_like(problem.weight, requires_grad=False)  # type: ignore[attr-defined]
-    tokens = problem.mask.numel()
-    objective = Objective(
-        shard=VocabularyShard.of(problem.weight.shape[0], problem.vocabulary, group),
-        divergence=Divergence.of(name, 1.0, 0.5, problem.vocabulary),
+    settings = LossSettings(
+        problem.vocabulary,
         lm_weight=0.0,
         kd_weight=1.0,
-        top_k=0,
-        chunk_size=problem.chunk or default_chunk_tokens(tokens),
+        divergence="reverse_kl" if problem.reverse else "forward_kl",
         report=options.report,
+        chunk_tokens=problem.chunk,
     )
+    shard = VocabularyShard.of(problem.weight.shape[0], problem.vocabulary, group)
 
     def whole() -> Tensor:
+        teacher = Model(problem.teacher_hidden, problem.teacher_weight)
         output = logit_loss(
-            problem.hidden,
-            problem.weight,
-            problem.labels,
-            problem.mask,
-            vocab_size=problem.vocabulary,
-            tp_group=group,
-            lm_weight=0.0,
-            kd_weight=1.0,
-            teacher_hidden_SBH=problem.teacher_hidden,
-            teacher_weight_VH=problem.teacher_weight,
-            divergence=name,
-            report=options.report,
-            chunk_size=problem.chunk,
+            problem.hidden, problem.weight, problem.labels, problem.mask, settings, tp_group=group, teacher=teacher
         )
         output.loss.backward()
         return output.kd_loss
 
     def divergence(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
         """Logits of one chunk, overwritten."""
-        losses_and_gradient(student, teacher, None, labels, objective)
+        chunk = Chunk(student, teacher, labels, settings, shard)
+        gradient_(chunk, measure(chunk))
 
-    return {"whole": whole, "divergence": divergence, "chunk": lambda: objective.chunk_size}
+    return {"whole": whole, "divergence": divergence, "chunk": lambda: settings.chunk_size(problem.mask.numel())}
 
 
 def theirs(problem: Problem, options: argparse.Namespace) -> dict[str, Callable[..., Any]]:

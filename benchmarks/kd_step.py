@@ -87,6 +87,7 @@ def draw_batch(options: argparse.Namespace, device: torch.device) -> list[dict[s
 
 def sides(options: argparse.Namespace, parallel: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """What is timed, by name, on this rank."""
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
@@ -122,9 +123,10 @@ def sides(options: argparse.Namespace, parallel: dict[str, Any]) -> dict[str, Ca
     chunks = wrap_model(models)
     optimizer = build_optimizer(chunks, train, options.precision)
     scheduler = build_scheduler(optimizer, train, timetable)
-    plain = Objective(vocab_size=architecture.vocab_size)
+    plain = Objective(LossSettings(vocab_size=architecture.vocab_size))
     distilling = Objective(
-        vocab_size=architecture.vocab_size, lm_weight=0.0, kd_weight=1.0, teacher=Teacher(teacher_chunks, wide)
+        LossSettings(vocab_size=architecture.vocab_size, lm_weight=0.0, kd_weight=1.0),
+        teacher=Teacher(teacher_chunks, wide),
     )
 
     def make_logits(chunk: Any, hidden: torch.Tensor, microbatch: Any) -> None:

@@ -50,6 +50,7 @@ class Ours:
 
     def __init__(self, tensor: int) -> None:
         from minitron_mcore.architecture import build_architecture
+        from minitron_mcore.distillation.logits.settings import LossSettings
         from minitron_mcore.distillation.objective import Objective
         from minitron_mcore.model.gpt import build_model
         from minitron_mcore.model.initialize import initialize
@@ -74,7 +75,7 @@ class Ours:
         chunks = wrap_model(self.models)
         optimizer = build_optimizer(chunks, train, "fp32")
         scheduler = build_scheduler(optimizer, train, timetable)
-        objective = Objective(vocab_size=self.architecture.vocab_size)
+        objective = Objective(LossSettings(vocab_size=self.architecture.vocab_size))
         self._step = lambda batch: train_step(chunks, optimizer, scheduler, objective, timetable.at(0).shape, batch)
 
     def step(self, number: int) -> float:

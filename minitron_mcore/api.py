@@ -44,6 +44,7 @@ from minitron_mcore.checkpoint.folder import (  # noqa: E402
     write_description,
 )
 from minitron_mcore.checkpoint.store import as_chunks, load_weights, model_state, save_state  # noqa: E402
+from minitron_mcore.distillation.logits.settings import LossSettings  # noqa: E402
 from minitron_mcore.distillation.objective import Objective  # noqa: E402
 from minitron_mcore.errors import InputError  # noqa: E402
 from minitron_mcore.evaluation.lm_loss import mean_loss  # noqa: E402
@@ -253,7 +254,7 @@ def lm_loss(model: Model, batches: Iterable[torch.Tensor]) -> float:
     """Mean next-token loss in nats, over the s − 1 tokens of every row that have a next one; the same on every rank."""
     microbatches = _microbatches(model, batches)
     groups = in_calls(microbatches, uncounted, interleaved=len(model.chunks) > 1)
-    objective = Objective(vocab_size=model.architecture.vocab_size)
+    objective = Objective(LossSettings(model.architecture.vocab_size))
     return mean_loss(as_chunks(model.chunks), groups, objective)["lm loss"]
 
 

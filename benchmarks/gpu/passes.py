@@ -50,14 +50,10 @@ def logits(options: argparse.Namespace) -> list[Tensor]:
 def variants(
     options: argparse.Namespace,
 ) -> Iterator[tuple[str, Callable[..., Any], tuple[Tensor, ...], dict[str, Any]]]:
-    from minitron_mcore.distillation.logits.divergences import (
-        DIVERGENCES,
-        PROBABILISTIC,
-        Divergence,
-        mixture_statistics,
-    )
+    from minitron_mcore.distillation.logits.divergences import mixture_statistics
     from minitron_mcore.distillation.logits.outcomes import tail_statistics, top_of_shard
     from minitron_mcore.distillation.logits.passes import logit_gradient_, logit_statistics
+    from minitron_mcore.distillation.logits.settings import DIVERGENCES, PROBABILISTIC, LossSettings
 
     rows = torch.arange(1, options.tokens + 1, device=options.device).double() / options.tokens
     # Of the second pass any positive numbers will do.
@@ -65,7 +61,9 @@ def variants(
     every = [(name, 1.0, lm_share) for name in DIVERGENCES for lm_share in (0.0, 0.5)]
     every += [(name, 2.0, 0.5) for name in PROBABILISTIC]
     for name, temperature, lm_share in [("forward_kl", 2.0, 0.5)] if options.small else every:
-        divergence = Divergence.of(name, temperature, 0.3, options.vocabulary)
+        divergence = LossSettings(
+            options.vocabulary, divergence=name, temperature=temperature, jensen_shannon_mix=0.3
+        ).form
         told = f"{name} at {temperature}"
         settings: dict[str, Any] = {"divergence": divergence, "cross": True, "report": True, "keep": False}
         if lm_share:
@@ -102,6 +100,8 @@ def check_pass(function: Callable[..., Any], given: list[Tensor], others: tuple[
 def check_loss(options: argparse.Namespace, dtype: torch.dtype, name: str) -> float:
     """The largest error of value and gradients of the whole loss against dense float64 autograd."""
     from minitron_mcore.distillation.logits.loss import logit_loss
+    from minitron_mcore.distillation.logits.settings import LossSettings
+    from minitron_mcore.distillation.logits.sweep import Model
 
     generator = torch.Generator().manual_seed(3)
     tokens, hidden, wide, vocabulary = options.tokens, options.hidden, 2 * options.hidden, options.vocabulary
@@ -124,15 +124,16 @@ def check_loss(options: argparse.Namespace, dtype: torch.dtype, name: str) -> fl
         weight,
         labels,
         mask,
-        vocab_size=vocabulary,
+        LossSettings(
+            vocab_size=vocabulary,
+            lm_weight=0.3,
+            kd_weight=1.0,
+            divergence=name,
+            temperature=2.0,
+            chunk_tokens=max(1, tokens // 3),
+        ),
         tp_group=None,
-        lm_weight=0.3,
-        kd_weight=1.0,
-        teacher_hidden_SBH=of_teacher,
-        teacher_weight_VH=teacher_head,
-        divergence=name,
-        temperature=2.0,
-        chunk_size=max(1, tokens // 3),
+        teacher=Model(of_teacher, teacher_head),
     )
     output.loss.backward()
     exact_states, exact_head = (tensor.detach().double().requires_grad_() for tensor in (states, weight))

@@ -14,6 +14,8 @@ from megatron.core import parallel_state
 
 from minitron_mcore.distillation.cache.teacher import CachedTeacher
 from minitron_mcore.distillation.logits.loss import logit_loss
+from minitron_mcore.distillation.logits.settings import LossSettings
+from minitron_mcore.distillation.logits.sweep import Model
 from minitron_mcore.distillation.states.loss import StateLosses
 from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.model.gpt import LanguageModel
@@ -23,18 +25,10 @@ from minitron_mcore.runtime.timing import timed
 
 @dataclass
 class Objective:
-    """Weights of the losses; `teacher` None means next-token loss alone. All are reported at every step."""
+    """The loss between logits, and what runs with it. All losses are reported at every step, whatever their weight."""
 
-    vocab_size: int
-    lm_weight: float = 1.0
-    kd_weight: float = 0.0
-    temperature: float = 1.0
-    divergence: str = "forward_kl"  # of divergences.DIVERGENCES
-    jensen_shannon_mix: float = 0.5
-    top_k: int = 0  # of the teacher's logits, the rest as one bucket; 0: the whole vocabulary
-    recompute: bool = False  # the logit loss once more in backward, keeping no gradients between
-    chunk_tokens: int | None = None  # tokens whose logits exist at a time; None: config.default_chunk_tokens
-    teacher: Teacher | CachedTeacher | None = None  # a cached one has nothing to say about validation samples
+    settings: LossSettings
+    teacher: Teacher | CachedTeacher | None = None  # None: the next-token loss alone
     states: StateLosses | None = None  # losses between inner states; the teacher leaves what they need (`want_states`)
     window: int = 0  # microbatches the teacher runs ahead; 0: the whole global batch
     timers: Any = None  # megatron.core.timers.Timers; None: nothing is timed
@@ -49,7 +43,8 @@ class Objective:
     ) -> dict[str, float]:
         """Megatron's schedule over a global batch with the teacher ahead of it; mean losses and `num_tokens`."""
         if forward_only and isinstance(self.teacher, CachedTeacher):
-            alone = dataclasses.replace(self, teacher=None, lm_weight=1.0, kd_weight=0.0)
+            # A cache holds nothing of validation samples.
+            alone = dataclasses.replace(self, settings=self.settings.without_teacher(), teacher=None)
             return alone.run(chunks, batch, forward_only=True)
         states = self.states
         if states is not None and states.alpha is None and not forward_only:
@@ -87,28 +82,18 @@ class Objective:
 
     def loss(self, model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
         """Sums over the microbatch's counted tokens; last stage only (see model/schedule.py)."""
-        teacher, running = self.teacher, self.running_teacher
+        running, teacher = self.running_teacher, microbatch.pop("teacher_target", None)
+        if running is not None:
+            teacher = Model(microbatch.pop("teacher_hidden"), running.head_weight())
         output = logit_loss(
             hidden_SBH,
             model.head_weight(),
             microbatch["labels"].transpose(0, 1).contiguous(),
             microbatch["loss_mask"].transpose(0, 1).contiguous(),
-            vocab_size=self.vocab_size,
+            self.settings,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             sequence_parallel=model.config.sequence_parallel,
-            teacher_hidden_SBH=microbatch.pop("teacher_hidden", None),
-            teacher_weight_VH=running.head_weight() if running is not None else None,
-            teacher_target=microbatch.pop("teacher_target", None),
-            divergence=self.divergence,
-            jensen_shannon_mix=self.jensen_shannon_mix,
-            temperature=self.temperature,
-            top_k=self.top_k if running is not None else 0,
-            recompute=self.recompute,
-            # The id that was drawn most is not the likeliest one.
-            report=not (isinstance(teacher, CachedTeacher) and teacher.is_drawn),
-            lm_weight=self.lm_weight,
-            kd_weight=self.kd_weight,
-            chunk_size=self.chunk_tokens,
+            teacher=teacher,
         )
         sums = {"lm loss": output.lm_loss}
         if teacher is not None:

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minitron_mcore.errors import InputError
+
 # Stands for -inf on a rank that holds only padding: exp of it is zero, and its difference with itself is not NaN.
 ABSENT = -1e30
 
@@ -39,7 +41,7 @@ class VocabularyShard:
         """The shard of this rank, whose part of the head has `rows` rows, padding included."""
         rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
         if rows * ranks < vocab_size:
-            raise ValueError(f"the output head has {rows * ranks} rows; it needs at least vocab_size = {vocab_size}")
+            raise InputError("rows of the output head", rows * ranks, f"must be at least vocab_size={vocab_size}")
         start = rank * rows
         true_columns = min(rows, vocab_size - start)
         return cls(group if ranks > 1 else None, rows, start, max(true_columns, 1), true_columns <= 0)

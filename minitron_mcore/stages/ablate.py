@@ -21,6 +21,7 @@ from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.dataset import batches_once
 from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import writing
@@ -71,7 +72,7 @@ def run(recipe: Recipe, runtime: Runtime) -> list[Row]:
     groups = held_out_groups(recipe, tokenizer)
 
     def loss_of(model: list[torch.nn.Module]) -> dict[str, float]:
-        return mean_loss(model, groups, Objective(vocab_size=architecture.vocab_size))
+        return mean_loss(model, groups, Objective(LossSettings(architecture.vocab_size)))
 
     whole = loss_of(chunks)["lm loss"]
     runtime.print(f"ablate: the teacher's lm loss is {whole:.4f}")

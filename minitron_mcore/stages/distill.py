@@ -9,7 +9,7 @@ from minitron_mcore.checkpoint.folder import find_checkpoint, latest_iteration, 
 from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_weights
 from minitron_mcore.distillation.cache.teacher import cache_folder
 from minitron_mcore.distillation.config import DistillConfig
-from minitron_mcore.distillation.logits.divergences import PROBABILISTIC
+from minitron_mcore.distillation.logits.settings import PROBABILISTIC, LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.settings import check_temperature, refuse_idle
 from minitron_mcore.distillation.states.loss import StateLosses
@@ -74,20 +74,8 @@ def run(recipe: Recipe, runtime: Runtime) -> Progress:
     runtime.print(
         f"distill: {teaching.words} -> student {architecture.num_parameters:,} parameters, {data.timetable} -> {folder}"
     )
-    objective = Objective(
-        vocab_size=architecture.vocab_size,
-        lm_weight=distill.lm_weight,
-        kd_weight=distill.kd_weight,
-        temperature=distill.temperature,
-        divergence=distill.logit_loss,
-        jensen_shannon_mix=distill.jensen_shannon_mix,
-        top_k=distill.top_k,
-        recompute=distill.recompute_loss,
-        chunk_tokens=distill.loss_chunk_tokens,
-        teacher=teacher,
-        states=states,
-        window=distill.teacher_window,
-    )
+    settings = LossSettings.of(distill, architecture.vocab_size)
+    objective = Objective(settings, teacher, states, window=distill.teacher_window)
     return fit_model(
         recipe,
         runtime,

@@ -14,6 +14,7 @@ from minitron_mcore.data.blend import parse_blend
 from minitron_mcore.data.corpus import check_file
 from minitron_mcore.data.dataset import Dataset, batches_once, build_datasets
 from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
@@ -70,7 +71,7 @@ def evaluate_checkpoint(recipe: Recipe, runtime: Runtime, folder: str | Path) ->
         data_parallel_rank=data_group().rank(),
         data_parallel_size=data_group().size(),
     )
-    losses = mean_loss(chunks, grouped(microbatches, recipe.parallel), Objective(vocab_size=architecture.vocab_size))
+    losses = mean_loss(chunks, grouped(microbatches, recipe.parallel), Objective(LossSettings(architecture.vocab_size)))
     facts = {
         "checkpoint": str(path),
         "iteration": iteration,

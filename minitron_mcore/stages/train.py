@@ -8,6 +8,7 @@ from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, latest_iteration, read_architecture, read_lineage
 from minitron_mcore.checkpoint.store import as_chunks, check_architecture, load_weights
 from minitron_mcore.data.tokenizer import load_tokenizer
+from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.exhausted import explaining_memory
@@ -70,7 +71,7 @@ def train_section(
         folder=folder,
         chunks=chunks,
         architecture=architecture,
-        objective=Objective(vocab_size=architecture.vocab_size, chunk_tokens=train.loss_chunk_tokens),
+        objective=Objective(LossSettings(architecture.vocab_size, chunk_tokens=train.loss_chunk_tokens)),
         tokenizer=tokenizer,
         data=data,
         source=source[0] if source else None,

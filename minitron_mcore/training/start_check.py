@@ -46,25 +46,26 @@ def check_teacher(job: Job, batch: list[Microbatch]) -> None:
     _judge_weights(checks, teacher, job.runtime.world_size)
     if not means["num_tokens"]:
         return  # a microbatch of nothing but masked tokens says nothing
-    loss, self_loss, uniform = means["lm loss"], means["logits distillation loss"], math.log(objective.vocab_size)
+    loss, self_loss = means["lm loss"], means["logits distillation loss"]
+    vocab_size = objective.settings.vocab_size
+    uniform = math.log(vocab_size)
+    checkpoint = "teacher.checkpoint"
     if not (math.isfinite(loss) and math.isfinite(self_loss)):
-        raise InputError(
-            f"teacher.checkpoint: the teacher's loss on the first microbatch is {loss}: its weights are damaged, or "
-            f"precision={job.precision} is too narrow for it"
-        )
+        rule = f"has a loss of {loss} on the first microbatch"
+        remedy = f"its weights are damaged, or precision={job.precision} is too narrow for it"
+        raise InputError(checkpoint, None, rule, remedy)
     if abs(self_loss) > SELF_LOSS:
-        raise InputError(
-            f"distill.logit_loss: the loss of the teacher from itself is {self_loss:.3g} and should be 0: teacher and "
-            "loss do not fit together (distill.check_teacher=false trains all the same)"
-        )
+        rule = f"gives {self_loss:.3g} between the teacher and itself, where it should give 0"
+        remedy = "teacher and loss do not fit together (distill.check_teacher=false skips this check)"
+        raise InputError("distill.logit_loss", objective.settings.divergence, rule, remedy)
     job.runtime.print(
         f"teacher: weights finite and filled, loss {loss:.4f} on {means['num_tokens']:.0f} tokens (a uniform guess: "
         f"{uniform:.4f}), distillation loss from itself {self_loss:.1e}"
     )
     if loss >= uniform:
         job.runtime.print(
-            f"WARNING: the teacher's loss {loss:.4f} is no better than a uniform guess over {objective.vocab_size} ids "
-            "by the first microbatch: are teacher.checkpoint and the tokenizer the right ones?"
+            f"WARNING: on the first microbatch the teacher's loss {loss:.4f} is no better than a uniform guess over "
+            f"{vocab_size} ids: are teacher.checkpoint and the tokenizer the right ones?"
         )
 
 
@@ -130,10 +131,9 @@ def _judge_weights(checks: WeightChecks, teacher: Teacher, world_size: int) -> N
     every = sorted({fault for rank in ranks for fault in rank})
     if every:
         more = f" (and {len(every) - 1} more)" if len(every) > 1 else ""
-        raise InputError(
-            f"teacher.checkpoint: {every[0]}{more}: the teacher's weights were lost or never filled in; "
-            "where they were made so, distill.check_teacher=false trains all the same"
-        )
+        rule = "has weights that were lost or never filled in"
+        remedy = f"{every[0]}{more}; if they are meant to be so, distill.check_teacher=false skips this check"
+        raise InputError("teacher.checkpoint", None, rule, remedy)
 
 
 def _name(key: str, layer: int | None) -> str:

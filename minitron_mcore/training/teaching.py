@@ -16,6 +16,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from minitron_mcore.checkpoint.store import load_training_state, training_state
+from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.model.gpt import LanguageModel
@@ -50,7 +51,8 @@ class TrainedTeacher(Teacher):
         self.wrapped = wrap_model(self.chunks)
         self.optimizer = build_optimizer(self.wrapped, correct, precision)
         self.scheduler = build_scheduler(self.optimizer, correct, timetable)
-        self.objective = Objective(vocab_size=self.architecture.vocab_size, chunk_tokens=correct.loss_chunk_tokens)
+        settings = LossSettings(self.architecture.vocab_size, chunk_tokens=correct.loss_chunk_tokens)
+        self.objective = Objective(settings)
         self._batch: list[Microbatch] = []
         self._means: dict[str, float] = {}
 

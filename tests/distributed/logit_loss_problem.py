@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mcore.distillation.logits.loss import LogitLossOutput, logit_loss
+from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
+from minitron_mcore.distillation.logits.sweep import Model
 
 SCALE = 0.37  # of the loss before backward, as a schedule's gradient scale would be
 
@@ -188,33 +190,36 @@ def part(tensor: Tensor) -> Tensor:
 
 def run(problem: Problem, weight: Tensor, hidden: Tensor, **changes: object) -> LogitLossOutput:
     case = problem.case
-    teacher_hidden: Tensor | None = None
-    teacher_weight: Tensor | None = None
+    teacher: Model | SparseTarget | None = problem.sparse_target()
     if case.teacher:
         teacher_hidden = problem.teacher_hidden.detach()
         teacher_hidden = (part(teacher_hidden) if case.sequence_parallel else teacher_hidden).requires_grad_()
-        teacher_weight = part(problem.teacher_weight).detach().requires_grad_()
-    arguments: dict = {
+        teacher = Model(teacher_hidden, part(problem.teacher_weight).detach().requires_grad_())
+    settings: dict = {
         "vocab_size": case.vocab_size,
-        "tp_group": dist.group.WORLD,
-        "sequence_parallel": case.sequence_parallel,
-        "teacher_hidden_SBH": teacher_hidden,
-        "teacher_weight_VH": teacher_weight,
         "temperature": case.temperature,
         "lm_weight": case.lm_weight,
         "kd_weight": case.kd_weight,
-        "chunk_size": case.chunk_size,
-        "teacher_target": problem.sparse_target(),
+        "chunk_tokens": case.chunk_size,
         "divergence": case.divergence,
         "jensen_shannon_mix": case.mix,
         "top_k": case.top_k,
         "recompute": case.recompute,
     }
-    output = logit_loss(hidden, weight, problem.labels, problem.mask, **(arguments | changes))
+    output = logit_loss(
+        hidden,
+        weight,
+        problem.labels,
+        problem.mask,
+        LossSettings(**(settings | changes)),
+        tp_group=dist.group.WORLD,
+        sequence_parallel=case.sequence_parallel,
+        teacher=teacher,
+    )
     if output.loss.requires_grad:
         (case.scale * output.loss).backward()
-    for tensor in (teacher_hidden, teacher_weight):
-        assert tensor is None or tensor.grad is None, "the teacher got a gradient"
+    if isinstance(teacher, Model):
+        assert teacher.hidden.grad is None and teacher.weight.grad is None, "the teacher got a gradient"
     return output
 
 

@@ -107,6 +107,7 @@ def build(
     case: Case, layout: Any, precision: str = "fp32", *, fused: bool = False, recompute: Recompute = KEEP_ALL
 ) -> tuple[Any, Any]:
     """(the student's chunks, the objective), not yet wrapped."""
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.states.loss import StateLosses
     from minitron_mcore.distillation.teacher.ahead import Teacher
@@ -122,9 +123,7 @@ def build(
     teacher = Teacher(teacher_chunks, case.teacher)
     teacher.want_states(states.pairs, case.student.num_layers)
     objective = Objective(
-        vocab_size=case.student.vocab_size,
-        lm_weight=LM_WEIGHT,
-        kd_weight=KD_WEIGHT,
+        LossSettings(vocab_size=case.student.vocab_size, lm_weight=LM_WEIGHT, kd_weight=KD_WEIGHT),
         teacher=teacher,
         states=states,
     )

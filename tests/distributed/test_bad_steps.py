@@ -78,6 +78,7 @@ def fit_with_damage(
     from megatron.core import parallel_state
 
     from minitron_mcore.checkpoint.folder import write_description
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
@@ -125,7 +126,7 @@ def fit_with_damage(
             Job(
                 chunks=models,
                 architecture=architecture,
-                objective=Damaged(vocab_size=architecture.vocab_size),
+                objective=Damaged(LossSettings(architecture.vocab_size)),
                 train=train,
                 log=LogConfig(interval=2, tensorboard=False, wandb="disabled", timing_log_level=2),
                 runtime=runtime,

@@ -37,6 +37,7 @@ def losses_on_rank(
     from minitron_mcore.data.dataset import build_datasets
     from minitron_mcore.data.tokenizer import load_tokenizer
     from minitron_mcore.distillation.cache.teacher import CachedTeacher
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
@@ -61,12 +62,14 @@ def losses_on_rank(
         if divergence and name in ("sampled", "top_k"):
             continue
         objective = Objective(
-            vocab_size=VOCAB,
-            lm_weight=0.3,
-            kd_weight=1.0,
-            divergence=divergence or "forward_kl",
-            temperature=temperature,
-            chunk_tokens=24,
+            LossSettings(
+                vocab_size=VOCAB,
+                lm_weight=0.3,
+                kd_weight=1.0,
+                divergence=divergence or "forward_kl",
+                temperature=temperature,
+                chunk_tokens=24,
+            ),
             teacher=teacher,
         )
         for chunk in chunks:

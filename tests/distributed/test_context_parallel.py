@@ -113,6 +113,7 @@ def test_attention_against_dense_float64(size: int) -> None:
 
 def build_on_rank(parallel: dict[str, Any], world_size: int, teacher: bool) -> tuple[Any, Any, Any]:
     """(models, objective, training section); the objective distils from a deeper, wider teacher where asked."""
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
@@ -121,13 +122,14 @@ def build_on_rank(parallel: dict[str, Any], world_size: int, teacher: bool) -> t
 
     layout = start_layout(parallel, world_size)
     student = tiny("llama")
-    objective = Objective(vocab_size=student.vocab_size, chunk_tokens=24)
+    objective = Objective(LossSettings(vocab_size=student.vocab_size, chunk_tokens=24))
     if teacher:
         wide = student.replace(hidden_size=64, num_layers=6, ffn_hidden_size=128)
         chunks = build_model(wide, layout, "fp32", trainable=False)
         initialize(chunks, wide, seed=5)
         objective = Objective(
-            vocab_size=student.vocab_size, chunk_tokens=24, lm_weight=0.3, kd_weight=1.0, teacher=Teacher(chunks, wide)
+            LossSettings(vocab_size=student.vocab_size, chunk_tokens=24, lm_weight=0.3, kd_weight=1.0),
+            teacher=Teacher(chunks, wide),
         )
     models = build_model(student, layout, "fp32")
     initialize(models, student, seed=11)

@@ -336,6 +336,7 @@ def test_a_model_that_counts_knows_the_answers(layout: str) -> None:
 
 def gradients_on_rank(parallel: dict[str, Any], world_size: int) -> dict[int, float | None]:
     """Norm of each layer's gradient after a training pass without the layers of the second half."""
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.model.schedule import run_schedule
     from minitron_mcore.model.skip import without_layers
@@ -343,7 +344,7 @@ def gradients_on_rank(parallel: dict[str, Any], world_size: int) -> dict[int, fl
     architecture, chunks = build("llama", start_layout(parallel, world_size))
     batch = batches_of(architecture.vocab_size, 2)
     with without_layers(chunks, [2, 3]):
-        run_schedule(list(chunks), batch, Objective(architecture.vocab_size).loss)
+        run_schedule(list(chunks), batch, Objective(LossSettings(architecture.vocab_size)).loss)
     gradients = {
         layer.layer_number - 1: layer.mlp.linear_fc2.weight.grad for chunk in chunks for layer in chunk.decoder.layers
     }

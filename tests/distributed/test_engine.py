@@ -171,6 +171,7 @@ def distil_on_rank(
     """First step's gradients, then `steps` steps from the start: what each reports."""
     from minitron_mcore.checkpoint.store import as_chunks, load_weights
     from minitron_mcore.distillation.cache.teacher import CachedTeacher
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.states.projection import finalize_gradients
     from minitron_mcore.distillation.teacher.ahead import Teacher
@@ -190,12 +191,14 @@ def distil_on_rank(
         else Teacher.load(Path(folder) / "teacher", 0, wide, layout, precision, layout=own, placement=placement)
     )
     objective = Objective(
-        vocab_size=architecture.vocab_size,
-        chunk_tokens=options.get("chunk_tokens", 24),
-        recompute=options.get("recompute", False),
+        LossSettings(
+            vocab_size=architecture.vocab_size,
+            chunk_tokens=options.get("chunk_tokens", 24),
+            recompute=options.get("recompute", False),
+            **loss,
+        ),
         window=options.get("window", 0),
         teacher=teacher,
-        **loss,
     )
     micro_batch = options.get("micro_batch", 2)
     train = TrainConfig(

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minitron_mcore.distillation.logits.loss import logit_loss
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
+from minitron_mcore.distillation.logits.sweep import Model
 from tests.distributed.logit_loss_problem import Case, Problem, part, run
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_logit_loss import BF16_TOLERANCE, TOLERANCE, equal_models, worst
+from tests.unit.test_logit_loss_calls import call
 
 DENSE = [
     ("forward_kl", 0.5),
@@ -205,19 +206,18 @@ def test_wrong_outcomes_and_divergences_are_named() -> None:
     hidden, weight = torch.zeros(2, 1, 4), torch.zeros(8, 4)
     labels, mask = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
     sparse = SparseTarget(torch.zeros(2, 1, 1, dtype=torch.long), torch.zeros(2, 1, 1), tail=False)
-    teacher = {"teacher_hidden_SBH": hidden, "teacher_weight_VH": weight}
-    settings: dict = {"vocab_size": 8, "tp_group": None, "lm_weight": 1.0}
+    model = Model(hidden, weight)
     for changes, message in (
-        ({"divergence": "chi"}, "divergence is 'chi'"),
-        ({"divergence": "jensen_shannon", "jensen_shannon_mix": 1.0}, "jensen_shannon_mix is 1.0"),
-        ({"top_k": 9, **teacher}, "top_k is 9"),
-        ({"top_k": 2, "divergence": "mse", **teacher}, "mse compares logits"),
-        ({"teacher_target": sparse, **teacher}, "give one of them"),
-        ({"teacher_target": sparse, "top_k": 1}, "own outcomes"),
-        ({"teacher_target": sparse, "divergence": "reverse_kl"}, "infinite"),
-        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"divergence": "chi"}, "divergence=chi must be one of forward_kl, "),
+        ({"divergence": "jensen_shannon", "jensen_shannon_mix": 1.0}, "jensen_shannon_mix=1.0 must lie"),
+        ({"top_k": 9, "teacher": model}, "top_k=9 must lie between 0 and the vocabulary size, 8"),
+        ({"top_k": 2, "divergence": "mse", "teacher": model}, "top_k=2 does not go with mse, which compares all"),
+        ({"divergence": "mse", "teacher": sparse}, "divergence=mse compares all logits"),
+        ({"top_k": 1, "teacher": sparse}, "top_k=1 must be 0 with a sparse target, which has its own outcomes"),
+        ({"divergence": "reverse_kl", "teacher": sparse}, "reverse_kl is infinite"),
+        ({"chunk_tokens": 0}, "chunk_tokens=0 must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
-            logit_loss(hidden, weight, labels, mask, **(settings | changes))
-    with pytest.raises(ValueError, match="both must be"):
+            call(hidden, weight, labels, mask, **changes)
+    with pytest.raises(ValueError, match="must be of one shape"):
         SparseTarget(torch.zeros(2, 1, 1, dtype=torch.long), torch.zeros(2, 1, 2), tail=True)

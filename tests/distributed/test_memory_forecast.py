@@ -25,6 +25,7 @@ def held_on_rank(parallel: dict[str, Any], world_size: int, precision: str, tied
     """Bytes of weights, of gradients and of the optimizer's state after a step, and of a frozen model beside it."""
     from megatron.core import parallel_state
 
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
@@ -43,7 +44,7 @@ def held_on_rank(parallel: dict[str, Any], world_size: int, precision: str, tied
     chunks = wrap_model(models)
     optimizer = build_optimizer(chunks, train, precision)
     scheduler = build_scheduler(optimizer, train, plan_timetable(train, 16, "train"))
-    objective = Objective(vocab_size=architecture.vocab_size)
+    objective = Objective(LossSettings(vocab_size=architecture.vocab_size))
     shape = Shape(phase=0, sequence_length=16, global_batch_size=8, micro_batch_size=2)
     train_step(chunks, optimizer, scheduler, objective, shape, my_batch(global_batch(architecture.vocab_size)))
 

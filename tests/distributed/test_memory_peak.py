@@ -45,6 +45,7 @@ def peak_on_rank(
     from megatron.core import parallel_state
     from torch.profiler import ProfilerActivity, profile
 
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.states.loss import StateLosses
     from minitron_mcore.distillation.teacher.ahead import Teacher
@@ -90,7 +91,10 @@ def peak_on_rank(
         optimizer = build_optimizer(chunks, train, precision)
         scheduler = build_scheduler(optimizer, train, plan_timetable(train, SEQUENCE, "train"))
         objective = Objective(
-            VOCABULARY, kd_weight=1.0, lm_weight=0.0, teacher=teacher, states=losses, window=window, temperature=2.0
+            LossSettings(VOCABULARY, kd_weight=1.0, lm_weight=0.0, temperature=2.0),
+            teacher=teacher,
+            states=losses,
+            window=window,
         )
         for _ in range(2):
             ids = torch.randint(0, VOCABULARY, (MICROBATCHES, MICRO_BATCH, SEQUENCE + 1))

@@ -239,6 +239,7 @@ def test_sharded_layers_take_a_half_and_two_whole_ones(tmp_path: Path) -> None:
 
 
 def train_on_rank(folder: str, placement: str) -> list[dict[str, float]]:
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
@@ -251,7 +252,9 @@ def train_on_rank(folder: str, placement: str) -> list[dict[str, float]]:
     layout = start_layout({}, 2)
     student, train = tiny("llama"), TrainConfig(lr=1e-2, tokens=3 * 8 * 16)
     teacher = Teacher.load(Path(folder), 1, teacher_of("llama"), layout, "fp32", placement=placement)
-    objective = Objective(vocab_size=student.vocab_size, kd_weight=1.0, lm_weight=0.3, teacher=teacher, window=1)
+    objective = Objective(
+        LossSettings(vocab_size=student.vocab_size, kd_weight=1.0, lm_weight=0.3), teacher=teacher, window=1
+    )
     models = build_model(student, layout, "fp32")
     initialize(models, student, seed=11)
     chunks = wrap_model(models)

@@ -49,6 +49,7 @@ def gradient_norm_on_rank(
 ) -> float:
     """The gradient norm of one step, with fields of the TransformerConfig changed or shards left unmarked, and tokens
     that count `weight` each, or nothing."""
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
@@ -72,7 +73,7 @@ def gradient_norm_on_rank(
     chunks = wrap_model(models)
     optimizer = build_optimizer(chunks, train, "fp32")
     scheduler = build_scheduler(optimizer, train, timetable)
-    objective = Objective(vocab_size=architecture.vocab_size)
+    objective = Objective(LossSettings(vocab_size=architecture.vocab_size))
     batch = my_batch(global_batch(architecture.vocab_size))
     batch = [{**part, "loss_mask": part["loss_mask"] * weight} for part in batch]
     return train_step(chunks, optimizer, scheduler, objective, timetable.at(0).shape, batch)["grad-norm"]

@@ -26,6 +26,7 @@ def fit_on_rank(
     import json
 
     from minitron_mcore.checkpoint.folder import write_description
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize, named_parameters
@@ -49,7 +50,7 @@ def fit_on_rank(
         Job(
             chunks=models,
             architecture=architecture,
-            objective=Objective(vocab_size=architecture.vocab_size),
+            objective=Objective(LossSettings(vocab_size=architecture.vocab_size)),
             train=train,
             log=LogConfig(interval=1, tensorboard=False, wandb="disabled"),
             runtime=start(),

@@ -16,6 +16,7 @@ from tests.distributed.ranks import RankError, run_on_ranks
 def check_on_rank(parallel: dict[str, Any], world_size: int, damage: str, precision: str = "fp32", **loss: Any) -> Any:
     """What `check_teacher` printed on this rank."""
     from minitron_mcore.distillation.config import DistillConfig
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
@@ -49,7 +50,9 @@ def check_on_rank(parallel: dict[str, Any], world_size: int, damage: str, precis
     job: Any = SimpleNamespace(
         chunks=models,
         train=DistillConfig(check_teacher=damage != "unchecked"),
-        objective=Objective(vocab_size=student.vocab_size, lm_weight=0.3, kd_weight=1.0, teacher=teacher, **loss),
+        objective=Objective(
+            LossSettings(vocab_size=student.vocab_size, lm_weight=0.3, kd_weight=1.0, **loss), teacher=teacher
+        ),
         runtime=SimpleNamespace(print=printed.append, world_size=world_size),
         precision=precision,
     )
@@ -87,7 +90,7 @@ def test_a_sound_teacher(layout: str, precision: str, loss: dict[str, Any]) -> N
 
 def test_a_teacher_that_knows_nothing_is_told_of() -> None:
     lines = run("1", "confident")[0]
-    assert len(lines) == 2 and lines[1].startswith("WARNING: the teacher's loss")
+    assert len(lines) == 2 and lines[1].startswith("WARNING: on the first microbatch the teacher's loss")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,10 @@ def test_damaged_weights_are_refused(layout: str, damage: str, words: str) -> No
     """On every rank, though one alone may hold the damage."""
     with pytest.raises(RankError) as caught:
         run(layout, damage)
-    assert f"InputError: teacher.checkpoint: decoder.layers.{words}" in str(caught.value)
+    assert (
+        f"InputError: teacher.checkpoint has weights that were lost or never filled in: decoder.layers.{words}"
+        in str(caught.value)
+    )
     assert "then rank 1: minitron_mcore.errors.InputError" in str(caught.value) or "then rank 0: minitron" in str(
         caught.value
     )

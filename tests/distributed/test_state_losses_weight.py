@@ -32,6 +32,7 @@ def start_cut(site: str, loss: str, noise: float, layout: Any, precision: str) -
     `site` "": with no loss between states. `noise`: what is added to the student's embedding, relative to it.
     """
     from minitron_mcore.distillation.config import HiddenStatesConfig
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.states.loss import StateLosses
     from minitron_mcore.distillation.teacher.ahead import Teacher
@@ -51,7 +52,9 @@ def start_cut(site: str, loss: str, noise: float, layout: Any, precision: str) -
         config = HiddenStatesConfig(sites=[site], loss=loss, layers=[[0, 0]])
         states = StateLosses(models, config, STUDENT, TEACHER, layout, seed=1)
         teacher.want_states(states.pairs, STUDENT.num_layers)
-    objective = Objective(STUDENT.vocab_size, lm_weight=0.0, kd_weight=1.0, teacher=teacher, states=states)
+    objective = Objective(
+        LossSettings(STUDENT.vocab_size, lm_weight=0.0, kd_weight=1.0), teacher=teacher, states=states
+    )
     chunks = wrap_model(models)
     train = TrainConfig(lr=1e-4, lr_warmup_iters=40)
     optimizer, timetable = build_optimizer(chunks, train, precision), steady(train, 1000)

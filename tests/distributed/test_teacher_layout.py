@@ -114,6 +114,7 @@ def train_on_rank(
     folder: str, parallel: dict[str, Any], teacher: dict[str, Any] | None, world_size: int, precision: str = "fp32"
 ) -> list[dict[str, float]]:
     """Three steps of a student of 4 layers in fp32, by both losses, from a teacher in `precision`."""
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
@@ -127,7 +128,9 @@ def train_on_rank(
     student = tiny("llama")
     own = None if teacher is None else ParallelConfig(**teacher)
     model = Teacher.load(Path(folder), 1, teacher_of("untied"), layout, precision, layout=own)
-    objective = Objective(vocab_size=student.vocab_size, lm_weight=0.3, kd_weight=1.0, teacher=model, window=1)
+    objective = Objective(
+        LossSettings(vocab_size=student.vocab_size, lm_weight=0.3, kd_weight=1.0), teacher=model, window=1
+    )
     train = TrainConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=1, global_batch_size=8, micro_batch_size=2)
     models = build_model(student, layout, "fp32")
     initialize(models, student, seed=11)

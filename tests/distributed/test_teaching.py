@@ -33,6 +33,7 @@ def teach_on_rank(
 ) -> dict[str, Any]:
     """`STEPS` steps of both models, or from `resume_at` on; and, at one rank, what independent runs give."""
     from minitron_mcore.checkpoint.folder import write_description
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
@@ -66,7 +67,9 @@ def teach_on_rank(
         write_description(Path(folder), wide, lineage={"tokens": tokens}, recipe="", save_tokenizer=None)
 
     teacher = TrainedTeacher(Teacher(frozen, wide), correct, timetable, "fp32", Path(folder), describe)
-    objective = Objective(student.vocab_size, lm_weight=0.0, kd_weight=1.0, teacher=teacher, chunk_tokens=24)
+    objective = Objective(
+        LossSettings(student.vocab_size, lm_weight=0.0, kd_weight=1.0, chunk_tokens=24), teacher=teacher
+    )
     first = resume_at or 0
     if first:
         teacher.resume(first, timetable.at(first).tokens_before)
@@ -82,7 +85,7 @@ def teach_on_rank(
 
     # The same teacher trained alone.
     alone, alone_optimizer, alone_scheduler = build(wide, 5, correct)
-    plain = Objective(wide.vocab_size, chunk_tokens=24)
+    plain = Objective(LossSettings(wide.vocab_size, chunk_tokens=24))
     alone_history = [
         train_step(alone, alone_optimizer, alone_scheduler, plain, timetable.at(step).shape, batch(step))
         for step in range(STEPS)
@@ -99,7 +102,8 @@ def teach_on_rank(
                     for parameter, value in zip(parameters, values, strict=True):
                         parameter.copy_(value)
             judge = Objective(
-                student.vocab_size, lm_weight=0.0, kd_weight=1.0, teacher=Teacher(still, wide), chunk_tokens=24
+                LossSettings(student.vocab_size, lm_weight=0.0, kd_weight=1.0, chunk_tokens=24),
+                teacher=Teacher(still, wide),
             )
             with torch.no_grad():
                 frozen_losses.append(judge.run(pupil, batch(step), forward_only=True)["logits distillation loss"])

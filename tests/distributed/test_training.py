@@ -66,6 +66,7 @@ def draw_plain_weights(architecture: Any, seed: int) -> dict[Any, torch.Tensor]:
 
 def objective_of(family: str, layout: Any) -> Any:
     """Next-token loss, or both losses at temperature 2 under a wider teacher of the other depth."""
+    from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
@@ -73,16 +74,12 @@ def objective_of(family: str, layout: Any) -> Any:
 
     student = architecture_of(family)
     if not family.endswith("-distill"):
-        return Objective(vocab_size=student.vocab_size, chunk_tokens=24)
+        return Objective(LossSettings(vocab_size=student.vocab_size, chunk_tokens=24))
     architecture = teacher_architecture(student)
     chunks = build_model(architecture, layout, "fp32", trainable=False)
     initialize(chunks, architecture, seed=5)
     return Objective(
-        vocab_size=student.vocab_size,
-        chunk_tokens=24,
-        lm_weight=0.3,
-        kd_weight=1.0,
-        temperature=2.0,
+        LossSettings(vocab_size=student.vocab_size, chunk_tokens=24, lm_weight=0.3, kd_weight=1.0, temperature=2.0),
         teacher=Teacher(chunks, architecture),
     )
 

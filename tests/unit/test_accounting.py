@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from minitron_mcore.architecture import build_architecture
+from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.training.accounting import Interval, Pace, peak_memory, peak_tflops, throughput
 from minitron_mcore.training.budget import Shape
@@ -28,7 +29,7 @@ def job_of(**log: Any) -> Any:
     return SimpleNamespace(
         runtime=SimpleNamespace(world_size=4),
         architecture=student,
-        objective=Objective(vocab_size=100),
+        objective=Objective(LossSettings(vocab_size=100)),
         teaching=None,
         log=LogConfig(**log),
         precision="fp32",

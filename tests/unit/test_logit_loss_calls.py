@@ -1,26 +1,43 @@
 """What the logit loss refuses, and what may become of its gradient after the sweep. One process, no group."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from minitron_mcore.distillation.logits.loss import logit_loss
+from minitron_mcore.distillation.logits.loss import LogitLossOutput, logit_loss
+from minitron_mcore.distillation.logits.settings import LossSettings
+from minitron_mcore.distillation.logits.sparse_target import SparseTarget
+from minitron_mcore.distillation.logits.sweep import Model
+
+
+def call(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor,
+    vocab_size: int = 8,
+    teacher: Model | SparseTarget | None = None,
+    **settings: Any,
+) -> LogitLossOutput:
+    return logit_loss(
+        hidden, weight, labels, mask, LossSettings(vocab_size, **settings), tp_group=None, teacher=teacher
+    )
 
 
 def test_wrong_arguments_are_named() -> None:
     hidden, weight = torch.zeros(2, 1, 4), torch.zeros(8, 4)
     labels, mask = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
-    settings: dict = {"vocab_size": 8, "tp_group": None, "lm_weight": 1.0}
     for changes, message in (
-        ({"vocab_size": 9}, "8 rows"),
-        ({"kd_weight": 1.0}, "without a teacher"),
-        ({"teacher_hidden_SBH": hidden}, "go together"),
-        ({"teacher_hidden_SBH": hidden, "teacher_weight_VH": torch.zeros(9, 4)}, "padded vocabulary"),
-        ({"temperature": 0.0}, "temperature"),
+        ({"vocab_size": 9}, "rows of the output head=8 must be at least vocab_size=9"),
+        ({"kd_weight": 1.0}, "kd_weight=1.0 must be 0 without a teacher"),
+        ({"teacher": Model(hidden, torch.zeros(9, 4))}, "=9 are not the student's 8: both models need one padded"),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
     ):
         with pytest.raises(ValueError, match=message):
-            logit_loss(hidden, weight, labels, mask, **(settings | changes))
+            call(hidden, weight, labels, mask, **changes)
     with pytest.raises(ValueError, match="must agree"):
-        logit_loss(hidden, weight, labels.T, mask, **settings)
+        call(hidden, weight, labels.T, mask)
 
 
 def test_second_backward_is_refused() -> None:
@@ -30,9 +47,8 @@ def test_second_backward_is_refused() -> None:
         torch.zeros(8, 4),
         torch.zeros(2, 1, dtype=torch.long),
         torch.ones(2, 1),
-        vocab_size=8,
+        LossSettings(vocab_size=8, lm_weight=1.0),
         tp_group=None,
-        lm_weight=1.0,
     )
     output.loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second time"):
@@ -54,10 +70,8 @@ def test_factor_of_a_loss_whose_gradient_is_in_main_grad_already(recompute: bool
             weight,
             torch.zeros(2, 1, dtype=torch.long),
             torch.ones(2, 1),
-            vocab_size=8,
+            LossSettings(vocab_size=8, lm_weight=1.0, recompute=recompute),
             tp_group=None,
-            lm_weight=1.0,
-            recompute=recompute,
         )
         if in_buffer and not recompute:
             with pytest.raises(RuntimeError, match="factor 1"):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from minitron_mcore.distillation.logits import passes
-from minitron_mcore.distillation.logits.divergences import DIVERGENCES, Divergence, maximum_and_column
+from minitron_mcore.distillation.logits.divergences import maximum_and_column
 from minitron_mcore.distillation.logits.passes import logit_gradient_, logit_statistics
+from minitron_mcore.distillation.logits.settings import DIVERGENCES, LossSettings
 
 NAMES = (
     *("maximum", "log_sum", "plain_logsumexp", "teacher_maximum", "teacher_log_sum"),
@@ -24,7 +25,7 @@ def test_passes_can_be_traced_whole(name: str) -> None:
     compiler's own code is left out: it is what a GPU would differ in."""
     torch.manual_seed(0)
     x, y = torch.randn(6, 600), torch.randn(6, 600)
-    divergence = Divergence.of(name, 2.0, 0.3, 600)
+    divergence = LossSettings(600, divergence=name, temperature=2.0, jensen_shannon_mix=0.3).form
     # Of the second pass any positive numbers will do.
     values = [torch.rand(6) + 0.5 for _ in NAMES]
     found = []
@@ -56,7 +57,7 @@ def test_every_variant_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     function = passes._compiled(logit_statistics)
     variants = list(itertools.product(DIVERGENCES, (False, True), (False, True)))
     for name, cross, report in variants:
-        divergence = Divergence.of(name, 1.0, 0.3, 60)
+        divergence = LossSettings(60, divergence=name, jensen_shannon_mix=0.3).form
         x, y = torch.randn(3, 60), torch.randn(3, 60)
         function(x, y, divergence=divergence, cross=cross, report=report, keep=False)
     passes._compiled.cache_clear()

@@ -19,6 +19,7 @@ from minitron_mcore.distillation.cache.file import (
 )
 from minitron_mcore.distillation.cache.teacher import CachedTeacher
 from minitron_mcore.distillation.logits.loss import logit_loss
+from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
@@ -79,12 +80,9 @@ def gradient(student: torch.Tensor, target: SparseTarget) -> torch.Tensor:
         torch.eye(V),
         torch.zeros(S, 1, dtype=torch.long),
         torch.ones(S, 1),
-        vocab_size=V,
+        LossSettings(vocab_size=V, lm_weight=0.0, kd_weight=1.0, divergence="reverse_kl"),
         tp_group=None,
-        lm_weight=0.0,
-        kd_weight=1.0,
-        teacher_target=target,
-        divergence="reverse_kl",
+        teacher=target,
     ).loss.backward()
     assert hidden.grad is not None
     return hidden.grad[:, 0].double()

@@ -5,6 +5,7 @@ Legend: S sequence (this rank's part of it under context parallelism), b micro-b
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -87,7 +88,7 @@ class CachedTeacher:
                 for whole in (target.ids, target.log_probs, target.log_tail)
             )
             assert ids is not None and log_probs is not None
-            microbatch["teacher_target"] = SparseTarget(ids, log_probs, target.tail, log_tail)
+            microbatch["teacher_target"] = dataclasses.replace(target, ids=ids, log_probs=log_probs, log_tail=log_tail)
 
     def _load(self, samples: list[int]) -> Iterator[Future[Targets]]:
         """The targets of `samples`, in their order; and, while the student trains on these, what it will want next: as
@@ -147,7 +148,7 @@ class CachedTeacher:
                 target_log_probs, log_tail = target_log_probs - total.unsqueeze(-1), log_tail - total
         elif self.is_whole and (self.exponent != 1.0 or is_rounded):
             target_log_probs = torch.log_softmax(target_log_probs * self.exponent, dim=-1)
-        return SparseTarget(target_ids, target_log_probs, settings["method"] == "top_k", log_tail)
+        return SparseTarget(target_ids, target_log_probs, not self.is_drawn, log_tail, self.is_drawn)
 
 
 def log_weights(targets: Targets) -> numpy.ndarray:

@@ -20,51 +20,14 @@ over T, times T², is that of the logits, and a cosine has no scale: the tempera
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-PROBABILISTIC = ("forward_kl", "reverse_kl", "jensen_shannon")
-DIVERGENCES = (*PROBABILISTIC, "mse", "cosine")
+from minitron_mcore.distillation.logits.settings import Divergence
+
 # Two models that both have all logits 0 are at an angle nobody can tell: 0 / 0.
 _SMALLEST_NORM = 1e-20
 _BLOCK = 256
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Which divergence, and its constants; `vocab_size` is the true vocabulary over all shards."""
-
-    name: str
-    temperature: float
-    mix: float
-    vocab_size: int
-
-    @classmethod
-    def of(cls, name: str, temperature: float, mix: float, vocab_size: int) -> Divergence:
-        """Raises ValueError for an unknown name or constants out of range."""
-        if name not in DIVERGENCES:
-            raise ValueError(f"divergence is {name!r}; it must be one of {', '.join(DIVERGENCES)}")
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it must be positive")
-        if name == "jensen_shannon" and not 0 < mix < 1:
-            raise ValueError(f"jensen_shannon_mix is {mix}; it must lie between 0 and 1, both left out")
-        return cls(name, temperature if name in PROBABILISTIC else 1.0, mix, vocab_size)
-
-    @property
-    def probabilistic(self) -> bool:
-        return self.name in PROBABILISTIC
-
-    @property
-    def value_scale(self) -> float:
-        """Of the value, where logits were divided by the temperature."""
-        return self.temperature**2
-
-    @property
-    def gradient_scale(self) -> float:
-        """Of the gradient in the raw logits; `gradient_` leaves it out, so that equal models give exactly zero."""
-        return self.temperature
 
 
 def maximum_and_column(x_CV: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron_mcore.distillation.logits.divergences import Divergence, log_mixture_ratios, log_softmax_
+from minitron_mcore.distillation.logits.divergences import log_mixture_ratios, log_softmax_
+from minitron_mcore.distillation.logits.settings import Divergence
 
 # Stands for minus infinity where that would not be a number any more in a difference or a product with 0.
 LOWEST = -1e30

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from minitron_mcore.distillation.logits.divergences import Divergence, cross_statistics, gradient_, softmax_statistics
+from minitron_mcore.distillation.logits.divergences import cross_statistics, gradient_, softmax_statistics
 from minitron_mcore.distillation.logits.outcomes import outcome_gradient_
+from minitron_mcore.distillation.logits.settings import Divergence
 
 # Logits that a thread's pass takes at a time on the CPU: half a megabyte of fp32, so that two models' and a temporary
 # stay in a core's cache.

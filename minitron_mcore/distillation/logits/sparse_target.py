@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+from minitron_mcore.errors import InputError
+
+# What the selected outcomes leave of 1 where rounding leaves nothing: less than the last digit of their sum in fp64.
+_LEAST_REST = 1e-37
 
 
 @dataclass(frozen=True)
 class SparseTarget:
-    """K outcomes of the teacher for each of S x B tokens (S sequence, B batch), at the loss's temperature.
+    """K outcomes of the teacher for each token, at the loss's temperature. Legend: S sequence, B batch, N = S * B.
 
     ids [S, B, K] int64: global token ids, distinct within a token; -1 marks an unused slot.
     log_probs [S, B, K] fp32: natural logarithm of each outcome's probability (of any value in an unused slot).
@@ -18,21 +24,47 @@ class SparseTarget:
         gives), and every other id has weight 0.
     log_tail [S, B] fp32: natural logarithm of the tail's probability. None: that is 1 - sum(exp(log_probs)), which is
         nothing but rounding where the tail is less probable than log_probs are exact.
+    is_drawn: by random draws: the id drawn most often need not be the likeliest, so no agreement is reported.
     """
 
     ids: Tensor
     log_probs: Tensor
     tail: bool
     log_tail: Tensor | None = None
+    is_drawn: bool = False
 
     def __post_init__(self) -> None:
-        if self.ids.dim() != 3 or self.ids.shape != self.log_probs.shape:
-            raise ValueError(
-                f"a sparse target has ids of {tuple(self.ids.shape)} and log_probs of {tuple(self.log_probs.shape)}: "
-                "both must be [sequence, batch, K]"
-            )
-        if self.log_tail is not None and (not self.tail or self.log_tail.shape != self.ids.shape[:2]):
-            raise ValueError(
-                f"log_tail of {tuple(self.log_tail.shape)} goes with tail=True and ids of {tuple(self.ids.shape)}: it "
-                "must be [sequence, batch]"
-            )
+        if self.ids.dim() < 2 or self.ids.shape != self.log_probs.shape:
+            shape, other = list(self.ids.shape), list(self.log_probs.shape)
+            raise InputError("ids", shape, f"and log_probs={other} must be of one shape, [sequence, batch, K]")
+        if self.log_tail is not None and (not self.tail or self.log_tail.shape != self.ids.shape[:-1]):
+            shape = list(self.log_tail.shape)
+            raise InputError("log_tail", shape, f"needs tail=True and the shape {list(self.ids.shape[:-1])} of the ids")
+
+    def flat(self) -> SparseTarget:
+        """The tokens along one axis: [N, K] and [N]."""
+        log_tail_N = None if self.log_tail is None else self.log_tail.flatten()
+        return replace(self, ids=self.ids.flatten(0, 1), log_probs=self.log_probs.flatten(0, 1), log_tail=log_tail_N)
+
+    def rows(self, rows: slice) -> SparseTarget:
+        """Some tokens of a flat target."""
+        log_tail_C = None if self.log_tail is None else self.log_tail[rows]
+        return replace(self, ids=self.ids[rows], log_probs=self.log_probs[rows], log_tail=log_tail_C)
+
+    def log_tail_probability(self, vocab_size: int) -> Tensor:
+        """Of the ids in no used slot, fp64 [N]; minus infinity where there are none, or without a tail."""
+        used = self.ids >= 0
+        if self.log_tail is not None:
+            log_tail_N = self.log_tail.double()
+        else:
+            selected_N = self.log_probs.double().exp().masked_fill(~used, 0.0).sum(-1)
+            log_tail_N = (1.0 - selected_N).clamp_min(_LEAST_REST).log()
+        without = used.sum(-1) >= vocab_size if self.tail else torch.ones_like(log_tail_N, dtype=torch.bool)
+        return log_tail_N.masked_fill(without, -torch.inf)
+
+    def top(self, vocab_size: int) -> Tensor:
+        """The likeliest id, the lowest of several, fp64 [N]; `vocab_size` where no slot is used."""
+        used = self.ids >= 0
+        log_probs = self.log_probs.masked_fill(~used, float("-inf"))
+        best = used & (log_probs == log_probs.amax(-1, keepdim=True))
+        return self.ids.masked_fill(~best, vocab_size).amin(-1).double()
