@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,14 @@ class Step:
         )
         self.measure_parts(0)
         ids = torch.randint(0, self.architecture.vocab_size, (1, sequence + 1), device=device)
-        self.microbatch = {
-            "tokens": ids[:, :-1].contiguous(),
-            "labels": ids[:, 1:].contiguous(),
-            "loss_mask": torch.ones(1, sequence, device=device),
-            "position_ids": torch.arange(sequence, device=device).unsqueeze(0),
-        }
+        from minitron_mcore.model.microbatch import Microbatch
+
+        self.microbatch = Microbatch(
+            ids[:, :-1].contiguous(),
+            ids[:, 1:].contiguous(),
+            torch.ones(1, sequence, device=device),
+            torch.arange(sequence, device=device).unsqueeze(0),
+        )
 
     def measure_parts(self, log_level: int) -> None:
         """From here on by the timers of that level; those of 2 wait for the device at every microbatch."""
@@ -126,7 +129,7 @@ class Step:
     def __call__(self) -> None:
         from minitron_mcore.training.step import train_step
 
-        batch = [dict(self.microbatch) for _ in range(self.microbatches)]
+        batch = [replace(self.microbatch) for _ in range(self.microbatches)]
         train_step(self.chunks, self.optimizer, self.scheduler, self.objective, self.shape, batch, self.timers.timers)
 
     @property

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,15 @@ def architecture_of(options: argparse.Namespace, hidden: int, ffn: int) -> Any:
     )
 
 
-def draw_batch(options: argparse.Namespace, device: torch.device) -> list[dict[str, torch.Tensor]]:
+def draw_batch(options: argparse.Namespace, device: torch.device) -> list[Any]:
+    from minitron_mcore.model.microbatch import Microbatch
+
     generator = torch.Generator().manual_seed(1)
     shape = (options.micro_batch_size, options.sequence)
     ids = [torch.randint(0, options.vocabulary, (shape[0], shape[1] + 1), generator=generator) for _ in range(4)]
     positions = torch.arange(options.sequence).expand(shape).contiguous()
     return [
-        {
-            "tokens": part[:, :-1].contiguous().to(device),
-            "labels": part[:, 1:].contiguous().to(device),
-            "loss_mask": torch.ones(shape, device=device),
-            "position_ids": positions.to(device),
-        }
+        Microbatch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), torch.ones(shape), positions).to(device)
         for part in ids
     ]
 
@@ -117,9 +115,9 @@ def sides(options: argparse.Namespace, parallel: dict[str, Any]) -> dict[str, Ca
         lr_decay_style="constant",
         global_batch_size=len(batch) * options.micro_batch_size,
         micro_batch_size=options.micro_batch_size,
-        tokens=1000 * sum(part["tokens"].numel() for part in batch),
+        tokens=1000 * sum(part.tokens.numel() for part in batch),
     )
-    timetable = plan_timetable(train, batch[0]["tokens"].shape[1], "train")
+    timetable = plan_timetable(train, batch[0].tokens.shape[1], "train")
     chunks = wrap_model(models)
     optimizer = build_optimizer(chunks, train, options.precision)
     scheduler = build_scheduler(optimizer, train, timetable)
@@ -134,7 +132,7 @@ def sides(options: argparse.Namespace, parallel: dict[str, Any]) -> dict[str, Ca
 
     def step(objective: Objective) -> Any:
         return train_step(
-            chunks, optimizer, scheduler, objective, timetable.at(0).shape, [dict(part) for part in batch]
+            chunks, optimizer, scheduler, objective, timetable.at(0).shape, [replace(part) for part in batch]
         )
 
     return {

@@ -63,15 +63,14 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     return architecture, chunks
 
 
-def draw_batches(options: argparse.Namespace, device: torch.device) -> list[dict[str, torch.Tensor]]:
+def draw_batches(options: argparse.Namespace, device: torch.device) -> list[Any]:
+    from minitron_mcore.model.microbatch import Microbatch
+
     generator = torch.Generator().manual_seed(1)
     shape = (options.micro_batch_size, options.sequence)
     positions = torch.arange(options.sequence).expand(shape).contiguous()
     return [
-        {
-            "tokens": torch.randint(0, VOCABULARY, shape, generator=generator).to(device),
-            "position_ids": positions.to(device),
-        }
+        Microbatch.unlabelled(torch.randint(0, VOCABULARY, shape, generator=generator), positions).to(device)
         for _ in range(options.batches)
     ]
 

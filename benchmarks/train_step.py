@@ -79,14 +79,12 @@ class Ours:
         self._step = lambda batch: train_step(chunks, optimizer, scheduler, objective, timetable.at(0).shape, batch)
 
     def step(self, number: int) -> float:
+        from minitron_mcore.model.microbatch import Microbatch
+
         tokens = ids(number)
         positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
-        batch = {
-            "tokens": tokens[:, :-1].contiguous(),
-            "labels": tokens[:, 1:].contiguous(),
-            "loss_mask": torch.ones(BATCH, SEQUENCE),
-            "position_ids": positions,
-        }
+        mask = torch.ones(BATCH, SEQUENCE)
+        batch = Microbatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask, positions)
         return self._step([batch])["lm loss"]
 
 
@@ -119,6 +117,7 @@ class Plain:
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
 
     def step(self, number: int) -> float:
+
         tokens = ids(number)
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.model(tokens[:, :-1], use_cache=False).logits

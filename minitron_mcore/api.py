@@ -59,7 +59,8 @@ from minitron_mcore.importance.score import score_model  # noqa: E402
 from minitron_mcore.importance.scores import Scores, load_scores, save_scores, tolerance_of  # noqa: E402
 from minitron_mcore.model.gpt import DTYPES, LanguageModel, build_model  # noqa: E402
 from minitron_mcore.model.initialize import initialize, named_parameters  # noqa: E402
-from minitron_mcore.model.schedule import Microbatch, in_calls, uncounted  # noqa: E402
+from minitron_mcore.model.microbatch import Microbatch  # noqa: E402
+from minitron_mcore.model.schedule import in_calls  # noqa: E402
 from minitron_mcore.pruning.in_memory import prune_chunks  # noqa: E402
 from minitron_mcore.pruning.plan import PruningPlan, check_same_model, load_plan, make_plan, save_plan  # noqa: E402
 from minitron_mcore.runtime.config import ParallelConfig  # noqa: E402
@@ -253,7 +254,7 @@ def prune(model: Model, plan: PruningPlan, *, trainable: bool = False) -> Model:
 def lm_loss(model: Model, batches: Iterable[torch.Tensor]) -> float:
     """Mean next-token loss in nats, over the s − 1 tokens of every row that have a next one; the same on every rank."""
     microbatches = _microbatches(model, batches)
-    groups = in_calls(microbatches, uncounted, interleaved=len(model.chunks) > 1)
+    groups = in_calls(microbatches, interleaved=len(model.chunks) > 1)
     objective = Objective(LossSettings(model.architecture.vocab_size))
     return mean_loss(as_chunks(model.chunks), groups, objective)["lm loss"]
 
@@ -318,7 +319,7 @@ def _microbatches(model: Model, batches: Iterable[torch.Tensor]) -> list[Microba
     found: list[Microbatch] = []
     for number, tokens in enumerate(batches):
         _check_tokens(tokens, number, model.architecture)
-        size = found[0]["tokens"].shape if found else tokens.shape
+        size = found[0].tokens.shape if found else tokens.shape
         missing = size[0] - tokens.shape[0]
         if tokens.shape[1] != size[1] or missing < 0:
             raise InputError(
@@ -331,15 +332,8 @@ def _microbatches(model: Model, batches: Iterable[torch.Tensor]) -> list[Microba
         # The last token has no next one.
         mask = valid[:, None].repeat(1, size[1])
         mask[:, -1] = 0
-        found.append(
-            {
-                "tokens": tokens,
-                "labels": tokens.roll(-1, dims=1),
-                "loss_mask": mask,
-                "position_ids": torch.arange(size[1], device=device).expand(size).contiguous(),
-                "valid": valid,
-            }
-        )
+        positions = torch.arange(size[1], device=device).expand(size).contiguous()
+        found.append(Microbatch(tokens, tokens.roll(-1, dims=1), mask, positions, valid=valid))
     if not found:
         raise InputError("batches is empty: give token tensors [b, s] (a generator can be read once only)")
     return found

@@ -6,7 +6,6 @@ Legend: s sequence, b batch (1), V vocabulary. Both in fp32, whatever is stored.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,9 +13,10 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.gpt import build_model, unwrap
+from minitron_mcore.model.microbatch import Microbatch, on_this_context_rank
 from minitron_mcore.model.schedule import final_hidden_states
 from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.runtime.context import context_part, on_this_context_rank
+from minitron_mcore.runtime.context import context_part
 from minitron_mcore.runtime.groups import context_group, tensor_group
 from minitron_mcore.runtime.start import Runtime
 
@@ -45,10 +45,7 @@ def compare_with_transformers(
     chunks = as_chunks(build_model(architecture, parallel, "fp32", trainable=False))
     load_weights(folder, 0, chunks, architecture)
     positions = torch.arange(length).expand(1, length).contiguous()
-    batch: list[Any] = [
-        on_this_context_rank({"tokens": tokens.to(runtime.device), "position_ids": positions.to(runtime.device)})
-        for tokens in ids
-    ]
+    batch = [on_this_context_rank(Microbatch.unlabelled(tokens, positions)).to(runtime.device) for tokens in ids]
     place = context_group().rank(), parallel.context
     theirs_here = context_part(expected, 2, *place)  # [microbatch, b, s, V]
     largest = torch.zeros(1, dtype=torch.float64)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from minitron_mcore.distillation.cache.teacher import CachedTeacher
 from minitron_mcore.distillation.logits.loss import logit_loss
@@ -19,7 +19,9 @@ from minitron_mcore.distillation.logits.sweep import Model
 from minitron_mcore.distillation.states.loss import StateLosses
 from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.schedule import LossSums, Microbatch, run_schedule
+from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.schedule import LossSums, run_schedule
+from minitron_mcore.runtime.groups import tensor_group
 from minitron_mcore.runtime.timing import timed
 
 
@@ -41,7 +43,7 @@ class Objective:
     def run(
         self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool = False
     ) -> dict[str, float]:
-        """Megatron's schedule over a global batch with the teacher ahead of it; mean losses and `num_tokens`."""
+        """One global batch: the teacher ahead, Megatron's schedule, the losses; their means, and `num_tokens`."""
         if forward_only and isinstance(self.teacher, CachedTeacher):
             # A cache holds nothing of validation samples.
             alone = dataclasses.replace(self, settings=self.settings.without_teacher(), teacher=None)
@@ -50,55 +52,52 @@ class Objective:
         if states is not None and states.alpha is None and not forward_only:
             # No step before this one to work the weight out from: what the batch itself would have given.
             with torch.no_grad():
-                states.update(self._schedule(chunks, batch, forward_only=True), trains=True)
-        means = self._schedule(chunks, batch, forward_only=forward_only)
+                states.update(self._pass(chunks, batch, forward_only=True), trains=True)
+        means = self._pass(chunks, batch, forward_only=forward_only)
         if states is not None:
             states.update(means, trains=not forward_only)
         return means
 
-    def _schedule(
-        self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool
-    ) -> dict[str, float]:
+    def _pass(self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool) -> dict[str, float]:
         return run_schedule(
             chunks,
             batch,
-            self._timed_loss,
+            self.loss,
             forward_only=forward_only,
-            prepare=self.prepare,
+            prepare=partial(self.run_teacher, train=not forward_only),
             begin=self.states.begin if self.states is not None else None,
             stage_sums=self.states.take_sums if self.states is not None else None,
             window=self.window,
         )
 
-    def prepare(self, batch: list[Microbatch]) -> None:
-        """Run the teacher ahead of the student over the whole batch; every rank calls, before the schedule."""
+    def run_teacher(self, batch: list[Microbatch], *, train: bool) -> None:
+        """Run the teacher ahead of the student over the whole batch; every rank calls, before the schedule.
+
+        train: the pass is also the training pass of a teacher that is trained."""
         if self.teacher is not None:
             with timed(self.timers, "teacher-forward", 0):
-                self.teacher.run_ahead(batch)
-
-    def _timed_loss(self, model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
-        with timed(self.timers, "logits-loss"):
-            return self.loss(model, hidden_SBH, microbatch)
+                self.teacher.run_ahead(batch, train=train)
 
     def loss(self, model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
         """Sums over the microbatch's counted tokens; last stage only (see model/schedule.py)."""
-        running, teacher = self.running_teacher, microbatch.pop("teacher_target", None)
+        running, teacher = self.running_teacher, microbatch.teacher.take_final()
         if running is not None:
-            teacher = Model(microbatch.pop("teacher_hidden"), running.head_weight())
-        output = logit_loss(
-            hidden_SBH,
-            model.head_weight(),
-            microbatch["labels"].transpose(0, 1).contiguous(),
-            microbatch["loss_mask"].transpose(0, 1).contiguous(),
-            self.settings,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            sequence_parallel=model.config.sequence_parallel,
-            teacher=teacher,
-        )
-        sums = {"lm loss": output.lm_loss}
-        if teacher is not None:
-            sums["logits distillation loss"] = output.kd_loss
-        for name, value in (("teacher lm loss", output.teacher_lm_loss), ("top-1 agreement", output.top1_agreement)):
-            if value is not None:
-                sums[name] = value
-        return output.loss, output.num_tokens, sums
+            teacher = Model(teacher, running.head_weight())
+        with timed(self.timers, "logits-loss"):
+            output = logit_loss(
+                hidden_SBH,
+                model.head_weight(),
+                microbatch.labels.transpose(0, 1).contiguous(),
+                microbatch.loss_mask.transpose(0, 1).contiguous(),
+                self.settings,
+                tp_group=tensor_group(),
+                sequence_parallel=model.config.sequence_parallel,
+                teacher=teacher,
+            )
+        sums = {
+            "lm loss": output.lm_loss,
+            "logits distillation loss": output.kd_loss if teacher is not None else None,
+            "teacher lm loss": output.teacher_lm_loss,
+            "top-1 agreement": output.top1_agreement,
+        }
+        return output.loss, output.num_tokens, {name: value for name, value in sums.items() if value is not None}

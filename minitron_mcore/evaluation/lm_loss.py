@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.model.microbatch import Microbatch
 
 
 def mean_loss(

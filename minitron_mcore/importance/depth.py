@@ -27,7 +27,8 @@ from minitron_mcore.importance.config import DEPTH_METRICS, TASK_METRICS
 from minitron_mcore.importance.multiple_choice import Task, accuracy, log_likelihoods
 from minitron_mcore.importance.token_values import over_world, token_values
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.schedule import Microbatch, in_calls, visit_final_states
+from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.schedule import in_calls, visit_final_states
 from minitron_mcore.model.skip import without_layers
 
 LOGIT_METRICS = ("logit_mse", "normalized_logit_mse")
@@ -160,12 +161,10 @@ class _Passes:
     ) -> None:
         self.chunks, self.metrics, self.vocab_size = list(chunks), metrics, architecture.vocab_size
         self.micro_batch_size, self.device = micro_batch_size, next(chunks[0].parameters()).device
-        # A microbatch without a number is run and not looked at.
-        numbered = ({**microbatch, "number": number} for number, microbatch in enumerate(batches))
-        in_turn = in_calls(numbered, lambda last: {**last, "number": None}, interleaved=len(chunks) > 1)
+        in_turn = in_calls(batches, interleaved=len(chunks) > 1)
         self.groups = list(in_turn) if _any(metrics, TEXT_METRICS) else []
         self.compares = _any(metrics, LOGIT_METRICS)
-        self.kept: dict[int, torch.Tensor] = {}
+        self.kept: dict[Microbatch, torch.Tensor] = {}
         self.task = task if _any(metrics, TASK_METRICS) else None
 
     def run(self, words: str) -> dict[str, float]:
@@ -192,19 +191,18 @@ class _Passes:
     def _text_sums(self) -> torch.Tensor:
         """Counted tokens, and over them the losses, Σ (whole − without)² and Σ whole²: float64 [4], global."""
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        whole: dict[int, torch.Tensor] = {}
+        whole: dict[Microbatch, torch.Tensor] = {}
         first = self.compares and not self.kept
 
         def visit(chunk: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> None:
-            number = microbatch["number"]
-            if number is None:
+            if microbatch.is_filler:
                 return
             if first:
-                whole[number] = hidden_SBH.to("cpu", copy=True)
-            reference = self.kept[number].to(self.device) if self.kept else None
-            mask_SB = microbatch["loss_mask"].transpose(0, 1).double()
+                whole[microbatch] = hidden_SBH.to("cpu", copy=True)
+            reference = self.kept[microbatch].to(self.device) if self.kept else None
+            mask_SB = microbatch.loss_mask.transpose(0, 1).double()
             values = token_values(
-                chunk, hidden_SBH, microbatch["labels"], vocab_size=self.vocab_size, reference_SBH=reference
+                chunk, hidden_SBH, microbatch.labels, vocab_size=self.vocab_size, reference_SBH=reference
             )
             sums[0] += mask_SB.sum()
             for place, each_SB in enumerate((values.loss, values.difference, values.reference), 1):

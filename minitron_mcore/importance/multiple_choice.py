@@ -38,7 +38,8 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.token_values import over_world, token_values
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.schedule import GROUP, Microbatch, visit_final_states
+from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.schedule import GROUP, visit_final_states
 from minitron_mcore.runtime.groups import data_group, pipeline_group, tensor_group
 
 FORM = '{"context": text (or one a choice), "choices": [text, …], "answer": index or text}'
@@ -194,7 +195,7 @@ def row_batches(
     Rows go by length, the longest first, so that those of one list, which are padded to one length (a multiple of
     `length_multiple`: tensor-parallel ranks, under sequence parallelism), are alike. Every rank gets as many lists, and
     in each as many microbatches (a multiple of `count_multiple`: pipeline stages, where the schedule is interleaved);
-    fillers have mask 0. `row` int64 [b] is a row's number in `task.rows`. Padding is on the right: no token sees it.
+    fillers have mask 0. `samples` are the rows' numbers in `task.rows`. Padding is on the right: no token sees it.
     """
     rows = task.rows
     order = sorted(range(len(rows)), key=lambda number: (-len(rows[number][0]), number))
@@ -223,13 +224,9 @@ def _microbatch(
         tokens[place, :read] = torch.tensor(sequence[:-1])
         labels[place, :read] = torch.tensor(sequence[1:])
         mask[place, given - 1 : read] = 1
-    return {
-        "tokens": tokens,
-        "labels": labels,
-        "loss_mask": mask,
-        "position_ids": torch.arange(length).expand(size, length).contiguous(),
-        "row": torch.tensor([*numbers, *[0] * (size - len(numbers))], dtype=torch.int64),
-    }
+    positions = torch.arange(length).expand(size, length).contiguous()
+    samples = torch.tensor([*numbers, *[0] * (size - len(numbers))], dtype=torch.int64)
+    return Microbatch(tokens, labels, mask, positions, samples)
 
 
 def log_likelihoods(
@@ -254,13 +251,13 @@ def log_likelihoods(
     totals = torch.zeros(len(task.rows), dtype=torch.float64, device=device)
 
     def visit(chunk: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> None:
-        loss_SB = token_values(chunk, hidden_SBH, microbatch["labels"], vocab_size=vocab_size).loss
-        mask_SB = microbatch["loss_mask"].transpose(0, 1).double()
-        totals.index_add_(0, microbatch["row"], -(loss_SB * mask_SB).sum(0))
+        loss_SB = token_values(chunk, hidden_SBH, microbatch.labels, vocab_size=vocab_size).loss
+        mask_SB = microbatch.loss_mask.transpose(0, 1).double()
+        assert microbatch.samples is not None
+        totals.index_add_(0, microbatch.samples, -(loss_SB * mask_SB).sum(0))
 
     for group in groups:
-        on_device = [{name: value.to(device) for name, value in microbatch.items()} for microbatch in group]
-        visit_final_states(list(chunks), on_device, visit)
+        visit_final_states(list(chunks), [microbatch.to(device) for microbatch in group], visit)
     return over_world(totals, chunks).cpu().numpy()
 
 

@@ -25,7 +25,8 @@ from minitron_mcore.importance.config import ImportanceConfig, check_importance,
 from minitron_mcore.importance.hooks import GROUPS, HEADS, HIDDEN, LAYERS, NEURON_SITES, Measure
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.schedule import Microbatch, forward_only, in_calls
+from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.schedule import forward_only, in_calls
 from minitron_mcore.runtime.groups import context_group, data_group, pipeline_group, tensor_group
 
 _NONE = torch.iinfo(torch.int64).max
@@ -122,10 +123,10 @@ def measure(
     done = 0
     try:
         collector.attach()
-        for group in in_calls(batches, _filler, interleaved=len(chunks) > 1):
+        for group in in_calls(batches, interleaved=len(chunks) > 1):
             forward_only(list(chunks), group, collector.finish_microbatch)
             collector.check_finite()
-            done += sum("filler" not in microbatch for microbatch in group)
+            done += sum(not microbatch.is_filler for microbatch in group)
             if report is not None:
                 report(done)
     finally:
@@ -135,11 +136,6 @@ def measure(
     if not done:
         raise InputError("there are no calibration samples to score: importance.num_samples must be at least 1")
     return collector.merge()
-
-
-def _filler(microbatch: Microbatch) -> Microbatch:
-    """A copy none of whose samples count."""
-    return {**microbatch, "valid": torch.zeros_like(microbatch["tokens"][:, 0]), "filler": True}
 
 
 class _Collector:
@@ -187,9 +183,9 @@ class _Collector:
 
     def finish_microbatch(self, chunk: LanguageModel, microbatch: Microbatch) -> None:
         """Add what the hooks recorded while `chunk` ran `microbatch`. All tensor-parallel ranks are here at once."""
-        valid = microbatch.get("valid")
+        valid = microbatch.valid
         if valid is None:
-            valid = torch.ones_like(microbatch["tokens"][:, 0])
+            valid = torch.ones_like(microbatch.tokens[:, 0])
         valid_B = valid.to(torch.float64)
         self.micro_batch_size = len(valid_B)
         number = self.rounds[id(chunk)] * self.data_size + self.data_rank

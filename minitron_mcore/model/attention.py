@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
@@ -21,7 +20,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
+from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.context import held_chunks, in_order
+from minitron_mcore.runtime.groups import context_group
 
 
 class SDPACoreAttention(MegatronModule):
@@ -41,13 +42,13 @@ class SDPACoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal:
-            raise ValueError(f"attn_mask_type={attn_mask_type} is not supported here: causal alone")
+            raise InputError("attn_mask_type", attn_mask_type.name, "is not supported", "use causal")
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
         self.context_group: torch.distributed.ProcessGroup | None = None
         if config.context_parallel_size > 1:
             # Of this model: a teacher may have groups of its own.
-            self.context_group = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
+            self.context_group = getattr(pg_collection, "cp", None) or context_group()
 
     def forward(
         self,

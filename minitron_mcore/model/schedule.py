@@ -1,8 +1,7 @@
 """One pass over a global batch with Megatron's schedules: training, evaluation, scoring and teacher alike.
 
-Legend: s sequence, b micro-batch, h hidden. A batch is a list of microbatches, each a dict of [b, s] tensors:
-tokens, labels, loss_mask, position_ids. Every rank of a data-parallel replica holds the same list; under context
-parallelism s is a rank's own part of the sequence (runtime/context.py).
+Legend: s sequence (under context parallelism a rank's part of it), b micro-batch, h hidden size. A batch is a list of
+microbatches; every rank of a data-parallel replica holds the same.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_mcore.model.gpt import LanguageModel, unwrap
+from minitron_mcore.model.microbatch import Microbatch, uncounted
+from minitron_mcore.runtime.groups import data_group, pipeline_group
 from minitron_mcore.runtime.repairs import divide_gradients
 
-Microbatch = dict[str, Any]
 # (loss to train, number of counted tokens, sums to report), all summed over the microbatch's tokens.
 LossSums = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 LossFunction = Callable[[LanguageModel, torch.Tensor, Microbatch], LossSums]
@@ -60,7 +59,7 @@ def run_schedule(
         microbatch = next(iterator)
         if begin is not None:
             begin(unwrap(model), microbatch)
-        hidden = model(microbatch["tokens"], microbatch["position_ids"], None)
+        hidden = model(microbatch.tokens, microbatch.position_ids, None)
         return hidden, partial(_schedule_loss, loss, unwrap(model), microbatch, counted)
 
     rows = []
@@ -75,26 +74,20 @@ def run_schedule(
 
 def in_calls(
     batches: Iterable[Microbatch],
-    filler: Callable[[Microbatch], Microbatch],
     *,
     interleaved: bool,
     each: int = GROUP,
 ) -> Iterator[list[Microbatch]]:
     """`batches` cut for one call of a schedule after another, `each` microbatches a pipeline stage at a time.
 
-    The interleaved schedule takes multiples of the number of stages: the last call is filled up with `filler(its last
-    microbatch)`, which the caller knows not to count. Batches are read as they are needed.
+    The interleaved schedule takes multiples of the number of stages: the last call is filled up with `uncounted`
+    copies of its last microbatch. Batches are read as they are needed.
     """
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stages = pipeline_group().size()
     stream = iter(batches)
     while group := list(itertools.islice(stream, each * stages)):
         missing = -len(group) % stages if interleaved else 0
-        yield group + [filler(group[-1]) for _ in range(missing)]
-
-
-def uncounted(microbatch: Microbatch) -> Microbatch:
-    """A copy none of whose tokens count."""
-    return {**microbatch, "loss_mask": torch.zeros_like(microbatch["loss_mask"])}
+        yield group + [uncounted(group[-1]) for _ in range(missing)]
 
 
 @contextmanager
@@ -136,7 +129,7 @@ def final_hidden_states(
         microbatch = next(iterator)
         if begin is not None:
             begin(unwrap(model), microbatch)
-        return model(microbatch["tokens"], microbatch["position_ids"], None), _keep
+        return model(microbatch.tokens, microbatch.position_ids, None), _keep
 
     own: dict[str, Any] = {}
     if groups is not None:
@@ -189,7 +182,7 @@ def _forward(
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
         microbatch = next(iterator)
-        hidden = model(microbatch["tokens"], microbatch["position_ids"], None)
+        hidden = model(microbatch.tokens, microbatch.position_ids, None)
         after(unwrap(model), hidden, microbatch)
         return hidden, _drop
 
@@ -216,7 +209,7 @@ def _call_schedule(
     schedule = get_forward_backward_func(
         config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
     )
-    micro_batch_size, sequence_length = batch[0]["tokens"].shape
+    micro_batch_size, sequence_length = batch[0].tokens.shape
     interleaved = len(chunks) > 1
     return schedule(
         forward_step_func=forward_step,
@@ -236,16 +229,17 @@ def _mean_over_tokens(rows: list[dict[str, torch.Tensor]], stage_sums: dict[str,
     if rows:
         names = list(rows[0])
         total = torch.stack([torch.stack([row[name].double() for name in names]) for row in rows]).sum(0)
-        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        torch.distributed.all_reduce(total, group=data_group(with_context=True))
         box = [dict(zip(names, total.tolist(), strict=True))]
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        torch.distributed.broadcast_object_list(box, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    stages = pipeline_group()
+    if stages.size() > 1:
+        last = torch.distributed.get_global_rank(stages, stages.size() - 1)
+        torch.distributed.broadcast_object_list(box, src=last, group=stages)
     sums: dict[str, float] = box[0]
     if stage_sums:
         total = torch.stack([value.detach().double() for value in stage_sums.values()])
-        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+        torch.distributed.all_reduce(total, group=data_group(with_context=True))
+        torch.distributed.all_reduce(total, group=stages)
         sums |= dict(zip(stage_sums, total.tolist(), strict=True))
     count = sums["num_tokens"] or 1.0
     return {name: value if name == "num_tokens" else value / count for name, value in sums.items()}

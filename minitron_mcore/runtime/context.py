@@ -10,13 +10,7 @@ The order is Megatron's own; its rotary embedding and Transformer Engine's atten
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from megatron.core import parallel_state
-
-# What of a microbatch has the sequence as its axis 1.
-SEQUENCE_TENSORS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def held_chunks(rank: int, size: int) -> tuple[int, int]:
@@ -40,16 +34,3 @@ def in_order(gathered: torch.Tensor, size: int) -> torch.Tensor:
     parts = gathered.chunk(2 * size)
     places = [chunk for rank in range(size) for chunk in held_chunks(rank, size)]
     return torch.cat([parts[places.index(chunk)] for chunk in range(2 * size)])
-
-
-def on_this_context_rank(microbatch: dict[str, Any]) -> dict[str, Any]:
-    """The microbatch with this rank's part of tokens, labels, loss_mask and position_ids: [b, s] -> [b, s / C].
-
-    The groups must stand. No communication; what is no such tensor stays as it is.
-    """
-    size = parallel_state.get_context_parallel_world_size()
-    if size == 1:
-        return microbatch
-    rank = parallel_state.get_context_parallel_rank()
-    cut = {name: context_part(microbatch[name], 1, rank, size) for name in SEQUENCE_TENSORS if name in microbatch}
-    return {**microbatch, **cut}

@@ -31,7 +31,7 @@ from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
 from minitron_mcore.model.gpt import build_model
-from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.pruning.in_memory import prune_chunks
 from minitron_mcore.pruning.plan import TARGETS, PruningPlan, make_plan
 from minitron_mcore.recipe import Recipe

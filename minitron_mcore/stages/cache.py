@@ -39,7 +39,8 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
 from minitron_mcore.model.gpt import LanguageModel, build_model
-from minitron_mcore.model.schedule import Microbatch, in_calls, visit_final_states
+from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.schedule import in_calls, visit_final_states
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.groups import data_group, on_last_stage, tensor_group
 from minitron_mcore.runtime.start import Runtime
@@ -183,8 +184,9 @@ def ask_teacher(
     bad: list[int] = []
 
     def visit(chunk: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> None:
-        real = microbatch["valid"].bool()
-        numbers = microbatch["samples"][real]
+        assert microbatch.valid is not None and microbatch.samples is not None
+        real = microbatch.valid.bool()
+        numbers = microbatch.samples[real]
         if not len(numbers):
             return
         targets, finite = make_targets(
@@ -198,7 +200,7 @@ def ask_teacher(
         bad.extend(numbers[~finite].tolist())
         if group.rank() > 0:
             return
-        tokens = microbatch["tokens"][real].cpu().numpy()
+        tokens = microbatch.tokens[real].cpu().numpy()
         for number, tokens_S, of_sample in zip(numbers.tolist(), tokens, targets, strict=True):
             block = encode_targets(of_sample, settings["vocab_size"], settings["dtype"])
             blocks[number] = (block, token_checksum(tokens_S))
@@ -223,11 +225,7 @@ def groups(recipe: Recipe, dataset: Dataset, samples: list[int], interleaved: bo
         data_parallel_size=1,
         num_workers=recipe.data.num_workers,
     )
-    return in_calls(
-        map(to_device, stream),
-        lambda last: {**last, "valid": torch.zeros_like(last["valid"])},
-        interleaved=interleaved,
-    )
+    return in_calls(map(to_device, stream), interleaved=interleaved)
 
 
 def check_cache(cache: CacheConfig, temperature: float, architecture: Architecture) -> None:

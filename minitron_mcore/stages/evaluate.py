@@ -12,7 +12,7 @@ from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture,
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.blend import parse_blend
 from minitron_mcore.data.corpus import check_file
-from minitron_mcore.data.dataset import Dataset, batches_once, build_datasets
+from minitron_mcore.data.dataset import Batch, Dataset, batches_once, build_datasets
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
@@ -21,7 +21,8 @@ from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import write_whole
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
 from minitron_mcore.model.gpt import build_model
-from minitron_mcore.model.schedule import Microbatch, in_calls, uncounted
+from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.schedule import in_calls
 from minitron_mcore.recipe import EvaluateConfig, Recipe
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import data_group
@@ -103,12 +104,12 @@ def held_out(recipe: Recipe, tokenizer: Tokenizer) -> Dataset:
     return valid
 
 
-def grouped(microbatches: Iterator[Microbatch], parallel: ParallelConfig) -> Iterator[list[Microbatch]]:
+def grouped(microbatches: Iterator[Batch], parallel: ParallelConfig) -> Iterator[list[Microbatch]]:
     """A few pipelines' fill of microbatches at a time, on the device.
 
     The interleaved schedule needs a multiple of the stages: uncounted copies fill the last group.
     """
-    return in_calls(map(to_device, microbatches), uncounted, interleaved=parallel.virtual_pipeline is not None, each=4)
+    return in_calls(map(to_device, microbatches), interleaved=parallel.virtual_pipeline is not None, each=4)
 
 
 def write_results(target: Path, results: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from minitron_mcore.importance.score import score_model
 from minitron_mcore.importance.scores import Scores, load_scores, save_scores, tolerance_of
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
 from minitron_mcore.model.gpt import LanguageModel, build_model
-from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.pruning.plan import check_same_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.groups import data_group

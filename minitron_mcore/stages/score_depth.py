@@ -16,7 +16,7 @@ from minitron_mcore.importance.depth_report import depth_text, write_csv, write_
 from minitron_mcore.importance.multiple_choice import Task, load_task
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.start import Runtime

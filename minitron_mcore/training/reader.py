@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core import parallel_state
 
-from minitron_mcore.data.dataset import batches
+from minitron_mcore.data.dataset import Batch, batches
 from minitron_mcore.distillation.cache.file import token_checksum
-from minitron_mcore.model.schedule import Microbatch
-from minitron_mcore.runtime.context import on_this_context_rank
+from minitron_mcore.model.microbatch import Microbatch, on_this_context_rank
+from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.training.budget import Step, Timetable
 
 # (first sample, how many global batches) -> this rank's global batches, each a list of microbatches.
@@ -69,24 +68,23 @@ def data_order(datasets: dict[int, Any]) -> dict[int, str]:
 
 def _stream(
     dataset: Any, first_sample: int, global_batch_size: int, micro_batch_size: int, num_workers: int
-) -> Iterator[Microbatch]:
+) -> Iterator[Batch]:
     return batches(
         dataset,
         consumed_samples=first_sample,
         micro_batch_size=micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=data_group().rank(),
+        data_parallel_size=data_group().size(),
         global_batch_size=global_batch_size,
         num_workers=num_workers,
     )
 
 
-def _next_batch(stream: Iterator[Microbatch], global_batch_size: int, micro_batch_size: int) -> list[Microbatch]:
-    count = global_batch_size // (micro_batch_size * parallel_state.get_data_parallel_world_size())
+def _next_batch(stream: Iterator[Batch], global_batch_size: int, micro_batch_size: int) -> list[Microbatch]:
+    count = global_batch_size // (micro_batch_size * data_group().size())
     return [to_device(microbatch) for microbatch in itertools.islice(stream, count)]
 
 
-def to_device(microbatch: Microbatch) -> Microbatch:
-    """The microbatch on the device; under context parallelism this rank's part of every sequence."""
-    device = torch.cuda.current_device()
-    return {name: value.to(device, non_blocking=True) for name, value in on_this_context_rank(microbatch).items()}
+def to_device(batch: Batch) -> Microbatch:
+    """What a data reader gives, on the device; under context parallelism this rank's part of every sequence."""
+    return on_this_context_rank(Microbatch.of(batch)).to(torch.cuda.current_device())

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +26,8 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.layout import parameter_table
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.initialize import named_parameters
-from minitron_mcore.model.schedule import LossSums, Microbatch, run_schedule
+from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.schedule import LossSums, run_schedule
 from minitron_mcore.training.job import Job
 
 # A loss of equal distributions is rounding in fp32 sums of products that are the same to the last bit.
@@ -76,12 +79,13 @@ def _teach_itself(
 
     def loss(model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
         stand_in: Any = SimpleNamespace(head_weight=teacher.head_weight, config=model.config)
-        return objective.loss(stand_in, microbatch["teacher_hidden"], microbatch)
+        return objective.loss(stand_in, microbatch.teacher.final, microbatch)
 
     # The interleaved schedule takes a multiple of the stages.
     count = chunks[0].config.pipeline_model_parallel_size if len(chunks) > 1 else 1
-    part = [dict(microbatch) for microbatch in batch[:count]]
-    return run_schedule(as_chunks(chunks), part, loss, forward_only=True, prepare=objective.prepare)
+    part = [replace(microbatch) for microbatch in batch[:count]]
+    prepare = partial(objective.run_teacher, train=False)
+    return run_schedule(as_chunks(chunks), part, loss, forward_only=True, prepare=prepare)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.schedule import Begin, LossSums, Microbatch, run_schedule
+from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.schedule import LossSums, run_schedule
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.budget import Timetable
 from minitron_mcore.training.config import CorrectConfig
@@ -53,30 +54,24 @@ class TrainedTeacher(Teacher):
         self.scheduler = build_scheduler(self.optimizer, correct, timetable)
         settings = LossSettings(self.architecture.vocab_size, chunk_tokens=correct.loss_chunk_tokens)
         self.objective = Objective(settings)
-        self._batch: list[Microbatch] = []
         self._means: dict[str, float] = {}
 
-    def run_ahead(self, batch: list[Microbatch]) -> None:
-        """As the frozen teacher's; where gradients are on, they are the teacher's next step's. Every rank calls."""
-        self._batch = batch
-        super().run_ahead(batch)
-        self._batch = []
-
-    def _forward(self, run: list[Microbatch], begin: Begin | None) -> list[torch.Tensor]:
-        if not torch.is_grad_enabled():
-            return super()._forward(run, begin)
-        for microbatch, whole in zip(run, self._batch, strict=True):
-            microbatch |= {name: whole[name] for name in ("labels", "loss_mask")}
+    def _forward(self, run: list[Microbatch], train: bool) -> list[torch.Tensor]:
+        """As the frozen teacher's, or if `train` with the gradients of the teacher's next step. Every rank calls."""
+        if not train:
+            return super()._forward(run, train)
         for chunk in self.wrapped:
             cast(DistributedDataParallel, chunk).zero_grad_buffer()
         self.optimizer.zero_grad()
+        final: dict[Microbatch, torch.Tensor] = {}
 
         def loss(model: LanguageModel, hidden: torch.Tensor, microbatch: Microbatch) -> LossSums:
-            microbatch["final"] = hidden.detach()
+            final[microbatch] = hidden.detach()
             return self.objective.loss(model, hidden, microbatch)
 
+        begin = self._capture.begin if self._capture is not None else None
         self._means = run_schedule(self.wrapped, run, loss, begin=begin)
-        return [microbatch.pop("final") for microbatch in run if "final" in microbatch]
+        return [final[microbatch] for microbatch in run if microbatch in final]
 
     def step(self, tokens: int) -> dict[str, float]:
         """The teacher's own step after a student's of `tokens` tokens, skipped where a loss or gradient is no number.

@@ -97,11 +97,12 @@ def transformers_logits(path: Path) -> torch.Tensor:
 def logits_of(chunks: list[Any]) -> torch.Tensor | None:
     """[s, b, V / TP] on the last stage. Every rank calls."""
     from minitron_mcore.model.gpt import unwrap
+    from minitron_mcore.model.microbatch import Microbatch
     from minitron_mcore.model.schedule import final_hidden_states
 
     tokens = token_ids()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
-    hidden = final_hidden_states(chunks, [{"tokens": tokens, "position_ids": positions}])
+    hidden = final_hidden_states(chunks, [Microbatch.unlabelled(tokens, positions)])
     with torch.no_grad():
         return unwrap(chunks[-1]).logits(hidden[0]) if hidden else None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "TP2-PP2": (4, {"tensor": 2, "pipeline": 2}),
 }
+if TYPE_CHECKING:
+    from minitron_mcore.model.microbatch import Microbatch
+
 SEQUENCE, MICRO_BATCH, MICROBATCHES = 16, 2, 4
 
 
@@ -78,13 +81,15 @@ def global_batch(vocab_size: int, seed: int = 3, microbatches: int = MICROBATCHE
     return batch
 
 
-def my_batch(batch: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+def my_batch(batch: list[dict[str, torch.Tensor]]) -> list[Microbatch]:
     """This data-parallel rank's microbatches, in Megatron's order, on the device."""
     from megatron.core import parallel_state
 
+    from minitron_mcore.model.microbatch import Microbatch
+
     rank, device = parallel_state.get_data_parallel_rank(), torch.cuda.current_device()
     mine = batch[rank :: parallel_state.get_data_parallel_world_size()]
-    return [{name: value.to(device) for name, value in part.items()} for part in mine]
+    return [Microbatch.of(part).to(device) for part in mine]
 
 
 def steady(train: Any, iterations: int, sequence_length: int = SEQUENCE) -> Any:

@@ -142,7 +142,7 @@ def solve_on_rank(
     """Means, gradients and the gradient norm of a first step, for each case; `window` as the objective's."""
     from minitron_mcore.distillation.states.projection import finalize_gradients
     from minitron_mcore.model.initialize import named_parameters
-    from minitron_mcore.runtime.context import on_this_context_rank
+    from minitron_mcore.model.microbatch import on_this_context_rank
     from minitron_mcore.training.config import TrainConfig
     from minitron_mcore.training.optimizer import build_optimizer, wrap_model
 

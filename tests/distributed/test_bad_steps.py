@@ -42,7 +42,7 @@ def watching(train_step: Any, damage: dict[str, Any], digests: list[Any]) -> Any
     def watched(chunks: Any, optimizer: Any, *args: Any) -> Any:
         objective, batch = args[1], args[3]
         run = objective.run
-        if any(part.get("damage") == "gradient" for part in batch):
+        if any(getattr(part, "damage", None) == "gradient" for part in batch):
 
             def run_and_spoil(chunks: Any, *given: Any, **options: Any) -> Any:
                 means = run(chunks, *given, **options)
@@ -99,8 +99,9 @@ def fit_with_damage(
     class Damaged(Objective):
         """Its loss is NaN where the microbatch says so."""
 
-        def loss(self, model: Any, hidden: torch.Tensor, microbatch: dict[str, Any]) -> Any:
-            return super().loss(model, hidden * float("nan" if microbatch.get("damage") == "loss" else 1), microbatch)
+        def loss(self, model: Any, hidden: torch.Tensor, microbatch: Any) -> Any:
+            factor = float("nan" if getattr(microbatch, "damage", None) == "loss" else 1)
+            return super().loss(model, hidden * factor, microbatch)
 
     def describe(progress: Any) -> None:
         write_description(target, architecture, lineage={}, recipe="", save_tokenizer=None)
@@ -111,9 +112,9 @@ def fit_with_damage(
             place, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
             for number, part in enumerate(batch):
                 first = step.first_sample + 2 * (number * size + place)
-                part["samples"] = torch.arange(first, first + 2)
+                part.samples = torch.arange(first, first + 2)
                 if mine and number == 1 and step.iteration + 1 in damage["at"]:
-                    part["damage"] = damage["what"]
+                    part.damage = damage["what"]  # type: ignore[attr-defined]
             yield step, batch
 
     train_step = loop.train_step

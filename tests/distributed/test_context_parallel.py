@@ -136,7 +136,7 @@ def build_on_rank(parallel: dict[str, Any], world_size: int, teacher: bool) -> t
     return models, objective, TrainConfig(lr=1e-2, min_lr=1e-3, tokens=20 * 8 * SEQUENCE)
 
 
-def read_batch(seed: int = 3) -> list[dict[str, torch.Tensor]]:
+def read_batch(seed: int = 3) -> Any:
     """This rank's part of the global batch, as the readers give it."""
     from megatron.core import parallel_state
 

@@ -78,17 +78,19 @@ def task_of(vocab_size: int) -> Any:
     return Task("task", tuple(questions), "")
 
 
-def batches_of(vocab_size: int, size: int) -> list[dict[str, torch.Tensor]]:
+def batches_of(vocab_size: int, size: int) -> Any:
     """This data-parallel rank's part of the global batch's eight samples, in microbatches of `size`, in Megatron's
     order; where they run out, uncounted ones stand in."""
     from megatron.core import parallel_state
+
+    from minitron_mcore.model.microbatch import Microbatch
 
     whole = {name: torch.cat([part[name] for part in global_batch(vocab_size)]) for name in global_batch(vocab_size)[0]}
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     parts = [{name: value[first : first + size] for name, value in whole.items()} for first in range(0, 8, size)]
     while len(parts) % ranks:
         parts.append({**parts[-1], "loss_mask": torch.zeros_like(parts[-1]["loss_mask"])})
-    return parts[rank::ranks]
+    return [Microbatch.of(part) for part in parts[rank::ranks]]
 
 
 def build(family: str, parallel: Any) -> tuple[Any, Any]:
@@ -265,7 +267,7 @@ def identities_on_rank(parallel: dict[str, Any], world_size: int) -> dict[str, A
         "forward" in vars(layer) for chunk in chunks for layer in chunk.decoder.layers
     )
     refused = {}
-    nan = [{**part, "loss_mask": part["loss_mask"] * 0} for part in batch]
+    nan = [dataclasses.replace(part, loss_mask=part.loss_mask * 0) for part in batch]
     for word, call in {
         "layer 4 cannot be left out": lambda: states([4]),
         "holds 4": lambda: measure_depth(chunks, batch, architecture, ["lm_loss"], [4]),

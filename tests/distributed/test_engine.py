@@ -7,6 +7,7 @@ norm. The same numbers are summed in other orders, which leaves about 1e-6; a wr
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,11 @@ def cache_on_rank(folder: str) -> None:
         (batch,) = read_batch(vocab, step, SAMPLES)
         (hidden,) = final_hidden_states(as_chunks(teacher.chunks), [batch])
         targets, _ = make_targets(
-            hidden, teacher.head_weight(), batch["samples"], drawing, tp_group=group, sequence_parallel=False
+            hidden, teacher.head_weight(), batch.samples, drawing, tp_group=group, sequence_parallel=False
         )
         blocks = [
             (encode_targets(of_sample, vocab, "fp32"), token_checksum(tokens.numpy()))
-            for of_sample, tokens in zip(targets, batch["tokens"].cpu(), strict=True)
+            for of_sample, tokens in zip(targets, batch.tokens.cpu(), strict=True)
         ]
         write_shard(shard_file(target, step), settings_digest(settings), step * SAMPLES, blocks)
 
@@ -151,9 +152,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def read_batch(vocab_size: int, step: int, micro_batch: int) -> list[dict[str, torch.Tensor]]:
+def read_batch(vocab_size: int, step: int, micro_batch: int) -> Any:
     """This rank's part of the step's eight samples, cut into microbatches of the given size."""
-    from minitron_mcore.training.reader import to_device
+    from minitron_mcore.model.microbatch import on_this_context_rank
 
     parts = global_batch(vocab_size, step)
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -162,7 +163,7 @@ def read_batch(vocab_size: int, step: int, micro_batch: int) -> list[dict[str, t
         {name: value[start : start + micro_batch].contiguous() for name, value in whole.items()}
         for start in range(0, SAMPLES, micro_batch)
     ]
-    return [to_device(microbatch) for microbatch in my_batch(cut)]
+    return [on_this_context_rank(microbatch) for microbatch in my_batch(cut)]
 
 
 def distil_on_rank(
@@ -208,7 +209,7 @@ def distil_on_rank(
 
     def batch(step: int) -> Any:
         parts = read_batch(architecture.vocab_size, step, micro_batch)
-        return [{**part, "loss_mask": part["loss_mask"] * options.get("mask_scale", 1)} for part in parts]
+        return [replace(part, loss_mask=part.loss_mask * options.get("mask_scale", 1)) for part in parts]
 
     def build() -> Any:
         models = build_model(architecture, layout, precision, recompute=options.get("layers", KEEP_ALL))

@@ -94,6 +94,7 @@ def logits_on_rank(root: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
     from minitron_mcore.checkpoint.store import as_chunks, load_weights
     from minitron_mcore.model.gpt import build_model, unwrap
+    from minitron_mcore.model.microbatch import Microbatch
     from minitron_mcore.model.schedule import final_hidden_states
 
     config, place = start_layout({}, 1), root / name / f"iter_{ITERATION:07d}"
@@ -110,7 +111,7 @@ def logits_on_rank(root: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
     chunks = build_model(read_architecture(place), config, "fp32", trainable=False)
     load_weights(place, ITERATION, as_chunks(chunks), read_architecture(place))
-    hidden = final_hidden_states(as_chunks(chunks), [{"tokens": tokens, "position_ids": positions}])
+    hidden = final_hidden_states(as_chunks(chunks), [Microbatch.unlabelled(tokens, positions)])
     with torch.no_grad():
         return expected, unwrap(chunks[0]).logits(hidden[0])
 

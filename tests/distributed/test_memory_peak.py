@@ -52,6 +52,7 @@ def peak_on_rank(
     from minitron_mcore.distillation.teacher.placement import place
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
+    from minitron_mcore.model.microbatch import Microbatch
     from minitron_mcore.training.budget import Shape, plan_timetable
     from minitron_mcore.training.config import TrainConfig
     from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
@@ -99,12 +100,12 @@ def peak_on_rank(
         for _ in range(2):
             ids = torch.randint(0, VOCABULARY, (MICROBATCHES, MICRO_BATCH, SEQUENCE + 1))
             batch = [
-                {
-                    "tokens": part[:, :-1].contiguous(),
-                    "labels": part[:, 1:].contiguous(),
-                    "loss_mask": torch.ones(MICRO_BATCH, SEQUENCE),
-                    "position_ids": torch.arange(SEQUENCE).expand(MICRO_BATCH, SEQUENCE).contiguous(),
-                }
+                Microbatch(
+                    part[:, :-1].contiguous(),
+                    part[:, 1:].contiguous(),
+                    torch.ones(MICRO_BATCH, SEQUENCE),
+                    torch.arange(SEQUENCE).expand(MICRO_BATCH, SEQUENCE).contiguous(),
+                )
                 for part in ids
             ]
             train_step(chunks, optimizer, scheduler, objective, shape, batch)

@@ -88,6 +88,7 @@ def logits_on_rank(root: Path) -> dict[str, torch.Tensor]:
     """Of each of KINDS, this project's [2, 16, V], in float32."""
     from minitron_mcore.checkpoint.store import as_chunks, load_weights
     from minitron_mcore.model.gpt import build_model, unwrap
+    from minitron_mcore.model.microbatch import Microbatch
     from minitron_mcore.model.schedule import final_hidden_states
 
     config, found = start_layout({}, 1), {}
@@ -96,7 +97,7 @@ def logits_on_rank(root: Path) -> dict[str, torch.Tensor]:
         architecture = read_architecture(root / kind)
         chunks = as_chunks(build_model(architecture, config, "fp32", trainable=False))
         load_weights(root / kind, ITERATION, chunks, architecture)
-        (hidden,) = final_hidden_states(chunks, [{"tokens": tokens, "position_ids": positions}])
+        (hidden,) = final_hidden_states(chunks, [Microbatch.unlabelled(tokens, positions)])
         with torch.no_grad():
             found[kind] = unwrap(chunks[0]).logits(hidden).transpose(0, 1)
     return found

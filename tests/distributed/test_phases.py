@@ -47,7 +47,7 @@ def train_on_rank(overrides: list[str], stage: str = "train") -> list[dict[str, 
     def watched(
         chunks: Any, optimizer: Any, scheduler: Any, objective: Any, shape: Any, batch: Any, *others: Any
     ) -> Any:
-        read = [(number, part["tokens"].shape[1]) for part in batch for number in part["samples"].tolist()]
+        read = [(number, part.tokens.shape[1]) for part in batch for number in part.samples.tolist()]
         before = adam(optimizer)
         row = step(chunks, optimizer, scheduler, objective, shape, batch, *others)
         states.append({"read": read, "before": before, "after": adam(optimizer)})

@@ -71,9 +71,9 @@ def states_on_rank(
     from minitron_mcore.checkpoint.store import as_chunks
     from minitron_mcore.distillation.states.map import Pair
     from minitron_mcore.distillation.teacher.ahead import Teacher
+    from minitron_mcore.model.microbatch import on_this_context_rank
     from minitron_mcore.model.schedule import final_hidden_states
     from minitron_mcore.runtime.config import ParallelConfig
-    from minitron_mcore.runtime.context import on_this_context_rank
 
     layout = start_layout(parallel, world_size)
     of_teacher = None if own is None else ParallelConfig(**own)
@@ -89,8 +89,9 @@ def states_on_rank(
         teacher.want_states([Pair("embedding", 0, 0), Pair("block_output", 3, 1), Pair("mlp_input", 6, 3)], 4)
         for window in (batch[:4], batch[:2], batch[:4]):
             teacher.run_ahead(window)
-            found[placement].append([part.pop("teacher_hidden") for part in window if "teacher_hidden" in part])
-            found[placement].append([state for part in window for state in part.pop("teacher_states", {}).values()])
+            finals = [part.teacher.take_final() for part in window]
+            found[placement].append([final for final in finals if final is not None])
+            found[placement].append([state for part in window for state in part.teacher.states.values()])
         found[placement].append(final_hidden_states(as_chunks(teacher.chunks), batch[:2], groups=teacher.groups))
         if teacher.placed is not None:
             teacher.placed.release()

@@ -95,21 +95,18 @@ def scored(family: str, world_size: int) -> PruningPlan:
     from minitron_mcore.importance.config import ImportanceConfig
     from minitron_mcore.importance.score import score_model
     from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.microbatch import Microbatch
 
     a = architecture_of(family)
     config = start_layout({"tensor": 1, "pipeline": world_size}, world_size)
     chunks = build_model(a, config, "fp32", trainable=False)
     fill(chunks, a, planted(a))
     batches = [
-        {
-            **batch,
-            "tokens": batch["tokens"][index : index + 1],
-            "position_ids": batch["position_ids"][index : index + 1],
-        }
+        Microbatch.of({name: value[index : index + 1] for name, value in batch.items()})
         for batch in global_batch(a.vocab_size)
         for index in range(len(batch["tokens"]))
     ]
-    assert batches[0]["tokens"].shape == (1, SEQUENCE)
+    assert batches[0].tokens.shape == (1, SEQUENCE)
     scores = score_model(chunks, batches, a, ImportanceConfig(num_samples=len(batches)))
     target: dict[str, int | None] = {
         "num_layers": LAYERS,

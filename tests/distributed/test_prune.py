@@ -172,6 +172,7 @@ def logits_at(
 
     from minitron_mcore.checkpoint.store import as_chunks, load_weights
     from minitron_mcore.model.gpt import build_model, unwrap
+    from minitron_mcore.model.microbatch import Microbatch
     from minitron_mcore.model.schedule import final_hidden_states
 
     config = start_layout(parallel, world_size)
@@ -179,7 +180,9 @@ def logits_at(
     load_weights(folder, 0, as_chunks(chunks), architecture)
     if zeroed is not None:
         mask(chunks[0], zeroed, axes)
-    batch = global_batch(architecture.vocab_size, microbatches=2)  # as few as PP2·VPP2 takes
+    batch = [
+        Microbatch.of(part) for part in global_batch(architecture.vocab_size, microbatches=2)
+    ]  # as few as PP2·VPP2 takes
     states = final_hidden_states(as_chunks(chunks), batch)
     group = parallel_state.get_tensor_model_parallel_group()
     box: list[Any] = [None]

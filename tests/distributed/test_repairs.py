@@ -6,6 +6,7 @@ tells that the repair can go.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def gradient_norm_on_rank(
     scheduler = build_scheduler(optimizer, train, timetable)
     objective = Objective(LossSettings(vocab_size=architecture.vocab_size))
     batch = my_batch(global_batch(architecture.vocab_size))
-    batch = [{**part, "loss_mask": part["loss_mask"] * weight} for part in batch]
+    batch = [replace(part, loss_mask=part.loss_mask * weight) for part in batch]
     return train_step(chunks, optimizer, scheduler, objective, timetable.at(0).shape, batch)["grad-norm"]
 
 

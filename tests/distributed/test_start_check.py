@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,9 +58,9 @@ def check_on_rank(parallel: dict[str, Any], world_size: int, damage: str, precis
         precision=precision,
     )
     before = my_batch(global_batch(student.vocab_size))
-    batch = [dict(part) for part in before]
+    batch = [replace(part) for part in before]
     check_teacher(job, batch)
-    assert [set(part) for part in batch] == [set(part) for part in before], "the batch is left as it was"
+    assert [vars(part) for part in batch] == [vars(part) for part in before], "the batch is left as it was"
     assert not any(with_gradients), "one that is trained would be trained on the probe, and the student's graph kept"
     return printed
 

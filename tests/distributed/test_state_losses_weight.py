@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_mcore.distillation.states.loss import ALPHA, DIFFERENCE, LEAST_DIFFERENCE
-from minitron_mcore.model.schedule import uncounted
+from minitron_mcore.distillation.states.loss import ALPHA, DIFFERENCE
+from minitron_mcore.distillation.states.token_loss import LEAST_DIFFERENCE
+from minitron_mcore.model.microbatch import uncounted
 from tests.distributed.dense_reference import DenseModel, draw_weights, fill
 from tests.distributed.models import LAYOUTS, global_batch, my_batch, start_layout, steady, tiny
 from tests.distributed.ranks import run_on_ranks

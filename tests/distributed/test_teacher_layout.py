@@ -80,8 +80,8 @@ def teach_on_rank(
 
     from minitron_mcore.distillation.states.map import Pair
     from minitron_mcore.distillation.teacher.ahead import Teacher
+    from minitron_mcore.model.microbatch import on_this_context_rank
     from minitron_mcore.runtime.config import ParallelConfig
-    from minitron_mcore.runtime.context import on_this_context_rank
 
     layout = start_layout(parallel, world_size)
     architecture = teacher_of(variant)
@@ -91,7 +91,6 @@ def teach_on_rank(
     model.want_states(pairs, student_layers=4)
     batch = my_batch(global_batch(architecture.vocab_size, microbatches=count))
     batch = [on_this_context_rank(microbatch) for microbatch in batch]
-    before = [set(microbatch) for microbatch in batch]
     model.run_ahead(batch)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
@@ -102,9 +101,8 @@ def teach_on_rank(
             parallel_state.get_context_parallel_rank(),
         ),
         "last": last,
-        "new": [set(microbatch) - keys for microbatch, keys in zip(batch, before, strict=True)],
-        "hidden": {k * size + rank: part["teacher_hidden"] for k, part in enumerate(batch)} if last else {},
-        "states": {k * size + rank: part.get("teacher_states", {}) for k, part in enumerate(batch)},
+        "hidden": {k * size + rank: part.teacher.final for k, part in enumerate(batch)},
+        "states": {k * size + rank: part.teacher.states for k, part in enumerate(batch)},
         "head": model.head_weight() if last else None,
         "parameters": sum(parameter.numel() for chunk in model.chunks for parameter in chunk.parameters()),
     }
@@ -202,8 +200,8 @@ def compare(
             for site, theirs, ours in PAIRS
             if holder(site, ours, 4) in layers and not (site == "attention_relation" and context > 1)
         }
-        names = {"teacher_hidden"} if rank["last"] else set()
-        assert all(new == names | ({"teacher_states"} if wanted else set()) for new in rank["new"])
+        assert all((hidden is not None) == rank["last"] for hidden in rank["hidden"].values())
+        assert all(bool(states) == bool(wanted) for states in rank["states"].values())
         for number, hidden in rank["hidden"].items():
             seen.add(number)
             whole = expected(single["hidden"][number])

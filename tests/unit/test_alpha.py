@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from minitron_mcore.distillation.states.loss import LEAST_DIFFERENCE, dynamic_weight
+from minitron_mcore.distillation.states.token_loss import LEAST_DIFFERENCE, dynamic_weight
 
 WEIGHTS, LOGITS, SIZES = (0.5, 1.0, 3.0), (1e-3, 0.7, 11.0), (1e-4, 1.0, 250.0)
 

@@ -177,12 +177,12 @@ def test_every_row_goes_to_one_rank_once(ranks: int, size: int, group: int) -> N
     seen = []
     for lists in zip(*by_rank, strict=True):
         assert len({len(batch) for batch in lists}) == 1 and len(lists[0]) % 2 == 0
-        shapes = {microbatch["tokens"].shape for batch in lists for microbatch in batch}
+        shapes = {microbatch.tokens.shape for batch in lists for microbatch in batch}
         ((rows, length),) = shapes
         assert rows == size and length % 4 == 0
         for microbatch in (microbatch for batch in lists for microbatch in batch):
             for row, tokens, labels, mask in zip(
-                *(microbatch[name] for name in ("row", "tokens", "labels", "loss_mask")), strict=True
+                microbatch.samples, microbatch.tokens, microbatch.labels, microbatch.loss_mask, strict=True
             ):
                 if not mask.any():
                     continue

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from minitron_mcore.architecture import Architecture, build_architecture
@@ -22,8 +21,9 @@ from minitron_mcore.distillation.cache.file import CacheReader, Targets, has_tai
 from minitron_mcore.distillation.config import DistillConfig
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.errors import InputError
-from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.model.microbatch import Microbatch, TeacherPart
 from minitron_mcore.runtime.context import context_part
+from minitron_mcore.runtime.groups import context_group, on_last_stage
 
 PREFIX = "cache:"
 PROBES = 8  # samples whose tokens are compared before the first step; each one is, once it is read
@@ -60,14 +60,14 @@ class CachedTeacher:
         self._ahead: dict[int, Future[Targets]] = {}
         self._last_first: int | None = None
 
-    def run_ahead(self, batch: list[Microbatch]) -> None:
-        """Put `teacher_target` into every microbatch, on the student's last stage; every rank of the world calls.
+    def run_ahead(self, batch: list[Microbatch], *, train: bool = False) -> None:
+        """Leave a SparseTarget in every microbatch, on the student's last stage; every rank of the world calls.
 
         Found by `samples` [b]. Raises InputError, on every rank if on one, where targets are missing, damaged, or of
-        other tokens.
+        other tokens. train: has no effect here.
         """
         told = None
-        if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        if on_last_stage():
             try:
                 self._read(batch)
             except InputError as error:
@@ -75,20 +75,21 @@ class CachedTeacher:
         raise_everywhere(told)
 
     def _read(self, batch: list[Microbatch]) -> None:
-        numbers = [microbatch["samples"].tolist() for microbatch in batch]
-        rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+        numbers = [microbatch.samples.tolist() for microbatch in batch if microbatch.samples is not None]
+        rank, size = context_group().rank(), context_group().size()
         found = self._load(list(itertools.chain(*numbers)))
         for microbatch, samples in zip(batch, numbers, strict=True):
             if size == 1:
-                self._check_tokens(samples, microbatch["tokens"])
+                self._check_tokens(samples, microbatch.tokens)
             target = self.stack([future.result() for future in itertools.islice(found, len(samples))])
-            device = microbatch["tokens"].device
+            device = microbatch.tokens.device
             ids, log_probs, log_tail = (
                 None if whole is None else context_part(whole, 0, rank, size).contiguous().to(device, non_blocking=True)
                 for whole in (target.ids, target.log_probs, target.log_tail)
             )
             assert ids is not None and log_probs is not None
-            microbatch["teacher_target"] = dataclasses.replace(target, ids=ids, log_probs=log_probs, log_tail=log_tail)
+            here = dataclasses.replace(target, ids=ids, log_probs=log_probs, log_tail=log_tail)
+            microbatch.teacher = TeacherPart(here)
 
     def _load(self, samples: list[int]) -> Iterator[Future[Targets]]:
         """The targets of `samples`, in their order; and, while the student trains on these, what it will want next: as

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.random import is_checkpointing
 from torch.utils.hooks import RemovableHandle
 
 from minitron_mcore.distillation.states.map import WIDE_SITES
 from minitron_mcore.model.gpt import LanguageModel, unwrap
-from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.model.microbatch import Microbatch, State
 from minitron_mcore.model.sites import fused_norm, layers_of, norm_sites
 
 # The state, and the tensor of the forward pass that it is read from -> what goes on in that tensor's place, or None.
@@ -54,14 +56,15 @@ def _on_input(module: torch.nn.Module, values: Callable[[torch.Tensor], torch.Te
 
 
 class Capture:
-    """Leaves the `wanted` states, (site, layer) of the model's own layers, in every microbatch that `begin` was called
-    for: `microbatch["captured"][site, layer]`, detached, on the ranks of the pipeline stage that has the state.
+    """Keeps the `wanted` states, (site, layer) of the model's own layers, of every microbatch that `begin` was called
+    for: detached, on the ranks of the pipeline stage that has the state.
 
     `chunks`: this rank's chunks of the model. `close` takes the hooks off again.
     """
 
-    def __init__(self, chunks: list[torch.nn.Module], wanted: list[tuple[str, int]]) -> None:
+    def __init__(self, chunks: list[torch.nn.Module], wanted: list[State]) -> None:
         self._microbatch: Microbatch | None = None
+        self._kept: defaultdict[Microbatch, dict[State, torch.Tensor]] = defaultdict(dict)
         self._handles = [
             handle
             for chunk in chunks
@@ -72,8 +75,14 @@ class Capture:
     def begin(self, chunk: LanguageModel, microbatch: Microbatch) -> None:
         """What the next forward pass of a chunk computes belongs to `microbatch`; to be given to `run_schedule` or
         `final_hidden_states`."""
-        microbatch.setdefault("captured", {})
         self._microbatch = microbatch
+
+    def take(self, batch: list[Microbatch]) -> list[dict[State, torch.Tensor]]:
+        """The states of each microbatch, given up here; what the model runs from here on is not looked at."""
+        kept = [self._kept.pop(microbatch, {}) for microbatch in batch]
+        self._microbatch = None
+        self._kept.clear()
+        return kept
 
     def close(self) -> None:
         for handle in self._handles:
@@ -82,8 +91,9 @@ class Capture:
 
     def _keep(self, site: str, layer: int) -> Visit:
         def visit(state: torch.Tensor, source: torch.Tensor) -> None:
-            # Whoever takes "captured" out of the microbatch has all of it: what else the model runs concerns nobody.
-            if self._microbatch is not None and "captured" in self._microbatch:
-                self._microbatch["captured"][site, layer] = state.detach()
+            # A layer that is recomputed in backward may meet another microbatch than its own.
+            again = is_checkpointing() and torch.is_grad_enabled()
+            if self._microbatch is not None and not again:
+                self._kept[self._microbatch][site, layer] = state.detach()
 
         return visit

@@ -4,14 +4,8 @@ A state's loss joins the student's backward pass where the state arises: the act
 through `_Attach`, which passes the activation's gradient on and starts the loss's own with its weight. So Megatron's
 schedule stays as it is, and no loss travels between stages.
 
-For a token with student state x, lifted by the projection where the widths differ, and teacher state y, of h channels:
-
-    mse                  |x - y|² / h
-    cosine               1 - x·y / (|x| |y|)
-    attention relation   see relation.py, whatever `loss` is
-
-summed over the pairs of a site. What is trained on is the mean over all counted tokens: sums here, divided by Megatron
-at the end of the batch, like every other loss.
+The losses themselves are in token_loss.py and relation.py. They are summed over the pairs of a site, and trained on is
+the mean over all counted tokens: sums here, divided by Megatron at the end of the batch, like every other loss.
 
 Legend: s sequence (its tensor-parallel part under sequence parallelism), b batch, h channels.
 """
@@ -20,14 +14,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.distillation.config import HiddenStatesConfig
@@ -41,12 +32,12 @@ from minitron_mcore.distillation.states.map import (
 )
 from minitron_mcore.distillation.states.projection import Projection, attach_projection
 from minitron_mcore.distillation.states.relation import relation_loss
+from minitron_mcore.distillation.states.token_loss import TOKEN_LOSSES, dynamic_weight, masked_sum
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.schedule import Microbatch
+from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.groups import tensor_group
 
-# (student's state, teacher's) -> each token's loss [s, b] and its gradient in the student's state, fp32.
-TokenLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # Site -> the metric's name.
 METRICS = {
     "embedding": "embedding loss",
@@ -57,65 +48,6 @@ METRICS = {
 ALPHA = "hidden states alpha"
 DIFFERENCE = "hidden states difference"
 _SIZE = "hidden states size"  # among a pass's means until `update`
-# A relative loss below this is weighed as if it were this. The gradient of a loss r goes as sqrt(r), hence under the
-# papers' weight as 1 / sqrt(r): at this r it is 10 times what it is where states have nothing in common, and below it
-# less again. Rounding lies far below: of bf16 2^-9 of a number at most, 3e-6 as the relative square of two states'
-# difference, and perhaps 1e-4 after many layers.
-LEAST_DIFFERENCE = 1e-2
-_LEAST_NORM = 1e-20
-
-
-def token_mse(state_SBH: Tensor, target_SBH: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over channels of the squared difference, [s, b], and its gradient in the state, [s, b, h]; fp32."""
-    change_SBH = state_SBH.float() - target_SBH.float()
-    loss_SB = change_SBH.square().mean(-1)
-    return loss_SB, change_SBH.mul_(2 / change_SBH.shape[-1])
-
-
-def token_cosine(state_SBH: Tensor, target_SBH: Tensor) -> tuple[Tensor, Tensor]:
-    """1 - cosine, [s, b], and its gradient in the state, [s, b, h]; fp32.
-
-    As half the squared distance of the unit vectors, which keeps its digits near 0.
-    """
-    state_SBH, target_SBH = state_SBH.float(), target_SBH.float()
-    norm_SB1 = torch.linalg.vector_norm(state_SBH, dim=-1, keepdim=True).clamp_min(_LEAST_NORM)
-    unit_SBH = state_SBH / norm_SB1
-    change_SBH = unit_SBH - torch.nn.functional.normalize(target_SBH, dim=-1, eps=_LEAST_NORM)
-    loss_SB = 0.5 * change_SBH.square().sum(-1)
-    along_SB1 = (unit_SBH * change_SBH).sum(-1, keepdim=True)
-    return loss_SB, change_SBH.addcmul_(unit_SBH, along_SB1, value=-1).div_(norm_SB1)
-
-
-TOKEN_LOSSES = {"mse": token_mse, "cosine": token_cosine}
-
-
-def dynamic_weight(weight: float, logits: float, states: float, size: float) -> float:
-    """weight * L_logits / L_states (arXiv 2407.14679, section 3), with L_states taken as LEAST_DIFFERENCE * size at
-    least: 0 <= alpha <= weight * L_logits / (LEAST_DIFFERENCE * size), and alpha * L_states <= weight * L_logits.
-
-    All are means over the counted tokens; `size` is the losses' scale, see StateLosses. Rounding may leave a loss of
-    equal models a little below 0.
-    """
-    weighed = max(states, LEAST_DIFFERENCE * size)
-    return weight * max(logits, 0.0) / weighed if weighed > 0 else 0.0
-
-
-class _MaskedSum(torch.autograd.Function):
-    """The tokens' losses, each times its mask, added up: fp32. Kept for backward is the gradient alone, in the state's
-    type, where autograd would keep several fp32 tensors of the state's size."""
-
-    @staticmethod
-    def forward(ctx: Any, state_SBH: Tensor, target_SBH: Tensor, mask_SB: Tensor, token_loss: TokenLoss) -> Tensor:
-        loss_SB, gradient_SBH = token_loss(state_SBH, target_SBH)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(gradient_SBH.mul_(mask_SB.unsqueeze(-1)).to(state_SBH.dtype))
-        return torch.dot(loss_SB.flatten(), mask_SB.flatten())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient_SBH,) = ctx.saved_tensors
-        return (gradient_SBH * grad_loss).to(gradient_SBH.dtype), None, None, None
 
 
 class _Attach(torch.autograd.Function):
@@ -136,7 +68,7 @@ class StateLosses:
     """The pairs' losses, attached to the student's chunks.
 
     Between `begin(chunk, microbatch)` and the end of that chunk's forward pass every pair whose student state the
-    chunk has takes `microbatch["teacher_states"][site, teacher layer]`, adds its loss to the site's sum and, where
+    chunk has takes its teacher state from the microbatch, adds its loss to the site's sum and, where
     gradients are recorded, to the backward pass. In a layer that is recomputed it does so in backward, when the state
     is computed with gradients. `alpha` is the weight of the sum of all pairs' losses:
 
@@ -161,7 +93,7 @@ class StateLosses:
         """Hooks this rank's chunks for good and attaches the projection, which `seed` fills, where the widths differ.
 
         Every rank calls, before `wrap_model` and after the student's own weights are in place. Raises InputError as
-        state_map.check_hidden_states.
+        map.check_hidden_states.
         """
         self.pairs = check_hidden_states(config, student, teacher, parallel)
         assert self.pairs, "no sites, no losses: leave the object out"
@@ -204,7 +136,7 @@ class StateLosses:
         # Without sequence parallelism a rank's sum is the whole one; of attention relations it has its heads' alone.
         shared = [self._config.sequence_parallel or key == "attention_relation" for key in self._sums]
         parts = torch.where(torch.tensor(shared, device=total.device), total, total.new_zeros(()))
-        torch.distributed.all_reduce(parts, group=parallel_state.get_tensor_model_parallel_group())
+        torch.distributed.all_reduce(parts, group=tensor_group())
         self._clear()
         self._microbatch = None
         values = [parts[index] if is_shared else total[index] for index, is_shared in enumerate(shared)]
@@ -259,14 +191,9 @@ class StateLosses:
 
     def _loss(self, pair: Pair, state: Tensor, microbatch: Microbatch) -> Tensor:
         """The pair's loss summed over this rank's counted tokens, fp32."""
-        key = (pair.site, pair.teacher_layer)
-        target, uses = microbatch["teacher_states"].pop(key), microbatch.setdefault("state_uses", Counter())
-        uses[key] += 1
-        if uses[key] < self._uses[key]:
-            microbatch["teacher_states"][key] = target
-        else:
-            del uses[key]
-        mask_SB = microbatch["loss_mask"].transpose(0, 1).float()
+        key, group = (pair.site, pair.teacher_layer), tensor_group()
+        target = microbatch.teacher.take_state(key, self._uses[key])
+        mask_SB = microbatch.loss_mask.transpose(0, 1).float()
         if pair.site not in WIDE_SITES:
             return relation_loss(
                 state,
@@ -274,14 +201,13 @@ class StateLosses:
                 mask_SB,
                 models=self._models,
                 heads=self._relation_heads,
-                local_heads=self._relation_heads // parallel_state.get_tensor_model_parallel_world_size(),
+                local_heads=self._relation_heads // group.size(),
             )
         if self._config.sequence_parallel:
-            size = parallel_state.get_tensor_model_parallel_world_size()
-            mask_SB = mask_SB.chunk(size)[parallel_state.get_tensor_model_parallel_rank()]
+            mask_SB = mask_SB.chunk(group.size())[group.rank()]
         if self.dynamic and pair in self._scaled:
             norm_SB = torch.linalg.vector_norm(target, dim=-1, dtype=torch.float32)
             self._sums[_SIZE] += torch.dot(norm_SB.square().flatten(), mask_SB.flatten()) / target.shape[-1]
         if self._projection is not None:
             state = self._projection(state)
-        return _MaskedSum.apply(state, target, mask_SB, self._token_loss)
+        return masked_sum(state, target, mask_SB, self._token_loss)

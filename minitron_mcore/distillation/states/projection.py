@@ -12,7 +12,6 @@ import math
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from minitron_mcore.layout import BESIDE_THE_MODEL
 from minitron_mcore.model.gpt import LanguageModel, unwrap
 from minitron_mcore.model.initialize import draw_normal
+from minitron_mcore.runtime.groups import data_group, pipeline_group, tensor_group
 
 NAME = "state_projection"
 assert f"{NAME}.".startswith(BESIDE_THE_MODEL)
@@ -37,7 +37,7 @@ class Projection(torch.nn.Module):
         # Under sequence parallelism a rank's gradient is that of its own tokens: Megatron adds such ones up.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         # Megatron's gradient norm counts a parameter that is marked so on no rank, and this one on the first stage.
-        self.weight.shared = parallel_state.get_pipeline_model_parallel_rank() > 0  # type: ignore[attr-defined]
+        self.weight.shared = pipeline_group().rank() > 0  # type: ignore[attr-defined]
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         """[..., h_s] -> [..., h_t]."""
@@ -48,9 +48,9 @@ class Projection(torch.nn.Module):
     ) -> ShardedStateDict:
         """One stored tensor, of which every rank's copy is a replica."""
         replica = (
-            parallel_state.get_pipeline_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            pipeline_group().rank(),
+            tensor_group().rank(),
+            data_group(with_context=True).rank(),
         )
         key = f"{prefix}weight"
         return {key: ShardedTensor.from_rank_offsets(key, self.weight, replica_id=replica)}
@@ -68,7 +68,6 @@ def finalize_gradients(models: list[torch.nn.Module], *args: Any, **kwargs: Any)
     """Megatron's `finalize_model_grads`, once the projection's gradients of all pipeline stages are added up; the same
     as Megatron's where no projection is attached. Every rank calls, with chunks wrapped in Megatron's DDP."""
     projection = getattr(unwrap(models[0]), NAME, None)
-    if projection is not None and parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        group = parallel_state.get_pipeline_model_parallel_group()
-        torch.distributed.all_reduce(projection.weight.main_grad, group=group)
+    if projection is not None and pipeline_group().size() > 1:
+        torch.distributed.all_reduce(projection.weight.main_grad, group=pipeline_group())
     finalize_model_grads(models, *args, **kwargs)

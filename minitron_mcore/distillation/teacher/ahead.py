@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -27,9 +26,11 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.layout import axis_sizes, local_shape, parameter_table
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import named_parameters
+from minitron_mcore.model.microbatch import Microbatch, State, TeacherPart
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
-from minitron_mcore.model.schedule import Begin, Microbatch, final_hidden_states
+from minitron_mcore.model.schedule import final_hidden_states
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.groups import on_last_stage, tensor_group
 from minitron_mcore.runtime.parallel import teacher_groups
 
 
@@ -113,10 +114,9 @@ class Teacher:
             self._capture.close()
         groups, tensor = self.architecture.num_query_groups, self.student.tensor
         if any(pair.site not in WIDE_SITES for pair in pairs) and groups % tensor:
-            raise InputError(
-                f"parallel.tensor={tensor} does not divide the teacher's num_query_groups={groups}, as "
-                "distill.hidden_states.sites=[attention_relation] needs: choose a divisor of it, or another site"
-            )
+            rule = f"does not divide the teacher's num_query_groups={groups}, as the site attention_relation needs"
+            remedy = "choose a divisor of it, or another site in distill.hidden_states.sites"
+            raise InputError("parallel.tensor", tensor, rule, remedy)
         wanted = dict.fromkeys(
             (
                 pair.site,
@@ -132,64 +132,81 @@ class Teacher:
         names = list(dict.fromkeys((site, layer) for site, layer, _, _ in wanted))
         self._capture = Capture(as_chunks(self.chunks), names) if names else None
 
-    def run_ahead(self, batch: list[Microbatch]) -> None:
+    def run_ahead(self, batch: list[Microbatch], *, train: bool = False) -> None:
         """Leave the teacher's states in every microbatch; every rank of the world calls, each with as many.
 
-        `teacher_hidden` [s, b, h], on the student's last stage; `teacher_states[site, layer]`, where `want_states`
-        asked for them, on the student's stages that need them. In the teacher's type; shared out over tensor-parallel
-        ranks as the student's own states are.
+        In `teacher.final` the final hidden states, on the student's last stage; in `teacher.states` what `want_states`
+        asked for, on the student's stages that need it. In the teacher's type; shared out over tensor-parallel ranks as
+        the student's own states are. train: has an effect on a TrainedTeacher alone.
         """
-        grid, student, count = self.grid, self.student, len(batch)
-        replica = grid.place(torch.distributed.get_rank()).data
-        runs = assign(student, grid, count)
-        numbers, counted = runs.by_replica[replica], runs.counted[replica]
-        run = self._microbatches(batch, numbers)
-        begin = self._capture.begin if self._capture is not None else None
-        hidden = self._forward(run, begin)
+        for microbatch in batch:
+            microbatch.teacher = TeacherPart()
+        if self.student != self.grid:
+            self._run_elsewhere(batch)
+            return
+        # On other stages than the last there are none.
+        for microbatch, hidden in zip(batch, self._forward(batch, train), strict=False):
+            microbatch.teacher.final = hidden
+        if self._capture is not None:
+            numbers = range(self._replica(self.grid), len(batch) * self.grid.data, self.grid.data)
+            self._deliver_states(batch, dict(zip(numbers, self._capture.take(batch), strict=True)))
 
-        micro_batch, sequence = batch[0]["tokens"].shape
-        shape = (sequence, micro_batch, self.architecture.hidden_size)
-        dtype = self.chunks[0].config.params_dtype
-        moves = state_moves(
-            student, grid, count, grid.pipeline - 1, student.pipeline - 1, grid.sequence, student.sequence
-        )
-        held = dict(zip(numbers[:counted], hidden, strict=False))
-        for number, tensor in carry(moves, held, shape, dtype).items():
-            batch[number // student.data]["teacher_hidden"] = tensor
-        captured = [microbatch.pop("captured", {}) for microbatch in run[:counted]]
+    def _run_elsewhere(self, batch: list[Microbatch]) -> None:
+        """In a layout of the teacher's own: token ids travel there and states back, as routes.py has it."""
+        grid, student, count = self.grid, self.student, len(batch)
+        runs, replica = assign(student, grid, count), self._replica(grid)
+        numbers = runs.by_replica[replica]
+        run = self._microbatches(batch, numbers)
+        counted = numbers[: runs.counted[replica]]
+        held = dict(zip(counted, self._forward(run, train=False), strict=False))
+        stages = grid.pipeline - 1, student.pipeline - 1
+        moves = state_moves(student, grid, count, *stages, grid.sequence, student.sequence)
+        for number, tensor in carry(moves, held, self._shape(batch), self._dtype).items():
+            batch[number // student.data].teacher.final = tensor
+        if self._capture is not None:
+            self._deliver_states(batch, dict(zip(counted, self._capture.take(run), strict=False)))
+
+    def _deliver_states(self, batch: list[Microbatch], captured: dict[int, dict[State, torch.Tensor]]) -> None:
+        """From the stages that have the inner states to the student's that need them. captured: by microbatch."""
+        grid, student, shape = self.grid, self.student, self._shape(batch)
         for site, layer, stage, student_stage in self._states:
             wide = site in WIDE_SITES
             split = (grid.sequence, student.sequence) if wide else (grid.tensor > 1, student.tensor > 1)
-            moves = state_moves(student, grid, count, stage, student_stage, *split)
-            held = {
-                number: states[site, layer]
-                for number, states in zip(numbers, captured, strict=False)
-                if (site, layer) in states
-            }
-            width = shape if wide else (*shape[:2], axis_sizes(self.architecture)["qkv"])
-            for number, tensor in carry(moves, held, width, dtype, axis=0 if wide else 2).items():
-                batch[number // student.data].setdefault("teacher_states", {})[site, layer] = tensor
+            moves = state_moves(student, grid, len(batch), stage, student_stage, *split)
+            held = {number: states[site, layer] for number, states in captured.items() if (site, layer) in states}
+            whole = shape if wide else (*shape[:2], axis_sizes(self.architecture)["qkv"])
+            for number, tensor in carry(moves, held, whole, self._dtype, axis=0 if wide else 2).items():
+                batch[number // student.data].teacher.states[site, layer] = tensor
 
-    def _forward(self, run: list[Microbatch], begin: Begin | None) -> list[torch.Tensor]:
+    def _forward(self, run: list[Microbatch], train: bool) -> list[torch.Tensor]:
         """The final hidden states of every microbatch of `run`, on the teacher's last stage; elsewhere none."""
+        begin = self._capture.begin if self._capture is not None else None
         with self.placed.passing(len(run)) if self.placed is not None else nullcontext():
             return final_hidden_states(as_chunks(self.chunks), run, begin, groups=self.groups)
 
     def _microbatches(self, batch: list[Microbatch], numbers: Sequence[int]) -> list[Microbatch]:
-        """What this rank's replica of the teacher is to run: tokens and position_ids [b, s].
-
-        Only the first stage reads them; to the others they say no more than the shape.
-        """
-        student = self.student
-        replica = student.place(torch.distributed.get_rank()).data
+        """What this rank's replica of the teacher is to run. Only its first stage reads the token ids; to the others
+        they say no more than the shape."""
+        replica = self._replica(self.student)
         mine = {
-            k * student.data + replica: torch.stack((microbatch["tokens"], microbatch["position_ids"]))
+            k * self.student.data + replica: torch.stack((microbatch.tokens, microbatch.position_ids))
             for k, microbatch in enumerate(batch)
         }
         first = next(iter(mine.values()))
-        moves = token_moves(student, self.grid, len(batch))
-        got = carry(moves, mine, tuple(first.shape), first.dtype)
-        return [dict(zip(("tokens", "position_ids"), got.get(number, first), strict=True)) for number in numbers]
+        got = carry(token_moves(self.student, self.grid, len(batch)), mine, tuple(first.shape), first.dtype)
+        return [Microbatch.unlabelled(*got.get(number, first)) for number in numbers]
+
+    def _replica(self, grid: Grid) -> int:
+        """This rank's data-parallel place in a layout."""
+        return grid.place(torch.distributed.get_rank()).data
+
+    def _shape(self, batch: list[Microbatch]) -> tuple[int, int, int]:
+        micro_batch, sequence = batch[0].tokens.shape
+        return sequence, micro_batch, self.architecture.hidden_size
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.chunks[0].config.params_dtype
 
     def head_weight(self) -> torch.Tensor:
         """This rank's shard of the teacher's head [V / TP, h], cut as the student's; the student's last stage only."""
@@ -201,12 +218,12 @@ def read_head(folder: Path, iteration: int, architecture: Architecture, dtype: t
 
     [padded V / TP, h] on the last pipeline stage; None on the others, which read nothing.
     """
-    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+    if not on_last_stage():
         return None
     untied = architecture.untie_embeddings_and_output_weights
     key = "output_layer.weight" if untied else "embedding.word_embeddings.weight"
     parameter = next(parameter for parameter in parameter_table(architecture) if parameter.key == key)
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = tensor_group()
     shape = local_shape(parameter, architecture, group.size())
     head = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
     TensorReader(folder, iteration).fill_part(head, parameter, architecture, None, group.rank(), group.size())

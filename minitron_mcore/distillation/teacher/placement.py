@@ -25,13 +25,13 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 from minitron_mcore.distillation.teacher.blocks import aligned, host_blocks
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.specs import BareLayer
+from minitron_mcore.runtime.groups import data_group
 
 
 @dataclass
@@ -266,4 +266,4 @@ def place(
         return None
     if placement == "offloaded":
         return Placement(chunks, OffloadedSource())
-    return Placement(chunks, ShardedSource(group or parallel_state.get_data_parallel_group(with_context_parallel=True)))
+    return Placement(chunks, ShardedSource(group or data_group(with_context=True)))
