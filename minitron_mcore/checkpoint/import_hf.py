@@ -67,7 +67,7 @@ def import_checkpoint(
         runtime,
         architecture=architecture,
         called=called,
-        before_finish=lambda: result.append(checks.judge(wanted, architecture, folder.path, runtime, allow)),
+        before_finish=lambda: result.append(checks.judge(wanted, architecture, folder.path, allow)),
     )
     return result[0]
 

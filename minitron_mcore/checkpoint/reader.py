@@ -6,7 +6,7 @@ Everything that reads weights reads through this: whatever layout and names they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -168,26 +168,3 @@ class _Into:
 
     def commit_tensor(self, item: ReadItem, tensor: Any) -> None:
         """The piece already lies in place."""
-
-
-def all_or_none(work: Callable[[], T]) -> T:
-    """Do `work` on every rank of the world; where it fails on any, every rank raises.
-
-    A rank that alone went on would wait for the others in its next collective. Every rank calls; needs no group but
-    the world's, and none in a single process.
-    """
-    result: Any = None
-    failure: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
-    told: list[Any] = [failure if isinstance(failure, InputError) else failure and RuntimeError(str(failure))]
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        told = told * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(told, told[torch.distributed.get_rank()])
-    if failure is not None:
-        raise failure
-    if (other := next((error for error in told if error is not None), None)) is not None:
-        raise other
-    return result

@@ -15,8 +15,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import said_by
-from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
+from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.layout import Parameter, local_shape
+from minitron_mcore.runtime.agree import all_or_none
 
 # One stored parameter: its key, and its layer where it has one.
 Name = tuple[str, int | None]

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import iteration_folder, read_architecture, said_by
 from minitron_mcore.checkpoint.manifest import StoredPiece, stored_piece
-from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
+from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, refuse_objects
 from minitron_mcore.checkpoint.versions import save_common
 from minitron_mcore.checkpoint.way_back import common_part, extra_states, write_beside
@@ -37,6 +37,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.layout import parameter_table
 from minitron_mcore.model.gpt import LanguageModel, unwrap
 from minitron_mcore.model.initialize import Rows, named_parameters
+from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.repairs import load_optimizer_state, optimizer_state, save_without_helper, write_errors
 from minitron_mcore.runtime.start import Runtime
 

@@ -10,14 +10,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.conversion import Unit
 from minitron_mcore.errors import InputError
-from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.runtime.agree import gathered
 
 # By the word of `allow` that lets it through.
 FAULTS = {
@@ -74,17 +73,13 @@ class WeightChecks:
         wanted: Iterable[Unit],
         architecture: Architecture,
         path: Callable[[str], Path],
-        runtime: Runtime,
         allow: Iterable[str] = (),
     ) -> CheckedWeights:
         """All ranks call, when all parts were seen, and all raise InputError for the same tensor, or none does.
 
         `path(name)` is the file of a tensor, for messages; `allow` the recipe's.
         """
-        ranks: list[Any] = [self.seen]
-        if runtime.world_size > 1:
-            ranks = [None] * runtime.world_size
-            torch.distributed.all_gather_object(ranks, self.seen)
+        ranks = gathered(self.seen)
         zeros, allowed = 0, []
         totals: dict[str, Seen] = {}
         for unit in wanted:

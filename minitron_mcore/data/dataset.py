@@ -31,6 +31,7 @@ from minitron_mcore.data.blend import (
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.agree import all_or_none, broadcast, is_main
 from minitron_mcore.runtime.interrupt import held_back, outlive_signals
 
 Batch = dict[str, torch.Tensor]
@@ -298,13 +299,14 @@ def _build(
         return []
     folder = data.cache_path or os.path.join(os.path.dirname(parts[0].blend.prefixes[0]), "cache")
 
-    def check(is_first: bool) -> Optional[Facts]:
-        facts = inspect_parts(parts, tokenizer, sequence_length=data.sequence_length, thorough=is_first)
+    def check() -> Optional[Facts]:
+        facts = inspect_parts(parts, tokenizer, sequence_length=data.sequence_length, thorough=is_main())
         if facts:
             _prepare_cache(os.path.join(folder, facts.digest[:16]))
         return facts
 
-    facts = _agree(check)
+    facts = broadcast(all_or_none(check))
+    assert facts is not None
     # Megatron keys its cache by the files' names; the digest keeps the indices of overwritten files apart.
     cache = os.path.join(folder, facts.digest[:16])
     return [
@@ -345,25 +347,6 @@ def _build_part(
     sizes = [part.size if i == split else 0 for i in range(len(SPLITS))]
     with _some_group(needed=len(part.blend.prefixes) > 1):
         return BlendedMegatronDatasetBuilder(GPTDataset, sizes, is_built_on_rank, config).build()[split]
-
-
-def _agree(check: Callable[[bool], Optional[Facts]]) -> Facts:
-    """The first rank's answer, on every rank; an InputError on any rank is raised on all, so that none waits."""
-    distributed = torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
-    answer: tuple[Optional[str], Optional[Facts]]
-    try:
-        answer = (None, check(rank == 0))
-    except InputError as error:
-        answer = (str(error), None)
-    answers: list[Any] = [answer]
-    if distributed:
-        answers = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(answers, answer)
-    for message, _ in answers:
-        if message:
-            raise InputError(message)
-    return answers[0][1]
 
 
 def _prepare_cache(folder: str) -> None:

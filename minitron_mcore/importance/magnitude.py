@@ -25,10 +25,11 @@ import torch
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import said_by
-from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
+from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores, axis_shapes
 from minitron_mcore.layout import Parameter, parameter_table
+from minitron_mcore.runtime.agree import all_or_none
 
 # (parameter, global layer or None) -> the whole global tensor of one layer, of any floating type
 Read = Callable[[Parameter, int | None], torch.Tensor]

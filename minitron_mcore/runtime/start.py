@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import random
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy
 import torch
 from torch.distributed import HashStore
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.runtime import cpu_adapter
+from minitron_mcore.runtime import agree, cpu_adapter
 from minitron_mcore.runtime.fork import forget_groups_in_children
 from minitron_mcore.runtime.timeout import collective_timeout
 from minitron_mcore.runtime.world import own_interface, read_world
@@ -36,7 +35,6 @@ class Runtime:
     device: torch.device
     local_size: int = 1  # ranks of this node
     stop_signal: int = 0  # that asked to stop in a training's last iteration, which it had ended by then
-    _waits: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -51,46 +49,13 @@ class Runtime:
         if self.world_size > 1:
             torch.distributed.barrier()
 
-    def broadcast(self, value: object) -> object:
-        """Any picklable value of the first rank, on every rank (all ranks call)."""
-        box = [value]
-        if self.world_size > 1:
-            torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def _wait_for_main(self) -> None:
-        """Wait on the store, not in a collective: the first rank may work for longer than a collective may take."""
-        if self.world_size == 1:
-            return
-        store = torch.distributed.distributed_c10d._get_default_store()
-        self._waits += 1
-        key = f"minitron/main/{self._waits}"
-        if self.is_main:
-            store.set(key, "done")
-        while not self.is_main and not store.check([key]):
-            time.sleep(0.02)
+    def broadcast(self, value: T) -> T:
+        """`agree.broadcast`."""
+        return agree.broadcast(value)
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do `work` on the first rank alone and give its (picklable) result to every rank; all ranks call.
-
-        What `work` raises is raised on every rank, so that none is left waiting: an InputError as it is, anything
-        else as a RuntimeError beside the first rank's own.
-        """
-        result: Any = None
-        failure: Exception | None = None
-        if self.is_main:
-            try:
-                result = work()
-            except Exception as error:
-                failure = error
-        self._wait_for_main()
-        told = failure if failure is None or isinstance(failure, InputError) else RuntimeError(f"rank 0: {failure}")
-        result, told = self.broadcast((result, told))  # type: ignore[misc]
-        if failure is not None:
-            raise failure
-        if told is not None:
-            raise told
-        return result
+        """`agree.on_main`."""
+        return agree.on_main(work)
 
 
 def start() -> Runtime:

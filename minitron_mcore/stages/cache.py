@@ -15,7 +15,6 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, iteration_folder, read_architecture
 from minitron_mcore.checkpoint.folder_lock import FolderLock
 from minitron_mcore.checkpoint.manifest import MANIFEST, bytes_checksum
-from minitron_mcore.checkpoint.reader import all_or_none
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.blend import Part, inspect_parts, parse_blend, parse_split
 from minitron_mcore.data.dataset import WHOLE, Dataset, batches_once, build_datasets
@@ -32,7 +31,7 @@ from minitron_mcore.distillation.cache.file import (
     write_settings,
     write_shard,
 )
-from minitron_mcore.distillation.cache.teacher import PREFIX, check_served, raise_everywhere
+from minitron_mcore.distillation.cache.teacher import PREFIX, check_served
 from minitron_mcore.distillation.config import CacheConfig
 from minitron_mcore.distillation.settings import check_temperature, refuse_idle
 from minitron_mcore.errors import InputError
@@ -42,6 +41,7 @@ from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import in_calls, visit_final_states
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.agree import all_or_none, raise_together
 from minitron_mcore.runtime.groups import data_group, on_last_stage, tensor_group
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.common import check_model, lay_out, output_folder, refuse_context
@@ -142,7 +142,7 @@ def write_missing(
     writes = writes and tensor_group().rank() == 0
     started, written = time.perf_counter(), torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for turn in range(0, len(missing), replicas):
-        told: InputError | None = None
+        failure: InputError | None = None
         if turn + replica < len(missing):
             shard, held = missing[turn + replica]
             first = shard * cache.shard_samples
@@ -156,8 +156,8 @@ def write_missing(
                     size = sum(len(block) for block, _ in blocks)
                     written += torch.tensor([len(samples), size], device=written.device)
             except InputError as error:
-                told = error
-        raise_everywhere(told)
+                failure = error
+        raise_together(failure)
         so_far = written.clone()
         torch.distributed.all_reduce(so_far)
         tokens = so_far[0].item() * recipe.data.sequence_length

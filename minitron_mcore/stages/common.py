@@ -16,7 +16,6 @@ from minitron_mcore.checkpoint.folder import (
     read_lineage,
     write_description,
 )
-from minitron_mcore.checkpoint.reader import all_or_none
 from minitron_mcore.data.corpus import check_folder
 from minitron_mcore.data.dataset import build_training_datasets
 from minitron_mcore.data.index_size import Wanted, check_index_size
@@ -32,6 +31,7 @@ from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.plan import TARGETS, student_shape
 from minitron_mcore.recipe import Recipe, to_yaml
+from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.layouts import check_sequence

@@ -14,22 +14,16 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.agree import is_main
 from minitron_mcore.training.config import LogConfig
 from minitron_mcore.training.history import logged
 
 
 def check_wandb(log: LogConfig) -> None:
     """Raise InputError where uploading is asked for without an API key; it is looked up on the first rank alone."""
-    if log.wandb == "online" and _is_first_rank() and not _is_logged_in():
+    if log.wandb == "online" and is_main() and not _is_logged_in():
         raise InputError("log.wandb=online needs an API key: log in with `wandb login`, or set log.wandb=offline")
-
-
-def _is_first_rank() -> bool:
-    """The others never speak to Weights & Biases, and need no key."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _is_logged_in() -> bool:

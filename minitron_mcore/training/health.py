@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
 from minitron_mcore.errors import DivergedError
 from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.runtime.agree import gathered
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
@@ -53,10 +50,7 @@ def count_skipped(
 def global_samples(batch: list[Microbatch]) -> list[int]:
     """Numbers of the samples in the global batch, in order; none where the data do not tell. Every rank calls."""
     mine = [number for part in batch if part.samples is not None for number in part.samples.tolist()]
-    group = data_group()
-    ranks: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(ranks, mine, group=group)
-    return sorted(number for rank in ranks for number in rank)
+    return sorted(number for rank in gathered(mine, data_group()) for number in rank)
 
 
 def in_ranges(numbers: list[int]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from minitron_mcore.runtime.agree import is_main
 from minitron_mcore.runtime.interrupt import at_once, install, name_of, restore, say_at_once
 
 
@@ -34,7 +35,7 @@ class StopRequest:
             signal.raise_signal(number)
         elif not self.number:
             self.number = number
-            if torch.distributed.get_rank() == 0:
+            if is_main():
                 say_at_once(f"\n{name_of(number)}: this iteration will be finished and saved; Ctrl-C leaves at once")
 
     def on_any_rank(self) -> int:

@@ -28,6 +28,7 @@ from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import LossSums, run_schedule
+from minitron_mcore.runtime.agree import gathered
 from minitron_mcore.training.job import Job
 
 # A loss of equal distributions is rounding in fp32 sums of products that are the same to the last bit.
@@ -46,7 +47,7 @@ def check_teacher(job: Job, batch: list[Microbatch]) -> None:
     checks = WeightChecks()
     with torch.no_grad(), _looking_at_weights(teacher.chunks, checks):
         means = _teach_itself(job.chunks, objective, teacher, batch)
-    _judge_weights(checks, teacher, job.runtime.world_size)
+    _judge_weights(checks, teacher)
     if not means["num_tokens"]:
         return  # a microbatch of nothing but masked tokens says nothing
     loss, self_loss = means["lm loss"], means["logits distillation loss"]
@@ -113,7 +114,7 @@ def _looking_at_weights(chunks: list[LanguageModel], checks: WeightChecks) -> It
             hook.remove()
 
 
-def _judge_weights(checks: WeightChecks, teacher: Teacher, world_size: int) -> None:
+def _judge_weights(checks: WeightChecks, teacher: Teacher) -> None:
     """Every rank calls; all raise InputError for the same weights, or none does."""
     chunks = teacher.chunks
     initial = {parameter.key: parameter.initial for parameter in parameter_table(teacher.architecture)}
@@ -121,8 +122,7 @@ def _judge_weights(checks: WeightChecks, teacher: Teacher, world_size: int) -> N
         _name(key, layer) for chunk in chunks for key, layer, _ in named_parameters(chunk) if initial.get(key) == "zero"
     }
     group = chunks[0].tp_group
-    shards: list[Any] = [None] * group.size()
-    torch.distributed.all_gather_object(shards, checks.seen, group=group)
+    shards = gathered(checks.seen, group)
     bad = []
     for name in checks.seen:
         found = sum((shard.get(name, Seen()) for shard in shards), Seen())
@@ -130,9 +130,7 @@ def _judge_weights(checks: WeightChecks, teacher: Teacher, world_size: int) -> N
             bad.append(f"{name} holds NaN or Inf")
         elif found.zero and found.num_elements and name not in may_be_zero:
             bad.append(f"{name} is all zero")
-    ranks: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(ranks, bad)
-    every = sorted({fault for rank in ranks for fault in rank})
+    every = sorted({fault for rank in gathered(bad) for fault in rank})
     if every:
         more = f" (and {len(every) - 1} more)" if len(every) > 1 else ""
         rule = "has weights that were lost or never filled in"

@@ -105,20 +105,20 @@ def test_a_save_that_finds_the_disk_full(tmp_path: Path, world_size: int) -> Non
 
 def tells_on_rank(path: str) -> str:
     """The last rank alone finds the disk full, as one that writes a shard of a cache."""
-    from minitron_mcore.distillation.cache.teacher import raise_everywhere
-    from minitron_mcore.errors import InputError, StorageError
+    from minitron_mcore.errors import StorageError
     from minitron_mcore.files import writing
+    from minitron_mcore.runtime.agree import all_or_none
     from minitron_mcore.runtime.start import start
 
-    runtime, told = start(), None
-    try:
+    runtime = start()
+
+    def write() -> None:
         with unwritable(path), writing("a shard"):
             if runtime.rank == runtime.world_size - 1:
                 Path(path).write_text("x")
-    except InputError as error:
-        told = error
+
     try:
-        raise_everywhere(told)
+        all_or_none(write)
     except StorageError as error:
         return f"{error.exit_code}: {error}"
     return ""

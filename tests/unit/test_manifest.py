@@ -32,7 +32,7 @@ from minitron_mcore.checkpoint.safetensors_file import Entry, SafetensorsFile, w
 from minitron_mcore.checkpoint.weight_checks import WeightChecks
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
-from tests.distributed.hf_cases import alone, architecture_of
+from tests.distributed.hf_cases import architecture_of
 
 
 def test_checksums() -> None:
@@ -157,12 +157,12 @@ def test_parameters_are_counted(number: int, said: str | None) -> None:
     unit = next(unit for unit in wanted if len(unit.names) == 3)
     checks = looked_at(unit, number)
     if said is None:
-        found = checks.judge(wanted, architecture, Path, alone())
+        found = checks.judge(wanted, architecture, Path)
         assert found.num_parameters == architecture.num_parameters and found.num_zero == 0
         assert found.num_tensors == sum(len(unit.names) for unit in wanted)
         return
     with pytest.raises(InputError, match=said):
-        checks.judge(wanted, architecture, Path, alone())
+        checks.judge(wanted, architecture, Path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""Start-up: which layouts there can be; one rank's work for all. Who a process is: test_world.py."""
+"""Start-up: which layouts there can be; what generators take. Who a process is: test_world.py."""
 
 from __future__ import annotations
 
@@ -76,41 +76,6 @@ def groups_on_rank(layouts: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
 def test_layouts_follow_one_another() -> None:
     layouts: list[dict[str, Any]] = [{"tensor": 2}, {"pipeline": 2}, {}, {"tensor": 2}]
     assert run_on_ranks(groups_on_rank, 2, layouts) == [[(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 1)]] * 2
-
-
-def on_main_on_rank(work: str) -> tuple[str, Any]:
-    from minitron_mcore.runtime.start import start
-
-    runtime = start()
-    done = []
-
-    def act() -> dict[str, int]:
-        done.append(runtime.rank)
-        if work == "refuses":
-            raise InputError("train.lr=-1 must be at least 0")
-        if work == "fails":
-            raise KeyError("iteration")
-        return {"rank": runtime.rank}
-
-    try:
-        result: Any = ("gave", runtime.on_main(act))
-    except Exception as error:
-        result = (type(error).__name__, str(error))
-    assert done == ([0] if runtime.rank == 0 else []), "only the first rank works"
-    torch.distributed.barrier()  # every rank has come this far
-    return result
-
-
-def test_one_ranks_work_is_every_ranks_result() -> None:
-    assert run_on_ranks(on_main_on_rank, 2, "works") == [("gave", {"rank": 0})] * 2
-
-
-def test_one_ranks_failure_is_raised_on_every_rank() -> None:
-    """The user's mistake as it is, for each rank to leave with exit code 2; anything else beside the rank's own."""
-    assert run_on_ranks(on_main_on_rank, 2, "refuses") == [("InputError", "train.lr=-1 must be at least 0")] * 2
-    first, second = run_on_ranks(on_main_on_rank, 2, "fails")
-    assert first == ("KeyError", "'iteration'")
-    assert second == ("RuntimeError", "rank 0: 'iteration'")
 
 
 def started_on_rank() -> tuple[Any, ...]:

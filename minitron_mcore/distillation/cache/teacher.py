@@ -22,6 +22,7 @@ from minitron_mcore.distillation.config import DistillConfig
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.microbatch import Microbatch, TeacherPart
+from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.context import context_part
 from minitron_mcore.runtime.groups import context_group, on_last_stage
 
@@ -66,13 +67,7 @@ class CachedTeacher:
         Found by `samples` [b]. Raises InputError, on every rank if on one, where targets are missing, damaged, or of
         other tokens. train: has no effect here.
         """
-        told = None
-        if on_last_stage():
-            try:
-                self._read(batch)
-            except InputError as error:
-                told = str(error)
-        raise_everywhere(told)
+        all_or_none(lambda: self._read(batch) if on_last_stage() else None)
 
     def _read(self, batch: list[Microbatch]) -> None:
         numbers = [microbatch.samples.tolist() for microbatch in batch if microbatch.samples is not None]
@@ -161,21 +156,6 @@ def log_weights(targets: Targets) -> numpy.ndarray:
     drawn = numpy.bincount(token_E, weights=targets.counts, minlength=len(targets.num_ids))
     logs = numpy.log(targets.counts / drawn[token_E])
     return (logs if targets.values is None else logs + targets.values).astype(numpy.float32)
-
-
-def raise_everywhere(told: str | InputError | None) -> None:
-    """Raise on every rank if one of them has something to tell: `told`, words of an InputError or the error itself.
-
-    Every rank of the world calls.
-    """
-    is_bad = torch.tensor([told is not None], dtype=torch.int32, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(is_bad)
-    if not is_bad:
-        return
-    answers: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(answers, told)
-    first = next(answer for answer in answers if answer is not None)
-    raise InputError(first) if isinstance(first, str) else first
 
 
 def check_cached(teacher: CachedTeacher, distill: DistillConfig) -> None:

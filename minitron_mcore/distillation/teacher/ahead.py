@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.reader import TensorReader, all_or_none
+from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.distillation.states.capture import Capture
 from minitron_mcore.distillation.states.map import WIDE_SITES, Pair, holder
@@ -29,6 +29,7 @@ from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.microbatch import Microbatch, State, TeacherPart
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.model.schedule import final_hidden_states
+from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import on_last_stage, tensor_group
 from minitron_mcore.runtime.parallel import teacher_groups

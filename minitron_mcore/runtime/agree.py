@@ -1,0 +1,109 @@
+"""Ranks agree, or fail together: a rank that raised alone would leave the others waiting in their next collective.
+
+Every rank of the world calls each of these; in a single process, with or without a process group, they need nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from minitron_mcore.errors import InputError
+
+T = TypeVar("T")
+
+
+def is_main() -> bool:
+    """Whether this is the first rank. Any rank may ask."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's picklable `value`, in the order of ranks; of `group`, or of the world."""
+    if not dist.is_initialized():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def broadcast(value: T) -> T:
+    """The first rank's picklable `value`."""
+    box = [value]
+    if _has_peers():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """The picklable result of `work`, which the first rank alone does. Where it raises, every rank does: an InputError
+    as it is, anything else as a RuntimeError beside the first rank's own."""
+    result: Any = None
+    failure: Exception | None = None
+    if is_main():
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    _wait_for_main()
+    result, told = broadcast((result, _for_others(failure)))
+    if failure is not None:
+        raise failure
+    if told is not None:
+        raise told
+    return result
+
+
+def all_or_none(work: Callable[[], T]) -> T:
+    """What `work`, done on every rank, gives on this one. Where it fails on any, every rank raises: its own error, or
+    else the first other rank's, told as `on_main` does."""
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    raise_together(failure)
+    return result
+
+
+def raise_together(failure: Exception | None) -> None:
+    """Raise on every rank where any rank passes an error."""
+    if _has_peers():
+        failed = torch.tensor(failure is not None, dtype=torch.int32, device=_device())
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        if failed:
+            others = gathered(_for_others(failure))
+            failure = failure or next(error for error in others if error is not None)
+    if failure is not None:
+        raise failure
+
+
+def _has_peers() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _for_others(failure: Exception | None) -> Exception | None:
+    if failure is None or isinstance(failure, InputError):
+        return failure
+    return RuntimeError(f"rank {dist.get_rank() if dist.is_initialized() else 0}: {failure}")
+
+
+def _wait_for_main() -> None:
+    """Wait on the store, not in a collective: the first rank may work for longer than a collective may take."""
+    if not _has_peers():
+        return
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    turn = f"minitron/main/{store.add(f'minitron/turns/{rank}', 1)}"
+    if rank == 0:
+        store.set(turn, "done")
+    while rank and not store.check([turn]):
+        time.sleep(0.02)
