@@ -28,6 +28,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests import warm
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_WORLD_SIZE = 8
 START_TIMEOUT = 300.0  # seconds for a worker to import torch and megatron-core on a busy machine
@@ -62,7 +64,7 @@ class RankError(RuntimeError):
 
 @dataclass
 class _Worker:
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | warm.Process
     connection: Connection
     log: Path
 
@@ -99,17 +101,22 @@ def _start_worker(folder: Path, number: int, device: str) -> _Worker:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.rank_worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=REPOSITORY,
-            env=environment,
-            start_new_session=True,
-        )
+    module, given = "tests.distributed.rank_worker", theirs.fileno()
+    process: subprocess.Popen[bytes] | warm.Process
+    if device == "cuda":
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, str(given)],
+                pass_fds=[given],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=REPOSITORY,
+                env=environment,
+                start_new_session=True,
+            )
+    else:
+        process = warm.start(module, [], output=log, env=environment, pass_fds=(given,))
     theirs.close()
     return _Worker(process, ours, log)
 

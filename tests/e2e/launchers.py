@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 
 FAKE_SRUN = """#!/usr/bin/env bash
@@ -66,6 +68,22 @@ def start_torchrun(arguments: list[str], **extra: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def start_ranks(arguments: list[str], folder: Path, world_size: int) -> list[warm.Process]:
+    """`python -m minitron_mcore ...` on each rank, as srun starts them; rank R writes into `folder`/rankR.log."""
+    folder.mkdir()
+    world = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [
+        warm.start(
+            "minitron_mcore",
+            arguments,
+            output=folder / f"rank{rank}.log",
+            env=environment(**world, RANK=str(rank), LOCAL_RANK=str(rank)),
+        )
+        for rank in range(world_size)
+    ]
 
 
 def write_tool(folder: Path, name: str, text: str) -> None:

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,9 +13,10 @@ import numpy
 import pytest
 
 from minitron_mcore.distillation.cache.file import CacheReader, settings_digest, shard_file, write_shard
+from tests import warm
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.test_score_stage import save_teacher
-from tests.e2e.launchers import ROOT, environment
+from tests.e2e.launchers import environment
 from tests.e2e.verbs import all_run_well, all_typed, run_well
 from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, small_data, small_tokenizer
 
@@ -149,11 +148,11 @@ def test_a_small_part_of_a_cache_of_two_passes(root: Path) -> None:
     assert len(history(root / "from-passes", "lm loss")) == 4
 
 
-def test_killed_and_taken_up_again(root: Path) -> None:
+def test_killed_and_taken_up_again(root: Path, tmp_path: Path) -> None:
     """A process killed after its first shard leaves nothing that looks finished; the same command goes on."""
     folder = root / "killed"
     given = words(root, "cache", *TEACHER, f"cache.folder={folder}", "cache.shard_samples=1", "cache.num_samples=60")
-    process = subprocess.Popen([sys.executable, "-m", "minitron_mcore", *given], cwd=ROOT, env=environment())
+    process = warm.start("minitron_mcore", given, output=tmp_path / "log", env=environment())
     deadline = time.monotonic() + 60
     while not shard_file(folder, 2).exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)

@@ -7,8 +7,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +17,9 @@ import torch
 import yaml
 
 from minitron_mcore.checkpoint.folder import latest_iteration
+from tests import warm
 from tests.distributed.ranks import run_on_ranks
-from tests.e2e.launchers import ROOT, environment
+from tests.e2e.launchers import environment
 from tests.unit.text_data import small_data, small_tokenizer
 
 STEPS = 12
@@ -51,23 +50,14 @@ def arguments(recipe: Path, folder: Path) -> list[str]:
     return ["train", "--config", str(recipe), f"train.checkpoint={folder}"]
 
 
-def start(recipe: Path, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "minitron_mcore", *arguments(recipe, folder)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(recipe: Path, folder: Path, log: Path) -> warm.Process:
+    return warm.start("minitron_mcore", arguments(recipe, folder), output=log, env=environment())
 
 
-def wait_until(process: subprocess.Popen[str], what: Callable[[], bool]) -> None:
+def wait_until(process: warm.Process, what: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 100
     while not what():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, "it has ended"
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.001)
 
@@ -110,7 +100,7 @@ def test_killed_and_terminated(recipe: Path, tmp_path: Path) -> None:
     tracker = folder / "latest_checkpointed_iteration.txt"
 
     # kill -9 while iteration 3 or a later one is being written
-    process = start(recipe, folder)
+    process, log = start(recipe, folder, tmp_path / "killed.log"), tmp_path / "stopped.log"
     wait_until(process, lambda: tracker.exists() and int(tracker.read_text()) >= 2)
     wait_until(process, lambda: any(folder.glob(".unfinished_iter_*")))
     process.kill()
@@ -125,10 +115,11 @@ def test_killed_and_terminated(recipe: Path, tmp_path: Path) -> None:
     # The same command goes on. Ctrl-C saves, and SIGTERM, as SLURM sends it before a time limit; readers get both.
     stopped_at = killed_at
     for number, code, name in ((signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")):
-        before, process = stopped_at, start(recipe, folder)
+        before, process = stopped_at, start(recipe, folder, log)
         wait_until(process, lambda: int(tracker.read_text()) > before)  # noqa: B023
         os.killpg(process.pid, number)
-        shown = process.communicate(timeout=60)[0]
+        process.wait(timeout=60)
+        shown = log.read_text()
         newest = latest_iteration(folder)
         assert process.returncode == code and newest is not None and before < newest < STEPS, shown
         stopped_at = newest

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.launchers import ROOT, environment
+from tests.e2e.launchers import ROOT, environment, start_ranks
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
@@ -47,11 +47,14 @@ def write_recipe(folder: Path) -> Path:
     return path
 
 
+def verb(recipe: Path, *overrides: str) -> list[str]:
+    return ["run", "--config", str(recipe), *overrides]
+
+
 def start(recipe: Path, log: Path, *overrides: str, ranks: int = 2, **variables: str) -> subprocess.Popen[bytes]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    verb = ["-m", "minitron_mcore", "run", "--config", str(recipe), *overrides]
     return subprocess.Popen(
-        [sys.executable, *launcher, *verb],
+        [sys.executable, *launcher, "-m", "minitron_mcore", *verb(recipe, *overrides)],
         cwd=ROOT,
         env=environment(**variables),
         stdout=log.open("wb"),
@@ -62,32 +65,34 @@ def start(recipe: Path, log: Path, *overrides: str, ranks: int = 2, **variables:
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Killed once the teacher has a first checkpoint, run to the end, and run again."""
+    """Killed once the teacher has a first checkpoint, run to the end by torchrun, and run again."""
     folder = tmp_path_factory.mktemp("road")
     recipe = write_recipe(folder)
-    killed = start(recipe, folder / "killed.log")
+    killed = start_ranks(verb(recipe), folder / "killed", 2)
     tracker = folder / "run" / "teacher" / "latest_checkpointed_iteration.txt"
     deadline = time.monotonic() + 200
-    while not tracker.exists() and killed.poll() is None and time.monotonic() < deadline:
+    while not tracker.exists() and killed[0].poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(killed.pid, signal.SIGKILL)
-    subprocess.run(["pkill", "-KILL", "-f", str(recipe)], check=False)
-    killed.wait()
+    for process in killed:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     at_kill = {path.stem for path in (folder / "run" / "done").glob("*.json")}
-    outputs = []
-    for name in ("finished", "again"):
-        log = folder / f"{name}.log"
-        process = start(recipe, log)
-        assert process.wait(timeout=280) == 0, log.read_text()
-        outputs.append(log.read_text())
+    log = folder / "finished.log"
+    assert start(recipe, log).wait(timeout=280) == 0, log.read_text()
+    again = start_ranks(verb(recipe), folder / "again", 2)
+    assert [process.wait(timeout=280) for process in again] == [0, 0], read_logs(folder / "again")
     return {
         "folder": folder,
         "recipe": recipe,
         "at_kill": at_kill,
-        "finished": outputs[0],
-        "again": outputs[1],
+        "finished": log.read_text(),
+        "again": read_logs(folder / "again"),
         "results": json.loads((folder / "run" / "results.json").read_text()),
     }
+
+
+def read_logs(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("rank*.log")))
 
 
 def test_goes_on_where_it_was_killed(road: dict[str, Any]) -> None:
@@ -133,11 +138,12 @@ def test_exports_load_in_transformers(road: dict[str, Any]) -> None:
 
 
 def test_another_recipe_is_refused(road: dict[str, Any], tmp_path: Path) -> None:
-    log = tmp_path / "log"
     before = sorted(path.stat().st_mtime_ns for path in (road["folder"] / "run").rglob("*") if path.is_file())
-    process = start(road["recipe"], log, "train.lr=0.5")
-    assert process.wait(timeout=120) != 0
-    sentences = [line for line in log.read_text().splitlines() if line.startswith("minitron run:")]
+    first, second = start_ranks(verb(road["recipe"], "train.lr=0.5"), tmp_path / "other", 2)
+    assert first.wait(timeout=120) == 2
+    second.kill()  # as launchers do
+    second.wait(timeout=10)
+    sentences = [line for line in read_logs(tmp_path / "other").splitlines() if line.startswith("minitron run:")]
     assert len(sentences) == 1
     assert "holds another run: train.lr is 0.003 there and 0.5 here" in sentences[0]
     assert before == sorted(path.stat().st_mtime_ns for path in (road["folder"] / "run").rglob("*") if path.is_file())
