@@ -50,7 +50,7 @@ from minitron_mcore.errors import InputError  # noqa: E402
 from minitron_mcore.evaluation.lm_loss import mean_loss  # noqa: E402
 from minitron_mcore.files import writing  # noqa: E402
 from minitron_mcore.importance.baselines import random_scores  # noqa: E402
-from minitron_mcore.importance.config import ImportanceConfig, check_importance  # noqa: E402
+from minitron_mcore.importance.config import ImportanceConfig  # noqa: E402
 from minitron_mcore.importance.depth import measure_depth  # noqa: E402
 from minitron_mcore.importance.hooks import Measure  # noqa: E402
 from minitron_mcore.importance.magnitude import from_squares, squares  # noqa: E402
@@ -188,7 +188,6 @@ def score(
         depth_metrics=list(depth_metrics),
         block_lengths=list(block_lengths),
     )
-    check_importance(config)
     if method == "random":
         return random_scores(model.architecture, seed)
     if method == "magnitude":
@@ -211,7 +210,7 @@ def measure(
     for one in ten lines). The same on every rank.
     """
     batch, _, sequence = aggregation.partition("/")
-    check_importance(ImportanceConfig(batch_aggregation=batch, sequence_aggregation=sequence))
+    ImportanceConfig(batch_aggregation=batch, sequence_aggregation=sequence)  # refuses what is no aggregation
     statistics = measure_model(model.chunks, _microbatches(model, batches), model.architecture, {what: [sequence]})
     return statistics.aggregate(what, batch, sequence)
 

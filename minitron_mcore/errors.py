@@ -28,7 +28,7 @@ class InputError(ValueError):
 
 def in_words(error: InputError) -> str:
     """The one sentence a user sees: `key=value rule: remedy`."""
-    subject = error.key if error.value is None else f"{error.key}={shown(error.value)}".lstrip("=")
+    subject = error.key if error.value is None else f"{error.key}={shown(error.value)}".removeprefix("=")
     sentence = f"{subject} {error.rule}".strip()
     return f"{sentence}: {error.remedy}" if error.remedy else sentence
 

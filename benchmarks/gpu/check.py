@@ -40,7 +40,7 @@ NEEDED = {
     "sentencepiece": "sentencepiece",
     "safetensors": "safetensors",
     "numpy": "numpy",
-    "omegaconf": "omegaconf",
+    "pydantic": "pydantic",
     "yaml": "pyyaml",
     "psutil": "psutil",
     "xxhash": "xxhash",

@@ -69,7 +69,6 @@ def build_datasets(
     Every rank calls it, with process groups or without. The first rank writes the index cache, and must be among those
     where `is_built_on_rank`; elsewhere the datasets are None. Raises InputError, on every rank if on one.
     """
-    _check_settings(data)
     sizes = (train_samples, valid_samples, test_samples)
     parts = [
         Part(name, blend, _given(share, data, name), size)
@@ -92,7 +91,6 @@ def build_training_datasets(
     `data.split` as it is by default, or with no share for it) and what `data.split` holds out is less than one sample.
     Called like `build_datasets`, on every rank. Raises InputError.
     """
-    _check_settings(data)
     (train, share), (valid, valid_share), _ = _blends(data)
     parts = [
         Part("train", train, _given(share, data, "train"), size, sequence_length=length)
@@ -143,7 +141,6 @@ def build_calibration_dataset(
     Its samples are all different, and do not depend on how long training runs. A weighted blend gives about
     `num_samples` in proportion; anything else gives one whole pass. Called like `build_datasets`. Raises InputError.
     """
-    _check_settings(data)
     if num_samples < 1:
         raise InputError(f"importance.num_samples={num_samples} calibration samples are too few; ask for 1 or more")
     if data.calibration is not None:
@@ -272,23 +269,6 @@ def _read(dataset: Dataset, order: Any, num_workers: int) -> Iterator[Batch]:
 def _collate(samples: list[dict[str, Any]]) -> Batch:
     fields = (*FIELDS, "samples", *(("valid",) if "valid" in samples[0] else ()))
     return {name: torch.stack([sample[name] for sample in samples]) for name in fields}
-
-
-def _check_settings(data: DataConfig) -> None:
-    if data.sequence_length < 1:
-        raise InputError(f"data.sequence_length={data.sequence_length} must be 1 or more")
-    if data.num_workers < 0:
-        raise InputError(f"data.num_workers={data.num_workers} must be 0 or more: 0 reads in the training process")
-    if data.reset_position_ids:
-        raise InputError(
-            "data.reset_position_ids=true has no effect, as rotary positions are counted from the sample's start; "
-            "set it to false"
-        )
-    if data.reset_attention_mask:
-        raise InputError(
-            "data.reset_attention_mask=true is not possible, as attention here is causal without a mask tensor; "
-            "set it to false"
-        )
 
 
 def _build(

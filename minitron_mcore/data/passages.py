@@ -11,22 +11,14 @@ from typing import IO
 
 from minitron_mcore.data.compression import without_ending
 from minitron_mcore.data.text_file import refuse_zero_bytes
-from minitron_mcore.errors import InputError
 
 # Of these endings a long file is a corpus; of others, such as source code, every file is one document.
 PROSE_ENDINGS = ("", ".txt", ".text", ".raw", ".tokens")
 LONG_BYTES, PASSAGE_BYTES = 1 << 16, 1 << 14  # what is longer is cut into passages of at most so many
-LEAST_BYTES = 100
 
 BLOCK_BYTES = 1 << 20
 # Where a passage may end, the best first: behind a blank line, a line, a space.
 SEPARATORS = (b"\n\n", b"\n\r\n", b"\n", b"\r", b" ")
-
-
-def check_document_bytes(document_bytes: int | None) -> None:
-    """Raise InputError for a number that nothing can be cut by."""
-    if document_bytes and document_bytes < LEAST_BYTES:
-        raise InputError(f"preprocess.document_bytes={document_bytes} must be 0 or at least {LEAST_BYTES}")
 
 
 def passages(stream: IO[bytes], path: str, document_bytes: int | None) -> Iterator[tuple[int, bytes]]:

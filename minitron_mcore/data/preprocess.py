@@ -29,7 +29,6 @@ from minitron_mcore.data.config import PreprocessConfig
 from minitron_mcore.data.corpus import find_files, make_parent
 from minitron_mcore.data.decoding import Replacements
 from minitron_mcore.data.held_out import assign
-from minitron_mcore.data.passages import check_document_bytes
 from minitron_mcore.data.records import Record, read_records, texts_of
 from minitron_mcore.data.text_file import TEXT, TextFile, inspect_files
 from minitron_mcore.data.token_files import TokenWriter, token_dtype
@@ -138,13 +137,6 @@ def _check(config: PreprocessConfig) -> list[str]:
     """The keys to write. Raises InputError for settings that cannot be."""
     if not config.output_prefix:
         raise InputError("preprocess.output_prefix is not set; it is the path that the written files' names begin with")
-    if not 0.0 <= config.valid_fraction < 1.0:
-        raise InputError(f"preprocess.valid_fraction={config.valid_fraction} must be at least 0 and below 1")
-    if config.workers is not None and config.workers < 1:
-        raise InputError(f"preprocess.workers={config.workers} must be 1 or more, or null for every core")
-    if not config.json_keys or len(set(config.json_keys)) < len(config.json_keys):
-        raise InputError(f"preprocess.json_keys={config.json_keys} must be one or more different keys")
-    check_document_bytes(config.document_bytes)
     return list(config.json_keys)
 
 

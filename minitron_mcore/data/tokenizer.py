@@ -139,8 +139,6 @@ def load_tokenizer(source: Union[str, TokenizerConfig]) -> Tokenizer:
         raise InputError("tokenizer.model is not set; give a SentencePiece .model file or a Hugging Face folder")
     if not os.path.exists(path):
         raise InputError(f"tokenizer.model={path} does not exist; train one with the verb tokenizer, or give another")
-    if kind not in (None, SENTENCEPIECE, HUGGING_FACE):
-        raise InputError(f"tokenizer.type={kind} is unknown; use {SENTENCEPIECE} or {HUGGING_FACE}")
     if os.path.basename(path) in ("tokenizer.json", "tokenizer_config.json"):
         path = os.path.dirname(path) or "."
     if os.path.isfile(path) and (changes := changed_by(path)):
@@ -264,7 +262,6 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
     if os.path.exists(config.model) and not config.overwrite:
         raise InputError(f"tokenizer.model={config.model} exists; give another name, or set tokenizer.overwrite=true")
     check_file(config.model, "tokenizer.model")
-    _check_numbers(config)
     files = find_files(config.input, config.extensions, "tokenizer.input", config.exclude, report)
     replacements = Replacements()
     texts = documents(inspect_files(files, report), config.json_key, replacements)
@@ -287,14 +284,6 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
     os.replace(config.model + ".tmp", config.model)
     report(f"tokenizer: {config.model} written after {time.perf_counter() - started:.1f} s")
     return _load_sentencepiece(config.model)
-
-
-def _check_numbers(config: TokenizerConfig) -> None:
-    for name, least in (("vocab_size", 1), ("num_threads", 1), ("input_sentence_size", 0)):
-        if getattr(config, name) < least:
-            raise InputError(f"tokenizer.{name}={getattr(config, name)} must be at least {least}")
-    if not 0.0 < config.character_coverage <= 1.0:
-        raise InputError(f"tokenizer.character_coverage={config.character_coverage} must be above 0 and at most 1")
 
 
 def _train_sentencepiece(passages: list[str], config: TokenizerConfig) -> bytes:

@@ -1,17 +1,26 @@
 """Recipe section `distill`: everything of `train`, and the losses."""
 
-from dataclasses import dataclass, field
-from typing import Optional
+from typing import Annotated, Any, Optional
 
+from minitron_mcore.errors import InputError
+from minitron_mcore.keys import OneOf, PathName, key, refuse_idle, section
 from minitron_mcore.training.config import TrainConfig
 
-LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jensen_shannon", "mse", "cosine")
+# Divergences of two distributions; the other losses compare logits.
+PROBABILISTIC = ("forward_kl", "reverse_kl", "jensen_shannon")
 SITES = ("embedding", "block_output", "mlp_input", "attention_relation")
-STATE_LOSSES = ("mse", "cosine")
-WEIGHTINGS = ("fixed", "dynamic")
 LEAST_CHUNK = 128
 # fp32 numbers of one buffer of an attention relation's sweep over rows, at most; it has about five of them.
 RELATION_BUFFER = 1 << 24
+# The loss is T^2 times a divergence that shrinks as 1 / T^2, so that its rounding in fp32 grows as T^2: some 1e-8 T^2
+# in the mean of 64 tokens of 300 ids: at T = 100 a few percent of a loss of 0.001. Far below 1 the logits over T leave
+# fp32's range.
+_TEMPERATURE: dict[str, Any] = {
+    "at_least": 1e-3,
+    "at_most": 100,
+    "remedy": "beyond, fp32 cannot tell the distributions apart",
+}
+_CACHE = "cache:"
 
 
 def default_chunk_tokens(tokens: int) -> int:
@@ -23,53 +32,141 @@ def default_chunk_tokens(tokens: int) -> int:
     return max(LEAST_CHUNK, tokens // 16)
 
 
-CACHE_METHODS = ("sampled", "top_k")
-CACHE_TYPES = ("fp16", "fp32")
-
-
-@dataclass
+@section
 class HiddenStatesConfig:
     """Losses between inner states of teacher and student (arXiv 2407.14679, section 3)."""
 
-    sites: list[str] = field(default_factory=list)  # of SITES; none: no such loss
-    # [[teacher layer, student layer], …], from 0; null: the papers' default, from both depths.
-    layers: Optional[list[list[int]]] = None
-    loss: str = "mse"  # of STATE_LOSSES; attention relations are always compared by KL
-    relation_heads: int = 0  # heads of the attention relations; 0: what divides both models' query groups
-    weighting: str = "dynamic"  # dynamic: weight * L_logits / L_states, bounded, at each step; fixed: weight
-    weight: float = 1.0
+    sites: list[Annotated[str, OneOf(*SITES)]] = key([], "states that are compared; none: no such loss", distinct=True)
+    layers: Optional[list[list[int]]] = key(
+        None, "[[teacher layer, student layer], …], from 0; null: the papers' default, from both depths"
+    )
+    loss: Annotated[str, OneOf("mse", "cosine")] = key(
+        "mse", "of all sites but attention relations, which are compared by KL"
+    )
+    relation_heads: int = key(
+        0, "heads of the attention relations; 0: what divides both models' query groups", at_least=0
+    )
+    weighting: Annotated[str, OneOf("fixed", "dynamic")] = key(
+        "dynamic", "dynamic: weight * L_logits / L_states, bounded, at each step; fixed: weight"
+    )
+    weight: float = key(1.0, "weight of the states' loss", at_least=0)
+
+    def __post_init__(self) -> None:
+        self._check_layers()
+        section, sites = "distill.hidden_states", f"with distill.hidden_states.sites=[{', '.join(self.sites)}]"
+        if not self.sites:
+            idle = dict.fromkeys(
+                ("layers", "loss", "relation_heads", "weighting", "weight"), f"without {section}.sites"
+            )
+            refuse_idle(self, idle, "leave it out, or name the sites that are compared")
+        elif "attention_relation" not in self.sites:
+            refuse_idle(self, {"relation_heads": sites}, "leave it out, or add attention_relation")
+        elif len(self.sites) == 1:
+            refuse_idle(self, {"loss": f"{sites}, which is compared by KL"}, "leave it out, or add another site")
+        if self.sites == ["embedding"]:
+            refuse_idle(self, {"layers": f"{sites}, which is one pair"}, "leave it out, or add another site")
+
+    def _check_layers(self) -> None:
+        pair = "[teacher layer, student layer]"
+        for place, layers in enumerate(self.layers or []):
+            if len(layers) != 2:
+                raise InputError(f"layers[{place}]", layers, f"must be a pair {pair}, counted from 0")
+            if layers in (self.layers or [])[:place]:
+                raise InputError("layers", self.layers, f"holds the pair {layers} twice", "name each once")
+        if self.layers == []:
+            raise InputError("layers", [], "is empty", f"give pairs {pair}, or null for the default")
 
 
-@dataclass
+@section
 class DistillConfig(TrainConfig):
     """Training of the student from the teacher's output distribution (arXiv 2407.14679, section 3)."""
 
-    teacher: Optional[str] = None  # null: the model teacher.checkpoint, resident; cache:DIR, what `cache` wrote
-    logit_loss: str = "forward_kl"  # of LOGIT_LOSSES
-    jensen_shannon_mix: float = 0.5  # beta: the mixture is beta teacher + (1 - beta) student
-    temperature: float = 1.0  # the papers' best of {0.1, 0.5, 1, 3}
-    kd_weight: float = 1.0  # of the logit loss, times temperature squared
-    lm_weight: float = 0.0  # of the next-token loss; logged at every step whatever its weight
-    top_k: int = 0  # of the teacher's logits, the rest as one tail bucket; 0: the whole vocabulary
-    recompute_loss: bool = False  # the loss's sweep once more in backward, storing nothing between
-    teacher_window: int = 0  # microbatches the teacher runs ahead, for a bound on memory; 0: the whole global batch
-    check_teacher: bool = True  # before the first step, by a microbatch: its weights, its loss, its loss from itself
-    correct_teacher: bool = False  # train the teacher on the same data in the same job (arXiv 2408.11796, section 4)
-    hidden_states: HiddenStatesConfig = field(default_factory=HiddenStatesConfig)
+    teacher: Optional[PathName] = key(
+        None, "null: the model teacher.checkpoint, in memory; cache:DIR: what `cache` wrote in DIR"
+    )
+    logit_loss: Annotated[str, OneOf(*PROBABILISTIC, "mse", "cosine")] = key(
+        "forward_kl", "how teacher's and student's logits are compared"
+    )
+    jensen_shannon_mix: float = key(
+        0.5,
+        "beta: the mixture is beta teacher + (1 - beta) student",
+        above=0,
+        below=1,
+        remedy="for the limits set distill.logit_loss=forward_kl or reverse_kl",
+    )
+    temperature: float = key(1.0, "of both distributions; the papers' best of {0.1, 0.5, 1, 3}", **_TEMPERATURE)
+    kd_weight: float = key(1.0, "of the logit loss, times temperature squared", at_least=0)
+    lm_weight: float = key(0.0, "of the next-token loss; logged at every step whatever its weight", at_least=0)
+    top_k: int = key(0, "of the teacher's logits, the rest as one tail bucket; 0: the whole vocabulary", at_least=0)
+    recompute_loss: bool = key(
+        False, "sweep over the loss once more in backward, storing nothing between", may_change=True
+    )
+    teacher_window: int = key(
+        0,
+        "microbatches the teacher runs ahead, for a bound on memory; 0: the whole global batch",
+        at_least=0,
+        may_change=True,
+    )
+    check_teacher: bool = key(
+        True,
+        "check the teacher before the first step, by a microbatch: weights, loss, loss from itself",
+        may_change=True,
+    )
+    correct_teacher: bool = key(
+        False, "train the teacher on the same data in the same job (arXiv 2408.11796, section 4)"
+    )
+    hidden_states: HiddenStatesConfig = key(HiddenStatesConfig, "losses between inner states")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher is not None and self.teacher.removeprefix(_CACHE) in ("", self.teacher):
+            rule = "must be cache:DIR, where `cache` wrote DIR"
+            raise InputError("teacher", self.teacher, rule, "leave it out for the model teacher.checkpoint")
+        if self.kd_weight == self.lm_weight == 0:
+            rule = "and distill.lm_weight=0 leave no loss for the output head, which hidden states do not reach"
+            raise InputError("kd_weight", 0, rule, "raise one of them")
+        if self.logit_loss != "jensen_shannon":
+            idle = {"jensen_shannon_mix": f"with distill.logit_loss={self.logit_loss}"}
+            refuse_idle(self, idle, "leave it out, or set distill.logit_loss=jensen_shannon")
+        if self.top_k and self.logit_loss not in PROBABILISTIC:
+            rule = f"leaves the rest as one outcome, which distill.logit_loss={self.logit_loss} cannot compare"
+            remedy = f"choose one of {', '.join(PROBABILISTIC)}, or set distill.top_k=0"
+            raise InputError("top_k", self.top_k, rule, remedy)
+        if self.hidden_states.sites and self.teacher is not None:
+            rule = f"needs a teacher that runs, but distill.teacher={self.teacher} holds only its output"
+            raise InputError("hidden_states.sites", self.hidden_states.sites, rule, "leave one of the two out")
 
 
-@dataclass
+@section
 class CacheConfig:
     """The teacher's targets written to files, of the samples that `distill` will train on."""
 
-    folder: Optional[str] = None  # written by `cache`, read with distill.teacher=cache:FOLDER
-    method: str = "sampled"  # of CACHE_METHODS; sampled: drawn at random, unbiased; top_k: the most probable ids
-    draws: int = 50  # sampled: mean number of draws a token; some 12 different ids do (arXiv 2503.16870)
-    proposal_temperature: float = 1.0  # sampled: draws are from softmax(logits / (temperature * this))
-    top_k: int = 100  # top_k: ids a token, the rest as one tail bucket; 0: the whole vocabulary
-    temperature: Optional[float] = None  # of the teacher's distribution; null: distill.temperature
-    dtype: str = "fp16"  # of CACHE_TYPES: the stored log-probabilities; counts of draws are exact
-    num_samples: Optional[int] = None  # null: as many as distill.tokens takes
-    micro_batch_size: int = 1
-    chunk_tokens: int = 128  # tokens whose logits exist at a time
-    shard_samples: int = 1024  # of a file; what a killed run may lose
+    folder: Optional[PathName] = key(None, "written by `cache`, read with distill.teacher=cache:FOLDER")
+    method: Annotated[str, OneOf("sampled", "top_k")] = key(
+        "sampled", "sampled: ids drawn at random, unbiased; top_k: the most probable ids"
+    )
+    draws: int = key(
+        50,
+        "of sampled: mean number of draws a token; some 12 different ids do (arXiv 2503.16870)",
+        at_least=1,
+        at_most=10_000,
+    )
+    proposal_temperature: float = key(
+        1.0, "of sampled: draws are from softmax(logits / (temperature * this))", **_TEMPERATURE
+    )
+    top_k: int = key(100, "of top_k: ids a token, the rest as one tail bucket; 0: the whole vocabulary", at_least=0)
+    temperature: Optional[float] = key(None, "of the teacher's distribution; null: distill.temperature", **_TEMPERATURE)
+    dtype: Annotated[str, OneOf("fp16", "fp32")] = key(
+        "fp16", "of the stored log-probabilities; counts of draws are exact"
+    )
+    num_samples: Optional[int] = key(None, "null: as many as distill.tokens takes", at_least=1)
+    micro_batch_size: int = key(1, "samples at a time", at_least=1, may_change=True)
+    chunk_tokens: int = key(128, "tokens whose logits exist at a time", at_least=1)
+    shard_samples: int = key(1024, "samples of a file, which a killed run may lose", at_least=1)
+
+    def __post_init__(self) -> None:
+        if self.method == "sampled":
+            refuse_idle(self, {"top_k": "with cache.method=sampled"}, "leave it out, or set cache.method=top_k")
+        else:
+            idle = dict.fromkeys(("draws", "proposal_temperature"), "with cache.method=top_k")
+            refuse_idle(self, idle, "leave it out, or set cache.method=sampled")

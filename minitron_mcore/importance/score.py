@@ -21,7 +21,7 @@ import torch
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.aggregate import SampleSums, over_sequence, sequence_sums, sums_for
-from minitron_mcore.importance.config import ImportanceConfig, check_importance, variant_names
+from minitron_mcore.importance.config import ImportanceConfig, variant_names
 from minitron_mcore.importance.hooks import GROUPS, HEADS, HIDDEN, LAYERS, NEURON_SITES, Measure
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.model.gpt import LanguageModel
@@ -63,9 +63,8 @@ def score_model(
     their block influence, the mean over all tokens. `config.aggregations` and `config.neuron_sites` add variants; the
     sums they share are formed once. `config.depth_metrics` need passes of their own and are not measured here.
 
-    Raises InputError for NaN or Inf in the activations, and for what `check_importance` refuses.
+    Raises InputError for NaN or Inf in the activations, and for a method without activations.
     """
-    check_importance(config)
     if config.method != "activation":
         raise InputError(f"importance.method={config.method} needs no activations: score_model reads nothing else")
     primary, *others = variants = variant_names(config)

@@ -46,21 +46,14 @@ def recompute_of(train: TrainConfig) -> Recompute:
 
 
 def check_recompute(train: TrainConfig, architecture: Architecture, parallel: ParallelConfig, section: str) -> None:
-    """Raise InputError for keys of the recipe's `section` that do not go together, or do not suit the layers."""
-    granularity, key = train.recompute_granularity or "null", f"{section}.recompute_"
-    for name in ("method", "num_layers"):
-        value = getattr(train, f"recompute_{name}")
-        if value is not None and granularity != "full":
-            raise InputError(
-                f"{key}{name}={value} tells which whole layers are recomputed, and {key}granularity={granularity} does "
-                f"so to none: set {key}granularity=full, or leave {key}{name} out"
-            )
+    """Raise InputError where the recomputed layers of the recipe's `section` do not suit those of the model."""
     found = recompute_of(train)
     stages = split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)
     chunks = sorted({len(chunk) for stage in stages for chunk in stage})
-    if granularity == "full" and found.method == "uniform" and any(size % found.num_layers for size in chunks):
+    if found.granularity == "full" and found.method == "uniform" and any(size % found.num_layers for size in chunks):
         held = " or ".join(map(str, chunks))
-        raise InputError(
-            f"{key}num_layers={found.num_layers} does not divide the {held} layers that a pipeline stage runs at a "
-            f"time, as {key}method=uniform needs: choose a divisor, or {key}method=block"
+        key = f"{section}.recompute_num_layers"
+        rule = (
+            f"does not divide the {held} layers that a pipeline stage runs at a time, as recompute_method=uniform needs"
         )
+        raise InputError(key, found.num_layers, rule, f"choose a divisor, or set {section}.recompute_method=block")

@@ -13,6 +13,7 @@ import numpy
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
+from minitron_mcore.pruning.config import LAYER_CHOICES
 from minitron_mcore.pruning.plan_file import (
     HeadResidual,
     PruningPlan,
@@ -47,7 +48,6 @@ __all__ = [
     "student_shape",
 ]
 
-LAYER_CHOICES = ("scattered", "contiguous")
 TOLERANCE = 1e-5  # relative to an axis' largest score: how closely fp32 scores of two layouts agree
 TENSOR_CORES = 8  # of bf16 elements: what a matrix product's sizes should be multiples of
 

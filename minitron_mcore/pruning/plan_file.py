@@ -17,13 +17,11 @@ from typing import Any
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_whole
+from minitron_mcore.pruning.config import RESIDUAL_MATRICES, RESIDUALS
 from minitron_mcore.pruning.ranking import Cut
 from minitron_mcore.pruning.targets import TARGETS
 
 FORMAT = "minitron_plan"
-RESIDUALS = ("paper", "laco")
-# Which rows of linear_qkv (weight and bias) and columns of linear_proj residuals may touch.
-RESIDUAL_MATRICES = ("query", "key", "value", "output")
 
 
 @dataclass(frozen=True)

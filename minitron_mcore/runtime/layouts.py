@@ -6,25 +6,8 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 
 
-def check_parallel(parallel: ParallelConfig) -> None:
-    """Raise InputError for a layout that no number of ranks can have."""
-    for name in ("tensor", "pipeline", "context"):
-        if getattr(parallel, name) < 1:
-            raise InputError(f"parallel.{name}", getattr(parallel, name), "must be at least 1")
-    virtual = parallel.virtual_pipeline
-    if virtual is not None and virtual < 2:
-        remedy = "leave it out for the plain 1F1B schedule"
-        raise InputError("parallel.virtual_pipeline", virtual, "must be at least 2 chunks a stage", remedy)
-    if virtual is not None and parallel.pipeline == 1:
-        raise InputError("parallel.virtual_pipeline", virtual, "needs parallel.pipeline of at least 2")
-    if parallel.sequence and parallel.tensor == 1:
-        rule = "shards the sequence over tensor-parallel ranks, and parallel.tensor is 1"
-        raise InputError("parallel.sequence", True, rule, "leave it out, or raise parallel.tensor")
-
-
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Raise InputError, with the arithmetic, where `world_size` ranks cannot be laid out so."""
-    check_parallel(parallel)
     ranks = parallel.replica_ranks
     if world_size % ranks:
         context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""

@@ -22,7 +22,6 @@ from minitron_mcore.runtime.world import own_interface, read_world
 
 T = TypeVar("T")
 
-MOST_SEED = 2**63 - 1  # torch's generators take 64 bits
 
 
 @dataclass
@@ -113,12 +112,7 @@ def quiet_libraries() -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy, torch and Megatron's tensor-parallel generators (model-parallel groups must exist).
-
-    Raises InputError for a seed that they cannot take.
-    """
-    if not 0 <= seed <= MOST_SEED:
-        raise InputError(f"seed={seed} must lie between 0 and {MOST_SEED}")
+    """Seed Python, NumPy, torch and Megatron's tensor-parallel generators (model-parallel groups must exist)."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     random.seed(seed)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.importance.config import DEPTH_METRICS, METHODS, NEURON_SITES, PAIRS
-from minitron_mcore.pruning.plan import LAYER_CHOICES, TARGETS, check_residual
-from minitron_mcore.pruning.plan_file import RESIDUAL_MATRICES, RESIDUALS
+from minitron_mcore.pruning.plan import TARGETS, check_residual
 from minitron_mcore.search.config import AblateConfig
 
 # name of a shape that prunes one axis alone -> the fields it takes from the student
@@ -48,37 +45,6 @@ class Setting:
         return ", ".join(part for part in parts if part)
 
 
-def check_ablate(config: AblateConfig) -> None:
-    """Raise InputError, naming the key, for a choice that there is none of."""
-    allowed: dict[str, Sequence[str]] = {
-        "methods": METHODS,
-        "aggregations": PAIRS,
-        "neuron_sites": NEURON_SITES,
-        "depth_metrics": DEPTH_METRICS,
-        "layers": LAYER_CHOICES,
-        "head_residuals": ("none", *RESIDUALS),
-    }
-    for name, choices in allowed.items():
-        given = getattr(config, name)
-        for value in given:
-            if value not in choices:
-                raise InputError(f"ablate.{name} holds {value!r}: choose from {', '.join(choices)}")
-        if len({*given}) < len(given):
-            raise InputError(f"ablate.{name}={given} holds a choice twice: name each once")
-    for name in (*allowed, "residual_matrices"):
-        if not getattr(config, name):
-            raise InputError(f"ablate.{name} is empty: name at least one choice, or leave the key out")
-    for value in config.residual_matrices:
-        for matrix in value.split("+"):
-            if matrix not in RESIDUAL_MATRICES:
-                raise InputError(
-                    f"ablate.residual_matrices holds {value!r}: join names of {', '.join(RESIDUAL_MATRICES)} by +, as "
-                    "in query+output"
-                )
-    if config.random_seeds < 1:
-        raise InputError(f"ablate.random_seeds={config.random_seeds} must be at least 1")
-
-
 def shapes_of(teacher: Architecture, student: Architecture, per_axis: bool) -> dict[str, Architecture]:
     """The shapes to prune to, by name. Raises InputError where the student is no smaller than the teacher."""
     smaller = {
@@ -105,7 +71,6 @@ def grid_of(
 
     Raises InputError for head residuals that a shape cannot have.
     """
-    check_ablate(config)
     choices = itertools.product(
         shapes,
         config.methods,

@@ -26,7 +26,7 @@ from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import writing
 from minitron_mcore.importance.baselines import random_scores
-from minitron_mcore.importance.config import ImportanceConfig, check_importance
+from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
@@ -37,7 +37,7 @@ from minitron_mcore.pruning.plan import TARGETS, PruningPlan, make_plan
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.search.ablation_grid import Setting, check_ablate, grid_of, shapes_of
+from minitron_mcore.search.ablation_grid import Setting, grid_of, shapes_of
 from minitron_mcore.search.ablation_results import Row, read_rows, squares, table, write_plot, write_rows
 from minitron_mcore.stages import score
 from minitron_mcore.stages.common import asked_shape, check_model, lay_out, output_folder, refuse_context
@@ -46,7 +46,6 @@ from minitron_mcore.stages.evaluate import grouped, held_out
 
 def run(recipe: Recipe, runtime: Runtime) -> list[Row]:
     """Fill the table of `output`, print and plot it; every rank calls, and gets all rows."""
-    check_ablate(recipe.ablate)
     refuse_context(recipe, "ablate")
     lay_out(recipe, runtime)
     folder = output_folder(recipe.output, "output")
@@ -60,7 +59,6 @@ def run(recipe: Recipe, runtime: Runtime) -> list[Row]:
     grid = grid_of(recipe.ablate, architecture, shapes, recipe.seed, layers_given=given)
     tokenizer = checkpoint_tokenizer(recipe, teacher)
     importance = importance_of(recipe, grid, architecture, shapes)
-    check_importance(importance)
 
     path, made_with = folder / "ablation.csv", fingerprint(recipe, teacher, iteration, tokenizer)
     done = {row.setting: row for row in runtime.on_main(lambda: read_rows(path, made_with))}

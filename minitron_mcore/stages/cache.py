@@ -33,7 +33,6 @@ from minitron_mcore.distillation.cache.file import (
 )
 from minitron_mcore.distillation.cache.teacher import PREFIX, check_served
 from minitron_mcore.distillation.config import CacheConfig
-from minitron_mcore.distillation.settings import check_temperature, refuse_idle
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
@@ -49,8 +48,6 @@ from minitron_mcore.stages.score import flat
 from minitron_mcore.training.budget import plan_timetable
 from minitron_mcore.training.reader import to_device
 
-LEAST = {"micro_batch_size": 1, "chunk_tokens": 1, "shard_samples": 1, "num_samples": 1, "top_k": 0}
-MOST_DRAWS = 10_000
 LOCK = "cache.lock"
 
 
@@ -65,7 +62,7 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     architecture = read_architecture(teacher_folder)
     check_model(architecture, recipe)
     temperature = recipe.distill.temperature if cache.temperature is None else cache.temperature
-    check_cache(cache, temperature, architecture)
+    check_cache(cache, architecture)
     tokenizer = checkpoint_tokenizer(recipe, teacher_folder)
     num_samples = cache.num_samples or samples_needed(recipe)
     key = f"cache.num_samples={num_samples}" if cache.num_samples else f"distill.tokens={recipe.distill.tokens}"
@@ -228,27 +225,11 @@ def groups(recipe: Recipe, dataset: Dataset, samples: list[int], interleaved: bo
     return in_calls(map(to_device, stream), interleaved=interleaved)
 
 
-def check_cache(cache: CacheConfig, temperature: float, architecture: Architecture) -> None:
-    """Raise InputError for numbers that nothing can be drawn by, and for keys of the method that is not chosen."""
-    if cache.method == "sampled":
-        idle = {"top_k": "to cache.method=sampled, which draws ids at random: leave it out, or set cache.method=top_k"}
-    else:
-        words = "to cache.method=top_k, which keeps the likeliest ids: leave it out, or set cache.method=sampled"
-        idle = {"draws": words, "proposal_temperature": words}
-    refuse_idle(cache, "cache", idle)
-    for name, least in LEAST.items():
-        value = getattr(cache, name)
-        if value is not None and value < least:
-            raise InputError(f"cache.{name}={value} must be at least {least}")
-    if not 1 <= cache.draws <= MOST_DRAWS:
-        raise InputError(f"cache.draws={cache.draws} must lie between 1 and {MOST_DRAWS}")
+def check_cache(cache: CacheConfig, architecture: Architecture) -> None:
+    """Raise InputError where the teacher has fewer tokens than are to be kept."""
     if cache.method == "top_k" and cache.top_k > architecture.vocab_size:
-        raise InputError(
-            f"cache.top_k={cache.top_k} is more than the teacher's vocab_size={architecture.vocab_size}: 0 keeps all"
-        )
-    key = "distill.temperature" if cache.temperature is None else "cache.temperature"
-    for name, value in {key: temperature, "cache.proposal_temperature": cache.proposal_temperature}.items():
-        check_temperature(value, name)
+        rule = f"is more than the teacher's vocab_size={architecture.vocab_size}"
+        raise InputError("cache.top_k", cache.top_k, rule, "lower it, or set 0 to keep all")
 
 
 def samples_needed(recipe: Recipe) -> int:

@@ -15,7 +15,6 @@ from minitron_mcore.distillation.states.map import check_hidden_states
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import config_of
-from minitron_mcore.importance.config import check_importance
 from minitron_mcore.importance.depth import check_blocks, measured
 from minitron_mcore.importance.multiple_choice import read_questions
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer, fit_tokenizer
@@ -25,13 +24,12 @@ from minitron_mcore.pruning.plan import check_residual
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.stages.common import asked_shape, check_model, check_trained_model, refuse_context, teacher_layout
 from minitron_mcore.stages.correct import check_load
-from minitron_mcore.stages.distill import check_loss, check_top_k
-from minitron_mcore.stages.evaluate import check_evaluate
+from minitron_mcore.stages.distill import check_top_k
 from minitron_mcore.stages.teachers import check_teacher_keys
 from minitron_mcore.stages.train import new_architecture
 from minitron_mcore.training.budget import check_train, plan_timetable
+from minitron_mcore.training.dashboard import check_wandb
 from minitron_mcore.training.learning_rate import check_learning_rate
-from minitron_mcore.training.metrics import check_log
 
 
 def check_road(recipe: Recipe, students: dict[str, StudentConfig], world_size: int, folder: Path) -> None:
@@ -43,13 +41,10 @@ def check_road(recipe: Recipe, students: dict[str, StudentConfig], world_size: i
     teacher_layout(recipe, teacher, world_size)
     check_students(recipe, teacher, students)
     check_text(recipe, teacher, folder)
-    check_log(recipe.log)
-    check_importance(recipe.importance)
+    check_wandb(recipe.log)
     check_blocks(measured(recipe.importance.depth_metrics), recipe.importance.block_lengths, teacher.num_layers)
     if recipe.importance.multiple_choice:
         read_questions(recipe.importance.multiple_choice)
-    check_evaluate(recipe.evaluate)
-    check_loss(recipe.distill)
     check_teacher_keys(recipe)
     if cache := cache_folder(recipe.distill.teacher):
         check_cached(CachedTeacher(cache, recipe.distill.temperature), recipe.distill)

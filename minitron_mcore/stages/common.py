@@ -39,8 +39,8 @@ from minitron_mcore.runtime.parallel import check_teacher_layout, of_teacher, us
 from minitron_mcore.runtime.start import Runtime, seed_everything
 from minitron_mcore.training.budget import SIZES, Timetable, check_train, plan_timetable
 from minitron_mcore.training.config import PhaseConfig, TrainConfig
+from minitron_mcore.training.dashboard import check_wandb
 from minitron_mcore.training.learning_rate import check_continuation, check_learning_rate
-from minitron_mcore.training.metrics import check_log
 from minitron_mcore.training.reader import BatchReader, StepReader, batch_reader, data_order, step_reader
 
 # Keys that may change between a run and its continuation: where and how it runs, not what it computes.
@@ -284,7 +284,7 @@ def read_data(
     Validation is always of `data.sequence_length`. Megatron shuffles all passes over a text at once: for the order of
     `least_samples` samples, which may be more than the budget takes. Every rank calls. Raises InputError.
     """
-    all_or_none(lambda: check_log(recipe.log))
+    all_or_none(lambda: check_wandb(recipe.log))
     timetable = plan_timetable(train, recipe.data.sequence_length, section)
     check_train(train, recipe.parallel, data_group().size(), timetable, section)
     check_learning_rate(train, timetable, section)

@@ -16,14 +16,13 @@ from minitron_mcore.data.dataset import Batch, Dataset, batches_once, build_data
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import write_whole
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import in_calls
-from minitron_mcore.recipe import EvaluateConfig, Recipe
+from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.start import Runtime
@@ -85,16 +84,8 @@ def evaluate_checkpoint(recipe: Recipe, runtime: Runtime, folder: str | Path) ->
     return {**losses, **facts}
 
 
-def check_evaluate(evaluate: EvaluateConfig) -> None:
-    """Raise InputError for numbers that cannot be evaluated with."""
-    for name in ("samples", "micro_batch_size"):
-        if getattr(evaluate, name) < 1:
-            raise InputError(f"evaluate.{name}={getattr(evaluate, name)} must be at least 1")
-
-
 def held_out(recipe: Recipe, tokenizer: Tokenizer) -> Dataset:
     """The validation set: one pass, so that no sequence counts twice; a weighted blend in its proportions."""
-    check_evaluate(recipe.evaluate)
     data, key = recipe.data, "data.train"
     if data.valid is not None:  # then the training text need not be named
         data, key = dataclasses.replace(data, train=data.valid), "data.valid"

@@ -72,12 +72,6 @@ def check_steps(recipe: Recipe, teacher: Architecture, students: dict[str, Stude
             check_residual(before, after, config.head_residual, config.residual_matrices)
     if config.steps > 1 and recipe.plan:
         raise InputError(f"plan={recipe.plan} is of one step, but prune.steps={config.steps}: leave one of them out")
-    if config.step_tokens < 0:
-        raise InputError(f"prune.step_tokens={config.step_tokens} must be at least 0")
-    if config.step_tokens and config.steps == 1:
-        raise InputError(
-            f"prune.step_tokens={config.step_tokens} trains between steps, but there is one: raise prune.steps"
-        )
     if config.step_tokens:
         training = dataclasses.replace(recipe.distill, tokens=config.step_tokens, phases=[])
         timetable = plan_timetable(training, recipe.data.sequence_length, "distill")

@@ -11,7 +11,6 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.pruning.plan import TARGETS, PruningPlan, check_same_model, make_plan, save_plan
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.layouts import check_parallel
 from minitron_mcore.runtime.start import Runtime
 
 
@@ -20,7 +19,6 @@ def run(recipe: Recipe, runtime: Runtime) -> PruningPlan:
     if not recipe.plan:
         raise InputError("plan is not given: name the file to write, as in plan=plan.json")
     check_file(recipe.plan, "plan")
-    check_parallel(recipe.parallel)
     teacher = None
     if recipe.teacher.checkpoint:
         teacher = read_architecture(find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0])

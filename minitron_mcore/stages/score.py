@@ -22,7 +22,6 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance import magnitude
 from minitron_mcore.importance.baselines import random_scores
-from minitron_mcore.importance.config import check_importance
 from minitron_mcore.importance.score import score_model
 from minitron_mcore.importance.scores import Scores, load_scores, save_scores, tolerance_of
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
@@ -45,7 +44,6 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     """Write `scores` and return its path; a file made in the same way stays as it is. Every rank calls."""
     lay_out(recipe, runtime)
     importance = recipe.importance
-    check_importance(importance)
     folder, iteration = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")
     architecture = read_architecture(folder)
     check_model(architecture, recipe, reads_text=importance.method == "activation")

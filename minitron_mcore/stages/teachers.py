@@ -30,7 +30,7 @@ from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.cache import identity
 from minitron_mcore.stages.cached import lineage_of, open_cache
 from minitron_mcore.stages.common import describe_trained, output_folder, refuse_other_run, teacher_layout
-from minitron_mcore.training.budget import Timetable, check_numbers, plan_timetable
+from minitron_mcore.training.budget import Timetable, plan_timetable
 from minitron_mcore.training.learning_rate import check_learning_rate
 from minitron_mcore.training.teaching import TrainedTeacher
 
@@ -160,7 +160,6 @@ def check_teacher_keys(recipe: Recipe) -> None:
                 f"{setting} does not go with distill.correct_teacher=true, which trains the teacher beside the student "
                 "in its layout and for its tokens: leave one of the two out"
             )
-    check_numbers(recipe.correct, "correct")
     timetable = plan_timetable(recipe.distill, recipe.data.sequence_length, "distill")
     correct = dataclasses.replace(recipe.correct, tokens=recipe.distill.tokens)
     check_learning_rate(correct, timetable, "correct", budget="distill")

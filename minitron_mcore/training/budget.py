@@ -17,28 +17,6 @@ from minitron_mcore.training.config import PhaseConfig, TrainConfig
 
 SIZES = ("sequence_length", "global_batch_size", "micro_batch_size")
 
-# The least that each number of the section may be.
-LEAST = {
-    "global_batch_size": 1,
-    "micro_batch_size": 1,
-    "loss_chunk_tokens": 1,
-    "recompute_num_layers": 1,
-    "max_skipped_iterations": 1,
-    "lr_warmup_iters": 0,
-    "lr_warmup_tokens": 0,
-    "lr_wsd_decay_tokens": 0,
-    "eval_interval": 0,
-    "eval_iters": 0,
-    "save_interval": 0,
-    "lr": 0,
-    "min_lr": 0,
-    "weight_decay": 0,
-    "adam_beta1": 0,
-    "adam_beta2": 0,
-    "adam_eps": 1e-30,  # at 0, or what fp32 rounds to 0, a weight without a gradient becomes 0 / 0
-    "clip_grad": 0,
-}
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -151,7 +129,8 @@ def plan_timetable(train: TrainConfig, sequence_length: int, section: str) -> Ti
     sequence_length: `data.sequence_length`, for phases that name none. A phase reads the dataset of its own length from
     the sample on that the tokens before it correspond to, rounded up. Raises InputError naming keys of `section`.
     """
-    _check_numbers(train, sequence_length, section)
+    if train.tokens < 1:
+        raise InputError(f"{section}.tokens", train.tokens, "must be at least 1", "it is the budget of training tokens")
     stretches: list[Stretch] = []
     here = Step(Shape(0, sequence_length, 0, 0), 0, 0, 0, 0)
     for end, shape in _phases(train, sequence_length, section):
@@ -164,15 +143,12 @@ def plan_timetable(train: TrainConfig, sequence_length: int, section: str) -> Ti
                 here = _with_shape(stretches[-1].end, shape)
         iterations = -(-(end - here.tokens_before) // shape.tokens)
         if iterations < 1 and shape.phase == 0:
-            raise InputError(
-                f"{section}.rampup_batch_size={train.rampup_batch_size} takes {here.tokens_before} tokens, and the "
-                f"first phase has {end}: the batch size must have grown before it ends"
-            )
+            rule = f"takes {here.tokens_before} tokens, but the first phase has {end}"
+            remedy = "make the batch size grow faster, or the phase longer"
+            raise InputError(f"{section}.rampup_batch_size", train.rampup_batch_size, rule, remedy)
         if iterations < 1:
-            raise InputError(
-                f"{section}.phases[{shape.phase}] has no iteration: the phases before it reach {here.tokens_before} "
-                f"tokens in whole global batches, and it ends at {end}; give it more"
-            )
+            rule = f"has no iteration: the phases before it reach {here.tokens_before} tokens in whole global batches"
+            raise InputError(f"{section}.phases[{shape.phase}]", None, f"{rule}, and it ends at {end}", "give it more")
         stretches.append(Stretch(here, iterations))
         here = stretches[-1].end
     return Timetable(tuple(stretches))
@@ -184,14 +160,10 @@ def _with_shape(step: Step, shape: Shape) -> Step:
 
 def ramp(rampup: list[int], global_batch_size: int, section: str) -> Iterator[tuple[int, int]]:
     """(batch size, iterations) until `global_batch_size` is reached, by Megatron's rule. Raises InputError."""
-    key = f"{section}.rampup_batch_size={rampup}"
-    if len(rampup) != 3 or any(number < 1 for number in rampup):
-        raise InputError(f"{key} must be three numbers of at least 1: first batch size, increment, samples")
     start, increment, samples = rampup
     if start >= global_batch_size or (global_batch_size - start) % increment:
-        raise InputError(
-            f"{key} must grow from {start} to the global batch size {global_batch_size} in whole steps of {increment}"
-        )
+        rule = f"must grow from {start} to the global batch size {global_batch_size} in whole steps of {increment}"
+        raise InputError(f"{section}.rampup_batch_size", rampup, rule, "change one of the three")
     samples_per_increment = samples / ((global_batch_size - start) // increment)
 
     def size_after(consumed: int) -> int:
@@ -219,48 +191,14 @@ def _phases(train: TrainConfig, sequence_length: int, section: str) -> list[tupl
         return [(train.tokens, own)]
     phases, end = [], 0
     for number, phase in enumerate(train.phases):
-        key = f"{section}.phases[{number}]"
-        values = {}
-        for name in SIZES:
-            given = getattr(phase, name)
-            values[name] = getattr(own, name) if given is None else given
-            if values[name] < 1:
-                raise InputError(f"{key}.{name}={given} must be at least 1")
-        if phase.tokens is not None and phase.tokens < 1:
-            raise InputError(f"{key}.tokens={phase.tokens} must be at least 1")
-        is_last = number == len(train.phases) - 1
-        if phase.tokens is None and not is_last:
-            raise InputError(f"{key}.tokens is not given: only the last phase may leave it out, for what is left")
+        given = {name: getattr(phase, name) for name in SIZES}
+        values = {name: getattr(own, name) if value is None else value for name, value in given.items()}
         end = train.tokens if phase.tokens is None else end + phase.tokens
         phases.append((end, Shape(number, **values)))
     if end != train.tokens:
-        raise InputError(
-            f"{section}.phases have {end} tokens together and {section}.tokens={train.tokens}: make them equal, or "
-            "leave the last phase's tokens out"
-        )
+        rule = f"have {end} tokens together, but {section}.tokens={train.tokens}"
+        raise InputError(f"{section}.phases", None, rule, "make them equal, or leave the last phase's tokens out")
     return phases
-
-
-def _check_numbers(train: TrainConfig, sequence_length: int, section: str) -> None:
-    if sequence_length < 1:
-        raise InputError(f"data.sequence_length={sequence_length} must be at least 1")
-    if train.tokens < 1:
-        raise InputError(f"{section}.tokens={train.tokens} must be at least 1: it is the budget of training tokens")
-    check_numbers(train, section)
-
-
-def check_numbers(train: TrainConfig, section: str) -> None:
-    """Raise InputError for numbers of `section` that are wrong whatever the budget."""
-    for name, least in LEAST.items():
-        value = getattr(train, name)
-        if value is not None and not least <= value < math.inf:
-            words = "finite and at least" if isinstance(value, float) else "at least"
-            raise InputError(f"{section}.{name}={value} must be {words} {least}")
-    if train.min_lr > train.lr:
-        raise InputError(f"{section}.min_lr={train.min_lr} must lie between 0 and {section}.lr={train.lr}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if getattr(train, name) >= 1:
-            raise InputError(f"{section}.{name}={getattr(train, name)} must be below 1")
 
 
 def check_train(
@@ -269,37 +207,32 @@ def check_train(
     """Raise InputError for numbers that cannot be trained with, in any phase, or at any size of the ramp-up."""
     # Validation runs with the section's own sizes, whatever the phases'.
     own = Shape(0, 1, train.global_batch_size, train.micro_batch_size)
-    batch_key, micro_key = f"{section}.global_batch_size={own.global_batch_size}", f"{section}.micro_batch_size"
-    _check_shape(own, batch_key, micro_key, parallel, data_parallel)
+    _check_shape(own, {name: f"{section}.{name}" for name in SIZES}, train, parallel, data_parallel)
     for stretch in timetable.stretches:
         shape = stretch.first.shape
-        keys = size_keys(train, shape, section)
-        _check_shape(shape, keys["global_batch_size"], keys["micro_batch_size"], parallel, data_parallel)
+        _check_shape(shape, size_keys(train, shape, section), train, parallel, data_parallel)
 
 
 def size_keys(train: TrainConfig, shape: Shape, section: str) -> dict[str, str]:
-    """Where the recipe gives a shape's batch size, with its value, and its micro-batch size."""
+    """Where the recipe gives a shape's batch size, and its micro-batch size."""
     phase = train.phases[shape.phase] if train.phases else PhaseConfig()
     inner = f"{section}.phases[{shape.phase}]"
-    wheres = {name: section if getattr(phase, name) is None else inner for name in SIZES}
-    size = f"{wheres['global_batch_size']}.global_batch_size={shape.global_batch_size}"
+    keys = {name: f"{section if getattr(phase, name) is None else inner}.{name}" for name in SIZES}
     if shape.global_batch_size != (phase.global_batch_size or train.global_batch_size):
-        passed = shape.global_batch_size
-        size = f"{section}.rampup_batch_size={train.rampup_batch_size} passes a batch size of {passed}, which"
-    return {"global_batch_size": size, "micro_batch_size": f"{wheres['micro_batch_size']}.micro_batch_size"}
+        keys["global_batch_size"] = f"{section}.rampup_batch_size"
+    return keys
 
 
-def _check_shape(shape: Shape, batch_key: str, micro_key: str, parallel: ParallelConfig, data_parallel: int) -> None:
-    """Whole microbatches on every data-parallel rank, as many as the interleaved schedule needs."""
-    share = shape.micro_batch_size * data_parallel
-    if shape.global_batch_size % share:
-        raise InputError(
-            f"{batch_key} is no multiple of {micro_key}="
-            f"{shape.micro_batch_size} x {data_parallel} data-parallel ranks = {share}"
-        )
-    microbatches = shape.global_batch_size // share
+def _check_shape(shape: Shape, keys: dict[str, str], train: TrainConfig, parallel: ParallelConfig, data: int) -> None:
+    """Whole microbatches on each of `data` data-parallel ranks, as many as the interleaved schedule needs."""
+    share, key, value, subject = shape.micro_batch_size * data, keys["global_batch_size"], shape.global_batch_size, ""
+    if key.endswith(".rampup_batch_size"):
+        subject = f"passes a batch size of {value}, which "
+    given = train.rampup_batch_size if subject else value
+    if value % share:
+        ranks = f"{keys['micro_batch_size']}={shape.micro_batch_size} x {data} data-parallel ranks = {share}"
+        raise InputError(key, given, f"{subject}is no multiple of {ranks}", "change one of them")
+    microbatches = value // share
     if parallel.virtual_pipeline and microbatches % parallel.pipeline:
-        raise InputError(
-            f"{batch_key} makes {microbatches} microbatches, which the "
-            f"interleaved schedule needs to be a multiple of parallel.pipeline={parallel.pipeline}"
-        )
+        rule = f"{subject}makes {microbatches} microbatches, no multiple of parallel.pipeline={parallel.pipeline}"
+        raise InputError(key, given, rule, "the interleaved schedule needs one: change one of them")

@@ -1,80 +1,133 @@
 """Recipe sections of training; Megatron's names."""
 
-from dataclasses import dataclass, field
-from typing import Optional
+from typing import Annotated, Optional
 
-LR_DECAY_STYLES = ("cosine", "linear", "constant", "WSD")
-LR_WSD_DECAY_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
-RECOMPUTE_GRANULARITIES = ("full", "selective")
-RECOMPUTE_METHODS = ("uniform", "block")
+from pydantic import Field
+
+from minitron_mcore.errors import InputError
+from minitron_mcore.keys import OneOf, PathName, key, refuse_idle, section
+
+_OWN = "null: the section's"
 
 
-@dataclass
+@section
 class PhaseConfig:
     """A part of the token budget with a shape of its own; null: the section's."""
 
-    tokens: Optional[int] = None  # of this phase; null in the last one: what is left of the section's tokens
-    sequence_length: Optional[int] = None
-    global_batch_size: Optional[int] = None
-    micro_batch_size: Optional[int] = None
+    tokens: Optional[int] = key(None, "of this phase; null in the last one: what is left", at_least=1)
+    sequence_length: Optional[int] = key(None, _OWN, at_least=1)
+    global_batch_size: Optional[int] = key(None, _OWN, at_least=1)
+    micro_batch_size: Optional[int] = key(None, _OWN, at_least=1, may_change=True)
 
 
-@dataclass
+@section
 class TrainConfig:
     """Next-token training: from scratch (`model.*`), or onward from a checkpoint (`train.load`)."""
 
-    checkpoint: Optional[str] = None  # folder the checkpoints are written to; a run resumes from it
-    load: Optional[str] = None  # folder the first weights come from; none: random initialisation
-    tokens: int = 0  # budget; the number of iterations follows from it
-    global_batch_size: int = 8  # sequences
-    micro_batch_size: int = 1  # sequences, for each data-parallel rank
-    # [first global batch size, increment, samples over which it grows to global_batch_size]; in the first phase.
-    rampup_batch_size: Optional[list[int]] = None
-    phases: list[PhaseConfig] = field(default_factory=list)  # one after another; none: the section's shape throughout
-    lr: float = 3e-4
-    min_lr: float = 3e-5
-    lr_decay_style: str = "cosine"  # of LR_DECAY_STYLES
-    lr_warmup_iters: int = 0
-    lr_warmup_tokens: int = 0  # in place of lr_warmup_iters
-    lr_wsd_decay_style: str = "exponential"  # of LR_WSD_DECAY_STYLES: how WSD ends
-    lr_wsd_decay_tokens: int = 0  # the last tokens of the budget, over which WSD decays
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    eval_interval: int = 0  # iterations between validations; 0: none on the way
-    eval_iters: int = 4  # global batches a validation
-    # Iterations between checkpoints, all of which stay; 0: one at the end. null: a tenth of the run, at most 500, each
-    # checkpoint in place of the one before.
-    save_interval: Optional[int] = None
-    loss_chunk_tokens: Optional[int] = None  # tokens whose logits exist at a time; null: a 16th, at least 128
-    recompute_granularity: Optional[str] = None  # full: whole layers; selective: their MLPs; null: nothing
-    recompute_method: Optional[str] = None  # of full: uniform (its default) or block (model/recompute.py)
-    recompute_num_layers: Optional[int] = None  # of full: layers in a row (1), or in all of a chunk for block
-    max_skipped_iterations: int = 5  # in a row, without a step since the loss or gradients are NaN; so many end the run
+    checkpoint: Optional[PathName] = key(
+        None, "folder the checkpoints are written to; a run resumes from it", may_change=True
+    )
+    load: Optional[PathName] = key(None, "folder the first weights come from; null: random initialisation")
+    tokens: int = key(0, "budget; the number of iterations follows from it", at_least=0, budget=True)
+    global_batch_size: int = key(8, "sequences of an iteration", at_least=1)
+    micro_batch_size: int = key(1, "sequences at a time, on each data-parallel rank", at_least=1, may_change=True)
+    rampup_batch_size: Optional[list[Annotated[int, Field(ge=1)]]] = key(
+        None,
+        "[first global batch size, increment, samples over which it grows to global_batch_size]; in the first phase",
+    )
+    phases: list[PhaseConfig] = key(
+        [], "parts of the budget, one after another; none: the section's shape throughout", budget=True
+    )
+    lr: float = key(3e-4, "peak learning rate", at_least=0)
+    min_lr: float = key(3e-5, "learning rate at the end", at_least=0)
+    lr_decay_style: Annotated[str, OneOf("cosine", "linear", "constant", "WSD")] = key(
+        "cosine", "how the learning rate decays"
+    )
+    lr_warmup_iters: int = key(0, "iterations over which the learning rate grows", at_least=0)
+    lr_warmup_tokens: int = key(0, "the same in tokens", at_least=0)
+    lr_wsd_decay_style: Annotated[str, OneOf("exponential", "linear", "cosine", "minus_sqrt")] = key(
+        "exponential", "how WSD ends"
+    )
+    lr_wsd_decay_tokens: int = key(0, "the last tokens of the budget, over which WSD decays", at_least=0, budget=True)
+    weight_decay: float = key(0.1, "of the matrices", at_least=0)
+    adam_beta1: float = key(0.9, "of Adam's mean", at_least=0, below=1)
+    adam_beta2: float = key(0.95, "of Adam's variance", at_least=0, below=1)
+    # At 0, or what fp32 rounds to 0, a weight without a gradient becomes 0 / 0.
+    adam_eps: float = key(1e-8, "added to Adam's denominator", at_least=1e-30)
+    clip_grad: float = key(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
+    eval_interval: int = key(0, "iterations between validations; 0: none on the way", at_least=0, may_change=True)
+    eval_iters: int = key(4, "global batches of a validation", at_least=0, may_change=True)
+    save_interval: Optional[int] = key(
+        None,
+        "iterations between checkpoints, all of which stay; 0: one at the end; null: a tenth of the run, at most 500, "
+        "each checkpoint in place of the one before",
+        at_least=0,
+        may_change=True,
+    )
+    loss_chunk_tokens: Optional[int] = key(
+        None, "tokens whose logits exist at a time; null: a 16th, at least 128", at_least=1, may_change=True
+    )
+    recompute_granularity: Optional[Annotated[str, OneOf("full", "selective")]] = key(
+        None, "full: whole layers; selective: their MLPs; null: nothing", may_change=True
+    )
+    recompute_method: Optional[Annotated[str, OneOf("uniform", "block")]] = key(
+        None, "of full; null: uniform (model/recompute.py)", may_change=True
+    )
+    recompute_num_layers: Optional[int] = key(
+        None, "of full: layers in a row (1), or in all of a chunk for block", at_least=1, may_change=True
+    )
+    max_skipped_iterations: int = key(
+        5, "in a row, without a step because the loss or gradients are NaN, end the run", at_least=1, may_change=True
+    )
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise InputError("min_lr", self.min_lr, f"must lie between 0 and lr={self.lr}", "lower it, or raise lr")
+        if self.lr_warmup_iters and self.lr_warmup_tokens:
+            rule = f"and lr_warmup_tokens={self.lr_warmup_tokens} both give the warm-up"
+            raise InputError("lr_warmup_iters", self.lr_warmup_iters, rule, "leave one of them out")
+        if self.lr_decay_style != "WSD":
+            idle = {"lr_wsd_decay_tokens": f"with lr_decay_style={self.lr_decay_style}"}
+            refuse_idle(self, idle, "leave it out, or set lr_decay_style=WSD")
+        if self.recompute_granularity != "full":
+            words = (
+                f"with recompute_granularity={self.recompute_granularity or 'null'}, which recomputes no whole layer"
+            )
+            idle = dict.fromkeys(("recompute_method", "recompute_num_layers"), words)
+            refuse_idle(self, idle, "leave it out, or set recompute_granularity=full")
+        if self.rampup_batch_size is not None and len(self.rampup_batch_size) != 3:
+            rule = "must be three numbers: first batch size, increment, samples"
+            raise InputError("rampup_batch_size", self.rampup_batch_size, rule, "as in [8,8,1000]")
+        for number, phase in enumerate(self.phases[:-1]):
+            if phase.tokens is None:
+                remedy = "only the last phase may leave it out, for what is left"
+                raise InputError(f"phases[{number}].tokens", None, "is missing", remedy)
 
 
-@dataclass
+@section
 class CorrectConfig(TrainConfig):
     """Teacher correction. The papers: about as many tokens as the distillation, 120 iterations of warm-up, a fifth of
     the teacher's own peak learning rate (arXiv 2408.11796, section 4); the rate here is a fifth of `train`'s default.
     """
 
-    lr: float = 6e-5
-    min_lr: float = 6e-6
+    lr: float = key(6e-5, "peak learning rate", at_least=0)
+    min_lr: float = key(6e-6, "learning rate at the end", at_least=0)
 
 
-@dataclass
+@section
 class LogConfig:
     """Where metrics go. JSONL and the console always; TensorBoard and Weights & Biases by key."""
 
-    interval: int = 10  # iterations between lines on the console; files and dashboards get every iteration
-    console: str = "short"  # full: every number that metrics.jsonl has, and the parts of an iteration's time
-    timing_log_level: int = 0  # Megatron's: 0 large parts of a step, 1 collectives too, 2 every microbatch
-    peak_tflops: Optional[float] = None  # of a device, for the MFU; null: by the device's name, in bf16
-    tensorboard: bool = True
-    wandb: str = (
-        "disabled"  # online uploads, offline writes for `wandb sync`; auto: online when logged in, else offline
+    interval: int = key(10, "iterations between lines on the console; files get every iteration", at_least=1)
+    console: Annotated[str, OneOf("short", "full")] = key(
+        "short", "full: every number that metrics.jsonl has, and the parts of an iteration's time"
     )
-    wandb_project: str = "minitron"
+    timing_log_level: int = key(
+        0, "Megatron's: 0 large parts of a step, 1 collectives too, 2 every microbatch", at_least=0, at_most=2
+    )
+    peak_tflops: Optional[float] = key(None, "of a device, for the MFU; null: by the device's name, in bf16", above=0)
+    tensorboard: bool = key(True, "write TensorBoard's files")
+    wandb: Annotated[str, OneOf("auto", "online", "offline", "disabled")] = key(
+        "disabled", "online uploads; offline writes for `wandb sync`; auto: online when logged in, else offline"
+    )
+    wandb_project: str = key("minitron", "the project on Weights & Biases")

@@ -32,31 +32,17 @@ def check_learning_rate(train: TrainConfig, timetable: Timetable, section: str, 
     budget: the section that `timetable`, and so `train.tokens`, is of; None: `section` itself.
     """
     tokens = f"{budget or section}.tokens={train.tokens}"
-    if train.lr_warmup_iters and train.lr_warmup_tokens:
-        raise InputError(
-            f"{section}.lr_warmup_iters={train.lr_warmup_iters} and {section}.lr_warmup_tokens="
-            f"{train.lr_warmup_tokens} both give the warm-up: leave one of them out"
-        )
     if train.lr_warmup_iters >= timetable.iterations:
-        raise InputError(
-            f"{section}.lr_warmup_iters={train.lr_warmup_iters} must be less than the {timetable.iterations} "
-            f"iterations of {tokens}"
-        )
+        rule = f"must be less than the {timetable.iterations} iterations of {tokens}"
+        raise InputError(f"{section}.lr_warmup_iters", train.lr_warmup_iters, rule, "lower it")
     if train.lr_warmup_tokens >= timetable.tokens:
-        raise InputError(f"{section}.lr_warmup_tokens={train.lr_warmup_tokens} must be less than {tokens}")
-    if train.lr_decay_style != "WSD":
-        if train.lr_wsd_decay_tokens:
-            raise InputError(
-                f"{section}.lr_wsd_decay_tokens={train.lr_wsd_decay_tokens} is for {section}.lr_decay_style=WSD, which "
-                f"is {train.lr_decay_style}: leave it out"
-            )
-        return
-    most = timetable.tokens - warmup_tokens(train, timetable)
-    if not 1 <= train.lr_wsd_decay_tokens <= most:
         raise InputError(
-            f"{section}.lr_wsd_decay_tokens={train.lr_wsd_decay_tokens} must lie between 1 and the {most} tokens after "
-            "the warm-up"
+            f"{section}.lr_warmup_tokens", train.lr_warmup_tokens, f"must be less than {tokens}", "lower it"
         )
+    most = timetable.tokens - warmup_tokens(train, timetable)
+    if train.lr_decay_style == "WSD" and not 1 <= train.lr_wsd_decay_tokens <= most:
+        rule = f"must lie between 1 and the {most} tokens after the warm-up"
+        raise InputError(f"{section}.lr_wsd_decay_tokens", train.lr_wsd_decay_tokens, rule, "set it, or lower it")
 
 
 def check_continuation(
@@ -72,30 +58,28 @@ def check_continuation(
     )
     done = timetable.at(iteration).tokens_before
     if planned.tokens < done:
-        raise InputError(
-            f"{section}.tokens={other.tokens} is less than the {done} that {section}.checkpoint={other.checkpoint} has "
-            "been trained on: give as many or more"
-        )
+        rule = f"is less than the {done} that {section}.checkpoint={other.checkpoint} has been trained on"
+        raise InputError(f"{section}.tokens", other.tokens, rule, "give as many or more")
     if planned.iterations < iteration or _shapes(timetable, iteration) != _shapes(planned, iteration):
-        raise InputError(
-            f"{section}.checkpoint={other.checkpoint} holds a run of {iteration} iterations with other batch sizes or "
-            f"sequence lengths than {section}.tokens={other.tokens} and {section}.phases give: only what comes after "
-            f"its {done} tokens may change"
+        rule = (
+            f"holds a run of {iteration} iterations with other batch sizes or sequence lengths than {section}.tokens="
         )
+        remedy = f"change only what comes after its {done} tokens"
+        rule += f"{other.tokens} and {section}.phases give"
+        raise InputError(f"{section}.checkpoint", other.checkpoint, rule, remedy)
     start = min(decay_start(train, timetable), decay_start(other, planned))
     warm = [warmup_tokens(config, plan) for config, plan in ((train, timetable), (other, planned))]
     if warm[0] != warm[1]:
-        raise InputError(
-            f"{section}.lr_warmup_iters={train.lr_warmup_iters} would end after {warm[1]} tokens with the new budget "
-            f"and phases, and so far it was to end after {warm[0]}: change only what comes after it"
-        )
+        rule = f"would end after {warm[1]} tokens with the new budget and phases, not after {warm[0]} as before"
+        raise InputError(f"{section}.lr_warmup_iters", train.lr_warmup_iters, rule, "change only what comes after it")
     same_end = (timetable.tokens, train.lr_wsd_decay_tokens) == (planned.tokens, other.lr_wsd_decay_tokens)
     if done > start and not same_end:
-        raise InputError(
-            f"{section}.tokens cannot change from {train.tokens} to {other.tokens} at {done} tokens: the learning rate "
-            f"({section}.lr_decay_style={train.lr_decay_style}) has been going towards the old budget's end; a "
-            "constant one can go on, and WSD before its decay"
+        rule = (
+            f"cannot replace {section}.tokens={train.tokens} after {done} tokens, because the learning rate "
+            f"({section}.lr_decay_style={train.lr_decay_style}) already decays towards the old budget's end"
         )
+        remedy = "keep the old budget; a constant rate can go on, and WSD before its decay"
+        raise InputError(f"{section}.tokens", other.tokens, rule, remedy)
 
 
 def _shapes(timetable: Timetable, iteration: int) -> list[tuple[int, int, int]]:

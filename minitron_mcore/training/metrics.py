@@ -13,22 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.errors import InputError
 from minitron_mcore.training.config import LogConfig
 from minitron_mcore.training.console import train_line, validation_line
-from minitron_mcore.training.dashboard import Dashboard, check_wandb
+from minitron_mcore.training.dashboard import Dashboard
 from minitron_mcore.training.history import cut_back
-
-
-def check_log(log: LogConfig) -> None:
-    """Raise InputError for a section `log` that cannot be followed. Any rank calls."""
-    if log.interval < 1:
-        raise InputError(f"log.interval={log.interval} must be at least 1 iteration between two lines")
-    if log.timing_log_level not in (0, 1, 2):
-        raise InputError(f"log.timing_log_level={log.timing_log_level} must be 0, 1 or 2, as Megatron's")
-    if log.peak_tflops is not None and not 0 < log.peak_tflops < math.inf:
-        raise InputError(f"log.peak_tflops={log.peak_tflops} must be finite and above 0")
-    check_wandb(log)
 
 
 class MetricsLog:

@@ -173,8 +173,8 @@ def refusals(folder: Path) -> dict[str, str]:
 def test_what_cannot_be_is_said_in_a_sentence(tmp_path: Path) -> None:
     said = run_on_ranks(refusals, 1, tmp_path)[0]
     expected = {
-        "aggregation": "importance.batch_aggregation='max' is not allowed: choose one of mean, l2, var",
-        "method": "importance.method='guess' is not allowed: choose one of activation, magnitude, random",
+        "aggregation": "batch_aggregation=max must be one of mean, l2, var",
+        "method": "method=guess must be one of activation, magnitude, random",
         "empty": "batches is empty",
         "floats": "batches[0] is torch.float32 (2, 4): token ids as an int64 tensor [b, s] are needed",
         "shape": "batches[1] has shape (3, 16) after ones of (2, 16)",

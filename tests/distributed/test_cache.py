@@ -207,8 +207,8 @@ def test_refusals(root: Path, shown: dict[str, tuple[str, str]]) -> None:
             "cache.method=top_k",
             "cache.top_k=1004",
         ],
-        "cache.top_k=10 tells nothing to cache.method=sampled": ["cache.folder=@/new", "cache.top_k=10"],
-        "cache.draws=12 tells nothing to cache.method=top_k": [
+        "cache.top_k=10 has no effect with cache.method=sampled": ["cache.folder=@/new", "cache.top_k=10"],
+        "cache.draws=12 has no effect with cache.method=top_k": [
             "cache.folder=@/new",
             "cache.method=top_k",
             "cache.draws=12",

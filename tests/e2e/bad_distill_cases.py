@@ -19,8 +19,8 @@ DISTILL: list[Case] = [
     ),
     ("distill", ["distill.checkpoint=@/student"], "is the student's or the teacher's own folder"),
     ("distill", ["distill.checkpoint=@/teacher"], "is the student's or the teacher's own folder"),
-    ("distill", ["teacher.parallel.sequence=true"], "teacher.parallel.sequence=true shards the sequence over"),
-    ("distill", ["teacher.precision=fp16"], "teacher.precision='fp16' is not allowed: choose one of fp32, bf16, fp8"),
+    ("distill", ["teacher.parallel.sequence=true"], "teacher.parallel.sequence=true cuts the sequence over"),
+    ("distill", ["teacher.precision=fp16"], "teacher.precision=fp16 must be one of fp32, bf16, fp8"),
     ("distill", ["teacher.precision=fp8"], "teacher.precision=fp8 needs Transformer Engine and a CUDA device"),
     ("distill", ["distill.temperature=0"], "distill.temperature=0.0 must lie between 0.001 and 100"),
     ("distill", ["distill.temperature=1e4"], "distill.temperature=10000.0 must lie between 0.001 and 100"),
@@ -40,20 +40,24 @@ DISTILL: list[Case] = [
     (
         "distill",
         ["distill.hidden_states.weight=2"],
-        "distill.hidden_states.weight=2.0 tells nothing without distill.hidden_states.sites: leave it out, or name",
+        "distill.hidden_states.weight=2.0 has no effect without distill.hidden_states.sites: leave it out, or name",
     ),
     (
         "distill",
         ["distill.jensen_shannon_mix=0.3"],
-        "distill.jensen_shannon_mix=0.3 tells nothing to distill.logit_loss=forward_kl: leave it out, or set",
+        "distill.jensen_shannon_mix=0.3 has no effect with distill.logit_loss=forward_kl: leave it out, or set",
     ),
     ("distill", ["distill.kd_weight=-1"], "distill.kd_weight=-1.0 must be finite and at least 0"),
-    ("distill", ["distill.kd_weight=0"], "leave no loss to train on"),
-    ("distill", ["distill.hidden_states.sites=[logits]"], "distill.hidden_states.sites holds 'logits': it takes"),
+    ("distill", ["distill.kd_weight=0"], "leave no loss for the output head"),
+    (
+        "distill",
+        ["distill.hidden_states.sites=[logits]"],
+        "distill.hidden_states.sites[0]=logits must be one of embedding",
+    ),
     (
         "distill",
         ["distill.hidden_states.loss=kl"],
-        "distill.hidden_states.loss='kl' is not allowed: choose one of mse, cosine",
+        "distill.hidden_states.loss=kl must be one of mse, cosine",
     ),
     (
         "distill",
@@ -63,14 +67,14 @@ DISTILL: list[Case] = [
     (
         "distill",
         ["distill.hidden_states.sites=[mlp_input]", "distill.hidden_states.layers=[[1]]"],
-        "distill.hidden_states.layers holds [1]: each entry is a pair",
+        "distill.hidden_states.layers[0]=[1] must be a pair",
     ),
     (
         "distill",
         ["distill.hidden_states.layers=[1,1]"],
-        "distill.hidden_states.layers[0]=1 (on the command line) is not allowed: a list",
+        "distill.hidden_states.layers[0]=1 must be a list",
     ),
-    ("distill", ["distill.jensen_shannon_mix=1"], "distill.jensen_shannon_mix=1.0 must lie between 0 and 1"),
+    ("distill", ["distill.jensen_shannon_mix=1"], "distill.jensen_shannon_mix=1.0 must be above 0 and below 1"),
     (
         "distill",
         ["distill.teacher=cache:@/papers"],
@@ -85,7 +89,7 @@ DISTILL: list[Case] = [
         ("distill", ["distill.correct_teacher=true", "correct.checkpoint=@/new/corrected", wrong], said)
         for wrong, said in (
             ("correct.lr=-1", "correct.lr=-1.0 must be finite and at least 0"),
-            ("correct.min_lr=1", "correct.min_lr=1.0 must lie between 0 and correct.lr"),
+            ("correct.min_lr=1", "correct.min_lr=1.0 must lie between 0 and lr="),
             (
                 "correct.lr_warmup_iters=9",
                 "correct.lr_warmup_iters=9 must be less than the 1 iterations of distill.tokens",
@@ -94,7 +98,11 @@ DISTILL: list[Case] = [
             ("distill.checkpoint=@/new/corrected", "corrected is distill.checkpoint's own folder: name another"),
         )
     ),
-    ("run", ["distill.correct_teacher=true", "correct.adam_beta1=1"], "correct.adam_beta1=1.0 must be below 1"),
+    (
+        "run",
+        ["distill.correct_teacher=true", "correct.adam_beta1=1"],
+        "correct.adam_beta1=1.0 must be at least 0 and below 1",
+    ),
     ("run", ["correct.tokens=64", "correct.load=@/student"], "correct.load=@/student is not read"),
     ("run", ["distill.teacher=cache:@/papers"], "distill.teacher=cache:@/papers holds no teacher's targets"),
     (

@@ -106,21 +106,19 @@ def test_a_long_budget_is_not_walked() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"rampup_batch_size": [2, 2]}, "train.rampup_batch_size=[2, 2] must be three numbers of at least 1"),
-        ({"rampup_batch_size": [2, 0, 9]}, "train.rampup_batch_size=[2, 0, 9] must be three numbers of at least 1"),
+        ({"rampup_batch_size": [2, 2]}, "rampup_batch_size=[2, 2] must be three numbers: first"),
+        ({"rampup_batch_size": [2, 0, 9]}, "rampup_batch_size[1]=0 must be at least 1"),
         ({"rampup_batch_size": [2, 4, 9]}, "train.rampup_batch_size=[2, 4, 9] must grow from 2 to the global batch"),
         ({"rampup_batch_size": [8, 2, 9]}, "train.rampup_batch_size=[8, 2, 9] must grow from 8 to the global batch"),
         ({"rampup_batch_size": [2, 2, 90]}, "train.rampup_batch_size=[2, 2, 90] takes"),
-        ({"phases": [PhaseConfig(), PhaseConfig()]}, "train.phases[0].tokens is not given: only the last phase may"),
-        ({"phases": [PhaseConfig(400)]}, "train.phases have 400 tokens together and train.tokens=1000: make them"),
-        ({"phases": [PhaseConfig(0), PhaseConfig()]}, "train.phases[0].tokens=0 must be at least 1"),
-        ({"phases": [PhaseConfig(9, 0), PhaseConfig()]}, "train.phases[0].sequence_length=0 must be at least 1"),
+        ({"phases": [PhaseConfig(), PhaseConfig()]}, "phases[0].tokens is missing: only the last phase may"),
+        ({"phases": [PhaseConfig(400)]}, "train.phases have 400 tokens together, but train.tokens=1000: make them"),
         (
             {"phases": [PhaseConfig(999), PhaseConfig()]},
             "train.phases[1] has no iteration: the phases before it reach 1024 tokens in whole global batches, and it "
             "ends at 1000",
         ),
-        ({"lr_warmup_tokens": -1}, "train.lr_warmup_tokens=-1 must be at least 0"),
+        ({"lr_warmup_tokens": -1}, "lr_warmup_tokens=-1 must be at least 0"),
     ],
 )
 def test_no_timetable(fields: dict[str, Any], words: str) -> None:
@@ -141,8 +139,8 @@ def test_no_timetable(fields: dict[str, Any], words: str) -> None:
         (
             {"rampup_batch_size": [2, 2, 12]},
             {"pipeline": 2, "virtual_pipeline": 2},
-            "train.rampup_batch_size=[2, 2, 12] passes a batch size of 2, which makes 1 microbatches, which the "
-            "interleaved schedule needs to be a multiple of parallel.pipeline=2",
+            "train.rampup_batch_size=[2, 2, 12] passes a batch size of 2, which makes 1 microbatches, "
+            "no multiple of parallel.pipeline=2: the interleaved schedule needs one",
         ),
         (
             {"phases": [PhaseConfig(500), PhaseConfig(global_batch_size=6)]},

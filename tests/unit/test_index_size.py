@@ -65,7 +65,7 @@ def test_the_disk_must_hold_the_indices(tmp_path: Path, monkeypatch: pytest.Monk
     one, two = (index(tmp_path / name, 10, 1000) for name in ("one", "two"))
     wanted = Wanted(1000, 100, "distill.tokens=100000")  # 100 passes, of 10 documents, or 50 of 20
     for train, bytes_ in ((one, 12 * 1000 + 4 * 1000), ([one, two], 22 * 1000 + 4 * 1000)):
-        data = DataConfig(train=train, **settings)
+        data = DataConfig(train=train, **settings)  # type: ignore[arg-type]
         free(monkeypatch, bytes_)
         assert not told(data, wanted)
         free(monkeypatch, bytes_ - 1)

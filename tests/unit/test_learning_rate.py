@@ -98,10 +98,13 @@ def test_without_phases_as_counted_in_samples(style: str, warmup: int) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"lr_warmup_iters": 2, "lr_warmup_tokens": 80}, "train.lr_warmup_iters=2 and train.lr_warmup_tokens=80 both"),
+        (
+            {"lr_warmup_iters": 2, "lr_warmup_tokens": 80},
+            "lr_warmup_iters=2 and lr_warmup_tokens=80 both give the warm-up",
+        ),
         ({"lr_warmup_iters": 20}, "train.lr_warmup_iters=20 must be less than the 20 iterations of train.tokens=800"),
         ({"lr_warmup_tokens": 800}, "train.lr_warmup_tokens=800 must be less than train.tokens=800"),
-        ({"lr_wsd_decay_tokens": 5}, "train.lr_wsd_decay_tokens=5 is for train.lr_decay_style=WSD, which is cosine"),
+        ({"lr_wsd_decay_tokens": 5}, "lr_wsd_decay_tokens=5 has no effect with lr_decay_style=cosine"),
         ({"lr_decay_style": "WSD"}, "train.lr_wsd_decay_tokens=0 must lie between 1 and the 800 tokens after"),
         (
             {"lr_decay_style": "WSD", "lr_wsd_decay_tokens": 780, "lr_warmup_iters": 1},
@@ -110,8 +113,8 @@ def test_without_phases_as_counted_in_samples(style: str, warmup: int) -> None:
     ],
 )
 def test_schedules_that_do_not_fit(fields: dict[str, Any], words: str) -> None:
-    train = replace(GOOD, **fields)
     with pytest.raises(InputError) as caught:
+        train = replace(GOOD, **fields)
         check_learning_rate(train, plan_timetable(train, LENGTH, "train"), "train")
     assert str(caught.value).startswith(words)
 
@@ -146,17 +149,22 @@ def test_budgets_that_a_run_may_go_on_to(before: TrainConfig, changes: dict[str,
 @pytest.mark.parametrize(
     ("before", "changes", "iteration", "words"),
     [
-        (GOOD, {"tokens": 1600}, 1, "train.tokens cannot change from 800 to 1600 at 40 tokens: the learning rate"),
-        (WSD, {"tokens": 1600}, 16, "train.tokens cannot change from 800 to 1600 at 640 tokens"),
-        (WSD, {"tokens": 700}, 15, "train.tokens cannot change from 800 to 700 at 600 tokens"),
+        (
+            GOOD,
+            {"tokens": 1600},
+            1,
+            "train.tokens=1600 cannot replace train.tokens=800 after 40 tokens, because the",
+        ),
+        (WSD, {"tokens": 1600}, 16, "train.tokens=1600 cannot replace train.tokens=800 after 640 tokens"),
+        (WSD, {"tokens": 700}, 15, "train.tokens=700 cannot replace train.tokens=800 after 600 tokens"),
         (CONSTANT, {"tokens": 400}, 15, "train.tokens=400 is less than the 600 that train.checkpoint=run has"),
         (CONSTANT, {"phases": PHASES}, 11, "train.checkpoint=run holds a run of 11 iterations with other batch sizes"),
         (
             replace(CONSTANT, lr_warmup_iters=12),
             {"phases": PHASES},
             5,
-            "train.lr_warmup_iters=12 would end after 560 tokens with the new budget and phases, and so far it was to "
-            "end after 480",
+            "train.lr_warmup_iters=12 would end after 560 tokens with the new budget and phases, not after 480 as "
+            "before",
         ),
     ],
 )

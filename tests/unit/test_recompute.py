@@ -89,21 +89,19 @@ def test_of_a_section(changes: dict[str, Any], expected: Recompute) -> None:
         (
             {"recompute_method": "block"},
             {},
-            "train.recompute_method=block tells which whole layers are recomputed, and "
-            "train.recompute_granularity=null does so to none: set train.recompute_granularity=full, or "
-            "leave train.recompute_method out",
+            "recompute_method=block has no effect with recompute_granularity=null, which recomputes no whole layer: "
+            "leave it out, or set recompute_granularity=full",
         ),
         (
             {"recompute_granularity": "selective", "recompute_num_layers": 2},
             {},
-            "train.recompute_num_layers=2 tells which whole layers are recomputed, and "
-            "train.recompute_granularity=selective does so to none",
+            "recompute_num_layers=2 has no effect with recompute_granularity=selective",
         ),
         (
             {**FULL, "recompute_num_layers": 3},
             {},
             "train.recompute_num_layers=3 does not divide the 8 layers that a pipeline stage runs at a time, as "
-            "train.recompute_method=uniform needs: choose a divisor, or train.recompute_method=block",
+            "recompute_method=uniform needs: choose a divisor, or set train.recompute_method=block",
         ),
         # 8 layers on 3 stages: 3, 3 and 2.
         (

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from minitron_mcore.errors import InputError
+from minitron_mcore.recipe import MOST_SEED, Recipe
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.layouts import check_layout
-from minitron_mcore.runtime.start import MOST_SEED, seed_everything
+from minitron_mcore.runtime.start import seed_everything
 from minitron_mcore.runtime.timeout import collective_timeout
 from tests.distributed.ranks import run_on_ranks
 
@@ -22,13 +23,13 @@ from tests.distributed.ranks import run_on_ranks
         ({"tensor": 2}, 3, "parallel.tensor=2 x parallel.pipeline=1 = 2 ranks for one copy of the model, but 3 were"),
         ({"tensor": 4, "pipeline": 3}, 8, "parallel.tensor=4 x parallel.pipeline=3 = 12 ranks"),
         ({"tensor": 4, "pipeline": 3}, 8, "start a multiple of 12, or change parallel.*"),
-        ({"tensor": 0}, 1, "parallel.tensor=0 must be at least 1"),
-        ({"pipeline": -2}, 1, "parallel.pipeline=-2 must be at least 1"),
-        ({"context": 0}, 1, "parallel.context=0 must be at least 1"),
+        ({"tensor": 0}, 1, "tensor=0 must be at least 1"),
+        ({"pipeline": -2}, 1, "pipeline=-2 must be at least 1"),
+        ({"context": 0}, 1, "context=0 must be at least 1"),
         ({"context": 2}, 3, "parallel.context=2 = 2 ranks for one copy of the model, but 3 were"),
-        ({"pipeline": 2, "virtual_pipeline": 1}, 2, "parallel.virtual_pipeline=1 must be at least 2 chunks a stage"),
-        ({"virtual_pipeline": 2}, 1, "parallel.virtual_pipeline=2 needs parallel.pipeline of at least 2"),
-        ({"sequence": True}, 1, "parallel.sequence=true shards the sequence over tensor-parallel ranks"),
+        ({"pipeline": 2, "virtual_pipeline": 1}, 2, "virtual_pipeline=1 must be at least 2: leave it out"),
+        ({"virtual_pipeline": 2}, 1, "virtual_pipeline=2 needs pipeline of at least 2"),
+        ({"sequence": True}, 1, "sequence=true cuts the sequence over tensor-parallel ranks, but tensor=1"),
     ],
 )
 def test_impossible_layouts_are_refused(parallel: dict[str, Any], world_size: int, words: str) -> None:
@@ -110,24 +111,21 @@ def test_collectives_wait_as_long_as_is_asked(monkeypatch: pytest.MonkeyPatch) -
             collective_timeout()
 
 
-def seed_and_draw(seeds: list[int]) -> list[str]:
+def seed_and_draw(seeds: list[int]) -> list[float]:
     from minitron_mcore.runtime.parallel import use_layout
     from minitron_mcore.runtime.start import start
 
     start()
     use_layout(ParallelConfig(), 1)
-    told = []
+    drawn = []
     for seed in seeds:
-        try:
-            seed_everything(seed)
-            told.append("")
-        except InputError as error:
-            told.append(str(error))
-    return told
+        seed_everything(seed)
+        drawn.append(float(torch.rand(())))
+    return drawn
 
 
-def test_seeds_that_generators_cannot_take_are_refused() -> None:
-    seeds = [0, MOST_SEED, MOST_SEED + 1, -1, 99999999999999999999]
-    told = run_on_ranks(seed_and_draw, 1, seeds)[0]
-    assert told[:2] == ["", ""]
-    assert told[2:] == [f"seed={seed} must lie between 0 and 9223372036854775807" for seed in seeds[2:]]
+def test_generators_take_every_seed_that_a_recipe_may_have() -> None:
+    assert len(set(run_on_ranks(seed_and_draw, 1, [0, 1234, MOST_SEED])[0])) == 3
+    for seed in (MOST_SEED + 1, -1, 99999999999999999999):
+        with pytest.raises(InputError, match=f"seed={seed} must lie between 0 and 9223372036854775807"):
+            Recipe(seed=seed)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from minitron_mcore.distillation.config import DistillConfig, default_chunk_tokens
+from minitron_mcore.distillation.config import PROBABILISTIC, DistillConfig, default_chunk_tokens
 from minitron_mcore.errors import InputError
 
-PROBABILISTIC = ("forward_kl", "reverse_kl", "jensen_shannon")
 DIVERGENCES = (*PROBABILISTIC, "mse", "cosine")
 
 

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.distillation.config import SITES, HiddenStatesConfig
-from minitron_mcore.distillation.settings import refuse_idle
+from minitron_mcore.distillation.config import HiddenStatesConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 
@@ -51,7 +50,8 @@ def pairs(
     layer of a model that has fewer than three. At equal depth, width pruning, that is one and the same layer. The
     embedding is one pair, whatever `layers`. Raises InputError for a map that the models do not have.
     """
-    chosen = _default_map(student_layers, teacher_layers) if layers is None else _given_map(layers)
+    default = _default_map(student_layers, teacher_layers)
+    chosen = default if layers is None else [(teacher, student) for teacher, student in layers]
     for teacher, student in chosen:
         for model, layer, count in (("teacher", teacher, teacher_layers), ("student", student, student_layers)):
             if not 0 <= layer < count:
@@ -69,21 +69,6 @@ def pairs(
 def _default_map(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
     distance = min(_DEFAULT_DISTANCE, student_layers - 1, teacher_layers - 1)
     return [(teacher_layers - 1 - distance, student_layers - 1 - distance)]
-
-
-def _given_map(layers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    if not layers:
-        raise InputError(f"{KEY}.layers is empty: give pairs [teacher layer, student layer], or null for the default")
-    chosen: list[tuple[int, int]] = []
-    for pair in layers:
-        if len(pair) != 2:
-            raise InputError(
-                f"{KEY}.layers holds {list(pair)}: each entry is a pair [teacher layer, student layer], from 0"
-            )
-        if (teacher_and_student := (int(pair[0]), int(pair[1]))) in chosen:
-            raise InputError(f"{KEY}.layers holds the pair {list(pair)} twice: name each pair once")
-        chosen.append(teacher_and_student)
-    return chosen
 
 
 def needs_projection(sites: Sequence[str], student: Architecture, teacher: Architecture) -> bool:
@@ -121,45 +106,11 @@ def relation_heads(wanted: int, student: Architecture, teacher: Architecture, te
     return heads
 
 
-def check_section(config: HiddenStatesConfig) -> None:
-    """Raise InputError, naming the key, for a section `distill.hidden_states` that no two models can follow."""
-    for index, site in enumerate(config.sites):
-        if site not in SITES:
-            raise InputError(f"{KEY}.sites holds {site!r}: it takes {', '.join(SITES)}")
-        if site in config.sites[:index]:
-            raise InputError(f"{KEY}.sites holds {site} twice: name each site once")
-    if not 0 <= config.weight < math.inf:
-        raise InputError(f"{KEY}.weight={config.weight} must be finite and at least 0")
-    if config.relation_heads < 0:
-        raise InputError(f"{KEY}.relation_heads={config.relation_heads} must be at least 1, or 0 for the default")
-
-
-def check_idle(config: HiddenStatesConfig) -> None:
-    """Raise InputError for keys of the section that do nothing at its sites."""
-    refuse_idle(config, KEY, idle_keys(config.sites))
-
-
-def idle_keys(sites: Sequence[str]) -> dict[str, str]:
-    """The keys of the section that do nothing at `sites`, and why, for `refuse_idle`."""
-    if not sites:
-        words = f"without {KEY}.sites: leave it out, or name the sites that are compared"
-        return dict.fromkeys(("layers", "loss", "relation_heads", "weighting", "weight"), words)
-    where, idle = f"to {KEY}.sites=[{', '.join(sites)}]", {}
-    if "attention_relation" not in sites:
-        idle["relation_heads"] = f"{where}: leave it out, or add attention_relation"
-    elif len(sites) == 1:
-        idle["loss"] = f"{where}, which are always compared by KL: leave it out, or add another site"
-    if list(sites) == ["embedding"]:
-        idle["layers"] = f"{where}, which is one pair whatever the layers: leave it out, or add another site"
-    return idle
-
-
 def check_hidden_states(
     config: HiddenStatesConfig, student: Architecture, teacher: Architecture, parallel: ParallelConfig
 ) -> list[Pair]:
     """The pairs of a section `distill.hidden_states` for two models. Raises InputError, naming the key, for what these
     do not allow."""
-    check_section(config)
     if "attention_relation" in config.sites:
         if parallel.context > 1:
             raise InputError(
