@@ -58,9 +58,9 @@ def cache(root: Path, overrides: list[str]) -> tuple[str, str]:
     from minitron_mcore.stages import cache as stage
 
     drawn = [] if "cache.method=top_k" in overrides else ["cache.draws=30"]
-    recipe = load_recipe(None, [text.replace("@", str(root)) for text in [*COMMON, *drawn, *overrides]])
     printed = io.StringIO()
     try:
+        recipe = load_recipe(None, [text.replace("@", str(root)) for text in [*COMMON, *drawn, *overrides]])
         with contextlib.redirect_stdout(printed):
             stage.run(recipe, start())
     except InputError as error:

@@ -57,8 +57,8 @@ def run_verb(verb: str, overrides: list[str], root: Path) -> str:
     from minitron_mcore.recipe import load_recipe
     from minitron_mcore.runtime.start import start
 
-    recipe = load_recipe(None, ["parallel.tensor=2", *(text.replace("@", str(root)) for text in overrides)])
     try:
+        recipe = load_recipe(None, ["parallel.tensor=2", *(text.replace("@", str(root)) for text in overrides)])
         importlib.import_module(f"minitron_mcore.stages.{verb}").run(recipe, start())
     except InputError as error:
         return str(error)

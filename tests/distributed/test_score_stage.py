@@ -67,9 +67,9 @@ def score(root: Path, overrides: list[str]) -> tuple[str, str]:
     from minitron_mcore.runtime.start import start
     from minitron_mcore.stages import score as stage
 
-    recipe = load_recipe(None, [text.replace("@", str(root)) for text in [*COMMON, *overrides]])
     printed = io.StringIO()
     try:
+        recipe = load_recipe(None, [text.replace("@", str(root)) for text in [*COMMON, *overrides]])
         with contextlib.redirect_stdout(printed):
             assert stage.run(recipe, start()) == Path(recipe.scores or ""), "the stage returns its file"
     except InputError as error:
@@ -99,7 +99,11 @@ def score_everywhere(root: Path) -> dict[str, Any]:
         "calibration samples": [*TEACHER, "scores=@/new", "importance.num_samples=100000"],
         "importance.micro_batch_size=0": [*TEACHER, "scores=@/new", "importance.micro_batch_size=0"],
         "importance.method": [*TEACHER, "scores=@/TP2", "importance.method=magnitude"],
-        "importance.aggregations holds 'l3/mean'": [*TEACHER, "scores=@/new", "importance.aggregations=[l3/mean]"],
+        "importance.aggregations[0]=l3/mean must be one of": [
+            *TEACHER,
+            "scores=@/new",
+            "importance.aggregations=[l3/mean]",
+        ],
         "importance.num_samples=0": [*TEACHER, "scores=@/new", "importance.num_samples=0"],
         "depth_metrics=['lm_loss'] needs a forward pass": [
             *TEACHER,
