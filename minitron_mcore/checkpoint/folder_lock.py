@@ -1,4 +1,9 @@
-"""One writer of a folder at a time: what is left of a write may be cleared away only where no write is under way."""
+"""One writer of a folder at a time: leftovers of a write may be deleted only while no write is under way.
+
+The locks are POSIX's: forked children, such as readers of data that outlive a killed rank for seconds, do not inherit
+them. They belong to the process, and closing any descriptor of the file would drop them; so a file that this process
+holds is refused by the list below, before it is opened again.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +17,21 @@ from typing import IO
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
-from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.runtime.agree import on_main
 
 TRAINING_LOCK = "training.lock"
-# What a file system says that has no locks.
+# What a file system answers that has no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-# A forked child shares its parent's lock: data workers that outlive a killed rank for seconds would keep it.
-_held: set[IO[bytes]] = set()
-
-
-def _let_go() -> None:
-    for stream in _held:
-        stream.close()
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
+_held: dict[tuple[int, int], int] = {}  # (device, inode) of a locked file -> the process that locked it
 
 
 @contextmanager
-def one_writer(folders: dict[str, Path], runtime: Runtime) -> Iterator[None]:
+def one_writer(folders: dict[str, Path]) -> Iterator[None]:
     """Within the `with` no other training writes into the `folders`, by the recipe's key; every rank calls. Raises
     InputError where one does already."""
+    remedy = "wait for it, or stop it, or name another folder"
     locks = [
-        FolderLock(
-            folder / TRAINING_LOCK,
-            f"{key}={folder} is being written by another run: wait for it, or stop it, or name another folder",
-        )
+        FolderLock(folder / TRAINING_LOCK, InputError(key, folder, "is being written by another run", remedy))
         for key, folder in folders.items()
     ]
 
@@ -48,7 +41,7 @@ def one_writer(folders: dict[str, Path], runtime: Runtime) -> Iterator[None]:
                 lock.take()
 
     try:
-        runtime.on_main(take)
+        on_main(take)
         yield
     finally:
         for lock in locks:
@@ -56,59 +49,59 @@ def one_writer(folders: dict[str, Path], runtime: Runtime) -> Iterator[None]:
 
 
 class FolderLock:
-    """The right to write into a folder, which one process has at a time; it goes with the process, however that ends.
+    """The right to write into a folder, which one holder has at a time; it ends with the process, however that ends.
 
     Where the file system has no locks, everyone has it, and `is_sure` is False.
     """
 
-    def __init__(self, file: Path, refusal: str) -> None:
-        """`file`, empty, in the folder that is to be written, there while that is; `refusal`: what to say where another
-        process has it."""
+    def __init__(self, file: Path, refusal: InputError) -> None:
+        """file: empty, in the folder to be written, there while that is. refusal: raised where another has it."""
         self.file, self.refusal, self.is_sure = file, refusal, False
         self._stream: IO[bytes] | None = None
         self._made_folder = False
 
     def take(self) -> None:
-        """Make the folder if need be. Raises InputError where another process holds the lock, and OSError."""
+        """Make the folder if need be. Raises `refusal` where the lock is held, by this process or another, and
+        OSError."""
         folder = self.file.parent
         self._made_folder = not folder.exists()
         while self._stream is None:
             folder.mkdir(parents=True, exist_ok=True)
-            self._stream = self.file.open("ab")
+            if _held.get(_identity(self.file)) == os.getpid():
+                raise self.refusal
+            stream = self.file.open("ab")
             try:
-                fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.is_sure = True
-                _held.add(self._stream)
-            except BlockingIOError as error:
-                self._close()
-                raise InputError(self.refusal) from error
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
-                    self._close()
-                    raise
-            if self.is_sure and not self._is_in_place():
-                self._close()  # whoever had it took the file away before the lock was ours
+                    stream.close()
+                    raise (self.refusal if error.errno in (errno.EAGAIN, errno.EACCES) else error) from error
+            locked = os.fstat(stream.fileno())
+            if self.is_sure and _identity(self.file) != (locked.st_dev, locked.st_ino):
+                stream.close()  # whoever had it deleted the file before the lock was ours
+                self.is_sure = False
+                continue
+            self._stream = stream
+            _held[locked.st_dev, locked.st_ino] = os.getpid()
 
     def release(self) -> None:
-        """Give it back, with the file, and the folder too where that was made for it and nothing else came in."""
+        """Give it back and delete the file, and the folder too if it was made for the lock and is empty."""
         if self._stream is None:
             return
+        _held.pop(_identity(self.file), None)
         self.file.unlink(missing_ok=True)
-        self._close()
+        self._stream.close()
+        self._stream, self.is_sure = None, False
         if self._made_folder:
             with suppress(OSError):
                 self.file.parent.rmdir()
 
-    def _is_in_place(self) -> bool:
-        assert self._stream is not None
-        held = os.fstat(self._stream.fileno())
-        try:
-            return os.path.samestat(held, self.file.stat())
-        except FileNotFoundError:
-            return False
 
-    def _close(self) -> None:
-        assert self._stream is not None
-        _held.discard(self._stream)
-        self._stream.close()
-        self._stream, self.is_sure = None, False
+def _identity(file: Path) -> tuple[int, int]:
+    """(device, inode); (0, 0) where there is no such file."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_dev, found.st_ino

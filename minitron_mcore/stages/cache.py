@@ -334,8 +334,8 @@ def check_order(runtime: Runtime, reader: CacheReader, dataset: Dataset, num_sam
 
 def cache_lock(folder: Path) -> FolderLock:
     """The right to write the cache in `folder`, not yet taken."""
-    refusal = f"cache.folder={folder} is being written by another `cache`: wait for it, or name another folder"
-    return FolderLock(folder / LOCK, refusal)
+    rule, remedy = "is being written by another `cache`", "wait for it, or name another folder"
+    return FolderLock(folder / LOCK, InputError("cache.folder", folder, rule, remedy))
 
 
 def claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> tuple[dict[str, Any], list[tuple[int, int]]]:

@@ -75,7 +75,7 @@ def fit_model(
         )
     teaching = objective.teacher if isinstance(objective.teacher, TrainedTeacher) else None
     folders = {f"{section}.checkpoint": folder} | ({"correct.checkpoint": teaching.folder} if teaching else {})
-    with one_writer(folders, runtime), explaining_memory(memory, "while training"):
+    with one_writer(folders), explaining_memory(memory, "while training"):
         return fit(
             Job(
                 chunks=chunks,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from minitron_mcore.distillation.cache.file import (
     write_shard,
 )
 from minitron_mcore.errors import InputError
-from minitron_mcore.stages.cache import cache_lock
 
 SETTINGS: dict[str, Any] = {"method": "sampled", "proposal_temperature": 1.0, "vocab_size": 70_000, "dtype": "fp16"}
 SETTINGS |= {"num_samples": 5, "shard_samples": 3, "temperature": 1.0, "teacher": {"architecture": {}}}
@@ -173,37 +171,6 @@ def test_the_digest_is_of_what_is_held() -> None:
     assert digest("/a", "sum") == digest("/b", "sum", num_samples=9, shard_samples=2)
     known = digest("/a", "sum")
     assert len({known, digest("/a", "other"), digest("/a", None), digest("/b", None), digest("/a", "sum", seed=2)}) == 5
-
-
-def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    first, second = cache_lock(tmp_path / "new"), cache_lock(tmp_path / "new")
-    first.take()
-    assert first.is_sure
-    with pytest.raises(InputError, match="is being written by another `cache`"):
-        second.take()
-    first.release()
-    second.take()
-    second.release()
-
-
-def test_a_child_does_not_keep_the_lock_of_a_process_that_is_gone(tmp_path: Path) -> None:
-    """As a data worker of a rank that was killed, which notices after some seconds."""
-    mine, lock = cache_lock(tmp_path), cache_lock(tmp_path)
-    reading, writing = os.pipe()
-    killed = os.fork()
-    if killed == 0:
-        try:
-            lock.take()
-            if os.fork() == 0:
-                os.write(writing, b"the child runs")
-                time.sleep(10)
-            os.read(reading, 1)
-        finally:
-            os._exit(0)
-    os.waitpid(killed, 0)
-    mine.take()
-    assert mine.is_sure
-    mine.release()
 
 
 def test_what_a_token_costs() -> None:
