@@ -6,18 +6,12 @@ import random
 from collections.abc import Iterator
 
 from minitron_mcore.data.dataset import Batch, Dataset, batches_once
-from minitron_mcore.errors import InputError
+from minitron_mcore.data.described import check_num_samples
 
 
 def draw_samples(dataset: Dataset, num_samples: int, seed: int) -> list[int]:
     """`num_samples` different sample numbers of `dataset`, in the order they are scored. Raises InputError."""
-    if num_samples < 1:
-        raise InputError(f"importance.num_samples={num_samples} calibration samples are too few; ask for 1 or more")
-    if num_samples > len(dataset):
-        raise InputError(
-            f"importance.num_samples={num_samples:,} calibration samples are more than the {len(dataset):,} there are; "
-            "ask for fewer, give more text (data.calibration), or lower data.sequence_length"
-        )
+    check_num_samples(num_samples, len(dataset))
     return random.Random(seed).sample(range(len(dataset)), num_samples)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -85,14 +86,22 @@ def _each_once(files: list[str]) -> list[str]:
 
 
 def check_folder(path: str, key: str) -> None:
-    """Raise InputError, naming `key`, unless `path` is a folder to write to, or one could be made. Makes nothing."""
+    """Raise InputError, naming `key`, unless `path` is a folder to write to, or one could be made. Leaves nothing."""
     folder = os.path.abspath(path)
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
+    remedy = "name another, or open it to this user"
     if not os.path.isdir(folder):
-        raise InputError(f"{key}={path} cannot be written: {folder} is not a folder")
+        raise InputError(key, path, f"cannot be written, because {folder} is not a folder", "name another")
     if not os.access(folder, os.W_OK):
-        raise InputError(f"{key}={path} cannot be written: the folder {folder} is not open to you")
+        raise InputError(key, path, f"cannot be written, because {folder} is closed to this user", remedy)
+    if not os.statvfs(folder).f_blocks:
+        # Without a disk below, as in /proc, root seems to have a right that does not help: it is tried.
+        try:
+            os.rmdir(tempfile.mkdtemp(dir=folder))
+        except OSError as error:
+            rule = f"cannot be written, because no folder can be made in {folder}"
+            raise InputError(key, path, rule, "name another") from error
 
 
 def check_file(path: str, key: str) -> None:

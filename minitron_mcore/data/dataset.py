@@ -17,18 +17,11 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from minitron_mcore.data.blend import (
-    Blend,
-    Bounds,
-    Facts,
-    Part,
-    inspect_parts,
-    parse_blend,
-    parse_split,
-    source_names,
-    surplus,
-)
+from minitron_mcore.data.blend import check_prefixes, surplus
 from minitron_mcore.data.config import DataConfig
+from minitron_mcore.data.described import Described, Part, calibration_part, describe, split_part, training_parts
+from minitron_mcore.data.index import digest_of
+from minitron_mcore.data.index_size import Wanted, cache_folder
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.agree import all_or_none, broadcast, is_main
@@ -38,7 +31,6 @@ Batch = dict[str, torch.Tensor]
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 SPLITS = ("train", "valid", "test")
-WHOLE = (0.0, 1.0)
 
 
 class Dataset(Protocol):
@@ -69,63 +61,26 @@ def build_datasets(
     Every rank calls it, with process groups or without. The first rank writes the index cache, and must be among those
     where `is_built_on_rank`; elsewhere the datasets are None. Raises InputError, on every rank if on one.
     """
-    sizes = (train_samples, valid_samples, test_samples)
-    parts = [
-        Part(name, blend, _given(share, data, name), size)
-        for name, (blend, share), size in zip(SPLITS, _blends(data), sizes, strict=True)
-        if size != 0
-    ]
+    sizes = dict(zip(SPLITS, (train_samples, valid_samples, test_samples), strict=True))
+    parts = [split_part(data, name, size) for name, size in sizes.items() if size != 0]
     built = _build(data, tokenizer, parts, seed, is_built_on_rank)
     by_name = {part.name: dataset for part, dataset in zip(parts, built, strict=True)}
     return by_name.get("train"), by_name.get("valid"), by_name.get("test")
 
 
 def build_training_datasets(
-    data: DataConfig, tokenizer: Tokenizer, *, train_samples: dict[int, int], valid_samples: int, seed: int
+    data: DataConfig, tokenizer: Tokenizer, wanted: Sequence[Wanted], *, seed: int
 ) -> tuple[dict[int, Dataset], dict[str, Dataset]]:
-    """What a training reads: its sets by their sequence lengths, and those of validation by their names.
+    """What `describe_training` describes: the training sets by their sequence lengths, those of validation by name.
 
-    train_samples: samples needed of each sequence length. Validation is of `data.sequence_length`; "" is what
-    `build_datasets` gives, and where that blends several sources, each of them is there alone too, as if `data` named
-    no other. Without `valid_samples` there is none, nor where nobody asked for held-out text (`data.valid` is null and
-    `data.split` as it is by default, or with no share for it) and what `data.split` holds out is less than one sample.
-    Called like `build_datasets`, on every rank. Raises InputError.
+    "" is the whole blend, and where that blends several sources, each of them is there alone too, as if `data` named no
+    other. Called like `build_datasets`, on every rank. Raises InputError.
     """
-    (train, share), (valid, valid_share), _ = _blends(data)
-    parts = [
-        Part("train", train, _given(share, data, "train"), size, sequence_length=length)
-        for length, size in train_samples.items()
-    ]
-    names: list[str] = []
-    if valid_samples and valid_share is not None:
-        is_asked_for = data.valid is not None or data.split != DataConfig.split
-        prefixes = list(dict.fromkeys(valid.prefixes))
-        sources = {"": valid}
-        if len(prefixes) > 1:
-            alone = [Blend((prefix,), None, valid.key) for prefix in prefixes]
-            sources |= dict(zip(source_names(prefixes), alone, strict=True))
-        parts += [
-            Part("valid", blend, valid_share, valid_samples, is_asked_for=is_asked_for) for blend in sources.values()
-        ]
-        names = list(sources)
+    parts = training_parts(data, wanted)
     built: list[Any] = _build(data, tokenizer, parts, seed, lambda: True)
-    count = len(train_samples)
-    validation = {name: dataset for name, dataset in zip(names, built[count:], strict=True) if dataset is not None}
-    return dict(zip(train_samples, built[:count], strict=True)), validation
-
-
-def _blends(data: DataConfig) -> list[tuple[Blend, Optional[Bounds]]]:
-    """(blend, its documents' share, None where that is empty) of train, valid and test."""
-    train = parse_blend(data.train, "data.train")
-    shares = parse_split(data.split) if data.valid is None else [WHOLE, WHOLE, None]
-    blends = [train, train if data.valid is None else parse_blend(data.valid, "data.valid"), train]
-    return list(zip(blends, shares, strict=True))
-
-
-def _given(share: Optional[Bounds], data: DataConfig, name: str) -> Bounds:
-    if share is None:
-        raise InputError(f"data.split={data.split} with data.valid={data.valid} leaves no documents for {name}")
-    return share
+    pairs = list(zip(parts, built, strict=True))
+    training = {part.sequence_length: dataset for part, dataset in pairs if part.name == "train"}
+    return training, {part.source: dataset for part, dataset in pairs if part.name == "valid" and dataset is not None}
 
 
 def build_calibration_dataset(
@@ -141,18 +96,7 @@ def build_calibration_dataset(
     Its samples are all different, and do not depend on how long training runs. A weighted blend gives about
     `num_samples` in proportion; anything else gives one whole pass. Called like `build_datasets`. Raises InputError.
     """
-    if num_samples < 1:
-        raise InputError(f"importance.num_samples={num_samples} calibration samples are too few; ask for 1 or more")
-    if data.calibration is not None:
-        blend, share = parse_blend(data.calibration, "data.calibration"), WHOLE
-    else:
-        blend = parse_blend(data.train, "data.train")
-        cut = parse_split(data.split)[0] if data.valid is None else WHOLE
-        if cut is None:
-            raise InputError(f"data.split={data.split} leaves no documents for training; set data.calibration")
-        share = cut
-    part = Part("train", blend, share, num_samples if blend.weights else None, one_pass=True)
-    return _build(data, tokenizer, [part], seed, is_built_on_rank)[0]
+    return _build(data, tokenizer, [calibration_part(data, num_samples)], seed, is_built_on_rank)[0]
 
 
 def batches(
@@ -274,24 +218,29 @@ def _collate(samples: list[dict[str, Any]]) -> Batch:
 def _build(
     data: DataConfig, tokenizer: Tokenizer, parts: list[Part], seed: int, is_built_on_rank: Callable[[], bool]
 ) -> list[Optional[Dataset]]:
-    """One dataset for each part, in order."""
+    """One dataset for each part, in order; every rank calls."""
     if not parts:
         return []
-    folder = data.cache_path or os.path.join(os.path.dirname(parts[0].blend.prefixes[0]), "cache")
+    folder = cache_folder(data, parts[0].blend)
 
-    def check() -> Optional[Facts]:
-        facts = inspect_parts(parts, tokenizer, sequence_length=data.sequence_length, thorough=is_main())
-        if facts:
-            _prepare_cache(os.path.join(folder, facts.digest[:16]))
-        return facts
+    def check() -> tuple[Described, str] | None:
+        """The first rank looks thoroughly, since that reads whole indices; the others see that the files are there."""
+        if not is_main():
+            for part in parts:
+                check_prefixes(part.blend)
+            return None
+        described = describe(data, parts, tokenizer)
+        # Megatron keys its cache by the files' names; the digest keeps the indices of overwritten files apart.
+        cache = os.path.join(folder, digest_of(described.sources)[:16])
+        _prepare_cache(cache)
+        return described, cache
 
-    facts = broadcast(all_or_none(check))
-    assert facts is not None
-    # Megatron keys its cache by the files' names; the digest keeps the indices of overwritten files apart.
-    cache = os.path.join(folder, facts.digest[:16])
+    found = broadcast(all_or_none(check))
+    assert found is not None
+    described, cache = found
     return [
         None if tokens is None else _build_part(data, tokenizer, part, tokens, seed, cache, is_built_on_rank)
-        for part, tokens in zip(parts, facts.tokens, strict=True)
+        for part, tokens in zip(parts, described.tokens, strict=True)
     ]
 
 
@@ -310,7 +259,7 @@ def _build_part(
         weights = [float(weight) for weight in part.blend.weights or tokens]
     config = GPTDatasetConfig(
         random_seed=seed % 2**32,
-        sequence_length=part.sequence_length or data.sequence_length,
+        sequence_length=part.sequence_length,
         blend=(list(part.blend.prefixes), weights),
         split="1",
         path_to_cache=cache,
@@ -339,9 +288,11 @@ def _prepare_cache(folder: str) -> None:
             except (ValueError, EOFError):
                 os.remove(path)
     except OSError as error:
-        raise InputError(f"the index cache {folder} cannot be made: {error.strerror}; set data.cache_path") from error
+        rule = f"has no folder for the indices: {folder} cannot be made ({error.strerror})"
+        raise InputError("data.cache_path", None, rule, "set it to a folder that can be written") from error
     if not os.access(folder, os.W_OK):
-        raise InputError(f"the index cache {folder} cannot be written; set data.cache_path to a folder that can")
+        rule = f"cannot be written: {folder} is not open to you"
+        raise InputError("data.cache_path", None, rule, "set it to a folder that can")
 
 
 @contextmanager

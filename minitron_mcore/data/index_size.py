@@ -1,7 +1,7 @@
-"""What Megatron's indices of the samples take, worked out before they are built.
+"""What Megatron's indices of the samples take, worked out before they are built. Pure.
 
-Megatron goes through the text in a Python loop, shuffles all samples in memory and writes the indices, without a word
-and without a bound: a budget with some zeros too many is seen by nothing but the disk that it fills.
+Megatron goes through the text in a Python loop, shuffles all samples in memory and writes the indices, silently and
+without a limit: a budget with some zeros too many shows only when the disk is full.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Optional
 
-from megatron.core.datasets.indexed_dataset import DType
-
-from minitron_mcore.data.blend import Blend, parse_blend, parse_split
+from minitron_mcore.data.blend import Blend, Bounds, parse_blend, parse_split
 from minitron_mcore.data.config import DataConfig
+from minitron_mcore.data.index import read_index
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import nearest_folder
 
@@ -37,33 +36,49 @@ class Wanted:
 
     samples: int
     sequence_length: int
-    key: str  # where the recipe asks for that many, with its value
+    key: str  # where the recipe asks for that many
+    value: object  # of that key
     is_validation: bool = False
 
 
-def check_index_size(data: DataConfig, wanted: Sequence[Wanted]) -> None:
+def cache_folder(data: DataConfig, first: Blend) -> str:
+    """Where the sample indices lie: `data.cache_path`, or beside the first prefix of the first blend."""
+    return data.cache_path or os.path.join(os.path.dirname(first.prefixes[0]), "cache")
+
+
+def source_of(data: DataConfig, name: str, promised: Collection[str] = ()) -> tuple[Blend, Optional[Bounds]]:
+    """(token files, share of their documents; None where it is empty) that `name`, train, valid or test, is made of."""
+    number = ("train", "valid", "test").index(name)
+    key = "data.valid" if name == "valid" and data.valid is not None else "data.train"
+    blend = parse_blend(data.valid if key == "data.valid" else data.train, key, promised)
+    return blend, (parse_split(data.split) if data.valid is None else [(0.0, 1.0), (0.0, 1.0), None])[number]
+
+
+def check_index_size(data: DataConfig, wanted: Sequence[Wanted], promised: Collection[str] = ()) -> None:
     """Raise InputError, naming the key, where the indices of `wanted` cannot be built in sensible time or on the disk.
 
     Reads the headers of the token files; files that are not there, or are none, are left to be refused by what reads
     them. Indices that lie in the cache already count as if these were theirs. Any rank calls.
     """
-    first = parse_blend(data.train, "data.train").prefixes[0]
-    folder = data.cache_path or os.path.join(os.path.dirname(first), "cache")
+    folder = cache_folder(data, parse_blend(data.train, "data.train", promised))
     sizes = []
     for each in wanted:
-        blend, share = _source(data, each)
+        blend, bounds = source_of(data, "valid" if each.is_validation else "train", promised)
+        share = bounds[1] - bounds[0] if bounds else 0.0
         documents, tokens = _count(blend)
+        takes = f"takes {each.samples:,} samples of {each.sequence_length} tokens"
         if each.samples > MOST_SAMPLES:
             raise InputError(
-                f"{each.key} takes {each.samples:,} samples of {each.sequence_length} tokens, and no index holds more "
-                f"than {MOST_SAMPLES:,}: lower it"
+                each.key, each.value, f"{takes}, and no index holds more than {MOST_SAMPLES:,}", "lower it"
             )
         passes = each.samples * each.sequence_length / max(tokens * share, 1)
         if tokens * share and each.samples > MANY_SAMPLES and passes > MANY_PASSES:
             raise InputError(
-                f"{each.key} takes {each.samples:,} samples of {each.sequence_length} tokens, {passes:,.0f} passes "
-                f"through {blend.key}: above {MANY_SAMPLES:,} samples at most {MANY_PASSES:,} passes are possible, "
-                "lower it"
+                each.key,
+                each.value,
+                f"{takes}, {passes:,.0f} passes through {blend.key}; above {MANY_SAMPLES:,} samples at most "
+                f"{MANY_PASSES:,} passes are possible",
+                "lower it, or give more text",
             )
         visited = documents * each.samples * each.sequence_length / max(tokens, 1)
         of_sample = SAMPLE_BYTES + (BLENDED_BYTES if len(blend.prefixes) > 1 else 0)
@@ -72,33 +87,21 @@ def check_index_size(data: DataConfig, wanted: Sequence[Wanted]) -> None:
     if needed > room:
         size, most = max(zip(sizes, wanted, strict=True), key=lambda pair: pair[0])
         raise InputError(
-            f"{most.key} takes {most.samples:,} samples, whose index of {_gigabytes(size)} does not fit beside the "
-            f"others into {folder}, where {_gigabytes(room)} are free: set data.cache_path to a folder with more room, "
-            "or lower it"
+            most.key,
+            most.value,
+            f"takes {most.samples:,} samples, whose index of {_gigabytes(size)} does not fit beside the others into "
+            f"{folder}, where {_gigabytes(room)} are free",
+            "set data.cache_path to a folder with more room, or lower it",
         )
-
-
-def _source(data: DataConfig, wanted: Wanted) -> tuple[Blend, float]:
-    """(files, share of their documents) that a dataset is made of."""
-    if data.valid is not None:
-        key = "valid" if wanted.is_validation else "train"
-        return parse_blend(getattr(data, key), f"data.{key}"), 1.0
-    share = parse_split(data.split)[1 if wanted.is_validation else 0]
-    return parse_blend(data.train, "data.train"), 0.0 if share is None else share[1] - share[0]
 
 
 def _count(blend: Blend) -> tuple[int, int]:
     """(documents, tokens) of all the files, by their headers and sizes; of those that are no index, none."""
-    header = struct.Struct("<9sQBQQ")  # magic, version, code of the token type, sequences, document ends
     documents = tokens = 0
     for prefix in dict.fromkeys(blend.prefixes):
-        try:
-            with open(prefix + ".idx", "rb") as stream:
-                _, _, code, sequences, _ = header.unpack(stream.read(header.size))
-            tokens += os.path.getsize(prefix + ".bin") // DType.size(code)
-            documents += sequences
-        except (OSError, struct.error, ValueError):
-            continue
+        index = read_index(prefix)
+        if index is not None and os.path.isfile(prefix + ".bin"):
+            documents, tokens = documents + index.sequences, tokens + index.stored_tokens
     return documents, tokens
 
 

@@ -23,7 +23,6 @@ from minitron_mcore.runtime.world import own_interface, read_world
 T = TypeVar("T")
 
 
-
 @dataclass
 class Runtime:
     """Where this process stands. One for each process, passed to every stage."""

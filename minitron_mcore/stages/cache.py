@@ -16,8 +16,9 @@ from minitron_mcore.checkpoint.folder import find_checkpoint, iteration_folder, 
 from minitron_mcore.checkpoint.folder_lock import FolderLock
 from minitron_mcore.checkpoint.manifest import MANIFEST, bytes_checksum
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
-from minitron_mcore.data.blend import Part, inspect_parts, parse_blend, parse_split
-from minitron_mcore.data.dataset import WHOLE, Dataset, batches_once, build_datasets
+from minitron_mcore.data.dataset import Dataset, batches_once, build_datasets
+from minitron_mcore.data.described import describe, split_part
+from minitron_mcore.data.index import digest_of
 from minitron_mcore.data.index_size import Wanted, check_index_size
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache.draw import Drawing, make_targets
@@ -65,8 +66,8 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
     check_cache(cache, architecture)
     tokenizer = checkpoint_tokenizer(recipe, teacher_folder)
     num_samples = cache.num_samples or samples_needed(recipe)
-    key = f"cache.num_samples={num_samples}" if cache.num_samples else f"distill.tokens={recipe.distill.tokens}"
-    wanted = [Wanted(num_samples, recipe.data.sequence_length, key)]
+    asked = ("cache.num_samples", num_samples) if cache.num_samples else ("distill.tokens", recipe.distill.tokens)
+    wanted = [Wanted(num_samples, recipe.data.sequence_length, *asked)]
     all_or_none(lambda: check_index_size(recipe.data, wanted))
     dataset, _, _ = build_datasets(recipe.data, tokenizer, train_samples=num_samples, valid_samples=0, seed=recipe.seed)
     assert dataset is not None
@@ -257,16 +258,11 @@ def how_drawn(cache: CacheConfig, temperature: float, architecture: Architecture
 def describe_data(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
     """What decides which tokens a sample has, beside the number of samples. The first rank calls. Raises InputError."""
     data = recipe.data
-    blend = parse_blend(data.train, "data.train")
-    share = parse_split(data.split)[0] if data.valid is None else WHOLE
-    if share is None:
-        raise InputError(f"data.split={data.split} leaves no documents for training")
-    part = Part("train", blend, share, None)
-    facts = inspect_parts([part], tokenizer, sequence_length=data.sequence_length, thorough=True)
-    assert facts is not None
+    part = split_part(data, "train", None)
+    digest = digest_of(describe(data, [part], tokenizer).sources)
     described = {
-        "data.train": {"digest": facts.digest, "weights": blend.weights},
-        "data.split": share,
+        "data.train": {"digest": digest, "weights": part.blend.weights},
+        "data.split": part.share,
         "data.sequence_length": data.sequence_length,
         "seed": recipe.seed,
     }

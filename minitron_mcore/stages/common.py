@@ -290,14 +290,12 @@ def read_data(
     check_learning_rate(train, timetable, section)
     samples = {length: max(count, least_samples) for length, count in timetable.samples_needed().items()}
     valid_samples = train.eval_iters * train.global_batch_size
-    wanted = [Wanted(count, length, f"{section}.tokens={train.tokens}") for length, count in samples.items()]
+    wanted = [Wanted(count, length, f"{section}.tokens", train.tokens) for length, count in samples.items()]
     if valid_samples:
-        key = f"{section}.eval_iters={train.eval_iters}"
-        wanted.append(Wanted(valid_samples, recipe.data.sequence_length, key, is_validation=True))
+        key, length = f"{section}.eval_iters", recipe.data.sequence_length
+        wanted.append(Wanted(valid_samples, length, key, train.eval_iters, is_validation=True))
     all_or_none(lambda: check_index_size(recipe.data, wanted))
-    training, validation = build_training_datasets(
-        recipe.data, tokenizer, train_samples=samples, valid_samples=valid_samples, seed=recipe.seed
-    )
+    training, validation = build_training_datasets(recipe.data, tokenizer, wanted, seed=recipe.seed)
     sizes = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size}
     read_valid = {name: batch_reader(dataset, **sizes) for name, dataset in validation.items()}
     read_train = step_reader(training, num_workers=recipe.data.num_workers)

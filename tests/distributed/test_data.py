@@ -92,4 +92,4 @@ def test_a_refusal_reaches_every_rank(folder, config):
     assert first == second and "made with another tokenizer" in first
     gone = dataclasses.replace(config, train=str(folder / "gone"))
     first, second = run_on_ranks(_rows, 2, gone, other.path, False)
-    assert first == second and "are not both there" in first
+    assert first == second and "lacks its .bin or its .idx" in first

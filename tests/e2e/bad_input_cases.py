@@ -160,7 +160,7 @@ TRAINING: list[Case] = []
 for _verb in ("train", "distill"):
     TRAINING += [
         (_verb, ["data.train=null"], "data.train is not set"),
-        (_verb, ["data.train=@/none"], "data.train: @/none.bin and @/none.idx are not both there"),
+        (_verb, ["data.train=@/none"], "data.train=@/none lacks its .bin or its .idx"),
         (_verb, ["data.train=@/data/tokens"], "did you mean @/data/tokens_text_document?"),
         (_verb, ["data.sequence_length=65"], LENGTH),
         (_verb, ["data.sequence_length=0"], "data.sequence_length=0 must be"),
@@ -355,7 +355,7 @@ RUN: list[Case] = [
     ("run", ["data.train=null", "input=@/none"], "input: @/none does not exist"),
     ("run", ["tokenizer.model=null"], "holds token ids: name the tokenizer's tokenizer.model too"),
     ("run", ["tokenizer.model=@/none"], "tokenizer.model=@/none does not exist"),
-    ("run", ["data.valid=@/none"], "data.valid: @/none.bin and @/none.idx are not both there"),
+    ("run", ["data.valid=@/none"], "data.valid=@/none lacks its .bin or its .idx"),
     ("run", ["data.sequence_length=65"], LENGTH),
     ("run", ["model.hidden_size=null"], "model: hidden_size is missing"),
     ("run", ["train.global_batch_size=3"], "train.global_batch_size=3 is no multiple of"),

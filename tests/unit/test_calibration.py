@@ -10,6 +10,7 @@ import torch
 from minitron_mcore.data.calibration import calibration_batches, draw_samples
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import build_calibration_dataset, num_rounds
+from minitron_mcore.data.described import describe_calibration
 from minitron_mcore.errors import InputError
 from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
 
@@ -79,13 +80,21 @@ def test_reading_processes_change_nothing(dataset):
         assert list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(("num_samples", "words"), [(0, "too few"), (100_000, "calibration samples are more than the")])
-def test_refuses(dataset, num_samples, words):
-    with pytest.raises(InputError, match=words):
+@pytest.mark.parametrize(
+    ("num_samples", "rule", "remedy"),
+    [(0, "must be at least 1", ""), (100_000, "calibration samples there are", "data.calibration")],
+)
+def test_refuses(dataset, num_samples, rule, remedy):
+    with pytest.raises(InputError) as caught:
         read(dataset, num_samples, 1, 0, 1)
+    assert (caught.value.key, caught.value.value) == ("importance.num_samples", num_samples)
+    assert rule in caught.value.rule and remedy in caught.value.remedy
 
 
-def test_refuses_no_samples_before_building(tmp_path):
+def test_refuses_a_wrong_number_of_samples_before_building(tmp_path):
     tokenizer = small_tokenizer(tmp_path / "tokenizer.model")
-    with pytest.raises(InputError, match="0 calibration samples are too few"):
+    with pytest.raises(InputError, match=r"importance\.num_samples=0 must be at least 1"):
         build_calibration_dataset(DataConfig(train="x"), tokenizer, num_samples=0, seed=1)
+    data = DataConfig(calibration=small_data(tmp_path / "json", tokenizer, package=JSON_PACKAGE), sequence_length=32)
+    with pytest.raises(InputError, match=r"importance\.num_samples=100000 is more than the 6\d\d calibration"):
+        describe_calibration(data, tokenizer, 100_000)

@@ -1,0 +1,290 @@
+"""What is known of datasets before they are built: from the recipe, the indices, and what lies beside them. Pure.
+
+Whatever a job would refuse of its data is refused here. Text that another job will write is *promised*: then only what
+the recipe says of it is checked, and the rest when the datasets are built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Optional
+
+import numpy
+
+from minitron_mcore.data.agreement import difference
+from minitron_mcore.data.blend import Blend, Bounds, check_prefixes, parse_blend, source_names, surplus
+from minitron_mcore.data.config import DataConfig
+from minitron_mcore.data.corpus import check_folder
+from minitron_mcore.data.index import Index, read_index
+from minitron_mcore.data.index_size import Wanted, cache_folder, check_index_size, source_of
+from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.notice import warn
+
+WHOLE = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset: a share of a blend's documents, and the number of samples asked of it."""
+
+    name: str  # train, valid or test
+    blend: Blend
+    share: Bounds
+    size: Optional[int]  # None: one pass
+    sequence_length: int
+    one_pass: bool = False  # refuse to draw the same sample twice
+    is_asked_for: bool = True  # else left out where there is not enough of it
+    source: str = ""  # what the metrics call it, where it is one source of a blend
+
+
+@dataclass(frozen=True)
+class Source:
+    """A token file as its index and description have it."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    fingerprint: Optional[str]  # of the tokenizer that made it; None: nothing beside it says
+
+
+@dataclass(frozen=True)
+class Described:
+    """Datasets that can be built, as far as anything is known of them yet."""
+
+    parts: tuple[Part, ...]
+    # For each part, of each prefix: the tokens in the share, 0 where they are promised. None: they are too few, and
+    # nobody asked for them.
+    tokens: tuple[Optional[tuple[int, ...]], ...]
+    sources: dict[str, Source]  # by prefix, without those that are promised
+
+    def samples(self, number: int) -> int:
+        """Different samples of the part `number`, if that is one pass; 0: not known yet."""
+        counts = self.tokens[number] or ()
+        length = self.parts[number].sequence_length
+        return sum((count - 1) // length for count in counts) if all(counts) else 0
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the whole blend is validated; promised text is taken to be enough."""
+        pairs = zip(self.parts, self.tokens, strict=True)
+        return any(part.name == "valid" and not part.source and tokens is not None for part, tokens in pairs)
+
+
+def describe_training(
+    data: DataConfig, tokenizer: Optional[Tokenizer], wanted: Sequence[Wanted], promised: Collection[str] = ()
+) -> Described:
+    """What a training reads: a set for each of `wanted`, and with those that validate one for each of the sources.
+
+    Nothing validates where nobody asked for held-out text (`data.valid` is null and `data.split` as it is by default,
+    or with no share for it) and what `data.split` holds out is less than one sample. tokenizer: None where it is
+    promised too. Any rank calls; reads whole indices. Raises InputError.
+    """
+    check_index_size(data, wanted, promised)
+    return describe(data, training_parts(data, wanted, promised), tokenizer, promised)
+
+
+def describe_calibration(
+    data: DataConfig, tokenizer: Optional[Tokenizer], num_samples: int, promised: Collection[str] = ()
+) -> Described:
+    """What importance is measured on: `data.calibration`, or where that is null the training documents.
+
+    Raises InputError, also where it has fewer than `num_samples` different samples. Else as `describe_training`.
+    """
+    part = calibration_part(data, num_samples, promised)
+    described = describe(data, [part], tokenizer, promised)
+    if part.size is None and (available := described.samples(0)):
+        check_num_samples(num_samples, available)
+    return described
+
+
+def describe_held_out(
+    data: DataConfig, tokenizer: Optional[Tokenizer], samples: int, promised: Collection[str] = ()
+) -> Described:
+    """What `evaluate` reads: the validation set. Raises InputError. Else as `describe_training`."""
+    return describe(data, [held_out_part(data, samples, promised)], tokenizer, promised)
+
+
+def training_parts(data: DataConfig, wanted: Sequence[Wanted], promised: Collection[str] = ()) -> list[Part]:
+    """The sets of `wanted`, those of training first."""
+    parts = []
+    for each in sorted(wanted, key=lambda each: each.is_validation):
+        name = "valid" if each.is_validation else "train"
+        blend, share = source_of(data, name, promised)
+        if name == "train":
+            part = split_part(data, name, each.samples, promised)
+            parts.append(dataclasses.replace(part, sequence_length=each.sequence_length))
+        elif share is not None and each.samples:
+            is_asked_for = data.valid is not None or data.split != DataConfig.split
+            prefixes = list(dict.fromkeys(blend.prefixes))
+            sources = {"": blend}
+            if len(prefixes) > 1:
+                alone = [Blend((prefix,), None, blend.key) for prefix in prefixes]
+                sources |= dict(zip(source_names(prefixes), alone, strict=True))
+            parts += [
+                Part(name, each_of, share, each.samples, each.sequence_length, is_asked_for=is_asked_for, source=source)
+                for source, each_of in sources.items()
+            ]
+    return parts
+
+
+def calibration_part(data: DataConfig, num_samples: int, promised: Collection[str] = ()) -> Part:
+    """A weighted blend gives about `num_samples` in proportion; anything else one whole pass."""
+    check_num_samples(num_samples)
+    part = split_part(data, "train", num_samples, promised) if data.calibration is None else None
+    if part is None:
+        blend = parse_blend(data.calibration, "data.calibration", promised)
+        part = Part("train", blend, WHOLE, num_samples, data.sequence_length)
+    return dataclasses.replace(part, size=part.size if part.blend.weights else None, one_pass=True)
+
+
+def split_part(data: DataConfig, name: str, size: Optional[int], promised: Collection[str] = ()) -> Part:
+    """`size` samples of train, valid or test; None: one pass."""
+    blend, share = source_of(data, name, promised)
+    return Part(name, blend, share or _none_left(data, name), size, data.sequence_length)
+
+
+def held_out_part(data: DataConfig, samples: int, promised: Collection[str] = ()) -> Part:
+    """One pass, so that no sequence counts twice; a weighted blend in its proportions, of `samples` samples."""
+    part = split_part(data, "valid", samples, promised)
+    return part if part.blend.weights else dataclasses.replace(part, size=None)
+
+
+def describe(
+    data: DataConfig, parts: Sequence[Part], tokenizer: Optional[Tokenizer], promised: Collection[str] = ()
+) -> Described:
+    """Raise InputError unless each of `parts` can be built, by all that is known."""
+    for part in parts:
+        check_prefixes(part.blend, promised)
+    if parts:
+        check_folder(cache_folder(data, parts[0].blend), "data.cache_path")
+    sources: dict[str, Source] = {}
+    indices: dict[str, Index] = {}
+    for blend in (part.blend for part in parts):
+        for prefix in blend.prefixes:
+            if prefix in indices or prefix in promised:
+                continue
+            indices[prefix] = index = _whole_index(prefix, blend.key)
+            fingerprint = _check_tokenizer(index, tokenizer, blend.key)
+            sources[prefix] = Source(prefix, index.sequences, index.stored_tokens, fingerprint)
+    return Described(tuple(parts), tuple(_count_share(part, indices) for part in parts), sources)
+
+
+def check_num_samples(num_samples: int, available: int | None = None) -> None:
+    """Raise InputError where importance asks for no samples, or for more different ones than there are."""
+    key = "importance.num_samples"
+    if num_samples < 1:
+        raise InputError(key, num_samples, "must be at least 1")
+    if available is not None and num_samples > available:
+        rule = f"is more than the {available:,} calibration samples there are"
+        remedy = "lower it, give more text (data.calibration), or lower data.sequence_length"
+        raise InputError(key, num_samples, rule, remedy)
+
+
+def _none_left(data: DataConfig, name: str) -> NoReturn:
+    remedy = f"give {name} a share" + (", or set data.valid" if name == "valid" else "")
+    raise InputError("data.split", data.split, f"leaves no documents for {name}", remedy)
+
+
+def _count_share(part: Part, indices: dict[str, Index]) -> Optional[tuple[int, ...]]:
+    """Tokens in the part's share of each prefix; None where they are too few for one that nobody asked for."""
+    counts = []
+    for prefix in part.blend.prefixes:
+        if prefix not in indices:
+            counts.append(0)
+            continue
+        lengths = indices[prefix].lengths()
+        begin, end = (round(bound * len(lengths)) for bound in part.share)
+        counts.append(int(lengths[begin:end].sum(dtype=numpy.int64)))
+        if counts[-1] <= part.sequence_length and not part.is_asked_for:
+            return None
+        _check_enough(part, prefix, counts[-1], end - begin, len(lengths))
+    return tuple(counts)
+
+
+def _check_enough(part: Part, prefix: str, tokens: int, documents: int, total: int) -> None:
+    """Megatron would look for samples in an empty share for ever."""
+    length, blend = part.sequence_length, part.blend
+    if tokens <= length:
+        more = " (data.valid, or preprocess.valid_fraction)" if part.name == "valid" else ""
+        raise InputError(
+            blend.key,
+            prefix,
+            f"holds {tokens:,} tokens in the {documents:,} of its {total:,} documents that are for {part.name}, and "
+            f"one sample takes data.sequence_length + 1 = {length + 1:,}",
+            f"give more text{more}, or lower data.sequence_length",
+        )
+    if not part.one_pass or part.size is None or blend.weights is None:
+        return
+    weight = blend.weights[blend.prefixes.index(prefix)] / sum(blend.weights)
+    needed = math.ceil(math.ceil(part.size * weight) * (1 + surplus(blend, part.size)))
+    if needed > (available := (tokens - 1) // length):
+        rule = f"has {available:,} different samples, too few for its part ({needed:,}) of {part.size:,}"
+        raise InputError(blend.key, prefix, rule, "ask for fewer samples, or lower its weight")
+
+
+def _whole_index(prefix: str, key: str) -> Index:
+    index = read_index(prefix)
+    if index is None or not index.is_whole:  # Megatron's reader would fail in ways that depend on where it was cut
+        raise InputError(key, prefix, "has an .idx that is cut off or not Megatron's", "preprocess the text again")
+    size = os.path.getsize(prefix + ".bin")
+    expected = int(index.lengths().sum(dtype=numpy.int64)) * index.dtype.itemsize
+    if not size:
+        raise InputError(key, prefix, "has an empty .bin", "preprocess the text again")
+    if size != expected:
+        rule = f"has a .bin of {size:,} bytes, and its index counts {expected:,}"
+        raise InputError(key, prefix, rule, "preprocess the text again")
+    return index
+
+
+def _check_tokenizer(index: Index, tokenizer: Optional[Tokenizer], key: str) -> Optional[str]:
+    """The fingerprint of the tokenizer that made the file, where it is known. Raises InputError for another one."""
+    prefix = index.prefix
+    if tokenizer is None:
+        raise InputError(key, prefix, "holds the ids of a tokenizer that is not given", "name it as tokenizer.model")
+    rows = tokenizer.vocab_size if tokenizer.rows is None else tokenizer.rows
+    try:
+        with open(prefix + ".json", encoding="utf-8") as stream:
+            made_by = json.load(stream)["tokenizer"]
+            fingerprint, model = str(made_by["fingerprint"]), str(made_by["model"])
+    except (OSError, ValueError, KeyError, TypeError):  # data from elsewhere: only the ids can tell
+        largest = index.largest_token(thorough=tokenizer.rows is not None)
+        if largest >= rows:
+            raise InputError(
+                key,
+                prefix,
+                f"holds token {largest}, beyond the {rows} of tokenizer.model={tokenizer.path}",
+                "give the tokenizer that made it, or preprocess the text again",
+            ) from None
+        return None
+    if not tokenizer.is_named_by(fingerprint) and not _is_alike(prefix, tokenizer, model, fingerprint, rows):
+        raise InputError(
+            key,
+            prefix,
+            f"was made with another tokenizer ({model}, {fingerprint[:12]}) than tokenizer.model={tokenizer.path} "
+            f"({tokenizer.fingerprint[:12]})",
+            "give that one, preprocess the text again, or take its ids as they are with allow=[other_tokenizer]",
+        )
+    # A few ids are in no text but by name: every token is looked at.
+    if (tokenizer.rows is not None or tokenizer.stands_in) and (largest := index.largest_token(thorough=True)) >= rows:
+        rule = f"holds a token that the model lacks: {dataclasses.replace(tokenizer, rows=rows).beyond(largest)}"
+        raise InputError(key, prefix, rule, "leave out the text that holds it, and preprocess again")
+    return fingerprint
+
+
+def _is_alike(prefix: str, tokenizer: Tokenizer, model: str, fingerprint: str, rows: int) -> bool:
+    """Whether the tokenizer `model`, if it still is the one of `fingerprint`, agrees below `rows`."""
+    try:
+        other = load_tokenizer(model)
+    except InputError:
+        return False
+    if not other.is_named_by(fingerprint) or difference(tokenizer, other, rows) is not None:
+        return False
+    ends = "" if other.eos == tokenizer.eos else f", but ends documents with id {other.eos}, not {tokenizer.eos}"
+    warn(f"{prefix} was made with another tokenizer ({model}) than {tokenizer.path}, of the same ids{ends}")
+    return True
