@@ -299,7 +299,8 @@ def main() -> None:
     from minitron_mcore.model.gpt import DTYPES
     from minitron_mcore.runtime.config import ParallelConfig
     from minitron_mcore.runtime.parallel import use_layout
-    from minitron_mcore.runtime.start import seed_everything, start
+    from minitron_mcore.runtime.seeds import seed_everything
+    from minitron_mcore.runtime.start import start
 
     options = parse()
     runtime = start()

@@ -38,7 +38,8 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.runtime.config import ParallelConfig
     from minitron_mcore.runtime.parallel import use_layout
-    from minitron_mcore.runtime.start import seed_everything, start
+    from minitron_mcore.runtime.seeds import seed_everything
+    from minitron_mcore.runtime.start import start
 
     runtime, layout = start(), ParallelConfig()
     use_layout(layout, runtime.world_size)

@@ -28,7 +28,8 @@ from typing import Any
 import numpy
 import torch
 
-from minitron_mcore.runtime.start import Runtime, quiet_libraries, seed_everything
+from minitron_mcore.runtime.seeds import seed_everything
+from minitron_mcore.runtime.start import Runtime, quiet_libraries
 from minitron_mcore.runtime.start import start as start_process
 
 quiet_libraries()  # Megatron warns while it is imported

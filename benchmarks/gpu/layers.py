@@ -94,7 +94,8 @@ def main() -> int:
     from minitron_mcore.model.specs import HAVE_TE
     from minitron_mcore.runtime.config import ParallelConfig
     from minitron_mcore.runtime.parallel import use_layout
-    from minitron_mcore.runtime.start import seed_everything, start
+    from minitron_mcore.runtime.seeds import seed_everything
+    from minitron_mcore.runtime.start import start
 
     runtime = start()
     use_layout(ParallelConfig(), runtime.world_size)

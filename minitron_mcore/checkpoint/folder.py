@@ -127,6 +127,15 @@ def read_architecture(folder: Path) -> Architecture:
         return load_architecture(described) if place is None else infer_architecture(place)
 
 
+def check_architecture(folder: Path, architecture: Architecture) -> None:
+    """Raise InputError, naming the first field, where the checkpoint in `folder` is of another architecture."""
+    stored = read_architecture(folder).to_dict()
+    for field, value in architecture.to_dict().items():
+        if stored[field] != value and field != "init_method_std":
+            rule = f"is a checkpoint of another architecture: {field} is {stored[field]} there and {value} here"
+            raise InputError("", folder, rule, "name another folder")
+
+
 def said_by(folder: Path) -> str:
     """The file that `read_architecture` reads, for messages."""
     described = beside(folder, "architecture.yaml")

@@ -47,9 +47,12 @@ class Model:
         return f"checkpoint, {state}, {self.architecture.num_parameters:,} parameters"
 
 
+TOKENS, SCORES, PLAN = "tokens", "scores", "plan"
+
+
 @dataclass(frozen=True)
 class Item:
-    """Something else that a job reads or makes: tokens, scores, a plan, a folder. `what` says it in words."""
+    """Something else that a job reads or makes. `what`: TOKENS, SCORES, PLAN, or other words."""
 
     key: str
     path: str
@@ -63,6 +66,11 @@ class Promises:
     models: dict[Path, Model] = field(default_factory=dict)
     items: dict[Path, Item] = field(default_factory=dict)  # files and token prefixes
     tokenizers: dict[Path, int] = field(default_factory=dict)  # a tokenizer's file -> its vocabulary's size
+
+    @property
+    def prefixes(self) -> frozenset[str]:
+        """Token files, as the recipe names them."""
+        return frozenset(item.path for item in self.items.values() if item.what == TOKENS)
 
     def after(self, job: Job) -> Promises:
         """These, and what `job` makes."""
@@ -93,9 +101,10 @@ def absolute(path: str | Path) -> Path:
     return Path(path).expanduser().resolve()
 
 
-def resolve(verb: str, recipe: Recipe, world: World, promises: Promises = NOTHING) -> Job:
-    """The job of `verb`, by its module in jobs/. Any rank calls, before any process group. Raises InputError."""
-    return importlib.import_module(f"minitron_mcore.jobs.{module_of(verb)}").resolve(recipe, world, promises)
+def resolve(verb: str, recipe: Recipe, world: World, promises: Promises = NOTHING, **options: Any) -> Job:
+    """The job of `verb`, with the options that its `resolve` takes besides. Any rank calls, before any process group.
+    Raises InputError."""
+    return importlib.import_module(f"minitron_mcore.jobs.{module_of(verb)}").resolve(recipe, world, promises, **options)
 
 
 def module_of(verb: str) -> str:

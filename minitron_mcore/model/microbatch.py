@@ -84,6 +84,11 @@ def on_this_context_rank(microbatch: Microbatch) -> Microbatch:
     return replace(microbatch, tokens=tokens, labels=labels, loss_mask=mask, position_ids=positions)
 
 
+def to_device(batch: Mapping[str, Tensor]) -> Microbatch:
+    """What a data reader gives, on the device; under context parallelism this rank's part of every sequence."""
+    return on_this_context_rank(Microbatch.of(batch)).to(torch.cuda.current_device())
+
+
 def uncounted(microbatch: Microbatch) -> Microbatch:
     """A copy none of whose tokens and samples count, and to which no teacher's states belong."""
     valid = (

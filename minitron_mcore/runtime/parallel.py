@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.layouts import check_layout
+from minitron_mcore.runtime.seeds import seed_everything
 from minitron_mcore.runtime.timeout import collective_timeout
 from minitron_mcore.runtime.world import own_interface
 
@@ -62,6 +63,12 @@ def use_layout(parallel: ParallelConfig, world_size: int) -> None:
             distributed_timeout_minutes=collective_timeout() // timedelta(minutes=1),
         )
     _current = dataclasses.replace(parallel)
+
+
+def lay_out(parallel: ParallelConfig, seed: int, world_size: int) -> None:
+    """Process groups, and the seeds, which differ over them; all ranks call."""
+    use_layout(parallel, world_size)
+    seed_everything(seed)
 
 
 def release_layout() -> None:

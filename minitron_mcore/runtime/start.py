@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy
 import torch
 from torch.distributed import HashStore
 
@@ -108,13 +106,3 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"Please use DTensor instead", category=FutureWarning)
     for name in ("megatron", "torch.distributed.elastic", "torch.distributed.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy, torch and Megatron's tensor-parallel generators (model-parallel groups must exist)."""
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

@@ -19,10 +19,10 @@ import torch
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
-from minitron_mcore.data.dataset import batches_once
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.evaluation.held_out import held_out, held_out_batches
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import writing
 from minitron_mcore.importance.baselines import random_scores
@@ -35,13 +35,11 @@ from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.pruning.in_memory import prune_chunks
 from minitron_mcore.pruning.plan import TARGETS, PruningPlan, make_plan
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.search.ablation_grid import Setting, grid_of, shapes_of
 from minitron_mcore.search.ablation_results import Row, read_rows, squares, table, write_plot, write_rows
 from minitron_mcore.stages import score
 from minitron_mcore.stages.common import asked_shape, check_model, lay_out, output_folder, refuse_context
-from minitron_mcore.stages.evaluate import grouped, held_out
 
 
 def run(recipe: Recipe, runtime: Runtime) -> list[Row]:
@@ -168,15 +166,11 @@ def read_scores(
 
 def held_out_groups(recipe: Recipe, tokenizer: Tokenizer) -> list[list[Microbatch]]:
     """The held-out sequences of this data-parallel rank, read once for all students."""
-    dataset = held_out(recipe, tokenizer)
-    microbatches = batches_once(
-        dataset,
-        range(min(recipe.evaluate.samples, len(dataset))),
-        micro_batch_size=recipe.evaluate.micro_batch_size,
-        data_parallel_rank=data_group().rank(),
-        data_parallel_size=data_group().size(),
-    )
-    return list(grouped(microbatches, recipe.parallel))
+    config = recipe.evaluate
+    dataset = held_out(recipe.data, tokenizer, config.samples, seed=recipe.seed)
+    samples = min(config.samples, len(dataset))
+    size = config.micro_batch_size
+    return list(held_out_batches(dataset, samples, micro_batch_size=size, parallel=recipe.parallel))
 
 
 def plan_of(recipe: Recipe, setting: Setting, scores: Scores, shape: Architecture) -> PruningPlan:

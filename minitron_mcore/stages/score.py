@@ -26,14 +26,13 @@ from minitron_mcore.importance.score import score_model
 from minitron_mcore.importance.scores import Scores, load_scores, save_scores, tolerance_of
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
 from minitron_mcore.model.gpt import LanguageModel, build_model
-from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.pruning.plan import check_same_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import score_depth
 from minitron_mcore.stages.common import check_model, lay_out, refuse_context
-from minitron_mcore.training.reader import to_device
 
 REPORT_SECONDS = 10.0
 # Settings that leave the scores as they are.

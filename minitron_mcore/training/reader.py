@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
-import torch
 
 from minitron_mcore.data.dataset import Batch, batches
 from minitron_mcore.distillation.cache.file import token_checksum
-from minitron_mcore.model.microbatch import Microbatch, on_this_context_rank
+from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.training.budget import Step, Timetable
 
@@ -83,8 +82,3 @@ def _stream(
 def _next_batch(stream: Iterator[Batch], global_batch_size: int, micro_batch_size: int) -> list[Microbatch]:
     count = global_batch_size // (micro_batch_size * data_group().size())
     return [to_device(microbatch) for microbatch in itertools.islice(stream, count)]
-
-
-def to_device(batch: Batch) -> Microbatch:
-    """What a data reader gives, on the device; under context parallelism this rank's part of every sequence."""
-    return on_this_context_rank(Microbatch.of(batch)).to(torch.cuda.current_device())

@@ -140,7 +140,7 @@ def read_batch(seed: int = 3) -> Any:
     """This rank's part of the global batch, as the readers give it."""
     from megatron.core import parallel_state
 
-    from minitron_mcore.training.reader import to_device
+    from minitron_mcore.model.microbatch import to_device
 
     mine = global_batch(tiny("llama").vocab_size, seed)[parallel_state.get_data_parallel_rank() :]
     return [to_device(part) for part in mine[:: parallel_state.get_data_parallel_world_size()]]

@@ -78,7 +78,7 @@ def my_batches(dataset: Any, micro_batch_size: int) -> Any:
     from megatron.core import parallel_state
 
     from minitron_mcore.data.dataset import batches_once
-    from minitron_mcore.training.reader import to_device
+    from minitron_mcore.model.microbatch import to_device
 
     microbatches = batches_once(
         dataset,

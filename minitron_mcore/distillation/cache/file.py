@@ -39,6 +39,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.files import reading, write_whole
 
 DESCRIPTION = "cache.json"
+LOCK = "cache.lock"
 FORMAT = 2  # 1 had no probability of the other ids, and the number of samples in the digest
 MAGIC = b"MINITGT\x01"
 VALUE_TYPES = {"fp16": "<f2", "fp32": "<f4"}

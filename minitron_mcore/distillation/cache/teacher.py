@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.distillation.cache.file import CacheReader, Targets, has_tails, token_checksum
-from minitron_mcore.distillation.config import DistillConfig
+from minitron_mcore.distillation.cache.serving import PREFIX, holds_all
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.microbatch import Microbatch, TeacherPart
@@ -26,23 +26,8 @@ from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.context import context_part
 from minitron_mcore.runtime.groups import context_group, on_last_stage
 
-PREFIX = "cache:"
 PROBES = 8  # samples whose tokens are compared before the first step; each one is, once it is read
-# Of sampled targets, others would be biased.
-DIVERGENCES = {"sampled": ("forward_kl",), "top_k": ("forward_kl", "reverse_kl", "jensen_shannon")}
 READERS = 4  # threads that decode: zlib and NumPy leave Python's lock to each other
-
-
-def cache_folder(teacher: str | None) -> Path | None:
-    """The folder that distill.teacher=cache:DIR names; None for a teacher in memory. Raises InputError."""
-    if teacher is None:
-        return None
-    if not teacher.startswith(PREFIX) or teacher == PREFIX:
-        raise InputError(
-            f"distill.teacher={teacher!r} must be cache:DIR, where DIR was written by `cache`, or null for the model "
-            "teacher.checkpoint"
-        )
-    return Path(teacher.removeprefix(PREFIX))
 
 
 class CachedTeacher:
@@ -156,37 +141,3 @@ def log_weights(targets: Targets) -> numpy.ndarray:
     drawn = numpy.bincount(token_E, weights=targets.counts, minlength=len(targets.num_ids))
     logs = numpy.log(targets.counts / drawn[token_E])
     return (logs if targets.values is None else logs + targets.values).astype(numpy.float32)
-
-
-def check_cached(teacher: CachedTeacher, distill: DistillConfig) -> None:
-    """Raise InputError where the losses of `distill` cannot be had from the cache."""
-    check_served(teacher.reader.settings, distill, f"distill.teacher={distill.teacher}")
-
-
-def check_served(settings: dict[str, Any], distill: DistillConfig, key: str) -> None:
-    """`check_cached` of targets made by `settings`; `key`: what the recipe calls them."""
-    if distill.temperature != settings["temperature"] and not holds_all(settings):
-        raise InputError(
-            f"{key} holds targets of temperature {settings['temperature']}, and distill.temperature is "
-            f"{distill.temperature}: make them equal, or cache with cache.temperature={distill.temperature}"
-        )
-    allowed = DIVERGENCES[settings["method"]]
-    if distill.logit_loss not in allowed:
-        raise InputError(
-            f"distill.logit_loss={distill.logit_loss} needs more of the teacher than {key} holds, which serves "
-            f"{' and '.join(allowed)}: choose of these, or leave distill.teacher out"
-        )
-    if distill.top_k:
-        raise InputError(
-            f"distill.top_k={distill.top_k} is of a teacher in memory: what {key} holds was chosen when it was made; "
-            "set distill.top_k=0"
-        )
-    if distill.correct_teacher:
-        raise InputError(
-            f"distill.correct_teacher=true trains the teacher, and {key} holds none: leave one of the two out"
-        )
-
-
-def holds_all(settings: dict[str, Any]) -> bool:
-    """Whether the teacher's whole distribution is kept."""
-    return settings["method"] == "top_k" and not has_tails(settings)

@@ -1,4 +1,4 @@
-"""Pruning in steps, as `run` does it for prune.steps > 1: prune a little, score what is left, prune on.
+"""Pruning in steps, as `run` does it for prune.steps > 1: prune a little, score what is left, prune on. Pure.
 
 students/NAME/step-1/pruned, distilled     cut from the teacher; trained in between, where prune.step_tokens says so
 students/NAME/step-2/scores.safetensors    of what step 1 left
@@ -13,35 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
+from minitron_mcore.jobs.layouts import asked_shape
+from minitron_mcore.jobs.step import Step, with_baseline
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.iterative import step_shapes
-from minitron_mcore.pruning.plan import TARGETS, check_residual
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages import distill, prune, score
-from minitron_mcore.stages.baseline import train_baseline
-from minitron_mcore.stages.common import asked_shape, check_trained_model
-from minitron_mcore.training.budget import check_train, plan_timetable
-from minitron_mcore.training.learning_rate import check_learning_rate
-
-
-@dataclass(frozen=True)
-class Part:
-    """One unit of a step: `name` for its mark, `title` for the console."""
-
-    name: str
-    title: str
-    act: Callable[[], Any]
 
 
 def shapes_of(recipe: Recipe, teacher: Architecture, student: StudentConfig) -> list[Architecture]:
@@ -56,36 +38,24 @@ def shapes_of(recipe: Recipe, teacher: Architecture, student: StudentConfig) -> 
     return step_shapes(teacher, asked_shape(recipe, student, teacher), prune.steps, divisors)
 
 
-def check_steps(recipe: Recipe, teacher: Architecture, students: dict[str, StudentConfig], data_parallel: int) -> None:
-    """Raise InputError, naming the key, for steps that could not be walked."""
-    config = recipe.prune
-    for name, student in students.items():
-        shapes = [teacher, *shapes_of(recipe, teacher, student)]
-        if config.steps > 1 and student.layers is not None:
-            where = f"run.students.{name}" if recipe.run.students else "student"
-            raise InputError(
-                f"{where}.layers={student.layers} names the teacher's layers, but prune.steps={config.steps} chooses "
-                "again in every step: leave one of them out"
-            )
-        for before, after in pairwise(shapes):
-            check_trained_model(after, recipe, "distill")
-            check_residual(before, after, config.head_residual, config.residual_matrices)
-    if config.steps > 1 and recipe.plan:
-        raise InputError(f"plan={recipe.plan} is of one step, but prune.steps={config.steps}: leave one of them out")
-    if config.step_tokens:
-        training = dataclasses.replace(recipe.distill, tokens=config.step_tokens, phases=[])
-        timetable = plan_timetable(training, recipe.data.sequence_length, "distill")
-        check_train(training, recipe.parallel, data_parallel, timetable, "distill")
-        check_learning_rate(training, timetable, "distill")
+def check_steps(recipe: Recipe, student: StudentConfig, section: str) -> None:
+    """Raise InputError for keys that do not go with the number of steps. section: where the recipe has `student`."""
+    prune = recipe.prune
+    if prune.steps > 1 and student.layers is not None:
+        rule = f"names the teacher's layers, but prune.steps={prune.steps} chooses again in every step"
+        raise InputError(f"{section}.layers", student.layers, rule, "leave one of them out")
+    if prune.steps > 1 and recipe.plan:
+        rule = f"is of one step, but prune.steps={prune.steps}"
+        raise InputError("plan", recipe.plan, rule, "leave one of them out")
+    if prune.step_tokens and prune.steps == 1:
+        rule = "trains between steps, but there is one"
+        raise InputError("prune.step_tokens", prune.step_tokens, rule, "raise prune.steps")
 
 
-def parts_of(
-    recipe: Recipe, runtime: Runtime, name: str, student: StudentConfig, teacher: Architecture, folder: Path
-) -> list[Part]:
+def parts_of(recipe: Recipe, name: str, student: StudentConfig, teacher: Architecture, folder: Path) -> Iterator[Step]:
     """Everything from the teacher's scores to the student in `folder`/pruned, in order. `recipe` names the teacher's
     checkpoint and its scores."""
     shapes = shapes_of(recipe, teacher, student)
-    parts: list[Part] = []
     before, source = teacher, Path(str(recipe.teacher.checkpoint))
     for number, shape in enumerate(shapes, start=1):
         is_last = number == len(shapes)
@@ -97,21 +67,18 @@ def parts_of(
         if own := _own_importance(recipe, number, before, shape):
             scores = str(folder / f"step-{number}" / "scores.safetensors")
             pruning = dataclasses.replace(pruning, importance=own, scores=scores)
-            parts.append(Part(f"score-{name}-step-{number}", f"score {words}", partial(score.run, pruning, runtime)))
-        parts.append(Part(f"prune-{mark}", f"prune {words}", partial(prune.run, pruning, runtime)))
+            yield Step(f"score-{name}-step-{number}", f"score {words}", "score", pruning)
+        yield Step(f"prune-{mark}", f"prune {words}", "prune", pruning)
         before, source = shape, where / "pruned"
         if recipe.prune.step_tokens and not is_last:
             trained = where / "distilled"
-            parts.append(
-                Part(f"train-{mark}", f"train {words}", _training(recipe, runtime, name, number, source, trained))
-            )
+            yield _training(recipe, name, number, words, shape, source, trained)
             source = trained
-    return parts
 
 
 def sized(shape: Architecture) -> StudentConfig:
-    """A shape in the recipe's words."""
-    return StudentConfig(**{name: getattr(shape, name) for name in TARGETS})
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    return StudentConfig(**{name: getattr(shape, name) for name in names})
 
 
 def _pruning(recipe: Recipe, student: StudentConfig, source: Path, target: Path) -> Recipe:
@@ -140,8 +107,8 @@ def _own_importance(recipe: Recipe, number: int, before: Architecture, after: Ar
 
 
 def _training(
-    recipe: Recipe, runtime: Runtime, name: str, number: int, source: Path, target: Path
-) -> Callable[[], Any]:
+    recipe: Recipe, name: str, number: int, words: str, shape: Architecture, source: Path, target: Path
+) -> Step:
     """Between two steps: for prune.step_tokens with the schedule of `distill`, without its phases, from the original
     teacher, which stays as it is, or without."""
     distilling = dataclasses.replace(
@@ -153,7 +120,8 @@ def _training(
         correct_teacher=False,
     )
     shared = dataclasses.replace(recipe, name=f"{recipe.name}-{name}-step-{number}", distill=distilling)
+    mark, title = f"train-{name}-step-{number}", f"train {words}"
     if recipe.prune.step_loss == "next_token":
-        return partial(train_baseline, shared, runtime, "next_token", source, target)
+        return Step(mark, title, "train", with_baseline(shared, "next_token", shape, source, target))
     shared = dataclasses.replace(shared, student=StudentConfig(checkpoint=str(source)))
-    return partial(distill.run, shared, runtime)
+    return Step(mark, title, "distill", shared)

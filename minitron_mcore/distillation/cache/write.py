@@ -1,0 +1,117 @@
+"""A teacher asked for its targets, shard after shard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron_mcore.distillation.cache.draw import Drawing, make_targets
+from minitron_mcore.distillation.cache.file import (
+    CacheReader,
+    encode_targets,
+    settings_digest,
+    shard_file,
+    token_checksum,
+    write_shard,
+)
+from minitron_mcore.errors import InputError
+from minitron_mcore.files import writing
+from minitron_mcore.model.gpt import LanguageModel
+from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.schedule import visit_final_states
+from minitron_mcore.runtime.agree import raise_together
+from minitron_mcore.runtime.groups import data_group, on_last_stage, tensor_group
+from minitron_mcore.runtime.start import Runtime
+
+# Sample numbers -> their microbatches, for one call of the schedule after another.
+Reader = Callable[[list[int]], Iterable[list[Microbatch]]]
+
+
+def write_missing(
+    chunks: list[LanguageModel],
+    read: Reader,
+    drawing: Drawing,
+    folder: Path,
+    settings: dict[str, Any],
+    missing: list[tuple[int, int]],
+    runtime: Runtime,
+) -> None:
+    """Shard after shard, each by one data-parallel replica; the replicas meet after each. Every rank calls.
+
+    missing: the shards, with how many samples are in each already, which stay as they are.
+    """
+    total, size, reader = settings["num_samples"], settings["shard_samples"], CacheReader(folder)
+    replica, replicas = data_group().rank(), data_group().size()
+    writes = on_last_stage() and tensor_group().rank() == 0
+    started, written = time.perf_counter(), torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    for turn in range(0, len(missing), replicas):
+        failure: InputError | None = None
+        if turn + replica < len(missing):
+            shard, held = missing[turn + replica]
+            first = shard * size
+            samples = list(range(first + held, min(first + size, total)))
+            try:
+                blocks = ask_teacher(chunks, read, samples, drawing, settings)
+                if writes:
+                    path = shard_file(folder, shard)
+                    with writing(str(path)):
+                        write_shard(path, settings_digest(settings), first, [*reader.stored(shard, held), *blocks])
+                    in_bytes = sum(len(block) for block, _ in blocks)
+                    written += torch.tensor([len(samples), in_bytes], device=written.device)
+            except InputError as error:
+                failure = error
+        raise_together(failure)
+        so_far = written.clone()
+        torch.distributed.all_reduce(so_far)
+        tokens = so_far[0].item() * settings["data.sequence_length"]
+        runtime.print(
+            f"cache: {min(turn + replicas, len(missing))}/{len(missing)} shards, "
+            f"{tokens / (time.perf_counter() - started):,.0f} tokens/s, {so_far[1].item() / tokens:.2f} bytes a token"
+        )
+
+
+def ask_teacher(
+    chunks: list[LanguageModel], read: Reader, samples: list[int], drawing: Drawing, settings: dict[str, Any]
+) -> list[tuple[bytes, str]]:
+    """(block, checksum of its tokens) of each of `samples`, on the first tensor-parallel rank of the last stage.
+
+    Every rank of a replica calls, with the same samples. Raises InputError where logits are NaN or Inf.
+    """
+    group = tensor_group()
+    blocks: dict[int, tuple[bytes, str]] = {}
+    bad: list[int] = []
+
+    def visit(chunk: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> None:
+        assert microbatch.valid is not None and microbatch.samples is not None
+        real = microbatch.valid.bool()
+        numbers = microbatch.samples[real]
+        if not len(numbers):
+            return
+        targets, finite = make_targets(
+            hidden_SBH[:, real],
+            chunk.head_weight(),
+            numbers,
+            drawing,
+            tp_group=group,
+            sequence_parallel=chunk.config.sequence_parallel,
+        )
+        bad.extend(numbers[~finite].tolist())
+        if group.rank() > 0:
+            return
+        tokens = microbatch.tokens[real].cpu().numpy()
+        for number, tokens_S, of_sample in zip(numbers.tolist(), tokens, targets, strict=True):
+            block = encode_targets(of_sample, settings["vocab_size"], settings["dtype"])
+            blocks[number] = (block, token_checksum(tokens_S))
+
+    for part in read(samples):
+        visit_final_states(chunks, part, visit)
+    if bad:
+        rule = f"gives logits that are NaN or Inf in sample {min(bad)} of the training data"
+        raise InputError(
+            "teacher.checkpoint", settings["teacher"]["checkpoint"], rule, "check its weights and the precision"
+        )
+    return [blocks[number] for number in samples if number in blocks]

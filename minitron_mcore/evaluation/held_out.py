@@ -1,0 +1,42 @@
+"""Held-out text: which sequences, and their microbatches, each counted once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from minitron_mcore.data.blend import parse_blend
+from minitron_mcore.data.config import DataConfig
+from minitron_mcore.data.dataset import Dataset, batches_once, build_datasets
+from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.model.microbatch import Microbatch, to_device
+from minitron_mcore.model.schedule import in_calls
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.groups import data_group
+
+
+def held_out(data: DataConfig, tokenizer: Tokenizer, samples: int, *, seed: int) -> Dataset:
+    """The validation set: one pass, so that no sequence counts twice; a weighted blend in its proportions, of `samples`
+    sequences. Every rank calls. Raises InputError."""
+    key = "data.train"
+    if data.valid is not None:  # then the training text need not be named
+        data, key = dataclasses.replace(data, train=data.valid), "data.valid"
+    wanted = samples if parse_blend(data.train, key).weights else None
+    _, valid, _ = build_datasets(data, tokenizer, train_samples=0, valid_samples=wanted, seed=seed)
+    assert valid is not None
+    return valid
+
+
+def held_out_batches(
+    dataset: Dataset, samples: int, *, micro_batch_size: int, parallel: ParallelConfig
+) -> Iterator[list[Microbatch]]:
+    """The first `samples` sequences of this data-parallel rank, a few pipelines' fill of microbatches at a time, on the
+    device. The interleaved schedule needs a multiple of the stages: uncounted copies fill the last group."""
+    microbatches = batches_once(
+        dataset,
+        range(samples),
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=data_group().rank(),
+        data_parallel_size=data_group().size(),
+    )
+    return in_calls(map(to_device, microbatches), interleaved=parallel.virtual_pipeline is not None, each=4)

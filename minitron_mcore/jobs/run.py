@@ -1,0 +1,186 @@
+"""`run`: the whole recipe, step by step; every step is resolved before the first one acts. Pure.
+
+output/tokenizer/tokenizer.model          (unless the recipe names one)
+output/data/tokens_text_document.*        (unless the recipe names data)
+output/teacher/                           trained to train.tokens (of a teacher that the recipe names: results.json)
+output/corrected/                         where correct.tokens is given: what is scored, pruned and taught from
+output/scores.safetensors                 one scoring pass for all students
+output/students/NAME/pruned, distilled    one for each of run.students (step-1 … beside them: jobs/iterate.py)
+output/baselines/next_token, random       of the first student's shape, on the same tokens
+output/hf/NAME                            every distilled student as a Hugging Face folder
+output/results.json                       held-out losses of all of them
+output/done/STEP.json                     what a finished step gave
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.checkpoint.folder import find_checkpoint, tokenizer_folder
+from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.continuation import refuse_other_run
+from minitron_mcore.jobs.inputs import find_model, output_folder, require
+from minitron_mcore.jobs.iterate import check_steps, parts_of
+from minitron_mcore.jobs.job import NOTHING, Job, Promises
+from minitron_mcore.jobs.layouts import refuse_context
+from minitron_mcore.jobs.step import Step, with_baseline, with_correction, with_student, with_teacher, with_train
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.layouts import check_layout
+from minitron_mcore.runtime.world import World
+
+SECTIONS = (
+    "input",
+    "tokenizer",
+    "preprocess",
+    "data",
+    "model",
+    "teacher",
+    "student",
+    "importance",
+    "prune",
+    "train",
+    "correct",
+    "distill",
+    "evaluate",
+    "run",
+)
+EVALUATE = "evaluate "
+BASELINE_TITLES = {"next_token": "next-token loss", "random": "random weights"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunJob(Job):
+    """`steps` in order, into `folder`. jobs: what each will do; None: it is done."""
+
+    folder: Path
+    world: World
+    steps: tuple[Step, ...]
+    jobs: tuple[Job | None, ...]
+
+
+@dataclass
+class _Road:
+    """Steps are resolved as they are laid, each with what those before it promise."""
+
+    folder: Path
+    world: World
+    promises: Promises
+    steps: list[Step] = field(default_factory=list)
+    jobs: list[Job | None] = field(default_factory=list)
+
+    def lay(self, step: Step) -> None:
+        job = None
+        if not step.mark(self.folder).is_file():
+            job = step.resolve(self.world, self.promises)
+            self.promises = self.promises.after(job)
+        self.steps.append(step)
+        self.jobs.append(job)
+
+    def add(self, name: str, title: str, verb: str, recipe: Recipe, **options: Any) -> None:
+        self.lay(Step(name, title, verb, recipe, options))
+
+    def evaluate(self, name: str, recipe: Recipe, checkpoint: Path | str, results: Path | None = None) -> None:
+        told = str(results) if results else None
+        evaluating = dataclasses.replace(recipe, checkpoint=str(checkpoint), results=told)
+        self.add(EVALUATE + name, f"evaluate {name}", "evaluate", evaluating)
+
+
+def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> RunJob:
+    """Every step of the recipe; the same command goes on where it was cut off. Raises InputError."""
+    require(recipe, {"output": "the folder of the run"})
+    folder = output_folder(recipe.output, "output")
+    check_layout(recipe.parallel, world.size)
+    if recipe.importance.method == "activation":
+        refuse_context(recipe, "run")
+    refuse_other_run(folder, recipe, SECTIONS, "output")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
+        raise InputError("output", folder, "holds something other than a run", "name another folder")
+    refuse_lost_tokenizer(recipe)
+    road = _Road(folder, world, promises)
+    lay_road(recipe, road)
+    return RunJob(
+        recipe=recipe,
+        makes=tuple(made for job in road.jobs if job for made in job.makes),
+        folder=folder,
+        world=world,
+        steps=tuple(road.steps),
+        jobs=tuple(road.jobs),
+    )
+
+
+def lay_road(recipe: Recipe, road: _Road) -> None:
+    """All steps in order, with the recipe that each gets."""
+    folder = road.folder
+    base = with_data(recipe, road)
+    teacher = recipe.teacher.checkpoint or str(folder / "teacher")
+    base = dataclasses.replace(with_teacher(base, teacher), scores=recipe.scores or str(folder / "scores.safetensors"))
+    if not recipe.teacher.checkpoint:
+        road.add("train-teacher", "train the teacher", "train", with_train(base, teacher))
+    # Nothing is written into the folder of a teacher that the recipe names.
+    results = folder / "teacher" / "results.json" if recipe.teacher.checkpoint else None
+    road.evaluate("teacher", base, teacher, results)
+    shape = find_model(teacher, "teacher.checkpoint", road.promises).architecture
+    if recipe.correct.tokens:
+        corrected = str(folder / "corrected")
+        road.add("correct-teacher", "correct the teacher", "correct", with_correction(base, corrected))
+        road.evaluate("corrected teacher", base, corrected)
+        base = with_teacher(base, corrected)
+    road.add("score", "score the teacher", "score", base)
+    students = recipe.run.students or {"student": recipe.student}
+    for name, student in students.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            remedy = "use letters, digits, dot, - and _"
+            raise InputError("run.students", name, "is to be a folder's name", remedy)
+        check_steps(recipe, student, f"run.students.{name}" if recipe.run.students else "student")
+        pruned, distilled = folder / "students" / name / "pruned", folder / "students" / name / "distilled"
+        for step in parts_of(base, name, student, shape, pruned.parent):
+            road.lay(step)
+        road.evaluate(f"{name} pruned", base, pruned)
+        road.add(f"distill-{name}", f"distil {name}", "distill", with_student(base, student, pruned, distilled))
+        road.evaluate(f"{name} distilled", base, distilled)
+        exporting = dataclasses.replace(base, checkpoint=str(distilled), hf=str(folder / "hf" / name))
+        road.add(f"export-{name}", f"export {name}", "export", exporting, replaces=True)
+    first = next(iter(students))
+    pruned = folder / "students" / first / "pruned"
+    for baseline in recipe.run.baselines:
+        target, title = folder / "baselines" / baseline, f"{first} {BASELINE_TITLES[baseline]}"
+        small = find_model(pruned, "student.checkpoint", road.promises).architecture
+        training = with_baseline(base, baseline, small, pruned, target)
+        road.add(f"baseline-{baseline}", title, "train", training)
+        road.evaluate(title, base, target)
+
+
+def with_data(recipe: Recipe, road: _Road) -> Recipe:
+    """The recipe with a tokenizer and data, and the steps that make them where the recipe names none."""
+    if not recipe.tokenizer.model:
+        model = str(road.folder / "tokenizer" / "tokenizer.model")
+        made = dataclasses.replace(recipe.tokenizer, model=model, overwrite=True)
+        recipe = dataclasses.replace(recipe, tokenizer=made)
+        road.add("tokenizer", "train the tokenizer", "tokenizer", recipe)
+    if recipe.data.train is None:
+        prefix, key = str(road.folder / "data" / "tokens"), recipe.preprocess.json_keys[0]
+        making = dataclasses.replace(recipe.preprocess, output_prefix=prefix, overwrite=True)
+        recipe = dataclasses.replace(recipe, preprocess=making)
+        road.add("preprocess", "text to tokens", "preprocess", recipe)
+        held_out = f"{prefix}_valid_{key}_document" if recipe.preprocess.valid_fraction > 0 else None
+        data = dataclasses.replace(recipe.data, train=f"{prefix}_{key}_document", valid=recipe.data.valid or held_out)
+        recipe = dataclasses.replace(recipe, data=data)
+    return recipe
+
+
+def refuse_lost_tokenizer(recipe: Recipe) -> None:
+    """Raise InputError where a teacher or tokens are given and their tokenizer is not."""
+    if recipe.tokenizer.model:
+        return
+    if recipe.teacher.checkpoint:
+        given = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0]
+        beside = tokenizer_folder(given)
+        remedy = "name it as tokenizer.model" + (f", as in tokenizer.model={beside}" if beside else "")
+        raise InputError("teacher.checkpoint", given, "was trained with a tokenizer", remedy)
+    if recipe.data.train is not None:
+        remedy = "name the tokenizer's tokenizer.model too"
+        raise InputError("data.train", recipe.data.train, "holds token ids", remedy)

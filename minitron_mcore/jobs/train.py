@@ -1,0 +1,65 @@
+"""`train`: next-token training, from random weights (`model.*`) or onward from a checkpoint (`train.load`). Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.data.tokenizer import load_tokenizer
+from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.inputs import find_model, require
+from minitron_mcore.jobs.job import NOTHING, Promises, absolute
+from minitron_mcore.jobs.tokenizers import fit_tokenizer, model_tokenizer
+from minitron_mcore.jobs.training import TrainingJob, data_items, no_validation, resolve_training
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.world import World
+
+
+def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> TrainingJob:
+    """A training to `train.tokens`; the same command goes on where it was cut off. Raises InputError."""
+    return resolve_section(recipe, world, promises, "train", "train.load", ("model", "data", "train"))
+
+
+def resolve_section(
+    recipe: Recipe, world: World, promises: Promises, section: str, load: str, compared: tuple[str, ...]
+) -> TrainingJob:
+    """Next-token training by the recipe's `section`.
+
+    load: the key of the checkpoint the weights come from; where it is not given, the model is the recipe's `model`,
+    from random weights. compared: the sections in which a run that goes on must agree.
+    """
+    require(recipe, {f"{section}.checkpoint": "the folder to write to"})
+    given = recipe.train.load if load == "train.load" else recipe.teacher.checkpoint
+    source = find_model(given, load, promises) if given else None
+    if source is not None:
+        tokenizer, architecture = model_tokenizer(recipe, source, promises), source.architecture
+        if absolute(getattr(recipe, section).checkpoint) == absolute(source.folder):
+            own = getattr(recipe, section).checkpoint
+            raise InputError(f"{section}.checkpoint", own, f"is {load}'s own folder", "name another")
+    else:
+        architecture = new_architecture(recipe, promises)
+        is_promised = recipe.tokenizer.model and absolute(recipe.tokenizer.model) in promises.tokenizers
+        tokenizer = None if is_promised else fit_tokenizer(load_tokenizer(recipe.tokenizer), architecture, recipe)
+    fields = resolve_training(
+        recipe, world, promises, section=section, architecture=architecture, tokenizer=tokenizer, compared=compared
+    )
+    lineage: dict[str, Any] = {"stage": section, "load": given}
+    if source is not None:
+        lineage["lineage"] = dict(source.lineage)
+    reads = data_items(recipe, fields["data"], promises)
+    job = TrainingJob(**fields, source=source, lineage=lineage, reads=(source, *reads) if source else reads)
+    return dataclasses.replace(job, notes=no_validation(job))
+
+
+def new_architecture(recipe: Recipe, promises: Promises = NOTHING) -> Architecture:
+    """The recipe's `model` section; its vocabulary is the tokenizer's, unless given. Raises InputError."""
+    fields = dataclasses.asdict(recipe.model)
+    if fields["vocab_size"] is None:
+        model = recipe.tokenizer.model
+        promised = promises.tokenizers.get(absolute(model)) if model else None
+        fields["vocab_size"] = load_tokenizer(recipe.tokenizer).vocab_size if promised is None else promised
+    try:
+        return build_architecture(fields)
+    except InputError as error:
+        raise error.under("model") from error

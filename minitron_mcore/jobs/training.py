@@ -1,0 +1,138 @@
+"""What `train`, `correct` and `distill` resolve alike: layout, budget, data, memory, the folder to go on in. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.folder import check_architecture, latest_iteration
+from minitron_mcore.data.described import Described, describe_training
+from minitron_mcore.data.index_size import Wanted
+from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.estimate.forecast import Forecast
+from minitron_mcore.estimate.run import forecast_run
+from minitron_mcore.jobs.continuation import refuse_other_run
+from minitron_mcore.jobs.inputs import output_folder
+from minitron_mcore.jobs.job import Item, Job, Model, Promises
+from minitron_mcore.jobs.layouts import check_trained_model
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.layouts import check_layout
+from minitron_mcore.runtime.world import World
+from minitron_mcore.training.budget import Timetable, check_train, plan_timetable
+from minitron_mcore.training.config import TrainConfig
+from minitron_mcore.training.dashboard import check_wandb
+from minitron_mcore.training.learning_rate import check_learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob(Job):
+    """A training by the recipe's `section` into `folder`.
+
+    source: the checkpoint that the first weights come from; None: they are drawn.
+    tokenizer: None: promised.
+    resumes: `folder` holds a checkpoint, from which the run goes on.
+    wanted: the sample sets to build, described by `data`.
+    lineage: what lineage.yaml says of where the weights come from.
+    """
+
+    section: str
+    folder: Path
+    architecture: Architecture
+    source: Model | None
+    tokenizer: Tokenizer | None
+    timetable: Timetable
+    wanted: tuple[Wanted, ...]
+    data: Described
+    forecast: Forecast
+    resumes: bool
+    lineage: dict[str, Any]
+
+    @property
+    def config(self) -> TrainConfig:
+        return getattr(self.recipe, self.section)
+
+
+def resolve_training(
+    recipe: Recipe,
+    world: World,
+    promises: Promises,
+    *,
+    section: str,
+    architecture: Architecture,
+    tokenizer: Tokenizer | None,
+    compared: tuple[str, ...],
+    teacher: Architecture | None = None,
+    least_samples: int = 0,
+) -> dict[str, Any]:
+    """The fields of a TrainingJob that follow from the recipe's `section`; raises InputError.
+
+    compared: the sections in which a run that goes on must agree with the one in the folder.
+    teacher: that of a model that runs beside the student; None: none does.
+    least_samples: Megatron shuffles all passes over a text at once, so that the order of samples depends on how many
+    are asked for: for the order of so many, which may be more than the budget takes.
+    """
+    train: TrainConfig = getattr(recipe, section)
+    key = f"{section}.checkpoint"
+    folder = output_folder(train.checkpoint, key)
+    check_layout(recipe.parallel, world.size)
+    check_trained_model(architecture, recipe, section)
+    refuse_other_run(folder, recipe, compared, key, section)
+    resumes = latest_iteration(folder) is not None
+    if resumes:
+        check_architecture(folder, architecture)
+    check_wandb(recipe.log)
+    timetable = plan_timetable(train, recipe.data.sequence_length, section)
+    check_train(train, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, section)
+    check_learning_rate(train, timetable, section)
+    wanted = wanted_samples(recipe, section, timetable, least_samples)
+    return {
+        "recipe": recipe,
+        "section": section,
+        "folder": folder,
+        "architecture": architecture,
+        "tokenizer": tokenizer,
+        "timetable": timetable,
+        "wanted": wanted,
+        "data": describe_training(recipe.data, tokenizer, wanted, promises.prefixes),
+        "forecast": forecast_run(recipe, section, architecture, timetable, world, teacher),
+        "resumes": resumes,
+        "makes": (Model(key, folder, architecture, None, tokenizer=tokenizer),),
+    }
+
+
+def wanted_samples(recipe: Recipe, section: str, timetable: Timetable, least_samples: int = 0) -> tuple[Wanted, ...]:
+    """A training set for each of the budget's sequence lengths, and what validates, of `data.sequence_length`."""
+    train: TrainConfig = getattr(recipe, section)
+    wanted = [
+        Wanted(max(count, least_samples), length, f"{section}.tokens", train.tokens)
+        for length, count in timetable.samples_needed().items()
+    ]
+    if samples := train.eval_iters * train.global_batch_size:
+        key, length = f"{section}.eval_iters", recipe.data.sequence_length
+        wanted.append(Wanted(samples, length, key, train.eval_iters, is_validation=True))
+    return tuple(wanted)
+
+
+def data_items(recipe: Recipe, described: Described, promises: Promises) -> tuple[Item, ...]:
+    """The token files a job reads, for --dry-run."""
+    items = []
+    for part in described.parts:
+        for prefix in part.blend.prefixes:
+            source = described.sources.get(prefix)
+            what = f"{source.tokens:,} tokens, {source.documents:,} documents" if source else "tokens, promised"
+            items.append(Item(part.blend.key, prefix, what))
+    return tuple(dict.fromkeys(items))
+
+
+def no_validation(job: TrainingJob) -> tuple[str, ...]:
+    """A note where validation is asked for and there is no text for it."""
+    train, data = job.config, job.recipe.data
+    if not train.eval_iters or job.data.has_validation:
+        return ()
+    return (
+        f"there is no validation of the whole blend, because data.valid is not set and data.split={data.split} holds "
+        f"out less than one sample of {data.sequence_length + 1} tokens: preprocess.valid_fraction can hold out more, "
+        f"and {job.section}.eval_iters=0 says that none is wanted",
+    )
