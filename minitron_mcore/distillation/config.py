@@ -20,7 +20,8 @@ _TEMPERATURE: dict[str, Any] = {
     "at_most": 100,
     "remedy": "beyond, fp32 cannot tell the distributions apart",
 }
-_CACHE = "cache:"
+# What distill.teacher begins with where it names a cache.
+CACHE = "cache:"
 
 
 def default_chunk_tokens(tokens: int) -> int:
@@ -119,7 +120,7 @@ class DistillConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.teacher is not None and self.teacher.removeprefix(_CACHE) in ("", self.teacher):
+        if self.teacher is not None and self.teacher.removeprefix(CACHE) in ("", self.teacher):
             rule = "must be cache:DIR, where `cache` wrote DIR"
             raise InputError("teacher", self.teacher, rule, "leave it out for the model teacher.checkpoint")
         if self.kd_weight == self.lm_weight == 0:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from minitron_mcore.files import write_whole
+from minitron_mcore.jobs.continuation import SOURCES, sources
 from minitron_mcore.jobs.job import NOTHING, module_of
 from minitron_mcore.jobs.run import EVALUATE, RunJob, resolve
 from minitron_mcore.jobs.step import Step
@@ -49,6 +51,7 @@ def begin(job: RunJob) -> None:
     """Make the run's folder, with the recipe in it. The first rank calls."""
     (job.folder / "done").mkdir(parents=True, exist_ok=True)
     write_whole(job.folder / "recipe.yaml", to_yaml(job.recipe))
+    write_whole(job.folder / SOURCES, yaml.safe_dump(sources(job.recipe)))
 
 
 def do(step: Step, number: str, job: RunJob, runtime: Runtime) -> Any:

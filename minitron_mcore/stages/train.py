@@ -13,6 +13,7 @@ from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.estimate.exhausted import explaining_memory
 from minitron_mcore.estimate.forecast import Forecast
 from minitron_mcore.estimate.run import forecast_run, forecast_words
+from minitron_mcore.jobs.continuation import sources
 from minitron_mcore.jobs.training import TrainingJob
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import initialize
@@ -105,7 +106,12 @@ def fit_model(
 def describe(job: TrainingJob, tokens: int) -> None:
     """Write what lies beside the weights in `job.folder`, trained on `tokens` tokens; one rank calls."""
     assert job.tokenizer is not None
-    facts = {**job.lineage, "tokens": tokens, "tokenizer": job.tokenizer.fingerprint}
+    facts = {
+        **job.lineage,
+        "tokens": tokens,
+        "tokenizer": job.tokenizer.fingerprint,
+        "sources": sources(job.recipe),
+    }
     recipe, save = to_yaml(job.recipe), job.tokenizer.save
     write_description(job.folder, job.architecture, lineage=facts, recipe=recipe, save_tokenizer=save)
     if job.source is not None:

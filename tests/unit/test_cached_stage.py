@@ -14,10 +14,10 @@ from minitron_mcore.checkpoint.folder import TRACKER
 from minitron_mcore.distillation.cache.file import write_settings
 from minitron_mcore.distillation.cache.teacher import CachedTeacher
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.recipe import Recipe, load_recipe
 from minitron_mcore.stages.cache import identity
 from minitron_mcore.stages.cached import check_teacher, lineage_of, refuse_other_targets
-from minitron_mcore.stages.common import refuse_other_run
 from tests.distributed.models import tiny
 
 KEY = "distill.teacher=cache:targets"
@@ -96,7 +96,7 @@ def test_where_a_cache_lies_may_change(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("distill:\n  teacher: cache:/here\n  temperature: 1.0\n")
     moved = load_recipe(None, ["distill.teacher=cache:/there"])
     refuse_other_run(tmp_path, moved, ("distill",), "distill.checkpoint")
-    with pytest.raises(InputError, match=r"distill\.teacher is 'cache:/here' there and None here"):
+    with pytest.raises(InputError, match=r"distill\.teacher is cache:/here there and null here"):
         refuse_other_run(tmp_path, load_recipe(None, []), ("distill",), "distill.checkpoint")
 
 

@@ -13,8 +13,8 @@ import yaml
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.recipe import load_recipe, to_yaml
-from minitron_mcore.stages.common import refuse_other_run
 from minitron_mcore.training.budget import plan_timetable
 from minitron_mcore.training.config import PhaseConfig, TrainConfig
 from minitron_mcore.training.learning_rate import check_continuation, check_learning_rate, warmup_tokens

@@ -1,0 +1,208 @@
+"""Whether a run in a folder goes on by a recipe: which keys may differ, and what counts as the same file. Pure.
+
+A key may differ where its metadata say so (keys.py: may_change, budget). Files are compared by what they hold, not by
+how they are written: data/x.bin is data/x, a relative path is the absolute one, and a copy on another mount is the
+same data or checkpoint. What a run has read is recorded beside it, so that it is known where it no longer lies there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from minitron_mcore.checkpoint.folder import find_checkpoint, iteration_folder, latest_iteration, read_lineage
+from minitron_mcore.distillation.cache.file import DESCRIPTION
+from minitron_mcore.distillation.config import CACHE
+from minitron_mcore.errors import InputError, shown
+from minitron_mcore.files import read_mapping
+from minitron_mcore.keys import default_of, entry_of, is_path, options_of, section_of
+from minitron_mcore.model.config import LEFT_OUT
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.training.config import PhaseConfig, TrainConfig
+from minitron_mcore.training.learning_rate import check_continuation
+
+# Beside a recipe.yaml of `run`; of a trained checkpoint the same stands in its lineage.
+SOURCES = "sources.yaml"
+# What may be given with phases instead of being changed on the way.
+PHASED = ("sequence_length", "global_batch_size", "micro_batch_size")
+_WINDOWS, _WINDOW = 64, 1 << 16
+
+
+def refuse_other_run(
+    folder: Path,
+    recipe: Recipe,
+    sections: tuple[str, ...],
+    key: str,
+    stage: str | None = None,
+    *,
+    keeps_budget: bool = False,
+) -> None:
+    """Raise InputError where `folder` holds a run of another recipe, which would be overwritten or mixed.
+
+    Compares `sections`, the seed and the precision with the stored recipe, ignoring keys that do not affect results;
+    and, where `stage`, a section of training, is given, that a checkpoint there is of that stage. Its budget may change
+    as far as what is done, and the learning rate so far, stay the same; not at all where it `keeps_budget`.
+    """
+    stored_file = folder / "recipe.yaml"
+    if not stored_file.is_file():
+        if folder.is_dir() and any(folder.glob("iter_*")):
+            raise InputError(key, folder, "holds checkpoints but no recipe.yaml", "name another folder")
+        if (folder / DESCRIPTION).is_file():
+            raise InputError(key, folder, "holds a cache of a teacher's targets", "name another folder")
+        return
+    lineage = read_lineage(folder)
+    made_by = lineage.get("stage")
+    if stage and made_by and made_by != stage:
+        rule = f"holds a checkpoint that `{made_by}` made, not `{stage}`"
+        raise InputError(key, folder, rule, "name another folder")
+    stored = read_mapping(stored_file)
+    recorded = lineage.get("sources", {})
+    if (folder / SOURCES).is_file():
+        recorded = read_mapping(folder / SOURCES)
+    entries = {entry.name: entry for entry in dataclasses.fields(Recipe)}
+    for section in filter(stored.__contains__, (*sections, "seed", "precision")):
+        for entry, path, there, here in _values(entries[section], stored[section], getattr(recipe, section)):
+            in_budget = entry.metadata["budget"] and section == stage and not keeps_budget
+            if entry.metadata["may_change"] or in_budget or _is_same(entry, path, there, here, recorded):
+                continue
+            phases = f"; to change it on the way, give {stage}.phases"
+            hint = phases if stage and not keeps_budget and entry.name in PHASED else ""
+            rule = f"holds another run: {path} is {shown(there)} there and {shown(here)} here"
+            raise InputError(key, folder, rule, f"name another folder, or delete that one{hint}")
+    if stage is not None and not keeps_budget:
+        refuse_other_budget(folder, recipe, stored, stage)
+
+
+def sources(recipe: Recipe) -> dict[str, Any]:
+    """By key, what identifies the data and checkpoints that the recipe reads, wherever they lie."""
+    found = {}
+    for section in dataclasses.fields(Recipe):
+        value = getattr(recipe, section.name)
+        for entry in dataclasses.fields(value) if section_of(section.type) else ():
+            path = f"{section.name}.{entry.name}"
+            if _names_files(entry) and not entry.metadata["may_change"]:
+                _, places = _places(path, getattr(value, entry.name))
+                if (held := [identity(place) for place in places]) and None not in held:
+                    found[path] = held
+    return found
+
+
+def identity(place: str) -> str | None:
+    """What tells the checkpoint, the data or the file at a path from another, wherever it lies; None: nothing there."""
+    if os.path.isfile(place + ".idx") and os.path.isfile(place + ".bin"):
+        return f"{_sampled(place + '.idx')}-{_sampled(place + '.bin')}"
+    if os.path.isfile(place):
+        return _sampled(place)
+    try:
+        folder, iteration = find_checkpoint(place, "")
+    except InputError:
+        return None
+    manifest = iteration_folder(folder, iteration) / "manifest.json"
+    return f"{iteration}-{_sampled(str(manifest))}" if manifest.is_file() else None
+
+
+def _sampled(path: str) -> str:
+    """Size and checksum of a file; of a large one 64 windows of 64 KiB stand for the rest."""
+    size, digest = os.path.getsize(path), xxhash.xxh3_128()
+    count = min(_WINDOWS, -(-size // _WINDOW))
+    with open(path, "rb") as stream:
+        for number in range(count):
+            stream.seek(number * max(size - _WINDOW, 0) // max(count - 1, 1))
+            digest.update(stream.read(_WINDOW))
+    return f"{size}-{digest.hexdigest()}"
+
+
+def _values(entry: Any, there: Any, here: Any) -> list[tuple[Any, str, Any, Any]]:
+    """(key, its path, stored value, value now) of a section's keys, or of a key that is no section."""
+    if section_of(entry.type) is None:
+        return [(entry, entry.name, there, here)]
+    if not there:
+        return []
+    now = dataclasses.asdict(here)
+    if entry.name == "model":
+        there, now = ({**said, **_meant(said)} for said in (there, now))
+    return [
+        # A key that an older version did not have was then as it is by default now.
+        (each, f"{entry.name}.{each.name}", there.get(each.name, _plain(default_of(each))), now[each.name])
+        for each in dataclasses.fields(here)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+
+
+def _meant(model: dict[str, Any]) -> dict[str, Any]:
+    """What the keys that a recipe's section `model` leaves out mean, which once stood there as defaults."""
+    return {name: value for name, value in LEFT_OUT.items() if model.get(name) is None}
+
+
+def _is_same(entry: Any, path: str, there: Any, here: Any, recorded: dict[str, Any]) -> bool:
+    if there == here or _settled(entry, there) == _settled(entry, here):
+        return True
+    if not _names_files(entry) or there is None or here is None:
+        return False
+    if path == "distill.teacher":  # a cache is known by what it holds, which is checked when it is opened
+        return all(str(value).startswith(CACHE) for value in (there, here))
+    (weights, places), (other_weights, others) = _places(path, there), _places(path, here)
+    if weights != other_weights or len(places) != len(others):
+        return False
+    if places == others:
+        return True
+    held = [identity(place) for place in others]
+    return None not in held and held == (recorded.get(path) or [identity(place) for place in places])
+
+
+def _names_files(entry: Any) -> bool:
+    return any(map(is_path, options_of(entry.type)))
+
+
+def _places(path: str, value: Any) -> tuple[list[float], list[str]]:
+    """The weights of a blend, and the absolute paths of what a key names, links resolved; of data without an ending."""
+    is_data = path.startswith("data.")
+    if isinstance(value, str):
+        value = value.split() if is_data and not os.path.exists(value + ".idx") else [value]
+    weights, places = [], []
+    for item in value or []:
+        if is_data and (weight := _number(item)) is not None:
+            weights.append(weight)
+            continue
+        place = os.path.realpath(os.path.expanduser(str(item)))
+        places.append(place[:-4] if is_data and place.endswith((".bin", ".idx")) else place)
+    return weights, places
+
+
+def _number(item: Any) -> float | None:
+    try:
+        return float(item)
+    except ValueError:
+        return None
+
+
+def _settled(entry: Any, value: Any) -> Any:
+    """A list of sections without those of their keys that may change, as the micro-batch sizes of phases."""
+    inner = entry_of(entry.type)
+    if not dataclasses.is_dataclass(inner) or not isinstance(value, list):
+        return value
+    kept = [each.name for each in dataclasses.fields(inner) if not each.metadata["may_change"]]
+    return [{name: part.get(name) for name in kept} for part in value]
+
+
+def refuse_other_budget(folder: Path, recipe: Recipe, stored: dict[str, Any], section: str) -> None:
+    """Raise InputError where a run in `folder`, of the recipe `stored`, cannot go on to the budget of `section`."""
+    iteration = latest_iteration(folder)
+    if iteration is None or section not in stored:
+        return
+    train: TrainConfig = getattr(recipe, section)
+    now = dataclasses.asdict(train)
+    budget = [entry.name for entry in dataclasses.fields(train) if entry.metadata["budget"]]
+    fields = {name: stored[section].get(name, now[name]) for name in budget}
+    if all(now[name] == value for name, value in fields.items()):
+        return
+    fields["phases"] = [PhaseConfig(**phase) for phase in fields["phases"]]
+    before, length = dataclasses.replace(train, **fields), recipe.data.sequence_length
+    check_continuation((before, length), (train, length), iteration, section)
