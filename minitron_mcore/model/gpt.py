@@ -68,7 +68,7 @@ def transformer_config(
     """Megatron's config of `architecture` under `parallel`. Raises InputError for a layout that cannot hold it.
 
     precision: fp32, bf16, or fp8: the layers' products in fp8 by Transformer Engine, all else as in bf16.
-    bare_layers: somebody else keeps their weights.
+    bare_layers: their weights are kept elsewhere.
     """
     a = architecture
     check_tensor_parallel(a, parallel.tensor)
@@ -121,15 +121,16 @@ def transformer_config(
 
 
 def check_fp8(architecture: Architecture, tensor: int, key: str = "teacher.precision") -> None:
-    """Raise InputError where the products of a model at tensor-parallel size `tensor` cannot be in fp8."""
+    """Raise InputError if a model's matrix products at tensor-parallel size `tensor` cannot run in fp8."""
     if not (HAVE_TE and torch.cuda.is_available()):
-        raise InputError(f"{key}=fp8 needs Transformer Engine and a CUDA device, which are not here: set {key}=bf16")
+        raise InputError(key, "fp8", "needs Transformer Engine and a CUDA device, which this machine lacks", "use bf16")
     sizes = axis_sizes(architecture)
     widths = {"hidden_size": sizes["hidden"], "ffn_hidden_size": sizes["ffn"], "query heads' width": sizes["heads"]}
     for name, width in widths.items():
         share = 1 if name == "hidden_size" else tensor
         if width % (16 * share):
-            raise InputError(f"{key}=fp8 needs multiples of 16 on every rank: {name}={width} at tensor={share} is none")
+            rule = f"needs multiples of 16 on every rank, which {name}={width} at parallel.tensor={share} does not give"
+            raise InputError(key, "fp8", rule, "use bf16")
 
 
 def _uneven_layout(stages: list[list[list[int]]], parallel: ParallelConfig) -> list[list[str]] | None:
@@ -145,9 +146,9 @@ def _uneven_layout(stages: list[list[list[int]]], parallel: ParallelConfig) -> l
 
 
 class _StageLayout(PipelineParallelLayerLayout):
-    """An uneven layout that answers for the stage and the interleaving of a model with groups of its own.
+    """An uneven layout for a model with process groups of its own.
 
-    Megatron's asks the global groups, which are those of another model.
+    Megatron's version asks the global groups, which belong to another model.
     """
 
     def __init__(self, layout: list[list[str]], pipeline: int, stage: int) -> None:
@@ -178,8 +179,7 @@ def build_model(
 
     Every rank calls, after `use_layout(parallel)`, or with the `groups` of another layout that `parallel` describes.
     Fill it with `initialize` or a checkpoint. `bare_layers`: layers have no memory for their weights either, which
-    somebody else keeps (distillation/teacher/placement.py). `recompute`: what a training pass works out once more in
-    backward.
+    are kept elsewhere (distillation/teacher/placement.py). `recompute`: what backward computes again.
     """
     config = transformer_config(architecture, parallel, precision, bare_layers=bare_layers, recompute=recompute)
     groups = groups or ProcessGroupCollection.use_mpu_process_groups()

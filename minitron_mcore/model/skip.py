@@ -16,7 +16,7 @@ from minitron_mcore.model.gpt import unwrap
 def without_layers(chunks: Sequence[torch.nn.Module], layers: Iterable[int]) -> Iterator[None]:
     """Within the `with`, the given layers (global numbers, the first is 0) pass on what comes in, [s, b, h], unchanged.
 
-    At any layout: every rank names the same layers, and those that are elsewhere do not concern it; a pipeline stage
+    At any layout: every rank names the same layers, those held by other stages are ignored; a pipeline stage
     may lose all of its own. No communication. Blocks nest. The layers are whole again afterwards, whatever was raised;
     hooks on a layer still run meanwhile. `chunks` may be wrapped in Megatron's DDP. Raises InputError for a layer that
     the model does not have.
@@ -26,7 +26,7 @@ def without_layers(chunks: Sequence[torch.nn.Module], layers: Iterable[int]) -> 
     count = models[0].config.num_layers
     for layer in sorted(skipped):
         if not 0 <= layer < count:
-            raise InputError(f"layer {layer} cannot be left out: the model has layers 0 to {count - 1}")
+            raise InputError("", None, f"layer {layer} cannot be left out", f"the model has layers 0 to {count - 1}")
     mine = [layer for model in models for layer in model.decoder.layers if layer.layer_number - 1 in skipped]
     # An attribute of the object hides the class's method; a block around this one may have set it already.
     before: list[tuple[Any, Callable[..., Any] | None]] = [(layer, vars(layer).get("forward")) for layer in mine]

@@ -1,4 +1,4 @@
-"""Whether a run is well: steps whose loss or gradients are no numbers are counted and written down; many end it."""
+"""Steps whose loss or gradients are NaN or Inf: counted and logged; too many in a row end the run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from minitron_mcore.training.step import not_finite
 def count_skipped(
     job: Job, progress: Progress, row: dict[str, float], batch: list[Microbatch], metrics: MetricsLog
 ) -> dict[str, float]:
-    """What is to be logged of `row`, a step just done: the numbers in it, and how many steps had some that were none.
+    """What to log of `row`, a step just done: its finite values, and how many steps were skipped so far.
 
-    A step that was skipped is written down with the numbers of its samples. Every rank calls, before
-    `progress.advance`. Raises DivergedError at the `max_skipped_iterations`-th skipped step in a row.
+    A skipped step is logged as an event, with the numbers of its samples. Every rank calls, before `progress.advance`.
+    Raises DivergedError at the `max_skipped_iterations`-th skipped step in a row.
     """
     bad = not_finite(row)
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if bad else 0
@@ -38,7 +38,7 @@ def count_skipped(
         if progress.skipped_in_a_row >= limit:
             raise DivergedError(
                 f"iteration {iteration}, {where}: {reason}; {progress.skipped_in_a_row} iterations in a row were "
-                f"skipped, and max_skipped_iterations={limit} ends the run; the newest checkpoint is from before it"
+                f"skipped, so max_skipped_iterations={limit} ends the run; the newest checkpoint is from before them"
             )
     return {
         **{name: value for name, value in row.items() if name not in bad},
@@ -48,7 +48,7 @@ def count_skipped(
 
 
 def global_samples(batch: list[Microbatch]) -> list[int]:
-    """Numbers of the samples in the global batch, in order; none where the data do not tell. Every rank calls."""
+    """Numbers of the samples in the global batch, in order; empty if the data have none. Every rank calls."""
     mine = [number for part in batch if part.samples is not None for number in part.samples.tolist()]
     return sorted(number for rank in gathered(mine, data_group()) for number in rank)
 

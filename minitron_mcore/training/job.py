@@ -1,4 +1,4 @@
-"""What the loop is given, and what it goes on from."""
+"""What the loop is given, and the progress from which it resumes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from minitron_mcore.training.config import LogConfig, TrainConfig
 from minitron_mcore.training.reader import BatchReader, StepReader
 from minitron_mcore.training.teaching import TrainedTeacher
 
-# A run that is not told when to save does so after each of these parts, or so many iterations if that is less.
+# Without a save interval, a run saves after each of PARTS equal parts, or every MOST_ITERATIONS if that is sooner.
 PARTS, MOST_ITERATIONS = 10, 500
 
 
 @dataclass
 class Progress:
-    """What a resumed run goes on from, beside the tensors."""
+    """What a run resumes from, beside the tensors."""
 
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    skipped_iterations: int = 0  # without a step, since a loss or the gradient norm was none
-    nan_iterations: int = 0  # those of them whose loss was none
+    skipped_iterations: int = 0  # without a step, because a loss or the gradient norm was NaN or Inf
+    nan_iterations: int = 0  # those of them with such a loss
     skipped_in_a_row: int = 0  # up to now
-    data_order: dict[int, str] = field(default_factory=dict)  # of what was read, by reader.data_order
-    hidden_states_alpha: float | None = None  # weight of the hidden-state losses in the next step, where it is dynamic
+    data_order: dict[int, str] = field(default_factory=dict)  # fingerprints of what was read (reader.data_order)
+    hidden_states_alpha: float | None = None  # dynamic weight of the hidden-state losses in the next step
 
     def advance(self, step: Step) -> None:
         """Count a step that is done."""
@@ -55,12 +55,12 @@ class Job:
     read_train: StepReader
     read_valid: dict[str, BatchReader]  # by the source's name, "" for the whole blend; none: no validation
     precision: str
-    folder: Path  # checkpoints and metrics; resumed from where it holds a finished iteration
+    folder: Path  # for checkpoints and metrics; the run resumes from its newest finished iteration
     describe: Callable[[Progress], None]  # writes what lies beside the weights; the first rank calls
     recipe: dict[str, Any]
     name: str
-    data_order: dict[int, str] = field(default_factory=dict)  # of what `read_train` reads, by reader.data_order
-    teaching: TrainedTeacher | None = None  # the objective's teacher, where it is trained in the same job
+    data_order: dict[int, str] = field(default_factory=dict)  # fingerprints of what `read_train` reads
+    teaching: TrainedTeacher | None = None  # the objective's teacher, if it is trained in the same job
 
     @property
     def iterations(self) -> int:

@@ -35,8 +35,8 @@ from minitron_mcore.training.timers import StepTimers, split_line
 def fit(job: Job) -> Progress:
     """Train up to `job.iterations`, from the newest checkpoint in the folder if there is one. Every rank calls.
 
-    Ctrl-C or SIGTERM to any rank saves a checkpoint, after the iteration it came in, and raises SystemExit(130) or
-    (143). In the last iteration it comes too late for that: `runtime.stop_signal` has it for who would go on.
+    Ctrl-C or SIGTERM to any rank saves a checkpoint at the end of the iteration and raises SystemExit(130) or (143).
+    In the last iteration the run ends as usual: `runtime.stop_signal` then tells the caller.
     """
     train, runtime = job.train, job.runtime
     chunks = wrap_model(job.chunks)
@@ -86,9 +86,9 @@ def _iterate(
     metrics: MetricsLog,
     stop: StopRequest,
 ) -> int:
-    """From `progress`, which moves along, to the last iteration, or to the one at which a stop was asked for.
+    """From `progress`, which is updated, to the last iteration, or to the one in which a signal asked to stop.
 
-    Returns the signal that asked for it, 0 for none; the same on every rank."""
+    Returns that signal, or 0; the same on every rank."""
     train, runtime = job.train, job.runtime
     steps = job.read_train(job.timetable, progress.iteration)
     first = next(steps)
@@ -98,7 +98,7 @@ def _iterate(
     pace = Pace(progress.consumed_tokens, job.timetable.tokens)
     timers.attach(chunks, optimizer, job.objective)
     interval = Interval(timers)
-    interim: int | None = None  # the newest checkpoint, where nobody asked for one to keep
+    interim: int | None = None  # the newest checkpoint, if it is to make room for the next
     for step, batch in timers.batches(itertools.chain([first], steps)):
         row = train_step(chunks, optimizer, scheduler, job.objective, step.shape, batch, timers.timers)
         if job.teaching is not None:
@@ -152,27 +152,26 @@ def save(
 
 
 def drop(job: Job, iteration: int | None) -> None:
-    """Make room where another checkpoint has taken the place of `iteration`'s; every rank calls."""
+    """Remove the checkpoint of `iteration` once a newer one has taken its place; every rank calls."""
     if iteration is not None:
         for folder in [job.folder] + ([job.teaching.folder] if job.teaching is not None else []):
             job.runtime.on_main(partial(drop_iteration, folder, iteration))
 
 
 def describe_newest(job: Job, progress: Progress) -> None:
-    """What lies beside the weights, where a run was killed after it saved them and before it said so."""
+    """Write what lies beside the weights, if a run was killed after saving the weights and before writing this."""
     if read_lineage(job.folder).get("tokens") != progress.consumed_tokens:
         job.describe(progress)
 
 
 def open_metrics(metrics: MetricsLog, iteration: int) -> None:
-    """On the first rank; InputError where they cannot be written."""
+    """The first rank calls. Raises InputError if they cannot be written."""
     with writing(str(metrics.folder)):
         metrics.open(iteration)
 
 
 def validate(chunks: list[torch.nn.Module], job: Job) -> dict[str, float]:
-    """Held-out losses over `eval_iters` global batches of the blend, and as many of each of its sources. Every rank
-    calls."""
+    """Held-out losses over `eval_iters` global batches of the blend, and of each of its sources. Every rank calls."""
     found: dict[str, float] = {}
     for name, read in job.read_valid.items():
         means = mean_loss(chunks, read(0, job.train.eval_iters), job.objective)
@@ -181,22 +180,21 @@ def validate(chunks: list[torch.nn.Module], job: Job) -> dict[str, float]:
 
 
 def check_past(progress: Progress, job: Job) -> None:
-    """Raise InputError where the checkpoint has not seen what the timetable says it has."""
+    """Raise InputError if the checkpoint has seen other numbers of tokens than the timetable has."""
     expected = job.timetable.at(progress.iteration).tokens_before if progress.iteration <= job.iterations else None
     if progress.consumed_tokens != expected:
-        raise InputError(
-            f"{job.folder} has seen {progress.consumed_tokens} tokens at iteration {progress.iteration}, which is no "
-            f"part of {job.timetable}: batch sizes and sequence lengths of what is done must stay as they were"
-        )
+        seen = f"has seen {progress.consumed_tokens} tokens at iteration {progress.iteration}"
+        rule = f"{seen}, which does not fit {job.timetable}"
+        raise InputError("", job.folder, rule, "keep batch sizes and sequence lengths of what is already done")
 
 
 def warn_of_other_data(progress: Progress, job: Job) -> None:
-    """Say so where what is read from here on is not what the run would have read."""
+    """Print a warning if what is read from here on is not what the run would have read."""
     if any(job.data_order.get(length, order) != order for length, order in progress.data_order.items()):
         job.runtime.print(
             f"WARNING: {job.folder} has read other samples, or in another order, than data.train gives now: its files "
-            "are not those of before, or the text is read more than once and another budget shuffles it anew; some "
-            "samples come again before others have come once"
+            "have changed, or the text is read more than once and another budget reshuffles it; some samples are "
+            "repeated before others are read at all"
         )
 
 

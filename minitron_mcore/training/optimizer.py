@@ -27,7 +27,7 @@ def wrap_model(chunks: list[LanguageModel]) -> list[torch.nn.Module]:
 
 
 def build_optimizer(chunks: list[torch.nn.Module], train: TrainConfig, precision: str) -> MegatronOptimizer:
-    """Adam in Megatron's DistributedOptimizer, whatever the layout, so that every checkpoint resumes at every other."""
+    """Adam in Megatron's DistributedOptimizer at every layout, so that a checkpoint resumes at any other layout."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -67,6 +67,6 @@ def build_scheduler(optimizer: MegatronOptimizer, train: TrainConfig, timetable:
 
 
 def set_schedule(scheduler: OptimizerParamScheduler, consumed_tokens: int) -> None:
-    """Learning rate and weight decay after `consumed_tokens`, whatever a checkpoint counted in."""
+    """Set learning rate and weight decay to those after `consumed_tokens`, whatever unit a checkpoint counted in."""
     scheduler.num_steps = 0
     scheduler.step(increment=consumed_tokens)

@@ -28,9 +28,8 @@ def train_step(
 ) -> dict[str, float]:
     """One iteration over a global batch of `shape`; mean losses over its counted tokens. Every rank calls.
 
-    Where a loss or the gradient norm is no number (`not_finite` names them in the row), weights and optimizer stay as
-    they are; the learning rate moves on in any case, since it follows the tokens that are used up. `timers`:
-    Megatron's, or None.
+    If a loss or the gradient norm is NaN or Inf (`not_finite` names them), weights and optimizer stay as they are; the
+    learning rate still moves on, since it follows the tokens used. timers: Megatron's, or None.
     """
     for chunk in chunks:
         cast(DistributedDataParallel, chunk).zero_grad_buffer()
@@ -48,7 +47,7 @@ def train_step(
 
 @torch.no_grad()
 def apply_gradients(optimizer: MegatronOptimizer, *, losses_finite: bool) -> float:
-    """Clip and step, unless a loss or the gradient norm is no number; returns the norm. Every rank calls.
+    """Clip and step, unless a loss or the gradient norm is NaN or Inf; returns the norm. Every rank calls.
 
     Megatron's own `step` would carry a NaN into every weight. The norm is one number for all ranks, so they agree.
     """
@@ -65,5 +64,5 @@ def apply_gradients(optimizer: MegatronOptimizer, *, losses_finite: bool) -> flo
 
 
 def not_finite(row: dict[str, float]) -> list[str]:
-    """The names in `row` whose values are NaN or infinite: with one of them a step is skipped."""
+    """The names in `row` whose values are NaN or Inf: any of them makes the step be skipped."""
     return [name for name, value in row.items() if not math.isfinite(value)]

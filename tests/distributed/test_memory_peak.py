@@ -91,12 +91,8 @@ def peak_on_rank(
         chunks = wrap_model(models)
         optimizer = build_optimizer(chunks, train, precision)
         scheduler = build_scheduler(optimizer, train, plan_timetable(train, SEQUENCE, "train"))
-        objective = Objective(
-            LossSettings(VOCABULARY, kd_weight=1.0, lm_weight=0.0, temperature=2.0),
-            teacher=teacher,
-            states=losses,
-            window=window,
-        )
+        settings = LossSettings(VOCABULARY, kd_weight=1.0, lm_weight=0.0, temperature=2.0)
+        objective = Objective(settings, teacher, losses, window)
         for _ in range(2):
             ids = torch.randint(0, VOCABULARY, (MICROBATCHES, MICRO_BATCH, SEQUENCE + 1))
             batch = [

@@ -67,9 +67,8 @@ def teach_on_rank(
         write_description(Path(folder), wide, lineage={"tokens": tokens}, recipe="", save_tokenizer=None)
 
     teacher = TrainedTeacher(Teacher(frozen, wide), correct, timetable, "fp32", Path(folder), describe)
-    objective = Objective(
-        LossSettings(student.vocab_size, lm_weight=0.0, kd_weight=1.0, chunk_tokens=24), teacher=teacher
-    )
+    settings = LossSettings(student.vocab_size, lm_weight=0.0, kd_weight=1.0, chunk_tokens=24)
+    objective = Objective(settings, teacher)
     first = resume_at or 0
     if first:
         teacher.resume(first, timetable.at(first).tokens_before)
@@ -101,10 +100,7 @@ def teach_on_rank(
                 with torch.no_grad():
                     for parameter, value in zip(parameters, values, strict=True):
                         parameter.copy_(value)
-            judge = Objective(
-                LossSettings(student.vocab_size, lm_weight=0.0, kd_weight=1.0, chunk_tokens=24),
-                teacher=Teacher(still, wide),
-            )
+            judge = Objective(settings, Teacher(still, wide))
             with torch.no_grad():
                 frozen_losses.append(judge.run(pupil, batch(step), forward_only=True)["logits distillation loss"])
     same = all(torch.equal(a, b) for a, b in zip(weights_of(teacher.chunks), weights_of(alone), strict=True))

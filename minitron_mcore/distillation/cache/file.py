@@ -43,6 +43,7 @@ LOCK = "cache.lock"
 FORMAT = 2  # 1 had no probability of the other ids, and the number of samples in the digest
 MAGIC = b"MINITGT\x01"
 VALUE_TYPES = {"fp16": "<f2", "fp32": "<f4"}
+ANEW = "delete the folder and write it again with `cache`"
 _PREFIX = struct.Struct("<8sQQ")
 _LENGTH = struct.Struct("<I")
 _OPEN_HEADERS = 16
@@ -196,47 +197,45 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """How a cache was made. Raises InputError where `folder` holds none that is read here."""
+    """How a cache was made. Raises InputError if `folder` holds none that this version reads."""
     path = folder / DESCRIPTION
     with reading(f"distill.teacher=cache:{folder}"):
         if not path.is_file():
+            rule = f"holds no teacher's targets: {DESCRIPTION} is missing"
             raise InputError(
-                f"distill.teacher=cache:{folder} holds no teacher's targets: {DESCRIPTION} is missing; write them with "
-                "`cache`, or name another folder"
+                "distill.teacher", f"cache:{folder}", rule, "write them with `cache`, or name another folder"
             )
         text = path.read_bytes()
     try:
         content = json.loads(text.decode("utf-8"))
         found, settings = content["format"], dict(content["settings"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: it does not say how the targets were made") from error
+        raise InputError("", path, "is damaged: it does not say how the targets were made", ANEW) from error
     if found == 1:
-        raise InputError(
-            f"{path} is of format 1, an older version's, which lacks the probability of the ids that are left out: "
-            "delete the folder and write it anew with `cache`"
-        )
+        raise InputError("", path, "is of format 1, an older version's, without the probability of left-out ids", ANEW)
     if found != FORMAT:
-        raise InputError(f"{path} is of format {found!r}: read here is format {FORMAT}")
+        raise InputError("", path, f"is of format {found!r}, but this version reads format {FORMAT}", ANEW)
     method = settings.get("method")
     if method not in _OF_METHOD:
-        raise InputError(f"{path} is damaged: its method is {method!r}, which must be one of {', '.join(_OF_METHOD)}")
+        raise InputError("", path, f"is damaged: its method is {method!r}, not one of {', '.join(_OF_METHOD)}", ANEW)
     wanted = _SETTINGS | _OF_METHOD[method]
     require_settings(path, settings, tuple(wanted))
     require_settings(path, settings["teacher"] if isinstance(settings["teacher"], dict) else {}, ("architecture",))
     for name, kind in wanted.items():
         value = settings[name]
         if not isinstance(value, kind) or (isinstance(value, (int, float)) and not value > 0):
-            raise InputError(f"{path} is damaged: {name} cannot be {value!r}")
+            raise InputError("", path, f"is damaged: {name} cannot be {value!r}", ANEW)
     if settings["dtype"] not in VALUE_TYPES:
-        raise InputError(f"{path} is damaged: its dtype is {settings['dtype']!r}, of {', '.join(VALUE_TYPES)}")
+        kinds = ", ".join(VALUE_TYPES)
+        raise InputError("", path, f"is damaged: its dtype is {settings['dtype']!r}, not one of {kinds}", ANEW)
     return settings
 
 
 def require_settings(path: Path, settings: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Raise InputError where the file `path`, which says `settings`, leaves out one of `names`."""
+    """Raise InputError if the `settings` of the file `path` lack one of `names`."""
     for name in names:
         if name not in settings:
-            raise InputError(f"{path} is damaged: it does not say {name}; write the cache anew with `cache`")
+            raise InputError("", path, f"is damaged: it does not say {name}", ANEW)
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ class CacheReader:
     """The targets of a cache by sample number. Only the blocks that are asked for are read; safe in several threads."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError where `folder` holds no cache."""
+        """Raises InputError if `folder` holds no cache."""
         self.folder = folder
         self.settings = read_settings(folder)
         self._digest = settings_digest(self.settings)
@@ -263,7 +262,7 @@ class CacheReader:
     def missing_shards(self, num_samples: int) -> list[int]:
         """Which shards do not hold their part of the first `num_samples` samples.
 
-        Raises InputError where one is there and is not whole, or is of another cache.
+        Raises InputError for one that is damaged or belongs to another cache.
         """
         size = self.settings["shard_samples"]
         shards = range(-(-num_samples // size))
@@ -283,7 +282,7 @@ class CacheReader:
         return self._block(sample).tokens
 
     def read(self, sample: int) -> Targets:
-        """The targets of one sample. Raises InputError where they are not there, or have changed since."""
+        """The targets of one sample. Raises InputError if they are missing or damaged."""
         block = self._bytes(sample)
         kind = self.settings
         sampled = kind["method"] == "sampled"
@@ -307,19 +306,19 @@ class CacheReader:
                     stream.seek(place.offset)
                     block = stream.read(place.length)
             except OSError as error:
-                raise InputError(f"{path} cannot be read: {error}") from error
+                raise InputError("", path, f"cannot be read: {error}") from error
             if xxhash.xxh3_64_hexdigest(block) == place.checksum:
                 return block
             with self._lock:
                 self._headers.pop(shard, None)
-        raise self._damage(path, f"the checksum of sample {sample} is another")
+        raise self._damage(path, f"the checksum of sample {sample} differs")
 
     def _block(self, sample: int) -> _Block:
         shard, place = divmod(sample, self.settings["shard_samples"])
         blocks = self._blocks(shard) if 0 <= sample < self.settings["num_samples"] else []
         if place >= len(blocks):
             count = self.settings["num_samples"]
-            raise InputError(f"{self.folder} has no targets of sample {sample}: it holds the first {count:,}")
+            raise InputError("", self.folder, f"has no targets of sample {sample}, only of the first {count:,}")
         return blocks[place]
 
     def _blocks(self, shard: int) -> list[_Block]:
@@ -340,15 +339,16 @@ class CacheReader:
                 is_whole = magic == MAGIC and length <= end
                 text = stream.read(length) if is_whole else b""
         except OSError as error:
-            raise InputError(f"{path} cannot be read: {error}; run `cache` again to write what is missing") from error
+            raise InputError(
+                "", path, f"cannot be read: {error}", "run `cache` again to write what is missing"
+            ) from error
         if xxhash.xxh3_64_intdigest(text) != checksum or not text:
-            raise self._damage(path, "its header has changed, or is none")
+            raise self._damage(path, "its header has changed or is missing")
         header = json.loads(text)
         size, rows = self.settings["shard_samples"], header["blocks"]
         if header["settings"] != self._digest or header["first"] != shard * size or len(rows) > size:
-            raise InputError(
-                f"{path} belongs to another cache than the {DESCRIPTION} beside it: delete it, `cache` again"
-            )
+            rule = f"belongs to another cache than the {DESCRIPTION} beside it"
+            raise InputError("", path, rule, "delete it and run `cache` again")
         blocks, offset = [], len(prefix) + length
         for count, sum_of_block, tokens in rows:
             blocks.append(_Block(offset, count, sum_of_block, tokens))
@@ -358,4 +358,5 @@ class CacheReader:
         return blocks
 
     def _damage(self, path: Path, what: str) -> InputError:
-        return InputError(f"{path} is damaged: {what}; delete it and run `cache` again, which writes what is missing")
+        remedy = "delete it and run `cache` again, which writes what is missing"
+        return InputError("", path, f"is damaged: {what}", remedy)

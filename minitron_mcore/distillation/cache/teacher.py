@@ -1,4 +1,4 @@
-"""A teacher that was asked before: its targets read from a cache in place of a forward pass.
+"""A teacher whose targets are read from a cache in place of a forward pass.
 
 Legend: S sequence (this rank's part of it under context parallelism), b micro-batch, K ids a token.
 """
@@ -27,20 +27,38 @@ from minitron_mcore.runtime.context import context_part
 from minitron_mcore.runtime.groups import context_group, on_last_stage
 
 PROBES = 8  # samples whose tokens are compared before the first step; each one is, once it is read
+<<<<<<< HEAD
 READERS = 4  # threads that decode: zlib and NumPy leave Python's lock to each other
 
 
+=======
+# With sampled targets the others would be biased.
+DIVERGENCES = {"sampled": ("forward_kl",), "top_k": ("forward_kl", "reverse_kl", "jensen_shannon")}
+READERS = 4  # threads that decode: zlib and NumPy release Python's lock
+
+
+def cache_folder(teacher: str | None) -> Path | None:
+    """The folder that distill.teacher=cache:DIR names; None for a teacher in memory. Raises InputError."""
+    if teacher is None:
+        return None
+    if not teacher.startswith(PREFIX) or teacher == PREFIX:
+        rule = "must be cache:DIR, where DIR was written by `cache`, or null for the model teacher.checkpoint"
+        raise InputError("distill.teacher", teacher, rule)
+    return Path(teacher.removeprefix(PREFIX))
+
+
+>>>>>>> 8285433 (The engine's errors have key, value, rule and remedy, and its sentences are plain English)
 class CachedTeacher:
-    """The targets of a cache, in the place of a teacher; without head, hidden states and validation samples."""
+    """The targets of a cache in place of a teacher: without a head, hidden states or validation samples."""
 
     def __init__(self, folder: Path, temperature: float) -> None:
-        """temperature: of the loss. Every rank calls. Raises InputError where `folder` holds no cache."""
+        """temperature: of the loss. Every rank calls. Raises InputError if `folder` holds no cache."""
         self.reader = CacheReader(folder)
         settings = self.reader.settings
         self.architecture: Architecture = build_architecture(settings["teacher"]["architecture"])
         self.is_drawn = settings["method"] == "sampled"
         self.is_whole = holds_all(settings)
-        # A whole distribution of one temperature is that of any other: the exponent of all its probabilities.
+        # A whole distribution at one temperature gives that at any other: all its probabilities to this power.
         self.exponent = settings["temperature"] / temperature
         self._threads = ThreadPoolExecutor(READERS)
         self._ahead: dict[int, Future[Targets]] = {}
@@ -49,8 +67,8 @@ class CachedTeacher:
     def run_ahead(self, batch: list[Microbatch], *, train: bool = False) -> None:
         """Leave a SparseTarget in every microbatch, on the student's last stage; every rank of the world calls.
 
-        Found by `samples` [b]. Raises InputError, on every rank if on one, where targets are missing, damaged, or of
-        other tokens. train: has no effect here.
+        Looked up by the microbatch's `samples`. Raises InputError, on every rank if on one, for targets that are
+        missing, damaged, or of other tokens. train: has no effect here.
         """
         all_or_none(lambda: self._read(batch) if on_last_stage() else None)
 
@@ -72,8 +90,8 @@ class CachedTeacher:
             microbatch.teacher = TeacherPart(here)
 
     def _load(self, samples: list[int]) -> Iterator[Future[Targets]]:
-        """The targets of `samples`, in their order; and, while the student trains on these, what it will want next: as
-        many samples, as far from these as these are from those before."""
+        """The targets of `samples`, in order. Also starts to decode what the student will want next: as many samples,
+        as far ahead of these as these are of the previous ones."""
         found = [
             self._ahead.pop(sample) if sample in self._ahead else self._threads.submit(self._decode, sample)
             for sample in samples
@@ -95,13 +113,12 @@ class CachedTeacher:
     def _check_tokens(self, samples: list[int], tokens_bS: Tensor) -> None:
         for sample, tokens_S in zip(samples, tokens_bS.cpu().numpy(), strict=True):
             if token_checksum(tokens_S) != self.reader.tokens_of(sample):
-                raise InputError(
-                    f"distill.teacher={PREFIX}{self.reader.folder} was made from other data, or in another order: its "
-                    f"sample {sample} has other tokens; give the data and the seed it was made with, or make it anew"
-                )
+                rule = f"was made from other data, or in another order: its sample {sample} has other tokens"
+                remedy = "give the data and the seed it was made with, or make it again"
+                raise InputError("distill.teacher", f"{PREFIX}{self.reader.folder}", rule, remedy)
 
     def check_dataset(self, dataset: Any, needed: int) -> None:
-        """Raise InputError where samples among the first `needed` of `dataset` have other tokens. Any rank calls."""
+        """Raise InputError if samples among the first `needed` of `dataset` have other tokens. Any rank calls."""
         for sample in sorted({round(i * (needed - 1) / max(PROBES - 1, 1)) for i in range(PROBES)}):
             tokens = torch.as_tensor(dataset[sample]["tokens"]).unsqueeze(0)
             self._check_tokens([sample], tokens)
@@ -133,7 +150,7 @@ class CachedTeacher:
 
 
 def log_weights(targets: Targets) -> numpy.ndarray:
-    """Of each id, fp32 [E]: the log-probability that was stored, or log(n_v / n) + log p/q of what was drawn."""
+    """For each id, fp32 [E]: the stored log-probability, or log(n_v / n) + log p/q of what was drawn."""
     if targets.counts is None:
         assert targets.values is not None
         return targets.values
@@ -141,3 +158,35 @@ def log_weights(targets: Targets) -> numpy.ndarray:
     drawn = numpy.bincount(token_E, weights=targets.counts, minlength=len(targets.num_ids))
     logs = numpy.log(targets.counts / drawn[token_E])
     return (logs if targets.values is None else logs + targets.values).astype(numpy.float32)
+<<<<<<< HEAD
+=======
+
+
+def check_cached(teacher: CachedTeacher, distill: DistillConfig) -> None:
+    """Raise InputError if the cache cannot serve the losses of `distill`."""
+    check_served(teacher.reader.settings, distill, f"distill.teacher={distill.teacher}")
+
+
+def check_served(settings: dict[str, Any], distill: DistillConfig, key: str) -> None:
+    """`check_cached` for targets made by `settings`. key: the recipe's `distill.teacher=cache:DIR`."""
+    if distill.temperature != settings["temperature"] and not holds_all(settings):
+        rule = f"is not the temperature of the targets that {key} holds, {settings['temperature']}"
+        remedy = f"make them equal, or cache with cache.temperature={distill.temperature}"
+        raise InputError("distill.temperature", distill.temperature, rule, remedy)
+    allowed = DIVERGENCES[settings["method"]]
+    if distill.logit_loss not in allowed:
+        rule = f"needs more of the teacher than {key} holds, which serves {' and '.join(allowed)}"
+        remedy = "choose one of these, or leave distill.teacher out"
+        raise InputError("distill.logit_loss", distill.logit_loss, rule, remedy)
+    if distill.top_k:
+        rule = f"needs a teacher in memory: what {key} holds was chosen when it was made"
+        raise InputError("distill.top_k", distill.top_k, rule, "set distill.top_k=0")
+    if distill.correct_teacher:
+        rule = f"trains the teacher, but {key} holds only its targets"
+        raise InputError("distill.correct_teacher", True, rule, "leave one of the two out")
+
+
+def holds_all(settings: dict[str, Any]) -> bool:
+    """Whether the teacher's whole distribution is kept."""
+    return settings["method"] == "top_k" and not has_tails(settings)
+>>>>>>> 8285433 (The engine's errors have key, value, rule and remedy, and its sentences are plain English)

@@ -1,4 +1,4 @@
-"""Which of the teacher's inner states each of the student's is compared with. Pure.
+"""Which inner state of the teacher each of the student's is compared with. Pure.
 
     site                 state                                                    read at
     embedding            output of the embedding, normed                          the input norm of layer 0
@@ -7,8 +7,8 @@
     mlp_input            input of layer l's MLP, normed                           the pre-MLP norm of layer l
     attention_relation   queries, keys and values of layer l, as projected        linear_qkv of layer l
 
-States are taken after a norm (arXiv 2407.14679, section 3): what no norm of its own makes, by the norm that reads it
-first. So a state lies on the pipeline stage of that norm, `holder`, which for a block output may be the next stage.
+States are taken after a norm (arXiv 2407.14679, section 3): one that has no norm of its own after the norm that reads
+it first. So a state lies on the pipeline stage of that norm, `holder`, which for a block output may be the next stage.
 """
 
 from __future__ import annotations
@@ -55,10 +55,8 @@ def pairs(
     for teacher, student in chosen:
         for model, layer, count in (("teacher", teacher, teacher_layers), ("student", student, student_layers)):
             if not 0 <= layer < count:
-                raise InputError(
-                    f"{KEY}.layers pairs teacher layer {teacher} with student layer {student}, but the {model} has "
-                    f"layers 0 to {count - 1}"
-                )
+                rule = f"pairs teacher layer {teacher} with student layer {student}, but the {model} has layers 0 to"
+                raise InputError(f"{KEY}.layers", None, f"{rule} {count - 1}")
     found = []
     for site in sites:
         places = [(0, 0)] if site == "embedding" else chosen
@@ -93,16 +91,12 @@ def relation_heads(wanted: int, student: Architecture, teacher: Architecture, te
     for name, model in (("student", student), ("teacher", teacher)):
         for part, count in (("queries", model.num_attention_heads), ("keys", model.num_query_groups)):
             if count * model.kv_channels % heads:
-                raise InputError(
-                    f"{KEY}.relation_heads={heads} does not divide the {count * model.kv_channels} channels of the "
-                    f"{name}'s {part}"
-                )
+                rule = f"does not divide the {count * model.kv_channels} channels of the {name}'s {part}"
+                raise InputError(f"{KEY}.relation_heads", heads, rule)
     if heads % tensor_parallel:
-        why = "" if wanted else " (by default: what divides both models' query groups)"
-        raise InputError(
-            f"{KEY}.relation_heads={heads}{why} must be a multiple of parallel.tensor={tensor_parallel}, so that every "
-            "rank holds whole ones"
-        )
+        why = "" if wanted else " (the default, which divides both models' query groups)"
+        rule = f"must be a multiple of parallel.tensor={tensor_parallel}, so that every rank holds whole heads"
+        raise InputError(f"{KEY}.relation_heads", f"{heads}{why}", rule)
     return heads
 
 
@@ -113,9 +107,8 @@ def check_hidden_states(
     do not allow."""
     if "attention_relation" in config.sites:
         if parallel.context > 1:
-            raise InputError(
-                f"{KEY}.sites holds attention_relation, which compares every token with all before it; with "
-                f"parallel.context={parallel.context} a rank has only part of them: leave one of the two out"
-            )
+            rule = "compares every token with all before it, of which a rank has only a part with "
+            rule += f"parallel.context={parallel.context}"
+            raise InputError(f"{KEY}.sites", "attention_relation", rule, "leave one of the two out")
         relation_heads(config.relation_heads, student, teacher, parallel.tensor)
     return pairs(config.sites, config.layers, student.num_layers, teacher.num_layers)
