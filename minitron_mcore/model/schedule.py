@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,11 +55,16 @@ def run_schedule(
     counted = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
-        microbatch = next(iterator)
+        microbatch, chunk = next(iterator), unwrap(model)
         if begin is not None:
-            begin(unwrap(model), microbatch)
-        hidden = model(microbatch.tokens, microbatch.position_ids, None)
-        return hidden, partial(_schedule_loss, loss, unwrap(model), microbatch, counted)
+            begin(chunk, microbatch)
+
+        def loss_of(hidden: torch.Tensor) -> LossSums:
+            total, num_tokens, sums = loss(chunk, hidden, microbatch)
+            counted.add_(num_tokens.detach())
+            return total, num_tokens.detach().to(torch.int), {"num_tokens": num_tokens.detach(), **sums}
+
+        return model(microbatch.tokens, microbatch.position_ids, None), loss_of
 
     rows = []
     windows = [batch[start : start + (window or len(batch))] for start in range(0, len(batch), window or len(batch))]
@@ -192,14 +196,6 @@ def _forward(
 
 def _drop(hidden: torch.Tensor, non_loss_data: bool = True) -> None:
     return None
-
-
-def _schedule_loss(
-    loss: LossFunction, model: LanguageModel, microbatch: Microbatch, counted: torch.Tensor, hidden: torch.Tensor
-) -> LossSums:
-    total, num_tokens, sums = loss(model, hidden, microbatch)
-    counted += num_tokens.detach()
-    return total, num_tokens.detach().to(torch.int), {"num_tokens": num_tokens.detach(), **sums}
 
 
 def _call_schedule(

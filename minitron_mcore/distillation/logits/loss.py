@@ -14,7 +14,9 @@ Legend: S sequence, B batch, N = S * B tokens, H hidden size, V this rank's voca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +30,11 @@ from torch.autograd.function import once_differentiable
 
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
-from minitron_mcore.distillation.logits.sweep import Model, sweep
+from minitron_mcore.distillation.logits.sweep import Model, Swept, Wanted, sweep
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.vocab_parallel import VocabularyShard
 
+Run = Callable[..., Swept]
 REPORTED = ("lm", "kd", "teacher_lm", "agreement")
 
 
@@ -92,16 +95,15 @@ def logit_loss(
     if isinstance(teacher, Model):
         teacher = Model(teacher.hidden.detach().flatten(0, 1), teacher.weight.detach())
     mask_N = loss_mask_SB.detach().float().flatten()
-    task = _Task(
+    wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_SBH, weight_VH))
+    run = partial(
+        sweep,
         teacher=teacher.flat() if isinstance(teacher, SparseTarget) else teacher,
-        labels=labels_SB.flatten(),
-        mask=mask_N,
+        labels_N=labels_SB.flatten(),
         settings=settings if teacher is not None else settings.without_teacher(),
         shard=VocabularyShard.of(weight_VH.shape[0], settings.vocab_size, tp_group),
-        needs_hidden=torch.is_grad_enabled() and hidden_SBH.requires_grad,
-        needs_weight=torch.is_grad_enabled() and weight_VH.requires_grad,
     )
-    loss, *by_token = _LogitLoss.apply(hidden_SBH.flatten(0, 1), weight_VH, task)
+    loss, *by_token = _LogitLoss.apply(hidden_SBH.flatten(0, 1), weight_VH, mask_N, settings, wanted, run)
     by_name = {name: loss_N for name, loss_N in zip(REPORTED, by_token, strict=True) if loss_N is not None}
     sums = {name: torch.dot(loss_N, mask_N) for name, loss_N in by_name.items()}
     return LogitLossOutput(
@@ -115,60 +117,27 @@ def logit_loss(
     )
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What a sweep needs besides the student's tensors; labels and mask are [N]."""
-
-    teacher: Model | SparseTarget | None
-    labels: Tensor
-    mask: Tensor
-    settings: LossSettings
-    shard: VocabularyShard
-    needs_hidden: bool
-    needs_weight: bool
-
-    def run(
-        self, student: Model, weight_N: Tensor, *, gradients: bool
-    ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-        """Losses by token and, if asked, the gradients of hidden states (in their type) and head: of the head None
-        where it has an fp32 `main_grad`, since the gradient is added to that."""
-        grad_hidden = torch.empty_like(student.hidden) if gradients and self.needs_hidden else None
-        grad_weight, own = None, None
-        if gradients and self.needs_weight:
-            grad_weight = wide_main_grad(student.weight)
-            if grad_weight is None:
-                own = grad_weight = torch.zeros_like(student.weight, dtype=torch.float32)
-        losses = sweep(
-            student, self.teacher, self.labels, weight_N, self.settings, self.shard, grad_hidden, grad_weight
-        )
-        return losses, grad_hidden, own
-
-
-def wide_main_grad(weight_VH: Tensor) -> Tensor | None:
-    """The fp32 gradient buffer that Megatron's DDP keeps for a parameter, if any."""
-    main_grad = getattr(weight_VH, "main_grad", None)
-    return main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None
-
-
 class _LogitLoss(torch.autograd.Function):
     """Where the head has a `main_grad`, autograd gets no gradient for it (Megatron's hook then adds nothing, but still
     adds the embedding's where that is the same parameter; with `overlap_grad_reduce` the hook insists on one)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, task: _Task) -> tuple[Tensor | None, ...]:
-        settings, student = task.settings, Model(hidden_NH, weight_VH)
-        later = settings.recompute and (task.needs_hidden or task.needs_weight)
-        losses, grad_hidden, grad_weight = task.run(student, task.mask, gradients=not later)
-        loss = settings.lm_weight * torch.dot(losses["lm"], task.mask)
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, mask_N: Tensor, settings: LossSettings, wanted: Wanted, run: Run
+    ) -> tuple[Tensor | None, ...]:
+        ctx.later = settings.recompute and any(wanted)
+        swept = run(Model(hidden_NH, weight_VH), weight_N=mask_N, wanted=(False, False) if ctx.later else wanted)
+        losses = swept.losses
+        loss = settings.lm_weight * torch.dot(losses["lm"], mask_N)
         if "kd" in losses:
-            loss = loss + settings.kd_weight * torch.dot(losses["kd"], task.mask)
+            loss = loss + settings.kd_weight * torch.dot(losses["kd"], mask_N)
         ctx.mark_non_differentiable(*losses.values())
-        ctx.task, ctx.done, ctx.weight_dtype = task, False, weight_VH.dtype
-        ctx.grads = (grad_hidden, grad_weight)
+        ctx.run, ctx.wanted, ctx.done = run, wanted, False
+        ctx.grads, ctx.weight_dtype = (swept.grad_hidden, swept.grad_weight), weight_VH.dtype
         # A gradient already added to a `main_grad` cannot be scaled any more.
-        ctx.added = not later and task.needs_weight and grad_weight is None
-        if later:
-            ctx.save_for_backward(hidden_NH)
+        ctx.added = not ctx.later and wanted[1] and swept.grad_weight is None
+        if ctx.later:
+            ctx.save_for_backward(hidden_NH, mask_N)
             ctx.weight_VH = weight_VH  # the parameter itself: a saved tensor comes back without `main_grad`
         return loss, *(losses.get(name) for name in REPORTED)
 
@@ -177,11 +146,11 @@ class _LogitLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.done:
             raise RuntimeError("backward through logit_loss a second time: its gradients are scaled in place")
-        task, ctx.done = ctx.task, True
-        if task.settings.recompute:
-            student = Model(ctx.saved_tensors[0], ctx.weight_VH)
-            _, grad_hidden, grad_weight = task.run(student, task.mask * grad_loss, gradients=True)
-            return grad_hidden, _of_parameter(grad_weight, ctx.weight_dtype), None
+        ctx.done = True
+        if ctx.later:
+            hidden_NH, mask_N = ctx.saved_tensors
+            swept = ctx.run(Model(hidden_NH, ctx.weight_VH), weight_N=mask_N * grad_loss, wanted=ctx.wanted)
+            return swept.grad_hidden, _of_parameter(swept.grad_weight, ctx.weight_dtype), None, None, None, None
         (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
         if ctx.added:
             torch._assert_async(
@@ -189,12 +158,12 @@ class _LogitLoss(torch.autograd.Function):
                 "logit_loss has added the head's gradient to main_grad already, so its loss must go into the trained "
                 "loss with factor 1; with recompute=True any factor will do",
             )
-            return grad_hidden, None, None
+            return grad_hidden, None, None, None, None, None
         if grad_hidden is not None:
             grad_hidden.mul_(grad_loss)
         if grad_weight is not None:
             grad_weight = _of_parameter(grad_weight.mul_(grad_loss), ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _of_parameter(grad_weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:

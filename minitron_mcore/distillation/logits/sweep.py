@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from minitron_mcore.distillation.logits.chunk import Chunk, gradient_, measure
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.model.vocab_parallel import ABSENT, VocabularyShard, add_product_, product_, product_operand
+
+Wanted = tuple[bool, bool]  # of hidden states and head: whether their gradients are
 
 
 @dataclass(frozen=True)
@@ -27,29 +30,45 @@ class Model:
     weight: Tensor
 
 
+@dataclass(frozen=True)
+class Swept:
+    """losses: each token's, [N] fp32 each: `lm`; with a teacher `kd`; if reported `teacher_lm` and `agreement`."""
+
+    losses: dict[str, Tensor]
+    grad_hidden: Tensor | None  # this shard's part, [N, H] in the hidden states' type
+    grad_weight: Tensor | None  # fp32 [V, H]; None also where it was added to the head's fp32 `main_grad`
+
+
+def wide_main_grad(weight_VH: Tensor) -> Tensor | None:
+    """The fp32 gradient buffer that Megatron's DDP keeps for a parameter, if any."""
+    main_grad = getattr(weight_VH, "main_grad", None)
+    return main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None
+
+
 def sweep(
     student: Model,
+    *,
     teacher: Model | SparseTarget | None,
     labels_N: Tensor,
     weight_N: Tensor,
     settings: LossSettings,
     shard: VocabularyShard,
-    grad_hidden_NH: Tensor | None = None,
-    grad_weight_VH: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Every token's losses, [N] fp32 each: `lm`; with a teacher `kd`; if reported `teacher_lm` and `agreement`.
+    wanted: Wanted,
+) -> Swept:
+    """Every token's losses and, if `wanted`, the gradients of hidden states and head.
 
     weight_N: fp32, each token's weight in both gradients, besides the settings' two weights.
-    grad_hidden_NH: overwritten with this shard's part of the gradient, where given, in its own type.
-    grad_weight_VH: fp32 (or the head's type); the gradient is added to it, where given.
     """
+    grad_hidden_NH = torch.empty_like(student.hidden) if wanted[0] else None
+    grad_weight_VH, own_VH = (wide_main_grad(student.weight), None) if wanted[1] else (None, None)
+    if wanted[1] and grad_weight_VH is None:
+        grad_weight_VH = own_VH = torch.zeros_like(student.weight, dtype=torch.float32)
     tokens = labels_N.shape[0]
     chunk_size = min(settings.chunk_size(tokens), tokens)
     models = [student, teacher] if isinstance(teacher, Model) else [student]
     heads = [product_operand(model.weight[: shard.width]) for model in models]
     buffers = weight_N.new_empty(len(models), chunk_size, shard.width)  # the chunks take turns in them
     losses: dict[str, Tensor] = {}
-    wanted = grad_hidden_NH is not None or grad_weight_VH is not None
 
     for start in range(0, tokens, chunk_size):
         rows = slice(start, min(start + chunk_size, tokens))
@@ -60,11 +79,11 @@ def sweep(
             if shard.absent:
                 logits_CV.fill_(ABSENT)
         of_teacher = teacher.rows(rows) if isinstance(teacher, SparseTarget) else logits[1] if teacher else None
-        chunk = Chunk(logits[0], of_teacher, labels_N[rows], settings, shard, gradient=wanted)
+        chunk = Chunk(logits[0], of_teacher, labels_N[rows], settings, shard, gradient=any(wanted))
         measured = measure(chunk)
         for name, value_C in measured.losses.items():
             losses.setdefault(name, weight_N.new_empty(tokens))[rows] = value_C.float()
-        if not wanted:
+        if not any(wanted):
             continue
         gradient_CV = gradient_(chunk, measured).to(heads[0].dtype)
         # The tokens' weights go to the narrow factors of the products instead of the [C, V] gradient.
@@ -75,4 +94,4 @@ def sweep(
         if grad_weight_VH is not None:
             weighted_CH = (hidden[0] * weight_C1).to(heads[0].dtype)
             add_product_(grad_weight_VH[: shard.width], gradient_CV.t(), weighted_CH)
-    return losses
+    return Swept(losses, grad_hidden_NH, own_VH)
