@@ -1,4 +1,4 @@
-"""Which activations a training pass works out once more in backward, rather than keeps; Megatron's choices. Pure.
+"""Which activations a training pass recomputes in backward instead of keeping; Megatron's choices. Pure.
 
 full        of layers in a row their input alone is kept: by method "uniform" of every `num_layers` in a row of a
             pipeline chunk, by "block" of each of its first `num_layers`, the others keeping everything
@@ -19,7 +19,7 @@ from minitron_mcore.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Recompute:
-    """granularity: "", nothing is worked out twice; full or selective. method, num_layers: of full alone."""
+    """granularity: "" for no recomputation, full or selective. method, num_layers: with full alone."""
 
     granularity: str = ""
     method: str = "uniform"

@@ -150,7 +150,7 @@ def _keep(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
 def forward_only(
     chunks: list[LanguageModel], batch: list[Microbatch], after: Callable[[LanguageModel, Microbatch], None]
 ) -> None:
-    """Forward only, no gradients, nothing kept: what is wanted of it, hooks have to take. Every rank calls.
+    """Forward only, no gradients, nothing kept: hooks take what is wanted. Every rank calls.
 
     `after(chunk, microbatch)` is called when a chunk has run a microbatch, before another one starts. A collective in
     it may be over tensor-parallel ranks alone: pipeline stages are at different microbatches.

@@ -30,7 +30,7 @@ def use_transformer_engine(config: TransformerConfig) -> bool:
 
 
 class BareLayer(TransformerLayer):
-    """A layer without memory for its weights: whoever runs it brings them (distillation/teacher/placement.py)."""
+    """A layer without memory for its weights, which are fetched before it runs (distillation/teacher/placement.py)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Before the first step of a distillation: is the teacher one, and does the loss measure what it should?
+"""Before the first step of a distillation: is the teacher a trained model, and does the loss measure what it should?
 
 One microbatch of the first global batch goes through the teacher. While its layers run, their weights are looked at;
 then the loss is worked out with the teacher in the student's place: its next-token loss is the teacher's own, and its
@@ -38,8 +38,8 @@ SELF_LOSS = 1e-5
 def check_teacher(job: Job, batch: list[Microbatch]) -> None:
     """Look at the teacher of `job` by a microbatch of `batch`, the first global batch; every rank calls.
 
-    Says in a line what was found, and in another where the teacher knows nothing. Raises InputError for weights or a
-    loss that are NaN, Inf or nothing but zeros, and where the distillation loss of the teacher from itself is not 0.
+    Prints what was found, and a warning if the teacher knows nothing. Raises InputError for weights or a loss that are
+    NaN or Inf, weights that are all zero, and if the distillation loss between the teacher and itself is not 0.
     """
     objective, teacher = job.objective, job.objective.running_teacher
     if teacher is None or not (isinstance(job.train, DistillConfig) and job.train.check_teacher):
@@ -49,7 +49,7 @@ def check_teacher(job: Job, batch: list[Microbatch]) -> None:
         means = _teach_itself(job.chunks, objective, teacher, batch)
     _judge_weights(checks, teacher)
     if not means["num_tokens"]:
-        return  # a microbatch of nothing but masked tokens says nothing
+        return  # all tokens of the microbatch are masked
     loss, self_loss = means["lm loss"], means["logits distillation loss"]
     vocab_size = objective.settings.vocab_size
     uniform = math.log(vocab_size)

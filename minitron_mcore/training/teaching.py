@@ -74,7 +74,7 @@ class TrainedTeacher(Teacher):
         return [final[microbatch] for microbatch in run if microbatch in final]
 
     def step(self, tokens: int) -> dict[str, float]:
-        """The teacher's own step after a student's of `tokens` tokens, skipped where a loss or gradient is no number.
+        """The teacher's own step after a student's of `tokens` tokens; skipped if a loss or gradient is NaN or Inf.
 
         Returns its mean next-token loss, learning rate and gradient norm, by name. Every rank calls.
         """
@@ -93,7 +93,7 @@ class TrainedTeacher(Teacher):
         save_described(self.folder, iteration, state, runtime, self.architecture, lambda: self.describe(tokens))
 
     def resume(self, iteration: int, tokens: int) -> dict[str, Any]:
-        """Go on from the checkpoint of `iteration`, after `tokens` tokens. All ranks call; InputError if it is gone."""
+        """Resume from the checkpoint of `iteration`, after `tokens` tokens. All ranks call. Raises InputError."""
         progress = load_training_state(self.folder, iteration, self.wrapped, self.optimizer, self.scheduler)
         set_schedule(self.scheduler, tokens)
         return progress

@@ -101,7 +101,8 @@ def teach_on_rank(
             parallel_state.get_context_parallel_rank(),
         ),
         "last": last,
-        "hidden": {k * size + rank: part.teacher.final for k, part in enumerate(batch)},
+        "left": [part.teacher.final is not None for part in batch],
+        "hidden": {k * size + rank: part.teacher.final for k, part in enumerate(batch)} if last else {},
         "states": {k * size + rank: part.teacher.states for k, part in enumerate(batch)},
         "head": model.head_weight() if last else None,
         "parameters": sum(parameter.numel() for chunk in model.chunks for parameter in chunk.parameters()),
@@ -200,7 +201,7 @@ def compare(
             for site, theirs, ours in PAIRS
             if holder(site, ours, 4) in layers and not (site == "attention_relation" and context > 1)
         }
-        assert all((hidden is not None) == rank["last"] for hidden in rank["hidden"].values())
+        assert all(left == rank["last"] for left in rank["left"])
         assert all(bool(states) == bool(wanted) for states in rank["states"].values())
         for number, hidden in rank["hidden"].items():
             seen.add(number)

@@ -1,7 +1,7 @@
 """Divergences between the teacher's and the student's logits over the whole vocabulary, one vocabulary shard at a time.
 
-Each is two passes over a chunk: `local_statistics`, a few floats a token to be gathered over the shards, and
-`gradient_`, elementwise from what was gathered. Jensen-Shannon needs `mixture_statistics` between the two.
+Each takes two passes over a chunk (passes.py): one leaves some numbers per token, which are gathered over the shards;
+`gradient_` is elementwise in what was gathered. Jensen-Shannon needs `mixture_statistics` between the two.
 
 Legend: C tokens of a chunk, V this shard's columns. x = z / T is the student's logits over the temperature, y the
 teacher's; q = softmax(x), p = softmax(y); b the mix. Values and their gradients in z (the student's raw logits):
@@ -25,14 +25,14 @@ from torch import Tensor
 
 from minitron_mcore.distillation.logits.settings import Divergence
 
-# Two models that both have all logits 0 are at an angle nobody can tell: 0 / 0.
+# If all logits of a model are 0, the cosine is 0 / 0.
 _SMALLEST_NORM = 1e-20
 _BLOCK = 256
 
 
 def maximum_and_column(x_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row and its column, the lowest of several, [C] each. On the CPU the search for the column is
-    left to one block of the row, since torch's goes entry by entry."""
+    """Each row's maximum and its column, the lowest if there are several, [C] each. On the CPU one block of the row is
+    searched for the column, because torch's own search goes entry by entry."""
     columns = x_CV.shape[1]
     blocks = columns // _BLOCK
     if x_CV.is_cuda or blocks < 2:

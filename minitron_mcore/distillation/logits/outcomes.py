@@ -16,7 +16,7 @@ from torch import Tensor
 from minitron_mcore.distillation.logits.divergences import log_mixture_ratios, log_softmax_
 from minitron_mcore.distillation.logits.settings import Divergence
 
-# Stands for minus infinity where that would not be a number any more in a difference or a product with 0.
+# Stands for minus infinity where that would give NaN in a difference or in a product with 0.
 LOWEST = -1e30
 
 
@@ -50,8 +50,8 @@ def selected_logits(x_CV: Tensor, column_CK: Tensor, here_CK: Tensor) -> Tensor:
 def tail_statistics(x_CV: Tensor, column_CK: Tensor, here_CK: Tensor) -> dict[str, Tensor]:
     """Of this shard's logits outside the selected ids, [C] each: the largest, and the sum of exp(logit - largest).
 
-    Not from the probabilities: of a sharp distribution that of the tail is below what fp32, or 1 less the selected
-    ones, can tell from 0, while its logarithm is a number like any other.
+    Not from the probabilities: under a sharp distribution the tail's is too small for fp32, or for 1 minus the selected
+    ones, while its logarithm is an ordinary number.
     """
     # Added, not set: ids that lie on other shards point at column 0.
     others_CV = x_CV.scatter_add(1, column_CK, torch.where(here_CK, -torch.inf, 0.0).to(x_CV))
@@ -85,7 +85,7 @@ def outcome_divergence(
     the tail's, [C], minus infinity where there is none; `used`, bool [C, K], leaves slots out. All fp64."""
     log_p = torch.cat((log_p.masked_fill(~used, -torch.inf), log_p_tail.unsqueeze(1)), 1)
     log_q = torch.cat((log_q.masked_fill(~used, -torch.inf), log_q_tail.unsqueeze(1)), 1)
-    # An outcome that neither has is none; one that the teacher alone lacks gets a ratio that is finite.
+    # An outcome that neither model has does not count; one that the teacher alone lacks gets a finite ratio.
     ratio = (log_p - log_q).masked_fill(log_q.isneginf(), 0.0).clamp_min(LOWEST)
     p, q = log_p.exp(), log_q.exp()
     # Where q is nearly 1 at one outcome, d there and its mean cancel down to the rest of q: its sum must be 1 exactly.

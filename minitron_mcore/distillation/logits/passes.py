@@ -18,15 +18,15 @@ from minitron_mcore.distillation.logits.divergences import cross_statistics, gra
 from minitron_mcore.distillation.logits.outcomes import outcome_gradient_
 from minitron_mcore.distillation.logits.settings import Divergence
 
-# Logits that a thread's pass takes at a time on the CPU: half a megabyte of fp32, so that two models' and a temporary
-# stay in a core's cache.
+# Logits that one thread processes at a time on the CPU: half a megabyte of fp32, so that those of two models and a
+# temporary stay in a core's cache.
 CACHED_ENTRIES = 1 << 17
 # Losses whose gradient follows from the exponentials of the statistics.
 KEEPING = ("forward_kl", "reverse_kl", "next_token")
 
 
-# Kernels of one function: by what is asked of it, by shapes, and with gradients on or off. Beyond the compiler's limit,
-# 8 by default, it would go on without any, slower and with several more buffers of logits, and not say so.
+# Compiled variants of one function: by its settings, by shapes, with gradients on or off. Beyond its limit, 8 by
+# default, torch.compile silently runs uncompiled: slower, and with several more buffers of logits.
 VARIANTS = 64
 
 
@@ -55,10 +55,10 @@ def by_rows(function: Callable[..., Any], x_CV: Tensor, *others: Tensor | None, 
 def logit_statistics(
     x_CV: Tensor, y_CV: Tensor | None, *, divergence: Divergence, cross: bool, report: bool, keep: bool
 ) -> dict[str, Tensor]:
-    """First pass: [C] floats by name. Both logits are divided by the temperature in place.
+    """First pass: statistics by name, [C] each. Both logits are divided by the temperature in place.
 
-    cross: what a divergence over the whole vocabulary needs; report: what the teacher's next-token loss and the
-    agreement need; keep: leave in x and y what `kept_gradient_` starts from.
+    cross: also what a divergence over the whole vocabulary needs; report: also what the teacher's next-token loss and
+    the agreement need; keep: leave in x and y what `kept_gradient_` starts from.
     """
     temperature, name = divergence.temperature, divergence.name
     if temperature != 1.0:
@@ -93,9 +93,9 @@ def kept_gradient_(
     *,
     lm_share: float,
 ) -> dict[str, Tensor]:
-    """Second pass after one that kept exponentials; the factors turn them into probabilities of the vocabulary.
+    """Second pass after one that kept exponentials; the factors turn them into probabilities over the vocabulary.
 
-    Of forward_kl x and y hold the exponentials; of reverse_kl (`cross`, less `lm_share`) y holds x - y; of the
+    With forward_kl x and y hold the exponentials; with reverse_kl (`cross` less `lm_share`) y holds x - y; for the
     next-token loss alone there is no y.
     """
     x_CV.mul_(factor_C.unsqueeze(1))
@@ -120,10 +120,10 @@ def _next_token_softmax(x_CV: Tensor, plain_logsumexp_C: Tensor, temperature: fl
 def logit_gradient_(
     x_CV: Tensor, y_CV: Tensor | None, *values: Tensor, names: tuple[str, ...], divergence: Divergence, lm_share: float
 ) -> dict[str, Tensor]:
-    """Second pass: x becomes the gradient, in units of `Objective.scale`, but for the label's part.
+    """Second pass: x becomes the gradient, in units of `LossSettings.scale`, without the label's part.
 
     values: quantities over the vocabulary, [C] each, by `names`; then, for few outcomes, the last arguments of
-    `outcome_gradient_`. Without them and without y: of the next-token loss alone.
+    `outcome_gradient_`. Without them and without y: the next-token loss alone.
     """
     found = dict(zip(names, values, strict=False))
     outcomes = values[len(names) :]

@@ -1,4 +1,4 @@
-"""The teacher's inner states, kept while it runs ahead (map.py tells which, and where they are read)."""
+"""Keeps the teacher's inner states while it runs ahead; map.py says which, and where they are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Visit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
 def watch(chunk: LanguageModel, site: str, layer: int, visit: Visit) -> list[RemovableHandle]:
-    """Call `visit` whenever `chunk` computes the state (site, layer); no handles where another chunk has it.
+    """Call `visit` whenever `chunk` computes the state (site, layer); no handles if another chunk has it.
 
     States as map.py has them: [s, b, h], under sequence parallelism this rank's part of s; for an attention
     relation the output of linear_qkv [s, b, G (q + 2) d / TP] for the whole sequence.

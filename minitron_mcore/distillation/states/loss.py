@@ -76,8 +76,8 @@ class StateLosses:
         dynamic    `dynamic_weight` of the step before: global means, hence the same on every rank and at every layout;
                    None until `update` has seen a batch
 
-    The size of the pairs, against which the dynamic weight judges their losses, is the mean square of the teacher's
-    state for mse, and 1 for the others, which do not hang on the states' scale.
+    The size of the pairs, by which the dynamic weight judges their losses, is the mean square of the teacher's state
+    for mse, and 1 for the others, which do not depend on the states' scale.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class StateLosses:
         *,
         seed: int,
     ) -> None:
-        """Hooks this rank's chunks for good and attaches the projection, which `seed` fills, where the widths differ.
+        """Hook this rank's chunks permanently and, where the widths differ, attach the projection that `seed` fills.
 
         Every rank calls, before `wrap_model` and after the student's own weights are in place. Raises InputError as
         map.check_hidden_states.
@@ -150,7 +150,7 @@ class StateLosses:
     def update(self, means: dict[str, float], *, trains: bool) -> None:
         """Make of a pass's global means what is reported: without the states' size and, of one that trains, with the
         weight it ran under and, of a dynamic one, `hidden states difference`, the losses over the size. From these the
-        weight of the next step is worked out; no counted token, or a mean that is no number, leaves it as it is."""
+        weight of the next step follows; it stays as it is without a counted token, or if a mean is NaN or Inf."""
         scaled_size = means.pop(_SIZE)
         if not trains:
             return

@@ -2,8 +2,8 @@
 
 One weight, shared by all states that are compared: [h_t, h_s]. Every pipeline stage holds a copy of it, in its first
 chunk, and every tensor-parallel rank too; their gradients are added up over the stages (`finalize_gradients`), so that
-all copies stay one and the same weight. It is trained and stored with the student, and no part of it: whoever reads
-the checkpoint as a model passes it by (layout.BESIDE_THE_MODEL), and so it is never exported.
+all copies stay one and the same weight. It is trained and stored with the student but is no part of it: readers of
+the checkpoint skip it (layout.BESIDE_THE_MODEL), and so it is never exported.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ whatever theirs are; likewise keys and values. For relation head a of width d, o
     loss of a token i = mean over a, and over queries, keys and values, of KL(R_teacher[i] || R_student[i])
 
 The paper's models look both ways; these are causal, so a token is compared with those it attends to, and its loss does
-not hang on what comes after it. Queries and keys are taken as projected, before they are rotated or normed.
+not depend on what comes after it. Queries and keys are taken as projected, before they are rotated or normed.
 
 Legend: s sequence, b batch, A relation heads of this tensor-parallel rank, d width of one, R rows of a sweep.
 """

@@ -1,6 +1,6 @@
 """Where a frozen model's layers lie while they do not run: sharded over the ranks that hold copies, or in host memory.
 
-    resident    every layer on the device, as Megatron builds it: nothing here is entered
+    resident    every layer on the device, as Megatron builds it: this module is not used
     sharded     of every layer each rank of `group` keeps its 1 / size; gathered over the group before the layer runs
     offloaded   every layer in host memory (on CUDA in pinned blocks), copied to the device before it runs
 
@@ -62,7 +62,7 @@ class FlatLayer:
             parameter.data = view
 
     def detach(self) -> None:
-        """Without weights, so that a layer that runs without being brought in fails, rather than use another's."""
+        """Take the weights away, so that a layer that runs without being fetched fails instead of using another's."""
         for parameter, _ in self.places:
             parameter.data = parameter.data.new_empty(0)
 
@@ -248,7 +248,7 @@ class Placement:
         """The layer that runs after `index`, which is about to; None where that is not known."""
         chunk = self.layers[index].chunk
         if index == self._first[chunk] and self._coming and self._coming.popleft() != chunk:
-            self._coming.clear()  # another order than was foretold: it tells no more
+            self._coming.clear()  # another order than expected, which therefore predicts nothing more
         if index + 1 < len(self.layers) and self.layers[index + 1].chunk == chunk:
             return index + 1
         return self._first[self._coming[0]] if self._coming else None

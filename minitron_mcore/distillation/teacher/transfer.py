@@ -1,4 +1,4 @@
-"""Tensors of microbatches from rank to rank, as routes.py has laid it down."""
+"""Sends tensors of microbatches from rank to rank, as routes.py plans it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def carry(
     held: microbatch -> this rank's part of its tensor, for what this rank is the source of.
     shape, dtype: of a whole tensor, cut along `axis`; the parts travel in `dtype`.
 
-    Returns, by microbatch, what this rank was to get: its part, or all of it. What it holds already is not copied.
+    Returns what this rank is to get, by microbatch: its part, or all of it. What it holds already is not copied.
     """
     rank = dist.get_rank()
     unit = shape[axis] // moves.units
