@@ -17,7 +17,6 @@ cannot be, in one sentence. Worked examples: docs/api.md.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +48,6 @@ from minitron_mcore.distillation.logits.settings import LossSettings  # noqa: E4
 from minitron_mcore.distillation.objective import Objective  # noqa: E402
 from minitron_mcore.errors import InputError  # noqa: E402
 from minitron_mcore.evaluation.lm_loss import mean_loss  # noqa: E402
-from minitron_mcore.files import writing  # noqa: E402
 from minitron_mcore.importance.baselines import random_scores  # noqa: E402
 from minitron_mcore.importance.config import ImportanceConfig  # noqa: E402
 from minitron_mcore.importance.depth import measure_depth  # noqa: E402
@@ -66,6 +64,7 @@ from minitron_mcore.pruning.in_memory import prune_chunks  # noqa: E402
 from minitron_mcore.pruning.plan import PruningPlan, check_same_model, load_plan, make_plan, save_plan  # noqa: E402
 from minitron_mcore.runtime.config import ParallelConfig  # noqa: E402
 from minitron_mcore.runtime.parallel import layout_stands, use_layout  # noqa: E402
+from minitron_mcore.runtime.whole_folder import whole_folder  # noqa: E402
 
 __all__ = [
     "Measure",
@@ -267,19 +266,11 @@ def save(model: Model, folder: str | Path) -> Path:
     runtime, _ = _started()
     target = Path(folder).resolve()
 
-    def prepare() -> Path:
+    def refuse() -> None:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InputError(f"folder={folder} is there already: name another folder")
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with writing(f"folder={folder}"):
-            unfinished.mkdir(parents=True)
-        return unfinished
+            raise InputError("folder", folder, "is there already", "name another folder")
 
-    unfinished = runtime.on_main(prepare)
-    save_state(unfinished, 0, model_state(as_chunks(model.chunks)), runtime, model.architecture)
-
-    def describe() -> None:
+    def describe(unfinished: Path) -> None:
         tokenizer = tokenizer_folder(model.source) if model.source is not None else None
         inherited = read_lineage(model.source).get("tokenizer") if model.source is not None else None
         write_description(
@@ -291,9 +282,11 @@ def save(model: Model, folder: str | Path) -> Path:
         )
         if model.source is not None:
             carry_companions(model.source, unfinished)
-        os.replace(unfinished, target)
 
-    runtime.on_main(describe)
+    runtime.on_main(refuse)
+    with whole_folder(target, f"folder={folder}") as unfinished:
+        save_state(unfinished, 0, model_state(as_chunks(model.chunks)), runtime, model.architecture)
+        runtime.on_main(partial(describe, unfinished))
     return target
 
 

@@ -11,8 +11,6 @@ The first rank reads and writes; the others wait, file by file. The folder appea
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -32,6 +30,7 @@ from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import config_of
 from minitron_mcore.files import writing
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.runtime.whole_folder import whole_folder
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -57,14 +56,11 @@ def export_checkpoint(
     transformers has no such shape.
     """
     job = _Export(folder, iteration, target, max_shard_bytes)
-    try:
-        for number in range(runtime.on_main(job.begin)):
-            runtime.on_main(partial(job.write_weights, number))
-        runtime.on_main(partial(job.finish, card, bos, eos, save_tokenizer))
-    except BaseException:
-        if runtime.is_main:
-            job.discard()
-        raise
+    num_files = runtime.on_main(job.begin)
+    with whole_folder(target, f"hf={target}") as place:
+        for number in range(num_files):
+            runtime.on_main(partial(job.write_weights, place, number))
+        runtime.on_main(partial(job.finish, place, card, bos, eos, save_tokenizer))
 
 
 class _Export:
@@ -73,12 +69,10 @@ class _Export:
     def __init__(self, folder: Path, iteration: int, target: Path, max_shard_bytes: int) -> None:
         self.folder, self.iteration, self.target = folder, iteration, target
         self.max_shard_bytes = max_shard_bytes
-        self.temporary = target.parent / f".unfinished_{target.name}"
         self.stored: list[StoredPiece] = []
-        self.begun = False
 
     def begin(self) -> int:
-        """Refuse what cannot be exported, make the temporary folder; returns the number of weight files."""
+        """Refuse what cannot be exported; returns the number of weight files."""
         if self.target.exists():
             raise InputError(f"hf={self.target} exists: name a folder that does not, or move that one away")
         self.architecture = read_architecture(self.folder)
@@ -94,14 +88,12 @@ class _Export:
         ]
         self.files = split_files(entries, self.max_shard_bytes)
         self.stream = self._tensors()
-        self.begun = True
-        self._guard(self._make_temporary)
         return len(self.files)
 
-    def write_weights(self, number: int) -> None:
+    def write_weights(self, place: Path, number: int) -> None:
         """One safetensors file. The stream of tensors goes on over file ends, since one parameter makes several."""
         entries = self.files[number]
-        path = self.temporary / self._file_name(number)
+        path = place / self._file_name(number)
 
         def write() -> None:
             checksums = write_safetensors(path, entries, islice(self.stream, len(entries)))
@@ -113,12 +105,13 @@ class _Export:
 
     def finish(
         self,
+        place: Path,
         card: Callable[[], str] | None,
         bos: int | None,
         eos: int | None,
         save_tokenizer: Callable[[Path], None] | None,
     ) -> None:
-        """What lies beside the weights; then the folder gets its name."""
+        """What lies beside the weights."""
         has_marks = save_tokenizer is not None or (bos, eos) != (None, None)
         own = {"bos_token_id": bos, "eos_token_id": eos} if has_marks else {}
         marks = token_ids(self.folder, own)
@@ -137,25 +130,15 @@ class _Export:
 
         def write() -> None:
             for name, content in documents.items():
-                (self.temporary / name).write_text(json.dumps(content, indent=2) + "\n")
+                (place / name).write_text(json.dumps(content, indent=2) + "\n")
             if card is not None:
-                (self.temporary / "README.md").write_text(card(), encoding="utf-8")
-            write_companions(self.folder, self.temporary, marks)
+                (place / "README.md").write_text(card(), encoding="utf-8")
+            write_companions(self.folder, place, marks)
             if save_tokenizer is not None:
-                save_tokenizer(self.temporary)
-            write_manifest(self.temporary, self.stored)
-            os.rename(self.temporary, self.target)
+                save_tokenizer(place)
+            write_manifest(place, self.stored)
 
         self._guard(write)
-
-    def discard(self) -> None:
-        if self.begun:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-
-    def _make_temporary(self) -> None:
-        if self.temporary.exists():
-            shutil.rmtree(self.temporary)
-        self.temporary.mkdir(parents=True)
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         for unit in self.units:

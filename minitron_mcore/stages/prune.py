@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,8 @@ from minitron_mcore.checkpoint.folder import (
     tokenizer_folder,
     write_description,
 )
-from minitron_mcore.errors import InputError, Interrupted
+from minitron_mcore.errors import InputError
+from minitron_mcore.files import writing
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.pruning.apply import prune_checkpoint
 from minitron_mcore.pruning.plan import TARGETS, PruningPlan, load_plan, save_plan, scores_fingerprint
@@ -25,6 +25,7 @@ from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.parallel import use_layout
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.runtime.whole_folder import whole_folder
 from minitron_mcore.stages.common import output_folder
 from minitron_mcore.stages.plan import describe, plan_from_scores, read_scores
 
@@ -44,29 +45,24 @@ def run(recipe: Recipe, runtime: Runtime) -> Path:
         runtime.print(warning)
     for line in pipeline_split(plan.student.num_layers, recipe.parallel):
         runtime.print(line)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    if runtime.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    try:
-        prune_checkpoint(source, plan, unfinished, runtime, called=f"student.checkpoint={target}")
-    except (Exception, Interrupted):
-        if runtime.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    if runtime.is_main:
+    called = f"student.checkpoint={target}"
+
+    def finish(unfinished: Path) -> None:
         tokenizer = tokenizer_folder(source[0])
-        write_description(
-            unfinished,
-            plan.student,
-            lineage=lineage(recipe, source, plan),
-            recipe=to_yaml(recipe),
-            save_tokenizer=partial(shutil.copytree, tokenizer) if tokenizer else None,
-        )
-        carry_companions(source[0], unfinished)
-        save_plan(plan, unfinished / "plan.json")
-        put_in_place(unfinished, target)
-    runtime.barrier()
+        with writing(called):
+            write_description(
+                unfinished,
+                plan.student,
+                lineage=lineage(recipe, source, plan),
+                recipe=to_yaml(recipe),
+                save_tokenizer=partial(shutil.copytree, tokenizer) if tokenizer else None,
+            )
+            carry_companions(source[0], unfinished)
+            save_plan(plan, unfinished / "plan.json")
+
+    with whole_folder(target, called) as unfinished:
+        prune_checkpoint(source, plan, unfinished, runtime, called=called)
+        runtime.on_main(partial(finish, unfinished))
     runtime.print(f"prune: {plan.teacher.num_parameters:,} -> {plan.student.num_parameters:,} parameters -> {target}")
     return target
 
@@ -167,13 +163,3 @@ def lineage(recipe: Recipe, source: tuple[Path, int], plan: PruningPlan) -> dict
         "tokens": 0,
         "tokenizer": teacher.get("tokenizer"),
     }
-
-
-def put_in_place(unfinished: Path, target: Path) -> None:
-    """Rename the finished folder to `target`; what stood there goes only once the new one can take its place."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(unfinished, target)
-    shutil.rmtree(old, ignore_errors=True)
