@@ -17,7 +17,6 @@ import functools
 import multiprocessing
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +34,7 @@ from minitron_mcore.data.token_files import TokenWriter, token_dtype
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.interrupt import held_back
+from minitron_mcore.runtime.pace import Pace
 
 TASK_BYTES = 1 << 18  # text handed to a worker at a time
 RECORD_BYTES = 64  # what a document weighs beside its text
@@ -265,25 +265,21 @@ class _Progress:
     """Lines with documents, megabytes, rate and time left."""
 
     def __init__(self, total_bytes: int, log_interval: int, report: Callable[[str], None]) -> None:
-        self.total, self.interval, self.report = total_bytes, max(1, log_interval), report
+        self.total, self.interval, self.report, self.pace = total_bytes, log_interval, report, Pace()
         self.documents = self.bytes = self.reported = 0
-        self.started = time.perf_counter()
 
     def add(self, documents: int, size: int) -> None:
         self.documents += documents
         self.bytes += size
         if self.documents - self.reported >= self.interval:
-            self.reported = self.documents
-            rate = self.bytes / max(time.perf_counter() - self.started, 1e-9)
-            left = max(self.total - self.bytes, 0) / max(rate, 1e-9)
+            self.reported, left = self.documents, int(self.pace.left(self.bytes, self.total))
             self.report(
                 f"preprocess: {self.documents:,} documents | {self.bytes / 1e6:,.1f} of {self.total / 1e6:,.1f} MB | "
-                f"{rate / 1e6:.2f} MB/s | {int(left) // 60}:{int(left) % 60:02d} left"
+                f"{self.pace.rate(self.bytes) / 1e6:.2f} MB/s | {left // 60}:{left % 60:02d} left"
             )
 
     def end(self, tokens: int) -> None:
-        seconds = time.perf_counter() - self.started
         self.report(
             f"preprocess: done, {self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {tokens:,} tokens in "
-            f"{seconds:.1f} s ({self.bytes / 1e6 / max(seconds, 1e-9):.2f} MB/s)"
+            f"{self.pace.seconds:.1f} s ({self.pace.rate(self.bytes) / 1e6:.2f} MB/s)"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,11 @@ from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.pruning.plan import check_same_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.groups import data_group
+from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import score_depth
 from minitron_mcore.stages.common import check_model, lay_out, refuse_context
 
-REPORT_SECONDS = 10.0
 # Settings that leave the scores as they are.
 NO_MATTER = {"importance.micro_batch_size", "tolerance"}
 
@@ -112,8 +111,13 @@ def from_activations(
 ) -> Scores:
     """All axes from one pass. Every rank calls."""
     importance = recipe.importance
-    a_round = importance.micro_batch_size * data_group().size()
-    report = progress(runtime.print, importance.num_samples, a_round)
+    total, a_round, pace = importance.num_samples, importance.micro_batch_size * data_group().size(), Pace()
+
+    def report(rounds: int) -> None:
+        done = min(rounds * a_round, total)  # every data-parallel rank is as far
+        if pace.is_due(done, total):
+            runtime.print(f"score: {pace.line(done, total, 'samples')}")
+
     return score_model(chunks, batches(), architecture, importance, settings=settings, report=report)
 
 
@@ -183,23 +187,6 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return result
-
-
-def progress(say: Callable[[str], None], num_samples: int, samples_a_round: int) -> Callable[[int], None]:
-    """A report for `score_model` that says, now and then, how far it is; every data-parallel rank is as far."""
-    started = time.perf_counter()
-    last = started
-
-    def report(rounds: int) -> None:
-        nonlocal last
-        done, now = min(rounds * samples_a_round, num_samples), time.perf_counter()
-        if now - last < REPORT_SECONDS and done < num_samples:
-            return
-        last = now
-        rate = done / (now - started)
-        say(f"score: {done:,}/{num_samples:,} samples, {rate:.3g} samples/s, {(num_samples - done) / rate:.0f} s left")
-
-    return report
 
 
 def table(scores: Scores, shown: int = 8) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -19,9 +18,8 @@ from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.groups import data_group
+from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.start import Runtime
-
-REPORT_SECONDS = 10.0
 
 
 def beside(scores: Path) -> tuple[Path, Path]:
@@ -72,6 +70,12 @@ def with_depth(
         runtime.print(
             f"score: depth: final hidden states are kept, {kept / 2**20:,.1f} MiB of a last rank's host memory"
         )
+    pace = Pace()
+
+    def report(done: int, total: int) -> None:
+        if pace.is_due(done, total):
+            runtime.print(f"score: depth: {pace.line(done, total, 'blocks')}")
+
     table = measure_depth(
         chunks,
         list(batches()),
@@ -80,7 +84,7 @@ def with_depth(
         lengths,
         task=task,
         micro_batch_size=importance.micro_batch_size,
-        report=progress(runtime.print),
+        report=report,
     )
     scores = dataclasses.replace(scores, depth={**scores.depth, **table.damage})
     as_csv, as_plot = beside(path)
@@ -94,20 +98,3 @@ def with_depth(
     runtime.on_main(write)
     runtime.print(f"{depth_text(scores, table)}\nscore: depth -> {as_csv}, {as_plot}")
     return scores
-
-
-def progress(say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """A report for `measure_depth` that says, now and then, how far it is."""
-    started = time.perf_counter()
-    last = started
-
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        if now - last < REPORT_SECONDS and done < total:
-            return
-        last = now
-        left = (now - started) / done * (total - done)
-        say(f"score: depth: {done:,}/{total:,} blocks, {left:.0f} s left")
-
-    return report

@@ -104,19 +104,6 @@ class Interval:
         return spent
 
 
-class Pace:
-    """Of this process: what goes on from a checkpoint begins to count there. Validation and saving count too."""
-
-    def __init__(self, tokens: int, of: int) -> None:
-        self.before, self.total, self.started = tokens, of, time.perf_counter()
-
-    def report(self, tokens: int) -> dict[str, float]:
-        """`tokens` consumed so far, more than at the start, and the seconds left for the others: batch sizes may
-        change, so that iterations would not do."""
-        seconds = time.perf_counter() - self.started
-        return {"tokens": tokens, "time left": seconds * (self.total - tokens) / (tokens - self.before)}
-
-
 def account(job: Job, timers: StepTimers, spent: Spent) -> tuple[dict[str, float], dict[str, float]]:
     """(rates and memory, the time of each part and its share); every rank calls.
 

@@ -19,8 +19,9 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import writing
 from minitron_mcore.runtime.interrupt import exit_code, name_of
+from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.timing import timed
-from minitron_mcore.training.accounting import Interval, Pace, account
+from minitron_mcore.training.accounting import Interval, account
 from minitron_mcore.training.health import count_skipped
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
@@ -95,7 +96,7 @@ def _iterate(
     check_teacher(job, first[1])
     runtime.on_main(lambda: open_metrics(metrics, progress.iteration))
     timers = StepTimers(job.log.timing_log_level)
-    pace = Pace(progress.consumed_tokens, job.timetable.tokens)
+    pace = Pace(progress.consumed_tokens)  # validation and saving count too
     timers.attach(chunks, optimizer, job.objective)
     interval = Interval(timers)
     interim: int | None = None  # the newest checkpoint, if it is to make room for the next
@@ -115,7 +116,9 @@ def _iterate(
         if last or progress.iteration % job.log.interval == 0:
             spent = interval.report()
             costs, times = account(job, timers, spent)
-            shown = {**row, **costs, **spent.means, **pace.report(progress.consumed_tokens)}
+            tokens = progress.consumed_tokens  # batch sizes may change, so iterations would not tell
+            left = pace.left(tokens, job.timetable.tokens)
+            shown = {**row, **costs, **spent.means, "tokens": tokens, "time left": left}
             row |= {**costs, **times}
         metrics.write(progress.iteration, job.iterations, row, shown=shown)
         if times is not None and (job.log.console == "full" or job.log.timing_log_level):

@@ -11,7 +11,7 @@ import pytest
 from minitron_mcore.architecture import build_architecture
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.training.accounting import Interval, Pace, peak_memory, peak_tflops, throughput
+from minitron_mcore.training.accounting import Interval, peak_memory, peak_tflops, throughput
 from minitron_mcore.training.budget import Shape
 from minitron_mcore.training.config import LogConfig
 from minitron_mcore.training.health import in_ranges
@@ -174,12 +174,3 @@ def test_what_is_no_number() -> None:
 def test_ranges_of_samples() -> None:
     assert in_ranges([3, 4, 5, 9, 11, 12]) == "3-5, 9, 11-12"
     assert in_ranges([7]) == "7"
-
-
-def test_the_time_left_counts_from_where_a_process_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """600 of 1000 tokens were there; 100 took 20 s, so 300 take 60."""
-    clock = iter([1000.0, 1020.0, 1080.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    pace = Pace(600, of=1000)
-    assert pace.report(700) == {"tokens": 700, "time left": 60.0}
-    assert pace.report(1000) == {"tokens": 1000, "time left": 0.0}

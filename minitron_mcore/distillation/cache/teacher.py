@@ -27,27 +27,9 @@ from minitron_mcore.runtime.context import context_part
 from minitron_mcore.runtime.groups import context_group, on_last_stage
 
 PROBES = 8  # samples whose tokens are compared before the first step; each one is, once it is read
-<<<<<<< HEAD
-READERS = 4  # threads that decode: zlib and NumPy leave Python's lock to each other
-
-
-=======
-# With sampled targets the others would be biased.
-DIVERGENCES = {"sampled": ("forward_kl",), "top_k": ("forward_kl", "reverse_kl", "jensen_shannon")}
 READERS = 4  # threads that decode: zlib and NumPy release Python's lock
 
 
-def cache_folder(teacher: str | None) -> Path | None:
-    """The folder that distill.teacher=cache:DIR names; None for a teacher in memory. Raises InputError."""
-    if teacher is None:
-        return None
-    if not teacher.startswith(PREFIX) or teacher == PREFIX:
-        rule = "must be cache:DIR, where DIR was written by `cache`, or null for the model teacher.checkpoint"
-        raise InputError("distill.teacher", teacher, rule)
-    return Path(teacher.removeprefix(PREFIX))
-
-
->>>>>>> 8285433 (The engine's errors have key, value, rule and remedy, and its sentences are plain English)
 class CachedTeacher:
     """The targets of a cache in place of a teacher: without a head, hidden states or validation samples."""
 
@@ -158,35 +140,3 @@ def log_weights(targets: Targets) -> numpy.ndarray:
     drawn = numpy.bincount(token_E, weights=targets.counts, minlength=len(targets.num_ids))
     logs = numpy.log(targets.counts / drawn[token_E])
     return (logs if targets.values is None else logs + targets.values).astype(numpy.float32)
-<<<<<<< HEAD
-=======
-
-
-def check_cached(teacher: CachedTeacher, distill: DistillConfig) -> None:
-    """Raise InputError if the cache cannot serve the losses of `distill`."""
-    check_served(teacher.reader.settings, distill, f"distill.teacher={distill.teacher}")
-
-
-def check_served(settings: dict[str, Any], distill: DistillConfig, key: str) -> None:
-    """`check_cached` for targets made by `settings`. key: the recipe's `distill.teacher=cache:DIR`."""
-    if distill.temperature != settings["temperature"] and not holds_all(settings):
-        rule = f"is not the temperature of the targets that {key} holds, {settings['temperature']}"
-        remedy = f"make them equal, or cache with cache.temperature={distill.temperature}"
-        raise InputError("distill.temperature", distill.temperature, rule, remedy)
-    allowed = DIVERGENCES[settings["method"]]
-    if distill.logit_loss not in allowed:
-        rule = f"needs more of the teacher than {key} holds, which serves {' and '.join(allowed)}"
-        remedy = "choose one of these, or leave distill.teacher out"
-        raise InputError("distill.logit_loss", distill.logit_loss, rule, remedy)
-    if distill.top_k:
-        rule = f"needs a teacher in memory: what {key} holds was chosen when it was made"
-        raise InputError("distill.top_k", distill.top_k, rule, "set distill.top_k=0")
-    if distill.correct_teacher:
-        rule = f"trains the teacher, but {key} holds only its targets"
-        raise InputError("distill.correct_teacher", True, rule, "leave one of the two out")
-
-
-def holds_all(settings: dict[str, Any]) -> bool:
-    """Whether the teacher's whole distribution is kept."""
-    return settings["method"] == "top_k" and not has_tails(settings)
->>>>>>> 8285433 (The engine's errors have key, value, rule and remedy, and its sentences are plain English)

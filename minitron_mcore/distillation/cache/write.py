@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import visit_final_states
 from minitron_mcore.runtime.agree import raise_together
 from minitron_mcore.runtime.groups import data_group, on_last_stage, tensor_group
+from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.start import Runtime
 
 # Sample numbers -> their microbatches, for one call of the schedule after another.
@@ -47,7 +47,7 @@ def write_missing(
     total, size, reader = settings["num_samples"], settings["shard_samples"], CacheReader(folder)
     replica, replicas = data_group().rank(), data_group().size()
     writes = on_last_stage() and tensor_group().rank() == 0
-    started, written = time.perf_counter(), torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    pace, written = Pace(), torch.zeros(2, dtype=torch.float64, device=runtime.device)
     for turn in range(0, len(missing), replicas):
         failure: InputError | None = None
         if turn + replica < len(missing):
@@ -70,7 +70,7 @@ def write_missing(
         tokens = so_far[0].item() * settings["data.sequence_length"]
         runtime.print(
             f"cache: {min(turn + replicas, len(missing))}/{len(missing)} shards, "
-            f"{tokens / (time.perf_counter() - started):,.0f} tokens/s, {so_far[1].item() / tokens:.2f} bytes a token"
+            f"{pace.rate(tokens):,.0f} tokens/s, {so_far[1].item() / tokens:.2f} bytes a token"
         )
 
 
