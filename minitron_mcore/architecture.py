@@ -66,33 +66,29 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if self.family not in (known := known_families()):
-            raise InputError(f"family={self.family!r} is not known: choose one of {', '.join(known)}")
+            raise InputError("family", self.family, "is not known", f"choose one of {', '.join(known)}")
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
         for name in (*sizes, "kv_channels", "vocab_size", "max_position_embeddings"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}={value!r} must be a whole number of at least 1")
+                raise InputError(name, value, "must be a whole number of at least 1")
         if self.num_attention_heads % self.num_query_groups:
-            raise InputError(
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_query_groups={self.num_query_groups}: every group serves the same number of query heads"
-            )
+            rule = f"must be a multiple of num_query_groups={self.num_query_groups}"
+            why = "every group serves the same number of query heads"
+            raise InputError("num_attention_heads", self.num_attention_heads, rule, why)
         if self.padded_vocab_size < self.vocab_size:
-            raise InputError(
-                f"padded_vocab_size={self.padded_vocab_size} must be at least vocab_size={self.vocab_size}"
-            )
+            rule = f"must be at least vocab_size={self.vocab_size}"
+            raise InputError("padded_vocab_size", self.padded_vocab_size, rule)
         for name in ("rotary_base", "layernorm_epsilon", "init_method_std"):
             value = getattr(self, name)
             if not 0 <= value < math.inf or (value == 0 and name != "init_method_std"):
-                raise InputError(f"{name}={value} must be a number above 0")
+                raise InputError(name, value, "must be a number above 0")
         if not 0 < self.rotary_percent <= 1:
-            raise InputError(f"rotary_percent={self.rotary_percent} must be above 0 and at most 1")
+            raise InputError("rotary_percent", self.rotary_percent, "must be above 0 and at most 1")
         rotated = int(self.kv_channels * self.rotary_percent)
         if rotated % 2 or not rotated:
-            raise InputError(
-                f"kv_channels={self.kv_channels} x rotary_percent={self.rotary_percent} rotates {rotated} channels of "
-                "a head: they are rotated in pairs"
-            )
+            rule = f"x rotary_percent={self.rotary_percent} makes {rotated} rotary channels per head"
+            raise InputError("kv_channels", self.kv_channels, rule, "they rotate in pairs, so choose an even number")
 
     @property
     def heads_per_group(self) -> int:
@@ -100,7 +96,7 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
-        """Every stored parameter, with the true vocabulary (padding rows are no parameters of the model)."""
+        """Every stored parameter, counted with the true vocabulary: padding rows are not part of the model."""
         return sum(p.count(self, self.vocab_size) for p in parameter_table(self))
 
     @property
@@ -144,35 +140,35 @@ def padded_vocab(vocab_size: int, make_vocab_size_divisible_by: int = 128) -> in
 
 
 def build_architecture(fields: dict[str, Any]) -> Architecture:
-    """Fill a family's defaults into `fields` (Megatron's names; None means not given).
+    """An Architecture from `fields` (Megatron's names; None means not given) and the family's defaults.
 
-    Raises InputError when a needed field is missing or unknown.
+    Raises InputError when a required field is missing or a field is unknown.
     """
     given = {key: value for key, value in fields.items() if value is not None}
     family = given.get("family", "llama")
     if family not in (families := known_families()):
-        raise InputError(f"family={family!r} is not known: choose one of {', '.join(families)}")
+        raise InputError("family", family, "is not known", f"choose one of {', '.join(families)}")
     merged: dict[str, Any] = {"family": family, **families[family].fixed, **families[family].defaults, **given}
     divisor = merged.pop("make_vocab_size_divisible_by", 128)
     if divisor < 1:
-        raise InputError(f"make_vocab_size_divisible_by={divisor} must be at least 1")
+        raise InputError("make_vocab_size_divisible_by", divisor, "must be at least 1")
     known = {field.name for field in dataclasses.fields(Architecture)}
     if unknown := sorted(set(merged) - known):
-        raise InputError(f"{unknown[0]!r} is no field of an architecture: {', '.join(sorted(known))}")
+        raise InputError(
+            unknown[0], None, "is not a field of an architecture", f"choose from {', '.join(sorted(known))}"
+        )
     needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
     for name in needed:
         if name not in merged:
-            raise InputError(f"{name} is missing: an architecture needs {', '.join(needed)}")
+            raise InputError(name, None, "is missing", f"an architecture needs {', '.join(needed)}")
     merged.setdefault("num_query_groups", merged["num_attention_heads"])
     merged.setdefault("max_position_embeddings", 4096)
     if "kv_channels" not in merged:
         if merged["num_attention_heads"] < 1:
-            raise InputError(f"num_attention_heads={merged['num_attention_heads']} must be at least 1")
+            raise InputError("num_attention_heads", merged["num_attention_heads"], "must be at least 1")
         if merged["hidden_size"] % merged["num_attention_heads"]:
-            raise InputError(
-                f"hidden_size={merged['hidden_size']} is no multiple of "
-                f"num_attention_heads={merged['num_attention_heads']}: give kv_channels (the head dimension)"
-            )
+            rule = f"is not a multiple of num_attention_heads={merged['num_attention_heads']}"
+            raise InputError("hidden_size", merged["hidden_size"], rule, "give kv_channels (the head dimension)")
         merged["kv_channels"] = merged["hidden_size"] // merged["num_attention_heads"]
     merged.setdefault("padded_vocab_size", padded_vocab(merged["vocab_size"], divisor))
     if isinstance(merged.get("rope_scaling"), dict):
@@ -181,19 +177,19 @@ def build_architecture(fields: dict[str, Any]) -> Architecture:
 
 
 def _rope_scaling(given: dict[str, Any]) -> RopeScaling:
-    """Raises InputError for an unknown field, and for numbers that scale nothing."""
+    """Raises InputError for an unknown field and for numbers that cannot scale."""
     known = [field.name for field in dataclasses.fields(RopeScaling)]
     for name, value in given.items():
         if name not in known:
-            raise InputError(f"rope_scaling.{name} is no field of rope_scaling: choose from {', '.join(known)}")
+            rule = "is not a field of rope_scaling"
+            raise InputError(f"rope_scaling.{name}", None, rule, f"choose from {', '.join(known)}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise InputError(f"rope_scaling.{name}={value!r} must be a number above 0")
+            rule = f"must be a number above 0{', not text' if isinstance(value, str) else ''}"
+            raise InputError(f"rope_scaling.{name}", value, rule)
     scaling = RopeScaling(**given)
     if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise InputError(
-            f"rope_scaling.high_freq_factor={scaling.high_freq_factor} must be above "
-            f"rope_scaling.low_freq_factor={scaling.low_freq_factor}"
-        )
+        rule = f"must be above rope_scaling.low_freq_factor={scaling.low_freq_factor}"
+        raise InputError("rope_scaling.high_freq_factor", scaling.high_freq_factor, rule)
     return scaling
 
 
@@ -202,11 +198,11 @@ def save_architecture(architecture: Architecture, path: Path) -> None:
 
 
 def load_architecture(path: Path) -> Architecture:
-    """Read `architecture.yaml`; raises InputError when it is missing or is none."""
+    """Read `architecture.yaml`; raises InputError when it is missing or does not describe an architecture."""
     if not path.is_file():
-        raise InputError(f"{path} is missing: {path.parent} is not a checkpoint of minitron_mcore")
+        raise InputError("", path, "is missing", f"{path.parent} is not a checkpoint of minitron_mcore")
     fields = read_mapping(path)
     try:
         return build_architecture(fields)
     except InputError as error:
-        raise InputError(f"{path} is no architecture: {error}") from error
+        raise error.found_in(path) from error

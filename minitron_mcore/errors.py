@@ -25,6 +25,10 @@ class InputError(ValueError):
         """The same error with its key inside `section`, as where `hidden_size` was read from `model`."""
         return type(self)(f"{section}.{self.key}".rstrip("."), self.value, self.rule, self.remedy)
 
+    def found_in(self, place: object) -> "InputError":
+        """The same error, of what was read from the file or folder `place`."""
+        return type(self)(self.key, self.value, f"in {place} {self.rule}", self.remedy)
+
 
 def in_words(error: InputError) -> str:
     """The one sentence a user sees: `key=value rule: remedy`."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from minitron_mcore.architecture import Architecture
 
 LAYERS = "decoder.layers."
-# What is trained and stored beside a model, and is no parameter of it (see distillation/states/projection.py).
+# What is trained and stored beside a model without being one of its parameters (see distillation/states/projection.py).
 BESIDE_THE_MODEL = ("state_projection.",)
 
 
@@ -171,14 +171,12 @@ def check_tensor_parallel(architecture: Architecture, size: int, key: str = "par
     }
     for name, count in counts.items():
         if count % size:
-            raise InputError(
-                f"{key}={size} does not divide {name}={count} ({count} / {size} = {count / size:g}): "
-                f"choose a divisor of {count}"
-            )
+            rule = f"does not divide {name}={count} ({count} / {size} = {count / size:g})"
+            raise InputError(key, size, rule, f"choose a divisor of {count}")
 
 
 def stage_of(layer: int, num_layers: int, pipeline: int, virtual_pipeline: int | None = None) -> int:
-    """The pipeline stage that has a layer of a model of `num_layers`."""
+    """The pipeline stage that holds `layer` of a model of `num_layers`."""
     stages = split_layers(num_layers, pipeline, virtual_pipeline)
     return next(stage for stage, chunks in enumerate(stages) if any(layer in chunk for chunk in chunks))
 
@@ -186,15 +184,14 @@ def stage_of(layer: int, num_layers: int, pipeline: int, virtual_pipeline: int |
 def split_layers(num_layers: int, pipeline: int, virtual_pipeline: int | None = None) -> list[list[list[int]]]:
     """Global layer indices of every stage and virtual chunk: result[stage][chunk] -> layers.
 
-    Even where pipeline x virtual divides the layers. Otherwise the first parts of the model take one more each, since
-    the last one also works out the output head and the loss. Raises InputError where there are too few layers.
+    The split is even where pipeline x virtual divides the layers. Otherwise the first parts take one more each, because
+    the last one also computes the output head and the loss. Raises InputError where there are too few layers.
     """
     chunks = pipeline * (virtual_pipeline or 1)
     if num_layers < chunks:
-        keys = f"parallel.pipeline={pipeline}" + (
-            f" x parallel.virtual_pipeline={virtual_pipeline}" if virtual_pipeline else ""
-        )
-        raise InputError(f"num_layers={num_layers} is fewer than the {chunks} stages of {keys}: use fewer stages")
+        interleaved = f" x parallel.virtual_pipeline={virtual_pipeline}" if virtual_pipeline else ""
+        rule = f"is fewer than the {chunks} stages of parallel.pipeline={pipeline}{interleaved}"
+        raise InputError("num_layers", num_layers, rule, "use fewer stages")
     base, extra = divmod(num_layers, chunks)
     counts = [base + (index < extra) for index in range(chunks)]
     starts = [sum(counts[:index]) for index in range(chunks)]

@@ -1,9 +1,9 @@
-"""What lies beside a Hugging Face folder's weights and tokenizer, and travels with its checkpoints to the next export.
+"""The other files of a Hugging Face folder, which travel with its checkpoints to the next export.
 
 CHECKPOINT/hugging_face/config.json              as it was imported; never that of a pruned shape
                        /generation_config.json   as it was imported, byte for byte
-                       /README.md, LICENSE …     and every other file that is not weights, in its own sub-folder
-CHECKPOINT/plan.json                             of a pruned student, and of what is trained onward from it
+                       /README.md, LICENSE …     and every other file except weights, in its own sub-folder
+CHECKPOINT/plan.json                             of a pruned student, and of what is trained from it
 
 One process calls; nothing here is a collective.
 """
@@ -28,34 +28,36 @@ from minitron_mcore.files import copy_file
 
 FOLDER = "hugging_face"
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What an export writes itself, of the model that it is.
+# What an export writes itself, about the model at hand.
 WRITTEN_ANEW = ("config.json", "README.md", MANIFEST)
-# Weights in any form, and what a training run keeps beside them.
+# Weights in any format, and what a training run keeps beside them.
 WEIGHTS = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl"),
     *("*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.onnx.data", "*.h5", "*.msgpack", "*.msgpack.index.json", "*.ot"),
     *("*.tflite", "*.nemo", "*.distcp", "*.mlmodel", "*.engine", "*.llamafile"),
 )
 PASSED_OVER = ("__pycache__", ".*")  # folders
-LARGEST = 100_000_000  # bytes of a file; the largest tokenizers and figures have a third of it
+LARGEST = 100_000_000  # bytes of a file; the largest tokenizers and figures take a third of it
 
 
 def refuse_adapter(source: Path) -> None:
-    """Raise InputError where an adapter lies beside the weights of `source`, which would be left out in silence."""
+    """Raise InputError if there is an adapter beside the weights of `source`, which would silently be left out."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if (source / name).is_file():
             raise InputError(
-                f"hf={source} holds {name}, an adapter whose weights are not in those of the model: merge it first "
-                "(PEFT: merge_and_unload, then save_pretrained), or move the adapter's files away to import the model "
-                "without it"
+                "hf",
+                source,
+                f"holds {name}, an adapter whose weights are not merged into the model's",
+                "merge it first (PEFT: merge_and_unload, then save_pretrained), or move its files away to import the "
+                "model without it",
             )
 
 
 def keep_companions(source: Path, checkpoint: Path) -> list[str]:
     """Copy what lies beside the weights of the Hugging Face folder `source` into the checkpoint made from it.
 
-    That is every file but weights, what `checkpoint`/tokenizer has already, and hidden folders. Returns what is to be
-    said of files that stay behind.
+    That is every file except weights, what `checkpoint`/tokenizer has already, and hidden folders. Returns notes on the
+    files that are left out.
     """
     other, large, nowhere, named_alike = [], [], [], []
     shards = _json(source / INDEX).get("weight_map")
@@ -74,16 +76,16 @@ def keep_companions(source: Path, checkpoint: Path) -> list[str]:
         else:
             copy_file(source / name, checkpoint / FOLDER / name)
     notes = {
-        "other files of weights": other,
+        "other weight files": other,
         f"files of more than {LARGEST // 10**6} MB": large,
-        "links to nothing": nowhere,
-        "other programs' files with the name of one that an export writes": named_alike,
+        "broken links": nowhere,
+        "other programs' files under a name that an export uses": named_alike,
     }
-    return [f"{what} stay behind: {', '.join(names)}" for what, names in notes.items() if names]
+    return [f"not copied: {what}: {', '.join(names)}" for what, names in notes.items() if names]
 
 
 def carry_companions(source: Path, target: Path) -> None:
-    """Copy a checkpoint's companions into the checkpoint `target` that is made from it; what has none gives none."""
+    """Copy a checkpoint's companions, if any, into the checkpoint `target` that is made from it."""
     if source.resolve() == target.resolve():
         return
     _copy_all(beside(source, FOLDER), target / FOLDER)
@@ -92,21 +94,21 @@ def carry_companions(source: Path, target: Path) -> None:
 
 
 def token_ids(checkpoint: Path, ids: dict[str, Any]) -> dict[str, Any]:
-    """The marks that config.json names: the source's where it says them (one id, several, or null), else `ids`."""
+    """The marks for config.json: the source's if it has them (one id, several, or null), else `ids`."""
     config = _json(beside(checkpoint, FOLDER) / "config.json")
     return {**ids, **{name: config[name] for name in MARKS if name in config}}
 
 
 def tokenizer_class(checkpoint: Path) -> dict[str, str]:
-    """The source's `tokenizer_class` in config.json, by which transformers reads a tokenizer that names none itself."""
+    """The source's `tokenizer_class` in config.json, which transformers uses if the tokenizer names none itself."""
     named = _json(beside(checkpoint, FOLDER) / "config.json").get("tokenizer_class")
     return {"tokenizer_class": named} if isinstance(named, str) else {}
 
 
 def write_companions(checkpoint: Path, folder: Path, ids: dict[str, Any]) -> None:
-    """Put the source's files into a new `folder`, but those that are of the model itself.
+    """Copy the source's files into a new `folder`, except those about the model itself.
 
-    generation_config.json is made, of `ids`, where the source had none and there are any.
+    If the source had no generation_config.json, one is made from `ids`, if there are any.
     """
     _copy_all(beside(checkpoint, FOLDER), folder, WRITTEN_ANEW)
     if ids and not (folder / "generation_config.json").is_file():
@@ -115,10 +117,10 @@ def write_companions(checkpoint: Path, folder: Path, ids: dict[str, Any]) -> Non
 
 
 def source_card(checkpoint: Path) -> dict[str, Any]:
-    """What the source says of itself, for the front matter of a derived model's card; what it does not say is absent.
+    """What the source says about itself, for the front matter of a derived model's card.
 
-    `base_model`: its name on the hub, as a hub cache's folder spells it or its config.json does, else the base that its
-    own card names; `license`, `license_name`, `license_link` and `language` as its own card has them.
+    `base_model`: its name on the hub, from a hub cache's folder or its config.json, else the base that its own card
+    names; `license`, `license_name`, `license_link` and `language` as in its own card. What it does not say is absent.
     """
     card = _front_matter(beside(checkpoint, FOLDER) / "README.md")
     name = _source_name(checkpoint) or card.get("base_model")
@@ -131,7 +133,7 @@ def _source_name(checkpoint: Path) -> str | None:
     if cached := re.search(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)(?:/|$)", imported):
         return f"{cached[1]}/{cached[2]}"
     stated = str(_json(beside(checkpoint, FOLDER) / "config.json").get("_name_or_path") or "")
-    # A path of somebody's machine is no name; one that is relative, and of one folder in another, looks like one.
+    # A path on somebody's machine is not a name, though a relative one may look like it.
     is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", stated) and not Path(stated).exists()
     return stated if is_name else None
 
@@ -146,14 +148,12 @@ def _find(lineage: Any, key: str) -> Any:
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
-    if not card.is_file():
-        return {}
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    from huggingface_hub import metadata_load  # late, as it takes a moment to import
+
     try:
-        fields = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip("\ufeff\n ") else None
-    except yaml.YAMLError:
+        return metadata_load(card) or {}
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return fields if isinstance(fields, dict) else {}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -171,15 +171,15 @@ def _copy_all(source: Path, target: Path, without: tuple[str, ...] = ()) -> None
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """Paths in `folder` of its files and those of its sub-folders, linked ones too, each once; sorted.
+    """Paths in `folder` of its files and those of its sub-folders, linked ones included, each once; sorted.
 
-    Not of hidden folders and caches, nor of a checkpoint that was put there.
+    Hidden folders, caches, and a checkpoint that was put there are skipped.
     """
     return (name for name in _paths_below(folder) if (folder / name).is_file())
 
 
 def _paths_below(folder: Path) -> Iterator[str]:
-    """Those of `files_below`, and what has a file's place but is none, as a link to nothing."""
+    """Those of `files_below`, and broken links."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         inner = Path(place)

@@ -1,4 +1,4 @@
-"""What a foreign description lacks: taken from the stored tensors, or asked of the user by key, never assumed.
+"""What a foreign description lacks: taken from the stored tensors, or asked of the user by key, never guessed.
 
 num_layers, hidden_size, ffn_hidden_size, gated_linear_unit,        shown by the tensors (shown.py)
 normalization, tying, add_qkv_bias, qk_layernorm, padded_vocab_size
@@ -6,10 +6,10 @@ num_attention_heads, num_query_groups, kv_channels                  shown once o
 activation, layernorm_zero_centered_gamma, position_embedding_type  model.family, or a provider named after one
 rotary_percent                                                      the same, else model.rotary_percent
 rotary_base, layernorm_epsilon, max_position_embeddings             model.<the same>
-rope_scaling                                                        model.rope_scaling; where all else of the
-    rotary embedding is said, and nothing of a scaling, the writer knew of none: a line says so
+rope_scaling                                                        model.rope_scaling; where the rest of the rotary
+    embedding is described, and no scaling, the writer had none: a warning says so
 vocab_size                                                          the tokenizer (Megatron-LM), else model.vocab_size
-init_method_std                                                     0.02; trained weights are never drawn by it
+init_method_std                                                     0.02; trained weights do not depend on it
 
 Pure.
 """
@@ -24,13 +24,13 @@ from typing import Any
 from minitron_mcore.checkpoint.shown import shown_fields, shown_heads
 from minitron_mcore.checkpoint.stated import said_by_user
 from minitron_mcore.checkpoint.stored import StoredTensors
-from minitron_mcore.errors import InputError
+from minitron_mcore.errors import InputError, shown
 from minitron_mcore.families.find import known_families
 from minitron_mcore.runtime.notice import say, warn
 
 Fields = dict[str, Any]
 
-# Fields that are an Architecture's own, under the same name.
+# Fields that Megatron-LM, Megatron-Bridge and an Architecture all call the same.
 SAME = (
     "num_layers",
     "hidden_size",
@@ -38,20 +38,24 @@ SAME = (
     "num_attention_heads",
     "num_query_groups",
     "kv_channels",
-    "max_position_embeddings",
     "normalization",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "rotary_percent",
+    "init_method_std",
+)
+# Those that a description has under these names once it is read (foreign.py).
+DESCRIBED = (
+    *SAME,
+    "max_position_embeddings",
     "layernorm_zero_centered_gamma",
     "layernorm_epsilon",
     "gated_linear_unit",
     "activation",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "rotary_percent",
     "rotary_base",
     "untie_embeddings_and_output_weights",
-    "init_method_std",
 )
-# What the writer calls a field that it leaves out, where it has another name for it.
+# The writer's own names of fields that it may leave out.
 RUN_CONFIG = {
     "activation": "activation_func",
     "max_position_embeddings": "seq_length",
@@ -64,12 +68,12 @@ ARGUMENTS = {
     "rope_scaling": "use_rope_scaling with rope_scaling_factor",
 }
 FLOATS = ("rotary_base", "rotary_percent", "layernorm_epsilon")
-UNSCALED = {"factor": 1.0}  # said, of frequencies that are not scaled
+UNSCALED = {"factor": 1.0}  # for frequencies that are explicitly not scaled
 
 
 @dataclass
 class Missing:
-    """Fields that nothing says, gathered for one sentence."""
+    """Fields that are said nowhere, gathered for one message."""
 
     source: Path
     keys: dict[str, str] = field(default_factory=dict)  # field -> how to give it
@@ -84,22 +88,19 @@ class Missing:
         theirs = RUN_CONFIG if self.source.name == "run_config.yaml" else ARGUMENTS
         names = [f"{name} (there {theirs[name]})" if name in theirs else name for name in self.keys]
         ways = list(dict.fromkeys(self.keys.values()))
-        hints = "".join(f"; {hint}" for hint in self.hints)
-        raise InputError(
-            f"{self.source} does not say {', '.join(names)}, nor do the stored tensors show it: give "
-            f"{', '.join(ways)}{hints}"
-        )
+        rule = f"does not say {', '.join(names)}, nor do the stored tensors show it"
+        raise InputError("", self.source, rule, "; ".join([f"give {', '.join(ways)}", *self.hints]))
 
 
 def complete(said: Fields, stored: StoredTensors, source: Path) -> Fields:
-    """What build_architecture takes: as `said` by the description in the file `source`, else as the user says, else as
+    """The fields for build_architecture: as `said` by the description in the file `source`, else by the user, else as
     the tensors show.
 
-    Raises InputError: one sentence with all that is missing and the keys to give.
+    Raises InputError, listing all that is missing and the keys to give.
     """
     user, shown, missing = said_by_user().fields, shown_fields(stored), Missing(source)
     fields = {**shown, **_known(user), **_known(said)}
-    # What is said and does not fit stays, for the check of all shapes to name it.
+    # A field that does not fit the tensors stays: the check of all shapes names it.
     fields = {**shown_heads(stored, fields), **fields}
     if not fields.get("num_attention_heads"):
         missing.add("num_attention_heads")
@@ -124,7 +125,7 @@ def complete(said: Fields, stored: StoredTensors, source: Path) -> Fields:
     missing.refuse()
     if unscaled:
         warn(
-            f"{source} says nothing of rope_scaling: rotary frequencies are read as not scaled; where they are, give "
+            f"{source} does not mention rope_scaling: rotary frequencies are taken as not scaled; if they are, give "
             "model.rope_scaling"
         )
     fields.pop("position_embedding_type", None)
@@ -133,11 +134,11 @@ def complete(said: Fields, stored: StoredTensors, source: Path) -> Fields:
 
 
 def _known(fields: Mapping[str, Any]) -> Fields:
-    return {name: fields[name] for name in SAME if fields.get(name) is not None}
+    return {name: fields[name] for name in DESCRIBED if fields.get(name) is not None}
 
 
 def complete_scaling(fields: Fields, said: Fields, missing: Missing) -> None:
-    """Put `rope_scaling` into `fields`, None where frequencies are not scaled; leave it out where nothing is said."""
+    """Put `rope_scaling` into `fields`, None if frequencies are not scaled; leave it out if it is said nowhere."""
     there, here = said.get("rope_scaling"), said_by_user().fields.get("rope_scaling")
     if there is None and here is None:
         return
@@ -152,9 +153,8 @@ def complete_scaling(fields: Fields, said: Fields, missing: Missing) -> None:
 def find_family(fields: Fields, said: Fields, source: Path) -> tuple[str, Fields]:
     """(family, what it fixes) whose fixed fields contradict none of `fields`.
 
-    The one that the user names (`model.family`) or the description's provider is named after; without either the
-    nearest, Llama's rather than others, which then fixes nothing. Raises InputError where there is none, naming what is
-    unlike the nearest.
+    The one that the user gives (`model.family`) or that the description's provider is named after; without either the
+    nearest, Llama first, which then fixes nothing. Raises InputError if none fits, naming how the nearest differs.
     """
     families = known_families()
     unlike = {
@@ -164,12 +164,12 @@ def find_family(fields: Fields, said: Fields, source: Path) -> tuple[str, Fields
     fitting = [name for name, differences in unlike.items() if not differences]
     asked = said_by_user().fields.get("family")
     if asked is not None and asked not in families:
-        raise InputError(f"model.family={asked} is not known: choose one of {', '.join(families)}")
+        raise InputError("model.family", asked, "is not known", f"choose one of {', '.join(families)}")
     if (asked and asked not in fitting) or not fitting:
         nearest = asked or min(unlike, key=lambda name: (len(unlike[name]), name != "llama"))
         key, needed = next(iter(unlike[nearest].items()))
         fits = f"does not fit model.family={asked}" if asked else f"fits none of the families {', '.join(unlike)}"
-        raise InputError(f"{source}: {key}={fields[key]!r} {fits}: a {nearest} model has {needed!r}")
+        raise InputError(key, fields[key], f"in {source} {fits}: a {nearest} model has {shown(needed)}")
     provider = str(said.get("provider", "")).lower()
     named = [asked] if asked else [name for name in fitting if f".{name}." in provider]
     if named:
@@ -178,11 +178,11 @@ def find_family(fields: Fields, said: Fields, source: Path) -> tuple[str, Fields
 
 
 def count_vocabulary(said: Fields, place: Path, rows: int, missing: Missing) -> int | None:
-    """The true size of a vocabulary of which `rows` are stored, as the tokenizer of the run that wrote it tells.
+    """The true size of a vocabulary of which `rows` are stored, from the tokenizer of the run that wrote it.
 
-    Megatron-LM pads a tokenizer's ids up to a multiple of make_vocab_size_divisible_by x tensor parallelism, so that a
-    tokenizer counts where this gives the stored rows. Bridge has the size from a Hugging Face config, where a tokenizer
-    need not fill it: it is asked for. None, and an entry in `missing`, where no tokenizer tells.
+    Megatron-LM pads a tokenizer's ids up to a multiple of make_vocab_size_divisible_by x tensor parallelism, so a
+    tokenizer counts if that gives the stored rows. Bridge has the size from a Hugging Face config, which a tokenizer
+    need not fill, so it is asked for. None, and an entry in `missing`, if no tokenizer tells.
     """
     way = "model.vocab_size"
     if not said.get("is_megatron_lm"):
@@ -205,7 +205,7 @@ def count_vocabulary(said: Fields, place: Path, rows: int, missing: Missing) -> 
                 f"of {rows:,} stored rows are padding"
             )
             return ids
-        missing.hints.append(f"{name} has {ids:,} ids, which no padding makes the {rows:,} rows that are stored")
+        missing.hints.append(f"{name} has {ids:,} ids, which no padding turns into the {rows:,} stored rows")
     if named and not missing.hints:
         missing.hints.append(f"the tokenizer it names, {named}, cannot be read here")
     missing.add("vocab_size", f"{way} or tokenizer.model")

@@ -49,11 +49,11 @@ def export_checkpoint(
 ) -> None:
     """Write the finished iteration of `folder`, saved at any layout, as the Hugging Face folder `target`.
 
-    Weights keep their stored dtype; the vocabulary's padding is taken off. `card` gives the text of README.md; None: no
+    Weights keep their stored dtype; the vocabulary's padding is removed. `card` gives the text of README.md; None: no
     such file. `bos` and `eos` are the tokenizer's marks, `save_tokenizer` writes its files into a folder; without all
-    three the folder names what its source named. All ranks call, whatever the layout; no model-parallel groups are
-    needed. Raises InputError, on every rank and with nothing written, where `target` exists, cannot be written, or
-    transformers has no such shape.
+    three, the folder names the marks that its source named. All ranks call, whatever the layout; no model-parallel
+    groups are needed. Raises InputError, on every rank and with nothing written, if `target` exists or cannot be
+    written, or if transformers refuses the shape.
     """
     job = _Export(folder, iteration, target, max_shard_bytes)
     num_files = runtime.on_main(job.begin)
@@ -64,7 +64,7 @@ def export_checkpoint(
 
 
 class _Export:
-    """The first rank's work; the order of calls is that of `export_checkpoint`."""
+    """The first rank's work; `export_checkpoint` calls its methods in order."""
 
     def __init__(self, folder: Path, iteration: int, target: Path, max_shard_bytes: int) -> None:
         self.folder, self.iteration, self.target = folder, iteration, target
@@ -74,11 +74,11 @@ class _Export:
     def begin(self) -> int:
         """Refuse what cannot be exported; returns the number of weight files."""
         if self.target.exists():
-            raise InputError(f"hf={self.target} exists: name a folder that does not, or move that one away")
+            raise InputError("hf", self.target, "exists", "name a folder that does not, or move that one away")
         self.architecture = read_architecture(self.folder)
         family = find_family(self.architecture.family, f"checkpoint={self.folder}")
         self.config = config_of(family, self.architecture, f"hf={self.target}")
-        _ask_transformers(self.config, f"hf={self.target}")
+        _ask_transformers(self.config, self.target)
         self.reader = TensorReader(self.folder, self.iteration)
         self.units = units(family, self.architecture)
         entries = [
@@ -111,7 +111,7 @@ class _Export:
         eos: int | None,
         save_tokenizer: Callable[[Path], None] | None,
     ) -> None:
-        """What lies beside the weights."""
+        """Write what lies beside the weights."""
         has_marks = save_tokenizer is not None or (bos, eos) != (None, None)
         own = {"bos_token_id": bos, "eos_token_id": eos} if has_marks else {}
         marks = token_ids(self.folder, own)
@@ -160,12 +160,12 @@ class _Export:
             write()
 
 
-def _ask_transformers(config: dict[str, Any], where: str) -> None:
-    """The installed transformers checks a config when it is made; better now than when the folder is loaded."""
+def _ask_transformers(config: dict[str, Any], target: Path) -> None:
+    """The installed transformers checks a config as it is made: better now than when the folder is loaded."""
     from transformers import AutoConfig
 
     try:
         AutoConfig.for_model(**config)
     except Exception as error:
-        words = " ".join(str(error).split())
-        raise InputError(f"{where}: transformers refuses a model of this shape: {words}") from error
+        rule = f"cannot be written: transformers refuses a model of this shape: {' '.join(str(error).split())}"
+        raise InputError("hf", target, rule) from error

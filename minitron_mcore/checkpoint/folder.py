@@ -9,8 +9,8 @@ DIR/iter_0000100/                         weights (and optimizer), in Megatron's
                                           projects need to load them (way_back.py) and a copy of architecture.yaml
 DIR/latest_checkpointed_iteration.txt     written last, once the iteration is whole
 
-Other projects on megatron-core write the last two alone; what the model is then follows from what lies in the
-iteration (foreign.py). An iteration's folder may be named instead of DIR, as one that was copied alone. Pure.
+Other projects on megatron-core write only the last two; their own files in the iteration then describe the model
+(foreign.py). An iteration's folder may be named instead of DIR, such as one that was copied alone. Pure.
 """
 
 from __future__ import annotations
@@ -47,50 +47,50 @@ def unfinished_folder(folder: Path, iteration: int) -> Path:
 
 
 def is_iteration(folder: Path) -> bool:
-    """Whether `folder` is itself a finished iteration, not the folder of several."""
+    """Whether `folder` is itself a finished iteration rather than a folder of them."""
     return (folder / "metadata.json").is_file() and not (folder / TRACKER).exists()
 
 
 def beside(folder: Path, name: str) -> Path:
-    """Where `name` lies that describes the checkpoint `folder`: in it, or in its parent where it is an iteration."""
+    """Where the file `name` beside the weights of `folder` lies: in it, or in its parent if it is an iteration."""
     return folder.parent / name if is_iteration(folder) and (folder.parent / name).exists() else folder / name
 
 
 def latest_iteration(folder: Path) -> int | None:
-    """Newest finished iteration in `folder`; None where there is none.
+    """Newest finished iteration in `folder`; None if there is none.
 
-    Raises InputError where the tracker names an iteration that is not whole.
+    Raises InputError if the tracker names an iteration that is not whole.
     """
     tracker = folder / TRACKER
     if not tracker.is_file():
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdecimal():
-        raise InputError(f"{tracker} reads {text!r}: a whole number, the newest finished iteration, belongs there")
+        remedy = "write that of the newest finished iteration into it"
+        raise InputError("", tracker, f"reads {text!r} instead of a number", remedy)
     iteration = int(text)
     if not (iteration_folder(folder, iteration) / "metadata.json").is_file():
-        raise InputError(
-            f"{tracker} names iteration {iteration}, but {iteration_folder(folder, iteration)} is not a finished "
-            "checkpoint: restore it, or write the number of a finished one into the file"
-        )
+        rule = f"names iteration {iteration}, but {iteration_folder(folder, iteration)} is not a finished checkpoint"
+        raise InputError("", tracker, rule, "restore it, or write the number of a finished one into the file")
     return iteration
 
 
 def find_checkpoint(folder: str | Path | None, key: str) -> tuple[Path, int]:
     """(folder, newest iteration) of a checkpoint that must be there; `key` is the recipe's key for messages.
 
-    Raises InputError where there is none, or where what lies there is closed to this user.
+    Raises InputError if there is none, or if this user may not read it.
     """
     if not folder:
-        raise InputError(f"{key} is not given: name the folder of a checkpoint")
+        raise InputError(key, None, "is not given", "name the folder of a checkpoint")
     path = Path(folder)
     with reading(f"{key}={path}"):
         if not path.is_dir():
-            raise InputError(f"{key}={path} is not there: name the folder of a checkpoint")
+            rule = "is a file" if path.is_file() else "is not there"
+            raise InputError(key, path, rule, "name the folder of a checkpoint")
         found, iteration = _find(path, key)
         place = iteration_folder(found, iteration)
         besides = [beside(found, name) for name in ("architecture.yaml", "lineage.yaml", "tokenizer")]
-        # Not every file of weights, of which there may be thousands: who reads one says what is wrong with it.
+        # Not each of what may be thousands of weight files: reading one reports what is wrong with it.
         for part in (*besides, place, place / ".metadata", place / "common.pt"):
             refuse_closed(f"{key}={path}", part)
     return found, iteration
@@ -102,23 +102,38 @@ def _find(path: Path, key: str) -> tuple[Path, int]:
         number = path.resolve().name.removeprefix("iter_")
         return path, int(number) if number.isdecimal() else 0
     iteration = latest_iteration(path)
-    if iteration is None:
-        raise InputError(f"{key}={path} holds no finished checkpoint: {TRACKER} is missing")
-    return path, iteration
+    if iteration is not None:
+        return path, iteration
+    if is_hugging_face(path):
+        remedy = f"convert it first with `minitron import hf={path} checkpoint=DIR`, then give {key}=DIR"
+        raise InputError(key, path, "is a Hugging Face folder, not a Megatron checkpoint", remedy)
+    if within := checkpoints_within(path):
+        remedy = f"name one of the checkpoints in it, {', '.join(map(str, within))}"
+        raise InputError(key, path, "is not a checkpoint itself", remedy)
+    raise InputError(key, path, f"holds no finished checkpoint: {TRACKER} is missing")
+
+
+def is_hugging_face(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+
+
+def checkpoints_within(folder: Path) -> list[Path]:
+    """Checkpoints in sub-folders, as deep as a run puts them."""
+    found = [tracker.parent for depth in ("*", "*/*", "*/*/*") for tracker in folder.glob(f"{depth}/{TRACKER}")]
+    return sorted(found)
 
 
 def released(folder: Path) -> Path:
-    """Its sub-folder `release`, as Megatron-LM's converters name what has no iteration, where `folder` has that; else
-    `folder`."""
+    """`folder`, or its sub-folder `release` if its tracker says so, as Megatron-LM's converters write it."""
     tracker = folder / TRACKER
     is_release = tracker.is_file() and tracker.read_bytes().strip() == b"release"
     return folder / "release" if is_release and is_iteration(folder / "release") else folder
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """The model in `folder`: as architecture.yaml says, else as another project's files in its newest iteration.
+    """The model in `folder`, from architecture.yaml, else from another project's files in its newest iteration.
 
-    Raises InputError where nothing says it, where the stored tensors contradict it, or where it is closed to this user.
+    Raises InputError if nothing describes it, if the stored tensors contradict it, or if this user may not read it.
     """
     with reading(str(folder)):
         if (described := beside(folder, "architecture.yaml")).is_file():
@@ -158,7 +173,7 @@ def write_description(
     recipe: str,
     save_tokenizer: Callable[[str], None] | None,
 ) -> None:
-    """Write what lies beside the weights. One rank calls; `save_tokenizer` is `Tokenizer.save`, where there is one."""
+    """Write what lies beside the weights. One rank calls; `save_tokenizer` is `Tokenizer.save`, if there is one."""
     folder.mkdir(parents=True, exist_ok=True)
     save_architecture(architecture, folder / "architecture.yaml")
     write_whole(folder / "recipe.yaml", recipe)
@@ -173,13 +188,13 @@ def read_lineage(folder: Path) -> dict[str, Any]:
 
 
 def tokenizer_folder(folder: Path) -> Path | None:
-    """The tokenizer that lies beside a checkpoint; None where there is none."""
+    """The folder of the tokenizer beside a checkpoint; None if there is none."""
     target = beside(folder, "tokenizer")
     return target if target.is_dir() else None
 
 
 def finish_iteration(folder: Path, temporary: Path, iteration: int) -> None:
-    """Make a fully written iteration count: rename it into place, then move the tracker on. One rank calls."""
+    """Publish a fully written iteration: rename it into place, then update the tracker. One rank calls."""
     target = folder / _name(iteration)
     if target.exists():
         shutil.rmtree(target)
@@ -188,7 +203,7 @@ def finish_iteration(folder: Path, temporary: Path, iteration: int) -> None:
 
 
 def drop_iteration(folder: Path, iteration: int) -> None:
-    """Take away an iteration that is not the newest; one that is half gone counts as unfinished. One rank calls."""
+    """Delete an iteration that is not the newest; one that is half gone counts as unfinished. One rank calls."""
     going = unfinished_folder(folder, iteration)
     shutil.rmtree(going, ignore_errors=True)
     with suppress(OSError):  # it is in nobody's way

@@ -2,8 +2,8 @@
 
 Megatron-Bridge leaves `run_config.yaml` in every iteration, whose `model` section is its provider's fields (those of
 megatron-core's TransformerConfig, and GPTModel's arguments). Megatron-LM leaves its parsed command line in the common
-part, under `args`. Both are turned into one mapping, `Fields`, of Megatron's names; what this project's models do not
-have is refused by name, and every size is held against the stored tensors. Pure.
+part, under `args`. Both become one mapping, `Fields`, of Megatron's names; features that this project's models lack are
+refused by name, and every size is compared with the stored tensors. Pure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minitron_mcore.checkpoint.hybrid import as_gpt
 from minitron_mcore.checkpoint.stated import refuse_contradictions, said_by_user
 from minitron_mcore.checkpoint.stored import StoredTensors
 from minitron_mcore.checkpoint.unpickle import find_common
-from minitron_mcore.errors import InputError
+from minitron_mcore.errors import InputError, shown
 from minitron_mcore.files import read_mapping
 
 # Megatron-LM's option -> the field it sets, where they are named differently.
@@ -37,7 +37,7 @@ SCALING = {
     "high_freq_factor": "high_freq_factor",
     "original_max_position_embeddings": "old_context_len",
 }
-# Fields that change what a model computes, and the only values that leave it one of ours. None: not set.
+# Fields that change what a model computes, and the only values that are supported here. None: not set.
 ONLY: dict[str, tuple[Any, ...]] = {
     "add_bias_linear": (False,),
     "position_embedding_type": ("rope",),
@@ -62,7 +62,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm", "LayerNorm"),
 }
 
-# Fields that are reckoned with before the Architecture that is made of them can look at them.
+# Fields that are computed with before an Architecture checks them.
 NUMBERS: dict[str, Any] = {**dict.fromkeys(FLOATS, (int, float)), "vocab_size": int}
 
 
@@ -70,8 +70,8 @@ def infer_architecture(place: Path) -> Architecture:
     """Architecture of the iteration in the folder `place`, from what its writer left there; any rank calls.
 
     What the description lacks is taken from the stored tensors, else from the user (stated.py); `padded_vocab_size` is
-    what is stored. Raises InputError where neither file is there, where the model has what ours have not, where a size
-    disagrees with the stored tensors, or, with all the keys to give, where something is left that nothing says.
+    what is stored. Raises InputError if neither file is there, if the model has features that ours lack, if a size
+    contradicts the stored tensors, or, listing the keys to give, if something is said nowhere.
     """
     source = description_file(place)
     stored = StoredTensors(place)
@@ -81,37 +81,43 @@ def infer_architecture(place: Path) -> Architecture:
             said[name] = float(said[name]) if isinstance(said.get(name), str) else said.get(name)
     for name, kind in NUMBERS.items():
         if (value := said.get(name)) is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise InputError(f"{source}: {name}={value!r} must be a {'whole ' if kind is int else ''}number")
+            raise InputError(name, value, f"in {source} must be a {'whole ' if kind is int else ''}number")
     for name, allowed in ONLY.items():
         given_none = said.get(name) is None and False in allowed  # a switch that is not set
         if name in said and said[name] not in allowed and not given_none:
-            needed = " or ".join(repr(value) for value in allowed)
-            raise InputError(f"{source}: {name}={said[name]!r} is no model that can be read here, only {needed} is")
+            needed = " or ".join(shown(value) for value in allowed)
+            value = "null" if said[name] is None else said[name]
+            raise InputError(name, value, f"in {source} is not supported, only {needed} is")
     embedding, words = stored.shape("embedding.word_embeddings.weight"), said_by_user().fields.get("vocab_size")
-    # All rows, as of models that leave here to be trained there: the user may know that some of them are padding.
+    # A model exported from here to train there counts all rows: the user may know that some of them are padding.
     if embedding is not None and words is not None and words < embedding[0] == said.get("vocab_size"):
         said["vocab_size"] = None
     refuse_contradictions(said, source)
     if embedding is None:
-        raise InputError(f"{place} holds no embedding.word_embeddings.weight: it is no GPT model of megatron-core")
+        rule = "holds no embedding.word_embeddings.weight, so it is not a GPT model of megatron-core"
+        raise InputError("", place, rule)
     try:
         architecture = build_architecture(complete(said, stored, source))
+    except InputError as error:
+        is_located = error.key.startswith("model.") or str(source) in str(error)
+        raise error if is_located else error.found_in(source) from error
     except (TypeError, ValueError) as error:
-        told = isinstance(error, InputError) and str(error).startswith(("model.", str(source)))
-        raise error if told else InputError(f"{source} describes no architecture: {error}") from error
+        raise InputError("", source, f"does not describe an architecture: {error}") from error
     stored.check(architecture, str(source))
     return architecture
 
 
 def description_file(place: Path) -> Path:
-    """The file that says what the model in `place` is. Raises InputError where there is none."""
+    """The file that describes the model in `place`. Raises InputError where there is none."""
     if (config := place / "run_config.yaml").is_file():
         return config
     if (common := find_common(place)) is not None:
         return common.path
     raise InputError(
-        f"{place.parent / 'architecture.yaml'} is missing, and {place} holds neither run_config.yaml (Megatron-Bridge) "
-        "nor common.pt or its successor common_state (Megatron-LM), one of which says what the model is"
+        "",
+        place,
+        "holds neither run_config.yaml (Megatron-Bridge) nor common.pt or its successor common_state (Megatron-LM), "
+        f"and {place.parent / 'architecture.yaml'} is missing: nothing describes the model",
     )
 
 
@@ -119,7 +125,7 @@ def read_run_config(path: Path) -> Fields:
     """From the `model` section of Megatron-Bridge's run_config.yaml; nothing that it names is imported."""
     model = read_mapping(path).get("model")
     if not isinstance(model, dict):
-        raise InputError(f"{path} has no section model, which says what the model is")
+        raise InputError("", path, "holds no section `model`, which would describe the model")
     # Newer ones keep megatron-core's part in a section of its own.
     inner = model.get("transformer")
     fields: Fields = {**model, **inner} if isinstance(inner, dict) else dict(model)
@@ -140,9 +146,9 @@ def read_run_config(path: Path) -> Fields:
 
 
 def _switched_scaling(fields: Fields, switch: str, unset: float | None) -> Fields | None:
-    """Scaling by a switch and a factor, the three other numbers being megatron-core's own; None where nothing is said.
+    """Scaling by a switch and a factor, with megatron-core's own other three numbers; None where nothing is said.
 
-    A factor other than the writer's default (`unset`), without its switch, leaves open whether it holds.
+    A factor other than the writer's default (`unset`), without its switch, leaves open whether it applies.
     """
     factor = fields.get("rope_scaling_factor")
     if fields.get(switch) is not None:
@@ -154,7 +160,7 @@ def read_arguments(stored: StoredTensors) -> Fields:
     """From Megatron-LM's `args` in the common part."""
     args = stored.common.get("args")
     if not isinstance(args, argparse.Namespace):
-        if said_by_user().fields:  # says all there is to say, or what else is missing is asked for
+        if said_by_user().fields:  # which may be all that is needed; if not, the rest is asked for
             return {}
         raise InputError(
             "",
@@ -163,7 +169,7 @@ def read_arguments(stored: StoredTensors) -> Fields:
             "says what the model is",
             "give model.family (as model.family=llama), and then the keys asked for, which the tensors do not show",
         )
-    # An array is no value of any option: its words are compared, and named where it stands for one that matters.
+    # No option takes an array: as text it can be compared, and shown if it stands for an option that matters.
     words = {name: repr(value) if hasattr(value, "shape") else value for name, value in vars(args).items()}
     fields: Fields = {OPTIONS.get(name, name): value for name, value in words.items()}
     fields["is_megatron_lm"] = True
@@ -171,7 +177,7 @@ def read_arguments(stored: StoredTensors) -> Fields:
     plain = "gelu" if gated is not None and squared is not None else None  # its default, where both switches are off
     fields["activation"] = "silu" if gated else "squared_relu" if squared else plain
     if not fields.get("group_query_attention"):
-        # Switched off, every head has its group; not said, the tensors tell.
+        # Switched off, every head has its own group; not said, the tensors show it.
         said = fields.get("group_query_attention") is not None
         fields["num_query_groups"] = fields.get("num_attention_heads") if said else None
     if fields.get("use_rotary_position_embeddings"):

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import fields_of
+
+
+def find_hugging_face(hf: str | Path) -> Path:
+    """The folder `hf`. Raises InputError for anything else, saying how to get a folder from it."""
+    source = Path(hf)
+    if source.is_dir():
+        return source
+    if source.is_file():
+        raise InputError("hf", hf, "is a file", f"name the folder that holds it beside config.json: hf={source.parent}")
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(hf)):
+        remedy = f"if it is a model on the Hugging Face hub, run `hf download {hf} --local-dir DIR`, then give hf=DIR"
+        raise InputError("hf", hf, "is not a folder here", remedy)
+    raise InputError("hf", hf, "is not there", "name a Hugging Face folder")
 
 
 def read_config(source: Path, make_vocab_size_divisible_by: int = 128) -> Architecture:
@@ -18,29 +32,28 @@ def read_config(source: Path, make_vocab_size_divisible_by: int = 128) -> Archit
     """
     path = source / "config.json"
     if not path.is_file():
-        raise InputError(f"hf={source} holds no config.json: name a Hugging Face folder")
+        raise InputError("hf", source, "holds no config.json", "name a Hugging Face folder")
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
+        raise InputError("", path, f"is not JSON: {error}") from error
     if not isinstance(given, dict):
-        raise InputError(f"{path} is no config: it holds no mapping of keys to values")
+        raise InputError("", path, "is not a config: it does not map keys to values")
     if given.get("quantization_config"):
-        raise InputError(
-            f"{path} has a quantization_config: quantized weights are not read; dequantize the model first, or take "
-            "the key out where the weights are not quantized"
-        )
+        rule = "has a quantization_config, and quantized weights are not supported"
+        remedy = "dequantize the model first, or delete the key if its weights are not quantized"
+        raise InputError("", path, rule, remedy)
     family = find_family(given.get("model_type"), str(path))
-    # transformers takes seconds to import; a folder that is none need not wait for it
+    # Late: transformers takes seconds to import, and a wrong folder is refused before.
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=True).to_dict()
     except Exception as error:
-        raise InputError(f"{path} is refused by transformers: {' '.join(str(error).split())}") from error
+        raise InputError("", path, f"is refused by transformers: {' '.join(str(error).split())}") from error
     fields = fields_of(family, config, str(path))
     divisor = {"make_vocab_size_divisible_by": make_vocab_size_divisible_by}
     try:
         return build_architecture({"family": family.model_type, **fields, **divisor})
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise error.found_in(path) from error

@@ -1,4 +1,4 @@
-"""Checkpoints of megatron-core's HybridModel (MambaModel, up to 0.17) that are a GPT in other words.
+"""Checkpoints of megatron-core's HybridModel (MambaModel, up to 0.17) that are a GPT under other names.
 
 Its layers are positions of a pattern: `*` attention, `-` MLP, `M` Mamba, `E` experts, and more; `|` divides pipeline
 stages. A pattern of `*-` pairs alone is a GPT of half as many layers, and computes the same:
@@ -23,7 +23,7 @@ from minitron_mcore.layout import LAYERS
 FINAL_NORM, GPT_FINAL_NORM = "decoder.final_norm.", "decoder.final_layernorm."
 PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern")  # the option's name, from 0.17 on and before
 PAIR = "*-"
-ONLY_PAIRS = "of hybrid models only those can be read whose layers are all pairs of attention and MLP (`*-*-`)"
+ONLY_PAIRS = "a hybrid model can be read only if its layers are all pairs of attention and MLP (`*-*-`)"
 _LAYER = re.compile(re.escape(LAYERS) + r"(\d+)\.")
 # What a position of a pair holds -> its symbol.
 _SYMBOLS = {"self_attention.": "*", "input_layernorm.": "*", "mlp.linear_fc": "-", "pre_mlp_layernorm.": "-"}
@@ -32,7 +32,7 @@ _SYMBOLS = {"self_attention.": "*", "input_layernorm.": "*", "mlp.linear_fc": "-
 def gpt_names(stored: Iterable[str]) -> dict[str, str]:
     """The name in a GPT of each of a model's tensors, which are `stored` without a wrapper's prefix.
 
-    The same where it is no hybrid model. Raises InputError, naming a tensor, where it is one of other layers.
+    The same name if it is not a hybrid model. Raises InputError, naming a tensor, if it has layers of other kinds.
     """
     names = list(stored)
     if not any(name.startswith(FINAL_NORM) for name in names):
@@ -47,15 +47,15 @@ def gpt_names(stored: Iterable[str]) -> dict[str, str]:
         inner, position = name[layer.end() :], int(layer[1])
         symbol = next((symbol for part, symbol in _SYMBOLS.items() if inner.startswith(part)), None)
         if symbol is None or pattern.setdefault(position, symbol) != symbol or symbol != PAIR[position % 2]:
-            raise InputError(f"it holds {name}: {ONLY_PAIRS}")
+            raise InputError("", None, f"the tensor {name} is not supported: {ONLY_PAIRS}")
         result[name] = f"{LAYERS}{position // 2}.{inner}"
     return result
 
 
 def as_gpt(fields: dict[str, Any], source: Any) -> dict[str, Any]:
-    """The `fields` of a description, those of a hybrid model of pairs turned into a GPT's; others as they are.
+    """The `fields` of a description; those of a hybrid model of pairs are turned into a GPT's.
 
-    Raises InputError, naming the pattern and the description `source`, where its layers are others.
+    Raises InputError, naming the pattern and the description `source`, for a hybrid model of other layers.
     """
     key = next((name for name in PATTERNS if fields.get(name)), None)
     if key is None and not fields.get("is_hybrid_model"):
@@ -65,9 +65,9 @@ def as_gpt(fields: dict[str, Any], source: Any) -> dict[str, Any]:
         pattern = str(fields[key]).replace("|", "")
         pairs, rest = divmod(len(pattern), len(PAIR))
         if rest or pairs == 0 or pattern != PAIR * pairs:
-            raise InputError(f"{source}: {key}={fields[key]!r} is no model that can be read here: {ONLY_PAIRS}")
+            raise InputError(key, fields[key], f"in {source} is not supported: {ONLY_PAIRS}")
         if positions not in (None, len(pattern)):
-            raise InputError(f"{source}: {key}={fields[key]!r} names {len(pattern)} layers, but num_layers={positions}")
+            raise InputError(key, fields[key], f"in {source} has {len(pattern)} layers, but num_layers={positions}")
         positions = len(pattern)
     layers = positions // len(PAIR) if isinstance(positions, int) else positions
     return {**fields, "num_layers": layers, "is_hybrid_model": False}

@@ -35,9 +35,9 @@ def import_checkpoint(
     """Write the weights of the Hugging Face folder `source` as iteration 0 of `target`, in their stored dtype.
 
     Every rank calls, after `use_layout(parallel)`. A rank reads the parts it stores, one parameter after another, and
-    holds no more than one. Raises InputError on every rank, naming file and tensor, where tensors are missing, left
-    over, of another shape, cut off, all zero, or hold NaN or Inf (as far as `allow`, the recipe's, does not let them
-    through), and where `target` cannot be written, which messages call `called`; nothing is left behind then.
+    holds no more than one. Raises InputError on every rank, naming file and tensor, if tensors are missing, unknown, of
+    another shape, cut off, all zero, or hold NaN or Inf (unless `allow`, the recipe's, lets them through), and if
+    `target` cannot be written, which messages call `called`; nothing is left behind then.
     """
     check_tensor_parallel(architecture, parallel.tensor)
     stages = split_layers(architecture.num_layers, parallel.pipeline)
@@ -77,7 +77,7 @@ def _is_embedding(unit: Unit) -> bool:
 
 
 def _sources(folder: SafetensorsFolder, unit: Unit, architecture: Architecture, rank: int, size: int) -> list[Source]:
-    """What tensor-parallel `rank` stores of `unit`; none of a parameter that another rank has whole."""
+    """What tensor-parallel `rank` stores of `unit`; nothing of a replicated parameter that another rank stores."""
     dtype = folder.dtype(unit.names[0])
     pieces = pieces_of(
         stored_parts(unit.parameter, architecture, dtype, layer=unit.layer, tensor_rank=rank, tensor_size=size)

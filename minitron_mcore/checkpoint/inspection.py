@@ -1,9 +1,7 @@
-"""What a folder of weights is, and whether it is whole.
+"""What a folder of weights, or of a run, is, and whether it is whole.
 
-As far as names, shapes and sizes tell; only `verify` reads the tensors.
-
-Nothing here is a collective, and nothing writes. Every function gives a mapping that JSON can hold, or raises
-InputError with the file and tensor that are wrong.
+Judged by names, shapes and sizes; only `verify` reads the tensors. Nothing here is a collective, and nothing writes.
+Every function returns a mapping that JSON can hold, or raises InputError naming the file and tensor that are wrong.
 """
 
 from __future__ import annotations
@@ -20,6 +18,8 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.conversion import units
 from minitron_mcore.checkpoint.folder import (
     TRACKER,
+    checkpoints_within,
+    is_hugging_face,
     is_iteration,
     iteration_folder,
     latest_iteration,
@@ -41,8 +41,23 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / "architecture.yaml").is_file() or (folder / TRACKER).is_file() or any(folder.glob("iter_*"))
 
 
-def is_hugging_face(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+def is_run(folder: Path) -> bool:
+    """Whether `minitron run` wrote it."""
+    return (folder / "recipe.yaml").is_file() and (folder / "done").is_dir()
+
+
+def inspect_run(folder: Path) -> dict[str, Any]:
+    """The parts of a folder that `minitron run` wrote; any one process calls."""
+    done = sorted((folder / "done").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    return {
+        "path": str(folder),
+        "kind": "run",
+        "recipe": str(folder / "recipe.yaml"),
+        "steps_done": [path.stem for path in done],
+        "checkpoints": [str(path) for path in checkpoints_within(folder)],
+        "files": sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != "recipe.yaml"),
+        "warnings": [],
+    }
 
 
 def describe_architecture(architecture: Architecture) -> dict[str, Any]:
@@ -56,9 +71,9 @@ def describe_architecture(architecture: Architecture) -> dict[str, Any]:
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """Description of a checkpoint folder of this project; any one process calls.
 
-    The newest finished iteration must hold every tensor of the layout table in its global shape, in files as long as
-    `.metadata` says. Raises InputError where it does not, or where no iteration is finished; what is wrong with an
-    older iteration is a warning.
+    The newest finished iteration must have every tensor of the layout table in its global shape, in files as long as
+    `.metadata` says. Raises InputError if it does not, or if no iteration is finished; faults of an older iteration are
+    warnings.
     """
     architecture = read_architecture(folder)
     leftovers = sorted(path.name for path in folder.glob(".unfinished_iter_*"))
@@ -70,21 +85,19 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     newest = latest_iteration(folder)
     if newest is None:
         lying = [*(iteration_folder(folder, iteration).name for iteration in iterations), *leftovers]
-        there = f"; there lies {', '.join(lying)}" if lying else ""
-        raise InputError(f"{folder} holds no finished checkpoint: {TRACKER} is missing{there}")
+        there = f"; it holds {', '.join(lying)}" if lying else ""
+        raise InputError("", folder, f"holds no finished checkpoint: {TRACKER} is missing{there}")
     stored = check_iteration(folder, newest, architecture)
     warnings = []
     for iteration in iterations:
         if iteration > newest:
-            warnings.append(
-                f"iteration {iteration} does not count: {TRACKER} names {newest} as the newest finished one"
-            )
+            warnings.append(f"iteration {iteration} is ignored: {TRACKER} names {newest} as the newest finished one")
         elif iteration < newest:
             try:
                 check_iteration(folder, iteration, architecture)
             except InputError as error:
                 warnings.append(str(error))
-    warnings += [f"{name} is left over from a save that was cut off: it may be deleted" for name in leftovers]
+    warnings += [f"{name} is left over from an interrupted save: it may be deleted" for name in leftovers]
     recipe = folder / "recipe.yaml"
     return {
         "path": str(folder),
@@ -101,19 +114,20 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def check_iteration(folder: Path, iteration: int, architecture: Architecture) -> dict[str, Any]:
-    """Stored dtypes, bytes, and whether an optimizer lies there too; raises InputError where the iteration is damaged.
+    """Stored dtypes, bytes, and whether an optimizer is stored too; raises InputError if the iteration is damaged.
 
-    Seen are absent tensors, other shapes, parts that do not add up to a tensor, and absent or shortened files; changed
-    bytes are not.
+    This finds missing tensors, other shapes, parts that do not add up to a tensor, and missing or shortened files, but
+    not changed bytes.
     """
     place = iteration_folder(folder, iteration)
     if not (place / "metadata.json").is_file():
-        raise InputError(f"{place} is not a finished checkpoint: metadata.json is missing")
+        raise InputError("", place, "is not a finished checkpoint: metadata.json is missing")
     reader = TensorReader(folder, iteration)
     reader.check(architecture, said_by(folder))
     for key, entry in reader.tensors.items():
         if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
-            raise InputError(f"{place}: the stored parts of {key} do not add up to its shape {tuple(entry.size)}")
+            rule = f"is damaged: the stored parts of {key} do not add up to its shape {tuple(entry.size)}"
+            raise InputError("", place, rule)
     return {
         "dtypes": sorted({_name(reader.dtype(parameter.key)) for parameter in parameter_table(architecture)}),
         "optimizer": any(key.startswith("optimizer.") for key in reader.tensors),
@@ -122,7 +136,7 @@ def check_iteration(folder: Path, iteration: int, architecture: Architecture) ->
 
 
 def _check_files(place: Path, reader: TensorReader) -> int:
-    """Bytes of the files that `.metadata` names, each of which must reach as far as its last part does."""
+    """Bytes of the files that `.metadata` names, each of which must be long enough for its last part."""
     ends: dict[str, int] = {}
     for info in reader.metadata.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -130,10 +144,10 @@ def _check_files(place: Path, reader: TensorReader) -> int:
     for name, end in ends.items():
         path = place / name
         if not path.is_file():
-            raise InputError(f"{path} is missing, though .metadata names it")
+            raise InputError("", path, "is missing, though .metadata names it")
         size = path.stat().st_size
         if size < end:
-            raise InputError(f"{path} is cut off: it has {size:,} bytes where .metadata needs {end:,}")
+            raise InputError("", path, f"is cut off: it has {size:,} bytes where .metadata needs {end:,}")
         total += size
     return total
 
@@ -141,17 +155,17 @@ def _check_files(place: Path, reader: TensorReader) -> int:
 def inspect_hugging_face(folder: Path) -> dict[str, Any]:
     """Description of a Hugging Face folder; any one process calls.
 
-    Every tensor of the family's table must lie in the safetensors files in its shape, and no other. Raises InputError
-    where it does not, or where the family is not known here.
+    The safetensors files must have exactly the tensors of the family's table, in their shapes. Raises InputError if
+    they do not, or if the family is not known.
     """
     try:
-        # The files hold no padding rows, so none are shown.
+        # The files have no padding rows, so none are shown.
         architecture = read_config(_with_mappings(folder), make_vocab_size_divisible_by=1)
         wanted = units(find_family(architecture.family, str(folder)), architecture)
         files = SafetensorsFolder(folder)
         notes = files.check(wanted, architecture, allow_extra=True)
     except InputError as error:
-        raise InputError(str(error).removeprefix("hf=")) from error
+        raise InputError("path" if error.key == "hf" else error.key, error.value, error.rule, error.remedy) from error
     dtypes = {_name(files.dtype(name)) for unit in wanted for name in unit.names}
     used = sorted(set(files.places.values()))
     other = sorted({path.name for path in folder.glob("*.safetensors")} - set(used))
@@ -163,37 +177,37 @@ def inspect_hugging_face(folder: Path) -> dict[str, Any]:
         "files": len(used),
         "stored_bytes": sum((folder / name).stat().st_size for name in used),
         "lineage": _card_lineage(folder / "README.md"),
-        "warnings": [*(f"{name} belongs to no index: it is not read" for name in other), *notes],
+        "warnings": [*(f"{name} is in no index: it is not read" for name in other), *notes],
     }
 
 
 def verify(path: Path) -> Verification:
     """Read every tensor of a checkpoint (its newest finished iteration) or of a Hugging Face folder, whatever wrote it.
 
-    Compared with the manifest's checksums, sizes and names, where one lies there. One process calls; one stored piece
-    is in memory at a time. Raises InputError where `path` is a checkpoint without a finished iteration, or neither.
+    They are compared with the manifest's checksums, sizes and names, if there is one. One process calls; one stored
+    piece is in memory at a time. Raises InputError if `path` is a checkpoint without a finished iteration, or neither.
     """
     if is_iteration(path) or is_checkpoint(path):
         return verify_checkpoint(path)
     if is_hugging_face(path):
         return verify_hugging_face(path)
-    raise InputError(f"path={path} is no folder of weights: name a checkpoint or a Hugging Face folder")
+    raise InputError("path", path, "is not a folder of weights", "name a checkpoint or a Hugging Face folder")
 
 
 def _with_mappings(folder: Path) -> Path:
-    """`folder`; raises InputError where its config or its index is JSON of another form."""
+    """`folder`; raises InputError if its config or its index is JSON of another form."""
     for name, key in (("config.json", None), (INDEX, "weight_map")):
         try:
             given = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # whoever reads it says so
+            continue  # reported by whoever reads it
         if not isinstance(given, dict) or (key and not isinstance(given.get(key), dict)):
-            raise InputError(f"{folder / name} holds no mapping{f' {key}' if key else ''} of names to values")
+            raise InputError("", folder / name, f"holds no mapping{f' {key}' if key else ''} of names to values")
     return folder
 
 
 def _card_lineage(card: Path) -> dict[str, Any]:
-    """The lineage that `export` writes into a model card; empty where there is none."""
+    """The lineage that `export` writes into a model card; empty if there is none."""
     if not card.is_file():
         return {}
     _, mark, rest = card.read_text(encoding="utf-8", errors="replace").partition("```yaml\n")

@@ -1,7 +1,7 @@
-"""Every stored byte read again and compared with the manifest, one tensor in memory at a time. Nothing is written.
+"""Reads every stored byte again and compares it with the manifest, one tensor in memory at a time. Writes nothing.
 
-A folder without a manifest (from elsewhere, or of an older version) is read all the same, so that what cannot be read
-is found; a `note` says that its bytes were compared with nothing.
+A folder without a manifest (from elsewhere, or of an older version) is read all the same, to find what cannot be read;
+a `note` says that there was nothing to compare its bytes with.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Name = tuple[str, tuple[int, ...]]  # of a stored piece: its key, and where in t
 
 @dataclass
 class Verification:
-    """What was read, one sentence for each fault, naming file and tensor, and what could not be judged."""
+    """What was read, one sentence for each fault, naming file and tensor, and what could not be checked."""
 
     tensors: int = 0
     num_bytes: int = 0
@@ -42,7 +42,7 @@ class Verification:
 def verify_checkpoint(folder: Path) -> Verification:
     """The newest finished iteration of a checkpoint, or the iteration that `folder` is. One process calls.
 
-    Raises InputError where there is no finished iteration.
+    Raises InputError if there is no finished iteration.
     """
     path, iteration = find_checkpoint(folder, "path")
     place = iteration_folder(path, iteration)
@@ -70,7 +70,7 @@ def verify_checkpoint(folder: Path) -> Verification:
         keys.add(index.fqn)
         try:
             tensor = load_piece(place, info)
-        except Exception as error:  # torch.load raises whatever the damage led to
+        except Exception as error:  # torch.load may raise anything on damaged data
             words = " ".join(str(error).split())
             result.faults.append(f"{path} is damaged: {_shown(_name(index))} cannot be read: {words}")
             continue
@@ -106,13 +106,13 @@ def verify_hugging_face(folder: Path) -> Verification:
             result.num_bytes += tensor.nbytes
             _compare(path, (name, ()), stored_piece(name, (), tensor), manifest, result)
             del tensor  # or it would be in memory beside the next one
-    if whole:  # or the fault of the file says enough
+    if whole:  # else the file's own fault says enough
         result.faults += _unfound(folder, left)
     return result
 
 
 def _manifest(folder: Path, result: Verification) -> Manifest | None:
-    """The manifest, its files compared; without one, a note."""
+    """The manifest, with its files compared; if there is none, a note."""
     try:
         manifest = read_manifest(folder)
     except InputError as error:
@@ -120,7 +120,7 @@ def _manifest(folder: Path, result: Verification) -> Manifest | None:
         return None
     if manifest is None:
         result.notes.append(
-            f"{folder} has no {MANIFEST}: its tensors were read, but with nothing to compare their bytes with"
+            f"{folder} has no {MANIFEST}: its tensors were read, but there was nothing to compare them with"
         )
         return None
     result.faults += file_faults(folder, manifest)
@@ -132,7 +132,7 @@ def _name(index: MetadataIndex) -> Name:
 
 
 def _shown(name: Name) -> str:
-    """`decoder.layers.mlp.linear_fc2.weight`, or the same `from (3, 0, 1024) on` where only a part is meant."""
+    """`decoder.layers.mlp.linear_fc2.weight`, or the same `from (3, 0, 1024) on` for a part of it."""
     key, offsets = name
     return f"{key} from {offsets} on" if any(offsets) else key
 
@@ -152,9 +152,9 @@ def _compare(path: Path, name: Name, found: StoredPiece, manifest: Manifest | No
             f"of shape {written.shape}"
         )
     elif found.checksum != written.checksum:
-        result.faults.append(f"{path}: {_shown(name)} has changed since it was written: its checksum is another")
+        result.faults.append(f"{path}: {_shown(name)} has changed since it was written: its checksum differs")
 
 
 def _compare_object(path: Path, key: str, info: Any, manifest: Manifest | None, result: Verification) -> None:
     if manifest is not None and bytes_checksum(path, info.offset, info.length) != manifest.objects.get(key):
-        result.faults.append(f"{path}: {key} has changed since it was written: its checksum is another")
+        result.faults.append(f"{path}: {key} has changed since it was written: its checksum differs")

@@ -1,12 +1,12 @@
-"""`manifest.json`: what a folder of weights was written as, so that changed bytes and shortened files are found.
+"""`manifest.json`: checksums of a folder of weights as it was written, to find changed bytes and shortened files.
 
     {"format": 1, "checksum": "xxh3_128",
      "files":   {NAME: {"size": …, "checksum": …}},      weight files by size alone: their tensors have checksums
      "tensors": {KEY: [{"offsets": …, "shape": …, "dtype": …, "checksum": …}, …]},   one entry for each stored piece
-     "objects": {KEY: checksum}}                                                     what is stored and no tensor
+     "objects": {KEY: checksum}}                                                     what is stored beside tensors
 
-Beside a checkpoint's weights (in `iter_NNNNNNN/`) and in an exported Hugging Face folder. A checksum of a tensor is
-that of its elements, row by row, as they lie in memory: the container they are stored in does not matter. Pure.
+Lies beside a checkpoint's weights (in `iter_NNNNNNN/`) and in an exported Hugging Face folder. A tensor's checksum is
+that of its elements, row by row, as in memory: it does not depend on the file format. Pure.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def bytes_checksum(path: Path, offset: int = 0, length: int | None = None) -> st
 
 
 def write_manifest(folder: Path, pieces: Iterable[StoredPiece], objects: dict[str, str] | None = None) -> None:
-    """Write the manifest of everything that lies in `folder` now, `pieces` and `objects` in its weight files.
+    """Write the manifest of everything that is in `folder` now, `pieces` and `objects` in its weight files.
 
-    One process calls, when all else is written.
+    One process calls, when everything else is written.
     """
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -108,17 +108,15 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest in `folder`; None where there is none. Raises InputError where it cannot be understood."""
+    """The manifest in `folder`; None if there is none. Raises InputError if it is damaged or of another format."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if (content["format"], content["checksum"]) != (FORMAT, ALGORITHM):
-            raise InputError(
-                f"{path} is of format {content['format']!r} with checksum {content['checksum']!r}: read here is "
-                f"format {FORMAT} with {ALGORITHM}"
-            )
+            rule = f"has format {content['format']!r} with checksum {content['checksum']!r}, which is not supported"
+            raise InputError("", path, rule, f"only format {FORMAT} with {ALGORITHM} is read")
         pieces = [
             StoredPiece(key, tuple(entry["offsets"]), tuple(entry["shape"]), entry["dtype"], entry["checksum"])
             for key, entries in content["tensors"].items()
@@ -126,8 +124,10 @@ def read_manifest(folder: Path) -> Manifest | None:
         ]
         files = {name: {"size": int(entry["size"]), **entry} for name, entry in content["files"].items()}
         return Manifest(files, {(piece.key, piece.offsets): piece for piece in pieces}, dict(content["objects"]))
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: it is no manifest ({type(error).__name__}: {error})") from error
+        raise InputError("", path, f"is damaged: it is not a manifest ({type(error).__name__}: {error})") from error
 
 
 def file_faults(folder: Path, manifest: Manifest) -> list[str]:

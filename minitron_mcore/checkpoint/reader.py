@@ -1,6 +1,6 @@
-"""Tensors out of a torch_dist checkpoint, each rank just its parts, one parameter at a time.
+"""Reads tensors from a torch_dist checkpoint: each rank only its parts, one parameter at a time.
 
-Everything that reads weights reads through this: whatever layout and names they were saved under, whoever wrote them.
+All weights are read through this, whatever layout and names they were saved under, and whoever wrote them.
 `dist_checkpointing.load` would unpickle what it finds (see unpickle.py), knows one set of names, and is a collective.
 """
 
@@ -39,8 +39,8 @@ class TensorReader(StoredTensors):
     def read(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The global tensor `key` (layer `layer` of it, where it has layers), of `shape`, in the stored dtype.
 
-        On the host; beside it only one stored piece is in memory. Raises InputError where the checkpoint holds no such
-        tensor, holds another shape, or is damaged.
+        On the host; beside it only one stored piece is in memory. Raises InputError if the checkpoint does not have the
+        tensor, has it in another shape, or is damaged.
         """
         if (alone := self._only_piece(key, layer, shape)) is not None:
             return alone.view(shape)
@@ -49,7 +49,7 @@ class TensorReader(StoredTensors):
         return whole
 
     def _only_piece(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor | None:
-        """The stored piece that is the whole tensor (the layer) and no more, as it is loaded; None where none is."""
+        """The stored piece that is exactly the whole tensor (the layer), as loaded; None if there is none."""
         place, entry = self.find(key, layer)
         sizes = torch.Size(shape if place.layer is None else (1, *shape))
         offsets = torch.Size([place.layer or 0] + [0] * (len(sizes) - 1))
@@ -57,17 +57,17 @@ class TensorReader(StoredTensors):
             return None
         try:
             info = self.storage.storage_data[MetadataIndex(place.name, offsets)]
-            if getattr(info, "transform_descriptors", None):  # compressed: torch's own reader knows how
+            if getattr(info, "transform_descriptors", None):  # compressed: left to torch's own reader
                 return None
             loaded = load_piece(self.folder, info)
-        except Exception as error:  # torch.load raises whatever the damage led to
+        except Exception as error:  # torch.load may raise anything on damaged data
             raise self._damaged(place, error) from error
         return loaded if loaded.shape == sizes else None
 
     def _damaged(self, place: Place, error: Exception) -> InputError:
         missing = isinstance(error, KeyError) and isinstance(error.args[0], MetadataIndex)
         words = "its .metadata does not say where a part of it lies" if missing else " ".join(str(error).split())
-        return InputError(f"{self.folder} is damaged, {place.name} cannot be read: {words}")
+        return InputError("", self.folder, f"is damaged, {place.name} cannot be read: {words}")
 
     def read_part(
         self, parameter: Parameter, architecture: Architecture, layer: int | None, rank: int, size: int
@@ -103,10 +103,9 @@ class TensorReader(StoredTensors):
         place, entry = self.find(key, layer)
         stored = tuple(entry.size) if place.layer is None else tuple(entry.size[1:])
         if stored != shape or (place.layer is not None and place.layer >= entry.size[0]):
-            raise InputError(
-                f"{self.folder}: {place.name} is of shape {tuple(entry.size)}, which does not fit its "
-                f"architecture.yaml ({shape}{'' if place.layer is None else ' in each layer'})"
-            )
+            wanted = f"{shape}{'' if place.layer is None else ' in each layer'}"
+            rule = f"holds {place.name} of shape {tuple(entry.size)}, but its architecture.yaml means {wanted}"
+            raise InputError("", self.folder, rule)
         target = target.detach() if place.layer is None else target.detach()[None]
         shift = 0 if place.layer is None else 1
         items, at = [], 0
@@ -120,15 +119,16 @@ class TensorReader(StoredTensors):
             items += [item for chunk in entry.chunks if (item := _read_item(place.name, chunk, box, origin))]
             at += part.stop - part.start
         if sum(prod(item.lengths) for item in items) != target.numel():
-            raise InputError(f"{self.folder}: the stored parts of {place.name} do not add up to its shape {shape}")
+            rule = f"is damaged: the stored parts of {place.name} do not add up to its shape {shape}"
+            raise InputError("", self.folder, rule)
         try:
             self.storage.read_data(LoadPlan(items), _Into(target)).wait()  # type: ignore[arg-type]
-        except Exception as error:  # torch.load raises whatever the damage led to
+        except Exception as error:  # torch.load may raise anything on damaged data
             raise self._damaged(place, error) from error
 
 
 def load_piece(place: Path, info: _StorageInfo) -> torch.Tensor:
-    """One stored piece of the iteration in the folder `place`; torch.load raises whatever the damage leads to."""
+    """One stored piece of the iteration in the folder `place`; torch.load may raise anything on damaged data."""
     with (place / info.relative_path).open("rb") as stream:
         view: Any = _create_file_view(stream, info.offset, info.length)
         return torch.load(view, map_location="cpu", weights_only=True)
@@ -137,7 +137,7 @@ def load_piece(place: Path, info: _StorageInfo) -> torch.Tensor:
 def _read_item(
     name: str, chunk: ChunkStorageMetadata, box: list[tuple[int, int]], origin: list[int]
 ) -> ReadItem | None:
-    """What of `box` (start, stop on every axis) lies in one stored piece; None where nothing does."""
+    """The part of `box` (start, stop on every axis) that lies in one stored piece; None if there is none."""
     starts = [max(low, offset) for (low, _), offset in zip(box, chunk.offsets, strict=True)]
     stops = [min(high, offset + size) for (_, high), offset, size in zip(box, chunk.offsets, chunk.sizes, strict=True)]
     if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
@@ -155,7 +155,7 @@ def _read_item(
 
 
 class _Into:
-    """As much of torch's LoadPlanner as reading takes: where in the target each piece goes."""
+    """The part of torch's LoadPlanner that reading needs: where in the target each piece goes."""
 
     def __init__(self, target: torch.Tensor) -> None:
         self.target = target

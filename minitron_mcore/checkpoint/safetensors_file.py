@@ -1,13 +1,15 @@
 """Safetensors written and read piece by piece, so that a file of any size costs the memory of one tensor.
 
-The format: 8 bytes length of the header, little-endian; the header, JSON; then every tensor's bytes, in its order.
+safetensors itself reads; its `save_file` wants all tensors of a file at once, so writing is done here. The format: 8
+bytes with the length of the header, little-endian; the header, JSON; then every tensor's bytes, in its order.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -38,7 +40,10 @@ class Entry:
 
 
 def split_files(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
-    """Entries by file, in order, at most `max_bytes` each; a larger tensor has a file of its own."""
+    """Entries by file, in order, at most `max_bytes` each; a larger tensor has a file of its own.
+
+    Not huggingface_hub's splitter: it puts such a file before the one being filled, out of the stream's order.
+    """
     files: list[list[Entry]] = []
     room = 0
     for entry in entries:
@@ -89,33 +94,38 @@ def write_in_blocks(stream: BinaryIO, content: memoryview) -> int:
 
 
 class SafetensorsFile:
-    """Tensors read out of one file by explicit reads: pages mapped from it would count as this process's memory.
+    """Shapes and types of the tensors in one file, and reads of parts of them.
 
-    Raises InputError where `path` is no whole safetensors file.
+    The file is open only while a part is read: its mapped pages count as this process's memory. Raises InputError if
+    `path` is not a whole safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}  # name -> shape, type
+        with self._open() as file:
+            for name in file.keys():  # noqa: SIM118  (no mapping)
+                part = file.get_slice(name)
+                self.tensors[name] = tuple(part.get_shape()), part.get_dtype()
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
         try:
-            with safe_open(path, framework="pt"):  # which checks that the header fits the file
-                pass
-            with path.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(length))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path} is no whole safetensors file: {error}") from error
-        header.pop("__metadata__", None)
-        self.tensors: dict[str, dict[str, Any]] = header
-        self._data = 8 + length
+            with safe_open(self.path, framework="pt") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise InputError("", self.path, f"is not a whole safetensors file: {error}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name]["shape"])
+        return self.tensors[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises InputError for a type that no model here is made of."""
-        found = self.tensors[name]["dtype"]
+        """Raises InputError for a type that is not supported."""
+        found = self.tensors[name][1]
         if found not in DTYPES:
-            raise InputError(f"{self.path}: {name} is of type {found}, which is not read: {', '.join(DTYPES)} are")
+            raise InputError(
+                "", self.path, f"holds {name} of type {found}, which is not supported: {', '.join(DTYPES)} are"
+            )
         return DTYPES[found]
 
     def read(self, name: str) -> torch.Tensor:
@@ -125,37 +135,16 @@ class SafetensorsFile:
         return target
 
     def read_into(self, name: str, target: torch.Tensor, axis: int = 0, start: int = 0) -> None:
-        """Fill `target`, contiguous and of the stored dtype, with the part of `axis` that begins at `start`.
+        """Fill `target`, of the stored dtype, with the part of `axis` that begins at `start`; the other axes are whole.
 
-        The other axes are whole. Only the part's bytes are read. Raises InputError where the file ends before.
+        Raises InputError if the file has been cut off since.
         """
+        assert target.dtype == self.dtype(name)
         if not target.numel():
             return
-        shape = self.shape(name)
-        if target.shape == shape:
-            axis = 0  # all of it, in one read
-        assert target.is_contiguous() and target.dtype == self.dtype(name)
-        axis_bytes = prod(shape[axis + 1 :]) * target.dtype.itemsize
-        row, part = shape[axis : axis + 1], target.shape[axis : axis + 1]  # both empty for a scalar
-        row_bytes, part_bytes = prod(row) * axis_bytes, prod(part) * axis_bytes
-        first = self._data + self.tensors[name]["data_offsets"][0] + start * axis_bytes
-        buffer = tensor_bytes(target)
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                for number in range(len(buffer) // part_bytes):
-                    _fill(descriptor, buffer[number * part_bytes : (number + 1) * part_bytes], first)
-                    first += row_bytes
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise InputError(f"{self.path}: {name} cannot be read: {error}") from error
-
-
-def _fill(descriptor: int, buffer: memoryview, offset: int) -> None:
-    """Read until `buffer` is full: one call gives at most 2 GiB."""
-    while len(buffer):
-        count = os.preadv(descriptor, [buffer], offset)
-        if not count:
-            raise OSError("the file ends inside the tensor")
-        buffer, offset = buffer[count:], offset + count
+        with self._open() as file:
+            if target.shape == self.shape(name):
+                target.copy_(file.get_tensor(name))
+            else:
+                part = slice(start, start + target.shape[axis])
+                target.copy_(file.get_slice(name)[(slice(None),) * axis + (part,)])

@@ -28,34 +28,30 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no index of safetensors: it has no weight_map") from error
+        raise InputError("", path, "is not a safetensors index: it has no weight_map") from error
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise InputError(f"{path} is no index of safetensors: its weight_map is to name a file for each tensor")
+        raise InputError("", path, "is not a safetensors index: its weight_map must name a file for each tensor")
     return places
 
 
 class SafetensorsFolder:
-    """`look(name, part)` is called with every part of a tensor that is read, before it is put together with others."""
+    """`look(name, part)` is called with every part of a tensor that is read, before it is joined with others."""
 
     def __init__(self, source: Path, look: Callable[[str, torch.Tensor], None] = _unseen) -> None:
         self.source = source
         self.look = look
         self.files: dict[str, SafetensorsFile] = {}
-        self.widened: dict[str, torch.dtype] = {}  # tensors that are stored in a wider type than they lie here in
+        self.widened: dict[str, torch.dtype] = {}  # tensors to be stored in a wider type than they have here
         if (source / INDEX).is_file():
             self.places = _read_index(source / INDEX)
             if (source / SINGLE).is_file() and SINGLE not in self.places.values():
-                raise InputError(
-                    f"hf={source} holds both {SINGLE} and {INDEX}, which names other files: the weights may be of two "
-                    "models, move away what does not belong there"
-                )
+                rule = f"holds both {SINGLE} and {INDEX}, which names other files: these may be weights of two models"
+                raise InputError("hf", source, rule, "move away what does not belong there")
         elif (source / SINGLE).is_file():
             self.places = dict.fromkeys(self._open(SINGLE).tensors, SINGLE)
         else:
-            raise InputError(
-                f"hf={source} holds neither {SINGLE} nor {INDEX}: only safetensors are read, which transformers' "
-                "save_pretrained writes of weights in other files"
-            )
+            rule = f"holds neither {SINGLE} nor {INDEX}, and only safetensors are read"
+            raise InputError("hf", source, rule, "convert its weights with transformers' save_pretrained")
 
     def path(self, name: str) -> Path:
         """The file that holds tensor `name`."""
@@ -69,21 +65,21 @@ class SafetensorsFolder:
         if file not in self.files:
             path = self.source / file
             if not path.is_file():
-                raise InputError(f"{path} is missing, though {INDEX} names it")
+                raise InputError("", path, f"is missing, though {INDEX} names it")
             self.files[file] = SafetensorsFile(path)
         return self.files[file]
 
     def _file(self, name: str) -> SafetensorsFile:
         file = self._open(self.places[name])
         if name not in file.tensors:
-            raise InputError(f"{file.path} holds no {name}, though {INDEX} says so")
+            raise InputError("", file.path, f"holds no {name}, though {INDEX} says so")
         return file
 
     def check(self, wanted: list[Unit], architecture: Architecture, *, allow_extra: bool = False) -> list[str]:
-        """Raise InputError unless the folder holds exactly what `wanted` needs, in its shapes; returns warnings.
+        """Raise InputError unless the folder has exactly the tensors of `wanted`, in their shapes; returns warnings.
 
-        The layers of one kind are of one type, since a checkpoint holds them as one tensor: the one that holds all of
-        theirs exactly. With `allow_extra` tensors that nothing needs are left out.
+        The layers of one kind get one type, because a checkpoint stores them as one tensor: the narrowest that holds
+        all their values exactly. With `allow_extra`, tensors that nothing needs are left out.
         """
         kinds: dict[str, torch.dtype] = {}  # by checkpoint key
         shapes = {
@@ -92,9 +88,10 @@ class SafetensorsFolder:
         keys = {name: unit.parameter.key for unit in wanted for name in unit.names}
         for name, shape in shapes.items():
             if name not in self.places:
-                raise InputError(f"hf={self.source} holds no tensor {name}, which its config.json asks for")
+                raise InputError("hf", self.source, f"holds no tensor {name}, which its config.json asks for")
             if (found := self._file(name).shape(name)) != shape:
-                raise InputError(f"{self.path(name)}: {name} is of shape {found}, but config.json means {shape}")
+                rule = f"holds {name} of shape {found}, but config.json means {shape}"
+                raise InputError("", self.path(name), rule)
             dtype = self._file(name).dtype(name)
             kinds[keys[name]] = torch.promote_types(kinds.get(keys[name], dtype), dtype)
         self.widened = {name: kinds[key] for name, key in keys.items() if self._file(name).dtype(name) != kinds[key]}
@@ -102,20 +99,19 @@ class SafetensorsFolder:
         if self.widened:
             name, dtype = next(iter(self.widened.items()))
             notes.append(
-                f"tensors of one kind are of several types: {len(self.widened)} are widened, which is exact; {name} "
-                f"to {dtype}"
+                f"tensors of one kind have several types: {len(self.widened)} are widened, which is exact; {name} to "
+                f"{dtype}"
             )
-        # What an index leaves out is there all the same, and transformers would load it.
+        # transformers loads tensors that the index leaves out as well.
         for file, opened in self.files.items():
             self.places = {**dict.fromkeys(opened.tensors, file), **self.places}
-        # Older Llama folders carry their rotary frequencies, and tied heads may lie there twice; both are known.
+        # Older Llama folders carry their rotary frequencies, and a tied head may be stored twice; both are fine.
         known = {*shapes, *([] if architecture.untie_embeddings_and_output_weights else [HEAD])}
         extra = [name for name in self.places if name not in known and not name.endswith("rotary_emb.inv_freq")]
         if extra and not allow_extra:
-            raise InputError(
-                f"{self.path(extra[0])} holds a tensor {extra[0]}, which a {architecture.family} model does not have; "
-                "allow=[extra_tensors] leaves it out, as transformers does"
-            )
+            rule = f"holds a tensor {extra[0]}, which a {architecture.family} model does not have"
+            remedy = "allow=[extra_tensors] leaves it out, as transformers does"
+            raise InputError("", self.path(extra[0]), rule, remedy)
         if extra:
             notes.append(
                 f"{len(extra)} tensors that a {architecture.family} model does not have are left out: {extra[0]}"
@@ -123,7 +119,7 @@ class SafetensorsFolder:
         return notes
 
     def check_tied_head(self, embedding: str) -> None:
-        """Raise InputError where a tied model's output head lies there too, and is not its `embedding`.
+        """Raise InputError if a tied model's output head is stored too and is not its `embedding`.
 
         transformers would then untie them. One process calls, after `check`; a few rows of both are in memory.
         """
@@ -138,10 +134,8 @@ class SafetensorsFolder:
                 file.read_into(name, part, 0, start)
             same = same and torch.equal(*parts)
         if not same:
-            raise InputError(
-                f"{self.path(HEAD)}: {HEAD} is not {embedding}, though config.json says tie_word_embeddings=true: "
-                "say false there, or take the tensor away"
-            )
+            rule = f"holds a {HEAD} that is not {embedding}, though config.json says tie_word_embeddings=true"
+            raise InputError("", self.path(HEAD), rule, "write false there, or delete the tensor")
 
     def read_part(self, unit: Unit, architecture: Architecture, rank: int, size: int) -> torch.Tensor:
         """Tensor-parallel `rank`'s part of a checkpoint tensor [layout.local_shape], vocabulary padding as zeros."""
@@ -153,7 +147,7 @@ class SafetensorsFolder:
     def read_slice(self, unit: Unit, index: int, architecture: Architecture, rank: int, size: int) -> torch.Tensor:
         """Tensor-parallel `rank`'s part of the `index`-th Hugging Face tensor of `unit`, padded like `read_part`.
 
-        Only the part's bytes are read, straight to where they stay.
+        Only the part is read.
         """
         name, axis = unit.names[index], unit.parameter.shard_axis
         file, shape = self._file(name), list(unit.shapes(architecture)[index])

@@ -1,6 +1,6 @@
-"""What a user says of a foreign checkpoint whose own description leaves it open: `model.*`, and the tokenizer.
+"""What the user tells us of a foreign checkpoint whose description leaves it open: `model.*`, and the tokenizer.
 
-A checkpoint is described in many places, by its folder alone; so what is said is kept for as long as a verb runs. Pure.
+Many functions describe a checkpoint by its folder alone, so this is kept for as long as a verb runs. Pure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from minitron_mcore.errors import InputError
 
-# Fields that stored tensors may leave open, hence keys of the section `model` that are read for foreign checkpoints.
+# Fields that the stored tensors may leave open: the keys of the section `model` that are read for foreign checkpoints.
 ASKED = (
     "family",
     "num_attention_heads",
@@ -34,8 +34,8 @@ def _no_tokenizer(path: str | None) -> tuple[str, int] | None:
 
 @dataclass(frozen=True)
 class Stated:
-    """`fields`: those of ASKED that are said. `count_ids(path)`: a tokenizer's name and its number of ids, None where
-    none can be read there; of the one that the user names where `path` is None."""
+    """`fields`: those of ASKED that the user gave. `count_ids(path)`: name and number of ids of the tokenizer at `path`
+    (None: the one the user named); None where none can be read."""
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     count_ids: Callable[[str | None], tuple[str, int] | None] = _no_tokenizer
@@ -46,7 +46,7 @@ _stated: ContextVar[Stated] = ContextVar("stated", default=Stated())  # noqa: B0
 
 @contextmanager
 def stating(stated: Stated) -> Iterator[None]:
-    """While it lasts, foreign checkpoints are described with what is `stated` where they say nothing themselves."""
+    """Within, foreign checkpoints are described by what is `stated`, where they say nothing themselves."""
     token = _stated.set(stated)
     try:
         yield
@@ -59,7 +59,7 @@ def said_by_user() -> Stated:
 
 
 def refuse_contradictions(described: Mapping[str, Any], source: Any) -> None:
-    """Raise InputError where the user says otherwise than the description in the file `source`."""
+    """Raise InputError where the user contradicts the description in the file `source`."""
     for name, value in said_by_user().fields.items():
         if name == "family" or (there := described.get(name)) is None:
             continue
@@ -68,7 +68,5 @@ def refuse_contradictions(described: Mapping[str, Any], source: Any) -> None:
             pairs = {f"{name}.{inner}": (value[inner], there.get(inner)) for inner in value}
         for path, (here, said) in pairs.items():
             if said is not None and here != said:
-                raise InputError(
-                    f"model.{path}={here} contradicts {source}, which says {said}: leave it out, for it is asked for "
-                    "only where a description lacks it"
-                )
+                rule = f"contradicts {source}, which says {said}"
+                raise InputError(f"model.{path}", here, rule, "leave it out: it is only for what a description lacks")

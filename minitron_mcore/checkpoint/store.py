@@ -1,7 +1,7 @@
 """Save and load sharded checkpoints through megatron-core's dist_checkpointing (torch_dist).
 
-Stored are the tensors of layout.py. Instead of a layer spec's own `_extra_state` objects, empty ones are stored that
-every spec finds (way_back.py), so that one checkpoint loads under all.
+The tensors of layout.py are stored. Instead of a layer spec's own `_extra_state` objects, empty ones are stored that
+every spec accepts (way_back.py), so that one checkpoint loads under all.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def save_state(
 ) -> None:
     """Write `state` as a whole iteration of `folder`, or nothing of it. All ranks call.
 
-    With an `architecture`, what other projects on megatron-core need to load it is written along (way_back.py).
+    With an `architecture`, what other projects on megatron-core need to load it is written too (way_back.py).
 
-    Written to a temporary folder, renamed when every rank is done; with a manifest of the tensors' checksums. Raises
-    StorageError, on every rank, where the disk is full: the unfinished iteration is then gone, the others are whole.
+    Written to a temporary folder, which is renamed when every rank is done, with a manifest of the tensors' checksums.
+    Raises StorageError, on every rank, if the disk is full: the unfinished iteration is gone then, the others whole.
     """
     hint = "; what was saved before is whole: make room, and the same command goes on from there"
 
@@ -99,8 +99,8 @@ def save_state(
 
 
 class _SaveOrTell(TorchDistSaveShardedStrategy):
-    """megatron-core's own way to save, but that what fails on one rank is raised on all: there, a first rank that
-    cannot write what describes the checkpoint leaves the others waiting, and only it learns what they met."""
+    """megatron-core's own strategy, except that a failure on one rank is raised on all. There, the others wait forever
+    if the first rank cannot write the metadata, and only the first rank learns of their failures."""
 
     def __init__(self, met: list[Exception]) -> None:
         """`met`: where `write_errors` puts what goes wrong."""
@@ -126,7 +126,7 @@ class _SaveOrTell(TorchDistSaveShardedStrategy):
 
 
 def _stored_pieces(state: ShardedStateDict) -> list[StoredPiece]:
-    """What this rank stored of a saved `state`: the tensors it is the main replica of, optimizer and all."""
+    """What this rank stored of a saved `state`: the tensors of which it is the main replica, optimizer included."""
     return [
         stored_piece(piece.key, piece.offsets, part.data.reshape(piece.shape))
         for part in nested_values(state)
@@ -138,7 +138,7 @@ def _stored_pieces(state: ShardedStateDict) -> list[StoredPiece]:
 def load_state(folder: Path, iteration: int, state: ShardedStateDict) -> dict[str, Any]:
     """Read what `state` asks for from a finished iteration of a run of this project; all ranks call.
 
-    Raises InputError where files of it are missing, cut short or of another model, or ask for code to be run.
+    Raises InputError if its files are missing, cut off or of another model, or ask for code to be run.
     """
     source = iteration_folder(folder, iteration)
     metadata = read_metadata(source)
@@ -146,12 +146,12 @@ def load_state(folder: Path, iteration: int, state: ShardedStateDict) -> dict[st
     refuse_objects(source, metadata)
     try:
         return dist_checkpointing.load(state, str(source))
-    except CheckpointException as error:  # torch's, with what each failing rank met; no Exception by birth
+    except CheckpointException as error:  # torch's, with each rank's failure; not a subclass of Exception
         cause: BaseException = next(iter(error.failures.values()))[0]
     except (CheckpointingException, OSError, EOFError, pickle.UnpicklingError) as error:
         cause = error
     words = " ".join(str(cause).split()) or type(cause).__name__
-    raise InputError(f"{source} is damaged or of another model ({words}): restore it, or name another") from cause
+    raise InputError("", source, f"is damaged or of another model ({words})", "restore it, or name another") from cause
 
 
 def load_weights(
@@ -163,8 +163,8 @@ def load_weights(
 ) -> None:
     """Fill the chunks from a checkpoint saved at any layout, by this project or by another on megatron-core.
 
-    All ranks call; each reads just its parts, straight into its parameters, or into what `rows` gives for them. Raises
-    InputError, on every rank, where the checkpoint is of another architecture or damaged.
+    All ranks call; each reads only its parts, straight into its parameters, or into what `rows` gives for them. Raises
+    InputError, on every rank, if the checkpoint is of another architecture or damaged.
     """
 
     def fill_here() -> None:

@@ -45,14 +45,15 @@ class StoredTensors:
         try:
             self.names = StoredNames(self.tensors)
         except InputError as error:
-            raise InputError(f"{self.folder}: {error}") from error
+            raise error.found_in(self.folder) from error
 
     def find(self, key: str, layer: int | None) -> tuple[Place, TensorStorageMetadata]:
         """Where a parameter lies. Raises InputError where it is not stored."""
         place = self.names.find(key, layer)
         if place is None:
             of_layer = "" if layer is None else f" of layer {layer}"
-            raise InputError(f"{self.folder} holds no tensor {key}{of_layer}: it does not fit its architecture.yaml")
+            rule = f"holds no tensor {key}{of_layer}, which its architecture.yaml asks for"
+            raise InputError("", self.folder, rule)
         return place, self.tensors[place.name]
 
     def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
@@ -70,31 +71,29 @@ class StoredTensors:
             return None
         shapes = {tuple(self.find(key, layer)[1].size) for layer in layers}
         if len(shapes) > 1 or layers != list(range(len(layers))):
-            raise InputError(
-                f"{self.folder}: {key} is stored for the layers {layers} in the shapes {sorted(shapes)}: all layers of "
-                "a model are needed, in one shape"
-            )
+            rule = f"holds {key} for layers {layers} in shapes {sorted(shapes)}: all layers are needed, in one shape"
+            raise InputError("", self.folder, rule)
         return (len(layers), *shapes.pop())
 
     def check(self, architecture: Architecture, said_by: str) -> None:
         """Raise InputError where the stored parameters are not those of `architecture`, which `said_by` describes.
 
-        Of no account are the optimizer and whatever else lies beside the model.
+        The optimizer, and whatever else is stored beside the model, is ignored.
         """
         table = parameter_table(architecture)
         for parameter in table:
             found = self.shape(parameter.key)
             if found is None:
-                raise InputError(f"{self.folder} holds no {parameter.key}: {said_by} is of another model")
+                raise InputError("", self.folder, f"holds no {parameter.key}: {said_by} describes another model")
             wanted = parameter.shape(architecture)
             axes = ("num_layers", *parameter.axes) if parameter.per_layer else parameter.axes
             wanted = (architecture.num_layers, *wanted) if parameter.per_layer else wanted
             for axis, (is_there, needed) in zip(axes, zip(found, wanted, strict=False), strict=False):
                 if is_there != needed or len(found) != len(wanted):
                     fields = [f"{name}={getattr(architecture, name)}" for name in FIELDS.get(axis, (axis,))]
-                    raise InputError(
-                        f"{self.folder}: {parameter.key} is of shape {found}, but {', '.join(fields)} in {said_by} "
-                        f"means {wanted}"
+                    rule = (
+                        f"holds {parameter.key} of shape {found}, but {', '.join(fields)} in {said_by} means {wanted}"
                     )
+                    raise InputError("", self.folder, rule)
         if other := sorted(self.names.keys() - {parameter.key for parameter in table}):
-            raise InputError(f"{self.folder} holds {other[0]}, for which the model in {said_by} has no place")
+            raise InputError("", self.folder, f"holds {other[0]}, which the model in {said_by} does not have")

@@ -7,7 +7,7 @@
                                            decoder.layers.7.input_layernorm.weight   the local layers' own name
 
 and each of them behind `module.` or `model.`, as wrappers add it; a hybrid model's as in hybrid.py. Optimizer, random
-states, Transformer Engine's `_extra_state` and what was trained beside the model are not the model's. Pure.
+states, Transformer Engine's `_extra_state` and what was trained beside the model are not part of the model. Pure.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class StoredNames:
     """Looks up (checkpoint key, layer); layers either all stacked in one tensor or each in its own."""
 
     def __init__(self, stored: Iterable[str]) -> None:
-        """`stored`: names of the tensors. Raises InputError where two of them are the same parameter, or where they are
-        those of a hybrid model that is no GPT."""
+        """`stored`: names of the tensors. Raises InputError if two of them are the same parameter, or if they belong to
+        a hybrid model that is not a GPT."""
         self.names: dict[tuple[str, int | None], str] = {}
         of_model = {name: _PREFIX.sub("", name) for name in stored if _is_of_model(name)}
         gpt = gpt_names(of_model.values())
@@ -55,7 +55,7 @@ class StoredNames:
             key, layer = checkpoint_key(plain.replace(LAYERS, LAYERS + "0.", 1) if stacked else plain)
             place = (key, None if stacked else layer)
             if place in self.names:
-                raise InputError(f"{name} and {self.names[place]} are the same parameter twice")
+                raise InputError("", f"{name} and {self.names[place]}", "are the same parameter, stored twice")
             self.names[place] = name
 
     def find(self, key: str, layer: int | None) -> Place | None:

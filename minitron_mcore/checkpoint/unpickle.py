@@ -1,9 +1,9 @@
-"""Reading the two pickles of a torch_dist checkpoint, `.metadata` and its common part (versions.py: where that lies),
-without running what lies in them.
+"""Reads the two pickles of a torch_dist checkpoint, `.metadata` and its common part (versions.py says where that is),
+without running code from them.
 
-A pickle names the classes and functions that loading it calls; a stranger's may name any. Here only those that torch
-and megatron-core write are admitted, none of which runs code of the file's choosing; what else a file asks for is
-refused, unless the user trusts it (`trust=true`). Megatron's own classes become inert stand-ins.
+A pickle names the classes and functions that loading it calls; a stranger's may name any. Only those that torch and
+megatron-core write are admitted, and none of them runs code of the file's choosing; anything else is refused, unless
+the user trusts the file (`trust=true`). Megatron's own classes become inert stand-ins.
 Pure; torch, which takes seconds to import, is imported where a pickle is read.
 """
 
@@ -112,7 +112,7 @@ COMMON_CLASSES: list[Any] = [
 
 @contextmanager
 def trusting(trust: bool) -> Iterator[None]:
-    """While it lasts, checkpoints are read as if their origin were trusted, if `trust`: their pickles may run code."""
+    """Within, if `trust`, checkpoints are trusted: their pickles may run code."""
     token = _trusted.set(trust)
     try:
         yield
@@ -121,10 +121,8 @@ def trusting(trust: bool) -> Iterator[None]:
 
 
 def refuse(path: Path | CommonPart, asked: str) -> InputError:
-    return InputError(
-        f"{path} asks for {asked}, which no checkpoint needs and which may run code: set trust=true if you trust "
-        "where it comes from"
-    )
+    rule = f"asks for {asked}, which no checkpoint needs and which may run code"
+    return InputError("", path, rule, "set trust=true if you trust where it comes from")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -145,7 +143,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 def read_metadata(place: Path) -> Metadata:
     """The `.metadata` of an iteration's folder: every stored tensor's shape, dtype and place. No collective.
 
-    Raises InputError where it is damaged, or asks for anything but the classes of a checkpoint.
+    Raises InputError if it is damaged or asks for anything but the classes of a checkpoint.
     """
     path = place / ".metadata"
     try:
@@ -155,18 +153,18 @@ def read_metadata(place: Path) -> Metadata:
     except _RefusedError as error:
         raise refuse(path, str(error)) from error
     except Exception as error:  # unpickling raises whatever the damage led to
-        raise InputError(f"{place} has no readable .metadata: {error}") from error
+        raise InputError("", place, f"has no readable .metadata: {error}") from error
     if not is_metadata:
-        raise InputError(f"{place} has no readable .metadata: it is that of no torch_dist checkpoint")
+        raise InputError("", place, "has no readable .metadata: it is not that of a torch_dist checkpoint")
     for entry in metadata.storage_data.values():
         name = getattr(entry, "relative_path", None)
         if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"{path} names the file {name!r}: a checkpoint's files lie beside it")
+            raise InputError("", path, f"names the file {name!r}, but a checkpoint's files lie beside it")
     return metadata
 
 
 def _is_whole(metadata: Any) -> bool:
-    """Whether what was read has the form of a checkpoint's; raises AttributeError where a part of it is not there."""
+    """Whether it has the form of a checkpoint's metadata; raises AttributeError if a part of it is missing."""
     entries, places = metadata.state_dict_metadata, metadata.storage_data
     if not (isinstance(entries, dict) and isinstance(places, dict)):
         return False
@@ -178,7 +176,7 @@ def _is_whole(metadata: Any) -> bool:
 
 
 def is_tensor(entry: Any) -> bool:
-    """Whether an entry of `.metadata` is a tensor's, told by its name as an object's is, and whole."""
+    """Whether an entry of `.metadata` is a tensor, and whole; told by the name of its class, as objects are."""
     import torch
 
     if type(entry).__name__ != "TensorStorageMetadata" or not isinstance(entry.properties.dtype, torch.dtype):
@@ -190,17 +188,17 @@ def is_tensor(entry: Any) -> bool:
 def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]:
     """The common part of the iteration in the folder `place`: what is stored beside the sharded tensors. No collective.
 
-    `metadata` is the iteration's `.metadata`, where it is read already. Raises InputError where the part is missing or
+    `metadata` is the iteration's `.metadata`, if it was read already. Raises InputError if the part is missing or
     damaged, or holds more than tensors, plain values and Megatron's own classes.
     """
     import torch
 
     part = find_common(place, metadata)
     if part is None:
-        raise InputError(f"{place / COMMON_FILE} is missing: {place} is no whole torch_dist checkpoint")
+        raise InputError("", place / COMMON_FILE, f"is missing: {place} is not a whole torch_dist checkpoint")
     strangers: list[str] = []
     try:
-        # The context takes away what it was given when it ends, what was admitted before as well.
+        # When it ends, the context removes all that it was given, even what had been admitted before.
         admitted = torch.serialization.get_safe_globals()
         ours = [entry for entry in COMMON_CLASSES if entry not in admitted]
         with torch.serialization.safe_globals(ours), part.open() as stream:
@@ -219,28 +217,28 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
         named = re.search(r"(?:GLOBAL|[Uu]nsupported class|global) ([\w.]+\.\w+)", words)
         if strangers or named:
             raise refuse(part, named.group(1) if named else strangers[0]) from error
-        raise InputError(f"{part} is damaged, it cannot be read: {words[:200]}") from error
+        raise InputError("", part, f"is damaged and cannot be read: {words[:200]}") from error
     common = part.unboxed(content)
     if not isinstance(common, dict):
-        raise InputError(f"{part} holds a {type(common).__name__}, where a checkpoint has a mapping")
+        raise InputError("", part, f"holds a {type(common).__name__} where a checkpoint has a mapping")
     return common
 
 
 def find_common(place: Path, metadata: Metadata | None = None) -> CommonPart | None:
-    """Where the iteration in the folder `place` keeps its common part, whichever version wrote it; None where nowhere.
+    """Where the iteration in the folder `place` keeps its common part, whichever version wrote it; None if it has none.
 
-    Raises InputError where its `.metadata`, which says so, cannot be read.
+    Raises InputError if its `.metadata`, which says where, cannot be read.
     """
     return locate_common(place, read_metadata(place) if metadata is None else metadata)
 
 
 def _how() -> dict[str, Any]:
-    """torch.load's arguments, as far as they depend on trust."""
+    """The arguments of torch.load that depend on trust."""
     return {"weights_only": False, "pickle_module": ANY_VERSION} if _trusted.get() else {"weights_only": True}
 
 
 def _not_admitted(stream: BinaryIO) -> list[str]:
-    """Names of the classes in a torch.save that torch does not admit; none where it is damaged, as loading will say."""
+    """Names of the classes in a torch.save that torch does not admit; none if it is damaged, as loading will report."""
     import torch
 
     if _trusted.get():
@@ -252,10 +250,10 @@ def _not_admitted(stream: BinaryIO) -> list[str]:
 
 
 def refuse_objects(place: Path, metadata: Metadata) -> None:
-    """Raise InputError where pickled objects lie among the tensors, for torch unpickles them without restriction.
+    """Raise InputError if there are pickled objects among the tensors, which torch would unpickle without restriction.
 
-    Only `torch.distributed.checkpoint.load` does, when it finds one under the name it was asked for. Extra states are
-    never asked for here.
+    That is `torch.distributed.checkpoint.load`, when it finds an object under the name of a tensor it was asked for.
+    Extra states are never asked for here.
     """
     for key, entry in metadata.state_dict_metadata.items():
         is_asked_for = not EXTRA_STATE.search(key)

@@ -20,8 +20,8 @@ from minitron_mcore.runtime.context import context_part
 from minitron_mcore.runtime.groups import context_group, tensor_group
 from minitron_mcore.runtime.start import Runtime
 
-# The same products, summed in another order, differ by about 1e-6 of the largest logit in a few layers, and by some
-# 1e-5 in a hundred; a head in the wrong place or a wrong rotary frequency makes 1e-2 and more.
+# The same products, summed in another order, differ by about 1e-6 of the largest logit after a few layers, and by about
+# 1e-5 after a hundred; a head in the wrong place or a wrong rotary frequency makes 1e-2 or more.
 TOLERANCE = 1e-4
 SEQUENCES, LENGTH, SEED = 4, 32, 1234
 
@@ -61,10 +61,11 @@ def compare_with_transformers(
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     error = float(largest) / float(expected.abs().max())
     if not error <= TOLERANCE:
-        raise InputError(
-            f"hf={source}: the imported model's logits differ from transformers' by {error:.1e} of the largest, more "
-            f"than {TOLERANCE:.0e}: the import is wrong for this model, so nothing is kept; please report it"
+        rule = (
+            f"was imported wrongly: the logits differ from transformers' by {error:.1e} of the largest, more than "
+            f"{TOLERANCE:.0e}"
         )
+        raise InputError("hf", source, rule, "nothing is kept; please report it")
     return error
 
 
@@ -75,6 +76,7 @@ def _reference_logits(source: Path, ids: torch.Tensor) -> torch.Tensor:
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
     except Exception as error:  # transformers raises whatever it met
-        raise InputError(f"hf={source} cannot be loaded by transformers: {' '.join(str(error).split())}") from error
+        rule = f"cannot be loaded by transformers: {' '.join(str(error).split())}"
+        raise InputError("hf", source, rule) from error
     with torch.no_grad():
         return torch.stack([model(tokens).logits for tokens in ids])

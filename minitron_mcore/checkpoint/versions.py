@@ -1,12 +1,12 @@
-"""What versions of megatron-core, Python and numpy store at other places or under other names: the one file of this
-room that knows.
+"""What versions of megatron-core, Python and numpy store in different places or under different names; only this file
+of the room knows.
 
     what                  older                                  newer
     the common part       common.pt                              the object common_state/shard_0_1 among the tensors
                           (megatron-core up to 0.18; ours)       (from 0.19 on, so today's Megatron-LM and Bridge)
     a path                pathlib.PosixPath                      pathlib._local.PosixPath (Python 3.13)
     an array              numpy.core.multiarray (numpy 1)        numpy._core.multiarray (numpy 2)
-    classes of Megatron   those of the installed version         whichever of megatron.*: kept, never called
+    classes of Megatron   those of the installed version         any of megatron.*: kept, never called
                                                                  (InferenceCudaGraphScope from 0.18 on, in all args)
 
 This project writes the older form of the first, and a path as a string, so that every version reads what it wrote.
@@ -42,8 +42,8 @@ ARRAYS: dict[tuple[str, str], Any] = {
 
 @dataclass(frozen=True)
 class CommonPart:
-    """Where an iteration keeps what is stored beside its tensors: `length` bytes of `path` from `offset` on, or all of
-    them; in a list of its own where `boxed`."""
+    """Where an iteration keeps what is stored beside its tensors: `length` bytes of `path` from `offset` on, or the
+    whole file; boxed: inside a list of one."""
 
     path: Path
     offset: int = 0
@@ -66,8 +66,8 @@ class CommonPart:
 
 
 def locate_common(place: Path, metadata: Metadata) -> CommonPart | None:
-    """Where the iteration in the folder `place` keeps its common part; the older form counts where both are there, as
-    it does for megatron-core. None where neither is. Raises InputError where it lies there in a form unknown here."""
+    """Where the iteration in the folder `place` keeps its common part; if both forms are there, the older counts, as
+    for megatron-core. None if neither is. Raises InputError if its form is not supported."""
     if (file := place / COMMON_FILE).is_file():
         return CommonPart(file)
     if not is_object(metadata.state_dict_metadata.get(COMMON_OBJECT)):
@@ -76,7 +76,8 @@ def locate_common(place: Path, metadata: Metadata) -> CommonPart | None:
         if getattr(index, "fqn", None) == COMMON_OBJECT:
             found = CommonPart(place / info.relative_path, info.offset, info.length, boxed=True)
             if getattr(info, "transform_descriptors", None):
-                raise InputError(f"{found} is compressed ({', '.join(info.transform_descriptors)}): save it plainly")
+                rule = f"is compressed ({', '.join(info.transform_descriptors)})"
+                raise InputError("", found, rule, "save it uncompressed")
             return found
     return None
 
@@ -94,7 +95,7 @@ def save_common(common: dict[str, Any], place: Path) -> None:
 
 
 class Unknown:
-    """Stands in for a class that the installed megatron-core has not: keeps what it was made of, runs nothing."""
+    """Stands in for a class of megatron-core: keeps its arguments, runs nothing."""
 
     arguments: tuple[Any, ...] = ()
 
@@ -108,20 +109,17 @@ class Unknown:
 
 
 def stand_in(name: str) -> type[Unknown]:
-    """An Unknown under a class's dotted name."""
+    """An Unknown that goes by a class's dotted name."""
     return cast("type[Unknown]", type(name.rpartition(".")[2], (Unknown,), {}))
 
 
 def stand_ins(asked: list[str]) -> dict[str, type[Unknown]]:
-    """For each of the classes `asked` for that is Megatron's, an Unknown.
-
-    Nothing that a name says is imported, so a name may say anything.
-    """
+    """An Unknown for each of the classes `asked` for that is Megatron's; nothing is imported by name."""
     return {name: stand_in(name) for name in asked if name.startswith("megatron.")}
 
 
 class AnyVersion(pickle.Unpickler):
-    """Reads everything, so only what is trusted, under any version's names."""
+    """Reads everything, under any version's names; only for trusted files."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in PATHS | ARRAYS:

@@ -1,14 +1,14 @@
-"""What Megatron-LM and Megatron-Bridge ask of a checkpoint, beside tensors, to load it and train on.
+"""What Megatron-LM and Megatron-Bridge need in a checkpoint, beside tensors, to load it and continue training.
 
     common part        args: the shape, by Megatron-LM's options (--use-checkpoint-args reads it)
                        checkpoint_version: 3; from an older one Megatron-LM would reorder queries, keys and values
                        iteration, num_floating_point_operations_so_far
-    .metadata          `…_extra_state` objects, empty, of each layer's modules: a load that finds one of its own missing
-                       is refused, whereas more than it asks for is well at the default strictness
+    .metadata          empty `…_extra_state` objects of each layer's modules: a load fails if one that it expects is
+                       missing, but ignores extra ones at the default strictness
     run_config.yaml    the shape as a provider of Megatron-Bridge
 
-Nothing of it is read here, where `architecture.yaml` says what the model is; a copy of that lies in the iteration, too,
-for where the iteration is moved alone. docs/checkpoints.md has the flags to give there.
+None of it is read here, where `architecture.yaml` describes the model; a copy of that lies in the iteration as well, in
+case the iteration is moved alone. docs/checkpoints.md has the flags to give there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import yaml
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from minitron_mcore.architecture import Architecture, RopeScaling, save_architecture
+from minitron_mcore.checkpoint.completion import SAME
 from minitron_mcore.files import write_whole
 from minitron_mcore.layout import LAYERS
 
@@ -33,20 +34,6 @@ NORMS = ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
 HEAD_NORMS = ("self_attention.q_layernorm.", "self_attention.k_layernorm.")
 ATTENTION, FINAL_NORM = "self_attention.core_attention.", "decoder.final_layernorm."
 
-# Fields that both others call as an Architecture does.
-SAME = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "normalization",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "rotary_percent",
-    "init_method_std",
-)
 GPT_PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 # The one whose four numbers of a scaled rotary embedding are all its own; megatron-core's switch fixes three of them.
 LLAMA_PROVIDER = "megatron.bridge.models.llama.llama_provider.Llama31ModelProvider"
@@ -75,7 +62,7 @@ def stored_object(value: ShardedObject) -> bytes:
 
 
 def common_part(architecture: Architecture, iteration: int) -> dict[str, Any]:
-    """What Megatron-LM reads beside the sharded tensors; plain values alone."""
+    """What Megatron-LM reads beside the sharded tensors; only plain values."""
     return {
         "args": argparse.Namespace(**arguments(architecture), iteration=iteration),
         "checkpoint_version": 3.0,
@@ -85,7 +72,7 @@ def common_part(architecture: Architecture, iteration: int) -> dict[str, Any]:
 
 
 def arguments(architecture: Architecture) -> dict[str, Any]:
-    """The architecture by Megatron-LM's options. Its own optimizer and random states it will not look for here."""
+    """The architecture as Megatron-LM's options, which also say that no optimizer or random states are here."""
     a = architecture
     only_there = ("max_position_embeddings", "vocab_size", "padded_vocab_size", "untie_embeddings_and_output_weights")
     return {
@@ -119,7 +106,7 @@ def arguments(architecture: Architecture) -> dict[str, Any]:
 def run_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
     """The architecture as Megatron-Bridge's provider, with weights of `dtype`.
 
-    Its vocabulary is the padded one, for the provider pads to another size at each tensor parallelism.
+    Its vocabulary is the padded one, because the provider would pad differently at each tensor parallelism.
     """
     a = architecture
     only_there = ("layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit")
@@ -169,10 +156,10 @@ def write_beside(place: Path, architecture: Architecture, dtype: torch.dtype) ->
 
 
 def _named(target: str) -> dict[str, Any]:
-    """A function or dtype, by name, that is not to be called."""
+    """A function or dtype by name, not to be called."""
     return {"_target_": target, "_call_": False}
 
 
 def _whole(value: float) -> float:
-    """As a whole number where it is one: Megatron-LM's option takes no other."""
+    """As an int where it is whole, which is all that Megatron-LM's option takes."""
     return int(value) if float(value).is_integer() else value

@@ -1,7 +1,7 @@
-"""What is looked at in every tensor that an import reads: its numbers are counted, finite, and not all zero.
+"""Checks of every tensor that an import reads: it has all its numbers, they are finite, and they are not all zero.
 
-Worked out part by part while the tensors stream through memory; judged over whole Hugging Face tensors, so that a
-k_proj of zeros is found though it becomes a part of a fused tensor, sharded over ranks.
+Computed part by part while tensors stream through memory, and judged for whole Hugging Face tensors, so that a k_proj
+of zeros is found even though it becomes part of a fused tensor that is sharded over ranks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from minitron_mcore.runtime.agree import gathered
 
 # By the word of `allow` that lets it through.
 FAULTS = {
-    "non_finite_tensors": "holds NaN or Inf: the file is damaged, get it anew",
-    "zero_tensors": "is all zero: its weights were never filled in, or it was made so on purpose",
+    "non_finite_tensors": "holds NaN or Inf: the file is damaged, so get it again",
+    "zero_tensors": "is all zero: its weights were never filled in, or were set to zero on purpose",
 }
 
 
@@ -39,7 +39,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class CheckedWeights:
-    """What an import found: parameters and tensors read, and how many tensors are legitimately all zero."""
+    """What an import read: parameters, tensors, and how many tensors are legitimately all zero."""
 
     num_parameters: int
     num_tensors: int
@@ -55,13 +55,13 @@ class CheckedWeights:
 
 
 class WeightChecks:
-    """One for each rank; `look` at every part that is read, then `judge` on all ranks together."""
+    """One per rank: `look` at every part that is read, then `judge` on all ranks together."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
 
     def look(self, name: str, part: torch.Tensor) -> None:
-        """`part` of the Hugging Face tensor `name`; each element is to be seen once, on one rank."""
+        """`part` of the Hugging Face tensor `name`; each element must be seen once, on one rank."""
         found = Seen()
         if part.numel():
             low, high = (float(edge) for edge in torch.aminmax(part))  # NaN where there is one anywhere
@@ -75,9 +75,9 @@ class WeightChecks:
         path: Callable[[str], Path],
         allow: Iterable[str] = (),
     ) -> CheckedWeights:
-        """All ranks call, when all parts were seen, and all raise InputError for the same tensor, or none does.
+        """All ranks call once all parts were seen; either all raise InputError for the same tensor, or none does.
 
-        `path(name)` is the file of a tensor, for messages; `allow` the recipe's.
+        `path(name)` is the file of a tensor, for messages; `allow` is the recipe's.
         """
         ranks = gathered(self.seen)
         zeros, allowed = 0, []
@@ -89,13 +89,12 @@ class WeightChecks:
                 is_lost = total.zero and unit.parameter.initial != "zero"
                 for word, fault in (("non_finite_tensors", not total.finite), ("zero_tensors", is_lost)):
                     if fault and word not in allow:
-                        raise InputError(f"{path(name)}: {name} {FAULTS[word]}; allow=[{word}] takes it as it is")
+                        rule, remedy = f"holds {name}, which {FAULTS[word]}", f"allow=[{word}] takes it as it is"
+                        raise InputError("", path(name), rule, remedy)
                     allowed += [name] if fault else []
                 zeros += total.zero and not is_lost
         count = sum(total.num_elements for total in totals.values())
         if count != architecture.num_parameters:
-            raise InputError(
-                f"{count:,} parameters were read, where the architecture in config.json has "
-                f"{architecture.num_parameters:,}"
-            )
+            rule = f"parameters were read, but the architecture in config.json has {architecture.num_parameters:,}"
+            raise InputError("", f"{count:,}", rule)
         return CheckedWeights(count, len(totals), zeros, tuple(allowed))

@@ -1,6 +1,6 @@
 """Checkpoints written as a stream: one parameter at a time is in memory, whatever the size of the shard.
 
-What is left is the torch_dist checkpoint that `dist_checkpointing.save` would leave, and a manifest of its checksums:
+The result is the torch_dist checkpoint that `dist_checkpointing.save` would write, with a manifest of its checksums:
 
     iter_NNNNNNN/__R_0.distcp     what rank R wrote, one torch.save after the other
     iter_NNNNNNN/.metadata        which piece of which tensor lies where
@@ -49,14 +49,14 @@ from minitron_mcore.errors import InputError, Interrupted, StorageError
 from minitron_mcore.files import nearest_folder, not_written
 from minitron_mcore.runtime.start import Runtime
 
-# What torch.save says of a full disk: that its archive is broken, where the system's own error was lost on its way.
+# On a full disk torch.save may report only a broken archive, when the system's own error got lost.
 _ARCHIVE_BROKEN = ("inline_container.cc", "PyTorchStreamWriter failed", "iostream error")
 
 
 @dataclass(frozen=True)
 class Piece:
     """A part of a global tensor that one rank stores: where it begins (`offsets`) and its `shape`, both as long as
-    `global_shape`; a layer's parameter has the layer as its leading axis, of length 1 here."""
+    `global_shape`. A layer's parameter has the layer as its leading axis, of length 1 here."""
 
     key: str
     global_shape: tuple[int, ...]
@@ -67,8 +67,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """Pieces that come from one read: `read()` gives their tensors, each of as many elements as its piece has, when it
-    is their turn to be written. It may hold collectives, where all ranks concerned have their sources in one order."""
+    """Pieces that come from one read: `read()` gives their tensors, each with the number of elements of its piece, when
+    it is their turn to be written. It may run collectives if all ranks concerned order their sources alike."""
 
     pieces: tuple[Piece, ...]
     read: Callable[[], Sequence[torch.Tensor]]
@@ -101,12 +101,11 @@ def save_stream(
 ) -> None:
     """Write each rank's `sources` as a whole iteration of `folder`; all ranks call, each with its own, possibly none.
 
-    With an `architecture`, what other projects on megatron-core need to load it is written along (way_back.py).
+    With an `architecture`, what other projects on megatron-core need to load it is written too (way_back.py).
 
-    In memory at a time: the tensors of one source. `before_finish` is called on every rank when all is written, and
-    may refuse it. Whatever is raised, is raised on every rank, and nothing of the iteration is left behind; an
-    InputError of `read` comes through as it is, and a full or forbidden disk becomes one, in which the folder is
-    `called` so.
+    The tensors of one source are in memory at a time. `before_finish` is called on every rank when all is written, and
+    may refuse it. Every error is raised on every rank, and nothing of the iteration is left behind. An InputError of
+    `read` passes unchanged; a full or forbidden disk becomes one, which calls the folder `called`.
     """
     chosen, called = list(sources), called or str(folder)
     objects = extra_states(architecture) if architecture is not None and runtime.is_main else []
@@ -142,9 +141,9 @@ def write_iteration(
 ) -> None:
     """Have `write` fill a temporary folder, on every rank, and make it the finished `iteration` of `folder`.
 
-    `write` returns the pieces that this rank stored, and raises on every rank where it does on one. All ranks call.
-    Whatever is raised, nothing of the iteration is left behind. Raises InputError, which calls the folder `called`,
-    where it cannot be made, and StorageError, with `hint` behind it, where the disk is full.
+    `write` returns the pieces that this rank stored, and raises on every rank if it does on one. All ranks call. After
+    an error nothing of the iteration is left behind. Raises InputError, which calls the folder `called`, if it cannot
+    be made, and StorageError, ending with `hint`, if the disk is full.
     """
     existed, called, temporary = folder.exists(), called or str(folder), unfinished_folder(folder, iteration)
 
@@ -176,7 +175,7 @@ def write_iteration(
 
 
 def _objects(place: Path) -> dict[str, str]:
-    """Checksums of what is stored beside tensors, by key."""
+    """Checksums of the objects stored beside tensors, by key."""
     metadata = FileSystemReader(place).read_metadata()
     return {
         index.fqn: bytes_checksum(place / info.relative_path, info.offset, info.length)
@@ -187,8 +186,8 @@ def _objects(place: Path) -> dict[str, str]:
 
 @contextmanager
 def explaining_disk(folder: Path, called: str, hint: str = "") -> Iterator[None]:
-    """Within, what goes wrong with the disk under `folder` is raised as one sentence, which calls the folder `called`:
-    a StorageError, with `hint` behind it, where the disk is full or broken, else an InputError."""
+    """Within, an error of the disk under `folder` is raised as one sentence, which calls the folder `called`: a
+    StorageError, ending with `hint`, if the disk is full or broken, else an InputError."""
     try:
         yield
     except (Exception, CheckpointException) as error:
@@ -199,7 +198,7 @@ def explaining_disk(folder: Path, called: str, hint: str = "") -> Iterator[None]
 
 
 def _told(error: BaseException, folder: Path, called: str, hint: str) -> BaseException:
-    """What the user is to see of an error that torch gathered from the ranks: the first sentence there is."""
+    """What the user sees of an error that torch gathered from the ranks: the first sentence meant for a user."""
     causes = [error]
     if isinstance(error, CheckpointException):
         causes = [failure[0] for failure in error.failures.values()]
@@ -213,7 +212,7 @@ def _told(error: BaseException, folder: Path, called: str, hint: str) -> BaseExc
         words = " ".join(str(cause).split())
         if isinstance(cause, RuntimeError) and any(part in words for part in _ARCHIVE_BROKEN):
             free = f"{shutil.disk_usage(nearest_folder(folder)).free / 1e6:,.1f} MB"
-            return StorageError(f"{called} cannot be written: {words[:200]}, with {free} free on its disk{hint}")
+            return StorageError("", called, f"cannot be written: {words[:200]}, with {free} free on its disk{hint}")
     return error
 
 
@@ -228,7 +227,7 @@ def _without_crc32() -> Iterator[None]:
 
 
 class _StreamPlanner(DefaultSavePlanner):
-    """Plans from shapes alone; the tensors come later."""
+    """Plans from shapes only; the tensors come later."""
 
     def __init__(self, sources: list[Source], objects: list[ShardedObject]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -264,7 +263,7 @@ class _StreamWriter(FileSystemWriter):
 
     @property
     def checkpoint_id(self) -> str:
-        """As stored: a pickled Path has another name in Python 3.13."""
+        """A string: a pickled Path has another name in Python 3.13."""
         return str(self.path)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -293,7 +292,7 @@ class _StreamWriter(FileSystemWriter):
             item = next(items)
             assert (item.index.fqn, item.index.offset) == (piece.key, torch.Size(piece.offsets)), (item, piece)
             assert tensor.dtype == piece.dtype, piece
-            # torch.save stores the whole storage that a view looks at.
+            # torch.save stores the whole storage that a view refers to.
             whole = tensor.detach().cpu().contiguous().view(piece.shape)
             whole = whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
             self.stored.append(stored_piece(piece.key, piece.offsets, whole))
@@ -309,13 +308,13 @@ def _save_tensor(tensor: torch.Tensor, stream: BinaryIO) -> None:
     try:
         torch.save(tensor, _InBlocks(stream))  # type: ignore[arg-type]
     except RuntimeError as error:
-        # Of a full disk torch says, when it closes its archive, that the archive is broken.
+        # On a full disk torch, closing its archive, reports only that the archive is broken.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise cause from None
 
 
 class _InBlocks:
-    """As much of a file as torch.save asks for."""
+    """The part of a file's interface that torch.save needs."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream

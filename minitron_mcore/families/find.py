@@ -21,8 +21,9 @@ def known_families() -> dict[str, Family]:
 
 
 def find_family(model_type: object, where: str) -> Family:
-    """Raises InputError, naming `where` it was asked for, when there is no such family."""
+    """Raises InputError, naming `where` it was asked for, if there is no such family."""
     known = known_families()
     if not isinstance(model_type, str) or model_type not in known:
-        raise InputError(f"{where}: model_type={model_type!r} is not known: choose one of {', '.join(sorted(known))}")
+        remedy = f"choose one of {', '.join(sorted(known))}"
+        raise InputError("model_type", model_type, f"in {where} is not known", remedy)
     return known[model_type]

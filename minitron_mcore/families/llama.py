@@ -27,16 +27,18 @@ def rotary_from_config(config: dict[str, Any]) -> dict[str, Any]:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = {name: rope[name] for name in names}
     else:
-        raise InputError(f"rope_type={rope['rope_type']!r} is not supported: choose default or llama3")
+        raise InputError("rope_type", rope["rope_type"], "is not supported", "choose default or llama3")
     return {"rotary_base": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def refuse(a: Architecture, where: str) -> None:
     if a.hidden_size % a.num_attention_heads:
         raise InputError(
-            f"{where}: hidden_size={a.hidden_size} is no multiple of num_attention_heads={a.num_attention_heads}, "
-            "which transformers refuses in a Llama config even where head_dim is given: choose another "
-            "student.hidden_size or student.num_attention_heads"
+            "hidden_size",
+            a.hidden_size,
+            f"of {where} is not a multiple of num_attention_heads={a.num_attention_heads}, which transformers refuses "
+            "in a Llama config even with head_dim",
+            "choose another student.hidden_size or student.num_attention_heads",
         )
 
 

@@ -24,8 +24,10 @@ def from_config(config: dict[str, Any]) -> dict[str, Any]:
     window, length = config["sliding_window"], config["max_position_embeddings"]
     if window is not None and window < length:
         raise InputError(
-            f"sliding_window={window} is shorter than max_position_embeddings={length}, and attention here is never "
-            f"cut to a window: write null, and max_position_embeddings={window}, up to which the two are the same"
+            "sliding_window",
+            window,
+            f"is shorter than max_position_embeddings={length}, and sliding-window attention is not supported",
+            f"write null, and max_position_embeddings={window}, up to which full attention is the same",
         )
     return plain_from_config(config)
 

@@ -1,4 +1,4 @@
-"""The rotary embedding's part of a Hugging Face config, for families that do not scale it."""
+"""The rotary embedding's part of a Hugging Face config, for families without scaling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ def plain_from_config(config: dict[str, Any]) -> dict[str, Any]:
     """From transformers 5's `rope_parameters`, into which it also turns the older keys; raises InputError if scaled."""
     rope = config["rope_parameters"]
     if rope["rope_type"] != "default":
-        raise InputError(
-            f"rope_type={rope['rope_type']!r} is not supported for model_type={config['model_type']!r}, only 'default'"
-        )
+        rule = f"is not supported for model_type={config['model_type']}, only default is"
+        raise InputError("rope_type", rope["rope_type"], rule)
     return {"rotary_base": rope["rope_theta"]}

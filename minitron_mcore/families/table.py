@@ -37,10 +37,10 @@ class Family:
     """One Hugging Face architecture.
 
     `fields` maps Architecture fields to config keys of the same meaning. `fixed` are Architecture fields that the
-    config cannot say, hence must have the family's values; `defaults` are those that it can say, for recipes that do
-    not. `constants` are config keys that have no field here, hence must hold these values. `to_config` and
-    `from_config` translate the rest (rotary embedding), `refuse` raises InputError for a shape that transformers does
-    not accept; its second argument names the key to blame.
+    config cannot express, so they must have the family's values; `defaults` are those it can, for recipes that leave
+    them out. `constants` are config keys without a field here, so they must hold these values. `to_config` and
+    `from_config` translate the rest (rotary embedding). `refuse` raises InputError for a shape that transformers does
+    not accept; its second argument says which model that is, for messages.
     """
 
     model_type: str
@@ -58,14 +58,14 @@ class Family:
 def config_of(family: Family, architecture: Architecture, where: str) -> dict[str, Any]:
     """The shape's part of `config.json`.
 
-    Raises InputError, blaming the key `where`, for an architecture that the family's config cannot say.
+    Raises InputError, naming `where` it was to go, for an architecture that the family's config cannot express.
     """
     for name, needed in family.fixed.items():
         if (value := getattr(architecture, name)) != needed:
-            raise InputError(
-                f"{where}: {name}={value!r} cannot be said in a {family.hugging_face_class} config, "
-                f"where it is always {needed!r}"
+            rule = (
+                f"of {where} cannot be written into a {family.hugging_face_class} config, where it is always {needed}"
             )
+            raise InputError(name, value, rule)
     family.refuse(architecture, where)
     return {
         "architectures": [family.hugging_face_class],
@@ -80,17 +80,16 @@ def config_of(family: Family, architecture: Architecture, where: str) -> dict[st
 def fields_of(family: Family, config: dict[str, Any], where: str) -> dict[str, Any]:
     """Architecture fields from a whole Hugging Face config (defaults filled in).
 
-    Raises InputError, naming the file `where`, for a config that asks for what the family's model does not have.
+    Raises InputError, naming the file `where`, for a config that asks for what these models do not have.
     """
     for name, needed in family.constants.items():
         if (value := config.get(name, needed)) != needed:
-            raise InputError(
-                f"{where}: {name}={value!r} is not supported for model_type={family.model_type!r}, only {needed!r}"
-            )
+            rule = f"in {where} is not supported for model_type={family.model_type}, only {needed} is"
+            raise InputError(name, value, rule)
     try:
         translated = family.from_config(config)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise error.found_in(where) from error
     return {
         **{ours: config.get(theirs) for ours, theirs in family.fields.items()},
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.companions import refuse_adapter
-from minitron_mcore.checkpoint.hf_config import read_config
+from minitron_mcore.checkpoint.hf_config import find_hugging_face, read_config
 from minitron_mcore.data.tokenizer import Tokenizer, cut_otherwise, load_tokenizer
 from minitron_mcore.data.tokenizer_files import has_tokenizer
 from minitron_mcore.errors import InputError
@@ -35,9 +35,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Impor
     """`hf` -> the new folder `checkpoint`. Raises InputError."""
     require(recipe, {"hf": "the Hugging Face folder to read", "checkpoint": "the folder to write to"})
     check_layout(recipe.parallel, world.size)
-    source = Path(str(recipe.hf))
-    if not source.is_dir():
-        raise InputError("hf", source, "is not there", "name a Hugging Face folder")
+    source = find_hugging_face(str(recipe.hf))
     target = output_folder(recipe.checkpoint, "checkpoint")
     if target.exists():
         raise InputError("checkpoint", target, "exists", "name a folder that does not, or move that one away")

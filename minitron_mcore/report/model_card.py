@@ -1,6 +1,6 @@
 """The model card of an exported model: what it is and where it comes from, as far as its checkpoint says.
 
-Nothing in it is a guess: what neither the checkpoint nor the folder it was imported from states is left out.
+Nothing is guessed: what neither the checkpoint nor the folder it was imported from states is left out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.companions import source_card
@@ -18,7 +19,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.pruning.plan import PruningPlan, load_plan
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
-# A stage in the lineage -> the tag it makes.
+# A stage in the lineage -> its tag.
 TAGS = {"prune": "pruned", "distill": "knowledge-distillation"}
 
 
@@ -28,7 +29,7 @@ def model_card(name: str, architecture: Architecture, folder: Path, iteration: i
     plan = _plan(folder, architecture, lineage)
     classes = {"model": "AutoModelForCausalLM", **({"tokenizer": "AutoTokenizer"} if has_tokenizer else {})}
     sections = [
-        f"---\n{yaml.safe_dump(_front_matter(architecture, folder, lineage), sort_keys=False).strip()}\n---",
+        f"---\n{_front_matter(architecture, folder, lineage).to_yaml()}\n---",
         f"# {name}",
         f"A decoder-only language model of the {architecture.family} family, exported from iteration {iteration} of a "
         "Megatron checkpoint by minitron_mcore.",
@@ -46,21 +47,22 @@ def model_card(name: str, architecture: Architecture, folder: Path, iteration: i
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(architecture: Architecture, folder: Path, lineage: dict[str, Any]) -> dict[str, Any]:
+def _front_matter(architecture: Architecture, folder: Path, lineage: dict[str, Any]) -> ModelCardData:
     stages = {step.get("stage") for step in _past(lineage)}
     tags = [architecture.family, "minitron_mcore", *(tag for stage, tag in TAGS.items() if stage in stages)]
-    return {"library_name": "transformers", "pipeline_tag": "text-generation", **source_card(folder), "tags": tags}
+    pipeline = "text-generation"
+    return ModelCardData(library_name="transformers", pipeline_tag=pipeline, tags=tags, **source_card(folder))
 
 
 def _past(lineage: Any) -> list[dict[str, Any]]:
-    """The lineages of the weights themselves, newest first, down to the pruning: what a teacher went through is not."""
+    """The lineages of the weights themselves, newest first, down to the pruning, without those of a teacher."""
     if not isinstance(lineage, dict):
         return []
     return [lineage, *_past(lineage.get("student")), *_past(lineage.get("lineage"))]
 
 
 def _plan(folder: Path, architecture: Architecture, lineage: dict[str, Any]) -> PruningPlan | None:
-    """The plan beside the weights, where it is the one the lineage names and made this shape."""
+    """The plan beside the weights, if the lineage names it and it made this shape."""
     try:
         plan = load_plan(beside(folder, "plan.json"))
     except InputError:

@@ -9,6 +9,7 @@ from typing import Any
 from minitron_mcore.checkpoint.folder import (
     beside,
     find_checkpoint,
+    is_hugging_face,
     is_iteration,
     iteration_folder,
     read_architecture,
@@ -22,8 +23,9 @@ from minitron_mcore.checkpoint.inspection import (
     describe_architecture,
     inspect_checkpoint,
     inspect_hugging_face,
+    inspect_run,
     is_checkpoint,
-    is_hugging_face,
+    is_run,
     verify,
 )
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
@@ -40,30 +42,33 @@ KINDS = {
     "hugging_face": "Hugging Face folder",
     "scores": "scores of a teacher's axes",
     "plan": "pruning plan",
+    "run": "folder of a run",
 }
+ONE_OF = "a checkpoint, a Hugging Face folder, a scores file, a plan, or the folder of a run"
 # Shown in groups of three digits.
 COUNTS = ("parameters", "non_embedding_parameters", "stored_bytes", "bytes", "tokens")
 
 
 def run(recipe: Recipe, runtime: Runtime) -> None:
-    """Print what `path` is; the first rank looks, and every rank raises InputError where it is nothing known."""
+    """Print what `path` is; the first rank looks, and every rank raises InputError if it is not recognised."""
 
     def show() -> None:
         if not recipe.path:
-            raise InputError("path is not given: name what to inspect, as in minitron inspect PATH")
+            raise InputError("path", None, "is not given", "name what to inspect, as in minitron inspect PATH")
         found = describe(Path(recipe.path))
         faults = _verify(found, Path(recipe.path)) if recipe.verify else []
         runtime.print(json.dumps(found, indent=2, default=str) if recipe.json else table(found))
         if faults:
-            raise InputError(f"{recipe.path} is damaged, {len(faults)} fault{'s' * (len(faults) > 1)}: {faults[0]}")
+            rule = f"is damaged, {len(faults)} fault{'s' * (len(faults) > 1)}: {faults[0]}"
+            raise InputError("", recipe.path, rule)
 
     runtime.on_main(show)
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What `path` is, by its `kind`. Raises InputError where it is none of KINDS, or damaged. One process calls."""
+    """What `path` is, by its `kind`. Raises InputError if it is none of KINDS, or damaged. One process calls."""
     if not path.exists():
-        raise InputError(f"path={path} is not there: name a checkpoint, a Hugging Face folder, a scores file or a plan")
+        raise InputError("path", path, "is not there", f"name {ONE_OF}")
     path = released(path)
     if path.is_dir() and (is_iteration(path) or is_checkpoint(path)):
         return _with_tokenizer(_checkpoint(path), tokenizer_folder(path))
@@ -71,8 +76,10 @@ def describe(path: Path) -> dict[str, Any]:
         found = inspect_hugging_face(path)
         try:
             return _with_tokenizer(found, path if has_tokenizer(path) else None)
-        except InputError as error:  # the weights are of use without it
+        except InputError as error:  # the weights are useful without it
             return {**found, "tokenizer": None, "warnings": [*found["warnings"], str(error)]}
+    if path.is_dir() and is_run(path):
+        return inspect_run(path)
     if path.is_file():
         with path.open("rb") as stream:
             head = stream.read(9)
@@ -81,7 +88,7 @@ def describe(path: Path) -> dict[str, Any]:
             return _scores(path)
         if head.lstrip().startswith(b"{"):
             return _plan(path)
-    raise InputError(f"path={path} is no checkpoint, Hugging Face folder, scores file or plan: name one of these")
+    raise InputError("path", path, "is not recognised", f"name {ONE_OF}")
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
@@ -109,9 +116,10 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _verify(found: dict[str, Any], path: Path) -> list[str]:
-    """Read every tensor of a folder of weights, and add to `found` what was read and what is wrong."""
-    if found["kind"] in ("scores", "plan"):
-        found["warnings"] = [*found["warnings"], f"a {found['kind']} file has no checksums: verify=true adds nothing"]
+    """Read every tensor of a folder of weights; adds to `found` what was read and returns the faults."""
+    if found["kind"] in ("scores", "plan", "run"):
+        note = "verify=true has no effect: only folders of weights have checksums"
+        found["warnings"] = [*found["warnings"], note]
         return []
     result = verify(path)
     found["warnings"] = [*found["warnings"], *result.notes]
@@ -120,16 +128,14 @@ def _verify(found: dict[str, Any], path: Path) -> list[str]:
 
 
 def _with_tokenizer(found: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """`found` and its tokenizer; raises InputError where it is not the one the lineage of a checkpoint names."""
+    """`found` and its tokenizer; raises InputError if it is not the one that a checkpoint's lineage names."""
     if folder is None:
         return {**found, "tokenizer": None}
     tokenizer: Tokenizer = load_tokenizer(str(folder))
     stated = found["lineage"].get("tokenizer")
     if found["kind"] == "checkpoint" and isinstance(stated, str) and not tokenizer.is_named_by(stated):
-        raise InputError(
-            f"{folder} is another tokenizer than the checkpoint was made with: its fingerprint is "
-            f"{tokenizer.fingerprint}, lineage.yaml says {stated}"
-        )
+        rule = f"is {tokenizer.fingerprint}, but lineage.yaml says that the checkpoint's tokenizer is {stated}"
+        raise InputError("", folder, rule)
     about = {"type": tokenizer.type, "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}
     return {**found, "tokenizer": about}
 
@@ -140,7 +146,7 @@ def _scores(path: Path) -> dict[str, Any]:
     except InputError:
         raise
     except (KeyError, ValueError) as error:
-        raise InputError(f"path={path} is a damaged scores file: its description cannot be read ({error})") from error
+        raise InputError("path", path, f"is a damaged scores file: its description cannot be read ({error})") from error
     axes = {
         axis: {"shape": list(values.shape), "smallest": float(values.min()), "largest": float(values.max())}
         for axis, values in scores.arrays()
@@ -172,7 +178,7 @@ def _plan(path: Path) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Names and values below each other, sections indented; warnings and faults last, each on a line of its own."""
+    """Names and values, one per line, sections indented; then warnings and faults, one per line."""
     verified = found.get("verified", {})
     shown = {name: value for name, value in found.items() if name not in ("path", "kind", "warnings")}
     if "lineage" in shown:

@@ -53,45 +53,43 @@ def changed(root: Path, target: Path, **changes: Any) -> Path:
 
 # Arguments -> what must be said.
 CONTRADICTIONS: dict[str, dict[str, Any]] = {
-    r"linear_qkv\.layer_norm_weight is of shape \(4, 48\), but num_layers=5 in .*common\.pt means": {"num_layers": 5},
-    r"is of shape \(4, 48\), but num_layers=3 in .* means \(3, 48\)": {"num_layers": 3},
-    r"linear_fc1\.weight is of shape \(4, 192, 48\), but ffn_hidden_size=128 in": {"ffn_hidden_size": 128},
-    r"word_embeddings\.weight is of shape \(1024, 48\), but hidden_size=64 in": {"hidden_size": 64},
-    r"linear_qkv\.weight is of shape .* num_attention_heads=8, num_query_groups=2, kv_channels=16 in": {
+    r"linear_qkv\.layer_norm_weight of shape \(4, 48\), but num_layers=5 in .*common\.pt means": {"num_layers": 5},
+    r" of shape \(4, 48\), but num_layers=3 in .* means \(3, 48\)": {"num_layers": 3},
+    r"linear_fc1\.weight of shape \(4, 192, 48\), but ffn_hidden_size=128 in": {"ffn_hidden_size": 128},
+    r"word_embeddings\.weight of shape \(1024, 48\), but hidden_size=64 in": {"hidden_size": 64},
+    r"linear_qkv\.weight of shape .* num_attention_heads=8, num_query_groups=2, kv_channels=16 in": {
         "num_attention_heads": 8
     },
-    r"linear_qkv\.weight is of shape .* num_query_groups=6": {"group_query_attention": False},
+    r"linear_qkv\.weight of shape .* num_query_groups=6": {"group_query_attention": False},
     r"kv_channels=8 in .* means": {"kv_channels": 8},
     r"padded_vocab_size=1024 must be at least vocab_size=2000": {"vocab_size": 2000},
-    r"holds output_layer\.weight, for which the model in .*common\.pt has no place": TIED,
-    r"holds no decoder\.layers\.self_attention\.linear_qkv\.bias: .*common\.pt is of another model": {
+    r"holds output_layer\.weight, which the model in .*common\.pt does not have": TIED,
+    r"holds no decoder\.layers\.self_attention\.linear_qkv\.bias: .*common\.pt describes another model": {
         "add_qkv_bias": True,
         "use_rope_scaling": False,
     },
-    r"add_qkv_bias=True fits none of the families .*: a llama model has False": {"add_qkv_bias": True},
-    r"add_bias_linear=True is no model that can be read here, only False is": {"add_bias_linear": True},
-    r"num_moe_experts=8 is no model": {"num_experts": 8},
-    r"position_embedding_type='learned_absolute' is no model that can be read here, only 'rope' is": {
+    r"add_qkv_bias=true in .* fits none of the families .*: a llama model has false": {"add_qkv_bias": True},
+    r"add_bias_linear=true in .* is not supported, only false is": {"add_bias_linear": True},
+    r"num_moe_experts=8 in .* is not supported": {"num_experts": 8},
+    r"position_embedding_type=learned_absolute in .* is not supported, only rope is": {
         "position_embedding_type": "learned_absolute",
         "use_rotary_position_embeddings": False,
     },
-    r"seq_len_interpolation_factor=2.0 is no model": {"rotary_seq_len_interpolation_factor": 2.0},
-    r"activation='gelu' fits none of the families .*: a nemotron model has 'squared_relu'": {
+    r"seq_len_interpolation_factor=2.0 in .* is not supported": {"rotary_seq_len_interpolation_factor": 2.0},
+    r"activation=gelu in .* fits none of the families .*: a nemotron model has squared_relu": {
         "swiglu": False,
         "normalization": "LayerNorm",
         "apply_layernorm_1p": True,
     },
-    r"rotary_percent=0.5 fits none of the families .*: a llama model has 1.0": {"rotary_percent": 0.5},
-    r"normalization='BatchNorm' is no model": {"normalization": "BatchNorm"},
-    r"num_moe_experts='tensor\(\[1, 2\]\)' is no model": {"num_experts": torch.tensor([1, 2])},
-    r"num_attention_heads='tensor\(6\)' must be a whole number": {"num_attention_heads": torch.tensor(6)},
-    r"common\.pt: rotary_base=\[1\] must be a number": {"rotary_base": [1]},
-    r"common\.pt: layernorm_epsilon='small' must be a number": {"norm_epsilon": "small"},
-    r"common\.pt: vocab_size='1003' must be a whole number": {"vocab_size": "1003"},
-    r"common\.pt: vocab_size=True must be a whole number": {"vocab_size": True},
-    r"describes no architecture: .*num_attention_heads=6 must be a multiple of num_query_groups=4": {
-        "num_query_groups": 4
-    },
+    r"rotary_percent=0.5 in .* fits none of the families .*: a llama model has 1.0": {"rotary_percent": 0.5},
+    r"normalization=BatchNorm in .* is not supported": {"normalization": "BatchNorm"},
+    r"num_moe_experts=tensor\(\[1, 2\]\) in .* is not supported": {"num_experts": torch.tensor([1, 2])},
+    r"num_attention_heads=tensor\(6\) in .* must be a whole number": {"num_attention_heads": torch.tensor(6)},
+    r"rotary_base=\[1\] in .*common\.pt must be a number": {"rotary_base": [1]},
+    r"layernorm_epsilon=small in .*common\.pt must be a number": {"norm_epsilon": "small"},
+    r"vocab_size=1003 in .*common\.pt must be a whole number": {"vocab_size": "1003"},
+    r"vocab_size=true in .*common\.pt must be a whole number": {"vocab_size": True},
+    r"num_attention_heads=6 in .*common\.pt must be a multiple of num_query_groups=4": {"num_query_groups": 4},
 }
 
 
@@ -122,11 +120,13 @@ def test_run_configs_of_other_forms(root: Path, tmp_path: Path) -> None:
     flagged = inferred(scale_factor=None, rope_scaling=True, rope_scaling_factor=16.0)
     assert flagged.rope_scaling == RopeScaling(16.0, 1.0, 4.0, 8192)
     refused: dict[str, dict[str, Any]] = {
-        r"run_config\.yaml: activation='gelu' fits none": {"activation_func": {"_target_": "torch.nn.functional.gelu"}},
-        r"window_size=\[128, 0\] is no model": {"window_size": [128, 0]},
-        r"position_embedding_type='yarn' is no model": {"position_embedding_type": "yarn"},
+        r"activation=gelu in .*run_config\.yaml fits none": {
+            "activation_func": {"_target_": "torch.nn.functional.gelu"}
+        },
+        r"window_size=\[128, 0\] in .* is not supported": {"window_size": [128, 0]},
+        r"position_embedding_type=yarn in .* is not supported": {"position_embedding_type": "yarn"},
         r"num_layers=6 in .*run_config\.yaml means": {"num_layers": 6},
-        r"describes no architecture": {"num_layers": "four"},
+        r"num_layers=four in .* must be a whole number": {"num_layers": "four"},
     }
     for words, changes in refused.items():
         with pytest.raises(InputError, match=words):
@@ -134,7 +134,7 @@ def test_run_configs_of_other_forms(root: Path, tmp_path: Path) -> None:
     for content, words in {
         "- a": "holds no mapping",
         "a: [": "is no YAML",
-        "train: {}": "has no section model",
+        "train: {}": "holds no section `model`",
     }.items():
         path.write_text(content)
         with pytest.raises(InputError, match=words):

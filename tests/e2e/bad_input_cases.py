@@ -235,10 +235,10 @@ TRAINING += [
     (
         "train",
         ["model.family=lama"],
-        "model: family='lama' is not known: choose one of llama, mistral, nemotron",
+        "family=lama is not known: choose one of llama, mistral, nemotron",
     ),
-    ("train", ["model.kv_channels=7"], "model: kv_channels=7"),
-    ("train", ["model.rope_scaling.factors=7"], "model: rope_scaling.factors is no field"),
+    ("train", ["model.kv_channels=7"], "kv_channels=7"),
+    ("train", ["model.rope_scaling.factors=7"], "rope_scaling.factors is not a field"),
     ("train", ["model.make_vocab_size_divisible_by=0"], "model.make_vocab_size_divisible_by=0 must be at least 1"),
     ("train", ["train.load=@/none"], "train.load=@/none is not there"),
     ("train", ["train.load=@/papers"], "train.load=@/papers holds no finished checkpoint"),
@@ -369,7 +369,7 @@ RUN: list[Case] = [
     (
         "run",
         ["run.students.odd.hidden_size=30"],
-        "run.students.odd: hidden_size=30 is no multiple of num_attention_heads=4",
+        "hidden_size=30 is not a multiple of num_attention_heads=4",
     ),
     ("run", ["run.students={a b: {num_layers: 1}}"], "run.students: 'a b' is to be a folder's name"),
     ("run", ["run.baselines=[radnom]"], "run.baselines[0]=radnom must be one of next_token, random"),

@@ -133,7 +133,7 @@ TARGETS = [
     ("import", "checkpoint=@/file/in/it", "checkpoint=@/file/in/it cannot be written: @/file is not a folder"),
     ("import", "checkpoint=/proc/nowhere/it", "checkpoint=/proc/nowhere/it cannot be written"),
     ("import", "checkpoint=@/nowhere", "checkpoint=@/nowhere"),
-    ("import", "hf=@/file", "hf=@/file is not there: name a Hugging Face folder"),
+    ("import", "hf=@/file", "hf=@/file is a file: name the folder"),
     ("export", "hf=@/file", "hf=@/file is a file: name a folder"),
     ("export", "hf=@/checkpoint", "hf=@/checkpoint exists"),
     ("export", "hf=@/file/in/it", "hf=@/file/in/it cannot be written"),

@@ -193,7 +193,7 @@ def test_flags_are_of_inspect_alone(root: Path) -> None:
     )
     assert [code for code, _, _ in answers] == [0, 0, 2, 2], answers
     found = json.loads(answers[0][1])
-    assert found["warnings"][-1] == "a plan file has no checksums: verify=true adds nothing"
+    assert found["warnings"][-1] == "verify=true has no effect: only folders of weights have checksums"
     assert json.loads(answers[1][1])["warnings"] == found["warnings"][:-1]
     assert answers[2][2].startswith("minitron plan: --json is a flag of inspect alone")
     assert answers[3][2].startswith("minitron import: --verify is a flag of inspect alone")
@@ -216,8 +216,8 @@ def damaged(root: Path, folder: Path) -> dict[str, Path]:
         (path / "architecture.yaml").write_text(yaml.safe_dump({**fields, **change}))
         return path
 
-    found = {"linear_fc1.weight is of shape (3, 272, 96), but": changed("other-ffn", ffn_hidden_size=134)}
-    found["is of shape (3, 96), but num_layers=2 in"] = changed("fewer-layers", num_layers=2)
+    found = {"linear_fc1.weight of shape (3, 272, 96), but": changed("other-ffn", ffn_hidden_size=134)}
+    found[" of shape (3, 96), but num_layers=2 in"] = changed("fewer-layers", num_layers=2)
     found["holds no decoder.layers.self_attention.linear_qkv.layer_norm_bias"] = changed(
         "other-norm", normalization="LayerNorm"
     )
@@ -229,15 +229,15 @@ def damaged(root: Path, folder: Path) -> dict[str, Path]:
     cut(found["has no readable .metadata"] / "iter_0000000" / ".metadata")
     found["names iteration 9, but"] = copy("tracker", "checkpoint")
     (found["names iteration 9, but"] / "latest_checkpointed_iteration.txt").write_text("9")
-    found["there lies .unfinished_iter_0000000"] = copy("unfinished", "checkpoint")
-    path = found["there lies .unfinished_iter_0000000"]
+    found["it holds .unfinished_iter_0000000"] = copy("unfinished", "checkpoint")
+    path = found["it holds .unfinished_iter_0000000"]
     (path / "latest_checkpointed_iteration.txt").unlink()
     (path / "iter_0000000").rename(path / ".unfinished_iter_0000000")
-    found["is another tokenizer than"] = copy("tokenizer", "checkpoint")
-    (found["is another tokenizer than"] / "tokenizer" / "tokenizer.model").unlink()
-    small_tokenizer(found["is another tokenizer than"] / "tokenizer" / "tokenizer.model", vocab_size=500)
+    found["that the checkpoint's tokenizer is"] = copy("tokenizer", "checkpoint")
+    (found["that the checkpoint's tokenizer is"] / "tokenizer" / "tokenizer.model").unlink()
+    small_tokenizer(found["that the checkpoint's tokenizer is"] / "tokenizer" / "tokenizer.model", vocab_size=500)
 
-    for words, name in {"is no whole safetensors": "hf-short", f"though {INDEX} names it": "hf-gone"}.items():
+    for words, name in {"is not a whole safetensors": "hf-short", f"though {INDEX} names it": "hf-gone"}.items():
         found[words] = copy(name, "hf")
         file = next(found[words].glob(FIRST_FILE + "*"))
         cut(file) if name == "hf-short" else file.unlink()
@@ -267,9 +267,9 @@ def test_damage_and_strangers_are_refused(root: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("something of the user's")
     (tmp_path / "nothing").touch()
     cases["nowhere is not there"] = tmp_path / "nowhere"
-    cases["empty is no checkpoint, Hugging Face folder"] = tmp_path / "empty"
-    cases["notes.txt is no checkpoint"] = tmp_path / "notes.txt"
-    cases["nothing is no checkpoint"] = tmp_path / "nothing"
+    cases["empty is not recognised: name a checkpoint, a Hugging Face folder"] = tmp_path / "empty"
+    cases["notes.txt is not recognised"] = tmp_path / "notes.txt"
+    cases["nothing is not recognised"] = tmp_path / "nothing"
     cases["is no scores file"] = next((root / "hf").glob(FIRST_FILE + "*"))
     before = listing(tmp_path)
     commands = [["inspect", str(path)] for path in cases.values()]

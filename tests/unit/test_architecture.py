@@ -17,6 +17,7 @@ from minitron_mcore.architecture import (
 )
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import known_families
+from tests.refusals import refuses
 
 SMALL: dict[str, Any] = {
     "num_layers": 3,
@@ -141,31 +142,30 @@ def test_defaults_follow_from_the_family_and_the_other_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "key", "value", "rule"),
     [
-        ({"family": "gpt5"}, "family='gpt5' is not known: choose one of llama, mistral, nemotron, qwen2, qwen3"),
-        ({"hidden_size": None}, "hidden_size is missing"),
-        ({"num_layer": 3}, "'num_layer' is no field"),
-        ({"num_layers": 0}, "num_layers=0 must be a whole number of at least 1"),
-        ({"ffn_hidden_size": 80.0}, "ffn_hidden_size=80.0 must be a whole number"),
-        ({"num_query_groups": 4}, "num_attention_heads=6 must be a multiple of num_query_groups=4"),
-        ({"kv_channels": None, "hidden_size": 50}, "hidden_size=50 is no multiple of num_attention_heads=6"),
-        ({"padded_vocab_size": 100}, "padded_vocab_size=100 must be at least vocab_size=103"),
-        ({"kv_channels": 7}, "kv_channels=7 x rotary_percent=1.0 rotates 7 channels of a head"),
-        ({"rotary_percent": 1.5}, "rotary_percent=1.5 must be above 0 and at most 1"),
-        ({"rotary_base": 0.0}, "rotary_base=0.0 must be a number above 0"),
-        ({"layernorm_epsilon": float("nan")}, "layernorm_epsilon=nan must be a number above 0"),
-        ({"make_vocab_size_divisible_by": 0}, "make_vocab_size_divisible_by=0 must be at least 1"),
-        ({"kv_channels": None, "num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
-        ({"rope_scaling": {"factors": 2}}, "rope_scaling.factors is no field of rope_scaling: choose from factor, low"),
-        ({"rope_scaling": {"factor": "8"}}, "rope_scaling.factor='8' must be a number above 0"),
-        ({"rope_scaling": {"high_freq_factor": 1.0}}, "rope_scaling.high_freq_factor=1.0 must be above"),
+        ({"family": "gpt5"}, "family", "gpt5", "is not known"),
+        ({"hidden_size": None}, "hidden_size", None, "is missing"),
+        ({"num_layer": 3}, "num_layer", None, "is not a field of an architecture"),
+        ({"num_layers": 0}, "num_layers", 0, "must be a whole number of at least 1"),
+        ({"ffn_hidden_size": 80.0}, "ffn_hidden_size", 80.0, "must be a whole number of at least 1"),
+        ({"num_query_groups": 4}, "num_attention_heads", 6, "must be a multiple of num_query_groups=4"),
+        ({"kv_channels": None, "hidden_size": 50}, "hidden_size", 50, "is not a multiple of num_attention_heads=6"),
+        ({"padded_vocab_size": 100}, "padded_vocab_size", 100, "must be at least vocab_size=103"),
+        ({"kv_channels": 7}, "kv_channels", 7, "x rotary_percent=1.0 makes 7 rotary channels per head"),
+        ({"rotary_percent": 1.5}, "rotary_percent", 1.5, "must be above 0 and at most 1"),
+        ({"rotary_base": 0.0}, "rotary_base", 0.0, "must be a number above 0"),
+        ({"layernorm_epsilon": float("nan")}, "layernorm_epsilon", float("nan"), "must be a number above 0"),
+        ({"make_vocab_size_divisible_by": 0}, "make_vocab_size_divisible_by", 0, "must be at least 1"),
+        ({"kv_channels": None, "num_attention_heads": 0}, "num_attention_heads", 0, "must be at least 1"),
+        ({"rope_scaling": {"factors": 2}}, "rope_scaling.factors", None, "is not a field of rope_scaling"),
+        ({"rope_scaling": {"factor": "8"}}, "rope_scaling.factor", "8", "must be a number above 0, not text"),
+        ({"rope_scaling": {"high_freq_factor": 1.0}}, "rope_scaling.high_freq_factor", 1.0, "must be above rope"),
     ],
 )
-def test_impossible_architectures_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError) as error:
+def test_impossible_architectures_are_refused(changes: dict[str, Any], key: str, value: Any, rule: str) -> None:
+    with refuses(key, value, rule):
         small(**changes)
-    assert message in str(error.value)
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
@@ -181,5 +181,5 @@ def test_file_round_trip(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"wrong\.yaml is no YAML"):
         load_architecture(tmp_path / "wrong.yaml")
     (tmp_path / "wrong.yaml").write_text("num_layers: 3\n")
-    with pytest.raises(InputError, match=r"wrong\.yaml is no architecture: hidden_size is missing"):
+    with refuses("hidden_size", None, f"in {tmp_path / 'wrong.yaml'} is missing", "an architecture needs num_layers"):
         load_architecture(tmp_path / "wrong.yaml")

@@ -20,11 +20,11 @@ from minitron_mcore.checkpoint.companions import (
     token_ids,
     write_companions,
 )
-from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.pruning.plan import PruningPlan, make_plan, save_plan
 from minitron_mcore.report.model_card import model_card
 from tests.distributed.hf_cases import SHAPE
+from tests.refusals import refuses
 
 
 def written(folder: Path, **files: str) -> Path:
@@ -79,7 +79,7 @@ def test_the_weights_that_an_index_names_are_those_that_were_imported(tmp_path: 
         (source / name).write_text("x")
     (source / "manifest.json").write_text(json.dumps({"format": 1, "checksum": "xxh3_128"}))  # an earlier export's
     assert keep_companions(source, tmp_path / "checkpoint") == [
-        "other files of weights stay behind: model-00001-of-00002.safetensors, model.fp16.safetensors"
+        "not copied: other weight files: model-00001-of-00002.safetensors, model.fp16.safetensors"
     ]
 
 
@@ -106,11 +106,9 @@ def test_every_file_but_weights_travels(tmp_path: Path, monkeypatch: pytest.Monk
     written(tmp_path / "checkpoint" / "tokenizer", tokenizer__json="the same", config__json="the same")
 
     notes = keep_companions(source, tmp_path / "checkpoint")
-    assert notes[0].startswith("other files of weights stay behind: ") and "huge.txt" in notes[1]
-    assert notes[2] == "links to nothing stay behind: gone"
-    assert (
-        notes[3].endswith("with the name of one that an export writes stay behind: manifest.json") and notes[4:] == []
-    )
+    assert notes[0].startswith("not copied: other weight files: ") and "huge.txt" in notes[1]
+    assert notes[2] == "not copied: broken links: gone"
+    assert notes[3].endswith("under a name that an export uses: manifest.json") and notes[4:] == []
     assert all(name in notes[0] for name in LEFT[1:]) and " model.safetensors" not in notes[0]
     carry_companions(tmp_path / "checkpoint", tmp_path / "student")
     write_companions(tmp_path / "student", written(tmp_path / "out"), {})
@@ -124,7 +122,7 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path, name: str) -> 
     written(tmp_path, model__safetensors="x")
     refuse_adapter(tmp_path)
     (tmp_path / name).write_text("{}")
-    with pytest.raises(InputError, match=f"holds {name}, an adapter .* merge it first"):
+    with refuses("hf", tmp_path, f"holds {name}, an adapter", "merge it first"):
         refuse_adapter(tmp_path)
 
 

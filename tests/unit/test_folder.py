@@ -17,6 +17,7 @@ from minitron_mcore.checkpoint.folder import (
     write_description,
 )
 from minitron_mcore.errors import InputError
+from tests.refusals import refuses
 
 
 def finished(folder: Path, iteration: int) -> Path:
@@ -68,7 +69,7 @@ def test_a_tracker_that_names_no_whole_iteration(tmp_path: Path, cut_off: bool) 
 def test_a_tracker_with_rubbish(tmp_path: Path, content: bytes) -> None:
     finished(tmp_path, 5)
     (tmp_path / TRACKER).write_bytes(content)
-    with pytest.raises(InputError, match="a whole number, the newest finished iteration, belongs there"):
+    with refuses(value=tmp_path / TRACKER, rule="instead of a number", remedy="of the newest finished iteration"):
         latest_iteration(tmp_path)
 
 
@@ -80,22 +81,34 @@ def test_a_tracker_written_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        (None, "teacher.checkpoint is not given"),
-        ("", "teacher.checkpoint is not given"),
-        ("/nowhere", "=/nowhere is not"),
-    ],
+    ("given", "value", "rule"),
+    [(None, None, "is not given"), ("", None, "is not given"), ("/nowhere", "/nowhere", "is not there")],
 )
-def test_a_checkpoint_that_must_be_there(given: str | None, words: str) -> None:
-    with pytest.raises(InputError, match=words):
+def test_a_checkpoint_that_must_be_there(given: str | None, value: str | None, rule: str) -> None:
+    with refuses("teacher.checkpoint", value, rule, "name the folder of a checkpoint"):
         find_checkpoint(given, "teacher.checkpoint")
 
 
 def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is not there: name the folder of a checkpoint"):
+    with refuses("checkpoint", tmp_path / "file", "is a file", "name the folder of a checkpoint"):
         find_checkpoint(tmp_path / "file", "checkpoint")
+
+
+def test_a_hugging_face_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    remedy = f"minitron import hf={tmp_path} checkpoint=DIR"
+    with refuses("teacher.checkpoint", tmp_path, "is a Hugging Face folder", remedy):
+        find_checkpoint(tmp_path, "teacher.checkpoint")
+
+
+def test_a_runs_folder_is_no_checkpoint_but_holds_some(tmp_path: Path) -> None:
+    for place in ("teacher", "students/a/distilled"):
+        finished(tmp_path / place, 5)
+        (tmp_path / place / TRACKER).write_text("5")
+    names = f"{tmp_path / 'students/a/distilled'}, {tmp_path / 'teacher'}"
+    with refuses("checkpoint", tmp_path, "is not a checkpoint itself", names):
+        find_checkpoint(tmp_path, "checkpoint")
 
 
 def test_a_checkpoint_describes_itself(tmp_path: Path) -> None:

@@ -171,6 +171,23 @@ def test_what_resolves_and_what_configures_is_pure() -> None:
     ] == []
 
 
+def test_no_circle_of_modules() -> None:
+    """Imports inside functions count; those for type checking alone do not."""
+    left = {
+        name: imports(path.read_text(encoding="utf-8"), name, path.name == "__init__.py") & MODULES.keys() - {name}
+        for name, path in MODULES.items()
+    }
+    # What imports nothing that is left, and what nothing left imports, is in no circle.
+    while outside := [
+        name
+        for name, names in left.items()
+        if not names & left.keys() or not any(name in others for others in left.values())
+    ]:
+        for name in outside:
+            del left[name]
+    assert sorted(left) == []
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=module_name)
 def test_package_files_hold_no_code(path: Path) -> None:
     """An import in `__init__.py` would load what nobody asked for; the package's docstring and version are words."""

@@ -209,7 +209,7 @@ def test_transformers_refuses_what_the_export_warning_says() -> None:
     from transformers import LlamaConfig, NemotronConfig
 
     plan = make_plan(scores_of(model()), {"hidden_size": 8})
-    assert any("no multiple of num_attention_heads=6" in warning for warning in plan.warnings)
+    assert any("not a multiple of num_attention_heads=6" in warning for warning in plan.warnings)
     fields: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
     with pytest.raises(Exception, match="not a multiple"):
         LlamaConfig(**fields)
@@ -284,7 +284,7 @@ def edited(**changes: Any) -> str:
         ({"hidden": "all"}, "hidden must be a list of whole numbers"),
         ({"layers": [0, 1]}, "ffn has layers"),
         ({"student__kv_channels": 2}, "student.kv_channels=2 must be the teacher's 4"),
-        ({"student__num_layers": "two"}, "num_layers='two' must be a whole number"),
+        ({"student__num_layers": "two"}, "num_layers=two must be a whole number"),
         ({"cuts": {"ffn": {"depth": 3}}}, "it cannot be read"),
     ],
 )

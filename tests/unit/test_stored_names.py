@@ -42,5 +42,5 @@ def test_what_is_not_the_models() -> None:
 def test_a_parameter_stored_twice() -> None:
     with pytest.raises(InputError, match=r"model\.output_layer\.weight and output_layer\.weight are the same"):
         StoredNames(["output_layer.weight", "model.output_layer.weight"])
-    with pytest.raises(InputError, match="are the same parameter twice"):
+    with pytest.raises(InputError, match="are the same parameter, stored twice"):
         StoredNames([NORM, "decoder.layers.pre_mlp_layernorm.weight"])

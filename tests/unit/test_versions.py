@@ -138,9 +138,9 @@ def test_a_common_part_that_cannot_be_read_is_told_in_a_sentence(place: Path) ->
     (place / info.relative_path).write_bytes(
         data[: info.offset] + b"x" * info.length + data[info.offset + info.length :]
     )
-    told(r"\(common_state/shard_0_1\) is damaged, it cannot be read")
+    told(r"\(common_state/shard_0_1\) is damaged and cannot be read")
     (place / info.relative_path).write_bytes(data[:10])
-    told(r"\(common_state/shard_0_1\) is damaged, it cannot be read")
+    told(r"\(common_state/shard_0_1\) is damaged and cannot be read")
     os.remove(place / info.relative_path)
     told(r"\(common_state/shard_0_1\) cannot be read: no such file")
     info.transform_descriptors = ["zstd"]
@@ -151,4 +151,4 @@ def test_a_common_part_that_cannot_be_read_is_told_in_a_sentence(place: Path) ->
     (place / ".metadata").write_bytes(pickle.dumps(whole))
     told(r"common\.pt is missing")
     save_plainly({"a": torch.zeros(3), COMMON_OBJECT: [1, 2]}, place)
-    told(r"\(common_state/shard_0_1\) holds a list, where a checkpoint has a mapping")
+    told(r"\(common_state/shard_0_1\) holds a list where a checkpoint has a mapping")
