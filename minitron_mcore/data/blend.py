@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import refuse_closed
@@ -25,7 +25,7 @@ class Blend:
     key: str  # where the recipe names them
 
 
-def parse_blend(value: Any, key: str, promised: Collection[str] = ()) -> Blend:
+def parse_blend(value: Union[str, Sequence[Any], None], key: str, promised: Collection[str] = ()) -> Blend:
     """A prefix, a list of prefixes, or weights and prefixes in turn (a list, or one string). Raises InputError.
 
     promised: prefixes that need not be there yet; one that holds a space is one prefix, as one that is there is.
@@ -34,10 +34,8 @@ def parse_blend(value: Any, key: str, promised: Collection[str] = ()) -> Blend:
         raise InputError(key, None, "is not set", FORMS)
     if isinstance(value, str):
         items = [value] if value in promised or os.path.exists(value + ".idx") else value.split()
-    elif isinstance(value, Sequence):
-        items = [str(item).strip() for item in value]
     else:
-        raise InputError(key, value, "must be a prefix or a list", FORMS)
+        items = [str(item).strip() for item in value]
     numbers = [_number(item) for item in items]
     if items and not any(number is not None for number in numbers):
         return Blend(tuple(map(_strip_ending, items)), None, key)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from minitron_mcore.checkpoint.folder import find_checkpoint, is_iteration, read_architecture, read_lineage
 from minitron_mcore.data.corpus import check_folder
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import nearest_folder, refuse_closed
+from minitron_mcore.files import refuse_closed
 from minitron_mcore.jobs.job import Model, Promises, absolute
 from minitron_mcore.recipe import Recipe
 
@@ -48,11 +47,4 @@ def output_folder(value: str | None, key: str) -> Path:
     refuse_closed(f"{key}={value}", value)
     if is_iteration(Path(value)):
         raise InputError(key, value, "is an iteration of a checkpoint", "name another folder to write to")
-    above = nearest_folder(value)
-    if not os.statvfs(above).f_blocks:
-        # Where there is no disk, as in /proc, root seems to have a right that does not help: it is tried.
-        try:
-            os.rmdir(tempfile.mkdtemp(dir=above))
-        except OSError as error:
-            raise InputError(key, value, f"cannot be written: no folder can be made in {above}") from error
     return Path(value)

@@ -141,7 +141,7 @@ TEXT: list[Case] = [
     ("tokenizer", ["tokenizer.character_coverage=2"], "tokenizer.character_coverage=2.0 must be above 0 and at most 1"),
     ("tokenizer", ["tokenizer.num_threads=0"], "tokenizer.num_threads=0 must be at least 1"),
     ("tokenizer", ["tokenizer.model=@/other.model"], "tokenizer.model=@/other.model exists"),
-    ("tokenizer", ["tokenizer.model=@/file/t.model"], "cannot be written: @/file is not a folder"),
+    ("tokenizer", ["tokenizer.model=@/file/t.model"], "cannot be written, because @/file is not a folder"),
     ("tokenizer", ["tokenizer.model=@/papers"], "tokenizer.model=@/papers"),
     ("preprocess", ["input=@/none"], "@/none does not exist"),
     ("preprocess", ["input=@/empty.txt"], "preprocess.input='@/empty.txt' holds no text"),
@@ -151,7 +151,7 @@ TEXT: list[Case] = [
     ("preprocess", ["tokenizer.model=@/file"], "tokenizer.model=@/file is not a SentencePiece model"),
     ("preprocess", ["output_prefix=null"], "preprocess.output_prefix is not set"),
     ("preprocess", ["output_prefix=@/data/tokens"], "@/data/tokens_text_document.idx exists"),
-    ("preprocess", ["output_prefix=@/file/tokens"], "cannot be written: @/file is not a folder"),
+    ("preprocess", ["output_prefix=@/file/tokens"], "cannot be written, because @/file is not a folder"),
     ("preprocess", ["preprocess.valid_fraction=1.5"], "preprocess.valid_fraction=1.5 must be at least 0 and below 1"),
     ("preprocess", ["preprocess.workers=0"], "preprocess.workers=0 must be at least 1"),
 ]
@@ -165,7 +165,7 @@ for _verb in ("train", "distill"):
         (_verb, ["data.sequence_length=65"], LENGTH),
         (_verb, ["data.sequence_length=0"], "data.sequence_length=0 must be"),
         (_verb, ["data.num_workers=-1"], "data.num_workers=-1 must be at least 0"),
-        (_verb, ["data.split=0,50,50"], "data.split=0,50,50 with data.valid=None leaves no documents for train"),
+        (_verb, ["data.split=0,50,50"], "data.split=0,50,50 leaves no documents for train"),
         (_verb, [f"{_verb}.tokens=0"], f"{_verb}.tokens=0 must be at least 1: it is the budget"),
         (_verb, [f"{_verb}.global_batch_size=0"], f"{_verb}.global_batch_size=0 must be at least 1"),
         (
@@ -215,7 +215,7 @@ for _verb in ("train", "distill"):
         (
             _verb,
             [f"{_verb}.checkpoint=@/file/inner"],
-            f"{_verb}.checkpoint=@/file/inner cannot be written: @/file is not a folder",
+            f"{_verb}.checkpoint=@/file/inner cannot be written, because @/file is not a folder",
         ),
         (
             _verb,
@@ -270,7 +270,7 @@ CHECKPOINTS: list[Case] = [
     ("score", ["scores=null"], "scores is not given"),
     ("score", ["scores=@/papers"], "scores=@/papers is a folder: name a file"),
     ("score", ["scores=@/file"], "scores=@/file is there and is no scores file"),
-    ("score", ["scores=@/file/scores.safetensors"], "cannot be written: @/file is not a folder"),
+    ("score", ["scores=@/file/scores.safetensors"], "cannot be written, because @/file is not a folder"),
     (
         "score",
         ["scores=@/scores.safetensors", "importance.num_samples=3"],
@@ -296,7 +296,7 @@ CHECKPOINTS: list[Case] = [
     ("score", ["tokenizer.model=@/other.model"], "tokenizer"),
     ("plan", ["plan=null"], "plan is not given"),
     ("plan", ["plan=@/papers"], "plan=@/papers is a folder: name a file"),
-    ("plan", ["plan=@/file/plan.json"], "cannot be written: @/file is not a folder"),
+    ("plan", ["plan=@/file/plan.json"], "cannot be written, because @/file is not a folder"),
     ("plan", ["scores=@/none"], "scores=@/none is not there"),
     ("plan", ["scores=@/file"], "scores=@/file cannot be read"),
     ("plan", ["student.num_layers=3"], "student.num_layers=3 is larger than the teacher's 2"),
@@ -333,7 +333,7 @@ CHECKPOINTS: list[Case] = [
     (
         "import",
         ["hf=@/hf_one_layer", "checkpoint=@/file/inner"],
-        "checkpoint=@/file/inner cannot be written: @/file is not a folder",
+        "checkpoint=@/file/inner cannot be written, because @/file is not a folder",
     ),
 ]
 

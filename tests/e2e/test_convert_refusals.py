@@ -130,7 +130,7 @@ TARGETS = [
     ("import", "checkpoint=@/file", "checkpoint=@/file is a file: name a folder"),
     ("import", "checkpoint=@/papers", "checkpoint=@/papers exists: name a folder that does not"),
     ("import", "checkpoint=@/sharded", "checkpoint=@/sharded exists"),
-    ("import", "checkpoint=@/file/in/it", "checkpoint=@/file/in/it cannot be written: @/file is not a folder"),
+    ("import", "checkpoint=@/file/in/it", "checkpoint=@/file/in/it cannot be written, because @/file is not a folder"),
     ("import", "checkpoint=/proc/nowhere/it", "checkpoint=/proc/nowhere/it cannot be written"),
     ("import", "checkpoint=@/nowhere", "checkpoint=@/nowhere"),
     ("import", "hf=@/file", "hf=@/file is a file: name the folder"),

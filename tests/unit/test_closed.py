@@ -113,7 +113,9 @@ def test_an_output_below_a_closed_folder(root: Path, name: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc")
 def test_an_output_where_nothing_can_be_made() -> None:
-    with pytest.raises(InputError, match=r"^distill\.checkpoint=/proc/x/y cannot be written: .* in /proc$"):
+    with pytest.raises(
+        InputError, match=r"^distill\.checkpoint=/proc/x/y cannot be written, because .* in /proc: name another$"
+    ):
         output_folder("/proc/x/y", "distill.checkpoint")
 
 
