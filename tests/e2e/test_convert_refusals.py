@@ -14,7 +14,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,10 +22,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from tests import warm
 from tests.distributed.hf_cases import architecture_of, save_with_transformers, tensors_of
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.convert_damages import DAMAGES, SINGLE, Damage, copy_linked, rewrite
-from tests.e2e.launchers import ROOT, environment
+from tests.e2e.launchers import environment
 from tests.e2e.verbs import all_typed, run_well
 from tests.unit.text_data import small_tokenizer
 
@@ -319,40 +319,20 @@ def test_a_full_disk_at_any_file(full_disk_results: dict[tuple[str, str], Result
     assert "cannot be written: [Errno 28] No space left on device" in shown and name in shown, shown
 
 
-# A moment -> how the watch below knows it: the audit event, and how the path ends that it is about.
+# A moment -> how killed_at.py knows it: the audit event, and how the path ends that it is about.
 MOMENTS = {
     "import among the weights": ("open", ".distcp"),
     "import before it counts": ("os.rename", "target"),
     "export among the weights": ("open", "model-00003-of-00005.safetensors"),
     "export before it counts": ("os.rename", "target"),
 }
-KILLED = """
-import json, os, signal, sys
-
-import transformers
-from minitron_mcore import cli
-from minitron_mcore.stages import export, import_
-
-codes = []
-for event, ending, command in json.loads(sys.argv[1]):
-    child = os.fork()
-    if child == 0:
-        def watch(name, arguments):
-            if name == event and str(arguments[name == "os.rename"]).endswith(ending):
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(watch)
-        os._exit(cli.main(command))
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(json.dumps(codes))
-"""
 
 
 def test_killed_in_the_middle(root: Path, tmp_path: Path) -> None:
     """kill -9 leaves nothing that looks finished, and the same command then ends well."""
     shutil.copytree(root / "sharded", tmp_path / "hf")
     shutil.copytree(root / "checkpoint", tmp_path / "checkpoint")
-    plans, folders = [], []
+    commands, folders, processes = [], [], []
     for number, (moment, (event, ending)) in enumerate(MOMENTS.items()):
         folder = tmp_path / f"{number}"
         folder.mkdir()
@@ -361,14 +341,14 @@ def test_killed_in_the_middle(root: Path, tmp_path: Path) -> None:
         else:
             names = [f"checkpoint={tmp_path / 'checkpoint'}", f"hf={folder / 'target'}"]
             command = ["export", *names, "max_shard_size=400KB"]
-        plans.append((event, ending, command))
+        commands.append(command)
         folders.append(folder)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(plans)], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == [-signal.SIGKILL] * len(plans), done.stdout + done.stderr
+        log = tmp_path / f"{number}.log"
+        processes.append(warm.start("tests.e2e.killed_at", [event, ending, *command], output=log, env=environment()))
+    for number, process in enumerate(processes):
+        assert process.wait(timeout=120) == -signal.SIGKILL, (tmp_path / f"{number}.log").read_text()
 
-    for (_, _, command), folder in zip(plans, folders, strict=True):
+    for command, folder in zip(commands, folders, strict=True):
         left = list(folder.iterdir())
         assert left and all(path.name.startswith(".") for path in left), "killed too early or too late"
         run_well(*command)
