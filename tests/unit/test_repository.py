@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -102,7 +103,8 @@ def test_nothing_is_left_unfinished() -> None:
 
 
 EXPECTED = """
-    .ci/run .pre-commit-config.yaml CHANGELOG.md CONTRIBUTING.md Dockerfile LICENSE Makefile README.md constraints.txt
+    .ci/run .github/workflows/ci.yml .pre-commit-config.yaml CHANGELOG.md CITATION.cff CONTRIBUTING.md Dockerfile
+    LICENSE Makefile README.md SECURITY.md constraints.txt
     configs/quickstart.yaml docs/index.md docs/log.md launch/README.md launch/slurm.sbatch launch/torchrun.sh
 """
 
@@ -155,6 +157,32 @@ def test_the_matrix_knows_what_an_environment_lacks() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     newer = metadata.version("megatron-core") in SpecifierSet(">=0.19")
     assert done.stdout.strip() == ("" if newer else "megatron-core>=0.19")
+
+
+def test_the_two_commands_stand_together_under_install() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## Install\n(.*?)^## ", readme, flags=re.MULTILINE | re.DOTALL)
+    commands = [
+        line.split("#")[0].strip() for line in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines()
+    ]
+    assert commands == ["make demo", "make test"]
+
+
+def test_the_hosted_workflow_runs_what_developers_run() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    runs = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in workflow["jobs"].items()}
+    assert runs["lint"] == ["make PYTHON=python lint"] and runs["test"] == ["make PYTHON=python test"]
+    assert runs["matrix"][-1] == ".ci/matrix.sh quick"
+
+
+def test_the_citation_names_this_version_and_both_papers() -> None:
+    import minitron_mcore
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == minitron_mcore.__version__ and citation["license"] == "Apache-2.0"
+    papers = {reference["url"] for reference in citation["references"]}
+    assert papers == {"https://arxiv.org/abs/2407.14679", "https://arxiv.org/abs/2408.11796"}
+    assert all(author["family-names"] for reference in citation["references"] for author in reference["authors"])
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:
