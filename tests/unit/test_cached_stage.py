@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from minitron_mcore.stages.cached import check_teacher, lineage_of, refuse_other_targets
 
 from minitron_mcore.architecture import Architecture, save_architecture
 from minitron_mcore.checkpoint.folder import TRACKER
@@ -17,7 +18,6 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.recipe import Recipe, load_recipe
 from minitron_mcore.stages.cache import identity
-from minitron_mcore.stages.cached import check_teacher, lineage_of, refuse_other_targets
 from tests.distributed.models import tiny
 
 KEY = "distill.teacher=cache:targets"
