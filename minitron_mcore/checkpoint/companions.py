@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 
 from minitron_mcore.checkpoint.folder import TRACKER, beside, read_lineage
+from minitron_mcore.checkpoint.hf_config import INDEX, SINGLE
 from minitron_mcore.checkpoint.manifest import ALGORITHM, MANIFEST
-from minitron_mcore.checkpoint.safetensors_folder import INDEX, SINGLE
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import copy_file
 

@@ -11,6 +11,8 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import fields_of
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 def find_hugging_face(hf: str | Path) -> Path:
     """The folder `hf`. Raises InputError for anything else, saying how to get a folder from it."""

@@ -27,10 +27,10 @@ from minitron_mcore.checkpoint.folder import (
     read_lineage,
     said_by,
 )
-from minitron_mcore.checkpoint.hf_config import read_config
+from minitron_mcore.checkpoint.hf_config import INDEX, read_config
 from minitron_mcore.checkpoint.integrity import Verification, verify_checkpoint, verify_hugging_face
 from minitron_mcore.checkpoint.reader import TensorReader
-from minitron_mcore.checkpoint.safetensors_folder import INDEX, SafetensorsFolder
+from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.files import read_mapping

@@ -10,11 +10,11 @@ import torch
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.conversion import Unit
+from minitron_mcore.checkpoint.hf_config import INDEX, SINGLE
 from minitron_mcore.checkpoint.safetensors_file import SafetensorsFile
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import local_shape
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 ROWS = 4096  # of two embeddings that are compared
 

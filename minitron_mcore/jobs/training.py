@@ -22,8 +22,8 @@ from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World
 from minitron_mcore.training.budget import Timetable, check_train, plan_timetable
 from minitron_mcore.training.config import TrainConfig
-from minitron_mcore.training.dashboard import check_wandb
 from minitron_mcore.training.learning_rate import check_learning_rate
+from minitron_mcore.training.wandb_login import check_wandb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def resolve_training(
     resumes = latest_iteration(folder) is not None
     if resumes:
         check_architecture(folder, architecture)
-    check_wandb(recipe.log)
+    check_wandb(recipe.log, world.rank)
     timetable = plan_timetable(train, recipe.data.sequence_length, section)
     check_train(train, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, section)
     check_learning_rate(train, timetable, section)

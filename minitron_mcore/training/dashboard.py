@@ -7,7 +7,6 @@ they had: Weights & Biases takes no step twice.
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 import uuid
@@ -15,25 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.runtime.agree import is_main
 from minitron_mcore.training.config import LogConfig
 from minitron_mcore.training.history import logged
-
-
-def check_wandb(log: LogConfig) -> None:
-    """Raise InputError where uploading is asked for without an API key; it is looked up on the first rank alone."""
-    if log.wandb == "online" and is_main() and not _is_logged_in():
-        raise InputError("log.wandb=online needs an API key: log in with `wandb login`, or set log.wandb=offline")
-
-
-def _is_logged_in() -> bool:
-    """Whether there are credentials for Weights & Biases; it is not asked whether it takes them."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    if "prompt" in inspect.signature(wandb.login).parameters:
-        return wandb.login(prompt=False, verify=False)
-    return bool(wandb.api.api_key)  # older versions; newer ones warn at every use
+from minitron_mcore.training.wandb_login import is_logged_in
 
 
 class Dashboard:
@@ -50,7 +33,7 @@ class Dashboard:
         self.id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
         self.mode = log.wandb
         if self.mode == "auto":
-            self.mode = "online" if _is_logged_in() else "offline"
+            self.mode = "online" if is_logged_in() else "offline"
         self.earlier = sorted((folder / "wandb").glob(f"offline-run-*-{self.id}"))
         settings: dict[str, Any] = {"mode": self.mode, "resume": "allow", "reinit": "create_new"}
         try:

@@ -53,8 +53,10 @@ METHODS["top_k"] = ["cache.method=top_k", "cache.top_k=20", "cache.temperature=2
 def cache(root: Path, overrides: list[str]) -> tuple[str, str]:
     """(what was printed, what was refused); `@` stands for the folder of the test."""
     from minitron_mcore.errors import InputError
+    from minitron_mcore.jobs.cache import resolve
     from minitron_mcore.recipe import load_recipe
     from minitron_mcore.runtime.start import start
+    from minitron_mcore.runtime.world import World
     from minitron_mcore.stages import cache as stage
 
     drawn = [] if "cache.method=top_k" in overrides else ["cache.draws=30"]
@@ -62,7 +64,9 @@ def cache(root: Path, overrides: list[str]) -> tuple[str, str]:
     try:
         recipe = load_recipe(None, [text.replace("@", str(root)) for text in [*COMMON, *drawn, *overrides]])
         with contextlib.redirect_stdout(printed):
-            stage.run(recipe, start())
+            runtime = start()
+            job = resolve(recipe, World(runtime.rank, runtime.world_size))
+            stage.run(job, runtime)
     except InputError as error:
         return printed.getvalue(), str(error)
     return printed.getvalue(), ""

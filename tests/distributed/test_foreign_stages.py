@@ -82,10 +82,10 @@ def loss_of_transformers(root: Path, folder: str) -> float:
     from transformers import AutoModelForCausalLM
 
     from minitron_mcore.data.tokenizer import load_tokenizer
-    from minitron_mcore.stages.evaluate import held_out
+    from minitron_mcore.evaluation.held_out import held_out
 
     recipe = recipe_of(root, "precision=fp32")
-    dataset = held_out(recipe, load_tokenizer(recipe.tokenizer))
+    dataset = held_out(recipe.data, load_tokenizer(recipe.tokenizer), recipe.evaluate.samples, seed=recipe.seed)
     model = AutoModelForCausalLM.from_pretrained(root / folder, dtype=torch.float32, local_files_only=True)
     samples = [dataset[index] for index in range(recipe.evaluate.samples)]
     tokens, labels = (torch.stack([torch.as_tensor(each[name]) for each in samples]) for name in ("tokens", "labels"))

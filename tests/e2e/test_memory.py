@@ -62,11 +62,11 @@ def starved(command: list[str], when: int, kind: str) -> list[tuple[int, str]]:
     import torch
 
     from minitron_mcore.runtime import host
-    from minitron_mcore.stages import distill
+    from minitron_mcore.stages import train
     from minitron_mcore.training import loop
 
     steps = 0
-    train_step, device_memory, load_weights = loop.train_step, host.device_memory, distill.load_weights
+    train_step, device_memory, load_weights = loop.train_step, host.device_memory, train.load_weights
     exhausted = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def hungry(*arguments: Any) -> Any:
@@ -84,7 +84,7 @@ def starved(command: list[str], when: int, kind: str) -> list[tuple[int, str]]:
         raise exhausted
 
     if kind == "loading":
-        distill.load_weights = full  # type: ignore[assignment]
+        train.load_weights = full  # type: ignore[assignment]
     elif kind == "small":
         host.device_memory = lambda local_ranks: (2**16, 2**16)
     elif kind == "tight":
@@ -95,7 +95,7 @@ def starved(command: list[str], when: int, kind: str) -> list[tuple[int, str]]:
         try:
             first = command_on_rank(command)
         finally:
-            loop.train_step, host.device_memory, distill.load_weights = train_step, device_memory, load_weights
+            loop.train_step, host.device_memory, train.load_weights = train_step, device_memory, load_weights
         return [first, command_on_rank(command)]
 
 

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import yaml
-from minitron_mcore.stages.cached import check_teacher, lineage_of, refuse_other_targets
 
 from minitron_mcore.architecture import Architecture, save_architecture
 from minitron_mcore.checkpoint.folder import TRACKER
-from minitron_mcore.distillation.cache.file import write_settings
-from minitron_mcore.distillation.cache.teacher import CachedTeacher
+from minitron_mcore.checkpoint.identity import identity
+from minitron_mcore.distillation.cache.file import CacheReader, write_settings
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.cached import check_teacher, lineage_of, refuse_other_targets
 from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.recipe import Recipe, load_recipe
-from minitron_mcore.stages.cache import identity
 from tests.distributed.models import tiny
 
 KEY = "distill.teacher=cache:targets"
@@ -51,18 +50,18 @@ def test_a_teacher_without_manifest_is_known_by_its_place_and_shape(tmp_path: Pa
     first, second = checkpoint(tmp_path / "first", llama), checkpoint(tmp_path / "second", llama)
     settings = made_by(first, llama)
     assert settings["teacher"]["weights"] is None
-    check_teacher(with_teacher(first), settings, KEY)
-    check_teacher(with_teacher(tmp_path / "second" / ".." / "first"), settings, KEY)
+    check_teacher(with_teacher(first), settings)
+    check_teacher(with_teacher(tmp_path / "second" / ".." / "first"), settings)
     save_architecture(other, second / "architecture.yaml")
     with pytest.raises(InputError, match="was made by another teacher"):
-        check_teacher(with_teacher(second), made_by(second, llama), KEY)
+        check_teacher(with_teacher(second), made_by(second, llama))
     for named in (second, checkpoint(tmp_path / "third", llama), checkpoint(tmp_path / "fourth", llama, "{}")):
         with pytest.raises(InputError, match="was made by another teacher"):
-            check_teacher(with_teacher(named), settings, KEY)
+            check_teacher(with_teacher(named), settings)
     known = made_by(tmp_path / "fourth", llama)
-    check_teacher(with_teacher(checkpoint(tmp_path / "moved", llama, "{}")), known, KEY)
+    check_teacher(with_teacher(checkpoint(tmp_path / "moved", llama, "{}")), known)
     with pytest.raises(InputError, match="was made by another teacher"):
-        check_teacher(with_teacher(checkpoint(tmp_path / "fifth", other, "{}")), known, KEY)
+        check_teacher(with_teacher(checkpoint(tmp_path / "fifth", other, "{}")), known)
 
 
 def test_a_run_goes_on_with_the_targets_it_began_with(tmp_path: Path) -> None:
@@ -70,9 +69,9 @@ def test_a_run_goes_on_with_the_targets_it_began_with(tmp_path: Path) -> None:
     teacher = checkpoint(tmp_path / "teacher", tiny("llama"), "{}")
     settings, run = made_by(teacher, tiny("llama")), tmp_path / "run"
 
-    def cached(changes: dict[str, Any], **of_teacher: Any) -> CachedTeacher:
+    def cached(changes: dict[str, Any], **of_teacher: Any) -> dict[str, Any]:
         write_settings(tmp_path / "targets", settings | changes | {"teacher": settings["teacher"] | of_teacher})
-        return CachedTeacher(tmp_path / "targets", 1.0)
+        return CacheReader(tmp_path / "targets").settings
 
     run.mkdir()
     refuse_other_targets(run, cached({}), KEY)

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from minitron_mcore.distillation.config import CacheConfig
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.cache import check_top_k
+from minitron_mcore.jobs.inputs import find_model
+from minitron_mcore.jobs.job import NOTHING
+from minitron_mcore.jobs.teachers import is_itself
 from minitron_mcore.recipe import load_recipe
-from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.cache import check_cache
-from minitron_mcore.stages.distill import warn_of_itself
 from tests.distributed.models import tiny
 from tests.unit.test_cached_stage import checkpoint
 
@@ -62,18 +62,14 @@ def test_keys_that_do_nothing_are_refused_unless_they_are_the_default(overrides:
 
 def test_draws_are_had_of_a_vocabulary_smaller_than_the_other_methods_top_k() -> None:
     small = replace(tiny("llama"), vocab_size=64)
-    check_cache(CacheConfig(), small)
+    check_top_k(CacheConfig(), small)
     with pytest.raises(InputError, match=r"cache\.top_k=100 is more than the teacher's vocab_size=64"):
-        check_cache(CacheConfig(method="top_k"), small)
+        check_top_k(CacheConfig(method="top_k"), small)
 
 
-def test_a_student_that_is_its_own_teacher_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runtime = Runtime(0, 1, 0, torch.device("cpu"))
+def test_a_student_that_is_its_own_teacher_is_known(tmp_path: Path) -> None:
     first, second = (checkpoint(tmp_path / name, tiny("llama")) for name in ("first", "second"))
     (tmp_path / "link").symlink_to(first)
     for teacher in (second, first, tmp_path / "link"):
-        recipe = load_recipe(None, [f"teacher.checkpoint={teacher}"])
-        warn_of_itself(recipe, runtime, first, 3, "distill.load")
-        shown = capsys.readouterr().out
-        assert shown.startswith("WARNING: distill.load=") if teacher != second else not shown
-        assert shown.count("\n") == (teacher != second)
+        model = find_model(teacher, "teacher.checkpoint", NOTHING)
+        assert is_itself(model, find_model(first, "distill.load", NOTHING)) == (teacher != second)

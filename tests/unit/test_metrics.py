@@ -15,8 +15,8 @@ import pytest
 from minitron_mcore.errors import InputError
 from minitron_mcore.training.config import LogConfig
 from minitron_mcore.training.console import WIDTH, train_line, validation_line
-from minitron_mcore.training.dashboard import check_wandb
 from minitron_mcore.training.metrics import MetricsLog
+from minitron_mcore.training.wandb_login import check_wandb
 
 ROWS: list[tuple[int, dict[str, float], str]] = [
     (10, {"consumed samples": 80, "lm loss": 2.5, "learning-rate": 1e-3, "grad-norm": 0.25}, "train"),
@@ -217,9 +217,9 @@ def test_wandb_online_without_a_login_is_refused(tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     assert not (tmp_path / "run" / "wandb_run_id").exists()
     with pytest.raises(InputError, match=r"log\.wandb=online needs an API key: .*log\.wandb=offline"):
-        check_wandb(LogConfig(wandb="online"))
+        check_wandb(LogConfig(wandb="online"), 0)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    check_wandb(LogConfig(wandb="online"))
+    check_wandb(LogConfig(wandb="online"), 0)
 
 
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:
