@@ -225,7 +225,7 @@ def test_refusals(root: Path, shown: dict[str, tuple[str, str]]) -> None:
         "cache.shard_samples=0 must be at least 1": ["cache.folder=@/new", "cache.shard_samples=0"],
         "cache.temperature=0": ["cache.folder=@/new", "cache.temperature=0"],
         "distill.tokens=0 must be": ["cache.folder=@/new", "cache.num_samples=null"],
-        "logits are NaN or Inf in sample 0 ": ["cache.folder=@/nan", "teacher.checkpoint=@/broken"],
+        "gives logits that are NaN or Inf in sample 0 ": ["cache.folder=@/nan", "teacher.checkpoint=@/broken"],
     }
     for words, told in zip(cases, run_on_ranks(refuse_on_rank, 2, root, list(cases.values()))[0], strict=True):
         assert words in told and "\n" not in told
