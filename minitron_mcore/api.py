@@ -10,9 +10,9 @@
     minitron.save(student, "student/")
 
 `batches` is a sequence of int64 tensors [b, s] of token ids, on any device: all of one s, the last of at most the
-others' b. Under a launcher every rank calls every function with its own data-parallel rank's batches, as many of them
-on each; `start` says how the model is laid out. Every function raises `minitron_mcore.errors.InputError` for what
-cannot be, in one sentence. Worked examples: docs/api.md.
+others' b. Under a launcher every rank calls every function with its own data-parallel rank's batches, equally many on
+each; `start` sets the model's layout. Every function raises `minitron_mcore.errors.InputError` for wrong input, in one
+sentence. Worked examples: docs/api.md.
 """
 
 from __future__ import annotations
@@ -106,15 +106,13 @@ class Model:
 def start(*, seed: int = 1234, **parallel: Any) -> Runtime:
     """Start this process and lay models out as `parallel` says: tensor, pipeline, virtual_pipeline, sequence.
 
-    Not needed in a notebook: the other functions start a single process by themselves. Models that were loaded at
-    another layout are of no use afterwards. Every rank calls. Raises InputError.
+    Not needed in a notebook: the other functions start a single process by themselves. Models loaded at another layout
+    cannot be used afterwards. Every rank calls. Raises InputError.
     """
     global _runtime, _parallel
     wanted = ParallelConfig(**parallel)
     if wanted.context > 1:
-        raise InputError(
-            f"context={wanted.context} is not possible here, where scores need whole sequences: leave it out"
-        )
+        raise InputError("context", wanted.context, "does not work here, where scores need whole sequences", "omit it")
     runtime = start_process()
     use_layout(wanted, runtime.world_size)
     seed_everything(seed)
@@ -146,7 +144,7 @@ def load(folder: str | Path, precision: str = "fp32") -> Model:
 
 def build(architecture: Architecture | Mapping[str, Any], seed: int = 1234, precision: str = "fp32") -> Model:
     """A model of random weights, the same at every layout. `architecture`: Megatron's field names, as in
-    {"family": "llama", "num_layers": 4, "hidden_size": 64, …}; what the family fixes need not be said."""
+    {"family": "llama", "num_layers": 4, "hidden_size": 64, …}; what the family fixes may be left out."""
     _check_precision(precision)
     if not isinstance(architecture, Architecture):
         architecture = build_architecture(dict(architecture))
@@ -172,10 +170,10 @@ def score(
     """Importance of every axis of `model`, float64, larger being more important (see importance/scores.py).
 
     `aggregation`: over samples / over a sample's tokens, each of mean, l2, var. `aggregations` and `neuron_sites`:
-    further ones of the same pass, in `scores.variants`. `depth_metrics` (lm_loss, logit_mse, normalized_logit_mse): the
-    harm done by leaving out each block of `block_lengths` layers, 1 + Σ (layers − length + 1) further passes, into
-    `scores.depth`. `method`: activation, or the baselines magnitude (of the weights; one rank alone) and random (by
-    `seed`), which do not look at `batches`. Source: arXiv 2407.14679, section 2.2 and table 13.
+    further ones from the same pass, in `scores.variants`. `depth_metrics` (lm_loss, logit_mse, normalized_logit_mse):
+    the cost of leaving out each block of `block_lengths` layers, by 1 + Σ (layers − length + 1) further passes, in
+    `scores.depth`. `method`: activation, or the baselines magnitude (of the weights; one rank only) and random (from
+    `seed`), which ignore `batches`. Source: arXiv 2407.14679, section 2.2 and table 13.
     """
     batch, _, sequence = aggregation.partition("/")
     config = ImportanceConfig(
@@ -204,10 +202,10 @@ def score(
 def measure(
     model: Model, batches: Iterable[torch.Tensor], what: Measure, *, aggregation: str = "l2/mean"
 ) -> numpy.ndarray:
-    """A metric of one's own: what the hooks of `what` record, aggregated: float64 [rows, channels] of the whole model.
+    """A custom metric: what the hooks of `what` record, aggregated: float64 [rows, channels] of the whole model.
 
-    `what`: a name, the global (rows, channels), and a function that hooks a chunk (see importance/hooks.py, docs/api.md
-    for one in ten lines). The same on every rank.
+    `what`: a name, the global (rows, channels), and a function that hooks a chunk (see importance/hooks.py; docs/api.md
+    has one in ten lines). The same on every rank.
     """
     batch, _, sequence = aggregation.partition("/")
     ImportanceConfig(batch_aggregation=batch, sequence_aggregation=sequence)  # refuses what is no aggregation
@@ -225,7 +223,7 @@ def plan(
     num_query_groups: int | None = None,
     **choices: Any,
 ) -> PruningPlan:
-    """Which indices of every axis stay, for a student of the given sizes; what is left out stays the teacher's.
+    """The indices that stay on every axis, for a student of the given sizes; sizes left out stay the teacher's.
 
     `choices`: those of `minitron_mcore.pruning.plan.make_plan`: keep_layers, ratios, divisible_by, layers (scattered or
     contiguous), depth_metric, variant, head_residual, residual_matrices. Pure data; save it with `save_plan`.
@@ -244,7 +242,7 @@ def plan(
 
 def prune(model: Model, plan: PruningPlan, *, trainable: bool = False) -> Model:
     """The student in memory, beside the teacher, which stays as it is: the same bits as `minitron prune` writes."""
-    check_same_model(plan.teacher, model.architecture, "the plan is for")
+    check_same_model(plan.teacher, model.architecture, "plan")
     chunks = prune_chunks(as_chunks(model.chunks), plan, trainable=trainable)
     lineage = {"stage": "prune", "teacher": model.lineage, "plan": {"fingerprint": plan.fingerprint}}
     return Model(chunks, plan.student, model.precision, model.source, lineage)
@@ -261,14 +259,14 @@ def lm_loss(model: Model, batches: Iterable[torch.Tensor]) -> float:
 def save(model: Model, folder: str | Path) -> Path:
     """Write a checkpoint that every verb reads: weights, architecture, lineage, the source's tokenizer if it has one.
 
-    `folder` must be new or empty; it appears once it is whole. Every rank calls.
+    `folder` must be new or empty, and appears only when it is complete. Every rank calls.
     """
     runtime, _ = _started()
     target = Path(folder).resolve()
 
     def refuse() -> None:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InputError("folder", folder, "is there already", "name another folder")
+            raise InputError("folder", folder, "exists already", "name another folder")
 
     def describe(unfinished: Path) -> None:
         tokenizer = tokenizer_folder(model.source) if model.source is not None else None
@@ -292,14 +290,16 @@ def save(model: Model, folder: str | Path) -> Path:
 
 def _check_precision(precision: str) -> None:
     if precision not in DTYPES:
-        raise InputError(f"precision={precision!r} is not allowed: choose one of {', '.join(DTYPES)}")
+        raise InputError("precision", precision, "is not allowed", f"choose one of {', '.join(DTYPES)}")
 
 
 def _magnitude(model: Model) -> Scores:
     if model.chunks[0].config.tensor_model_parallel_size * model.chunks[0].config.pipeline_model_parallel_size > 1:
         raise InputError(
-            "method=magnitude reads whole matrices in memory, which a sharded model has not: save it and use "
-            "`minitron score importance.method=magnitude`, which reads checkpoints"
+            "method",
+            "magnitude",
+            "reads whole matrices in memory, which a sharded model does not have",
+            "save the model and use `minitron score importance.method=magnitude`, which reads checkpoints",
         )
     held = {(key, layer): tensor.detach() for key, layer, tensor in named_parameters(model.chunks[0])}
     sums = squares(model.architecture, lambda parameter, layer: held[parameter.key, layer].cpu())
@@ -307,17 +307,18 @@ def _magnitude(model: Model) -> Scores:
 
 
 def _microbatches(model: Model, batches: Iterable[torch.Tensor]) -> list[Microbatch]:
-    """On the model's device, all of one size; rows that fill the last one up are neither scored nor counted."""
+    """On the model's device and all of one size; rows that fill up the last one are neither scored nor counted."""
     device = next(model.chunks[0].parameters()).device
     found: list[Microbatch] = []
     for number, tokens in enumerate(batches):
-        _check_tokens(tokens, number, model.architecture)
+        key = f"batches[{number}]"
+        _check_tokens(tokens, key, model.architecture)
         size = found[0].tokens.shape if found else tokens.shape
         missing = size[0] - tokens.shape[0]
         if tokens.shape[1] != size[1] or missing < 0:
+            rule = f"has shape {tuple(tokens.shape)} after batches of {tuple(size)}"
             raise InputError(
-                f"batches[{number}] has shape {tuple(tokens.shape)} after ones of {tuple(size)}: all need the same "
-                "sequence length, and at most as many rows as the first"
+                key, None, rule, "give all the same sequence length, and at most as many rows as the first"
             )
         tokens = torch.cat([tokens, tokens[:1].expand(missing, -1)]).to(device)
         valid = torch.ones(size[0], device=device)
@@ -328,22 +329,19 @@ def _microbatches(model: Model, batches: Iterable[torch.Tensor]) -> list[Microba
         positions = torch.arange(size[1], device=device).expand(size).contiguous()
         found.append(Microbatch(tokens, tokens.roll(-1, dims=1), mask, positions, valid=valid))
     if not found:
-        raise InputError("batches is empty: give token tensors [b, s] (a generator can be read once only)")
+        raise InputError("batches", None, "is empty", "give token tensors [b, s] (a generator can be read only once)")
     return found
 
 
-def _check_tokens(tokens: Any, number: int, architecture: Architecture) -> None:
+def _check_tokens(tokens: Any, key: str, architecture: Architecture) -> None:
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.dtype != torch.int64 or not tokens.numel():
         said = f"{tokens.dtype} {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
-        raise InputError(f"batches[{number}] is {said}: token ids as an int64 tensor [b, s] are needed")
+        raise InputError(key, None, f"is {said}", "give token ids as an int64 tensor [b, s]")
     if tokens.shape[1] > architecture.max_position_embeddings:
-        raise InputError(
-            f"batches[{number}] has rows of {tokens.shape[1]} tokens, longer than the model's max_position_embeddings="
-            f"{architecture.max_position_embeddings}: cut them"
-        )
+        longest = f"max_position_embeddings={architecture.max_position_embeddings}"
+        rule = f"has rows of {tokens.shape[1]} tokens, longer than the model's {longest}"
+        raise InputError(key, None, rule, "shorten them")
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= architecture.vocab_size:
-        raise InputError(
-            f"batches[{number}] holds the token id {low if low < 0 else high}, but the model's vocab_size is "
-            f"{architecture.vocab_size}: use the tokenizer the model was trained with"
-        )
+        rule = f"has the token id {low if low < 0 else high}, but the model's vocab_size is {architecture.vocab_size}"
+        raise InputError(key, None, rule, "use the tokenizer the model was trained with")

@@ -68,6 +68,20 @@ def refuse_closed(what: str, path: str | Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
+def kind_of(path: str | Path) -> str:
+    """What lies at `path` where something else was asked for, as a rule says it; "" where nothing known does."""
+    path = Path(path)
+    if path.is_dir():
+        described = (path / "architecture.yaml", path / "latest_checkpointed_iteration.txt")
+        return "is a checkpoint" if any(file.is_file() for file in described) else "is a folder"
+    if not path.is_file():
+        return ""
+    with path.open("rb") as stream:
+        head = stream.read(4096)
+    marks = {b'"minitron_plan"': "is a pruning plan", b"minitron_scores": "is a scores file"}
+    return next((words for mark, words in marks.items() if mark in head), "")
+
+
 def nearest_folder(path: str | Path) -> Path:
     """`path`, or the innermost folder above it that is there."""
     folder = Path(path).absolute()

@@ -2,8 +2,8 @@
 
 Of values S_1 … S_n:  mean = 1/n Σ|S_i|,  l2 = √(Σ S_i²),  var = 1/n Σ (S_i − S̄)².
 
-Both steps go through sums, which add up over parts of a sequence, microbatches and ranks alike: how the samples are
-cut or laid out does not change the result. Over the sequence they are formed in float32, from there on in float64.
+Both steps go through sums, which add up over parts of a sequence, microbatches and ranks, so that the split and layout
+of the samples do not change the result. They are formed in float32 over the sequence, and in float64 from there on.
 
 Legend: s sequence (or this rank's part of it), b micro-batch, C channels, R rows (layers or norm sites), A sequence
 aggregations.
@@ -20,7 +20,7 @@ from minitron_mcore.importance.config import AGGREGATIONS as AGGREGATIONS
 # Which sums each aggregation is made from: abs = Σ|S|, sum = ΣS, square = ΣS².
 SUMS = {"mean": ("abs",), "l2": ("square",), "var": ("sum", "square")}
 
-CACHED = 2**17  # values, of a core
+CACHED = 2**17  # values that fit a core's cache
 
 
 def sums_for(aggregations: Sequence[str]) -> tuple[str, ...]:
@@ -31,15 +31,15 @@ def sums_for(aggregations: Sequence[str]) -> tuple[str, ...]:
 def sequence_sums(values_SBC: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
     """The sums `names` of every sample and channel over this part of the sequence: [len(names), b, C].
 
-    float64, but for Σ|S| alone on a GPU, which is left as its kernel forms it, in float32. Values may be of any
-    floating type. Where `sum` is asked for, squares are summed about a mean, since the variance's
-    ΣS² − (ΣS)²/n cancels in float32; the two are put together in float64.
+    float64, except that Σ|S| alone on a GPU stays in its kernel's float32. Values may be of any floating type. With
+    `sum`, squares are summed about the mean, because the variance's ΣS² − (ΣS)²/n would cancel in float32; the two are
+    put together in float64.
     """
     return (_sums_on_cuda if values_SBC.is_cuda else _sums_on_cpu)(values_SBC, names)
 
 
 def _sums_on_cuda(values_SBC: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """One kernel, which reads the values once, where one kind of sum is asked for: launching more takes longer."""
+    """A single kernel that reads the values once if one kind of sum is wanted: launches cost more than arithmetic."""
 
     def norm(values: torch.Tensor, power: int) -> torch.Tensor:
         return torch.linalg.vector_norm(values, power, dim=0, dtype=torch.float32)
@@ -60,10 +60,10 @@ def _sums_on_cuda(values_SBC: torch.Tensor, names: Sequence[str]) -> torch.Tenso
 
 
 def _sums_on_cpu(values_SBC: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """All sums are formed of one piece of the sequence while it is in the cache.
+    """All sums over one piece of the sequence while it is in the cache.
 
-    vector_norm is not vectorised over a leading axis here, and fresh memory costs more than the arithmetic done in it:
-    hence pieces of scratch that are written again and again.
+    On the CPU vector_norm is not vectorised over a leading axis, and fresh memory costs more than the arithmetic in it:
+    hence the scratch buffers, which are reused for every piece.
     """
     shape, num_channels = values_SBC.shape[1:], values_SBC[0].numel()
     values_SX = values_SBC.reshape(-1, num_channels)
@@ -103,9 +103,9 @@ def over_sequence(
 
 
 class SampleSums:
-    """Σ v and Σ v² over samples, v a sample's value after the sequence aggregation: [A, 2, R, C], float64.
+    """Σ v and Σ v² over samples, v being a sample's value after aggregation over the sequence: [A, 2, R, C], float64.
 
-    Every aggregation over the batch follows from these two, v being non-negative.
+    Every aggregation over the batch follows from these two, since v is not negative.
     """
 
     def __init__(self, sequence: Sequence[str], rows: int, channels: int, device: torch.device | str = "cpu") -> None:

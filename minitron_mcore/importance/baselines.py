@@ -1,4 +1,4 @@
-"""Random scores: what any way of scoring has to beat."""
+"""Random scores, the baseline that every scoring method has to beat. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minitron_mcore.importance.scores import Scores, axis_shapes
 
 
 def random_scores(architecture: Architecture, seed: int, settings: dict[str, Any] | None = None) -> Scores:
-    """Uniform in [0, 1), by `seed` alone; every axis has a stream of its own. Any rank calls; all get the same."""
+    """Uniform in [0, 1), from `seed` alone, with a stream for each axis. Any rank calls; all get the same."""
     arrays: dict[str, Any] = {
         axis: numpy.random.default_rng([abs(seed), place]).random(shape)
         for place, (axis, shape) in enumerate(axis_shapes(architecture).items())

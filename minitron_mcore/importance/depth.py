@@ -7,10 +7,10 @@
     normalized_accuracy    the same, a choice's log-likelihood being divided by its number of tokens
 
 Layers are left out in memory (model/skip.py). One pass over the samples, and one over the task's rows, serves all
-metrics of a block. The tokens that count are those of the loss mask, in all metrics.
+metrics of a block. Every metric counts the tokens of the loss mask.
 
-The whole model's final hidden states are kept in host memory for the logit metrics (`kept_bytes`), on the last pipeline
-stage; logits exist for a few hundred tokens at a time.
+For the logit metrics the last pipeline stage keeps the whole model's final hidden states in host memory (`kept_bytes`);
+logits exist for a few hundred tokens at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEXT_METRICS = ("lm_loss", *LOGIT_METRICS)
 @dataclass(frozen=True)
 class DepthTable:
     """`damage`: "METRIC@LENGTH" -> float64 [num_layers − LENGTH + 1], entry s without layers s … s + LENGTH − 1; larger
-    is worse. `whole`: the whole model's own lm_loss (nats a token) and accuracies, where measured."""
+    is worse. `whole`: the whole model's lm_loss (nats per token) and accuracies, as far as they were measured."""
 
     whole: dict[str, float] = field(default_factory=dict)
     damage: dict[str, numpy.ndarray] = field(default_factory=dict)
@@ -48,19 +48,19 @@ def check_blocks(metrics: Sequence[str], lengths: Sequence[int], num_layers: int
     """Raise InputError for an unknown metric, and for blocks that are empty or all of the model."""
     for metric in metrics:
         if metric not in TEXT_METRICS + TASK_METRICS:
-            raise InputError(f"importance.depth_metrics holds {metric!r}: choose from {', '.join(DEPTH_METRICS)}")
+            remedy = f"choose from {', '.join(DEPTH_METRICS)}"
+            raise InputError("importance.depth_metrics", list(metrics), f"holds {metric}, which is unknown", remedy)
+    key = "importance.block_lengths"
     if metrics and not lengths:
-        raise InputError("importance.block_lengths is empty: name the lengths of the blocks to leave out, as in [1]")
+        raise InputError(key, [], "is empty", "name the lengths of the blocks to leave out, as in [1]")
     for length in lengths if metrics else ():
         if not 1 <= length < num_layers:
-            raise InputError(
-                f"importance.block_lengths holds {length}: the model has {num_layers} layers, so that blocks of 1 to "
-                f"{num_layers - 1} can be left out"
-            )
+            rule = f"holds {length}, but the model has {num_layers} layers"
+            raise InputError(key, list(lengths), rule, f"choose lengths from 1 to {num_layers - 1}")
 
 
 def measured(metrics: Iterable[str]) -> list[str]:
-    """The metrics that cost passes of their own; block influence comes with the activations."""
+    """The metrics that need passes of their own; block influence comes with the activations."""
     return [metric for metric in metrics if metric != "block_influence"]
 
 
@@ -72,7 +72,7 @@ def blocks_of(lengths: Sequence[int], num_layers: int) -> list[range]:
 def costs(
     metrics: Sequence[str], lengths: Sequence[int], num_layers: int, num_samples: int, task: Task | None = None
 ) -> list[str]:
-    """What each metric costs, a line for those that share their passes; to be said before they run."""
+    """The number of passes, one line for all metrics that share them; printed before they run."""
     passes = 1 + len(blocks_of(lengths, num_layers))
     terms = ["1 whole"] + [f"{num_layers - length + 1} without {length}" for length in lengths]
     shares: list[tuple[tuple[str, ...], int, str]] = [(TEXT_METRICS, num_samples, f"{num_samples:,} samples")]
@@ -92,8 +92,8 @@ def costs(
 def kept_bytes(
     architecture: Architecture, metrics: Sequence[str], precision: str, num_samples: int, sequence_length: int
 ) -> int:
-    """Host memory for the whole model's final hidden states, over all ranks of one tensor-parallel number: divide by
-    the data-parallel ranks, and under sequence parallelism by the tensor-parallel ones, for what a rank keeps."""
+    """Host memory for the whole model's final hidden states, summed over data-parallel ranks and, under sequence
+    parallelism, over tensor-parallel ones: divide by their number for what a rank keeps."""
     wanted = any(metric in LOGIT_METRICS for metric in metrics)
     return wanted * num_samples * sequence_length * architecture.hidden_size * BYTES[precision]
 
@@ -112,18 +112,18 @@ def measure_depth(
     """Every metric for every block of the given lengths; the same numbers on every rank, at every layout.
 
     `batches`: this data-parallel rank's microbatches, on the device, as many on every rank and all of one size: tokens,
-    labels, loss_mask, position_ids [b, s]; a filler's loss mask is 0. Every block sees the same. `task` with rows of
-    `micro_batch_size` is read where accuracy is wanted. `report(blocks done, of how many)`. Every rank calls.
+    labels, loss_mask, position_ids [b, s]; a filler's loss mask is 0. Every block sees the same. `task`: the questions,
+    read `micro_batch_size` rows at a time, for accuracies. `report(blocks done, of how many)`. Every rank calls.
 
-    1 + Σ (num_layers − length + 1) passes over samples and task (`costs`). Raises InputError for metrics or lengths
-    that cannot be, where no token counts, and for a metric that is NaN or Inf.
+    Takes 1 + Σ (num_layers − length + 1) passes over samples and task (`costs`). Raises InputError for impossible
+    metrics or lengths, if no token counts, and if a metric is NaN or Inf.
     """
     metrics = measured(metrics)
     if not metrics:
         return DepthTable()
     check_blocks(metrics, lengths, architecture.num_layers)
     if task is None and (needs := [metric for metric in metrics if metric in TASK_METRICS]):
-        raise InputError(f"{needs[0]} is measured on questions: give the task that `load_task` reads")
+        raise InputError("task", None, f"is missing, and {needs[0]} needs its questions", "read it with `load_task`")
     passes = _Passes(chunks, batches, architecture, metrics, task, micro_batch_size)
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
@@ -148,7 +148,7 @@ def measure_depth(
 
 
 class _Passes:
-    """Passes over the samples and the task with the model as it is at that moment; the first one is of the whole."""
+    """Passes over the samples and the task, with the model in its current state; the first is of the whole model."""
 
     def __init__(
         self,
@@ -168,24 +168,24 @@ class _Passes:
         self.task = task if _any(metrics, TASK_METRICS) else None
 
     def run(self, words: str) -> dict[str, float]:
-        """Value of every metric; the logit metrics are against the first run's model, and 0 in the first run."""
+        """Every metric's value; the logit metrics compare with the first run's model, and are 0 in the first run."""
         values: dict[str, float] = {}
         if self.groups:
             count, loss, difference, reference = self._text_sums().tolist()
             if not count:
-                raise InputError("no token of the calibration samples counts: every loss mask is 0")
+                raise InputError("", "the calibration samples", "have no token that counts: every loss mask is 0")
             values["lm_loss"] = loss / count
             values["logit_mse"] = difference / count / self.vocab_size
             values["normalized_logit_mse"] = difference / reference if difference else 0.0
         if self.task is not None:
             likelihoods = log_likelihoods(self.chunks, self.task, self.vocab_size, self.micro_batch_size)
             if not numpy.isfinite(likelihoods).all():
-                raise InputError(f"log-likelihoods {words} are NaN or Inf: check the weights and the precision")
+                raise _not_finite(f"log-likelihoods {words}")
             values["accuracy"] = accuracy(self.task, likelihoods)
             values["normalized_accuracy"] = accuracy(self.task, likelihoods, normalized=True)
         for metric in self.metrics:
             if not numpy.isfinite(values[metric]):
-                raise InputError(f"{metric} {words} is NaN or Inf: check the weights and the precision")
+                raise _not_finite(f"{metric} {words}")
         return {metric: values[metric] for metric in self.metrics}
 
     def _text_sums(self) -> torch.Tensor:
@@ -213,6 +213,10 @@ class _Passes:
             visit_final_states(self.chunks, group, visit)
         self.kept = whole or self.kept
         return over_world(sums, self.chunks)
+
+
+def _not_finite(what: str) -> InputError:
+    return InputError("", what, "came out as NaN or Inf", "check the checkpoint's weights, and precision")
 
 
 def _any(metrics: Sequence[str], kind: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""What layers and blocks are worth: as text, as CSV, and as a plot."""
+"""The cost of leaving out layers and blocks, as text, CSV and a plot."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def rows_of(scores: Scores, table: DepthTable) -> list[dict[str, Any]]:
     """The whole model, then every block: by length, then by first layer.
 
     Columns: length, first_layer, last_layer (the first layer is 0); block_influence; each metric, as in `scores.depth`
-    (larger is worse); and, where measured, what the model has left: lm_loss_without, perplexity_without,
-    accuracy_without, normalized_accuracy_without. Of the whole model there is only the last.
+    (larger is worse); and, where measured, the model's own numbers without the block: lm_loss_without,
+    perplexity_without, accuracy_without, normalized_accuracy_without. The whole model has only the latter.
     """
     names = list(dict.fromkeys(name.partition("@")[0] for name in table.damage))
     lengths = list(dict.fromkeys(int(name.partition("@")[2]) for name in table.damage))
@@ -95,7 +95,7 @@ def write_plot(scores: Scores, table: DepthTable, path: Path) -> None:
             values = scores.depth_of(name, length) if name == "block_influence" else table.damage[f"{name}@{length}"]
             largest = float(numpy.abs(values).max())
             label = f"{name.replace('_', ' ')} (1 = {largest:.3g})"
-            # Both logit metrics are one curve but for its scale: the dashed one lies on top.
+            # The two logit metrics differ only in scale: dashes let both show.
             style = "--" if name.startswith("normalized") else "-"
             heights = values / (largest or 1.0)
             panel.plot(range(len(values)), heights, style, marker=marker, markersize=4, lw=1.4, label=label)

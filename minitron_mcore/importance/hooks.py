@@ -7,12 +7,12 @@
     down_projection_input   what the down projection reads: after the activation and the gate
     layers                  block influence of a token: 1 − cos(layer's input, layer's output)
 
-A KV group is pruned with all of its query heads, so what a token loses with it is the q d channels that they put out:
-their L2 norm is to the group what a head's is to the head. (The papers keep every KV group and give no formula.)
-Unlike a sum of the heads' scores it is formed token by token, so that one head that is strong where the others are weak
-counts as what it is; unlike the norm of the group's key and value it sees what attention makes of them.
+A KV group is pruned with all of its query heads, so a token loses their q d output channels with it; their L2 norm is
+to the group what a head's is to the head. (The papers keep every KV group and give no formula.) Unlike a sum of the
+heads' scores it is formed token by token, so that a head that is strong where the others are weak counts fully; unlike
+the norm of the group's key and value it includes what attention makes of them.
 
-A measure of one's own is one more `Measure`: a shape, and a function that hooks a chunk and records values.
+A custom measure is one more `Measure`: a shape, and a function that hooks a chunk and records values.
 
 Legend: s sequence, b micro-batch, C channels on this rank, h hidden, n heads on this rank, d head dimension, q query
 heads in a KV group.
@@ -84,8 +84,7 @@ def norms_of(width: int) -> Values:
 def block_influence(x_SBH: torch.Tensor, y_SBH: torch.Tensor) -> torch.Tensor:
     """1 − cos(x, y) of every token, float32 [s, b, 1].
 
-    Written with the difference of x and y, which the layer's change is small against: 1 − x·y / (|x| |y|) would lose
-    most of its digits, and a product in bf16 all of them.
+    Computed from y − x, which is small beside x: 1 − x·y / (|x| |y|) would lose most of its digits, and in bf16 all.
     """
     x_norm, y_norm, change = (
         torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32)

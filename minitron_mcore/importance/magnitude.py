@@ -6,11 +6,11 @@
     groups   the rows of its query heads, key and value, the columns of its query heads in the output projection
     layers   all four matrices
 
-Matrices alone count. A norm's weight is stored as γ or as γ − 1, depending on the family, and a bias belongs to no
-channel that it could be compared by. Rows of the vocabulary's padding are no weights.
+Only matrices count: a norm's weight is stored as γ or as γ − 1, depending on the family, and a bias cannot be compared
+across channels. Rows that pad the vocabulary do not count.
 
-Squares are summed in float64 over whole global matrices, so that the layout a checkpoint was saved at, and the one it
-is scored at, change nothing but the order of a few additions.
+Squares are summed in float64 over whole global matrices, so that the layouts of saving and of scoring change only the
+order of a few additions.
 
 Legend: h hidden, f ffn, g KV groups, q query heads in a group, d head dimension, V vocabulary.
 """
@@ -43,8 +43,8 @@ def magnitude_scores(
 ) -> Scores:
     """Scores of the checkpoint in `folder`; the same on every rank, at every layout it was saved at.
 
-    Every rank of the world calls: each reads its share of the parameters, one at a time. Raises InputError, on every
-    rank, where the checkpoint is damaged, is no checkpoint of `architecture`, or holds NaN or Inf.
+    Every rank calls; each reads its share of the parameters, one at a time. Raises InputError, on every rank, if the
+    checkpoint is damaged, is of another architecture, or holds NaN or Inf.
     """
     many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
@@ -78,7 +78,8 @@ def squares(architecture: Architecture, read: Read, part: int = 0, parts: int = 
         across = _by_row_and_column(read(parameter, layer), parameter, a)
         if not all(values.isfinite().all() for values in across):
             where = "" if layer is None else f" of layer {layer} (the first is 0)"
-            raise InputError(f"{parameter.key}{where} holds NaN or Inf: no magnitude can be told of such a checkpoint")
+            rule = "holds NaN or Inf, so that its magnitude is unknown"
+            raise InputError("", f"{parameter.key}{where}", rule, "use a checkpoint with finite weights")
         for axis, values in zip(parameter.axes, across, strict=True):
             _add(sums, axis, values, layer, a)
         if layer is not None:
@@ -89,6 +90,7 @@ def squares(architecture: Architecture, read: Read, part: int = 0, parts: int = 
 def from_squares(
     architecture: Architecture, sums: dict[str, torch.Tensor], settings: dict[str, Any] | None = None
 ) -> Scores:
+    """Scores from the sums of squares by axis."""
     arrays: dict[str, Any] = {axis: values.sqrt().numpy() for axis, values in sums.items()}
     said = {"importance": {"method": "magnitude"}, "tolerance": TOLERANCE, **(settings or {})}
     return Scores(architecture=architecture, settings=said, **arrays)
@@ -111,7 +113,7 @@ def _by_row_and_column(
 def _add(
     sums: dict[str, torch.Tensor], axis: str, values: torch.Tensor, layer: int | None, architecture: Architecture
 ) -> None:
-    """Add the squares along one axis of a matrix (named as in layout.py) to the structures that they belong to."""
+    """Add the squares along one axis of a matrix, named as in layout.py, to the structures they belong to."""
     a = architecture
     q, d = a.heads_per_group, a.kv_channels
     if axis == "hidden":

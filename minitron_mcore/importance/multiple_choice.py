@@ -1,23 +1,23 @@
-"""Multiple-choice questions: a JSONL file, and which choice a model finds likeliest, at any layout.
+"""Multiple-choice questions from a JSONL file, and which choice a model finds likeliest, at any layout.
 
-One question a line, further keys are ignored:
+One question per line; further keys are ignored:
 
     {"context": "The trophy did not fit into the case because the", "choices": [" trophy", " case"], "answer": 0}
 
 `answer` is the index of the right choice (the first is 0) or its text. A choice is scored by its log-likelihood as the
-continuation of the context: context and choice are joined as they stand, so that a space between them is the choice's.
+continuation of the context: the two are joined as they stand, so that a space between them belongs to the choice.
 
-A gap in the middle, as in Winogrande, is filled into the context, of which each choice then has its own, and what is
-scored is the rest of the sentence (partial scoring, arXiv 1806.02847):
+A gap in the middle, as in Winogrande, is filled into the context: each choice then has its own, and the rest of the
+sentence is scored (partial scoring, arXiv 1806.02847):
 
     {"context": ["It did not fit because the trophy", "It did not fit because the case"],
      "choices": [" was too big.", " was too big."], "answer": 0}
 
-Tokens: each context + choice is tokenised whole, after one start token, by default the end-of-document token, which is
-what a document follows in the samples that a model is trained on here. Given are the tokens that all choices and the
-context alone begin with; all tokens after these are the choice's. Where a choice changes how the end of the context is
-tokenised, the changed tokens are thereby scored in every choice, and the choices stay comparable. With a context for
-each choice, given is what the choice and its own context have in common.
+Tokens: each context + choice is tokenised as a whole, after one start token, by default the end-of-document token,
+which precedes a document in the samples that models are trained on here. The tokens that the context alone and all
+choices begin with are given; the rest is scored. So where a choice changes how the end of the context is tokenised, the
+changed tokens are scored in every choice, and the choices stay comparable. With a context for each choice, the given
+tokens are those that a choice shares with its own context.
 
 Legend: b rows of a micro-batch, a row being one choice of one question; s its tokens, padded to the longest.
 """
@@ -76,8 +76,8 @@ class Task:
 def load_task(path: str | Path, tokenizer: Tokenizer, max_positions: int, start: int | None = None) -> Task:
     """Read and tokenise the questions in `path`; `start` is the token before each, by default `tokenizer.eod`.
 
-    Any rank calls. Raises InputError, with file and line, for a line that is no question, a choice without tokens, and
-    a row of more than `max_positions` tokens.
+    Any rank calls. Raises InputError, with file and line, for a line that is not a question, a choice without tokens,
+    and a row of more than `max_positions` tokens.
     """
     first = tokenizer.eod if start is None else start
     questions = []
@@ -85,10 +85,8 @@ def load_task(path: str | Path, tokenizer: Tokenizer, max_positions: int, start:
         question = _tokenise(contexts, choices, answer, tokenizer, first, where)
         read = max(len(sequence) - 1 for sequence in question.sequences)
         if read > max_positions:
-            raise InputError(
-                f"{where}: context and choice are {read} tokens, more than the model's "
-                f"max_position_embeddings={max_positions}: shorten the context"
-            )
+            rule = f"has {read} tokens of context and choice, more than max_position_embeddings={max_positions}"
+            raise refusal(where, rule, "shorten the context")
         questions.append(question)
     return Task(str(path), tuple(questions), hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
@@ -98,21 +96,24 @@ def read_questions(path: str | Path) -> list[tuple[str, list[str], list[str], in
 
     There is one context, or one for each choice.
     """
-    key = f"importance.multiple_choice={path}"
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"{key} cannot be read: {error.strerror}") from error
+        raise refusal(path, f"cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{key} is not UTF-8 (byte {error.start}): write it as UTF-8") from error
+        raise refusal(path, f"is not UTF-8 (byte {error.start})", "write it as UTF-8") from error
     questions = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            where = f"{key}, line {number}"
+            where = f"{path}, line {number}"
             questions.append((where, *_parse(line, where)))
     if not questions:
-        raise InputError(f"{key} holds no questions: write lines of {FORM}")
+        raise refusal(path, "holds no questions", f"write lines of {FORM}")
     return questions
+
+
+def refusal(where: str | Path, rule: str, remedy: str = "") -> InputError:
+    return InputError("importance.multiple_choice", where, rule, remedy)
 
 
 def _parse(line: str, where: str) -> tuple[list[str], list[str], int]:
@@ -120,30 +121,27 @@ def _parse(line: str, where: str) -> tuple[list[str], list[str], int]:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is no JSON ({error}): write {FORM}") from error
+        raise refusal(where, f"is not JSON ({error})", f"write {FORM}") from error
     if not isinstance(fields, dict) or not {"context", "choices", "answer"} <= fields.keys():
-        raise InputError(f"{where} is no question: write {FORM}")
+        raise refusal(where, "is not a question", f"write {FORM}")
     context, choices, answer = (fields[name] for name in ("context", "choices", "answer"))
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
-        raise InputError(f"{where}: choices is {_shown(choices)} and must be a list of two texts or more")
+        raise refusal(where, f"has choices={_shown(choices)}, which must be a list of two or more texts")
     contexts = [context] if isinstance(context, str) else context
     if (
         not isinstance(contexts, list)
         or not all(isinstance(each, str) for each in contexts)
         or (isinstance(context, list) and len(contexts) != len(choices))
     ):
-        raise InputError(
-            f"{where}: context is {_shown(context)} and must be text, or a list of as many texts as there are choices"
-        )
+        rule = f"has context={_shown(context)}, which must be text, or a list of as many texts as there are choices"
+        raise refusal(where, rule)
     if len(set(_joined(contexts, choices))) < len(choices):
-        raise InputError(f"{where}: two choices are the same text, between which no model could choose")
+        raise refusal(where, "has two choices of the same text, between which no model could choose")
     if isinstance(answer, str) and choices.count(answer) == 1:
         return contexts, choices, choices.index(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise InputError(
-            f"{where}: answer is {_shown(answer)} and must be an index from 0 to {len(choices) - 1}, or one of the "
-            "choices as it stands there"
-        )
+        rule = f"has answer={_shown(answer)}, which must be an index from 0 to {len(choices) - 1} or one of the choices"
+        raise refusal(where, rule)
     return contexts, choices, answer
 
 
@@ -168,7 +166,7 @@ def _tokenise(
         given = [_common(context, whole) for context, whole in zip(alone, wholes, strict=True)]
     for choice, whole, count in zip(choices, wholes, given, strict=True):
         if len(whole) == count:
-            raise InputError(f"{where}: choice {_shown(choice)} has no tokens to score: give it text")
+            raise refusal(where, f"has the choice {_shown(choice)}, which has no tokens to score", "give it text")
     return Question(tuple((start, *whole) for whole in wholes), tuple(count + 1 for count in given), answer)
 
 
@@ -192,10 +190,10 @@ def row_batches(
 ) -> Iterator[list[Microbatch]]:
     """This data-parallel rank's microbatches of all rows, in lists of at most about `group` for one call of a schedule.
 
-    Rows go by length, the longest first, so that those of one list, which are padded to one length (a multiple of
-    `length_multiple`: tensor-parallel ranks, under sequence parallelism), are alike. Every rank gets as many lists, and
-    in each as many microbatches (a multiple of `count_multiple`: pipeline stages, where the schedule is interleaved);
-    fillers have mask 0. `samples` are the rows' numbers in `task.rows`. Padding is on the right: no token sees it.
+    Rows are sorted by length, the longest first, because those of one list are padded to one length (a multiple of
+    `length_multiple`: tensor-parallel ranks, under sequence parallelism). Every rank gets equally many lists with
+    equally many microbatches (a multiple of `count_multiple`: pipeline stages, if the schedule is interleaved); fillers
+    have mask 0. `samples` are the rows' numbers in `task.rows`. Padding is on the right, where no token sees it.
     """
     rows = task.rows
     order = sorted(range(len(rows)), key=lambda number: (-len(rows[number][0]), number))
@@ -262,10 +260,10 @@ def log_likelihoods(
 
 
 def accuracy(task: Task, log_likelihoods: numpy.ndarray, *, normalized: bool = False) -> float:
-    """Share of the questions whose right choice has the largest log-likelihood; of equal ones the first is taken.
+    """Share of the questions whose right choice has the largest log-likelihood; of equal ones the first counts.
 
-    `log_likelihoods` float64 [rows]: sums over each choice's tokens. `normalized`: divided by the number of the
-    choice's tokens first, so that long choices are not at a disadvantage.
+    `log_likelihoods` float64 [rows]: sums over each choice's tokens. `normalized`: divided by the choice's number of
+    tokens, so that long choices are not at a disadvantage.
     """
     right = row = 0
     for question in task.questions:

@@ -1,8 +1,8 @@
 """The scoring pass: forward only, all axes at once, at any tensor x pipeline x data parallel layout.
 
-Every rank sums up what it sees of its layers and shards; what it alone answers for is added up over the world at the
-end. Inside the pass there is one small collective a microbatch, over tensor-parallel ranks, and only under sequence
-parallelism; pipeline stages are at different microbatches and never meet in one.
+Every rank sums what it sees of its layers and shards; the parts are added up over all ranks at the end. During the pass
+there is one small collective per microbatch, over tensor-parallel ranks and only under sequence parallelism; pipeline
+stages work on different microbatches and never share one.
 
 Legend: s sequence, b micro-batch, C channels on this rank, R rows (layers or norm sites), K sums, A sequence
 aggregations.
@@ -59,14 +59,15 @@ def score_model(
     """Scores of the global model from one pass over `batches`, as `config` asks; the same on every rank.
 
     Every rank calls with its chunks and its data-parallel rank's microbatches; see `measure` for these and `report`.
-    Neurons, heads and KV groups are scored for each layer, hidden channels by the sum over all norm sites, layers by
-    their block influence, the mean over all tokens. `config.aggregations` and `config.neuron_sites` add variants; the
-    sums they share are formed once. `config.depth_metrics` need passes of their own and are not measured here.
+    Neurons, heads and KV groups are scored layer by layer, hidden channels by the sum over all norm sites, layers by
+    their block influence averaged over all tokens. `config.aggregations` and `config.neuron_sites` add variants from
+    the same sums. `config.depth_metrics` need passes of their own and are not measured here.
 
     Raises InputError for NaN or Inf in the activations, and for a method without activations.
     """
     if config.method != "activation":
-        raise InputError(f"importance.method={config.method} needs no activations: score_model reads nothing else")
+        rule = "does not read activations, which score_model does"
+        raise InputError("importance.method", config.method, rule, "set importance.method=activation")
     primary, *others = variants = variant_names(config)
     sequence = list(dict.fromkeys(name.split("/")[1] for name in variants))
     sites = list(dict.fromkeys(name.split("/")[2] for name in variants))
@@ -106,14 +107,16 @@ def measure(
 
     `batches`: microbatches on the device, as many on every rank and all of one size, `tokens` and `position_ids`
     [b, s] and, where some samples are fillers, `valid` [b] (0 for a filler, which does not count). All tokens of a
-    sample count. `report` is told how many microbatches of this rank are done. Every rank calls; all get the same.
+    sample count. `report` receives the number of this rank's finished microbatches. Every rank calls; all get the same.
 
-    Raises InputError, on every rank, where activations are NaN or Inf: which layer, which samples.
+    Raises InputError, on every rank, if activations are NaN or Inf, naming the layer and the samples.
     """
     if context_group().size() > 1:
         raise InputError(
-            f"parallel.context={context_group().size()} is not possible in scoring, which "
-            "needs a token's whole sequence on a rank: set parallel.context=1 and raise parallel.tensor"
+            "parallel.context",
+            context_group().size(),
+            "does not work for scoring, which needs whole sequences on a rank",
+            "set parallel.context=1 and raise parallel.tensor",
         )
     collector = _Collector(chunks, architecture, wanted)
     training = [chunk.training for chunk in chunks]
@@ -133,12 +136,12 @@ def measure(
         for chunk, was_training in zip(chunks, training, strict=True):
             chunk.train(was_training)
     if not done:
-        raise InputError("there are no calibration samples to score: importance.num_samples must be at least 1")
+        raise InputError("importance.num_samples", None, "must be at least 1", "give calibration samples to score")
     return collector.merge()
 
 
 class _Collector:
-    """Hooks of this rank's chunks, what they recorded in the current microbatch, and the sums so far."""
+    """The hooks on this rank's chunks, their records of the current microbatch, and the sums so far."""
 
     def __init__(self, chunks: Sequence[LanguageModel], architecture: Architecture, wanted: Wanted) -> None:
         self.chunks, self.architecture, self.wanted = chunks, architecture, wanted
@@ -212,15 +215,14 @@ class _Collector:
         return self.row_tensors[rows]
 
     def _note_bad(self, bad_R: torch.Tensor, layers_R: torch.Tensor, index: int, number: int) -> None:
-        """Keep, on the device, where values are NaN or Inf: microbatch, then layer, then measure, as one number.
-
-        The smallest number is then the earliest place of the earliest microbatch.
+        """Note on the device where values are NaN or Inf: microbatch, layer and measure as one number, so that the
+        smallest is the earliest place in the earliest microbatch.
         """
         places_R = number * (self.architecture.num_layers + 1) + layers_R
         self.bad.append(torch.where(bad_R, places_R * len(self.wanted) + index, _NONE).min())
 
     def check_finite(self) -> None:
-        """Raise InputError, on every rank, where any rank has seen NaN or Inf since the last call."""
+        """Raise InputError, on every rank, if any rank has seen NaN or Inf since the last call."""
         worst = torch.stack(self.bad).min() if self.bad else torch.tensor(_NONE, device=self.device)
         self.bad.clear()
         torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MIN)
@@ -231,13 +233,12 @@ class _Collector:
         where = "the final norm" if layer == self.architecture.num_layers else f"layer {layer} (the first is 0)"
         first = number * self.micro_batch_size
         samples = f"{first} to {first + self.micro_batch_size - 1}" if self.micro_batch_size > 1 else str(first)
-        raise InputError(
-            f"activations of {where} are NaN or Inf ({list(self.wanted)[index].name}) in microbatch {number}, "
-            f"calibration samples {samples}: check the weights of the checkpoint and the precision"
-        )
+        name = list(self.wanted)[index].name
+        rule = f"are NaN or Inf ({name}) in microbatch {number}, calibration samples {samples}"
+        raise InputError("", f"activations of {where}", rule, "check the checkpoint's weights, and precision")
 
     def merge(self) -> Statistics:
-        """Sums of the global model, on every rank: each adds what it alone answers for, zeros elsewhere."""
+        """Sums of the global model, on every rank: each contributes the part it owns, and zeros elsewhere."""
         answers = self.tensor_rank == 0
         merged = {}
         for each, sequence in self.wanted.items():

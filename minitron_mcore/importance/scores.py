@@ -1,4 +1,4 @@
-"""Scores of a model's prunable axes: plain arrays with global indices, and their file (safetensors)."""
+"""Scores of a model's prunable axes: plain arrays with global indices, and their file (safetensors). Pure."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from safetensors.numpy import save_file
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import kind_of
 
 AXES = ("hidden", "ffn", "heads", "layers")
-# What depends on how activations are aggregated, and on the neuron site.
+# The axes whose scores depend on the aggregations and the neuron site.
 WIDTH_AXES = ("hidden", "ffn", "heads", "groups")
-# How closely scores are known, relative to an axis' largest: over layouts, and against exact arithmetic. In bf16 it is
-# the rounding of the activations that counts (seen: 3e-3 on 240 tokens, less on more).
+# Error of scores relative to an axis' largest, between layouts and against exact arithmetic. In bf16 the rounding of
+# the activations dominates (measured: 3e-3 on 240 tokens, less on more).
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 
 
 def tolerance_of(precision: str, batch: str, sequence: str) -> float:
-    """TOLERANCE of a pair of aggregations: in bf16 each variance, being made of squares, is known less closely.
+    """TOLERANCE for a pair of aggregations: in bf16 each variance, a difference of squares, adds error.
 
-    Seen: 9e-3 with one variance, 2.2e-2 with two. In fp32 the bound holds for all of them (seen: 1e-6).
+    Measured: 9e-3 with one variance, 2.2e-2 with two. In fp32 one bound holds for all pairs (measured: 1e-6).
     """
     variances = (batch == "var") + (sequence == "var")
     return TOLERANCE[precision] * (3**variances if precision == "bf16" else 1)
@@ -55,7 +56,7 @@ class Scores:
 
     `variants`: further aggregations and neuron sites from the same pass, by "BATCH/SEQUENCE/SITE", each a dictionary of
     WIDTH_AXES. `depth`: "METRIC@LENGTH" -> [num_layers - LENGTH + 1], entry s being how much worse the model gets
-    without the layers s … s + LENGTH - 1. `settings` say how all were made (importance section, teacher, data,
+    without the layers s … s + LENGTH - 1. `settings`: how all of it was made (importance section, teacher, data,
     precision, tolerance).
     """
 
@@ -78,13 +79,13 @@ class Scores:
             else:
                 shape = shapes[name.rpartition("/")[2]]
             if values.shape != shape:
-                raise InputError(f"scores: {name} has shape {values.shape} where the model needs {shape}")
+                raise refusal(f"have the shape {values.shape} in {name}, but the model needs {shape}")
             if not numpy.isfinite(values).all():
                 where = numpy.argwhere(~numpy.isfinite(values))[0]
-                raise InputError(f"scores: {name} holds NaN or Inf at index {where}")
+                raise refusal(f"hold NaN or Inf in {name} at index {where}")
 
     def arrays(self) -> Iterator[tuple[str, numpy.ndarray]]:
-        """(name in the file, values) of all there is: "hidden", "variants/l2/mean/SITE/hidden", "depth/lm_loss@1"."""
+        """(name in the file, values) of every array: "hidden", "variants/l2/mean/SITE/hidden", "depth/lm_loss@1"."""
         for axis in AXES:
             yield axis, getattr(self, axis)
         if self.groups is not None:
@@ -97,7 +98,7 @@ class Scores:
 
     @property
     def primary(self) -> str:
-        """Name of the choice that hidden, ffn, heads and groups hold, like those of `variants`; "" where not known."""
+        """The choice that hidden, ffn, heads and groups hold, named as in `variants`; "" if unknown."""
         said = self.settings.get("importance", {})
         names = ("batch_aggregation", "sequence_aggregation", "neuron_site")
         if said.get("method", "activation") != "activation" or not all(name in said for name in names):
@@ -105,15 +106,13 @@ class Scores:
         return "/".join(said[name] for name in names)
 
     def variant(self, name: str) -> Scores:
-        """These scores with `name` ("BATCH/SEQUENCE/SITE") as the primary choice. Raises InputError where it is not."""
+        """These scores with `name` ("BATCH/SEQUENCE/SITE") as the primary choice. Raises InputError if it is absent."""
         if name == self.primary:
             return self
         if name not in self.variants:
             there = ", ".join(filter(None, [self.primary, *self.variants])) or "none"
-            raise InputError(
-                f"scores hold no variant {name!r}, but {there}: score again with it among importance.aggregations "
-                "(BATCH/SEQUENCE) and importance.neuron_sites"
-            )
+            remedy = "choose one of them, or score again with it in importance.aggregations and importance.neuron_sites"
+            raise InputError("prune.variant", name, f"is not among the scores' variants ({there})", remedy)
         batch, sequence, site = name.split("/")
         settings = dict(self.settings)
         chosen = {"batch_aggregation": batch, "sequence_aggregation": sequence, "neuron_site": site}
@@ -128,28 +127,32 @@ class Scores:
         return replace(self, **arrays, variants=others, settings=settings)
 
     def depth_of(self, metric: str, length: int = 1) -> numpy.ndarray:
-        """What leaving out a block of `length` layers costs by `metric`, by the block's first layer: [L - length + 1].
+        """The cost by `metric` of leaving out a block of `length` layers, by its first layer: [L - length + 1].
 
-        A block's influence is the sum of its layers'. Raises InputError where the metric was not measured.
+        A block's influence is the sum of its layers' influences. Raises InputError if the metric was not measured.
         """
         if not 1 <= length <= len(self.layers):
-            raise InputError(f"scores: a block of {length} layers is not in a model of {len(self.layers)}")
+            raise refusal(f"have no block of {length} layers, the model having {len(self.layers)}")
         if metric == "block_influence":
             return numpy.lib.stride_tricks.sliding_window_view(self.layers, length).sum(axis=1)
         if f"{metric}@{length}" not in self.depth:
             there = ", ".join(["block_influence", *self.depth])
-            raise InputError(
-                f"scores hold no {metric} of blocks of {length} layers, but {there}: score again with {metric} among "
-                f"importance.depth_metrics and {length} among importance.block_lengths"
-            )
+            rule = f"was not measured for blocks of {length} layers, only {there}"
+            remedy = f"score again with {metric} in importance.depth_metrics and {length} in importance.block_lengths"
+            raise InputError("prune.depth_metric", metric, rule, remedy)
         return self.depth[f"{metric}@{length}"]
 
 
 def _block_length(name: str) -> int:
     metric, _, length = name.partition("@")
     if not metric or not length.isdecimal() or int(length) < 1:
-        raise InputError(f"scores: depth holds {name!r}, which is no METRIC@LENGTH as in lm_loss@1")
+        raise refusal(f"have a depth array {name!r}, whose name is not METRIC@LENGTH as in lm_loss@1")
     return int(length)
+
+
+def refusal(rule: str, remedy: str = "score again") -> InputError:
+    """Of scores as a whole; `load_scores` adds the file."""
+    return InputError("scores", None, rule, remedy)
 
 
 def save_scores(scores: Scores, path: Path) -> None:
@@ -167,32 +170,36 @@ def save_scores(scores: Scores, path: Path) -> None:
 
 
 def load_scores(path: str | Path | None) -> Scores:
-    """Read a scores file; raises InputError where it is missing, cut short or another file."""
+    """Read a scores file. Raises InputError if it is missing, truncated or some other file."""
+    remedy = "name the file that `minitron score` wrote"
     if not path:
-        raise InputError("scores is not given: name the file that `minitron score` wrote")
+        raise InputError("scores", None, "is missing", remedy)
     if not Path(path).is_file():
-        raise InputError(f"scores={path} is not there: name the file that `minitron score` wrote")
+        raise InputError("scores", path, kind_of(path) or "does not exist", remedy)
     try:
         with safe_open(str(path), framework="numpy") as stored:
             metadata = stored.metadata() or {}
             if metadata.get("format") != "minitron_scores":
-                raise InputError(f"scores={path} is no scores file: name the file that `minitron score` wrote")
-            arrays = {axis: stored.get_tensor(axis) for axis in AXES}
-            further = {name: stored.get_tensor(name) for name in sorted({*stored.keys()} - {*AXES})}
+                raise refusal("is not a scores file", remedy)
+            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        return Scores(
+            architecture=build_architecture(json.loads(metadata["architecture"])),
+            settings=json.loads(metadata["settings"]),
+            **{axis: arrays.pop(axis) for axis in AXES},
+            **_further(arrays),
+        )
+    except InputError as error:
+        raise InputError("scores", path, error.rule, error.remedy) from error
     except SafetensorError as error:
-        raise InputError(f"scores={path} cannot be read ({error}): score again") from error
-    return Scores(
-        architecture=build_architecture(json.loads(metadata["architecture"])),
-        settings=json.loads(metadata["settings"]),
-        **arrays,
-        **_further(further, f"scores={path}"),
-    )
+        raise InputError("scores", path, kind_of(path) or f"cannot be read ({error})", remedy) from error
+    except (KeyError, ValueError) as error:
+        raise InputError("scores", path, f"is damaged, its description cannot be read ({error})", remedy) from error
 
 
-def _further(arrays: Mapping[str, numpy.ndarray], said_by: str) -> dict[str, Any]:
-    """`groups`, `variants` and `depth` from the names in the file; files of earlier versions have none."""
+def _further(arrays: Mapping[str, numpy.ndarray]) -> dict[str, Any]:
+    """`groups`, `variants` and `depth` from the names in the file; files of earlier versions have none of them."""
     result: dict[str, Any] = {"groups": arrays.get("groups"), "variants": {}, "depth": {}}
-    for name, values in arrays.items():
+    for name, values in sorted(arrays.items()):
         kind, _, rest = name.partition("/")
         variant, _, axis = rest.rpartition("/")
         if kind == "variants" and axis in WIDTH_AXES and variant.count("/") == 2:
@@ -200,5 +207,5 @@ def _further(arrays: Mapping[str, numpy.ndarray], said_by: str) -> dict[str, Any
         elif kind == "depth" and rest:
             result["depth"][rest] = values
         elif name != "groups":
-            raise InputError(f"{said_by} holds {name}, which no scores have: it is damaged or of another version")
+            raise refusal(f"holds {name}, which scores do not have, so that it is damaged or of another version")
     return result

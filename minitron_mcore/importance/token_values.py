@@ -1,5 +1,5 @@
-"""What each token says of a model, from its final hidden states: next-token loss, and how far its logits are from
-another model's of the same head.
+"""Per-token values of a model, from its final hidden states: the next-token loss, and how far its logits are from those
+of another model with the same head.
 
 Logits exist for one chunk of tokens at a time, on this rank's shard of the vocabulary; padding rows of the head take no
 part. Sums over the vocabulary are formed in float32 from products with float32 output, from there on in float64.
@@ -96,8 +96,8 @@ def _chunk_values(logits: tuple[torch.Tensor, ...], labels_C: torch.Tensor, shar
 
 
 def over_world(values: torch.Tensor, chunks: Sequence[LanguageModel]) -> torch.Tensor:
-    """Sums that data-parallel ranks hold on the last pipeline stage, the same on every tensor-parallel rank, added up
-    and given to every rank. Every rank calls."""
+    """Add up sums that lie on the data-parallel ranks of the last pipeline stage, equal on every tensor-parallel rank,
+    and give the total to every rank. Every rank calls."""
     answers = chunks[-1].post_process and tensor_group().rank() == 0
     total = values.clone() if answers else torch.zeros_like(values)
     torch.distributed.all_reduce(total)

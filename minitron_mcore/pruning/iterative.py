@@ -1,4 +1,4 @@
-"""The shapes on the way from teacher to student, where pruning goes in several steps. Numbers alone."""
+"""The shapes on the way from teacher to student when pruning takes several steps. Pure."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from minitron_mcore.errors import InputError
 def step_shapes(
     teacher: Architecture, student: Architecture, steps: int, divisors: Mapping[str, int] | None = None
 ) -> list[Architecture]:
-    """What the model is after each of `steps` prunings; the last is `student`, one step is one shot.
+    """The model's shape after each of `steps` prunings; the last is `student`, and one step is one-shot pruning.
 
-    Step i of T (from 0 on) takes every axis, layers too, from d_s − i (d_s − d_t) / T to d_s − (i + 1) (d_s − d_t) / T,
-    rounded to the nearest multiple of its `divisors` (by Megatron's field name, default 1; of two as near the larger)
-    and kept between the step before and the student. Query heads follow from the KV groups and the heads in a group,
-    which shrink alike. Raises InputError for fewer steps than one. Source: arXiv 2407.14679, section 2.3.
+    Step i of T, counted from 0, takes every axis, layers included, from d_s − i (d_s − d_t) / T to
+    d_s − (i + 1) (d_s − d_t) / T, rounded to the nearest multiple of its entry in `divisors` (by Megatron's field name,
+    default 1; a tie goes up) and kept between the previous step and the student. Query heads follow from the KV groups
+    and the heads in a group, which shrink in the same way. Raises InputError for fewer than one step. Source: arXiv
+    2407.14679, section 2.3.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"prune.steps={steps!r} must be a whole number of at least 1")
+        raise InputError("prune.steps", steps, "must be a whole number of at least 1")
     divisors = divisors or {}
     shapes: list[Architecture] = []
     before = teacher

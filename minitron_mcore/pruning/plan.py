@@ -1,4 +1,4 @@
-"""Scores + a target shape -> which global indices of every axis stay: pure data, before any weight is touched."""
+"""From scores and a target shape to the global indices that stay on every axis, before any weight is touched. Pure."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ScoresLike(Protocol):
 
 @dataclass
 class _Axis:
-    """How one axis was cut: at each place, and among scores of what size (`largest`), each a sum of `terms`."""
+    """How one axis was cut: every cut, the axis' largest score, and of how many scores each value is the sum."""
 
     largest: float
     cuts: list[Cut] = field(default_factory=list)
@@ -105,14 +105,15 @@ def make_plan(
     """Keep the most important indices of every axis; ties keep the lower index.
 
     `student`, `ratios`, `divisible_by`, `tensor`, `pipeline`: see `student_shape`. KV groups are ranked within their
-    layer, heads within their group, and as many are kept in each that stays; neurons within their layer; hidden
-    channels once for the network. `layers`: "scattered" keeps those that cost most to leave out, one by one,
-    "contiguous" drops the block that costs least; `keep_layers` names them instead. What costs is said by
-    `depth_metric`: block influence, or what the scores hold of that name (for blocks: of just the length that goes).
-    `variant`: which of the scores' aggregations ("BATCH/SEQUENCE/SITE"); by default their primary one.
+    layer; heads within their group, with equally many kept in each group that stays; neurons within their layer; hidden
+    channels once for the whole network. `layers`: "scattered" drops the layers that cost least to leave out, one by
+    one; "contiguous" drops the block that costs least; `keep_layers` names the layers instead. `depth_metric` is that
+    cost: block influence, or a metric that the scores hold (for blocks, at exactly the dropped length).
+    `variant`: which of the scores' aggregations ("BATCH/SEQUENCE/SITE") decides; by default the primary one.
     `head_residual` (none, paper or laco) and `residual_matrices`: see HeadResidual. `sequence_length`: for the FLOPs.
 
-    Raises InputError naming student.<field>, prune.<field> or the scores' axis. Source: arXiv 2407.14679, section 2.
+    Raises InputError, naming student.<field>, prune.<field> or the axis of the scores. Source: arXiv 2407.14679,
+    section 2.
     """
     teacher = scores.architecture
     target = student_shape(
@@ -123,7 +124,7 @@ def make_plan(
     of_groups = _group_scores(chosen, target)
     for axis, values in chosen.arrays():
         if not numpy.isfinite(values).all():
-            raise InputError(f"scores: {axis} holds NaN or Inf: score again")
+            raise InputError("scores", None, f"hold NaN or Inf in {axis}", "score again")
     kept_layers, layer_axis = _choose_layers(chosen, target.num_layers, layers, depth_metric, keep_layers)
     kept, axes = _choose_width(chosen, of_groups, target, kept_layers)
     axes = {"layers": layer_axis, **axes}
@@ -162,7 +163,7 @@ def make_plan(
 def _choose_width(
     scores: ScoresLike, of_groups: numpy.ndarray, target: Architecture, layers: list[int]
 ) -> tuple[dict[str, Any], dict[str, _Axis]]:
-    """What stays of every axis but the layers, by PruningPlan's names, and how it was cut."""
+    """What stays on every axis except the layers, by PruningPlan's names, and how it was cut."""
     groups_of_teacher = scores.architecture.num_query_groups
     named = {"hidden": scores.hidden, "ffn": scores.ffn, "heads": scores.heads, "groups": of_groups}
     axes = {axis: _Axis(float(numpy.abs(values).max())) for axis, values in named.items()}
@@ -182,17 +183,15 @@ def _choose_width(
 
 
 def _group_scores(scores: ScoresLike, target: Architecture) -> numpy.ndarray:
-    """[num_layers, num_query_groups]; a group of one head is as important as its head, where groups were not scored."""
+    """[num_layers, num_query_groups]; if groups were not scored, a group of one head has its head's score."""
     teacher = scores.architecture
     if scores.groups is not None:
         return scores.groups
     if teacher.heads_per_group == 1:
         return scores.heads
     if target.num_query_groups < teacher.num_query_groups:
-        raise InputError(
-            f"student.num_query_groups={target.num_query_groups} is fewer than the teacher's "
-            f"{teacher.num_query_groups}, but the scores hold none of KV groups: score again"
-        )
+        rule = f"is fewer than the teacher's {teacher.num_query_groups}, but the scores have none for KV groups"
+        raise InputError("student.num_query_groups", target.num_query_groups, rule, "score again")
     return numpy.zeros((teacher.num_layers, teacher.num_query_groups))
 
 
@@ -201,11 +200,11 @@ def _choose_layers(
 ) -> tuple[list[int], _Axis]:
     total = len(scores.layers)
     if choice not in LAYER_CHOICES:
-        raise InputError(f"prune.layers={choice!r} is not allowed: choose one of {', '.join(LAYER_CHOICES)}")
+        raise InputError("prune.layers", choice, "is not allowed", f"choose one of {', '.join(LAYER_CHOICES)}")
     if given is not None or count == total:
         return list(range(total) if given is None else given), _Axis(0.0, [Cut(count, total)])
     length = 1 if choice == "scattered" else total - count
-    costs = scores.layers if metric == "block_influence" else _depth_costs(scores, metric, length)
+    costs = scores.layers if metric == "block_influence" else scores.depth_of(metric, length)
     if choice == "scattered":
         kept, cut = best(costs, count)
     elif metric == "block_influence":
@@ -214,13 +213,6 @@ def _choose_layers(
         kept, cut = without_cheapest(costs.tolist(), total)
     terms = length if metric == "block_influence" else 1
     return kept, _Axis(float(numpy.abs(costs).max()), [cut], terms)
-
-
-def _depth_costs(scores: ScoresLike, metric: str, length: int) -> numpy.ndarray:
-    try:
-        return scores.depth_of(metric, length)
-    except InputError as error:
-        raise InputError(f"prune.depth_metric={metric}: {error}") from error
 
 
 def _residual_pairs(
@@ -252,15 +244,16 @@ def _decided(cuts: list[Cut]) -> list[list[float]]:
 
 
 def _close_cuts(axes: Mapping[str, _Axis], tolerance: float) -> Iterator[str]:
-    """Both scores at a cut may move by `tolerance` of the axis' largest; a block's total by that for each layer."""
+    """A warning for each axis with a cut that numerical noise could decide: either score there may be off by
+    `tolerance` times the axis' largest, and a block's total by that for each of its layers."""
     for axis, found in axes.items():
-        cut = closest(found.cuts)
-        if cut.gap() <= 2 * found.terms * tolerance * found.largest:
-            where = "" if cut.layer is None else f" of layer {cut.layer}"
+        cut, noise = closest(found.cuts), 2 * found.terms * tolerance * found.largest
+        if cut.gap() <= noise:
+            where = "" if cut.layer is None else f" in layer {cut.layer}"
             where += "" if cut.group is None else f", KV group {cut.group}"
             yield (
-                f"{axis}: the margin at the cut{where} is {cut.margin:.1e}, within the scores' tolerance of "
-                f"{tolerance:.0e} of the largest: scores from another layout may keep another index"
+                f"{axis}: the lowest score kept{where} is {cut.gap():.1e} above the highest dropped, and scores of two "
+                f"layouts may differ by {noise:.1e} there: scoring at another layout may keep another index"
             )
 
 
@@ -268,8 +261,8 @@ def _size_warnings(teacher: Architecture, student: Architecture) -> Iterator[str
     for name in ("hidden_size", "ffn_hidden_size"):
         if getattr(student, name) % TENSOR_CORES and getattr(teacher, name) % TENSOR_CORES == 0:
             yield (
-                f"{name}={getattr(student, name)} is no multiple of {TENSOR_CORES}, as the teacher's "
-                f"{getattr(teacher, name)} is: tensor cores are slower on such sizes (prune.divisible_by refuses them)"
+                f"{name}={getattr(student, name)} is not a multiple of {TENSOR_CORES}, while the teacher's "
+                f"{getattr(teacher, name)} is: tensor cores are slower on such sizes (prune.divisible_by avoids them)"
             )
 
 

@@ -1,7 +1,7 @@
-"""The record of what a student keeps of its teacher, and its file.
+"""The record of what a student keeps of its teacher, and its file. Pure.
 
-A plan holds indices of the teacher's global model in ascending order, so it means the same at every layout. It is a
-readable JSON file and may be written by hand: everything in it is checked when it is read.
+A plan holds ascending indices into the teacher's global model, so it means the same at every layout. The file is
+readable JSON and may be written by hand: everything in it is checked when it is read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import write_whole
+from minitron_mcore.files import kind_of, write_whole
 from minitron_mcore.pruning.config import RESIDUAL_MATRICES, RESIDUALS
 from minitron_mcore.pruning.ranking import Cut
 from minitron_mcore.pruning.targets import TARGETS
@@ -26,11 +26,11 @@ FORMAT = "minitron_plan"
 
 @dataclass(frozen=True)
 class HeadResidual:
-    """What kept heads take up of dropped ones: head + (head - dropped), or by LaCo's sign head + (dropped - head).
+    """What kept heads absorb from dropped ones: head + (head - dropped), or with LaCo's sign head + (dropped - head).
 
-    `rule`: "paper" (arXiv 2407.14679, section 2.3) or "laco" (arXiv 2402.11187; with one head for each it puts the
-    dropped one in the kept one's place). `matrices`: of RESIDUAL_MATRICES, key and value only where every KV group has
-    one head. `pairs`: kept layer of the teacher -> (kept head, dropped head), global query-head indices.
+    `rule`: "paper" (arXiv 2407.14679, section 2.3) or "laco" (arXiv 2402.11187; pairing heads one to one, it replaces
+    the kept head by the dropped one). `matrices`: of RESIDUAL_MATRICES; key and value only if every KV group has one
+    head. `pairs`: kept layer of the teacher -> (kept head, dropped head), global query-head indices.
     """
 
     rule: str
@@ -43,13 +43,13 @@ class PruningPlan:
     """What the student keeps of the teacher: global indices, ascending.
 
     `layers` [student layers] and `hidden` [student hidden_size] hold for the whole model; `ffn`, `heads` and `groups`
-    map each kept layer of the teacher to its neurons, query heads and KV groups. Every kept group keeps equally many of
-    its heads; `groups` may be left out, since the heads tell.
+    map each kept layer of the teacher to its neurons, query heads and KV groups. Every kept group keeps equally many
+    heads; `groups` may be left out, since it follows from the heads.
 
-    `decided`: axis -> for each place where it was cut (in the order of the kept layers, and of their kept groups) the
-    lowest score kept and the highest dropped; `cuts` holds the narrowest of them.
+    `decided`: axis -> for each cut (in the order of the kept layers, then of their kept groups) the lowest score kept
+    and the highest dropped; `cuts` holds the narrowest cut of each axis.
 
-    Raises InputError, naming the list, where an index does not fit the two architectures.
+    Raises InputError, naming the list, if an index does not fit the two architectures.
     """
 
     teacher: Architecture
@@ -69,7 +69,7 @@ class PruningPlan:
         student = self.student.to_dict()
         for name, value in self.teacher.to_dict().items():
             if name not in TARGETS and student[name] != value:
-                raise InputError(f"plan: student.{name}={student[name]!r} must be the teacher's {value!r}")
+                raise refusal(f"has student.{name}={student[name]}, which must be the teacher's {value}")
         _check_indices("layers", self.layers, self.student.num_layers, self.teacher.num_layers)
         _check_indices("hidden", self.hidden, self.student.hidden_size, self.teacher.hidden_size)
         self._check_layers("ffn", self.ffn)
@@ -96,7 +96,7 @@ class PruningPlan:
 
     def _check_layers(self, axis: str, by_layer: dict[int, list[int]]) -> None:
         if sorted(by_layer) != self.layers:
-            raise InputError(f"plan: {axis} has layers {sorted(by_layer)}, but the kept layers are {self.layers}")
+            raise refusal(f"gives {axis} for the layers {sorted(by_layer)}, but keeps the layers {self.layers}")
 
     def _check_heads(self, layer: int) -> None:
         teacher, student = self.teacher, self.student
@@ -104,13 +104,13 @@ class PruningPlan:
         of_heads = [head // teacher.heads_per_group for head in self.heads[layer]]
         for group in sorted({*of_heads, *self.groups[layer]}):
             if group not in self.groups[layer]:
-                raise InputError(
-                    f"plan: heads.{layer} keeps query heads of KV group {group}, which is none of "
+                raise refusal(
+                    f"keeps query heads of KV group {group} in heads.{layer}, but not the group itself in "
                     f"groups.{layer}={self.groups[layer]}"
                 )
             if of_heads.count(group) != student.heads_per_group:
-                raise InputError(
-                    f"plan: heads.{layer} keeps {of_heads.count(group)} query heads of KV group {group} where "
+                raise refusal(
+                    f"keeps {of_heads.count(group)} query heads of KV group {group} in heads.{layer}, but "
                     f"student.num_attention_heads={student.num_attention_heads} needs {student.heads_per_group} in each"
                 )
 
@@ -121,18 +121,15 @@ class PruningPlan:
             kept = [pair[0] for pair in of_layer]
             for first, second in of_layer:
                 if first not in self.heads[layer] or second in self.heads[layer] or kept.count(first) > 1:
-                    raise InputError(
-                        f"plan: residual.pairs.{layer} holds {[first, second]}: a kept head, each at most once, takes "
-                        "up a dropped one"
-                    )
-                if not 0 <= second < self.teacher.num_attention_heads or (q > 1 and first // q != second // q):
-                    raise InputError(
-                        f"plan: residual.pairs.{layer} holds {[first, second]}: heads of one KV group, or of a layer "
-                        "whose groups have one head each, are needed"
-                    )
+                    rule = "must be a kept head, at most once each, and the dropped head that it absorbs"
+                elif not 0 <= second < self.teacher.num_attention_heads or (q > 1 and first // q != second // q):
+                    rule = "must be two heads of one KV group, or of a layer whose groups have one head each"
+                else:
+                    continue
+                raise refusal(f"has the pair {[first, second]} in residual.pairs.{layer}, which {rule}")
 
     def cost(self) -> dict[str, dict[str, int]]:
-        """Parameters and forward FLOPs a token (at `settings.sequence_length`), of teacher and student."""
+        """Parameters and forward FLOPs per token (at `settings.sequence_length`), of teacher and student."""
         length = self.settings.get("sequence_length", self.teacher.max_position_embeddings)
         return {
             name: {
@@ -145,7 +142,7 @@ class PruningPlan:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what is kept, whatever decided it. Groups follow from the heads."""
+        """sha256 of what is kept, however it was decided. Groups follow from the heads."""
         kept: list[Any] = [
             self.teacher.to_dict(),
             self.student.to_dict(),
@@ -158,7 +155,7 @@ class PruningPlan:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Readable: one line for each list of indices."""
+        """Readable text, with one line for each list of indices."""
         content = {
             "format": FORMAT,
             "teacher": self.teacher.to_dict(),
@@ -182,18 +179,18 @@ class PruningPlan:
 
     @staticmethod
     def from_json(text: str) -> PruningPlan:
-        """Read `to_json`'s text. Raises InputError where it is no plan, or one that does not fit."""
+        """Read what `to_json` wrote. Raises InputError if it is not a plan, or one that does not fit its models."""
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise InputError(f"plan: this is no JSON ({error})") from error
+            raise refusal(f"is not JSON ({error})", "name the file that `minitron plan` wrote") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise InputError(f'plan: "format": "{FORMAT}" is missing: `minitron plan` writes plans')
+            raise refusal(f'lacks "format": "{FORMAT}"', "name the file that `minitron plan` wrote")
         if missing := [key for key in ("teacher", "student", "layers", "hidden", "ffn", "heads") if key not in data]:
-            raise InputError(f"plan: {missing[0]} is missing")
+            raise refusal(f"lacks {', '.join(missing)}")
         for key in ("teacher", "student", "ffn", "heads", "groups", "residual"):
             if key in data and not isinstance(data[key], dict):
-                raise InputError(f"plan: {key} must map names to values")
+                raise refusal(f"must map names to values in {key}")
         try:
             return PruningPlan(
                 teacher=build_architecture(data["teacher"]),
@@ -212,34 +209,40 @@ class PruningPlan:
         except InputError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise InputError(f"plan: it cannot be read ({error})") from error
+            raise refusal(f"cannot be read ({error})", "make the plan again") from error
+
+
+def refusal(rule: str, remedy: str = "") -> InputError:
+    """Of a plan as a whole; `load_plan` adds the file."""
+    return InputError("plan", None, rule, remedy)
 
 
 def check_residual(teacher: Architecture, student: Architecture, rule: str, matrices: Sequence[str]) -> None:
-    """Raise InputError, naming the key, for head residuals that this student cannot have; "none" always can."""
-    if rule not in ("none", *RESIDUALS):
-        raise InputError(f"prune.head_residual={rule!r} is not allowed: choose one of none, {', '.join(RESIDUALS)}")
+    """Raise InputError, naming the key, for head residuals that this student cannot have; "none" always fits."""
+    key, choices = "prune.head_residual", ("none", *RESIDUALS)
+    if rule not in choices:
+        raise InputError(key, rule, "is not allowed", f"choose one of {', '.join(choices)}")
     one_each = teacher.heads_per_group == 1
     allowed = RESIDUAL_MATRICES if one_each else ("query", "output")
     for name in matrices:
         if name not in allowed:
-            why = "" if name not in RESIDUAL_MATRICES else ": the query heads of a KV group share its key and value"
-            raise InputError(f"prune.residual_matrices holds {name!r}: choose from {', '.join(allowed)}{why}")
+            shares = ", because the query heads of a KV group share its key and value"
+            why = f"holds {name}, which is not allowed{shares if name in RESIDUAL_MATRICES else ''}"
+            raise InputError("prune.residual_matrices", list(matrices), why, f"choose from {', '.join(allowed)}")
     if rule == "none":
         return
     if not matrices or len({*matrices}) < len(matrices):
-        raise InputError(
-            f"prune.residual_matrices={list(matrices)} must name one or more of {', '.join(allowed)}, each once"
-        )
+        why = f"must name one or more of {', '.join(allowed)}, each once"
+        raise InputError("prune.residual_matrices", list(matrices), why)
     there, left = teacher.heads_per_group, student.heads_per_group
     if one_each:
         there, left = teacher.num_attention_heads, student.num_attention_heads
     if 2 * left < there:
-        raise InputError(
-            f"prune.head_residual={rule} needs at least half of the heads that compete to stay, but "
-            f"student.num_attention_heads={student.num_attention_heads} keeps {left} of {there}"
-            f"{'' if one_each else ' in each KV group'}: keep more heads, or set prune.head_residual=none"
+        why = (
+            f"needs at least half of the competing heads to stay, but student.num_attention_heads="
+            f"{student.num_attention_heads} keeps {left} of {there}{'' if one_each else ' in each KV group'}"
         )
+        raise InputError(key, rule, why, f"keep more heads, or set {key}=none")
 
 
 def save_plan(plan: PruningPlan, path: Path) -> None:
@@ -251,37 +254,39 @@ def save_plan(plan: PruningPlan, path: Path) -> None:
 def load_plan(path: str | Path, teacher: Architecture | None = None) -> PruningPlan:
     """Read `path` and check it, also against `teacher` where given. Raises InputError."""
     if not Path(path).is_file():
-        raise InputError(f"plan={path} is not there: name the file that `minitron plan` wrote")
+        raise InputError("plan", path, kind_of(path) or "does not exist", "name the file that `minitron plan` wrote")
     try:
         plan = PruningPlan.from_json(Path(path).read_text(encoding="utf-8"))
-    except (InputError, UnicodeDecodeError) as error:
-        raise InputError(f"plan={path}: {str(error).removeprefix('plan: ')}") from error
+    except UnicodeDecodeError as error:
+        what = kind_of(path) or "is not JSON"
+        raise InputError("plan", path, what, "name the file that `minitron plan` wrote") from error
+    except InputError as error:
+        inside = "" if error.key in ("", "plan") else f"holds {error.key}={error.value}, which "
+        raise InputError("plan", path, inside + error.rule, error.remedy) from error
     if teacher is not None:
-        check_same_model(plan.teacher, teacher, f"plan={path} is for")
+        check_same_model(plan.teacher, teacher, "plan", path)
     return plan
 
 
-def check_same_model(stated: Architecture, teacher: Architecture, what: str) -> None:
-    """Raise InputError, beginning with `what`, where `stated` is another model than `teacher`."""
-    for name, value in teacher.to_dict().items():
-        if name != "init_method_std" and stated.to_dict()[name] != value:
-            raise InputError(
-                f"{what} another model than teacher.checkpoint: {name} is {stated.to_dict()[name]!r} "
-                f"there and {value!r} in the checkpoint"
-            )
+def check_same_model(stated: Architecture, teacher: Architecture, key: str, value: object = None) -> None:
+    """Raise InputError, naming `key`, where a plan or scores are of another model than `teacher`."""
+    for name, wanted in teacher.to_dict().items():
+        if name != "init_method_std" and (there := stated.to_dict()[name]) != wanted:
+            rule = f"was made for another model than this teacher: {name} is {there} there and {wanted} here"
+            raise InputError(key, value, rule, f"make the {key} again from this teacher")
 
 
 def _check_indices(name: str, indices: Any, count: int, size: int) -> None:
     """Raise InputError unless `indices` are `count` ascending whole numbers below `size`."""
     if not isinstance(indices, list) or any(type(index) is not int for index in indices):
-        raise InputError(f"plan: {name} must be a list of whole numbers")
+        raise refusal(f"must have a list of whole numbers in {name}")
     if len(indices) != count:
-        raise InputError(f"plan: {name} keeps {len(indices)} indices where the student's shape needs {count}")
+        raise refusal(f"keeps {len(indices)} indices in {name}, but the student's shape needs {count}")
     if any(low >= high for low, high in pairwise(indices)):
-        raise InputError(f"plan: {name} must be in ascending order, each index once")
+        raise refusal(f"must have {name} in ascending order, each index once")
     if indices[0] < 0 or indices[-1] >= size:
         wrong = indices[0] if indices[0] < 0 else indices[-1]
-        raise InputError(f"plan: {name} holds {wrong}, but the teacher has the indices 0 to {size - 1}")
+        raise refusal(f"has the index {wrong} in {name}, but the teacher's are 0 to {size - 1}")
 
 
 def _by_layer(data: dict[str, Any]) -> dict[int, Any]:

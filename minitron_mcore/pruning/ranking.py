@@ -1,4 +1,5 @@
-"""Scores of one axis -> which indices stay, and how close the decision was. Ties keep the lower index."""
+"""From the scores of one axis to the indices that stay, and how close the decision was. Ties keep the lower index.
+Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ import numpy
 
 @dataclass(frozen=True)
 class Cut:
-    """One place at which an axis was cut, and the two scores that decided there.
+    """One cut through an axis, and the two scores that decided it.
 
-    margin = (lowest_kept - highest_dropped) / |lowest_kept|: how much a score may move, relatively, before another
-    index is kept. None where nothing was dropped. For a contiguous block of layers the two are block totals: of the
-    next best block, and of the one that goes.
+    margin = (lowest_kept - highest_dropped) / |lowest_kept|: the relative change of a score that would keep another
+    index; None if nothing was dropped. For a contiguous block of layers the two scores are block totals: that of the
+    next cheapest block, and that of the block that goes.
     """
 
     kept: int
@@ -45,7 +46,7 @@ def best_in_groups(
 ) -> tuple[list[int], list[Cut]]:
     """The `count` best of each of `groups` equal, contiguous parts of `scores`, as indices of the whole; their cuts.
 
-    `among`: the parts that are looked at, ascending; by default all.
+    `among`: the parts to choose in, ascending; by default all.
     """
     kept: list[int] = []
     cuts: list[Cut] = []
@@ -58,7 +59,7 @@ def best_in_groups(
 
 
 def without_block(influence: numpy.ndarray, count: int) -> tuple[list[int], Cut]:
-    """Every layer but the contiguous block of least total influence; of equal blocks the later one goes."""
+    """Every layer outside the contiguous block of least total influence; of equal blocks the later one goes."""
     total = len(influence)
     length = total - count
     if length == 0:
@@ -68,9 +69,9 @@ def without_block(influence: numpy.ndarray, count: int) -> tuple[list[int], Cut]
 
 
 def without_cheapest(blocks: Sequence[float], total: int) -> tuple[list[int], Cut]:
-    """Every one of `total` layers but the block that costs least; of equal ones the later goes.
+    """Every one of `total` layers outside the block that costs least; of equal blocks the later one goes.
 
-    `blocks` [total - length + 1]: what each block of that length costs, by its first layer.
+    `blocks` [total - length + 1]: the cost of each block of that length, by its first layer.
     """
     count = len(blocks) - 1
     order = sorted(range(len(blocks)), key=lambda start: (blocks[start], -start))
@@ -80,11 +81,11 @@ def without_cheapest(blocks: Sequence[float], total: int) -> tuple[list[int], Cu
 
 
 def residual_pairs(scores: numpy.ndarray, count: int) -> list[tuple[int, int]]:
-    """(kept, dropped) of head residuals, where the `count` best of `scores` stay: by kept index, ascending.
+    """(kept, dropped) pairs of head residuals when the `count` best of `scores` stay, ascending by kept index.
 
-    By descending score and from 1 on, head i of [2K - L + 1, K] takes up head 2K - i + 1, for L heads of which K stay:
-    the last that stays the first that goes, and so on outwards. Needs K >= L / 2. Source: arXiv 2407.14679, section
-    2.3, whose printed lower bound is off by one: it asks for a head that is not there.
+    Numbering L heads from 1 by descending score, of which K stay, head i in [2K - L + 1, K] absorbs head 2K - i + 1:
+    the last to stay takes the first to go, and so on outwards. Needs K >= L / 2. Source: arXiv 2407.14679, section 2.3,
+    whose printed lower bound is off by one: it names a head that does not exist.
     """
     order = numpy.argsort(-scores, kind="stable").tolist()
     pairs = [(order[2 * count - place], order[place - 1]) for place in range(count + 1, len(order) + 1)]
@@ -92,18 +93,18 @@ def residual_pairs(scores: numpy.ndarray, count: int) -> list[tuple[int, int]]:
 
 
 def narrowest(cuts: Sequence[Cut]) -> Cut:
-    """The cut of least margin (the first of equal ones); counts alone where nothing was dropped."""
+    """The cut of least margin (the first of equal ones); if nothing was dropped, one with counts alone."""
     real = [cut for cut in cuts if cut.margin is not None]
     return min(real, key=lambda cut: cut.margin or 0.0) if real else Cut(cuts[0].kept, cuts[0].of)
 
 
 def closest(cuts: Sequence[Cut]) -> Cut:
-    """The cut of least gap: where scores that are all known equally well decided most narrowly."""
+    """The cut of least gap: the narrowest decision, all scores of an axis being known to the same accuracy."""
     return min(cuts, key=Cut.gap)
 
 
 def _cut(kept: int, of: int, lowest_kept: float, highest_dropped: float) -> Cut:
-    # Scores are positive, where the larger of the two is |lowest_kept|; so it stays finite for any scores.
+    # For positive scores the larger of the two is |lowest_kept|; taking the larger keeps any margin finite.
     scale = max(abs(lowest_kept), abs(highest_dropped))
     margin = float((lowest_kept - highest_dropped) / scale) if scale else 0.0
     return Cut(kept, of, margin, float(lowest_kept), float(highest_dropped))

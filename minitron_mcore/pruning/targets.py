@@ -1,4 +1,4 @@
-"""What the recipe asks of a student -> its exact shape: sizes, ratios and divisors, before any score is looked at."""
+"""From what the recipe asks of a student to its exact shape: sizes, ratios and divisors, without scores. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.layout import check_tensor_parallel
 
 TARGETS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-# The matrix products' own dimensions, which prune.divisible_by is about.
+# Dimensions of the matrix products, to which prune.divisible_by applies.
 DIVIDED = ("hidden_size", "ffn_hidden_size")
 
 
@@ -27,19 +27,18 @@ def student_shape(
 ) -> Architecture:
     """The teacher cut to the sizes asked for.
 
-    `student`: TARGETS -> size or None; what is not asked for stays the teacher's, and where only one of query heads and
-    KV groups is, a group keeps as many heads as it can: all of them where heads are not asked for, and where each group
-    has but one head the two shrink together. `ratios`: TARGETS -> share of the teacher's size, above 0 and at most 1,
-    rounded to the nearest multiple of what must divide the size, never to none and never beyond the teacher's.
-    `layers`: the teacher's layers that stay, one by one. `divisible_by`: what must divide hidden_size and
-    ffn_hidden_size where they shrink. `tensor` and `pipeline`: the layout the student is meant for.
+    `student`: TARGETS -> size or None. A size that is not given stays the teacher's. If only KV groups are given, each
+    keeps all of its query heads; if each group has a single head, groups and heads shrink together. `ratios`: TARGETS
+    -> share of the teacher's size, above 0 and at most 1, rounded to the nearest multiple of what must divide the size,
+    at least one such multiple and at most the teacher's size. `layers`: the teacher's layers that stay. `divisible_by`:
+    what must divide hidden_size and ffn_hidden_size where they shrink. `tensor` and `pipeline`: the student's layout.
 
-    Raises InputError naming student.<field>, and prune.divisible_by or parallel.<field> where it is that.
+    Raises InputError, naming student.<field>, prune.divisible_by or parallel.<field>.
     """
     wanted = {name: value for name, value in student.items() if value is not None}
     ratios = ratios or {}
     if isinstance(divisible_by, bool) or not isinstance(divisible_by, int) or divisible_by < 1:
-        raise InputError(f"prune.divisible_by={divisible_by!r} must be a whole number of at least 1")
+        raise InputError("prune.divisible_by", divisible_by, "must be a whole number of at least 1")
     _check_sizes(teacher, wanted)
     _check_ratios(ratios, wanted)
     if layers is not None:
@@ -59,88 +58,94 @@ def student_shape(
             wanted[name] = _share(name, ratios[name], getattr(teacher, name), divisor)
     _resolve_heads(teacher, wanted, ratios.get("num_attention_heads"), tensor)
     target = teacher.replace(**wanted)
-    if target.ffn_hidden_size % tensor:
-        raise InputError(f"student.ffn_hidden_size={target.ffn_hidden_size} is no multiple of parallel.tensor={tensor}")
+    sharded = ("ffn_hidden_size", *(["num_query_groups"] if "num_query_groups" in wanted else []))
+    for name in sharded:
+        if (size := getattr(target, name)) % tensor:
+            remedy = "choose a multiple, or lower parallel.tensor"
+            raise InputError(f"student.{name}", size, f"is not a multiple of parallel.tensor={tensor}", remedy)
     if target.num_layers < pipeline:
-        raise InputError(f"student.num_layers={target.num_layers} is fewer than parallel.pipeline={pipeline} stages")
-    if "num_query_groups" in wanted and target.num_query_groups % tensor:
         raise InputError(
-            f"student.num_query_groups={target.num_query_groups} is no multiple of parallel.tensor={tensor}"
+            "student.num_layers",
+            target.num_layers,
+            f"is fewer than the {pipeline} stages of parallel.pipeline={pipeline}",
+            "keep more layers, or lower parallel.pipeline",
         )
     check_tensor_parallel(target, tensor)
     return target
 
 
+def no_target(teacher: Architecture) -> InputError:
+    """For a student that is to be no smaller than the teacher."""
+    example = f"student.ffn_hidden_size={teacher.ffn_hidden_size // 2}"
+    remedy = f"set student.layers, student.ratios or one of student.{', student.'.join(TARGETS)}, as in {example}"
+    return InputError("student", None, "asks for nothing smaller than the teacher", remedy)
+
+
 def _check_sizes(teacher: Architecture, wanted: Mapping[str, int]) -> None:
     for name, value in wanted.items():
         if name not in TARGETS:
-            raise InputError(f"student.{name}={value!r} cannot be pruned to: choose from {', '.join(TARGETS)}")
+            raise InputError(f"student.{name}", value, "cannot be pruned", f"choose from {', '.join(TARGETS)}")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"student.{name}={value!r} must be a whole number of at least 1")
-        if value > getattr(teacher, name):
-            raise InputError(
-                f"student.{name}={value} is larger than the teacher's {getattr(teacher, name)}: "
-                "pruning only makes a model smaller"
-            )
+            raise InputError(f"student.{name}", value, "must be a whole number of at least 1")
+        if value > (size := getattr(teacher, name)):
+            rule = f"is larger than the teacher's {size}, and pruning only makes a model smaller"
+            raise InputError(f"student.{name}", value, rule, f"choose at most {size}")
 
 
 def _check_ratios(ratios: Mapping[str, float], wanted: Mapping[str, int]) -> None:
     for name, ratio in ratios.items():
         if name not in TARGETS:
-            raise InputError(f"student.ratios.{name}={ratio!r} is no axis to prune: choose from {', '.join(TARGETS)}")
+            raise InputError(f"student.ratios.{name}", ratio, "cannot be pruned", f"choose from {', '.join(TARGETS)}")
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-            raise InputError(f"student.ratios.{name}={ratio!r} must be above 0 and at most 1: the share that stays")
+            rule = "must be above 0 and at most 1, being the share that stays"
+            raise InputError(f"student.ratios.{name}", ratio, rule)
         if name in wanted:
-            raise InputError(
-                f"student.{name}={wanted[name]} and student.ratios.{name}={ratio} are both given: give one"
-            )
+            rule = f"and student.ratios.{name}={ratio} are both given"
+            raise InputError(f"student.{name}", wanted[name], rule, "leave one of them out")
 
 
 def _check_layers(
     teacher: Architecture, layers: Sequence[int], wanted: Mapping[str, int], ratios: Mapping[str, float]
 ) -> None:
-    said = f"student.layers={list(layers)}"
+    both = "leave one of them out"
     if not layers or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
-        raise InputError(f"{said} must be a list of the teacher's layers that stay, as in [0,1,2]")
-    if min(layers) < 0 or max(layers) >= teacher.num_layers:
-        raise InputError(f"{said} must be among the teacher's layers 0 to {teacher.num_layers - 1}")
-    if any(low >= high for low, high in pairwise(layers)):
-        raise InputError(f"{said} must be in ascending order, each layer once")
-    if wanted.get("num_layers", len(layers)) != len(layers):
-        raise InputError(
-            f"{said} are {len(layers)} layers, but student.num_layers={wanted['num_layers']}: leave one of them out"
-        )
-    if "num_layers" in ratios:
-        raise InputError(f"{said} and student.ratios.num_layers={ratios['num_layers']} are both given: give one")
+        rule, remedy = "must be a list of the teacher's layers that stay, as in [0,1,2]", ""
+    elif min(layers) < 0 or max(layers) >= teacher.num_layers:
+        rule, remedy = f"must be among the teacher's layers 0 to {teacher.num_layers - 1}", ""
+    elif any(low >= high for low, high in pairwise(layers)):
+        rule, remedy = "must be in ascending order, each layer once", ""
+    elif wanted.get("num_layers", len(layers)) != len(layers):
+        rule, remedy = f"names {len(layers)} layers, but student.num_layers={wanted['num_layers']}", both
+    elif "num_layers" in ratios:
+        rule, remedy = f"and student.ratios.num_layers={ratios['num_layers']} are both given", both
+    else:
+        return
+    raise InputError("student.layers", list(layers), rule, remedy)
 
 
 def _check_divisible(name: str, size: int, teacher: int, divisor: int) -> None:
-    """A size that stays the teacher's is none that pruning chose."""
     if size % divisor == 0:
         return
     below = size - size % divisor
     near = [str(value) for value in (below, below + divisor) if 0 < value <= teacher] or [str(teacher)]
-    raise InputError(
-        f"student.{name}={size} is no multiple of prune.divisible_by={divisor}: the nearest are {' and '.join(near)}"
-    )
+    rule = f"is not a multiple of prune.divisible_by={divisor}"
+    raise InputError(f"student.{name}", size, rule, f"choose {' or '.join(near)}")
 
 
 def _share(name: str, ratio: float, teacher: int, divisor: int) -> int:
-    """`ratio` of the teacher's size, to the nearest multiple of `divisor`; of two as near, the larger."""
+    """`ratio` of the teacher's size, to the nearest multiple of `divisor`; a tie goes up."""
     if ratio == 1:
         return teacher
     if divisor > teacher:
-        raise InputError(
-            f"student.ratios.{name}={ratio}: no multiple of {divisor}, which must divide the size, is within the "
-            f"teacher's {teacher}"
-        )
+        rule = f"leaves no size: it must be a multiple of {divisor}, and the teacher's is {teacher}"
+        raise InputError(f"student.ratios.{name}", ratio, rule, "lower prune.divisible_by or parallel.tensor")
     # The tolerance is for products such as 0.35 * 10, a half that floating point puts just below.
     nearest = math.floor(ratio * teacher / divisor + 0.5 + 1e-9) * divisor
     return min(max(nearest, divisor), teacher - teacher % divisor)
 
 
 def _resolve_heads(teacher: Architecture, wanted: dict[str, int], ratio: float | None, tensor: int) -> None:
-    """Set what is not given of `wanted`'s query heads and KV groups. Raises InputError where they do not fit."""
+    """Fill in whichever of query heads and KV groups `wanted` lacks. Raises InputError where the two do not fit."""
     q, one_each = teacher.heads_per_group, teacher.heads_per_group == 1
     if one_each and "num_query_groups" not in wanted:
         if ratio is not None:
@@ -154,12 +159,8 @@ def _resolve_heads(teacher: Architecture, wanted: dict[str, int], ratio: float |
     heads = wanted.setdefault("num_attention_heads", groups * q)
     if heads % groups:
         whose = "student.num_query_groups" if "num_query_groups" in wanted else "the teacher's num_query_groups"
-        raise InputError(
-            f"student.num_attention_heads={heads} is no multiple of {whose}={groups}: every KV group that stays keeps "
-            "as many query heads as the others"
-        )
+        rule = f"is not a multiple of {whose}={groups}, and every KV group keeps equally many query heads"
+        raise InputError("student.num_attention_heads", heads, rule, "choose a multiple")
     if heads > groups * q:
-        raise InputError(
-            f"student.num_attention_heads={heads} on student.num_query_groups={groups} are {heads // groups} query "
-            f"heads in a group, but the teacher has {q}: at most {groups * q} heads can stay"
-        )
+        rule = f"puts {heads // groups} query heads in each of {groups} KV groups, but the teacher has {q}"
+        raise InputError("student.num_attention_heads", heads, rule, f"choose at most {groups * q}")

@@ -1,4 +1,4 @@
-"""Which students an ablation prunes: every combination of the recipe's choices, each that makes a difference once."""
+"""The students that an ablation prunes: every combination of the recipe's choices that matters, once. Pure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.errors import InputError
 from minitron_mcore.pruning.plan import TARGETS, check_residual
+from minitron_mcore.pruning.targets import no_target
 from minitron_mcore.search.config import AblateConfig
 
 # name of a shape that prunes one axis alone -> the fields it takes from the student
@@ -23,7 +23,7 @@ WHOLE = "student"
 
 @dataclass(frozen=True)
 class Setting:
-    """One row: what is pruned and how it is chosen. A choice that makes no difference to the row is ""."""
+    """One row: what is pruned, and how it is chosen. A choice that has no effect on the row is ""."""
 
     shape: str  # WHOLE or a name of ALONE
     method: str
@@ -37,7 +37,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """The choices in words, without those that make no difference."""
+        """The choices in words, without those that have no effect."""
         aggregation = self.aggregation and f"{self.aggregation} (batch/sequence)"
         residual = "" if self.head_residual in ("", "none") else f"{self.head_residual} in {self.residual_matrices}"
         seed = self.seed and f"seed {self.seed}"
@@ -46,17 +46,14 @@ class Setting:
 
 
 def shapes_of(teacher: Architecture, student: Architecture, per_axis: bool) -> dict[str, Architecture]:
-    """The shapes to prune to, by name. Raises InputError where the student is no smaller than the teacher."""
+    """The shapes to prune to, by name. Raises InputError unless the student is smaller than the teacher."""
     smaller = {
         name: fields
         for name, fields in ALONE.items()
         if any(getattr(student, field) < getattr(teacher, field) for field in fields)
     }
     if not smaller:
-        raise InputError(
-            "student.* asks for nothing smaller than the teacher: give the shape to prune to, as in "
-            f"student.ffn_hidden_size={teacher.ffn_hidden_size // 2}"
-        )
+        raise no_target(teacher)
     shapes = {WHOLE: student}
     if per_axis and len(smaller) > 1:
         for name, fields in smaller.items():

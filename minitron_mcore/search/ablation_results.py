@@ -1,4 +1,4 @@
-"""Rows of an ablation: their CSV, which grows row by row, the sorted table, and the plot."""
+"""An ablation's rows: the CSV file that grows row by row, the sorted table, and the plot. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = 30  # rows of a panel of the plot
 
 @dataclass(frozen=True)
 class Row:
-    """A student and its zero-shot loss: nats a token on held-out text, before any training."""
+    """A student and its loss before any training, in nats per token on held-out text."""
 
     setting: Setting
     lm_loss: float
@@ -30,13 +30,13 @@ class Row:
 
 
 def read_rows(path: Path, made_with: str) -> list[Row]:
-    """The finished rows in `path`, none where it is not there.
+    """The finished rows in `path`; none if the file does not exist.
 
-    Raises InputError where they were made with other settings than `made_with` (a fingerprint), or are no rows.
+    Raises InputError if the file holds something else, or rows made with settings of another fingerprint.
     """
     if not path.is_file():
         return []
-    rows, makers = [], set()
+    rows, makers, remedy = [], set(), "name another folder as output, or delete that file"
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             for line in csv.DictReader(stream):
@@ -44,12 +44,10 @@ def read_rows(path: Path, made_with: str) -> list[Row]:
                 rows.append(Row(setting, float(line["lm_loss"]), float(line["ppl"]), int(line["parameters"])))
                 makers.add(line["made_with"])
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"output: {path} is no table of an ablation: name another folder, or delete it") from error
+        raise InputError("output", path.parent, f"holds {path.name}, not the table of an ablation", remedy) from error
     if makers - {made_with}:
-        raise InputError(
-            f"output: {path} holds rows of another teacher, student, text or seed: name another folder as output, or "
-            "delete that file"
-        )
+        rule = f"holds {path.name} with rows of another teacher, student, text or seed"
+        raise InputError("output", path.parent, rule, remedy)
     return rows
 
 
@@ -65,7 +63,7 @@ def write_rows(rows: Sequence[Row], path: Path, made_with: str) -> None:
 
 
 def best_first(rows: Sequence[Row]) -> list[Row]:
-    """By shape, in the order they come in, then by loss."""
+    """By shape, in order of appearance, then by loss."""
     shapes = list(dict.fromkeys(row.setting.shape for row in rows))
     return sorted(rows, key=lambda row: (shapes.index(row.setting.shape), row.lm_loss))
 
@@ -96,8 +94,8 @@ def table(rows: Sequence[Row], teacher_loss: float) -> str:
 
 
 def squares(rows: Sequence[Row]) -> list[str]:
-    """As in table 13 of arXiv 2407.14679: loss by batch (down) and sequence (across) aggregation, where several of
-    both were tried with all else alike."""
+    """As in table 13 of arXiv 2407.14679: loss by batch (down) and sequence (across) aggregation, for choices that were
+    combined with several of both."""
     groups: dict[Setting, dict[tuple[str, str], float]] = {}
     for row in rows:
         if row.setting.aggregation:
@@ -119,8 +117,8 @@ def squares(rows: Sequence[Row]) -> list[str]:
 
 
 def write_plot(rows: Sequence[Row], teacher_loss: float, path: Path) -> None:
-    """A panel for each shape, with a bar for each of its best rows, the lowest loss on top, from the teacher's loss on;
-    PNG, whole or not at all. One process calls."""
+    """A panel for each shape with bars for its best rows, drawn from the teacher's loss, the lowest loss on top; PNG,
+    whole or not at all. One process calls."""
     # Takes a second to import. Without pyplot there is no window system to ask for.
     from matplotlib.figure import Figure
 

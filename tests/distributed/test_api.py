@@ -176,15 +176,15 @@ def test_what_cannot_be_is_said_in_a_sentence(tmp_path: Path) -> None:
         "aggregation": "batch_aggregation=max must be one of mean, l2, var",
         "method": "method=guess must be one of activation, magnitude, random",
         "empty": "batches is empty",
-        "floats": "batches[0] is torch.float32 (2, 4): token ids as an int64 tensor [b, s] are needed",
-        "shape": "batches[1] has shape (3, 16) after ones of (2, 16)",
-        "id": "batches[0] holds the token id 1003, but the model's vocab_size is 1003",
+        "floats": "batches[0] is torch.float32 (2, 4): give token ids as an int64 tensor [b, s]",
+        "shape": "batches[1] has shape (3, 16) after batches of (2, 16)",
+        "id": "batches[0] has the token id 1003, but the model's vocab_size is 1003",
         "long": "batches[0] has rows of 65 tokens, longer than the model's max_position_embeddings=64",
         "larger": "student.hidden_size=99 is larger than the teacher's 48",
-        "other": "the plan is for another model",
-        "precision": "precision='fp8' is not allowed: choose one of fp32, bf16",
+        "other": "plan was made for another model than this teacher",
+        "precision": "precision=fp8 is not allowed: choose one of fp32, bf16",
         "folder": "is not there",
-        "taken": "is there already: name another folder",
+        "taken": "exists already: name another folder",
     }
     assert said.keys() == expected.keys()
     for name, words in expected.items():

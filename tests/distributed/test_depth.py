@@ -270,11 +270,11 @@ def identities_on_rank(parallel: dict[str, Any], world_size: int) -> dict[str, A
     nan = [dataclasses.replace(part, loss_mask=part.loss_mask * 0) for part in batch]
     for word, call in {
         "layer 4 cannot be left out": lambda: states([4]),
-        "holds 4": lambda: measure_depth(chunks, batch, architecture, ["lm_loss"], [4]),
+        "holds 4, but the model has": lambda: measure_depth(chunks, batch, architecture, ["lm_loss"], [4]),
         "holds 0": lambda: measure_depth(chunks, batch, architecture, ["lm_loss"], [0]),
-        "is empty": lambda: measure_depth(chunks, batch, architecture, ["lm_loss"], []),
-        "'perplexity'": lambda: measure_depth(chunks, batch, architecture, ["perplexity"], [1]),
-        "measured on questions": lambda: measure_depth(chunks, batch, architecture, ["accuracy"], [1]),
+        "block_lengths=[] is empty": lambda: measure_depth(chunks, batch, architecture, ["lm_loss"], []),
+        "holds perplexity, which is unknown": lambda: measure_depth(chunks, batch, architecture, ["perplexity"], [1]),
+        "accuracy needs its questions": lambda: measure_depth(chunks, batch, architecture, ["accuracy"], [1]),
         "every loss mask is 0": lambda: measure_depth(chunks, nan, architecture, ["lm_loss"], [1]),
     }.items():
         with pytest.raises(InputError) as error:

@@ -105,7 +105,7 @@ def score_everywhere(root: Path) -> dict[str, Any]:
             "importance.aggregations=[l3/mean]",
         ],
         "importance.num_samples=0": [*TEACHER, "scores=@/new", "importance.num_samples=0"],
-        "depth_metrics=['lm_loss'] needs a forward pass": [
+        "needs a forward pass": [
             *TEACHER,
             "scores=@/new",
             "importance.method=magnitude",

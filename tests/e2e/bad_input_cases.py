@@ -126,7 +126,7 @@ LAYOUTS += [
         "does not divide ffn_hidden_size=63",
     ),
     (2, "distill", ["parallel.pipeline=2"], "num_layers=1 is fewer than the 2 stages"),
-    (2, "prune", ["parallel.tensor=2", "student.ffn_hidden_size=33"], "student.ffn_hidden_size=33 is no multiple of"),
+    (2, "prune", ["parallel.tensor=2", "student.ffn_hidden_size=33"], "student.ffn_hidden_size=33 is not a multiple"),
     (2, "import", ["parallel.pipeline=2", "hf=@/hf_one_layer"], "num_layers=1 is fewer than the 2 stages"),
 ]
 
@@ -283,21 +283,21 @@ CHECKPOINTS: list[Case] = [
         (
             verb,
             ["importance.depth_metrics=[lm_loss]", "importance.block_lengths=[2]"],
-            "importance.block_lengths holds 2: the model has 2 layers, so that blocks of 1 to 1 can be left out",
+            "importance.block_lengths=[2] holds 2, but the model has 2 layers: choose lengths from 1 to 1",
         )
         for verb in ("score", "run")
     ),
     (
         "run",
         ["importance.depth_metrics=[accuracy]", "importance.multiple_choice=@/file"],
-        "importance.multiple_choice=@/file, line 1 is no JSON",
+        "importance.multiple_choice=@/file, line 1 is not JSON",
     ),
     ("score", ["data.sequence_length=65"], LENGTH),
     ("score", ["tokenizer.model=@/other.model"], "tokenizer"),
     ("plan", ["plan=null"], "plan is not given"),
     ("plan", ["plan=@/papers"], "plan=@/papers is a folder: name a file"),
     ("plan", ["plan=@/file/plan.json"], "cannot be written, because @/file is not a folder"),
-    ("plan", ["scores=@/none"], "scores=@/none is not there"),
+    ("plan", ["scores=@/none"], "scores=@/none does not exist"),
     ("plan", ["scores=@/file"], "scores=@/file cannot be read"),
     ("plan", ["student.num_layers=3"], "student.num_layers=3 is larger than the teacher's 2"),
     ("plan", ["student.hidden_size=0"], "student.hidden_size=0 must be a whole number of at least 1"),
@@ -305,8 +305,8 @@ CHECKPOINTS: list[Case] = [
     ("prune", ["student.checkpoint=@/student"], "student.checkpoint=@/student is there already"),
     ("prune", ["student.checkpoint=@/papers", "prune.overwrite=true"], "holds something other than a checkpoint"),
     ("prune", ["student.checkpoint=@/file"], "student.checkpoint=@/file is a file"),
-    ("prune", ["plan=@/file"], "plan=@/file: this is no JSON"),
-    ("prune", ["teacher.checkpoint=@/student"], "another model than teacher.checkpoint"),
+    ("prune", ["plan=@/file"], "plan=@/file is not JSON"),
+    ("prune", ["teacher.checkpoint=@/student"], "was made for another model than this teacher"),
     ("evaluate", ["checkpoint=null"], "checkpoint is not given"),
     ("evaluate", ["checkpoint=@/checkpoints/unfinished"], "holds no finished checkpoint"),
     (

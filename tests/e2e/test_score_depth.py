@@ -39,9 +39,9 @@ QUESTIONS: list[dict[str, Any]] = [
 # What is wrong beside DEPTH, and what must be said.
 REFUSED: list[tuple[list[str], str]] = [
     (["importance.depth_metrics=[perplexity]"], "importance.depth_metrics holds 'perplexity': choose from"),
-    (["importance.block_lengths=[4]"], "importance.block_lengths holds 4: the model has 4 layers"),
+    (["importance.block_lengths=[4]"], "importance.block_lengths=[4] holds 4, but the model has 4 layers"),
     (["importance.block_lengths=[0]"], "importance.block_lengths holds 0"),
-    (["importance.block_lengths=[]"], "importance.block_lengths is empty"),
+    (["importance.block_lengths=[]"], "importance.block_lengths=[] is empty"),
     (["importance.multiple_choice=null"], "importance.depth_metrics holds 'accuracy', which asks questions"),
     (
         ["importance.depth_metrics=[lm_loss]"],

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitron_mcore.errors import InputError
 from minitron_mcore.pruning.iterative import step_shapes
 from minitron_mcore.pruning.plan import TARGETS
 from tests.distributed.models import tiny
+from tests.refusals import refuses
 
 TEACHER = tiny(
     "llama", num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8
@@ -47,7 +47,7 @@ def test_divisors() -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, True, 1.5])
 def test_steps_that_are_none(steps: int) -> None:
-    with pytest.raises(InputError, match=r"prune\.steps="):
+    with refuses("prune.steps", steps, "must be a whole number of at least 1"):
         step_shapes(TEACHER, TEACHER, steps)
 
 

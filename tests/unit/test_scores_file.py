@@ -14,6 +14,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.importance.baselines import random_scores
 from minitron_mcore.importance.config import ImportanceConfig, variant_names
 from minitron_mcore.importance.scores import Scores, load_scores, save_scores, tolerance_of
+from tests.refusals import refuses
 
 L = 4
 VARIANTS = ("mean/var/pre_activation", "l2/l2/down_projection_input")
@@ -89,24 +90,42 @@ def test_an_array_that_no_scores_have_is_refused(tmp_path: Path) -> None:
     for name in ("biases", "variants/ffn", "variants/l2/mean/site/neurons", "depth/lm_loss"):
         arrays = {**load_file(tmp_path / "scores"), name: numpy.zeros(L)}
         save_file(arrays, str(tmp_path / "other"), metadata=metadata)
-        with pytest.raises(InputError, match=name.rpartition("/")[2]):
+        with refuses("scores", tmp_path / "other", name.rpartition("/")[2], "score again"):
             load_scores(tmp_path / "other")
 
 
+def test_what_is_not_scores_is_named(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{\n  "format": "minitron_plan",\n  "layers": []\n}\n')
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "architecture.yaml").touch()
+    (tmp_path / "text").write_text("neither")
+    said = {
+        "plan.json": "is a pruning plan",
+        "teacher": "is a checkpoint",
+        "text": "cannot be read",
+        "none": "does not",
+    }
+    for name, rule in said.items():
+        with refuses("scores", tmp_path / name, rule, "name the file that `minitron score` wrote"):
+            load_scores(tmp_path / name)
+    with refuses("scores", None, "is missing"):
+        load_scores(None)
+
+
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "rule"),
     [
-        ({"groups": numpy.zeros((L, 3))}, "groups has shape"),
-        ({"groups": numpy.full((L, 2), numpy.nan)}, "groups holds NaN"),
-        ({"variants": {VARIANTS[0]: {"heads": numpy.zeros((L, 3))}}}, f"variants/{VARIANTS[0]}/heads has shape"),
-        ({"variants": {VARIANTS[0]: {"hidden": numpy.full(8, numpy.inf)}}}, f"variants/{VARIANTS[0]}/hidden holds"),
-        ({"depth": {"lm_loss@2": numpy.zeros(L)}}, r"depth/lm_loss@2 has shape \(4,\) where the model needs \(3,\)"),
-        ({"depth": {"lm_loss@1": numpy.full(L, numpy.nan)}}, "depth/lm_loss@1 holds NaN"),
-        ({"depth": {"lm_loss": numpy.zeros(L)}}, "no METRIC@LENGTH"),
+        ({"groups": numpy.zeros((L, 3))}, "have the shape (4, 3) in groups, but the model needs (4, 2)"),
+        ({"groups": numpy.full((L, 2), numpy.nan)}, "hold NaN or Inf in groups"),
+        ({"variants": {VARIANTS[0]: {"heads": numpy.zeros((L, 3))}}}, f"in variants/{VARIANTS[0]}/heads, but"),
+        ({"variants": {VARIANTS[0]: {"hidden": numpy.full(8, numpy.inf)}}}, f"Inf in variants/{VARIANTS[0]}/hidden"),
+        ({"depth": {"lm_loss@2": numpy.zeros(L)}}, "have the shape (4,) in depth/lm_loss@2, but the model needs (3,)"),
+        ({"depth": {"lm_loss@1": numpy.full(L, numpy.nan)}}, "hold NaN or Inf in depth/lm_loss@1"),
+        ({"depth": {"lm_loss": numpy.zeros(L)}}, "name is not METRIC@LENGTH"),
     ],
 )
-def test_what_does_not_fit_is_named(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
+def test_what_does_not_fit_is_named(changes: dict[str, Any], rule: str) -> None:
+    with refuses("scores", None, rule):
         draw(**changes)
 
 
@@ -122,7 +141,7 @@ def test_a_variant_takes_the_primary_choices_place_and_gives_it_back() -> None:
         batch, sequence, _ = name.split("/")
         assert other.settings["tolerance"] == tolerance_of("bf16", batch, sequence)
         assert_same(other.variant(PRIMARY), scores)
-    with pytest.raises(InputError, match=r"importance\.aggregations"):
+    with refuses("prune.variant", "var/var/pre_activation", "is not among", "importance.aggregations"):
         scores.variant("var/var/pre_activation")
 
 
@@ -133,9 +152,11 @@ def test_depth_of_blocks() -> None:
         assert numpy.allclose(scores.depth_of("block_influence", length), sums, rtol=1e-15)
     assert numpy.array_equal(scores.depth_of("lm_loss", 3), scores.depth["lm_loss@3"])
     for metric, length in (("lm_loss", 2), ("accuracy", 1)):
-        with pytest.raises(InputError, match=r"importance\.depth_metrics.*importance\.block_lengths"):
+        with refuses(
+            "prune.depth_metric", metric, f"blocks of {length} layers", f"{metric} in importance.depth_metrics"
+        ):
             scores.depth_of(metric, length)
-    with pytest.raises(InputError, match="a block of 5 layers"):
+    with refuses("scores", None, "have no block of 5 layers"):
         scores.depth_of("block_influence", 5)
 
 

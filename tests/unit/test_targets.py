@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitron_mcore.architecture import Architecture, build_architecture
-from minitron_mcore.errors import InputError
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.targets import TARGETS, student_shape
+from tests.refusals import refuses
+
+NAN = float("nan")
 
 
 def model(**changes: Any) -> Architecture:
@@ -79,14 +81,16 @@ def test_no_other_multiple_is_nearer(ffn: int, ratio: float, divisor: int, tenso
     teacher = model(ffn_hidden_size=ffn * tensor)
     multiples = [size for size in range(1, ffn * tensor + 1) if size % divisor == 0 and size % tensor == 0]
     options: dict[str, Any] = {"ratios": {"ffn_hidden_size": ratio}, "divisible_by": divisor, "tensor": tensor}
+    if ratio == 1:
+        assert student_shape(teacher, {}, **options).ffn_hidden_size == ffn * tensor
+        return
     if not multiples:
-        with pytest.raises(InputError, match=r"student.ratios.ffn_hidden_size=.* no multiple of"):
+        with refuses("student.ratios.ffn_hidden_size", ratio, "leaves no size"):
             student_shape(teacher, {}, **options)
         return
     size = student_shape(teacher, {}, **options).ffn_hidden_size
-    if ratio < 1:
-        nearest = min(abs(other - ratio * ffn * tensor) for other in multiples)
-        assert size in multiples and abs(size - ratio * ffn * tensor) <= nearest + 1e-6
+    nearest = min(abs(other - ratio * ffn * tensor) for other in multiples)
+    assert size in multiples and abs(size - ratio * ffn * tensor) <= nearest + 1e-6
 
 
 def test_sizes_that_stay_need_not_be_divided() -> None:
@@ -100,55 +104,64 @@ def test_layers_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("student", "options", "message"),
+    ("student", "options", "refusal"),
     [
-        ({"num_query_groups": 5}, {}, "student.num_query_groups=5 is larger than the teacher's 4"),
-        ({"num_query_groups": 0}, {}, "student.num_query_groups=0 must be a whole number of at least 1"),
+        ({"num_query_groups": 5}, {}, ("student.num_query_groups", 5, "is larger than the teacher's 4")),
+        ({"num_query_groups": 0}, {}, ("student.num_query_groups", 0, "must be a whole number of at least 1")),
         (
             {"num_query_groups": 3, "num_attention_heads": 8},
             {},
-            "student.num_attention_heads=8 is no multiple of student.num_query_groups=3",
+            ("student.num_attention_heads", 8, "is not a multiple of student.num_query_groups=3"),
         ),
         (
             {"num_query_groups": 2, "num_attention_heads": 12},
             {},
-            "are 6 query heads in a group, but the teacher has 3: at most 6 heads can stay",
+            ("student.num_attention_heads", 12, "puts 6 query heads in each of 2 KV groups", "choose at most 6"),
         ),
-        ({"num_query_groups": 3}, {"tensor": 2}, "student.num_query_groups=3 is no multiple of parallel.tensor=2"),
-        ({"num_layers": 2}, {"pipeline": 3}, "student.num_layers=2 is fewer than parallel.pipeline=3 stages"),
-        ({}, {"layers": [0, 4], "pipeline": 3}, "student.num_layers=2 is fewer than parallel.pipeline=3 stages"),
+        ({"num_query_groups": 3}, {"tensor": 2}, ("student.num_query_groups", 3, "is not a multiple of parallel.te")),
+        ({"num_layers": 2}, {"pipeline": 3}, ("student.num_layers", 2, "is fewer than the 3 stages of parallel.pipe")),
+        ({}, {"layers": [0, 4], "pipeline": 3}, ("student.num_layers", 2, "is fewer than the 3 stages")),
         (
             {"hidden_size": 70},
             {"divisible_by": 16},
-            "student.hidden_size=70 is no multiple of prune.divisible_by=16: the nearest are 64 and 80",
+            ("student.hidden_size", 70, "is not a multiple of prune.divisible_by=16", "choose 64 or 80"),
         ),
-        ({"ffn_hidden_size": 100}, {"divisible_by": 96}, "the nearest are 96"),
-        ({"hidden_size": 8}, {"divisible_by": 64}, "the nearest are 64"),
-        ({"hidden_size": 8}, {"divisible_by": 128}, "the nearest are 96"),
-        ({}, {"divisible_by": 0}, "prune.divisible_by=0 must be a whole number of at least 1"),
-        ({}, {"ratios": {"depth": 0.5}}, "student.ratios.depth=0.5 is no axis to prune: choose from num_layers"),
-        ({}, {"ratios": {"hidden_size": 1.2}}, "student.ratios.hidden_size=1.2 must be above 0 and at most 1"),
-        ({}, {"ratios": {"hidden_size": 0.0}}, "student.ratios.hidden_size=0.0 must be above 0"),
-        ({}, {"ratios": {"hidden_size": float("nan")}}, "student.ratios.hidden_size=nan must be above 0"),
-        ({}, {"ratios": {"hidden_size": "half"}}, "student.ratios.hidden_size='half' must be"),
+        ({"ffn_hidden_size": 100}, {"divisible_by": 96}, ("student.ffn_hidden_size", 100, "not a multi", "choose 96")),
+        ({"hidden_size": 8}, {"divisible_by": 64}, ("student.hidden_size", 8, "not a multiple", "choose 64")),
+        ({"hidden_size": 8}, {"divisible_by": 128}, ("student.hidden_size", 8, "not a multiple", "choose 96")),
+        ({}, {"divisible_by": 0}, ("prune.divisible_by", 0, "must be a whole number of at least 1")),
+        ({}, {"ratios": {"depth": 0.5}}, ("student.ratios.depth", 0.5, "cannot be pruned", "choose from num_layers")),
+        ({}, {"ratios": {"hidden_size": 1.2}}, ("student.ratios.hidden_size", 1.2, "must be above 0 and at most 1")),
+        ({}, {"ratios": {"hidden_size": 0.0}}, ("student.ratios.hidden_size", 0.0, "must be above 0")),
+        ({}, {"ratios": {"hidden_size": NAN}}, ("student.ratios.hidden_size", NAN, "must be above 0")),
+        ({}, {"ratios": {"hidden_size": "half"}}, ("student.ratios.hidden_size", "half", "must be above 0")),
         (
             {"hidden_size": 48},
             {"ratios": {"hidden_size": 0.5}},
-            "student.hidden_size=48 and student.ratios.hidden_size=0.5 are both given: give one",
+            ("student.hidden_size", 48, "and student.ratios.hidden_size=0.5 are both given", "leave one"),
         ),
-        ({}, {"layers": []}, "student.layers=[] must be a list of the teacher's layers that stay"),
-        ({}, {"layers": [0, 8]}, "student.layers=[0, 8] must be among the teacher's layers 0 to 7"),
-        ({}, {"layers": [-1, 3]}, "must be among the teacher's layers 0 to 7"),
-        ({}, {"layers": [3, 1]}, "student.layers=[3, 1] must be in ascending order, each layer once"),
-        ({}, {"layers": [3, 3]}, "each layer once"),
-        ({"num_layers": 4}, {"layers": [0, 1, 2]}, "are 3 layers, but student.num_layers=4: leave one of them out"),
-        ({}, {"layers": [0, 1], "ratios": {"num_layers": 0.5}}, "student.ratios.num_layers=0.5 are both given"),
+        ({}, {"layers": []}, ("student.layers", [], "must be a list of the teacher's layers that stay")),
+        ({}, {"layers": [0, 8]}, ("student.layers", [0, 8], "must be among the teacher's layers 0 to 7")),
+        ({}, {"layers": [-1, 3]}, ("student.layers", [-1, 3], "must be among the teacher's layers 0 to 7")),
+        ({}, {"layers": [3, 1]}, ("student.layers", [3, 1], "must be in ascending order, each layer once")),
+        ({}, {"layers": [3, 3]}, ("student.layers", [3, 3], "each layer once")),
+        (
+            {"num_layers": 4},
+            {"layers": [0, 1, 2]},
+            ("student.layers", [0, 1, 2], "names 3 layers, but student.num_layers=4", "leave one of them out"),
+        ),
+        (
+            {},
+            {"layers": [0, 1], "ratios": {"num_layers": 0.5}},
+            ("student.layers", [0, 1], "and student.ratios.num_layers=0.5 are both given"),
+        ),
     ],
 )
-def test_impossible_students_are_refused(student: dict[str, Any], options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError) as error:
+def test_impossible_students_are_refused(
+    student: dict[str, Any], options: dict[str, Any], refusal: tuple[str, Any, str]
+) -> None:
+    with refuses(*refusal):
         student_shape(model(), student, **options)
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_every_target_is_a_key_of_the_recipe() -> None:
