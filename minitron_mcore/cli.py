@@ -10,48 +10,43 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import json
 import os
+import re
 import select
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from minitron_mcore import __version__
 from minitron_mcore.errors import DivergedError, InputError, MemoryExhaustedError
+from minitron_mcore.megatron_names import named_here
 from minitron_mcore.runtime.interrupt import Ending, exit_code, name_of, say_at_once
 from minitron_mcore.runtime.world import read_world
-
-# verb -> (module of stages/, what it does)
-VERBS = {
-    "tokenizer": ("tokenizer", "train a SentencePiece model on text files"),
-    "preprocess": ("preprocess", "text, JSON lines or Parquet -> Megatron .bin/.idx"),
-    "import": ("import_", "Hugging Face folder -> sharded Megatron checkpoint"),
-    "train": ("train", "next-token training, from random weights or from a checkpoint"),
-    "correct": ("correct", "fine-tune the teacher on the distillation's data, before it teaches"),
-    "score": ("score", "importance of every axis of the teacher, one forward pass"),
-    "plan": ("plan", "scores + target shape -> plan.json, without touching weights"),
-    "prune": ("prune", "plan the student and write its sharded checkpoint"),
-    "ablate": ("ablate", "a grid of importance settings, each pruned in memory and evaluated: table, CSV and plot"),
-    "cache": ("cache", "write the teacher's targets of the distillation's samples, to distil from without it"),
-    "distill": ("distill", "train the student from its teacher, for a token budget"),
-    "evaluate": ("evaluate", "held-out LM loss and perplexity of a checkpoint"),
-    "export": ("export", "Megatron checkpoint -> Hugging Face folder"),
-    "inspect": ("inspect", "what a folder or file is, and whether it is whole: inspect PATH [--json] [--verify]"),
-    "run": ("run", "the whole recipe, stage by stage, resumable"),
-}
+from minitron_mcore.verbs import VERBS, help_of, module_of
 
 
-def build_parser() -> argparse.ArgumentParser:
-    verbs = "\n".join(f"  {verb:<12}{does}" for verb, (_, does) in VERBS.items())
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """Flags of other projects are answered with our key."""
+
+    def error(self, message: str) -> NoReturn:
+        if flag := re.search(r"unrecognized arguments: (?:.*? )?(-\S+)", message):
+            remedy = named_here(flag[1]) or "write a key of the recipe as key=value"
+            self.exit(2, f"minitron: {InputError('', flag[1], 'is no flag', remedy)}\n")
+        super().error(message)
+
+
+def build_parser() -> Parser:
+    verbs = "\n".join(f"  {name:<12}{textwrap.shorten(verb.in_words, 100)}" for name, verb in VERBS.items())
+    parser = Parser(
         prog="minitron",
         description="Prune and distil large language models on sharded Megatron checkpoints.",
-        epilog=f"verbs:\n{verbs}\n\nStart several ranks with torchrun or srun: "
-        "torchrun --nproc-per-node 8 -m minitron_mcore VERB …",
+        epilog=f"verbs:\n{verbs}\n\nminitron VERB --help shows the verb's keys. Start several ranks with torchrun or "
+        "srun: torchrun --nproc-per-node 8 -m minitron_mcore VERB …",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("verb", choices=sorted(VERBS), metavar="VERB", help="what to do, see below")
     parser.add_argument("--config", metavar="RECIPE.yaml", help="the recipe; defaults where left out")
@@ -62,25 +57,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def overrides_of(verb: str, words: list[str]) -> list[str]:
-    """`words` as key=value: the one bare word of `inspect` is its path, taken as it stands."""
-    bare = [word for word in words if "=" not in word]
-    if verb != "inspect" or len(bare) != 1:
-        return words
-    return [f"path={json.dumps(word)}" if word == bare[0] else word for word in words]
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line. Exits where help is asked for, which is the verb's own where one is named."""
+    verb = next((word for word in arguments if word in VERBS), None)
+    if verb and {"-h", "--help"} & {*arguments}:
+        try:
+            print(help_of(verb), flush=True)
+        except BrokenPipeError:
+            print_no_more()
+        sys.exit(0)
+    return build_parser().parse_intermixed_args(arguments)
 
 
-def flags_of(options: argparse.Namespace) -> list[str]:
-    """The flags of `inspect` as key=value. Raises InputError where another verb has one."""
-    given = [name for name in ("json", "verify") if getattr(options, name)]
-    if given and options.verb != "inspect":
-        raise InputError(f"--{given[0]} is a flag of inspect alone: leave it out, or write a key as key=value")
-    return [f"{name}=true" for name in given]
+def keys_of(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """(overrides, values that are taken as they stand): the flags of `inspect`, and its one bare word, the path.
+
+    Raises InputError where another verb has one of the flags.
+    """
+    taken: dict[str, Any] = {name: True for name in ("json", "verify") if getattr(options, name)}
+    if options.verb != "inspect":
+        if taken:
+            remedy = "leave it out, or write a key as key=value"
+            raise InputError("", f"--{next(iter(taken))}", "is a flag of inspect alone", remedy)
+        return options.overrides, taken
+    bare = [word for word in options.overrides if "=" not in word]
+    if len(bare) != 1:
+        return options.overrides, taken
+    return [word for word in options.overrides if word != bare[0]], {**taken, "path": bare[0]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
-    options = build_parser().parse_intermixed_args(arguments)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     with Ending() as ending:
         try:
             try:
@@ -105,8 +113,8 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
     try:
         from minitron_mcore.recipe import load_recipe
 
-        words = [*overrides_of(options.verb, options.overrides), *flags_of(options)]
-        recipe = load_recipe(options.config, words)
+        overrides, taken = keys_of(options)
+        recipe = load_recipe(options.config, overrides, **taken)
         from minitron_mcore.jobs.job import resolve
         from minitron_mcore.jobs.stated import reading_for
 
@@ -116,7 +124,7 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
             from minitron_mcore.runtime.start import quiet_libraries, start, stop
 
             quiet_libraries()
-            stage = importlib.import_module(f"minitron_mcore.stages.{VERBS[options.verb][0]}")
+            stage = importlib.import_module(f"minitron_mcore.stages.{module_of(options.verb)}")
             runtime = start()
             for note in job.notes if has_job else ():
                 runtime.print(f"{options.verb}: warning: {note}")

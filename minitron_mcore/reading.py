@@ -177,10 +177,10 @@ def filled(tree: dict[str, Any], default: Callable[[str], Any]) -> dict[str, Any
     return fill(tree, ())  # type: ignore[no-any-return]
 
 
-def read(kind: Any, given: Any, path: str, unknown: Callable[[str], InputError]) -> Any:
+def read(kind: Any, given: Any, path: str, unknown: Callable[[str, Any], InputError]) -> Any:
     """The value of type `kind` that `given`, as loaded, means at the key `path`.
 
-    unknown: the error for a path that is no key. Raises InputError for what the type, or the section, does not allow.
+    unknown: the error for a path that is no key, and its value. Raises InputError for what is not allowed.
     """
     options = options_of(kind)
     is_null = given is None or (isinstance(given, Plain) and given in NULLS)
@@ -213,13 +213,13 @@ def read(kind: Any, given: Any, path: str, unknown: Callable[[str], InputError])
     raise InputError(path, given, f"must be {type_words(kind)}", _count_help(options, given))
 
 
-def _section(kind: Any, given: dict[str, Any], path: str, unknown: Callable[[str], InputError]) -> Any:
+def _section(kind: Any, given: dict[str, Any], path: str, unknown: Callable[[str, Any], InputError]) -> Any:
     entries = {entry.name: entry for entry in kind.__dataclass_fields__.values()}
     values = {}
     for name, value in given.items():
         inner = f"{path}.{name}".lstrip(".")
         if name not in entries:
-            raise unknown(inner)
+            raise unknown(inner, value)
         values[name] = read(entries[name].type, value, inner, unknown)
     try:
         return kind(**values)

@@ -17,6 +17,7 @@ from minitron_mcore.distillation.config import CacheConfig, DistillConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, entry_of, key, section, section_of
+from minitron_mcore.megatron_names import SECTIONS, named_here
 from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.reading import filled, load_text, override_value, put, read
@@ -84,8 +85,8 @@ class Recipe:
     output: Optional[PathName] = key(
         None, "folder of the run: metrics, resolved recipe, and every stage's files under `run`"
     )
-    seed: int = key(1234, "of everything that is drawn", at_least=0, at_most=MOST_SEED)
-    precision: Annotated[str, OneOf("fp32", "bf16")] = key("fp32", "of weights and activations")
+    seed: int = key(1234, "seed of everything that is drawn", at_least=0, at_most=MOST_SEED)
+    precision: Annotated[str, OneOf("fp32", "bf16")] = key("fp32", "number format of weights and activations")
     input: Sources = key(None, "preprocess: text or JSONL files, or folders")
     output_prefix: Optional[PathName] = key(None, "preprocess: path of the .bin/.idx, without ending")
     checkpoint: Optional[PathName] = key(None, "evaluate, export: folder of a checkpoint; import writes it")
@@ -163,8 +164,13 @@ def _default(path: str) -> Any:
     return dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found  # type: ignore[arg-type]
 
 
-def unknown_key(path: str) -> InputError:
-    return InputError(path, None, NO_KEY, f"the nearest is {_nearest(path)}")
+def unknown_key(path: str, value: Any) -> InputError:
+    while path.rpartition(".")[2] in SECTIONS and isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        path = f"{path}.{name}"
+    nearest, leaf = _nearest(path), path.rpartition(".")[2]
+    known = "" if nearest.rpartition(".")[2] == leaf else named_here(path)
+    return InputError(path, None, NO_KEY, known or f"the nearest is {nearest}")
 
 
 def _type_of(path: str) -> Any:

@@ -42,7 +42,7 @@ class HiddenStatesConfig:
         None, "[[teacher layer, student layer], …], from 0; null: the papers' default, from both depths"
     )
     loss: Annotated[str, OneOf("mse", "cosine")] = key(
-        "mse", "of all sites but attention relations, which are compared by KL"
+        "mse", "loss of all sites but attention relations, which are compared by KL"
     )
     relation_heads: int = key(
         0, "heads of the attention relations; 0: what divides both models' query groups", at_least=0
@@ -96,9 +96,13 @@ class DistillConfig(TrainConfig):
         remedy="for the limits set distill.logit_loss=forward_kl or reverse_kl",
     )
     temperature: float = key(1.0, "of both distributions; the papers' best of {0.1, 0.5, 1, 3}", **_TEMPERATURE)
-    kd_weight: float = key(1.0, "of the logit loss, times temperature squared", at_least=0)
-    lm_weight: float = key(0.0, "of the next-token loss; logged at every step whatever its weight", at_least=0)
-    top_k: int = key(0, "of the teacher's logits, the rest as one tail bucket; 0: the whole vocabulary", at_least=0)
+    kd_weight: float = key(1.0, "weight of the logit loss, times temperature squared", at_least=0)
+    lm_weight: float = key(0.0, "weight of the next-token loss; logged at every step whatever its weight", at_least=0)
+    top_k: int = key(
+        0,
+        "how many of the teacher's logits are compared, the rest as one tail bucket; 0: the whole vocabulary",
+        at_least=0,
+    )
     recompute_loss: bool = key(
         False, "sweep over the loss once more in backward, storing nothing between", may_change=True
     )
@@ -148,19 +152,19 @@ class CacheConfig:
     )
     draws: int = key(
         50,
-        "of sampled: mean number of draws a token; some 12 different ids do (arXiv 2503.16870)",
+        "with sampled: mean number of draws a token; some 12 different ids do (arXiv 2503.16870)",
         at_least=1,
         at_most=10_000,
     )
     proposal_temperature: float = key(
-        1.0, "of sampled: draws are from softmax(logits / (temperature * this))", **_TEMPERATURE
+        1.0, "with sampled: draws are from softmax(logits / (temperature * this))", **_TEMPERATURE
     )
-    top_k: int = key(100, "of top_k: ids a token, the rest as one tail bucket; 0: the whole vocabulary", at_least=0)
+    top_k: int = key(100, "with top_k: ids a token, the rest as one tail bucket; 0: the whole vocabulary", at_least=0)
     temperature: Optional[float] = key(None, "of the teacher's distribution; null: distill.temperature", **_TEMPERATURE)
     dtype: Annotated[str, OneOf("fp16", "fp32")] = key(
-        "fp16", "of the stored log-probabilities; counts of draws are exact"
+        "fp16", "type of the stored log-probabilities; counts of draws are exact"
     )
-    num_samples: Optional[int] = key(None, "null: as many as distill.tokens takes", at_least=1)
+    num_samples: Optional[int] = key(None, "samples to cache; null: as many as distill.tokens takes", at_least=1)
     micro_batch_size: int = key(1, "samples at a time", at_least=1, may_change=True)
     chunk_tokens: int = key(128, "tokens whose logits exist at a time", at_least=1)
     shard_samples: int = key(1024, "samples of a file, which a killed run may lose", at_least=1)

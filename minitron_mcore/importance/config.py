@@ -33,8 +33,8 @@ class ImportanceConfig:
     )
     num_samples: int = key(1024, "calibration samples, drawn by the recipe's seed", at_least=1)
     micro_batch_size: int = key(1, "samples at a time", at_least=1, may_change=True)
-    batch_aggregation: Aggregation = key("l2", "over the samples")
-    sequence_aggregation: Aggregation = key("mean", "over a sample's tokens")
+    batch_aggregation: Aggregation = key("l2", "how values are aggregated over the samples")
+    sequence_aggregation: Aggregation = key("mean", "how they are aggregated over a sample's tokens, before")
     # The second keeps the better neurons of a gated MLP (docs/log.md, 2026-11-22).
     neuron_site: NeuronSite = key(
         "down_projection_input",

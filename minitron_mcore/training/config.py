@@ -14,7 +14,7 @@ _OWN = "null: the section's"
 class PhaseConfig:
     """A part of the token budget with a shape of its own; null: the section's."""
 
-    tokens: Optional[int] = key(None, "of this phase; null in the last one: what is left", at_least=1)
+    tokens: Optional[int] = key(None, "tokens of this phase; null in the last one: what is left", at_least=1)
     sequence_length: Optional[int] = key(None, _OWN, at_least=1)
     global_batch_size: Optional[int] = key(None, _OWN, at_least=1)
     micro_batch_size: Optional[int] = key(None, _OWN, at_least=1, may_change=True)
@@ -44,14 +44,14 @@ class TrainConfig:
         "cosine", "how the learning rate decays"
     )
     lr_warmup_iters: int = key(0, "iterations over which the learning rate grows", at_least=0)
-    lr_warmup_tokens: int = key(0, "the same in tokens", at_least=0)
+    lr_warmup_tokens: int = key(0, "the warm-up in tokens instead of iterations", at_least=0)
     lr_wsd_decay_style: Annotated[str, OneOf("exponential", "linear", "cosine", "minus_sqrt")] = key(
         "exponential", "how WSD ends"
     )
     lr_wsd_decay_tokens: int = key(0, "the last tokens of the budget, over which WSD decays", at_least=0, budget=True)
-    weight_decay: float = key(0.1, "of the matrices", at_least=0)
-    adam_beta1: float = key(0.9, "of Adam's mean", at_least=0, below=1)
-    adam_beta2: float = key(0.95, "of Adam's variance", at_least=0, below=1)
+    weight_decay: float = key(0.1, "weight decay of the matrices", at_least=0)
+    adam_beta1: float = key(0.9, "decay of Adam's running mean", at_least=0, below=1)
+    adam_beta2: float = key(0.95, "decay of Adam's running variance", at_least=0, below=1)
     # At 0, or what fp32 rounds to 0, a weight without a gradient becomes 0 / 0.
     adam_eps: float = key(1e-8, "added to Adam's denominator", at_least=1e-30)
     clip_grad: float = key(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
@@ -71,13 +71,13 @@ class TrainConfig:
         None, "full: whole layers; selective: their MLPs; null: nothing", may_change=True
     )
     recompute_method: Optional[Annotated[str, OneOf("uniform", "block")]] = key(
-        None, "of full; null: uniform (model/recompute.py)", may_change=True
+        None, "with full; null: uniform (model/recompute.py)", may_change=True
     )
     recompute_num_layers: Optional[int] = key(
-        None, "of full: layers in a row (1), or in all of a chunk for block", at_least=1, may_change=True
+        None, "with full: layers in a row (1), or in all of a chunk for block", at_least=1, may_change=True
     )
     max_skipped_iterations: int = key(
-        5, "in a row, without a step because the loss or gradients are NaN, end the run", at_least=1, may_change=True
+        5, "so many in a row, skipped because the loss or gradients are NaN, end the run", at_least=1, may_change=True
     )
 
     def __post_init__(self) -> None:
@@ -125,7 +125,9 @@ class LogConfig:
     timing_log_level: int = key(
         0, "Megatron's: 0 large parts of a step, 1 collectives too, 2 every microbatch", at_least=0, at_most=2
     )
-    peak_tflops: Optional[float] = key(None, "of a device, for the MFU; null: by the device's name, in bf16", above=0)
+    peak_tflops: Optional[float] = key(
+        None, "peak of a device, for the MFU; null: by the device's name, in bf16", above=0
+    )
     tensorboard: bool = key(True, "write TensorBoard's files")
     wandb: Annotated[str, OneOf("auto", "online", "offline", "disabled")] = key(
         "disabled", "online uploads; offline writes for `wandb sync`; auto: online when logged in, else offline"

@@ -1,0 +1,218 @@
+"""The verbs: what each does, its keys, what it reads and writes; `minitron VERB --help` in words. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Verb:
+    """summary: in the table of README.md too. keys: of the recipe, or whole sections; `main` are those in the table."""
+
+    summary: str
+    main: tuple[str, ...]
+    keys: tuple[str, ...]
+    reads: str
+    writes: str
+    example: str
+    module: str = ""  # of stages/, where it is not called as the verb is
+
+    @property
+    def in_words(self) -> str:
+        """The summary without Markdown."""
+        return self.summary.partition(" ([")[0].replace("`", "")
+
+
+_RANKS = ("precision", "seed", "parallel")
+_MODEL = (*_RANKS, "trust", "allow")
+_TRAINS = (*_MODEL, "name", "data", "tokenizer.model", "log")
+
+_ROAD = (
+    *("output", "input", "run", "student", "importance", "prune", "train", "correct", "distill", "teacher"),
+    *("cache", "evaluate", "tokenizer", "preprocess", "model", "name", "data", "log"),
+)
+
+VERBS = {
+    "tokenizer": Verb(
+        "train a SentencePiece model on text files",
+        ("tokenizer.*",),
+        ("input", "seed", "tokenizer"),
+        "text files",
+        "tokenizer.model",
+        "minitron tokenizer input=corpus/ tokenizer.model=t.model tokenizer.vocab_size=32k",
+    ),
+    "preprocess": Verb(
+        "text, JSON lines or Parquet, compressed or not → Megatron's `.bin` / `.idx` ([docs/data.md](docs/data.md))",
+        ("input=", "output_prefix="),
+        ("input", "output_prefix", "seed", "allow", "preprocess", "tokenizer.model", "tokenizer.type"),
+        "text files, tokenizer.model",
+        "output_prefix_text_document.bin and .idx, which data.train names without their ending",
+        "minitron preprocess input=corpus/ output_prefix=data/corpus tokenizer.model=t.model",
+    ),
+    "import": Verb(
+        "Hugging Face folder → sharded checkpoint, streamed and checked",
+        ("hf=", "checkpoint=", "verify=true"),
+        ("hf", "checkpoint", "verify", "tokenizer.model", *_MODEL),
+        "the Hugging Face folder hf",
+        "the checkpoint folder checkpoint",
+        "minitron import hf=Llama-3.1-8B checkpoint=teacher",
+        module="import_",
+    ),
+    "train": Verb(
+        "next-token training, from scratch or on from a checkpoint",
+        ("train.*",),
+        ("train", "model", *_TRAINS),
+        "data.train, and train.load where it is given",
+        "train.checkpoint, from which the same command resumes",
+        "minitron train --config recipe.yaml train.checkpoint=teacher train.tokens=2B",
+    ),
+    "score": Verb(
+        "importance of hidden channels, neurons, heads, KV groups and layers in one forward pass; what each layer or "
+        "block costs when left out",
+        ("teacher.checkpoint=", "importance.*", "scores="),
+        ("teacher.checkpoint", "scores", "importance", "data", "tokenizer.model", *_MODEL),
+        "teacher.checkpoint, data.calibration (or data.train)",
+        "the file scores",
+        "minitron score teacher.checkpoint=teacher data.train=data/corpus_text_document scores=scores.safetensors",
+    ),
+    "plan": Verb(
+        "scores and a target shape → `plan.json`, a readable list of what stays; touches no weights",
+        ("scores=", "student.*", "plan="),
+        ("scores", "plan", "teacher.checkpoint", "student", "prune", "parallel", "trust"),
+        "the file scores",
+        "the file plan",
+        "minitron plan scores=scores.safetensors student.ffn_hidden_size=9216 plan=plan.json",
+    ),
+    "prune": Verb(
+        "a plan carried out on a sharded checkpoint → the student's checkpoint",
+        ("teacher.checkpoint=", "plan=", "student.checkpoint="),
+        ("teacher.checkpoint", "scores", "plan", "student", "prune", *_MODEL),
+        "teacher.checkpoint, and plan or scores",
+        "student.checkpoint",
+        "minitron prune teacher.checkpoint=teacher plan=plan.json student.checkpoint=student",
+    ),
+    "ablate": Verb(
+        "a grid of importance settings, each pruned in memory and evaluated untrained: table, CSV, plot",
+        ("teacher.checkpoint=", "student.*", "ablate.*", "output="),
+        (*("output", "teacher.checkpoint", "student", "ablate", "importance", "evaluate"), "data", *_MODEL),
+        "teacher.checkpoint, data",
+        "output/ablation.csv and its plot",
+        "minitron ablate --config configs/ablate-quickstart.yaml output=runs/ablation",
+    ),
+    "correct": Verb(
+        "fine-tune the teacher on the distillation's data, before it teaches",
+        ("teacher.checkpoint=", "correct.*"),
+        ("teacher.checkpoint", "correct", *_TRAINS),
+        "teacher.checkpoint, data.train",
+        "correct.checkpoint, from which the same command resumes",
+        "minitron correct --config recipe.yaml correct.checkpoint=corrected correct.tokens=1B",
+    ),
+    "cache": Verb(
+        "the teacher's targets for a data set, written once: sampled without bias, or its likeliest tokens",
+        ("teacher.checkpoint=", "cache.*"),
+        (
+            *("teacher.checkpoint", "cache", "data", "tokenizer.model"),
+            *("distill.tokens", "distill.temperature"),
+            *_MODEL,
+        ),
+        "teacher.checkpoint, data.train",
+        "cache.folder, which distill.teacher=cache:FOLDER reads",
+        "minitron cache --config recipe.yaml cache.folder=targets",
+    ),
+    "distill": Verb(
+        "train the student on the teacher's distribution, for a budget of tokens",
+        ("student.checkpoint=", "distill.*", "teacher.*"),
+        ("student.checkpoint", "teacher", "distill", "correct", *_TRAINS),
+        "student.checkpoint, teacher.checkpoint (or a cache), data.train",
+        "distill.checkpoint, from which the same command resumes",
+        "torchrun --nproc-per-node 8 -m minitron_mcore distill --config recipe.yaml distill.tokens=94B",
+    ),
+    "evaluate": Verb(
+        "language-model loss and perplexity of any checkpoint at any layout → `results.json`",
+        ("checkpoint=", "results="),
+        ("checkpoint", "results", "output", "evaluate", "data", "tokenizer.model", *_MODEL),
+        "checkpoint, data.valid (or a part of data.train)",
+        "the file results",
+        "minitron evaluate checkpoint=student data.valid=data/corpus_valid_text_document",
+    ),
+    "export": Verb(
+        "checkpoint of any pruned shape → Hugging Face folder",
+        ("checkpoint=", "hf=", "max_shard_size="),
+        ("checkpoint", "hf", "max_shard_size", "tokenizer.model", *_MODEL),
+        "checkpoint",
+        "the Hugging Face folder hf",
+        "minitron export checkpoint=distilled hf=Student-4B",
+    ),
+    "inspect": Verb(
+        "what a checkpoint, Hugging Face folder, scores file or plan is, and whether it is whole",
+        ("inspect PATH [--json] [--verify]",),
+        ("path", "json", "verify", "trust"),
+        "PATH",
+        "nothing",
+        "minitron inspect student --verify",
+    ),
+    "run": Verb(
+        "the whole road from one recipe",
+        ("the recipe",),
+        (*_ROAD, *_MODEL),
+        "what the recipe names",
+        "the folder output",
+        "minitron run --config configs/quickstart.yaml",
+    ),
+}
+
+
+def module_of(verb: str) -> str:
+    """The module of stages/ that carries a verb out."""
+    return VERBS[verb].module or verb
+
+
+def table() -> list[str]:
+    """The rows of README.md's table of verbs."""
+    rows = []
+    for name, verb in VERBS.items():
+        words = (word if word == "the recipe" else f"`{word}`" for word in verb.main)
+        rows.append(f"| `{name}` | {verb.summary} | {' '.join(words)} |")
+    return rows
+
+
+def help_of(name: str, width: int = 110) -> str:
+    """What `minitron VERB --help` prints."""
+    verb = VERBS[name]
+    lines = [f"minitron {name}: {verb.in_words}", "", f"reads:   {verb.reads}"]
+    lines += [f"writes:  {verb.writes}", f"example: {verb.example}", ""]
+    lines += ["keys, as key=value on the command line or in the file that --config names:"]
+    for key in verb.keys:
+        for path, entry in entries_at(key):
+            lines += _key_lines(path, entry, width)
+    return "\n".join(lines)
+
+
+def _key_lines(path: str, entry: Any, width: int) -> Iterator[str]:
+    from minitron_mcore.errors import shown
+    from minitron_mcore.keys import choices_of, default_of, entry_of, is_path, options_of, type_words
+
+    default = default_of(entry)
+    kind = "path" if any(map(is_path, options_of(entry.type))) else type_words(entry.type).removesuffix(" or null")
+    if choices := choices_of(entry.type) or choices_of(entry_of(entry.type)):
+        kind = f"{'a list of ' if isinstance(default, list) else ''}{', '.join(choices)}"
+    yield f"  {path}={shown(default)}  ({kind})"
+    yield from textwrap.wrap(entry.metadata["description"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+
+
+def entries_at(key: str) -> list[tuple[str, Any]]:
+    """(path, field) of a key, or of every key of a section, those of sections within it too."""
+    from minitron_mcore.keys import section_of
+    from minitron_mcore.recipe import Recipe
+
+    kind: Any = Recipe
+    for part in key.split("."):
+        entry = {each.name: each for each in dataclasses.fields(kind)}[part]
+        kind = section_of(entry.type)
+    if kind is None:
+        return [(key, entry)]
+    return [found for each in dataclasses.fields(kind) for found in entries_at(f"{key}.{each.name}")]
