@@ -104,12 +104,12 @@ def _find(path: Path, key: str) -> tuple[Path, int]:
     iteration = latest_iteration(path)
     if iteration is not None:
         return path, iteration
-    if is_hugging_face(path):
-        remedy = f"convert it first with `minitron import hf={path} checkpoint=DIR`, then give {key}=DIR"
-        raise InputError(key, path, "is a Hugging Face folder, not a Megatron checkpoint", remedy)
     if within := checkpoints_within(path):
         remedy = f"name one of the checkpoints in it, {', '.join(map(str, within))}"
         raise InputError(key, path, "is not a checkpoint itself", remedy)
+    if is_hugging_face(path):
+        remedy = f"convert it first with `minitron import hf={path} checkpoint=DIR`, then give {key}=DIR"
+        raise InputError(key, path, "is a Hugging Face folder, not a Megatron checkpoint", remedy)
     raise InputError(key, path, f"holds no finished checkpoint: {TRACKER} is missing")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -24,8 +24,6 @@ from minitron_mcore.checkpoint.stored import StoredTensors
 from minitron_mcore.checkpoint.stored_names import Place
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import Parameter, local_shape, shard_slices
-
-T = TypeVar("T")
 
 
 class TensorReader(StoredTensors):

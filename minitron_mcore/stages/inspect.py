@@ -72,14 +72,14 @@ def describe(path: Path) -> dict[str, Any]:
     path = released(path)
     if path.is_dir() and (is_iteration(path) or is_checkpoint(path)):
         return _with_tokenizer(_checkpoint(path), tokenizer_folder(path))
+    if path.is_dir() and is_run(path):
+        return inspect_run(path)
     if path.is_dir() and is_hugging_face(path):
         found = inspect_hugging_face(path)
         try:
             return _with_tokenizer(found, path if has_tokenizer(path) else None)
         except InputError as error:  # the weights are useful without it
             return {**found, "tokenizer": None, "warnings": [*found["warnings"], str(error)]}
-    if path.is_dir() and is_run(path):
-        return inspect_run(path)
     if path.is_file():
         with path.open("rb") as stream:
             head = stream.read(9)

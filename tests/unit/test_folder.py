@@ -106,6 +106,7 @@ def test_a_runs_folder_is_no_checkpoint_but_holds_some(tmp_path: Path) -> None:
     for place in ("teacher", "students/a/distilled"):
         finished(tmp_path / place, 5)
         (tmp_path / place / TRACKER).write_text("5")
+    (tmp_path / "scores.safetensors").touch()
     names = f"{tmp_path / 'students/a/distilled'}, {tmp_path / 'teacher'}"
     with refuses("checkpoint", tmp_path, "is not a checkpoint itself", names):
         find_checkpoint(tmp_path, "checkpoint")
