@@ -1,4 +1,4 @@
-"""Whether two tokenizers mean the same by their ids: held against each other piece by piece, and on texts."""
+"""Whether two tokenizers mean the same by their ids: compared piece by piece, and on texts. Pure."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ EDGES = (
 
 
 def difference(one: Tokenizer, other: Tokenizer, rows: Optional[int] = None) -> Optional[str]:
-    """What is first found to differ between two tokenizers, in words; None where they agree.
+    """The first difference found between two tokenizers, in words; None where they agree.
 
-    Compared are the ids below `rows` that both have, and the cuts of texts that have ids below `rows` alone; a piece
-    that only one has is no difference. Of marks nothing is said.
+    Compares the ids below `rows` that both have, and the cuts of texts into ids below `rows`. A piece that only one has
+    is no difference, and marks are not compared.
     """
     pieces, others = one.pieces(), other.pieces()
     for number in sorted(pieces.keys() & others.keys()):
@@ -44,29 +44,33 @@ def difference(one: Tokenizer, other: Tokenizer, rows: Optional[int] = None) -> 
 
 
 def check_saved(tokenizer: Tokenizer, folder: str) -> None:
-    """Raise InputError unless transformers reads in `folder`, where `tokenizer` was saved for it, the same tokenizer.
+    """Raise InputError unless transformers reads the same tokenizer from `folder`, where `tokenizer` was saved for it.
 
-    Ids, marks and texts are compared. Two cuts that are equally good to a unigram model are one.
+    Compares ids, marks and texts. Two cuts that are equally good to a unigram model count as one.
     """
     saved = load_tokenizer(folder)
-    where = f"tokenizer.model={tokenizer.path} cannot be written for transformers, which would read it otherwise:"
     marks, others = ((each.bos, each.eos) for each in (tokenizer, saved))
     if marks != others:
-        raise InputError(f"{where} bos and eos are {marks} here and {others} there")
+        raise _read_otherwise(tokenizer, f"bos and eos are {marks} here and {others} there")
     pieces, theirs = tokenizer.pieces(), saved.pieces()
     if unlike := sorted(number for number in pieces.keys() | theirs.keys() if pieces.get(number) != theirs.get(number)):
         number = unlike[0]
-        raise InputError(f"{where} id {number} is {pieces.get(number)!r} here and {theirs.get(number)!r} there")
+        raise _read_otherwise(tokenizer, f"id {number} is {pieces.get(number)!r} here and {theirs.get(number)!r} there")
     scores = _scores(folder)
     for text in (*PROBES, *EDGES):
         ids, there = tokenizer.encode(text), saved.encode(text)
         if ids == there or (scores and abs(sum(scores[i] for i in ids) - sum(scores[i] for i in there)) < 1e-3):
             continue
-        raise InputError(f"{where} {text[:40]!r} is {shown(ids)} here and {shown(there)} there")
+        raise _read_otherwise(tokenizer, f"{text[:40]!r} is {shown(ids)} here and {shown(there)} there")
+
+
+def _read_otherwise(tokenizer: Tokenizer, difference: str) -> InputError:
+    rule = f"cannot be written for transformers, which would read it otherwise ({difference})"
+    return InputError("tokenizer.model", tokenizer.path, rule)
 
 
 def _scores(folder: str) -> list[float]:
-    """Of a unigram model's pieces, by their ids; empty for another model."""
+    """The scores of a unigram model's pieces, by their ids; empty for another model."""
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.isfile(path):
         return []

@@ -1,6 +1,6 @@
 """Compressed files: which compression a file's first bytes name, and its content as a stream.
 
-Only the bytes decide, for names lie: `.jsonl` files that a server compressed on the way, `.gz` files it unpacked.
+Only the bytes decide, because names lie: a server may compress a `.jsonl` on the way, or unpack a `.gz`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import IO, Any
 
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import not_read
 
 BLOCK_BYTES = 1 << 18
 
@@ -47,10 +48,10 @@ def _open_zstd(raw: IO[bytes]) -> Any:
 
 
 class Streams(io.RawIOBase):
-    """The content of compressed streams that lie end to end, as parallel tools write them; zeros may fill up each.
+    """The content of compressed streams that lie end to end, as parallel tools write them; zeros may pad each.
 
-    Python's own files of bzip2 and xz end without a word at a later stream that is damaged, as at any bytes behind the
-    first that are no stream.
+    Python's own files of bzip2 and xz end silently at a later stream that is damaged, and at any bytes behind the first
+    that are not a stream.
     """
 
     def __init__(self, new: Callable[[], Any], raw: IO[bytes]) -> None:
@@ -111,29 +112,27 @@ def decompressed(raw: IO[bytes], compression: Compression, path: str) -> io.Buff
     try:
         return io.BufferedReader(compression.open(raw), 1 << 18)
     except ImportError as error:
-        raise InputError(
-            f"{path} is compressed by {compression.name}, which takes the package backports.zstd: "
-            "pip install backports.zstd"
-        ) from error
+        rule = f"is compressed by {compression.name}, which needs the package backports.zstd"
+        raise InputError("", path, rule, "pip install backports.zstd") from error
 
 
 @contextmanager
 def reading_text(path: str) -> Iterator[None]:
-    """A file within that cannot be read, is damaged or ends too soon is the user's to mend: an InputError naming it."""
+    """Raise InputError, naming the file, where it cannot be read, is damaged or ends too soon within."""
     try:
         yield
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     except OSError as error:
         if error.errno is None:  # what gzip and bz2 raise for content that is not theirs
-            raise _damaged(path, error) from error
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+            raise damaged(path, error) from error
+        raise not_read(path, error) from error
     except Exception as error:
         if type(error).__name__ != "ZstdError":  # its module need not be installed
             raise
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
-def _damaged(path: str, error: Exception) -> InputError:
+def damaged(path: str, error: Exception) -> InputError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return InputError(f"{path} is damaged or cut off ({reason}): make or fetch it again")
+    return InputError("", path, f"is damaged or cut off ({reason})", "make or fetch it again")

@@ -11,18 +11,20 @@ from typing import Any
 from minitron_mcore.data.compression import without_ending
 from minitron_mcore.data.folders import files_below
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import not_written
 
-NO_FILE = "is a pipe, a socket or a device, and no file"
+NO_FILE = "is a pipe, a socket or a device, not a file"
+MEND_PATH = "name what is there"
 
 
 def as_list(value: Any, key: str) -> list[str]:
-    """One string or a list of strings, as a list. `key` is named in the InputError for anything else."""
+    """One string or a list of strings, as a list. Raises InputError, naming `key`, for anything else."""
     items = [value] if isinstance(value, str) else value
     if items is None or not isinstance(items, Iterable) or isinstance(items, dict):
-        raise InputError(f"{key}={value!r} must be a path or a list of paths")
+        raise InputError(key, value, "must be a path or a list of paths")
     items = list(items)
     if not items or not all(isinstance(item, str) and item for item in items):
-        raise InputError(f"{key}={items!r} must be a path or a list of paths")
+        raise InputError(key, items, "must be a path or a list of paths")
     return items
 
 
@@ -35,10 +37,10 @@ def find_files(
 ) -> list[str]:
     """The files that `inputs` names, each once, in an order that depends on names alone.
 
-    Folders are read to the bottom for files with one of `extensions`, in capitals too and with a compression's ending
-    behind it, but for folders whose name is in `exclude`; links are followed. Files and globs are taken as they are.
-    `report` is told of what is left out: links that lead nowhere, pipes and the like. Raises InputError, naming `key`,
-    for a path that is not there or is no file, for a folder that is closed, and where no file is left.
+    Folders are read to the bottom, except those whose name is in `exclude`, for files with one of `extensions`, in
+    capitals too and with a compression's ending behind it; links are followed. Files and globs are taken as they are.
+    `report` gets a line on what is left out: links that lead nowhere, pipes and the like. Raises InputError, naming
+    `key`, for a path that is missing or is not a file, for a folder that is closed, and where no file is left.
     """
     endings = tuple((e if e.startswith(".") else "." + e).lower() for e in extensions)
     skipped = set(exclude)
@@ -46,12 +48,12 @@ def find_files(
     left_out: list[str] = []
     for path in as_list(inputs, key):
         if os.path.islink(path) and not os.path.exists(path):
-            raise InputError(f"{key}: {path} is a link to {os.readlink(path)}, which does not exist")
+            raise InputError(key, path, f"is a link to {os.readlink(path)}, which does not exist", MEND_PATH)
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
-            raise InputError(f"{key}: {path} does not exist")
+            raise InputError(key, path, "does not exist", MEND_PATH)
         if matches == [path] and not os.path.isdir(path) and not os.path.isfile(path):
-            raise InputError(f"{key}: {path} {NO_FILE}; text is read twice, so write it to a file first")
+            raise InputError(key, path, NO_FILE, "write the text, which is read twice, to a file first")
         for match in matches:
             if os.path.isdir(match):
                 found, lost = files_below(match, lambda name: _is_asked_for(name, endings), skipped, key)
@@ -62,11 +64,10 @@ def find_files(
     if left_out and report is not None:
         path, more = left_out[0], f" and {len(left_out) - 1:,} more" if len(left_out) > 1 else ""
         reason = NO_FILE if os.path.exists(path) else f"is a link to {os.readlink(path)}, which does not exist"
-        report(f"warning: {key}: {path}{more} left out: it {reason}")
+        report(f"{key}: {path}{more} left out: it {reason}")
     if not files:
-        raise InputError(
-            f"{key}={inputs!r} holds no file ending in {', '.join(endings)}; give others or set extensions"
-        )
+        rule = f"holds no file ending in {', '.join(endings)}"
+        raise InputError(key, inputs, rule, f"name others, or set {key.removesuffix('input')}extensions")
     return _each_once(files)
 
 
@@ -107,7 +108,7 @@ def check_folder(path: str, key: str) -> None:
 def check_file(path: str, key: str) -> None:
     """Raise InputError, naming `key`, unless a file can be written at `path`. Makes nothing."""
     if os.path.isdir(path):
-        raise InputError(f"{key}={path} is a folder: name a file")
+        raise InputError(key, path, "is a folder", "name a file")
     check_folder(os.path.dirname(path) or ".", key)
 
 
@@ -125,5 +126,5 @@ def make_parent(path: str, key: str) -> list[str]:
     try:
         os.makedirs(parent, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{key}={path}: the folder {parent} cannot be made: {error.strerror}") from error
+        raise not_written(f"{key}={path}", error) from error
     return made

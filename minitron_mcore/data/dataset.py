@@ -117,10 +117,8 @@ def batches(
     Restarting with the samples consumed so far gives the same batches. On the CPU (pinned for CUDA). Raises InputError.
     """
     if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % (micro_batch_size * data_parallel_size):
-        raise InputError(
-            f"global_batch_size={global_batch_size} must be a multiple of micro_batch_size={micro_batch_size} times "
-            f"the data-parallel size {data_parallel_size}"
-        )
+        rule = f"must be a multiple of micro_batch_size={micro_batch_size} times the data-parallel size"
+        raise InputError("global_batch_size", global_batch_size, f"{rule} {data_parallel_size}", "change one of them")
     stride = micro_batch_size * data_parallel_size
     order = _Endless(len(dataset), consumed_samples + data_parallel_rank * micro_batch_size, micro_batch_size, stride)
     return _read(_Numbered(dataset), order, num_workers)

@@ -46,8 +46,8 @@ class Replacements:
             return ""
         path, where = next(iter(self.first.items()))
         return (
-            f"warning: not UTF-8, so replaced by U+FFFD: {self.characters:,} (files: {len(self.first):,}), "
-            f"the first in {path}, {where}"
+            f"warning: characters that are not UTF-8, replaced by U+FFFD: {self.characters:,} (files: "
+            f"{len(self.first):,}), the first in {path}, {where}"
         )
 
     def _add(self, count: int, path: str, where: str) -> None:

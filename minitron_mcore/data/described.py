@@ -272,8 +272,8 @@ def _check_tokenizer(index: Index, tokenizer: Optional[Tokenizer], key: str) -> 
         )
     # A few ids are in no text but by name: every token is looked at.
     if (tokenizer.rows is not None or tokenizer.stands_in) and (largest := index.largest_token(thorough=True)) >= rows:
-        rule = f"holds a token that the model lacks: {dataclasses.replace(tokenizer, rows=rows).beyond(largest)}"
-        raise InputError(key, prefix, rule, "leave out the text that holds it, and preprocess again")
+        rule = f"holds {dataclasses.replace(tokenizer, rows=rows).beyond(largest)}"
+        raise InputError(key, prefix, rule, "leave out the text that holds it, and preprocess the rest again")
     return fingerprint
 
 

@@ -11,12 +11,12 @@ from minitron_mcore.errors import InputError
 def files_below(
     folder: str, is_asked_for: Callable[[str], bool], exclude: set[str], key: str
 ) -> tuple[list[str], list[str]]:
-    """(files whose name `is_asked_for`, what is left out: links that lead nowhere, and whatever of such a name is no
-    file, as a named pipe, which would be waited on for ever) below `folder`, to the bottom.
+    """(files whose name `is_asked_for`, what is left out) below `folder`, to the bottom.
 
-    Of each folder first its files, by name, then its folders, by name; not those whose name is in `exclude`. A link to
-    a folder is entered too, unless that folder is read without it, as one above the link is. Raises InputError, naming
-    `key`, for a folder that is closed to this user.
+    Left out are links that lead nowhere, and whatever of such a name is not a file, such as a named pipe, which would
+    block for ever. Of each folder first come its files, by name, then its folders, by name, except those whose name is
+    in `exclude`. A link to a folder is entered too, unless that folder is read without it, as one above the link is.
+    Raises InputError, naming `key`, for a folder that is closed to this user.
     """
     files: list[str] = []
     left_out: list[str] = []
@@ -49,7 +49,8 @@ def _entries(folder: str, key: str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        raise InputError(f"{key}: the folder {folder} cannot be read: {error.strerror}") from error
+        remedy = "open it to this user, or leave it out with exclude"
+        raise InputError(key, folder, f"cannot be read ({error.strerror})", remedy) from error
 
 
 def _walk_order(path: str) -> list[tuple[bool, str]]:

@@ -31,8 +31,8 @@ def assign(
 ) -> Iterator[tuple[T, list[bool]]]:
     """Each of `parts` with, for each of its documents, whether it is held out. `sizes`: their tokens.
 
-    Of few documents the draw may leave one side without any: then it gets the one whose draw came nearest, and `report`
-    is told so. Empty documents do not count.
+    With few documents the draw may leave one side without any. That side then gets the document whose draw came
+    nearest, and `report` a line about it. Empty documents do not count.
     """
     waiting: list[tuple[T, list[bool]]] = []
     tokens = number = 0
@@ -71,6 +71,6 @@ def _move_one(
         marks, i, _ = places[(max if side else min)(draws)[1]]
         marks[i] = not side
         report(
-            f"preprocess: the draw holds {'all' if side else 'none'} of the {len(draws)} documents out, for they are "
-            f"few; one of them is {'not' if side else 'held out'} all the same"
+            f"preprocess: the draw holds out {'all' if side else 'none'} of the {len(draws)} documents, because they "
+            f"are few; one of them {'is kept for training' if side else 'is held out'} all the same"
         )

@@ -25,11 +25,12 @@ from dataclasses import dataclass, field
 import numpy
 
 from minitron_mcore.data.config import PreprocessConfig
-from minitron_mcore.data.corpus import find_files, make_parent
+from minitron_mcore.data.corpus import make_parent
 from minitron_mcore.data.decoding import Replacements
 from minitron_mcore.data.held_out import assign
 from minitron_mcore.data.records import Record, read_records, texts_of
-from minitron_mcore.data.text_file import TEXT, TextFile, inspect_files
+from minitron_mcore.data.text_file import TEXT, TextFile
+from minitron_mcore.data.texts import prefixes_of
 from minitron_mcore.data.token_files import TokenWriter, token_dtype
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
@@ -55,7 +56,7 @@ Task = list[Batch]
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a worker needs to know; small, as it travels with each task."""
+    """What a worker needs to know; small, because it is sent with each task."""
 
     tokenizer_type: str
     tokenizer_path: str
@@ -78,22 +79,19 @@ class Encoded:
 
 
 def preprocess(
-    config: PreprocessConfig, tokenizer: Tokenizer, *, seed: int, report: Callable[[str], None] = print
+    config: PreprocessConfig,
+    files: Sequence[TextFile],
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    report: Callable[[str], None] = print,
 ) -> list[str]:
-    """Encode every document of `config.input`; returns the prefixes written, held-out ones last.
+    """Encode every document of `files`; returns the prefixes written, held-out ones last.
 
     One process calls it. `seed` decides which documents are held out. Raises InputError, with nothing left behind, for
-    input that is missing, empty or malformed, and for output that exists (unless `config.overwrite`).
+    text that is empty or malformed.
     """
-    keys = _check(config)
-    paths = find_files(config.input, config.extensions, "preprocess.input", config.exclude, report)
-    files = inspect_files(paths, report)
-    _check_plain(files, keys)
-    names = [f"{config.output_prefix}_{key}_document" for key in keys]
-    held_out_names = [f"{config.output_prefix}_valid_{key}_document" for key in keys] if config.valid_fraction else []
-    for name in names + held_out_names:
-        if os.path.exists(name + ".idx") and not config.overwrite:
-            raise InputError(f"{name}.idx exists; give another output_prefix, or set preprocess.overwrite=true")
+    keys, (names, held_out_names) = config.json_keys, prefixes_of(config)
     made = make_parent(names[0], "preprocess.output_prefix")
 
     encoding = Encoding(tokenizer.type, tokenizer.path, tuple(keys), config.append_eod)
@@ -131,22 +129,6 @@ def preprocess(
         report(warning)
     progress.end(sum(writer.tokens for writer in writers))
     return [writer.prefix for writer in writers]
-
-
-def _check(config: PreprocessConfig) -> list[str]:
-    """The keys to write. Raises InputError for settings that cannot be."""
-    if not config.output_prefix:
-        raise InputError("preprocess.output_prefix is not set; it is the path that the written files' names begin with")
-    return list(config.json_keys)
-
-
-def _check_plain(files: Iterable[TextFile], keys: list[str]) -> None:
-    plain = next((file.path for file in files if file.form == TEXT), None)
-    if plain and keys != ["text"]:
-        raise InputError(
-            f"preprocess.json_keys={keys} cannot be read from plain text such as {plain}, whose key is text; "
-            "preprocess text and JSON lines apart"
-        )
 
 
 def _tasks(
@@ -200,7 +182,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _end_with_parent() -> None:
-    """In a worker: a parent that was killed, or left at once, ends no pool, and the worker would wait for ever."""
+    """In a worker: a parent that is killed does not end its pool, and the worker would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -250,15 +232,15 @@ def _write(tokens: numpy.ndarray, lengths: numpy.ndarray, held_out: list[bool], 
 
 def _refuse_empty(writers: list[TokenWriter], config: PreprocessConfig) -> None:
     if not any(writer.tokens for writer in writers):
-        raise InputError(f"preprocess.input={config.input!r} holds no text")
+        raise InputError("preprocess.input", config.input, "holds no text", "name other files")
     for writer in writers:
         if not writer.tokens and config.valid_fraction:
-            raise InputError(
-                f"preprocess.valid_fraction={config.valid_fraction} leaves no document for {writer.prefix}; give more "
-                "documents, another fraction, or preprocess.document_bytes, by which text files are cut into several"
-            )
+            rule = f"leaves no document for {writer.prefix}"
+            remedy = "give more documents, another fraction, or preprocess.document_bytes, which cuts files up"
+            raise InputError("preprocess.valid_fraction", config.valid_fraction, rule, remedy)
         if not writer.tokens:
-            raise InputError(f"{writer.prefix} would be empty: preprocess.json_keys={config.json_keys} names no text")
+            rule = f"names a key without any text, so that {writer.prefix} would be empty"
+            raise InputError("preprocess.json_keys", config.json_keys, rule, "leave that key out")
 
 
 class _Progress:

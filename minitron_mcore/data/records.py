@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from minitron_mcore.data.compression import reading_text
+from minitron_mcore.data.compression import damaged, reading_text
 from minitron_mcore.data.decoding import Replacements
 from minitron_mcore.data.passages import passages
 from minitron_mcore.data.text_file import (
@@ -29,6 +29,8 @@ from minitron_mcore.errors import InputError
 BLOCK_BYTES = 1 << 20
 MOST_ITEM_CHARACTERS = 1 << 28  # of an item in a JSON list: what is longer is no list
 PARQUET_ROWS = 256  # decoded at a time
+MEND_JSON = "mend it or leave it out"
+SET_KEYS = "name the key of the text as tokenizer.json_key or in preprocess.json_keys"
 UNITS = {TEXT: "line", JSON_LINES: "line", JSON_LIST: "item", PARQUET: "row"}
 
 
@@ -109,41 +111,43 @@ def _items(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
             continue
         block = text.read(max(BLOCK_BYTES, len(buffer)))
         if not block or len(buffer) > MOST_ITEM_CHARACTERS:
-            raise InputError(f"{path}, item {number:,} of its list, is not JSON: {fault}")
+            raise InputError("", f"{path}, item {number:,} of its list,", f"is not JSON ({fault})", MEND_JSON)
         buffer += block
     if buffer[1:].strip() or text.read(BLOCK_BYTES).strip():
-        raise InputError(f"{path} goes on after its list of {number - 1:,} items: write one object a line (.jsonl)")
+        rule = f"goes on after its list of {number - 1:,} items"
+        raise InputError("", path, rule, "write one object a line (.jsonl)")
 
 
 def _json_texts(record: Record, unit: str, path: str, keys: Sequence[str], replacements: Replacements) -> list[str]:
     number = record.number
     line = replacements.decode(record.content[0], path, unit, number).lstrip("\ufeff")  # of files put end to end
-    where = f"{path}, {unit} {number}"
+    where = f"{path}, {unit} {number},"
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         hint = "; a file of JSON lines has a whole object on each line" if number == 1 else ""
-        raise InputError(f"{where}, is not JSON: {error.msg} at column {error.colno}{hint}") from error
+        rule = f"is not JSON ({error.msg} at column {error.colno})"
+        raise InputError("", where, rule, MEND_JSON + hint) from error
     except RecursionError as error:
         raise _too_deep(path, unit, number) from error
     except ValueError as error:  # a number of thousands of digits
-        raise InputError(f"{where}, cannot be read as JSON: {error}") from error
+        raise InputError("", where, f"cannot be read as JSON ({error})", MEND_JSON) from error
     if not isinstance(fields, dict):
-        raise InputError(f"{where}, holds a {type(fields).__name__}; each {unit} must be an object")
+        raise InputError("", where, f"holds a {type(fields).__name__}", f"make each {unit} an object")
     texts = []
     for key in keys:
         if key not in fields:
-            raise InputError(f"{where}, has no key {key!r} (it has {sorted(fields)}); set json_keys")
+            raise InputError("", where, f"has no key {key!r}, only {sorted(fields)}", SET_KEYS)
         if not isinstance(fields[key], str):
-            raise InputError(f"{where}: {key!r} is of type {type(fields[key]).__name__}; it must be a string")
+            rule = f"has a {key!r} of type {type(fields[key]).__name__}, not a string"
+            raise InputError("", where, rule, "make it one, or leave the line out")
         texts.append(replacements.without_surrogates(fields[key], path, f"{unit} {number:,}"))
     return texts
 
 
 def _too_deep(path: str, unit: str, number: int) -> InputError:
-    return InputError(
-        f"{path}, {unit} {number}, holds lists or objects nested too deeply to be read: leave it out, or flatten it"
-    )
+    rule = "holds lists or objects nested too deeply to be read"
+    return InputError("", f"{path}, {unit} {number},", rule, "leave it out, or flatten it")
 
 
 def _rows(file: TextFile, keys: Sequence[str]) -> Iterator[Record]:
@@ -152,9 +156,8 @@ def _rows(file: TextFile, keys: Sequence[str]) -> Iterator[Record]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise InputError(
-            f"{file.path} is a Parquet file, which takes the package pyarrow: pip install 'minitron-mcore[parquet]'"
-        ) from error
+        rule = "is a Parquet file, which needs the package pyarrow"
+        raise InputError("", file.path, rule, "pip install 'minitron-mcore[parquet]'") from error
     try:
         with reading_text(file.path), parquet.ParquetFile(file.path) as table:
             _check_columns(table.schema_arrow, keys, file.path)
@@ -165,11 +168,11 @@ def _rows(file: TextFile, keys: Sequence[str]) -> Iterator[Record]:
                     number += 1
                     if None in values:
                         key = keys[values.index(None)]
-                        raise InputError(f"{file.path}, row {number}: {key!r} is null; it must be a string")
+                        rule = f"has null as {key!r}, not a string"
+                        raise InputError("", f"{file.path}, row {number},", rule, "fill it in, or leave the row out")
                     yield Record(number, values, size * number // rows)
     except pyarrow.ArrowException as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"{file.path} is damaged or cut off ({reason}): make or fetch it again") from error
+        raise damaged(file.path, error) from error
 
 
 def _check_columns(schema: Any, keys: Sequence[str], path: str) -> None:
@@ -177,13 +180,13 @@ def _check_columns(schema: Any, keys: Sequence[str], path: str) -> None:
 
     for key in keys:
         if key not in schema.names:
-            raise InputError(f"{path} has no column {key!r} (it has {sorted(schema.names)}); set json_keys")
+            raise InputError("", path, f"has no column {key!r}, only {sorted(schema.names)}", SET_KEYS)
         if (count := schema.names.count(key)) > 1:
-            raise InputError(f"{path} has {count} columns {key!r}: rename or drop all but one")
+            raise InputError("", path, f"has {count} columns {key!r}", "rename or drop all but one")
         kind = schema.field(key).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not any(getattr(pyarrow.types, f"is_{name}")(kind) for name in STRING_TYPES):
-            raise InputError(f"{path}: the column {key!r} is of type {kind}; it must hold strings")
+            raise InputError("", path, f"has a column {key!r} of type {kind}", "make it one of strings")
 
 
 STRING_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")  # pyarrow's

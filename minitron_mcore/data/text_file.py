@@ -1,7 +1,7 @@
 """What a text file is, by its first bytes and its name, and its text as a stream of UTF-8.
 
 The bytes say how it is compressed and encoded, whether it is Parquet, and whether it is text at all; the name says
-whether the text is JSON. Nothing that is no text, or whose encoding is unknown, is ever read as if it were.
+whether the text is JSON. What is not text, or is in an unknown encoding, is refused.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ NO_TEXT = (
     (0, b"\x93NUMPY", "a NumPy array"),
     (0, b"SQLite format 3", "an SQLite database"),
 )
-# Text of another encoding is mostly undecodable where its letters are; text with a few bad bytes is not.
+# Most letters of text in another encoding cannot be decoded; a few bad bytes do not make text that.
 MOST_UNDECODABLE, FEWEST_UNDECODABLE = 0.3, 64
 # A list of objects, or an object over several lines.
 JSON_BEGINNING = re.compile(r'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
@@ -89,14 +89,12 @@ class TextFile:
 def inspect_file(path: str) -> TextFile:
     """What the file at `path` is.
 
-    Raises InputError where it is closed, damaged at its beginning, no text, or of a kind that is not read here.
+    Raises InputError where it is closed, damaged at its beginning, not text, or of a kind that is not read here.
     """
     name = without_ending(path).lower()
     if table := next((word for ending, word in TABLES.items() if name.endswith(ending)), None):
-        raise InputError(
-            f"{path} is a table of {table}-separated values, whose text is in one of its columns: write that to a "
-            ".jsonl or .parquet file"
-        )
+        rule = f"is a table of {table}-separated values, not text"
+        raise InputError("", path, rule, "write the column that holds the text to a .jsonl or .parquet file")
     with reading_text(path), open(path, "rb") as raw:
         head = raw.read(HEAD_BYTES)
         if head.startswith(b"PAR1"):
@@ -107,9 +105,10 @@ def inspect_file(path: str) -> TextFile:
             with decompressed(raw, compression, path) as stream:
                 head = stream.read(HEAD_BYTES)
     if compression is None and (named := compression_named(path)):
-        raise InputError(f"{path} is not compressed by {named.name}, as its name says: fetch it again, or rename it")
+        rule = f"is not compressed by {named.name}, as its name says"
+        raise InputError("", path, rule, "fetch it again, or rename it")
     if name.endswith(PARQUET_ENDINGS):
-        raise InputError(f"{path} is no Parquet file, as its name says: make or fetch it again")
+        raise InputError("", path, "is not a Parquet file, as its name says", "make or fetch it again")
     mark, encoding = next(((mark, name) for mark, name in BYTE_ORDER_MARKS if head.startswith(mark)), (b"", "utf-8"))
     _refuse_no_text(path, head, compression, encoding if mark else None)
     text = head[len(mark) :].decode(encoding, errors="ignore")
@@ -124,18 +123,16 @@ def inspect_file(path: str) -> TextFile:
 def inspect_files(paths: Iterable[str], report: Callable[[str], None]) -> list[TextFile]:
     """`inspect_file` of each, so that what cannot be read is refused before anything is.
 
-    `report` is told of files that are read otherwise than their names say, or perhaps should be.
+    `report` gets a line on files that are read otherwise than their names say, or perhaps should be.
     """
     files = [inspect_file(path) for path in paths]
     if others := [file for file in files if file.looks_like_json]:
         path, more = others[0].path, _more(others)
-        report(
-            f"warning: {path} is read as plain text, but begins as JSON does; to be read so it must end in .json{more}"
-        )
+        report(f"{path} is read as plain text, though it begins like JSON; name it .json to have it read as that{more}")
     if others := [file for file in files if _is_misnamed(file)]:
         file, more = others[0], _more(others)
         inside = f", compressed by {file.compression.name}" if file.compression else ""
-        report(f"warning: {file.path} is read as {file.form}{inside}, whatever its name says{more}")
+        report(f"{file.path} is read as {file.form}{inside}, whatever its name says{more}")
     return files
 
 
@@ -157,28 +154,24 @@ def _refuse_no_text(path: str, head: bytes, compression: Compression | None, mar
     inside = f" inside {compression.name}" if compression else ""
     for start, magic, what in NO_TEXT:
         if not marked and head.startswith(magic, start):
-            raise InputError(f"{path} is {what}{inside}, and no text: unpack or convert it, or leave it out")
+            raise InputError("", path, f"is {what}{inside}, not text", "unpack or convert it, or leave it out")
     if not marked and compression and (again := compression_of(head)):
-        raise InputError(f"{path} is compressed twice, by {compression.name} and {again.name}: unpack it once")
+        raise InputError("", path, f"is compressed twice, by {compression.name} and {again.name}", "unpack it once")
     if marked not in (None, "utf-8"):
         return
     refuse_zero_bytes(path, head, 0)
     text = head.decode("utf-8", errors="replace")
     bad = text.count("\ufffd") - head.count("\ufffd".encode())
     if bad >= FEWEST_UNDECODABLE and bad > MOST_UNDECODABLE * len(text):
-        raise InputError(
-            f"{path} is no text in UTF-8, for {bad:,} of its first {len(text):,} characters are none: convert it "
-            "(iconv does), or leave it out"
-        )
+        rule = f"is not UTF-8, because {bad:,} of its first {len(text):,} characters cannot be decoded"
+        raise InputError("", path, rule, "convert it with iconv, or leave it out")
 
 
 def refuse_zero_bytes(path: str, block: bytes, start: int) -> None:
-    """Raise InputError where `block`, which stands at byte `start` of the text, holds a byte that no text has."""
+    """Raise InputError where `block`, which begins at byte `start` of the text, holds a zero byte."""
     if (zero := block.find(b"\0")) >= 0:
-        raise InputError(
-            f"{path} is no text in UTF-8, for byte {start + zero:,} of it is zero: convert it if it is UTF-16 or "
-            "UTF-32 (iconv does), or leave it out"
-        )
+        rule = f"is not text in UTF-8, because its byte {start + zero:,} is zero"
+        raise InputError("", path, rule, "convert it with iconv if it is UTF-16 or UTF-32, or leave it out")
 
 
 def _is_json_lines(text: str, is_longer: bool) -> bool:
@@ -224,10 +217,8 @@ class _Recoded(io.RawIOBase):
             try:
                 self.rest = self.decoder.decode(block, final=not block).encode("utf-8")
             except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{self.file.path} begins as {self.file.encoding.upper()} and then is not: {error.reason}; convert "
-                    "it to UTF-8, or leave it out"
-                ) from error
+                rule = f"begins as {self.file.encoding.upper()} but cannot be read on as that ({error.reason})"
+                raise InputError("", self.file.path, rule, "convert it to UTF-8, or leave it out") from error
             if not block:
                 break
         size = min(len(target), len(self.rest))

@@ -1,4 +1,4 @@
-"""Tokenizers: load one for text, data and datasets; train a SentencePiece one.
+"""Tokenizers: load one for text, data and datasets. Pure.
 
 `megatron.core.tokenizers` reads the same models to the same ids (a test holds this), but importing it costs every
 worker process of `preprocess` four seconds; this module needs neither torch nor megatron.
@@ -6,20 +6,13 @@ worker process of `preprocess` four seconds; this module needs neither torch nor
 
 from __future__ import annotations
 
-import io
 import os
-import random
-import re
-import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Optional, Union
 
 from minitron_mcore.data.config import TokenizerConfig
-from minitron_mcore.data.corpus import check_file, find_files, make_parent
-from minitron_mcore.data.decoding import Replacements
 from minitron_mcore.data.fingerprint import (
     PROBES,
     fingerprint,
@@ -27,8 +20,6 @@ from minitron_mcore.data.fingerprint import (
     sentencepiece_file_fingerprint,
 )
 from minitron_mcore.data.long_text import encode_long
-from minitron_mcore.data.records import documents
-from minitron_mcore.data.text_file import inspect_files
 from minitron_mcore.data.tokenizer_files import (
     CONFIG_FILES,
     MODEL,
@@ -89,15 +80,13 @@ class Tokenizer:
         size = UNIGRAM_SEGMENT_CHARACTERS if self.is_unigram else SEGMENT_CHARACTERS
         ids = self.encode(text) if len(text) <= size else encode_long(self.encode, text, size)
         if self.rows is not None and ids and (largest := max(ids)) >= self.rows:
-            raise InputError(f"{self.beyond(largest)}: {text[:60]!r} holds it")
+            raise InputError("", repr(text[:60]), f"holds {self.beyond(largest)}", "leave such text out")
         return ids
 
     def beyond(self, number: int) -> str:
-        """That an id lies beyond the model's vocabulary, in words."""
-        return (
-            f"tokenizer.model={self.path}: id {number} ({self.pieces().get(number)!r}) is beyond the model's "
-            f"vocab_size={self.rows}"
-        )
+        """An id that lies beyond the model's vocabulary, in words."""
+        piece = self.pieces().get(number)
+        return f"id {number} ({piece!r}) of tokenizer.model={self.path}, beyond the model's vocab_size={self.rows}"
 
     def detokenize(self, ids: Iterable[int]) -> str:
         return self.decode([int(token) for token in ids])
@@ -136,26 +125,32 @@ def load_tokenizer(source: Union[str, TokenizerConfig]) -> Tokenizer:
     """
     path, kind = (source, None) if isinstance(source, str) else (source.model, source.type)
     if not path:
-        raise InputError("tokenizer.model is not set; give a SentencePiece .model file or a Hugging Face folder")
+        raise InputError(
+            "tokenizer.model", None, "is not set", "name a SentencePiece .model file or a Hugging Face folder"
+        )
     if not os.path.exists(path):
-        raise InputError(f"tokenizer.model={path} does not exist; train one with the verb tokenizer, or give another")
+        raise InputError("tokenizer.model", path, "does not exist", "train it with `tokenizer`, or name another")
     if os.path.basename(path) in ("tokenizer.json", "tokenizer_config.json"):
         path = os.path.dirname(path) or "."
     if os.path.isfile(path) and (changes := changed_by(path)):
         if kind == SENTENCEPIECE:
-            raise InputError(
-                f"tokenizer.type={kind}: {' and '.join(changes)} beside tokenizer.model={path} give it ids or marks "
-                "that a SentencePiece model has not: leave tokenizer.type out, or copy the model into its own folder"
+            rule = (
+                f"is not all that tokenizer.model={path} is: {' and '.join(changes)} beside it add ids or marks that a "
+                "SentencePiece model lacks"
             )
+            remedy = "leave tokenizer.type out, or copy the model into a folder of its own"
+            raise InputError("tokenizer.type", kind, rule, remedy)
         path = os.path.dirname(path) or "."
     if os.path.isdir(path):
         if kind == HUGGING_FACE or (kind is None and is_hugging_face(path)):
             return _load_hugging_face(path)
         if not os.path.isfile(os.path.join(path, MODEL)):
-            raise InputError(f"tokenizer.model={path} holds neither tokenizer.json nor tokenizer.model")
+            raise InputError(
+                "tokenizer.model", path, "holds neither tokenizer.json nor tokenizer.model", "name another"
+            )
         return load_tokenizer(TokenizerConfig(type=kind, model=os.path.join(path, MODEL)))
     if kind == HUGGING_FACE:
-        raise InputError(f"tokenizer.model={path} is a file; tokenizer.type={kind} needs a folder")
+        raise InputError("tokenizer.model", path, f"is a file, and tokenizer.type={kind} needs a folder", "name it")
     return _load_sentencepiece(path)
 
 
@@ -178,9 +173,9 @@ def _load_sentencepiece(path: str) -> Tokenizer:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-        raise InputError(f"tokenizer.model={path} is not a SentencePiece model") from error
+        raise InputError("tokenizer.model", path, "is not a SentencePiece model", "name another") from error
     if processor.eos_id() < 0:
-        raise InputError(f"tokenizer.model={path} {NO_END}: name a piece of it as eos_token in {SPECIAL} beside it")
+        raise InputError("tokenizer.model", path, NO_END, f"name a piece of it as eos_token in {SPECIAL} beside it")
     bos, eos, unk = (
         index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id(), processor.unk_id())
     )
@@ -218,14 +213,13 @@ def _load_hugging_face(folder: str) -> Tokenizer:
     except Exception as error:  # transformers raises whatever the files broke in
         files = changed_by(os.path.join(folder, MODEL)) if os.path.isfile(os.path.join(folder, MODEL)) else ()
         beside = f"{' and '.join(files)} beside {MODEL} cannot be applied: " if files else ""
-        way = " (save it as tokenizer.json, or move them away to read the model alone)" if files else ""
+        way = ", or move them away to read the model alone" if files else ""
         needs_code = "trust_remote_code" in str(error)
-        words = "it needs custom code, which is not run here: save it as tokenizer.json" if needs_code else ""
-        raise InputError(
-            f"tokenizer.model={folder} is no Hugging Face tokenizer: {beside}{words or _first_line(error)}{way}"
-        ) from error
+        reason = "it needs custom code, which is not run here" if needs_code else beside + first_line(error)
+        rule = f"cannot be read as a Hugging Face tokenizer ({reason})"
+        raise InputError("tokenizer.model", folder, rule, f"save it as tokenizer.json{way}") from error
     if model.eos_token_id is None:
-        raise InputError(f"tokenizer.model={folder} {NO_END}: name one as eos_token in its {SPECIAL}")
+        raise InputError("tokenizer.model", folder, NO_END, f"name one as eos_token in its {SPECIAL}")
     check_added(folder, model.get_vocab().get)
     model.model_max_length = int(1e30)  # documents longer than a model's window are no mistake here
 
@@ -249,133 +243,5 @@ def _load_hugging_face(folder: str) -> Tokenizer:
     )
 
 
-def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str], None] = print) -> Tokenizer:
-    """Train a SentencePiece BPE model with byte fallback on `config.input` and write it to `config.model`.
-
-    Text comes back as it went in, white space included (one exception, SentencePiece's own: a literal U+2581 comes back
-    as a space). Ids follow Llama: unk 0, bos 1, eos 2, then the 256 bytes. One process calls it. Raises InputError.
-    """
-    if config.type not in (None, SENTENCEPIECE):
-        raise InputError(f"tokenizer.type={config.type} cannot be trained here; use {SENTENCEPIECE}")
-    if not config.model:
-        raise InputError("tokenizer.model is not set; it names the file to write")
-    if os.path.exists(config.model) and not config.overwrite:
-        raise InputError(f"tokenizer.model={config.model} exists; give another name, or set tokenizer.overwrite=true")
-    check_file(config.model, "tokenizer.model")
-    files = find_files(config.input, config.extensions, "tokenizer.input", config.exclude, report)
-    replacements = Replacements()
-    texts = documents(inspect_files(files, report), config.json_key, replacements)
-    passages, read = _sample(_passages(texts), config.input_sentence_size, seed)
-    if not passages:
-        raise InputError(f"tokenizer.input={config.input!r} holds no text: {len(files)} files are empty")
-    size = sum(map(len, passages))
-    report(
-        f"tokenizer: {len(files):,} files, {read / 1e6:,.1f}M characters; training {config.vocab_size:,} pieces on "
-        f"{size / 1e6:,.1f}M of them"
-    )
-    if warning := str(replacements):
-        report(warning)
-    started = time.perf_counter()
-    with _Heartbeat(report, started):
-        model = _train_sentencepiece(passages, config)
-    make_parent(config.model, "tokenizer.model")
-    with open(config.model + ".tmp", "wb") as stream:
-        stream.write(model)
-    os.replace(config.model + ".tmp", config.model)
-    report(f"tokenizer: {config.model} written after {time.perf_counter() - started:.1f} s")
-    return _load_sentencepiece(config.model)
-
-
-def _train_sentencepiece(passages: list[str], config: TokenizerConfig) -> bytes:
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(passages),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=config.vocab_size,
-            character_coverage=config.character_coverage,
-            split_digits=config.split_digits,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,  # indentation: one piece, not one a space
-            max_sentence_length=1 << 24,  # bytes; a longer line without end would be left out silently
-            num_threads=config.num_threads,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        message = str(error)
-        if most := re.search(r"value <= (\d+)", message):
-            raise InputError(
-                f"tokenizer.vocab_size={config.vocab_size} is too large for this text, which has {most[1]} pieces; "
-                "set it to that or less, or give more text"
-            ) from error
-        if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
-            raise InputError(
-                f"tokenizer.vocab_size={config.vocab_size} is too small: bytes and characters alone are {least[1]}; "
-                "raise it, or lower tokenizer.character_coverage"
-            ) from error
-        raise InputError(f"tokenizer.input: SentencePiece could not train on it: {_first_line(error)}") from error
-    return model.getvalue()
-
-
-def _passages(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        # SentencePiece leaves out passages that hold a zero byte
-        yield from (part for part in _segments(text.replace("\0", " "), PASSAGE_CHARACTERS) if part.strip())
-
-
-def _segments(text: str, size: int) -> Iterator[str]:
-    """`text` in parts of at most `size` characters, cut after a line end where there is one."""
-    start = 0
-    while len(text) - start > size:
-        cut = text.rfind("\n", start, start + size) + 1 or start + size
-        yield text[start:cut]
-        start = cut
-    if start < len(text):
-        yield text[start:]
-
-
-def _sample(passages: Iterable[str], limit: int, seed: int) -> tuple[list[str], int]:
-    """At most `limit` passages drawn evenly in one reading (0: all), and the number of characters read."""
-    draw = random.Random(seed)
-    kept: list[str] = []
-    characters = 0
-    for seen, passage in enumerate(passages):
-        characters += len(passage)
-        if limit <= 0 or len(kept) < limit:
-            kept.append(passage)
-        elif (place := draw.randrange(seen + 1)) < limit:
-            kept[place] = passage
-    return kept, characters
-
-
-class _Heartbeat:
-    """A line every ten seconds while SentencePiece, which reports nothing readable, trains."""
-
-    def __init__(self, report: Callable[[str], None], started: float) -> None:
-        self.report, self.started, self.done = report, started, threading.Event()
-        self.thread = threading.Thread(target=self._beat, daemon=True)
-
-    def _beat(self) -> None:
-        while not self.done.wait(10.0):
-            self.report(f"tokenizer: training, {time.perf_counter() - self.started:.0f} s")
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

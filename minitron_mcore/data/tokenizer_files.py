@@ -1,8 +1,8 @@
-"""A tokenizer's files: which of a folder's they are, and what those beside a SentencePiece model change of it.
+"""Which files in a folder make up a tokenizer, and what those beside a SentencePiece model change in it. Pure.
 
 added_tokens.json and special_tokens_map.json are what transformers wrote before it had tokenizer.json. Beside a
-SentencePiece model they may say nothing new, or add ids (a chat's marks) and name another end of sentence. A model so
-changed is a Hugging Face tokenizer, and read as one.
+SentencePiece model they may change nothing, or add ids (a chat's marks) and name another end of sentence. A model so
+changed is read as a Hugging Face tokenizer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
 
 
 def is_hugging_face(folder: str) -> bool:
-    """Whether transformers is to read the tokenizer in `folder`, rather than sentencepiece its tokenizer.model.
+    """Whether transformers is to read the tokenizer in `folder`, rather than sentencepiece the tokenizer.model in it.
 
     Raises InputError where what lies beside a tokenizer.model cannot be read.
     """
@@ -84,9 +84,9 @@ def read_names(folder: str, file: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as stream:
             names = json.load(stream)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError("", path, f"cannot be read ({error})", "mend it, or move it away") from error
     if not isinstance(names, dict):
-        raise InputError(f"{path} is to map names, and holds {type(names).__name__}")
+        raise InputError("", path, f"holds a {type(names).__name__}, not a mapping of names", "move it away")
     return names
 
 
@@ -121,12 +121,10 @@ def check_added(folder: str, id_of: Any) -> None:
         return
     for name, number in read_names(folder, ADDED).items():
         if not isinstance(number, int):
-            raise InputError(
-                f"{os.path.join(folder, ADDED)} gives {name!r} the id {number!r}, which is no whole number"
-            )
+            rule = f"gives {name!r} the id {number!r}, which is not a whole number"
+            raise InputError("", os.path.join(folder, ADDED), rule, "mend it")
         found: Optional[int] = id_of(name)
         if found != number:
-            raise InputError(
-                f"tokenizer.model={folder}: {ADDED} gives {name!r} the id {number}, and transformers reads it as "
-                f"{found}: save the tokenizer with transformers, as tokenizer.json of the model's ids"
-            )
+            rule = f"has an {ADDED} that gives {name!r} the id {number}, which transformers reads as {found}"
+            remedy = "save the tokenizer with transformers, as a tokenizer.json of the model's ids"
+            raise InputError("tokenizer.model", folder, rule, remedy)

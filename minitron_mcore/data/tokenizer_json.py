@@ -227,18 +227,22 @@ def _unigram(model: Any) -> dict[str, Any]:
 
 def _check(model: Any, path: str) -> None:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    where = f"tokenizer.model={path} cannot be written for transformers:"
-    if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM):
-        raise InputError(f"{where} it is neither a BPE nor a unigram model")
-    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
-        raise InputError(f"{where} it does not write a space as {SPACE} before the word")
     user_defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
-    if spaced := [symbol for symbol in user_defined if SPACE in symbol or " " in symbol]:
-        raise InputError(f"{where} its own symbol {spaced[0]!r} is looked for beside added spaces")
+    spaced = [symbol for symbol in user_defined if SPACE in symbol or " " in symbol]
     # What an unknown character costs differs between the libraries: it must not decide between two cuts.
     normal = {piece.piece for piece in model.pieces if piece.type == NORMAL}
-    if _is_unigram(model) and (missing := sorted(set("".join(normal)) - normal)):
-        raise InputError(f"{where} it is a unigram model without a piece for {missing[0]!r} alone, which others hold")
+    missing = sorted(set("".join(normal)) - normal) if _is_unigram(model) else []
+    reason = ""
+    if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM):
+        reason = "it is neither a BPE nor a unigram model"
+    elif trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
+        reason = f"it does not write a space as {SPACE} before the word"
+    elif spaced:
+        reason = f"its own symbol {spaced[0]!r} is looked for beside added spaces"
+    elif missing:
+        reason = f"it is a unigram model without a piece for {missing[0]!r} alone, which others hold"
+    if reason:
+        raise InputError("tokenizer.model", path, f"cannot be written for transformers, because {reason}")
 
 
 def _merges(model: Any) -> list[list[str]]:

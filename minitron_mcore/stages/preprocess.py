@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from minitron_mcore.data.preprocess import preprocess
-from minitron_mcore.data.tokenizer import load_tokenizer
-from minitron_mcore.recipe import Recipe
+from minitron_mcore.errors import shown
+from minitron_mcore.jobs.preprocess import PreprocessJob
 from minitron_mcore.runtime.start import Runtime
 
 
-def run(recipe: Recipe, runtime: Runtime) -> list[str]:
-    """Writes the token files and returns their prefixes, held-out ones last, on every rank.
+def run(job: PreprocessJob, runtime: Runtime) -> list[str]:
+    """Write the token files, whose prefixes are returned on every rank, held-out ones last.
 
-    The recipe's `input` and `output_prefix` fill in for `preprocess.input` and `preprocess.output_prefix`. The first
-    rank and its worker processes work; the other ranks wait.
+    The first rank and its worker processes work; the other ranks wait.
     """
-    config = recipe.preprocess
-    if config.input is None:
-        config = dataclasses.replace(config, input=recipe.input)
-    if config.output_prefix is None:
-        config = dataclasses.replace(config, output_prefix=recipe.output_prefix)
-    return runtime.on_main(
-        lambda: preprocess(config, load_tokenizer(recipe.tokenizer), seed=recipe.seed, report=runtime.print)
-    )
+    tokenizer, files, seed = job.tokenizer, job.texts.files, job.recipe.seed
+    assert tokenizer is not None, "a job whose tokenizer was promised is resolved again before it acts"
+    prefixes = runtime.on_main(lambda: preprocess(job.config, files, tokenizer, seed=seed, report=runtime.print))
+    made = {key: [item.path for item in job.makes if item.key == key] for key in ("data.train", "data.valid")}
+    words = [f"{key}={paths[0] if len(paths) == 1 else shown(paths)}" for key, paths in made.items() if paths]
+    runtime.print(f"preprocess: {' '.join(words)}")
+    return prefixes

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
-from minitron_mcore.data.preprocess import preprocess
-from minitron_mcore.data.tokenizer import load_tokenizer, train_tokenizer
+from minitron_mcore.data.tokenizer import load_tokenizer
 from tests.e2e.verbs import all_run_well
+from tests.unit.text_data import preprocess, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
-from minitron_mcore.data.preprocess import preprocess
-from minitron_mcore.data.tokenizer import load_tokenizer, train_tokenizer
+from minitron_mcore.data.tokenizer import load_tokenizer
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.verbs import all_run_well, command_on_rank, one_process_group
+from tests.unit.text_data import preprocess, train_tokenizer
 
 SMALL = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4} | {
     "num_query_groups": 2,

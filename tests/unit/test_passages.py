@@ -13,10 +13,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from minitron_mcore.data import held_out, passages
 from minitron_mcore.data.config import DataConfig, PreprocessConfig
 from minitron_mcore.data.dataset import build_datasets
-from minitron_mcore.data.preprocess import preprocess
 from minitron_mcore.errors import InputError
 from tests.unit.test_preprocess import stored, write_jsonl
-from tests.unit.text_data import silent, small_tokenizer
+from tests.unit.text_data import preprocess, silent, small_tokenizer
 
 PROSE = "".join(f"Paragraph {i} says\nthat {i} is {'a' * (i % 90)} number.\n\n" for i in range(2500)).encode()
 

@@ -15,11 +15,9 @@ from pathlib import Path
 import pytest
 
 from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
-from minitron_mcore.data.preprocess import preprocess
-from minitron_mcore.data.tokenizer import train_tokenizer
 from minitron_mcore.errors import InputError
 from tests.unit.test_preprocess import stored
-from tests.unit.text_data import JSON_PACKAGE, silent, small_tokenizer
+from tests.unit.text_data import JSON_PACKAGE, preprocess, silent, small_tokenizer, train_tokenizer
 
 TEXTS = [f"line {i}\nof the größte number {i * i}" for i in range(60)]
 LINES = "".join(json.dumps({"text": text, "id": i}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(TEXTS))
@@ -250,7 +248,7 @@ def test_what_is_replaced_is_counted(tokenizer, tmp_path):
     said: list[str] = []
     texts = texts_in(tmp_path, tokenizer, tmp_path, said.append)
     assert texts[1:] == ["one\ntwo\ncaf\ufffd na\ufffdve \ufffd\n", "\ufffd\ufffd", "half \ufffd pair"]
-    warning = "warning: not UTF-8, so replaced by U+FFFD: 6 (files: 2), the first in "
+    warning = "warning: characters that are not UTF-8, replaced by U+FFFD: 6 (files: 2), the first in "
     assert [line for line in said if "U+FFFD" in line] == [f"{warning}{tmp_path}/b.txt, line 3"]
     said.clear()
     config = TokenizerConfig(model=str(tmp_path / "t.model"), input=str(tmp_path), vocab_size=281)

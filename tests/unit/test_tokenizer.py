@@ -9,10 +9,11 @@ import pytest
 import sentencepiece
 
 from minitron_mcore.data import tokenizer as module
+from minitron_mcore.data import tokenizer_training as training
 from minitron_mcore.data.config import TokenizerConfig
-from minitron_mcore.data.tokenizer import load_tokenizer, train_tokenizer
+from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
-from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, python_files, silent, small_tokenizer
+from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, python_files, silent, small_tokenizer, train_tokenizer
 
 STRINGS = ["", " ", "  a", "a  ", "a\n\n", "\n", "\t\tx ", "a\r\nb\r", "é漢字🎉", "\x00a", "\ufeff", "a\u00a0", "<s>"]
 
@@ -81,17 +82,17 @@ def test_sampling_depends_on_the_seed_alone(tmp_path):
 
 def test_sample_is_even_and_bounded():
     passages = [str(i) for i in range(1000)]
-    kept, characters = module._sample(iter(passages), 100, seed=5)
+    kept, characters = training._sample(iter(passages), 100, seed=5)
     assert len(set(kept)) == 100 and set(kept) <= set(passages)
     assert characters == sum(map(len, passages))
     # 100 of 1000 from each tenth: 10 expected, standard deviation 3; 0 or 22 and more would be no even draw
     tenths = [sum(1 for k in kept if int(k) // 100 == t) for t in range(10)]
     assert all(0 < count < 22 for count in tenths)
-    assert module._sample(iter(passages), 0, seed=5)[0] == passages
+    assert training._sample(iter(passages), 0, seed=5)[0] == passages
 
 
 def test_passages_end_at_lines():
-    assert list(module._segments("ab\ncd\nefghij", 4)) == ["ab\n", "cd\n", "efgh", "ij"]
+    assert list(training._segments("ab\ncd\nefghij", 4)) == ["ab\n", "cd\n", "efgh", "ij"]
 
 
 def test_progress_is_reported_and_nothing_else_is_written(tmp_path):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import email
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+from minitron_mcore.data import preprocess as preprocessing
+from minitron_mcore.data import tokenizer_training
 from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
-from minitron_mcore.data.preprocess import preprocess
-from minitron_mcore.data.tokenizer import Tokenizer, train_tokenizer
+from minitron_mcore.data.texts import texts_to_encode, texts_to_train_on
+from minitron_mcore.data.tokenizer import Tokenizer
 
 JSON_PACKAGE = str(Path(json.__file__).parent)
 EMAIL_PACKAGE = str(Path(email.__file__).parent)
@@ -21,6 +24,24 @@ def python_files(folder: str) -> list[Path]:
 
 def silent(_: str) -> None:
     """A report that prints nothing."""
+
+
+def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str], None] = print) -> Tokenizer:
+    """What the verb `tokenizer` does with `config`."""
+    texts = texts_to_train_on(config)
+    for note in texts.notes:
+        report(f"warning: {note}")
+    return tokenizer_training.train_tokenizer(config, texts.files, seed=seed, report=report)
+
+
+def preprocess(
+    config: PreprocessConfig, tokenizer: Tokenizer, *, seed: int, report: Callable[[str], None] = print
+) -> list[str]:
+    """What the verb `preprocess` does with `config`."""
+    texts = texts_to_encode(config)
+    for note in texts.notes:
+        report(f"warning: {note}")
+    return preprocessing.preprocess(config, texts.files, tokenizer, seed=seed, report=report)
 
 
 def small_tokenizer(path: Path, vocab_size: int = 600, package: str = JSON_PACKAGE) -> Tokenizer:
