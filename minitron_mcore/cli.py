@@ -119,7 +119,7 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
         from minitron_mcore.jobs.stated import reading_for
 
         with reading_for(recipe):
-            has_job = options.verb not in ("ablate", "inspect", "plan", "preprocess", "prune", "score", "tokenizer")
+            has_job = options.verb not in ("ablate", "inspect", "plan", "prune", "score")
             job: Any = resolve(options.verb, recipe, read_world(os.environ)) if has_job else recipe
             from minitron_mcore.runtime.start import quiet_libraries, start, stop
 

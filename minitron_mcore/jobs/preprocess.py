@@ -9,7 +9,7 @@ from minitron_mcore.data.config import PreprocessConfig
 from minitron_mcore.data.texts import Texts, prefixes_of, texts_to_encode
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.jobs.inputs import require
-from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises, absolute
+from minitron_mcore.jobs.job import NOTHING, TOKENS, Item, Job, Promises, absolute
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 
@@ -48,8 +48,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Prepr
         recipe=recipe,
         reads=(Item(keys["input"], str(config.input), f"text, {len(texts.files):,} files"),),
         makes=(
-            *(Item("data.train", each, "tokens") for each in train),
-            *(Item("data.valid", each, "tokens") for each in held_out),
+            *(Item("data.train", each, TOKENS) for each in train),
+            *(Item("data.valid", each, TOKENS) for each in held_out),
         ),
         notes=texts.notes,
         config=config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minitron_mcore.data.preprocess import preprocess
+from minitron_mcore.data.texts import prefixes_of
 from minitron_mcore.errors import shown
 from minitron_mcore.jobs.preprocess import PreprocessJob
 from minitron_mcore.runtime.start import Runtime
@@ -16,7 +17,7 @@ def run(job: PreprocessJob, runtime: Runtime) -> list[str]:
     tokenizer, files, seed = job.tokenizer, job.texts.files, job.recipe.seed
     assert tokenizer is not None, "a job whose tokenizer was promised is resolved again before it acts"
     prefixes = runtime.on_main(lambda: preprocess(job.config, files, tokenizer, seed=seed, report=runtime.print))
-    made = {key: [item.path for item in job.makes if item.key == key] for key in ("data.train", "data.valid")}
-    words = [f"{key}={paths[0] if len(paths) == 1 else shown(paths)}" for key, paths in made.items() if paths]
+    named = zip(("data.train", "data.valid"), prefixes_of(job.config), strict=True)
+    words = [f"{key}={made[0] if len(made) == 1 else shown(made)}" for key, made in named if made]
     runtime.print(f"preprocess: {' '.join(words)}")
     return prefixes

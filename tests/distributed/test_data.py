@@ -12,8 +12,10 @@ from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.job import resolve
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.runtime.world import World
 from minitron_mcore.stages import preprocess as preprocess_stage
 from minitron_mcore.stages import tokenizer as tokenizer_stage
 from tests.distributed.ranks import run_on_ranks
@@ -28,7 +30,9 @@ def _stages(folder: str) -> tuple[str, list[str]]:
         recipe.tokenizer, model=f"{folder}/tokenizer.model", extensions=[".py"], vocab_size=400
     )
     recipe.preprocess = dataclasses.replace(recipe.preprocess, extensions=[".py"], workers=2, valid_fraction=0.3)
-    return tokenizer_stage.run(recipe, runtime), preprocess_stage.run(recipe, runtime)
+    world = World(rank=rank, size=2, local_rank=rank)
+    model = tokenizer_stage.run(resolve("tokenizer", recipe, world), runtime)
+    return model, preprocess_stage.run(resolve("preprocess", recipe, world), runtime)
 
 
 def _rows(config: DataConfig, model: str, first_rank_only: bool) -> Any:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from minitron_mcore.data import tokenizer as module
 from minitron_mcore.data import tokenizer_training as training
 from minitron_mcore.data.config import TokenizerConfig
 from minitron_mcore.data.tokenizer import load_tokenizer
