@@ -24,6 +24,7 @@ from minitron_mcore import __version__
 from minitron_mcore.errors import DivergedError, InputError, MemoryExhaustedError
 from minitron_mcore.megatron_names import named_here
 from minitron_mcore.runtime.interrupt import Ending, exit_code, name_of, say_at_once
+from minitron_mcore.runtime.reply import say_failure
 from minitron_mcore.runtime.world import read_world
 from minitron_mcore.verbs import VERBS, help_of, module_of
 
@@ -143,12 +144,12 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
             # The launcher ends every rank once one has ended. The first rank is to say it, and says it at once; a rank
             # that is still here after this was alone in finding the fault.
             time.sleep(8)
-        print(f"minitron {options.verb}: {told}", file=sys.stderr, flush=True)
+        say_failure(f"minitron {options.verb}: {told}")
         return told.exit_code
     except (DivergedError, MemoryExhaustedError) as error:
         if ending.number:
             raise
-        print(f"minitron {options.verb}: {error}", file=sys.stderr, flush=True)
+        say_failure(f"minitron {options.verb}: {error}")
         return 1
     return 0
 

@@ -53,6 +53,13 @@ def test_torchrun_on_one_node(tmp_path: Path) -> None:
     assert read_ranks(tmp_path) == {"rank0": expected(2, 0), "rank1": expected(2, 1)}
 
 
+def test_a_refusal_under_torchrun_is_one_sentence() -> None:
+    process = start_torchrun(["train", "train.lr=-1"], NPROC_PER_NODE="2")
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 2, said
+    assert said.count("\n") == 1 and said.startswith("minitron train: train.lr=-1"), said
+
+
 @pytest.mark.parametrize(("listing", "processes"), [("GPU 0: A (UUID: x)\nGPU 1: A (UUID: y)\n", "2"), ("", "1")])
 def test_torchrun_starts_a_process_for_each_gpu(tmp_path: Path, listing: str, processes: str) -> None:
     """Both tools are stand-ins: one lists GPUs (or fails, as without a driver), the other shows what it was given."""

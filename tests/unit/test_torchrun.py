@@ -1,0 +1,50 @@
+"""What is left of torchrun's report: nothing of a rank that has spoken, a line of one that a signal ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from minitron_mcore.runtime import torchrun
+from minitron_mcore.runtime.reply import say_failure
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected", "said"),
+    [
+        ({0: 2, 1: -15}, 2, ""),
+        ({1: 1, 0: 143}, 1, ""),
+        ({3: -9, 0: 1}, 137, "torchrun: rank 3 was ended by SIGKILL\n"),
+        ({}, 143, ""),
+    ],
+)
+def test_the_exit_code_is_that_of_the_rank_that_failed_first(
+    codes: dict[int, int], expected: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`codes` in the order in which torchrun met them; of none, because it got a signal itself."""
+
+    def fail() -> None:
+        if not codes:
+            raise SignalException("", signal.SIGTERM)
+        raise ChildFailedError("minitron", {rank: ProcessFailure(rank, 1, codes[rank], "") for rank in codes})
+
+    monkeypatch.setattr(torchrun, "torchrun", fail)
+    assert torchrun.main() == expected
+    assert capsys.readouterr() == ("", said)
+
+
+def test_torchruns_own_report_ends_with_the_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    say_failure("train.lr=-1 must be at least 0")
+    assert capsys.readouterr().err == "train.lr=-1 must be at least 0\n"
+    assert json.loads(file.read_text())["message"] == ProcessFailure(0, 1, 2, str(file)).message
+    report = ChildFailedError("minitron", {0: ProcessFailure(0, 1, 2, str(file))}).format_msg()
+    assert report.splitlines()[-2].endswith("train.lr=-1 must be at least 0")
