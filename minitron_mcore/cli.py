@@ -54,6 +54,9 @@ def build_parser() -> Parser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
     parser.add_argument("--json", action="store_true", help="inspect: print JSON, not a table (the key json=true)")
     parser.add_argument("--verify", action="store_true", help="inspect: read every tensor too (the key verify=true)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be read, made and needed; the ranks by cluster.gpus=N"
+    )
     parser.add_argument("--version", action="version", version=f"minitron_mcore {__version__}")
     return parser
 
@@ -120,8 +123,17 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
         from minitron_mcore.jobs.stated import reading_for
 
         with reading_for(recipe):
+            world = read_world(os.environ)
+            if options.dry_run:
+                from minitron_mcore.jobs.dry_run import dry_run, planned_world
+
+                world = planned_world(recipe.cluster, world)
+                told = dry_run(options.verb, resolve(options.verb, recipe, world), world)
+                if world.rank == 0:
+                    print(told, flush=True)
+                return 0
             has_job = options.verb not in ("ablate", "inspect", "plan", "prune", "score")
-            job: Any = resolve(options.verb, recipe, read_world(os.environ)) if has_job else recipe
+            job: Any = resolve(options.verb, recipe, world) if has_job else recipe
             from minitron_mcore.runtime.start import quiet_libraries, start, stop
 
             quiet_libraries()

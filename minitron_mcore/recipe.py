@@ -15,6 +15,7 @@ import yaml
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
 from minitron_mcore.distillation.config import CacheConfig, DistillConfig
 from minitron_mcore.errors import InputError
+from minitron_mcore.estimate.config import ClusterConfig
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, entry_of, key, section, section_of
 from minitron_mcore.megatron_names import SECTIONS, named_here
@@ -119,6 +120,7 @@ class Recipe:
     evaluate: EvaluateConfig = key(EvaluateConfig, "held-out LM loss")
     run: RunConfig = key(RunConfig, "what `run` makes")
     log: LogConfig = key(LogConfig, "where metrics go")
+    cluster: ClusterConfig = key(ClusterConfig, "the ranks that --dry-run plans for", may_change=True)
 
 
 def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Recipe:

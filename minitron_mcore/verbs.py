@@ -27,7 +27,7 @@ class Verb:
         return self.summary.partition(" ([")[0].replace("`", "")
 
 
-_RANKS = ("precision", "seed", "parallel")
+_RANKS = ("precision", "seed", "parallel", "cluster")
 _MODEL = (*_RANKS, "trust", "allow")
 _TRAINS = (*_MODEL, "name", "data", "tokenizer.model", "log")
 

@@ -12,7 +12,8 @@ from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.jobs.job import resolve
+from minitron_mcore.jobs import preprocess as preprocess_job
+from minitron_mcore.jobs import tokenizer as tokenizer_job
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.world import World
@@ -31,8 +32,8 @@ def _stages(folder: str) -> tuple[str, list[str]]:
     )
     recipe.preprocess = dataclasses.replace(recipe.preprocess, extensions=[".py"], workers=2, valid_fraction=0.3)
     world = World(rank=rank, size=2, local_rank=rank)
-    model = tokenizer_stage.run(resolve("tokenizer", recipe, world), runtime)
-    return model, preprocess_stage.run(resolve("preprocess", recipe, world), runtime)
+    model = tokenizer_stage.run(tokenizer_job.resolve(recipe, world), runtime)
+    return model, preprocess_stage.run(preprocess_job.resolve(recipe, world), runtime)
 
 
 def _rows(config: DataConfig, model: str, first_rank_only: bool) -> Any:
