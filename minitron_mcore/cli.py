@@ -128,9 +128,9 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
                 from minitron_mcore.jobs.dry_run import dry_run, planned_world
 
                 world = planned_world(recipe.cluster, world)
-                told = dry_run(options.verb, resolve(options.verb, recipe, world), world)
+                shown = dry_run(options.verb, resolve(options.verb, recipe, world), world)
                 if world.rank == 0:
-                    print(told, flush=True)
+                    print(shown, flush=True)
                 return 0
             has_job = options.verb not in ("ablate", "inspect", "plan", "prune", "score")
             job: Any = resolve(options.verb, recipe, world) if has_job else recipe
