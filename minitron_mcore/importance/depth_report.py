@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from minitron_mcore.files import write_figure, write_whole
 from minitron_mcore.importance.config import TASK_METRICS
 from minitron_mcore.importance.depth import DepthTable
 from minitron_mcore.importance.scores import Scores
+from minitron_mcore.tables import table as tabulate
 
 
 def rows_of(scores: Scores, table: DepthTable) -> list[dict[str, Any]]:
@@ -50,23 +52,17 @@ def depth_text(scores: Scores, table: DepthTable) -> str:
     """One table for each block length."""
     whole, *rows = rows_of(scores, table)
     columns = [name for name in whole if name not in ("length", "first_layer", "last_layer")]
-    widths = {name: max(len(name), 10) + 2 for name in columns}
-    head = f"{'layers':<9}" + "".join(f"{name:>{widths[name]}}" for name in columns)
-    lines: list[str] = []
-    previous = 0
-    for row in rows:
-        if row["length"] != previous:
-            previous = row["length"]
-            lines += [f"without {previous} layer{'s' if previous > 1 else ''} (the first is 0):", head]
-            lines.append(_line("none", whole, widths))
+
+    def cells(row: dict[str, Any]) -> list[str]:
         first, last = row["first_layer"], row["last_layer"]
-        lines.append(_line(str(first) if first == last else f"{first}-{last}", row, widths))
+        label = "none" if first == "" else str(first) if first == last else f"{first}-{last}"
+        return [label, *("" if row[name] == "" else f"{row[name]:.5g}" for name in columns)]
+
+    lines: list[str] = []
+    for length, group in itertools.groupby(rows, key=lambda row: row["length"]):
+        lines.append(f"without {length} layer{'s' if length > 1 else ''} (the first is 0):")
+        lines.append(tabulate([cells(row) for row in (whole, *group)], ("layers", *columns)))
     return "\n".join(lines)
-
-
-def _line(label: str, row: dict[str, Any], widths: dict[str, int]) -> str:
-    cells = ("" if row[name] == "" else f"{row[name]:.5g}" for name in widths)
-    return f"{label:<9}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths.values(), strict=True))
 
 
 def write_csv(scores: Scores, table: DepthTable, path: Path) -> None:

@@ -27,14 +27,13 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import said_by
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.errors import InputError
-from minitron_mcore.importance.scores import Scores, axis_shapes
+from minitron_mcore.importance.scores import OF_WEIGHTS, Scores, axis_shapes
 from minitron_mcore.layout import Parameter, parameter_table
 from minitron_mcore.runtime.agree import all_or_none
 
 # (parameter, global layer or None) -> the whole global tensor of one layer, of any floating type
 Read = Callable[[Parameter, int | None], torch.Tensor]
 
-TOLERANCE = 1e-12  # relative to an axis' largest score: float64 sums in another order
 CHUNK = 2**22  # values that are in memory as float64 at a time
 
 
@@ -92,7 +91,7 @@ def from_squares(
 ) -> Scores:
     """Scores from the sums of squares by axis."""
     arrays: dict[str, Any] = {axis: values.sqrt().numpy() for axis, values in sums.items()}
-    said = {"importance": {"method": "magnitude"}, "tolerance": TOLERANCE, **(settings or {})}
+    said = {"importance": {"method": "magnitude"}, "tolerance": OF_WEIGHTS, **(settings or {})}
     return Scores(architecture=architecture, settings=said, **arrays)
 
 

@@ -23,6 +23,7 @@ WIDTH_AXES = ("hidden", "ffn", "heads", "groups")
 # Error of scores relative to an axis' largest, between layouts and against exact arithmetic. In bf16 the rounding of
 # the activations dominates (measured: 3e-3 on 240 tokens, less on more).
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
+OF_WEIGHTS = 1e-12  # of magnitudes: float64 sums in another order
 
 
 def tolerance_of(precision: str, batch: str, sequence: str) -> float:

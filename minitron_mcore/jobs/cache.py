@@ -16,10 +16,11 @@ from minitron_mcore.distillation.cache.file import DESCRIPTION, LOCK, CacheReade
 from minitron_mcore.distillation.cache.serving import PREFIX, check_served
 from minitron_mcore.distillation.config import CacheConfig
 from minitron_mcore.errors import InputError
-from minitron_mcore.jobs.cached import describe_data, flat, samples_needed
+from minitron_mcore.jobs.cached import describe_data, samples_needed
 from minitron_mcore.jobs.inputs import find_model, output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import check_model, refuse_context
+from minitron_mcore.jobs.score import flat
 from minitron_mcore.jobs.tokenizers import model_tokenizer
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.layouts import check_layout

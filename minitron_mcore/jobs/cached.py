@@ -15,6 +15,7 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache.file import DESCRIPTION, CacheReader, require_settings, settings_digest
 from minitron_mcore.distillation.cache.serving import check_served
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.score import flat
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.training.budget import plan_timetable
 
@@ -144,11 +145,3 @@ def refuse_other_targets(folder: Path, settings: dict[str, Any], key: str) -> No
         words = f"{other[0]} is {before.get(other[0])!r} there and {now[other[0]]!r} in {key}"
     remedy = "name the cache it began with, or another distill.checkpoint"
     raise InputError("distill.checkpoint", folder, f"was distilled from other targets so far: {words}", remedy)
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"teacher": {"iteration": 3}} -> {"teacher.iteration": 3}."""
-    result: dict[str, Any] = {}
-    for name, value in settings.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return result

@@ -12,6 +12,7 @@ from pathlib import Path
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_figure, write_whole
 from minitron_mcore.search.ablation_grid import Setting
+from minitron_mcore.tables import table as tabulate
 
 CHOICES = [entry.name for entry in dataclasses.fields(Setting)]
 NUMBERS = ["lm_loss", "ppl", "parameters"]
@@ -73,7 +74,7 @@ def table(rows: Sequence[Row], teacher_loss: float) -> str:
     rows = best_first(rows)
     columns = [name for name in CHOICES if len({getattr(row.setting, name) for row in rows}) > 1]
     head = [*columns, "lm loss", "over teacher", "parameters"]
-    lines = [head] + [
+    cells = [
         [
             *(getattr(row.setting, name) or "-" for name in columns),
             f"{row.lm_loss:.4f}",
@@ -82,15 +83,7 @@ def table(rows: Sequence[Row], teacher_loss: float) -> str:
         ]
         for row in rows
     ]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(head))]
-    texts = len(columns)
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place < texts else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return tabulate(cells, head, left=range(len(columns)))
 
 
 def squares(rows: Sequence[Row]) -> list[str]:
@@ -106,13 +99,11 @@ def squares(rows: Sequence[Row]) -> list[str]:
         batches = sorted({batch for batch, _ in losses})
         sequences = sorted({sequence for _, sequence in losses})
         if len(batches) > 1 and len(sequences) > 1:
-            head = f"{'batch / sequence':<16}" + "".join(f"{name:>9}" for name in sequences)
-            lines = [
-                f"{batch:<16}"
-                + "".join(f"{losses[batch, name]:9.4f}" if (batch, name) in losses else f"{'':9}" for name in sequences)
+            cells = [
+                [batch, *(f"{losses[batch, name]:.4f}" if (batch, name) in losses else "" for name in sequences)]
                 for batch in batches
             ]
-            found.append("\n".join([f"{setting.label}:", head, *lines]))
+            found.append(f"{setting.label}:\n{tabulate(cells, ('batch / sequence', *sequences))}")
     return found
 
 

@@ -29,6 +29,7 @@ from minitron_mcore.importance.baselines import random_scores
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.scores import Scores, load_scores
+from minitron_mcore.jobs.score import resolve as resolve_score
 from minitron_mcore.jobs.tokenizers import checkpoint_tokenizer
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.microbatch import Microbatch
@@ -36,6 +37,7 @@ from minitron_mcore.pruning.in_memory import prune_chunks
 from minitron_mcore.pruning.plan import TARGETS, PruningPlan, make_plan
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.runtime.world import World
 from minitron_mcore.search.ablation_grid import Setting, grid_of, shapes_of
 from minitron_mcore.search.ablation_results import Row, read_rows, squares, table, write_plot, write_rows
 from minitron_mcore.stages import score
@@ -160,7 +162,8 @@ def read_scores(
             said = json.dumps(dataclasses.asdict(importance), sort_keys=True)
             name = f"scores-{hashlib.sha256(said.encode()).hexdigest()[:8]}.safetensors"
             scoring = dataclasses.replace(recipe, importance=importance, scores=str(Path(recipe.output or "") / name))
-            found[method, seed] = load_scores(score.run(scoring, runtime))
+            job = resolve_score(scoring, World(size=runtime.world_size))
+            found[method, seed] = load_scores(score.run(job, runtime))
     return found
 
 

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from minitron_mcore.importance.scores import WIDTH_AXES, Scores, load_scores, save_scores
+from minitron_mcore.jobs.prune import other_teacher, pipeline_split
 from minitron_mcore.pruning.plan import load_plan
 from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.stages.prune import pipeline_split
 from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
 
@@ -54,12 +54,16 @@ def run_verb(verb: str, overrides: list[str], root: Path) -> str:
     import importlib
 
     from minitron_mcore.errors import InputError
+    from minitron_mcore.jobs.job import resolve
     from minitron_mcore.recipe import load_recipe
     from minitron_mcore.runtime.start import start
+    from minitron_mcore.runtime.world import World
 
+    runtime = start()
     try:
         recipe = load_recipe(None, ["parallel.tensor=2", *(text.replace("@", str(root)) for text in overrides)])
-        importlib.import_module(f"minitron_mcore.stages.{verb}").run(recipe, start())
+        job = resolve(verb, recipe, World(size=runtime.world_size))
+        importlib.import_module(f"minitron_mcore.stages.{verb}").run(job, runtime)
     except InputError as error:
         return str(error)
     return ""
@@ -187,6 +191,12 @@ INTO = "student.checkpoint=@/new"
 BAD: list[tuple[str, list[str], str]] = [
     ("plan", [*SCORED], "plan is not given"),
     ("plan", ["plan=@/new.json"], "scores is not given"),
+    ("plan", [], "plan, scores are not given: name the file to write, as in plan=plan.json; name the file that"),
+    (
+        "plan",
+        [*SCORED, "plan=@/new.json"],
+        "student asks for nothing smaller than the teacher: set student.layers, s",
+    ),
     ("plan", ["plan=@/new.json", "scores=@/none"], "scores=@/none does not exist"),
     (
         "plan",
@@ -237,9 +247,13 @@ BAD: list[tuple[str, list[str], str]] = [
         [*SCORED, INTO, "student.layers=[0,1]", "student.num_layers=3"],
         "student.layers=[0, 1] names 2 layers, but student.num_layers=3: leave one of them out",
     ),
-    ("prune", [*SCORED, INTO, "student.layers=[0,1,2]", "plan=@/plan.json"], "student.layers=[0, 1, 2], but plan=@"),
-    ("prune", [*SCORED, INTO, "student.ratios.hidden_size=0.5", "plan=@/plan.json"], "was made with none: plan again"),
-    ("prune", [*SCORED, INTO, "prune.head_residual=paper", "plan=@/plan.json"], "was made with none: plan again"),
+    (
+        "prune",
+        [*SCORED, INTO, "student.layers=[0,1,2]", "plan=@/plan.json"],
+        "[0, 1, 2] is not what plan=@",
+    ),
+    ("prune", [*SCORED, INTO, "student.ratios.hidden_size=0.5", "plan=@/plan.json"], "was made with, none: plan again"),
+    ("prune", [*SCORED, INTO, "prune.head_residual=paper", "plan=@/plan.json"], "was made with, none: plan again"),
     (
         "prune",
         [*SCORED, INTO, "prune.head_residual=paper", "student.num_attention_heads=2"],
@@ -268,14 +282,14 @@ BAD: list[tuple[str, list[str], str]] = [
     ("prune", ["teacher.checkpoint=@/damaged", SCORED[1], INTO], "is damaged"),
     ("prune", [*SCORED, INTO, "plan=@/none.json"], "plan=@/none.json does not exist"),
     ("prune", [*SCORED, INTO, "plan=@/beyond.json"], "plan=@/beyond.json has the index 48 in hidden, but the teac"),
-    ("prune", [*SCORED, INTO, "plan=@/plan.json", "student.num_layers=2"], "student.num_layers=2, but plan=@"),
+    ("prune", [*SCORED, INTO, "plan=@/plan.json", "student.num_layers=2"], "student.num_layers=2 is not what plan=@"),
     ("prune", [SCORED[0], "scores=@/again.safetensors", INTO, "plan=@/plan.json"], "was made from other scores"),
     ("prune", [*SCORED], "student.checkpoint is not given"),
     ("prune", [*SCORED, "student.checkpoint=@/plan.json"], "is a file"),
-    ("prune", [*SCORED, "student.checkpoint=@/planned"], "is there already: name another folder, or set prune.overw"),
+    ("prune", [*SCORED, "student.checkpoint=@/planned"], "exists already: name another folder, or set prune.overw"),
     ("prune", [*SCORED, "student.checkpoint=@/papers", "prune.overwrite=true"], "something other than a checkpoint"),
     ("prune", [*SCORED, "student.checkpoint=@/teacher", "prune.overwrite=true"], "the teacher's own folder"),
-    ("prune", [*SCORED, "student.checkpoint=@", "prune.overwrite=true"], "one within the other"),
+    ("prune", [*SCORED, "student.checkpoint=@", "prune.overwrite=true"], "one lies within the other"),
 ]
 
 
@@ -337,8 +351,6 @@ def test_the_split_over_stages_is_told(num_layers: int, parallel: dict[str, Any]
 
 
 def test_scores_of_other_weights_are_warned_about(root: Path) -> None:
-    from minitron_mcore.stages.prune import other_teacher
-
     plan, source = load_plan(root / "plan.json"), (root / "teacher", 7)
     assert other_teacher(plan, source) == []
     for scored, count in (

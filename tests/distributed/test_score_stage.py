@@ -63,15 +63,18 @@ def save_teacher(folder: Path, value: float | None) -> None:
 def score(root: Path, overrides: list[str]) -> tuple[str, str]:
     """(what was printed, what was refused); `@` stands for the folder of the test."""
     from minitron_mcore.errors import InputError
+    from minitron_mcore.jobs.score import resolve
     from minitron_mcore.recipe import load_recipe
     from minitron_mcore.runtime.start import start
+    from minitron_mcore.runtime.world import World
     from minitron_mcore.stages import score as stage
 
-    printed = io.StringIO()
+    printed, runtime = io.StringIO(), start()
     try:
         recipe = load_recipe(None, [text.replace("@", str(root)) for text in [*COMMON, *overrides]])
         with contextlib.redirect_stdout(printed):
-            assert stage.run(recipe, start()) == Path(recipe.scores or ""), "the stage returns its file"
+            job = resolve(recipe, World(size=runtime.world_size))
+            assert stage.run(job, runtime) == Path(recipe.scores or ""), "the stage returns its file"
     except InputError as error:
         return printed.getvalue(), str(error)
     return printed.getvalue(), ""
@@ -93,7 +96,7 @@ def score_everywhere(root: Path) -> dict[str, Any]:
     refused = {
         "seed": [*TEACHER, "scores=@/TP2", "seed=6"],
         "importance.sequence_aggregation": [*TEACHER, "scores=@/TP2", "importance.sequence_aggregation=l2"],
-        "is no scores file": [*TEACHER, "scores=@/tokenizer.model"],
+        "exists and is not a scores file": [*TEACHER, "scores=@/tokenizer.model"],
         "scores is not given": TEACHER,
         "teacher.checkpoint is not given": ["scores=@/new"],
         "calibration samples": [*TEACHER, "scores=@/new", "importance.num_samples=100000"],

@@ -48,7 +48,12 @@ RIGHT = {
     "import": ["hf=@/hf", "checkpoint=@/new/imported"],
     "train": ["train.checkpoint=@/new/trained"],
     "score": ["teacher.checkpoint=@/teacher", "scores=@/new/scores.safetensors"],
-    "plan": ["teacher.checkpoint=@/teacher", "scores=@/scores.safetensors", "plan=@/new/plan.json"],
+    "plan": [
+        "teacher.checkpoint=@/teacher",
+        "scores=@/scores.safetensors",
+        "plan=@/new/plan.json",
+        "student.num_layers=1",
+    ],
     "prune": ["teacher.checkpoint=@/teacher", "scores=@/scores.safetensors", "student.checkpoint=@/new/student"],
     "distill": ["teacher.checkpoint=@/teacher", "student.checkpoint=@/student", "distill.checkpoint=@/new/distilled"],
     "evaluate": ["checkpoint=@/teacher", "output=@/new/evaluation"],

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "minitron_mcore"
 # From the ground up. A room sees the rooms on lower floors and itself, never its neighbours, but on the ground floor.
 # Seen by all is every `config.py`: a section of the recipe beside what it configures.
 FLOORS = [
-    {"errors", "files", "keys", "megatron_names", "reading", "architecture", "layout", "families"},
+    {"errors", "files", "keys", "megatron_names", "reading", "tables", "architecture", "layout", "families"},
     {"runtime"},
     {"model"},
     {"checkpoint", "data"},

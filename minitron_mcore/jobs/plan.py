@@ -1,0 +1,95 @@
+"""`plan`: scores and the student's shape to plan.json, without touching weights. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.data.corpus import check_file
+from minitron_mcore.errors import InputError
+from minitron_mcore.importance.scores import Scores, load_scores
+from minitron_mcore.jobs.inputs import find_model, require
+from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises, absolute
+from minitron_mcore.jobs.layouts import asked_shape
+from minitron_mcore.pruning.plan import TARGETS, PruningPlan, check_residual, check_same_model, make_plan
+from minitron_mcore.pruning.targets import no_target
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.world import World
+
+NEEDED = {"scores": "the file that `minitron score` wrote"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanJob(Job):
+    """`plan` to the file `target`. plan: None if an earlier job will make the scores."""
+
+    target: Path
+    plan: PruningPlan | None
+
+
+def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> PlanJob:
+    """`scores` and `student.*` -> the file `plan`. Raises InputError."""
+    require(recipe, {"plan": "the file to write, as in plan=plan.json", **NEEDED})
+    check_file(str(recipe.plan), "plan")
+    given = recipe.teacher.checkpoint or absolute(str(recipe.scores)) in promises.items
+    model = find_model(recipe.teacher.checkpoint, "teacher.checkpoint", promises) if given else None
+    teacher = model.architecture if model else read_scores(recipe).architecture
+    student, plan = plan_from_scores(recipe, teacher, promises)
+    if student == teacher:
+        raise no_target(teacher)
+    target = Path(str(recipe.plan))
+    stands = target.exists() and not recipe.prune.overwrite
+    if stands and plan and target.read_text(encoding="utf-8", errors="replace") != plan.to_json():
+        raise InputError("plan", target, "holds another plan", "name another file, or set prune.overwrite=true")
+    scores = Item("scores", str(recipe.scores), "scores")
+    made = Item("plan", str(target), "plan")
+    return PlanJob(
+        recipe=recipe, reads=(model, scores) if model else (scores,), makes=(made,), target=target, plan=plan
+    )
+
+
+def plan_from_scores(
+    recipe: Recipe, teacher: Architecture, promises: Promises
+) -> tuple[Architecture, PruningPlan | None]:
+    """The student's shape, and the plan of `scores` and `student.*`; None if the scores are promised.
+
+    Raises InputError, also if the scores are of another model than `teacher`.
+    """
+    prune, student = recipe.prune, recipe.student
+    if prune.steps != 1:
+        rule, remedy = "scores between its steps, which only `run` does", "leave prune.steps out here"
+        raise InputError("prune.steps", prune.steps, rule, remedy)
+    if absolute(str(recipe.scores)) in promises.items:
+        return promised_shape(recipe, teacher), None
+    plan = make_plan(
+        read_scores(recipe, teacher),
+        {name: getattr(student, name) for name in TARGETS},
+        layers=prune.layers,
+        tensor=recipe.parallel.tensor,
+        pipeline=recipe.parallel.pipeline,
+        sequence_length=recipe.data.sequence_length,
+        keep_layers=student.layers,
+        ratios=student.ratios,
+        divisible_by=prune.divisible_by,
+        variant=prune.variant,
+        depth_metric=prune.depth_metric,
+        head_residual=prune.head_residual,
+        residual_matrices=prune.residual_matrices,
+    )
+    return plan.student, plan
+
+
+def promised_shape(recipe: Recipe, teacher: Architecture) -> Architecture:
+    """The shape of a student whose scores or plan are not there yet. Raises InputError."""
+    shape = asked_shape(recipe, recipe.student, teacher)
+    check_residual(teacher, shape, recipe.prune.head_residual, recipe.prune.residual_matrices)
+    return shape
+
+
+def read_scores(recipe: Recipe, teacher: Architecture | None = None) -> Scores:
+    """Raises InputError if `scores` cannot be read, or are of another model than `teacher`."""
+    scores = load_scores(recipe.scores)
+    if teacher is not None:
+        check_same_model(scores.architecture, teacher, "scores", recipe.scores)
+    return scores
