@@ -147,7 +147,7 @@ def test_what_nobody_put_into_words() -> None:
 
 
 def fails(error: OSError) -> Callable[..., Recipe]:
-    def load(*arguments: object) -> Recipe:
+    def load(*arguments: object, **taken: object) -> Recipe:
         raise error
 
     return load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 from pathlib import Path
@@ -73,8 +74,7 @@ def test_which_files_are_cut():
 
 def run(tmp_path: Path, tokenizer, said: list[str] | None = None, **settings) -> list[str]:
     config = PreprocessConfig(input=str(tmp_path / "in"), output_prefix=str(tmp_path / "out" / "data"), workers=1)
-    for name, value in settings.items():
-        setattr(config, name, value)
+    config = dataclasses.replace(config, **settings)
     return preprocess(config, tokenizer, seed=0, report=silent if said is None else said.append)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -51,11 +53,9 @@ def write_jsonl(path: Path, records: list) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def config_for(tmp_path: Path, source: Path | str, **settings: object) -> PreprocessConfig:
+def config_for(tmp_path: Path, source: Path | str, **settings: Any) -> PreprocessConfig:
     config = PreprocessConfig(input=str(source), output_prefix=str(tmp_path / "out" / "data"), workers=1)
-    for name, value in settings.items():
-        setattr(config, name, value)
-    return config
+    return dataclasses.replace(config, **settings)
 
 
 def test_documents_of_a_folder(tokenizer, tmp_path):
@@ -192,9 +192,9 @@ def test_a_run_cut_off_while_writing_leaves_no_index(tokenizer, tmp_path, monkey
         ("", {}, ["holds no text"]),
         ('{"text": ""}\n', {}, ["holds no text"]),
         ('{"text": "a"}\n', {"valid_fraction": 0.001}, ["valid_fraction=0.001 leaves no document"]),
-        ('{"text": "a"}\n', {"valid_fraction": 1.0}, ["valid_fraction=1.0 must be"]),
-        ('{"text": "a"}\n', {"workers": 0}, ["preprocess.workers=0"]),
-        ('{"text": "a"}\n', {"json_keys": []}, ["preprocess.json_keys=[]"]),
+        ('{"text": "a"}\n', {"valid_fraction": 1.0}, ["valid_fraction=1.0 must be at least 0 and below 1"]),
+        ('{"text": "a"}\n', {"workers": 0}, ["workers=0 must be at least 1"]),
+        ('{"text": "a"}\n', {"json_keys": []}, ["json_keys=[] is empty"]),
         ('{"text": "a"}\n', {"output_prefix": None}, ["preprocess.output_prefix is not set"]),
         ('{"text": "a"}\n', {"output_prefix": "/proc/nowhere/x"}, ["preprocess.output_prefix", "cannot be made"]),
         ('{"text": "a"}\n', {"extensions": [".py"]}, ["no file ending in .py"]),

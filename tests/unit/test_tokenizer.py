@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -148,11 +150,9 @@ def test_saved_copies_are_the_same_tokenizer(trained, hugging_face, tmp_path):
         assert copy.tokenize("def f():\n") == original.tokenize("def f():\n")
 
 
-def config_for(tmp_path: Path, **settings: object) -> TokenizerConfig:
+def config_for(tmp_path: Path, **settings: Any) -> TokenizerConfig:
     config = TokenizerConfig(model=str(tmp_path / "t.model"), input=JSON_PACKAGE, extensions=[".py"], vocab_size=400)
-    for name, value in settings.items():
-        setattr(config, name, value)
-    return config
+    return dataclasses.replace(config, **settings)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def config_for(tmp_path: Path, **settings: object) -> TokenizerConfig:
         ({"type": "HuggingFaceTokenizer"}, ["tokenizer.type=HuggingFaceTokenizer"]),
         ({"model": "/proc/nowhere/t.model"}, ["tokenizer.model=/proc/nowhere/t.model", "cannot be made"]),
         ({"input": None}, ["tokenizer.input=None"]),
-        ({"input": 5}, ["tokenizer.input=5"]),
+        ({"input": 5}, ["input=5 must be text or a list"]),
         ({"input": "/nowhere/text"}, ["tokenizer.input", "/nowhere/text does not exist"]),
         ({"extensions": [".nothing"]}, ["no file ending in .nothing", "extensions"]),
         ({"vocab_size": 100_000}, ["tokenizer.vocab_size=100000 is too large", "set it to that or less"]),
