@@ -6,7 +6,6 @@ Every function returns a mapping that JSON can hold, or raises InputError naming
 
 from __future__ import annotations
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.conversion import units
 from minitron_mcore.checkpoint.folder import (
     TRACKER,
+    beside,
     checkpoints_within,
+    find_checkpoint,
     is_hugging_face,
     is_iteration,
     iteration_folder,
@@ -27,7 +28,7 @@ from minitron_mcore.checkpoint.folder import (
     read_lineage,
     said_by,
 )
-from minitron_mcore.checkpoint.hf_config import INDEX, read_config
+from minitron_mcore.checkpoint.hf_config import read_config
 from minitron_mcore.checkpoint.integrity import Verification, verify_checkpoint, verify_hugging_face
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
@@ -69,7 +70,7 @@ def describe_architecture(architecture: Architecture) -> dict[str, Any]:
 
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
-    """Description of a checkpoint folder of this project; any one process calls.
+    """Description of a checkpoint folder or of one iteration of it, whoever wrote it; any one process calls.
 
     The newest finished iteration must have every tensor of the layout table in its global shape, in files as long as
     `.metadata` says. Raises InputError if it does not, or if no iteration is finished; faults of an older iteration are
@@ -77,12 +78,12 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """
     architecture = read_architecture(folder)
     leftovers = sorted(path.name for path in folder.glob(".unfinished_iter_*"))
-    iterations = sorted(
-        int(path.name.removeprefix("iter_"))
-        for path in folder.glob("iter_*")
-        if path.name.removeprefix("iter_").isdecimal()
-    )
+    names = [path.name.removeprefix("iter_") for path in folder.glob("iter_*")]
+    iterations = sorted(int(name) for name in names if name.isdecimal())
     newest = latest_iteration(folder)
+    if is_iteration(folder):
+        newest = find_checkpoint(folder, "path")[1]
+        iterations = [newest]
     if newest is None:
         lying = [*(iteration_folder(folder, iteration).name for iteration in iterations), *leftovers]
         there = f"; it holds {', '.join(lying)}" if lying else ""
@@ -98,10 +99,14 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
             except InputError as error:
                 warnings.append(str(error))
     warnings += [f"{name} is left over from an interrupted save: it may be deleted" for name in leftovers]
-    recipe = folder / "recipe.yaml"
+    recipe = beside(folder, "recipe.yaml")
+    is_ours = beside(folder, "architecture.yaml").is_file()
+    # torch_dist names its files by the rank that wrote them: __RANK_NUMBER.distcp.
+    files = [file.name for file in iteration_folder(folder, newest).glob("__*.distcp")]
     return {
         "path": str(folder),
-        "kind": "checkpoint",
+        "kind": "checkpoint" if is_ours else "megatron",
+        **({} if is_ours else {"described_by": said_by(folder)}),
         **describe_architecture(architecture),
         "iterations": iterations,
         "newest_finished": newest,
@@ -109,6 +114,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         **stored,
         "saved_at": read_mapping(recipe).get("parallel") if recipe.is_file() else None,
         "lineage": read_lineage(folder),
+        "files": len(files),
+        "written_by_ranks": len({name.split("_")[2] for name in files}),
         "warnings": warnings,
     }
 
@@ -160,7 +167,7 @@ def inspect_hugging_face(folder: Path) -> dict[str, Any]:
     """
     try:
         # The files have no padding rows, so none are shown.
-        architecture = read_config(_with_mappings(folder), make_vocab_size_divisible_by=1)
+        architecture = read_config(folder, make_vocab_size_divisible_by=1)
         wanted = units(find_family(architecture.family, str(folder)), architecture)
         files = SafetensorsFolder(folder)
         notes = files.check(wanted, architecture, allow_extra=True)
@@ -192,18 +199,6 @@ def verify(path: Path) -> Verification:
     if is_hugging_face(path):
         return verify_hugging_face(path)
     raise InputError("path", path, "is not a folder of weights", "name a checkpoint or a Hugging Face folder")
-
-
-def _with_mappings(folder: Path) -> Path:
-    """`folder`; raises InputError if its config or its index is JSON of another form."""
-    for name, key in (("config.json", None), (INDEX, "weight_map")):
-        try:
-            given = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # reported by whoever reads it
-        if not isinstance(given, dict) or (key and not isinstance(given.get(key), dict)):
-            raise InputError("", folder / name, f"holds no mapping{f' {key}' if key else ''} of names to values")
-    return folder
 
 
 def _card_lineage(card: Path) -> dict[str, Any]:

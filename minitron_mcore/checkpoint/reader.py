@@ -6,16 +6,14 @@ All weights are read through this, whatever layout and names they were saved und
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StorageReaderTransforms
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from minitron_mcore.architecture import Architecture
@@ -31,8 +29,6 @@ class TensorReader(StoredTensors):
 
     def __init__(self, folder: Path, iteration: int) -> None:
         super().__init__(iteration_folder(folder, iteration))
-        self.storage = FileSystemReader(self.folder)
-        self.storage.set_up_storage_reader(self.metadata, is_coordinator=True)
 
     def read(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The global tensor `key` (layer `layer` of it, where it has layers), of `shape`, in the stored dtype.
@@ -40,32 +36,28 @@ class TensorReader(StoredTensors):
         On the host; beside it only one stored piece is in memory. Raises InputError if the checkpoint does not have the
         tensor, has it in another shape, or is damaged.
         """
-        if (alone := self._only_piece(key, layer, shape)) is not None:
-            return alone.view(shape)
+        place, entry = self.find(key, layer)
+        sizes = torch.Size(shape if place.layer is None else (1, *shape))
+        offsets = torch.Size([place.layer or 0] + [0] * (len(sizes) - 1))
+        if (alone := ChunkStorageMetadata(offsets, sizes)) in entry.chunks:  # no need to hold a copy as well
+            return self._load(place, alone).view(shape)
         whole = torch.empty(shape, dtype=self.dtype(key, layer))
         self.fill(whole, key, layer, shape)
         return whole
 
-    def _only_piece(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor | None:
-        """The stored piece that is exactly the whole tensor (the layer), as loaded; None if there is none."""
-        place, entry = self.find(key, layer)
-        sizes = torch.Size(shape if place.layer is None else (1, *shape))
-        offsets = torch.Size([place.layer or 0] + [0] * (len(sizes) - 1))
-        if len(entry.size) != len(sizes) or ChunkStorageMetadata(offsets, sizes) not in entry.chunks:
-            return None
+    def _load(self, place: Place, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        """One stored piece of the tensor at `place`. Raises InputError if it is damaged."""
         try:
-            info = self.storage.storage_data[MetadataIndex(place.name, offsets)]
-            if getattr(info, "transform_descriptors", None):  # compressed: left to torch's own reader
-                return None
-            loaded = load_piece(self.folder, info)
+            info = self.metadata.storage_data.get(MetadataIndex(place.name, chunk.offsets))
+            if info is None:
+                raise ValueError("its .metadata does not say where a part of it lies")
+            piece = load_piece(self.folder, info)
+            if piece.shape != chunk.sizes:
+                raise ValueError(f"a part of it has the shape {tuple(piece.shape)} instead of {tuple(chunk.sizes)}")
         except Exception as error:  # torch.load may raise anything on damaged data
-            raise self._damaged(place, error) from error
-        return loaded if loaded.shape == sizes else None
-
-    def _damaged(self, place: Place, error: Exception) -> InputError:
-        missing = isinstance(error, KeyError) and isinstance(error.args[0], MetadataIndex)
-        words = "its .metadata does not say where a part of it lies" if missing else " ".join(str(error).split())
-        return InputError("", self.folder, f"is damaged, {place.name} cannot be read: {words}")
+            rule = f"is damaged, {place.name} cannot be read: {' '.join(str(error).split())}"
+            raise InputError("", self.folder, rule) from error
+        return piece
 
     def read_part(
         self, parameter: Parameter, architecture: Architecture, layer: int | None, rank: int, size: int
@@ -104,65 +96,45 @@ class TensorReader(StoredTensors):
             wanted = f"{shape}{'' if place.layer is None else ' in each layer'}"
             rule = f"holds {place.name} of shape {tuple(entry.size)}, but its architecture.yaml means {wanted}"
             raise InputError("", self.folder, rule)
-        target = target.detach() if place.layer is None else target.detach()[None]
-        shift = 0 if place.layer is None else 1
-        items, at = [], 0
-        for part in slices or [slice(0, shape[axis or 0])]:
+        axis, at, parts = axis or 0, 0, []
+        for part in slices or [slice(0, shape[axis])]:
             box = [(0, length) for length in stored]
-            box[axis or 0] = (part.start, part.stop)
-            box = box if place.layer is None else [(place.layer, place.layer + 1), *box]
-            # Where the box's first element goes in the target.
-            origin = [0] * len(box)
-            origin[(axis or 0) + shift] = at
-            items += [item for chunk in entry.chunks if (item := _read_item(place.name, chunk, box, origin))]
+            box[axis] = (part.start, part.stop)
+            into = target.detach().narrow(axis, at, part.stop - part.start)
             at += part.stop - part.start
-        if sum(prod(item.lengths) for item in items) != target.numel():
+            if place.layer is not None:
+                box, into = [(place.layer, place.layer + 1), *box], into[None]
+            for chunk in entry.chunks:
+                if (overlap := _overlap(chunk, box)) is not None:
+                    parts.append((into[overlap[1]], chunk, overlap[0]))
+        if sum(into.numel() for into, _, _ in parts) != target.numel():
             rule = f"is damaged: the stored parts of {place.name} do not add up to its shape {shape}"
             raise InputError("", self.folder, rule)
-        try:
-            self.storage.read_data(LoadPlan(items), _Into(target)).wait()  # type: ignore[arg-type]
-        except Exception as error:  # torch.load may raise anything on damaged data
-            raise self._damaged(place, error) from error
+        for into, chunk, here in parts:
+            into.copy_(self._load(place, chunk)[here])
 
 
 def load_piece(place: Path, info: _StorageInfo) -> torch.Tensor:
     """One stored piece of the iteration in the folder `place`; torch.load may raise anything on damaged data."""
     with (place / info.relative_path).open("rb") as stream:
         view: Any = _create_file_view(stream, info.offset, info.length)
+        if compression := getattr(info, "transform_descriptors", None):
+            plain = _StorageReaderTransforms().transform_load_stream(None, compression, view)  # type: ignore[arg-type]
+            view = io.BytesIO(plain.read(-1))
         return torch.load(view, map_location="cpu", weights_only=True)
 
 
-def _read_item(
-    name: str, chunk: ChunkStorageMetadata, box: list[tuple[int, int]], origin: list[int]
-) -> ReadItem | None:
-    """The part of `box` (start, stop on every axis) that lies in one stored piece; None if there is none."""
+def _overlap(
+    chunk: ChunkStorageMetadata, box: list[tuple[int, int]]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where a stored piece and `box` (start, stop per axis) overlap, in the piece and in the box; None if nowhere."""
     starts = [max(low, offset) for (low, _), offset in zip(box, chunk.offsets, strict=True)]
     stops = [min(high, offset + size) for (_, high), offset, size in zip(box, chunk.offsets, chunk.sizes, strict=True)]
     if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
         return None
-    return ReadItem(
-        type=LoadItemType.TENSOR,
-        dest_index=MetadataIndex(name),
-        dest_offsets=torch.Size(
-            place + start - low for place, start, (low, _) in zip(origin, starts, box, strict=True)
-        ),
-        storage_index=MetadataIndex(name, chunk.offsets),
-        storage_offsets=torch.Size(start - offset for start, offset in zip(starts, chunk.offsets, strict=True)),
-        lengths=torch.Size(stop - start for start, stop in zip(starts, stops, strict=True)),
+    origins = (chunk.offsets, [low for low, _ in box])
+    in_piece, in_box = (
+        tuple(slice(start - low, stop - low) for start, stop, low in zip(starts, stops, origin, strict=True))
+        for origin in origins
     )
-
-
-class _Into:
-    """The part of torch's LoadPlanner that reading needs: where in the target each piece goes."""
-
-    def __init__(self, target: torch.Tensor) -> None:
-        self.target = target
-
-    def resolve_tensor(self, item: ReadItem) -> torch.Tensor:
-        part = self.target
-        for axis, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
-            part = part.narrow(axis, start, length)
-        return part
-
-    def commit_tensor(self, item: ReadItem, tensor: Any) -> None:
-        """The piece already lies in place."""
+    return in_piece, in_box

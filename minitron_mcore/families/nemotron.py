@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from minitron_mcore.families import llama
 from minitron_mcore.families.rotary import plain_from_config, plain_to_config
 from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
 
@@ -23,35 +24,13 @@ FAMILY = Family(
     model_type="nemotron",
     hugging_face_class="NemotronForCausalLM",
     tensors=(
-        Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-        Row(LAYER + "self_attention.linear_qkv.layer_norm_weight", (THEIRS + "input_layernorm.weight",)),
-        Row(LAYER + "self_attention.linear_qkv.layer_norm_bias", (THEIRS + "input_layernorm.bias",)),
-        Row(
-            LAYER + "self_attention.linear_qkv.weight",
-            tuple(f"{THEIRS}self_attn.{part}_proj.weight" for part in "qkv"),
-            "qkv",
-        ),
-        Row(LAYER + "self_attention.linear_proj.weight", (THEIRS + "self_attn.o_proj.weight",)),
-        Row(LAYER + "mlp.linear_fc1.layer_norm_weight", (THEIRS + "post_attention_layernorm.weight",)),
-        Row(LAYER + "mlp.linear_fc1.layer_norm_bias", (THEIRS + "post_attention_layernorm.bias",)),
+        *(row for row in llama.FAMILY.tensors if row.layout != "gate_up"),
         Row(LAYER + "mlp.linear_fc1.weight", (THEIRS + "mlp.up_proj.weight",)),
-        Row(LAYER + "mlp.linear_fc2.weight", (THEIRS + "mlp.down_proj.weight",)),
-        Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
+        Row(LAYER + "self_attention.linear_qkv.layer_norm_bias", (THEIRS + "input_layernorm.bias",)),
+        Row(LAYER + "mlp.linear_fc1.layer_norm_bias", (THEIRS + "post_attention_layernorm.bias",)),
         Row("decoder.final_layernorm.bias", ("model.norm.bias",)),
-        Row("output_layer.weight", ("lm_head.weight",), "vocab"),
     ),
-    fields={
-        "num_layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
-        "ffn_hidden_size": "intermediate_size",
-        "num_attention_heads": "num_attention_heads",
-        "num_query_groups": "num_key_value_heads",
-        "kv_channels": "head_dim",
-        "vocab_size": "vocab_size",
-        "max_position_embeddings": "max_position_embeddings",
-        "layernorm_epsilon": "norm_eps",
-        "init_method_std": "initializer_range",
-    },
+    fields={**llama.FAMILY.fields, "layernorm_epsilon": "norm_eps"},
     fixed={
         "normalization": "LayerNorm",
         "layernorm_zero_centered_gamma": True,

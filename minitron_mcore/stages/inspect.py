@@ -7,19 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.checkpoint.folder import (
-    beside,
-    find_checkpoint,
     is_hugging_face,
     is_iteration,
-    iteration_folder,
-    read_architecture,
-    read_lineage,
     released,
-    said_by,
     tokenizer_folder,
 )
 from minitron_mcore.checkpoint.inspection import (
-    check_iteration,
     describe_architecture,
     inspect_checkpoint,
     inspect_hugging_face,
@@ -71,7 +64,7 @@ def describe(path: Path) -> dict[str, Any]:
         raise InputError("path", path, "is not there", f"name {ONE_OF}")
     path = released(path)
     if path.is_dir() and (is_iteration(path) or is_checkpoint(path)):
-        return _with_tokenizer(_checkpoint(path), tokenizer_folder(path))
+        return _with_tokenizer(inspect_checkpoint(path), tokenizer_folder(path))
     if path.is_dir() and is_run(path):
         return inspect_run(path)
     if path.is_dir() and is_hugging_face(path):
@@ -89,30 +82,6 @@ def describe(path: Path) -> dict[str, Any]:
         if head.lstrip().startswith(b"{"):
             return _plan(path)
     raise InputError("path", path, "is not recognised", f"name {ONE_OF}")
-
-
-def _checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's folder or one iteration of it; this project's, or of another on megatron-core."""
-    if is_iteration(path):
-        _, iteration = find_checkpoint(path, "path")
-        architecture = read_architecture(path)
-        found = {
-            "path": str(path),
-            "kind": "checkpoint",
-            **describe_architecture(architecture),
-            "iterations": [iteration],
-            "newest_finished": iteration,
-            **check_iteration(path, iteration, architecture),
-            "lineage": read_lineage(path),
-            "warnings": [],
-        }
-    else:
-        found = inspect_checkpoint(path)
-    if not beside(path, "architecture.yaml").is_file():
-        found |= {"kind": "megatron", "described_by": said_by(path)}
-    # torch_dist names its files by the rank that wrote them: __RANK_NUMBER.distcp.
-    files = [file.name for file in iteration_folder(path, found["newest_finished"]).glob("__*.distcp")]
-    return found | {"files": len(files), "written_by_ranks": len({name.split("_")[2] for name in files})}
 
 
 def _verify(found: dict[str, Any], path: Path) -> list[str]:

@@ -110,7 +110,7 @@ def test_leftovers_are_named(root: Path, tmp_path: Path) -> None:
     found = json.loads(shown)
     assert code == 0 and (found["iterations"], found["newest_finished"]) == ([0, 5], 0)
     assert found["unfinished"] == [".unfinished_iter_0000007"]
-    assert any("iteration 5 does not count" in warning for warning in found["warnings"])
+    assert any("iteration 5 is ignored" in warning for warning in found["warnings"])
     assert "warning: .unfinished_iter_0000007 is left over" in table
 
 
@@ -249,8 +249,8 @@ def damaged(root: Path, folder: Path) -> dict[str, Path]:
     found["but config.json means"] = copy("hf-config", "hf")
     config = found["but config.json means"] / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 134}))
-    found["holds no mapping weight_map"] = copy("hf-list", "hf")
-    (found["holds no mapping weight_map"] / INDEX).write_text('{"weight_map": []}')
+    found["its weight_map must name a file for each tensor"] = copy("hf-list", "hf")
+    (found["its weight_map must name a file for each tensor"] / INDEX).write_text('{"weight_map": []}')
     found["holds no config.json"] = copy("hf-bare", "hf")
     (found["holds no config.json"] / "config.json").unlink()
     return found
