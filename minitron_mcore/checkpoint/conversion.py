@@ -1,8 +1,8 @@
 """Checkpoint tensors <-> Hugging Face tensors: a family's rows applied to an Architecture.
 
-Legend: G query groups, q query heads in a group, d head dimension, f ffn, h hidden, V vocabulary. A layout works on
-whole tensors and on tensor-parallel parts alike: rank r's part of a checkpoint tensor is made of the contiguous r-th
-parts of its Hugging Face tensors, along the same axis.
+Legend: G query groups, q query heads in a group, d head dimension, f ffn, h hidden, V vocabulary. A layout applies to
+whole tensors and to tensor-parallel parts: rank r's part of a checkpoint tensor consists of the contiguous r-th parts
+of its Hugging Face tensors, along the same axis.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _join_qkv(parts: list[torch.Tensor], a: Architecture) -> torch.Tensor:
 
 LAYOUTS = {
     "same": Layout(lambda tensor, a: [tensor], lambda parts, a: parts[0]),
-    # [padded V, h] <-> [V, h]; whoever joins parts adds the padding, since it lies on the last ranks.
+    # [padded V, h] <-> [V, h]; the caller that joins parts adds the padding, which is on the last ranks.
     "vocab": Layout(lambda tensor, a: [tensor[: a.vocab_size]], lambda parts, a: parts[0]),
     # [2 f, h], gate then up <-> gate [f, h], up [f, h].
     "gate_up": Layout(lambda tensor, a: list(tensor.chunk(2)), lambda parts, a: torch.cat(parts)),
@@ -49,7 +49,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Unit:
-    """What is converted at a time: one checkpoint tensor (of one layer), and the Hugging Face tensors it makes."""
+    """What is converted at once: one checkpoint tensor (of one layer), and the Hugging Face tensors it becomes."""
 
     parameter: Parameter
     layer: int | None

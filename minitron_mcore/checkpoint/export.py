@@ -91,7 +91,7 @@ class _Export:
         return len(self.files)
 
     def write_weights(self, place: Path, number: int) -> None:
-        """One safetensors file. The stream of tensors goes on over file ends, since one parameter makes several."""
+        """One safetensors file. One parameter makes several tensors, so the stream continues across files."""
         entries = self.files[number]
         path = place / self._file_name(number)
 

@@ -1,7 +1,6 @@
-"""Checkpoint tensors straight from the layout table, without building a model: what pruning and conversion read and
-write.
+"""Checkpoint tensors directly from the layout table, without building a model, for pruning and conversion.
 
-The tensors are those of `GPTModel.sharded_state_dict` (a test holds that): per-layer parameters are one global tensor
+The tensors are those of `GPTModel.sharded_state_dict` (a test checks that): per-layer parameters are one global tensor
 [L, …], and a gated fc1 is stored as gate then up, each sharded by tensor-parallel rank.
 """
 
@@ -33,7 +32,7 @@ def sharded_parts(
     tensor_size: int,
     data_rank: int,
 ) -> list[ShardedTensor]:
-    """This rank's part of one parameter (of one global layer), as it lies in a checkpoint: one tensor, or two for a
+    """This rank's part of one parameter (of one global layer), as stored in a checkpoint: one tensor, or two for a
     gated fc1 [gate_r ; up_r]. `local` has the shape of `layout.local_shape`."""
     prepend = () if layer is None else ((0, layer, architecture.num_layers),)
     shift = len(prepend)
@@ -67,7 +66,7 @@ def stored_parts(
     tensor_rank: int,
     tensor_size: int,
 ) -> list[ShardedTensor]:
-    """`sharded_parts` of what is yet to be read: shapes and places alone, on the meta device."""
+    """`sharded_parts` of what is yet to be read: only shapes and places, on the meta device."""
     local = torch.empty(local_shape(parameter, architecture, tensor_size), dtype=dtype, device="meta")
     return sharded_parts(
         parameter,
@@ -91,9 +90,8 @@ def read_parameters(
 ) -> dict[Name, torch.Tensor]:
     """Local parts [layout.local_shape] of the `wanted` (parameter, layer)s, in the stored dtype, on the host.
 
-    Every rank of the world calls, each with its own wishes (possibly none); layers may lie on any stage. The
-    checkpoint may have been saved at any layout. Raises InputError, on every rank, where it is damaged or no checkpoint
-    of `architecture`.
+    Every rank of the world calls, each with its own list (possibly empty), of layers on any stage. The checkpoint may
+    have been saved at any layout. Raises InputError, on every rank, if it is damaged or not of `architecture`.
     """
 
     def read_here() -> dict[Name, torch.Tensor]:

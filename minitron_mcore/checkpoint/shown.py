@@ -1,4 +1,4 @@
-"""What the stored tensors of a checkpoint show of its model, whoever wrote it: sizes, tying, biases, norms.
+"""What the stored tensors of a checkpoint, whoever wrote it, show about its model: sizes, tying, biases, norms.
 
     word_embeddings.weight [V, h]     linear_qkv.weight  [L, (heads + 2 groups) d, h]
     linear_fc1.weight [L, f or 2f, h] linear_proj.weight [L, h, heads d]
@@ -21,9 +21,9 @@ HEADS = ("num_attention_heads", "num_query_groups", "kv_channels")
 
 
 def shown_fields(stored: StoredTensors) -> dict[str, Any]:
-    """Fields of an Architecture that the shapes and names of the tensors tell; what is not stored tells nothing.
+    """Fields of an Architecture that follow from the shapes and names of the tensors.
 
-    Raises InputError where layers of one kind differ in shape.
+    Raises InputError if layers of one kind differ in shape.
     """
     embedding, fc1, fc2 = (stored.shape(key) for key in ("embedding.word_embeddings.weight", FC1, FC2))
     fields: dict[str, Any] = {
@@ -40,7 +40,7 @@ def shown_fields(stored: StoredTensors) -> dict[str, Any]:
 
 
 def shown_heads(stored: StoredTensors, known: Mapping[str, Any]) -> dict[str, int]:
-    """All three of HEADS, from those that are `known` and the shapes; {} where they do not follow, or not evenly."""
+    """All three of HEADS, from those that are `known` and the shapes; {} if they do not follow, or not evenly."""
     qkv, proj, norm = (stored.shape(key) for key in (QKV, PROJ, LAYERS + "self_attention.q_layernorm.weight"))
     if qkv is None or proj is None:
         return {}
@@ -54,6 +54,6 @@ def shown_heads(stored: StoredTensors, known: Mapping[str, Any]) -> dict[str, in
 
 
 def _quotient(whole: int, parts: Any) -> int:
-    """0 where it is no whole number, or `parts` is no size."""
+    """0 if it is not a whole number, or if `parts` is not a size."""
     sized = isinstance(parts, int) and parts > 0
     return whole // parts if sized and whole % parts == 0 else 0

@@ -28,10 +28,10 @@ FIELDS = {
 
 
 class StoredTensors:
-    """Shapes and dtypes of what one finished iteration holds, whatever layout and names it was saved under.
+    """Shapes and dtypes of the tensors of one finished iteration, whatever layout and names it was saved under.
 
-    `tensors`: what is stored, by stored name; `common`: what is stored beside it. Raises InputError where the iteration
-    is damaged, or where a file of it asks for code to be run (see unpickle.py).
+    `tensors`: their entries by stored name; `common`: what is stored beside them. Raises InputError if the iteration is
+    damaged, or if one of its files asks for code to be run (see unpickle.py).
     """
 
     def __init__(self, place: Path) -> None:
@@ -48,7 +48,7 @@ class StoredTensors:
             raise error.found_in(self.folder) from error
 
     def find(self, key: str, layer: int | None) -> tuple[Place, TensorStorageMetadata]:
-        """Where a parameter lies. Raises InputError where it is not stored."""
+        """Where a parameter is stored. Raises InputError if it is not."""
         place = self.names.find(key, layer)
         if place is None:
             of_layer = "" if layer is None else f" of layer {layer}"
@@ -57,13 +57,13 @@ class StoredTensors:
         return place, self.tensors[place.name]
 
     def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
-        """The stored dtype; where layers are stored one by one, that of `layer`, by default the first."""
+        """The stored dtype; if layers are stored one by one, that of `layer`, by default the first."""
         layers = None if layer is not None else self.names.layers(key)
         return self.find(key, layers[0] if layers else layer)[1].properties.dtype
 
     def shape(self, key: str) -> tuple[int, ...] | None:
-        """Global shape [L, …] of a parameter with layers, which need not be stacked, or [...]; None where it is not
-        stored. Raises InputError where layers that are stored one by one are not 0 .. L - 1 of the same shape."""
+        """Global shape [L, …] of a parameter with layers, stacked or not, or [...] of another; None if not stored.
+        Raises InputError if layers that are stored one by one are not 0 .. L - 1, in one shape."""
         layers = self.names.layers(key)
         if layers is None:
             return tuple(self.tensors[self.names.names[key, None]].size)
@@ -76,7 +76,7 @@ class StoredTensors:
         return (len(layers), *shapes.pop())
 
     def check(self, architecture: Architecture, said_by: str) -> None:
-        """Raise InputError where the stored parameters are not those of `architecture`, which `said_by` describes.
+        """Raise InputError if the stored parameters are not those of `architecture`, which `said_by` describes.
 
         The optimizer, and whatever else is stored beside the model, is ignored.
         """

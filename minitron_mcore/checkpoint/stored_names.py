@@ -1,4 +1,4 @@
-"""Where a checkpoint parameter lies in a stored iteration, under whichever names it was saved.
+"""Where a checkpoint parameter is stored in an iteration, whatever names it was saved under.
 
     ours, of layer 7                                  stored as
     decoder.layers.mlp.linear_fc2.weight   decoder.layers.mlp.linear_fc2.weight      [L, …], its 8th part
@@ -32,7 +32,7 @@ def _is_of_model(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """A stored tensor, and which part of its leading axis is meant; None for all of it."""
+    """A stored tensor, and which index of its leading axis is meant; None for all of it."""
 
     name: str
     layer: int | None
@@ -59,7 +59,7 @@ class StoredNames:
             self.names[place] = name
 
     def find(self, key: str, layer: int | None) -> Place | None:
-        """None where the checkpoint holds no such parameter."""
+        """None if the checkpoint does not have the parameter."""
         if (key, layer) in self.names:
             return Place(self.names[key, layer], None)
         if layer is not None and (key, None) in self.names:
@@ -71,7 +71,7 @@ class StoredNames:
         return {key for key, _ in self.names}
 
     def layers(self, key: str) -> list[int] | None:
-        """Which layers of `key` are stored one by one; None where they are stacked in one tensor."""
+        """Which layers of `key` are stored one by one; None if they are stacked in one tensor."""
         if (key, None) in self.names:
             return None
         return sorted(layer for stored, layer in self.names if stored == key and layer is not None)

@@ -28,7 +28,7 @@ from minitron_mcore.files import write_whole
 from minitron_mcore.layout import LAYERS
 
 # Modules of a layer that have an `_extra_state`: the linear ones everywhere, attention and norms in some versions of
-# Transformer Engine; the norms before a linear module go by its name (see layout.py).
+# Transformer Engine, where the norm before a linear module is named after it (see layout.py).
 LINEAR = ("self_attention.linear_qkv.", "self_attention.linear_proj.", "mlp.linear_fc1.", "mlp.linear_fc2.")
 NORMS = ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
 HEAD_NORMS = ("self_attention.q_layernorm.", "self_attention.k_layernorm.")
@@ -76,25 +76,18 @@ def arguments(architecture: Architecture) -> dict[str, Any]:
     a = architecture
     only_there = ("max_position_embeddings", "vocab_size", "padded_vocab_size", "untie_embeddings_and_output_weights")
     return {
-        **{name: getattr(a, name) for name in (*SAME, *only_there)},
+        **_for_both(a),
+        **{name: getattr(a, name) for name in only_there},
         "group_query_attention": True,
         "norm_epsilon": a.layernorm_epsilon,
         "apply_layernorm_1p": a.layernorm_zero_centered_gamma,
         "swiglu": a.gated_linear_unit,
         "squared_relu": a.activation == "squared_relu",
-        "add_bias_linear": False,
-        "position_embedding_type": "rope",
         "add_position_embedding": True,
         "use_rotary_position_embeddings": True,
-        "rotary_base": _whole(a.rotary_base),
-        "rotary_interleaved": False,
         "use_rope_scaling": a.rope_scaling is not None,
         "rope_scaling_factor": a.rope_scaling.factor if a.rope_scaling else 8.0,
         "apply_query_key_layer_scaling": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
         "no_save_optim": True,
         "no_save_rng": True,
         "consumed_train_samples": 0,
@@ -112,14 +105,9 @@ def run_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]
     only_there = ("layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit")
     model = {
         "_target_": GPT_PROVIDER,
-        **{name: getattr(a, name) for name in (*SAME, *only_there)},
+        **_for_both(a),
+        **{name: getattr(a, name) for name in only_there},
         "activation_func": _named(FUNCTIONS[a.activation]),
-        "add_bias_linear": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "position_embedding_type": "rope",
-        "rotary_base": _whole(a.rotary_base),
-        "rotary_interleaved": False,
         "seq_length": a.max_position_embeddings,
         "share_embeddings_and_output_weights": not a.untie_embeddings_and_output_weights,
         "vocab_size": a.padded_vocab_size,
@@ -128,11 +116,25 @@ def run_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]
         "fp16": dtype == torch.float16,
         "params_dtype": _named(str(dtype)),
         "pipeline_dtype": _named(str(dtype)),
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
         **_scaling(a.rope_scaling),
     }
     return {"model": model, "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": False}}
+
+
+def _for_both(a: Architecture) -> dict[str, Any]:
+    """What Megatron-LM's options and Megatron-Bridge's provider call the same."""
+    return {
+        **{name: getattr(a, name) for name in SAME},
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "position_embedding_type": "rope",
+        # Megatron-LM's option takes whole numbers only.
+        "rotary_base": int(a.rotary_base) if float(a.rotary_base).is_integer() else a.rotary_base,
+        "rotary_interleaved": False,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+    }
 
 
 def _scaling(scaling: RopeScaling | None) -> dict[str, Any]:
@@ -158,8 +160,3 @@ def write_beside(place: Path, architecture: Architecture, dtype: torch.dtype) ->
 def _named(target: str) -> dict[str, Any]:
     """A function or dtype by name, not to be called."""
     return {"_target_": target, "_call_": False}
-
-
-def _whole(value: float) -> float:
-    """As an int where it is whole, which is all that Megatron-LM's option takes."""
-    return int(value) if float(value).is_integer() else value
