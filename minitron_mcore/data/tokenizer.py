@@ -135,8 +135,8 @@ def load_tokenizer(source: Union[str, TokenizerConfig]) -> Tokenizer:
     if os.path.isfile(path) and (changes := changed_by(path)):
         if kind == SENTENCEPIECE:
             rule = (
-                f"is not all that tokenizer.model={path} is: {' and '.join(changes)} beside it add ids or marks that a "
-                "SentencePiece model lacks"
+                f"does not suit tokenizer.model={path}, because {' and '.join(changes)} beside it give ids or marks "
+                "that a SentencePiece model lacks"
             )
             remedy = "leave tokenizer.type out, or copy the model into a folder of its own"
             raise InputError("tokenizer.type", kind, rule, remedy)

@@ -54,11 +54,12 @@ def check_lineage(tokenizer: Tokenizer, folder: Path) -> None:
     """Raise InputError where the lineage of the checkpoint in `folder` names another tokenizer."""
     stated = read_lineage(folder).get("tokenizer")
     if isinstance(stated, str) and not tokenizer.is_named_by(stated):
-        raise InputError(
-            f"tokenizer.model={tokenizer.path} is not the tokenizer that {folder} was made with: its fingerprint is "
-            f"{tokenizer.fingerprint[:12]}, lineage.yaml says {stated[:12]}; give that one "
-            "(allow=[other_tokenizer] takes this one)"
+        rule = (
+            f"is not the tokenizer that {folder} was made with, because its fingerprint is "
+            f"{tokenizer.fingerprint[:12]} and lineage.yaml says {stated[:12]}"
         )
+        remedy = "give that one (allow=[other_tokenizer] takes this one)"
+        raise InputError("tokenizer.model", tokenizer.path, rule, remedy)
 
 
 def check_same_tokenizer(teacher: Tokenizer, student_folder: Path, key: str) -> None:
@@ -74,18 +75,19 @@ def check_same_tokenizer(teacher: Tokenizer, student_folder: Path, key: str) -> 
     if tokenizer and difference(teacher, tokenizer, read_architecture(student_folder).vocab_size) is None:
         warn(f"{key}={student_folder} has another tokenizer than its teacher, of the same ids as far as the model goes")
         return
-    raise InputError(
-        f"{key}={student_folder} has another tokenizer ({student[:12]}) than its teacher ({teacher.path}, "
-        f"{teacher.fingerprint[:12]}): a student is distilled from a teacher of the same tokenizer "
-        "(allow=[other_tokenizer] takes the ids as they are)"
+    rule = (
+        f"has another tokenizer ({student[:12]}) than its teacher ({teacher.path}, {teacher.fingerprint[:12]}), and "
+        "ids must mean the same to both"
     )
+    remedy = "name a student or a teacher of the same tokenizer (allow=[other_tokenizer] takes the ids as they are)"
+    raise InputError(key, student_folder, rule, remedy)
 
 
 def fit_tokenizer(tokenizer: Tokenizer, architecture: Architecture, recipe: Recipe) -> Tokenizer:
     """`tokenizer` for texts of a model that may have fewer rows than it has ids.
 
-    Where those without one are marks and added tokens alone, or allow=[larger_tokenizer], that is said, and texts that
-    hold them are refused where they are read. Else raises InputError.
+    Where only marks and added tokens have no row, or with allow=[larger_tokenizer], warns, and texts that hold such ids
+    are refused when they are read. Otherwise raises InputError.
     """
     rows = architecture.vocab_size
     if tokenizer.vocab_size <= rows:
@@ -93,9 +95,13 @@ def fit_tokenizer(tokenizer: Tokenizer, architecture: Architecture, recipe: Reci
     beyond = sorted(number for number in tokenizer.pieces() if number >= rows)
     ordinary = [number for number in beyond if number not in tokenizer.added]
     if ordinary and "larger_tokenizer" not in recipe.allow:
+        rule = f"has {tokenizer.vocab_size} ids and the model vocab_size={rows}"
         raise InputError(
-            f"tokenizer.model={tokenizer.path} has {tokenizer.vocab_size} ids and the model vocab_size={rows}: use the "
-            "tokenizer the model was trained with (allow=[larger_tokenizer] takes this one for texts without those ids)"
+            "tokenizer.model",
+            tokenizer.path,
+            rule,
+            "give the one the model was trained with (allow=[larger_tokenizer] takes this one for texts without those "
+            "ids)",
         )
     names = ", ".join(repr(tokenizer.pieces()[number]) for number in beyond[:3]) + (" …" if len(beyond) > 3 else "")
     warn(

@@ -74,7 +74,7 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
     (tmp_path / "in" / "own").symlink_to("own")
     said: list[str] = []
     assert found(tmp_path, said=said) == ["in/a.txt"]
-    left_out = f"warning: input: {tmp_path}/in/lost and 1 more left out"
+    left_out = f"input: {tmp_path}/in/lost and 1 more left out"
     assert said == [f"{left_out}: it is a link to /nowhere/folder, which does not exist"]
     with pytest.raises(InputError, match="in/lost is a link to /nowhere/folder, which does not exist"):
         found(tmp_path, str(tmp_path / "in" / "lost"))
@@ -90,7 +90,7 @@ def test_a_closed_folder_is_refused(tmp_path, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(InputError, match=r"input: the folder .*closed cannot be read: Permission denied"):
+    with pytest.raises(InputError, match=r"input=.*closed cannot be read \(Permission denied\): .*exclude"):
         found(tmp_path)
     assert found(tmp_path, exclude=("closed",)) == ["in/a.txt"]
 
@@ -103,9 +103,9 @@ def test_what_is_no_file_is_left_out_and_named(tmp_path):
     (tmp_path / "in" / "zero.txt").symlink_to("/dev/zero")
     said: list[str] = []
     assert found(tmp_path, said=said) == ["in/a.txt"]
-    words = "left out: it is a pipe, a socket or a device, and no file"
-    assert said == [f"warning: input: {tmp_path}/in/b.txt and 1 more {words}"]
+    words = "left out: it is a pipe, a socket or a device, not a file"
+    assert said == [f"input: {tmp_path}/in/b.txt and 1 more {words}"]
     assert found(tmp_path, str(tmp_path / "in" / "*.txt"), said) == ["in/a.txt"] and said[1] == said[0]
     for path in ("in/b.txt", "in/zero.txt"):
-        with pytest.raises(InputError, match=f"input: .*{path} is a pipe, a socket or a device, and no file; text is"):
+        with pytest.raises(InputError, match=f"input=.*{path} is a pipe, a socket or a device, not a file: write"):
             found(tmp_path, str(tmp_path / path))

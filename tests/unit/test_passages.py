@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import io
 from pathlib import Path
@@ -73,8 +72,8 @@ def test_which_files_are_cut():
 
 
 def run(tmp_path: Path, tokenizer, said: list[str] | None = None, **settings) -> list[str]:
-    config = PreprocessConfig(input=str(tmp_path / "in"), output_prefix=str(tmp_path / "out" / "data"), workers=1)
-    config = dataclasses.replace(config, **settings)
+    given = {"input": str(tmp_path / "in"), "output_prefix": str(tmp_path / "out" / "data"), "workers": 1}
+    config = PreprocessConfig(**{**given, **settings})
     return preprocess(config, tokenizer, seed=0, report=silent if said is None else said.append)
 
 
@@ -104,7 +103,7 @@ def test_of_few_documents_each_side_gets_one(fraction, counts, tokenizer, tmp_pa
     sides = [[tokenizer.detokenize(d[:-1]) for d in stored(prefix) if d] for prefix in prefixes]
     assert tuple(map(len, sides)) == counts
     alone = (min if counts[1] == 1 else max)(draws, key=lambda text: draws[text])
-    assert [alone] in sides and "for they are few" in said[0]
+    assert [alone] in sides and "because they are few" in said[0]
 
 
 def test_what_waits_for_a_held_out_document_is_bounded(monkeypatch):

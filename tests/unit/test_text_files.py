@@ -117,10 +117,10 @@ def test_parquet_that_cannot_be_read(tokenizer, tmp_path):
     columns = {"text": TEXTS, "number": list(range(60)), "some": ["a", None] * 30, "part": [{"text": "a"}] * 60}
     parquet.write_table(pyarrow.table(columns), path)
     for key, words in {
-        "body": "has no column 'body' (it has ['number', 'part', 'some', 'text']); set json_keys",
-        "number": "a.parquet: the column 'number' is of type int64; it must hold strings",
-        "part": "the column 'part' is of type struct",
-        "some": "a.parquet, row 2: 'some' is null; it must be a string",
+        "body": "has no column 'body', only ['number', 'part', 'some', 'text']: name the key of the text as",
+        "number": "a.parquet has a column 'number' of type int64: make it one of strings",
+        "part": "has a column 'part' of type struct",
+        "some": "a.parquet, row 2, has null as 'some', not a string",
     }.items():
         refused(path, words, tokenizer, tmp_path, json_keys=[key])
     both = pyarrow.Table.from_arrays([pyarrow.array(TEXTS)] * 2, names=["text", "text"])
@@ -145,7 +145,8 @@ def refused(path: Path, words: str, tokenizer, tmp_path: Path, **settings) -> No
     """By both verbs, in one sentence that names the file, with nothing left behind."""
     with pytest.raises(InputError) as caught:
         texts_in(path, tokenizer, tmp_path, **settings)
-    assert words in str(caught.value) and path.name in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.key == "" and path.name in str(caught.value.value) and caught.value.remedy
     assert not (tmp_path / "out").exists()
     config = TokenizerConfig(model=str(tmp_path / "out" / "t.model"), input=str(path), vocab_size=300)
     config.json_key = settings.get("json_keys", ["text"])[0]
@@ -188,29 +189,32 @@ DAMAGED: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "d.jsonl.bz2": (lambda _: bz2.compress(RAW) + bz2.compress(RAW)[:60] + bytes(99), "is damaged or cut off"),
     "b.jsonl.xz": (lambda _: lzma.compress(RAW) + b"more", "is damaged or cut off"),
     "c.jsonl.xz": (lambda _: lzma.compress(RAW) + lzma.compress(RAW)[:60] + bytes(99), "is damaged or cut off"),
-    "a.parquet": (lambda _: RAW, "is no Parquet file, as its name says"),
+    "a.parquet": (lambda _: RAW, "is not a Parquet file, as its name says"),
     "a.csv": (lambda _: b"text,id\nhello,1\n", "is a table of comma-separated values"),
     "a.TSV.gz": (lambda _: gzip.compress(b"text\tid\nhello\t1\n"), "is a table of tab-separated values"),
-    "zip.txt": (lambda path: archive(path, "zip"), "zip.txt is a ZIP archive, and no text"),
-    "tar.txt": (lambda path: archive(path, "tar"), "is a tar archive, and no text"),
-    "a.tar.gz": (lambda path: archive(path, "tar.gz"), "is a tar archive inside gzip, and no text"),
-    "sql.jsonl": (lambda path: archive(path, "sqlite"), "is an SQLite database, and no text"),
-    "pdf.txt": (lambda _: b"%PDF-1.7\n%\xe2\xe3\n1 0 obj\n", "is a PDF document, and no text"),
-    "wide.txt": (lambda _: "no mark".encode("utf-16-le"), "byte 1 of it is zero: convert it if it is UTF-16"),
-    "late.txt": (lambda _: b"a" * 100_000 + b"\0", "byte 100,000 of it is zero"),
-    "cyrillic.txt": (lambda _: ("Съешь же ещё этих мягких булок. " * 9).encode("cp1251"), "is no text in UTF-8"),
-    "kana.jsonl": (lambda _: json.dumps({"text": "かな" * 90}, ensure_ascii=False).encode("euc-jp"), "is no text in"),
-    "odd.txt": (lambda _: "text".encode("utf-16") + b"\x00", "begins as UTF-16-LE and then is not"),
+    "zip.txt": (lambda path: archive(path, "zip"), "zip.txt is a ZIP archive, not text"),
+    "tar.txt": (lambda path: archive(path, "tar"), "is a tar archive, not text"),
+    "a.tar.gz": (lambda path: archive(path, "tar.gz"), "is a tar archive inside gzip, not text"),
+    "sql.jsonl": (lambda path: archive(path, "sqlite"), "is an SQLite database, not text"),
+    "pdf.txt": (lambda _: b"%PDF-1.7\n%\xe2\xe3\n1 0 obj\n", "is a PDF document, not text"),
+    "wide.txt": (lambda _: "no mark".encode("utf-16-le"), "its byte 1 is zero: convert it with iconv if it is UTF-16"),
+    "late.txt": (lambda _: b"a" * 100_000 + b"\0", "its byte 100,000 is zero"),
+    "cyrillic.txt": (
+        lambda _: ("Съешь же ещё этих мягких булок. " * 9).encode("cp1251"),
+        "is not UTF-8, because 225 of",
+    ),
+    "kana.jsonl": (lambda _: json.dumps({"text": "かな" * 90}, ensure_ascii=False).encode("euc-jp"), "is not UTF-8"),
+    "odd.txt": (lambda _: "text".encode("utf-16") + b"\x00", "begins as UTF-16-LE but cannot be read on"),
     "deep.jsonl": (lambda _: RAW + b"[" * 200_000 + b"]" * 200_000 + b"\n", "line 61, holds lists or objects nested"),
     "deep2.jsonl": (lambda _: b'{"text": "a", "b": ' + b'{"a":' * 200_000 + b"1" + b"}" * 200_001, "line 1, holds"),
     "deep3.json": (lambda _: b'[{"text": "a"},' + b"[" * 200_000, "item 2, holds lists or objects nested too deeply"),
     "digits.jsonl": (lambda _: b'{"text": "a", "b": ' + b"1" * 5000 + b"}", "line 1, cannot be read as JSON"),
     "pretty.json": (lambda _: b'{\n "text": "a"\n}\n', "line 1, is not JSON"),
-    "null.jsonl": (lambda _: RAW + b'{"text": null}', "line 61: 'text' is of type NoneType"),
+    "null.jsonl": (lambda _: RAW + b'{"text": null}', "line 61, has a 'text' of type NoneType"),
     "cut.json": (lambda _: LIST[:-30], "item 60 of its list, is not JSON"),
     "comma.json": (lambda _: b'[{"text": "a"} {"text": "b"}]', "item 1 of its list, is not JSON"),
     "more.json": (lambda _: b'[{"text": "a"}]\n{"text": "b"}', "goes on after its list of 1 items"),
-    "words.json": (lambda _: b'["a", "b"]', "words.json, item 1, holds a str; each item must be an object"),
+    "words.json": (lambda _: b'["a", "b"]', "words.json, item 1, holds a str: make each item an object"),
 }
 
 
@@ -234,7 +238,7 @@ def test_json_under_the_name_of_a_text_is_asked_about(text, tokenizer, tmp_path)
     (tmp_path / "a.txt").write_text(text)
     said: list[str] = []
     assert texts_in(tmp_path / "a.txt", tokenizer, tmp_path, said.append) == [text]
-    assert "a.txt is read as plain text, but begins as JSON does; to be read so it must end in .json" in said[0]
+    assert "a.txt is read as plain text, though it begins like JSON; name it .json to have it read" in said[0]
     (tmp_path / "c.txt").write_text("[{braces}] and {more: of them}")
     said.clear()
     texts_in(tmp_path / "c.txt", tokenizer, tmp_path, said.append)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,13 @@ import pytest
 import sentencepiece
 
 from minitron_mcore.data import tokenizer_training as training
-from minitron_mcore.data.config import TokenizerConfig
+from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.job import NOTHING, resolve
+from minitron_mcore.jobs.tokenizer import TokenizerJob
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.world import World
 from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, python_files, silent, small_tokenizer, train_tokenizer
 
 STRINGS = ["", " ", "  a", "a  ", "a\n\n", "\n", "\t\tx ", "a\r\nb\r", "é漢字🎉", "\x00a", "\ufeff", "a\u00a0", "<s>"]
@@ -151,28 +154,51 @@ def test_saved_copies_are_the_same_tokenizer(trained, hugging_face, tmp_path):
 
 
 def config_for(tmp_path: Path, **settings: Any) -> TokenizerConfig:
-    config = TokenizerConfig(model=str(tmp_path / "t.model"), input=JSON_PACKAGE, extensions=[".py"], vocab_size=400)
-    return dataclasses.replace(config, **settings)
+    given = {"model": str(tmp_path / "t.model"), "input": JSON_PACKAGE, "extensions": [".py"], "vocab_size": 400}
+    return TokenizerConfig(**{**given, **settings})
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "key", "rule", "remedy"),
     [
-        ({"model": None}, ["tokenizer.model is not set"]),
-        ({"type": "HuggingFaceTokenizer"}, ["tokenizer.type=HuggingFaceTokenizer"]),
-        ({"model": "/proc/nowhere/t.model"}, ["tokenizer.model=/proc/nowhere/t.model", "cannot be made"]),
-        ({"input": None}, ["tokenizer.input=None"]),
-        ({"input": 5}, ["input=5 must be text or a list"]),
-        ({"input": "/nowhere/text"}, ["tokenizer.input", "/nowhere/text does not exist"]),
-        ({"extensions": [".nothing"]}, ["no file ending in .nothing", "extensions"]),
-        ({"vocab_size": 100_000}, ["tokenizer.vocab_size=100000 is too large", "set it to that or less"]),
-        ({"vocab_size": 100}, ["tokenizer.vocab_size=100 is too small"]),
+        ({"type": "HuggingFaceTokenizer"}, "tokenizer.type", "cannot be trained here", "SentencePieceTokenizer"),
+        ({"model": "/proc/nowhere/t.model"}, "tokenizer.model", "cannot be written", "name another"),
+        ({"input": None}, "tokenizer.input", "must be a path", ""),
+        ({"input": 5}, "input", "must be text or a list", ""),
+        ({"input": "/nowhere/text"}, "tokenizer.input", "does not exist", "name what is there"),
+        ({"extensions": [".nothing"]}, "tokenizer.input", "no file ending in .nothing", "tokenizer.extensions"),
+        ({"vocab_size": 100_000}, "tokenizer.vocab_size", "is too large", "set it to that or less"),
+        ({"vocab_size": 100}, "tokenizer.vocab_size", "is too small", "tokenizer.character_coverage"),
     ],
 )
-def test_training_refuses(tmp_path, settings, words):
+def test_training_refuses(tmp_path, settings, key, rule, remedy):
     with pytest.raises(InputError) as caught:
         train_tokenizer(config_for(tmp_path, **settings), seed=0, report=silent)
-    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+    error = caught.value
+    assert error.key == key and rule in error.rule and remedy in error.remedy and "\n" not in str(error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_names_all_missing_keys_at_once(tmp_path):
+    with pytest.raises(InputError) as caught:
+        resolve("tokenizer", Recipe(), World())
+    assert caught.value.key == "input, tokenizer.model"
+    with pytest.raises(InputError) as caught:
+        resolve("preprocess", Recipe(preprocess=PreprocessConfig(input="x")), World())
+    assert caught.value.key == "output_prefix, tokenizer.model"
+
+
+def test_a_promised_tokenizer_is_enough_to_resolve_preprocess(tmp_path):
+    config = config_for(tmp_path, input=None)
+    recipe = Recipe(input=JSON_PACKAGE, output_prefix=str(tmp_path / "json"), tokenizer=config)
+    recipe.preprocess = PreprocessConfig(extensions=[".py"], valid_fraction=0.5)
+    first = resolve("tokenizer", recipe, World())
+    assert isinstance(first, TokenizerJob) and len(first.texts.files) == len(python_files(JSON_PACKAGE))
+    with pytest.raises(InputError, match=r"tokenizer\.model=.* does not exist"):
+        resolve("preprocess", recipe, World())
+    promises = NOTHING.after(first)
+    promises = promises.after(resolve("preprocess", recipe, World(), promises))
+    assert promises.prefixes == {f"{tmp_path}/json_text_document", f"{tmp_path}/json_valid_text_document"}
     assert not list(tmp_path.iterdir())
 
 
@@ -186,7 +212,7 @@ def test_training_refuses_an_empty_corpus(tmp_path):
 
 def test_training_keeps_an_existing_model(tmp_path):
     (tmp_path / "t.model").write_text("precious")
-    with pytest.raises(InputError, match=r"t\.model exists.*tokenizer\.overwrite=true"):
+    with pytest.raises(InputError, match=r"t\.model exists: .*tokenizer\.overwrite=true"):
         train_tokenizer(config_for(tmp_path), seed=0, report=silent)
     assert (tmp_path / "t.model").read_text() == "precious"
     assert train_tokenizer(config_for(tmp_path, overwrite=True), seed=0, report=silent).vocab_size == 400
@@ -209,7 +235,7 @@ def test_loading_refuses(tmp_path):
         (str(tmp_path / "none"), "does not exist"),
         (str(tmp_path / "not.model"), "is not a SentencePiece model"),
         (str(tmp_path / "folder"), "holds neither tokenizer.json nor tokenizer.model"),
-        (str(tmp_path / "hf"), "is no Hugging Face tokenizer"),
+        (str(tmp_path / "hf"), "cannot be read as a Hugging Face tokenizer"),
         (TokenizerConfig(type="HuggingFaceTokenizer", model=str(tmp_path / "not.model")), "needs a folder"),
     ]
     for source, words in cases:
