@@ -30,7 +30,7 @@ from minitron_mcore.data.decoding import Replacements
 from minitron_mcore.data.held_out import assign
 from minitron_mcore.data.records import Record, read_records, texts_of
 from minitron_mcore.data.text_file import TEXT, TextFile
-from minitron_mcore.data.texts import prefixes_of
+from minitron_mcore.data.texts import Texts, prefixes_of
 from minitron_mcore.data.token_files import TokenWriter, token_dtype
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
@@ -80,18 +80,18 @@ class Encoded:
 
 def preprocess(
     config: PreprocessConfig,
-    files: Sequence[TextFile],
+    texts: Texts,
     tokenizer: Tokenizer,
     *,
     seed: int,
     report: Callable[[str], None] = print,
 ) -> list[str]:
-    """Encode every document of `files`; returns the prefixes written, held-out ones last.
+    """Encode every document of `texts`; returns the prefixes written, held-out ones last.
 
     One process calls it. `seed` decides which documents are held out. Raises InputError, with nothing left behind, for
     text that is empty or malformed.
     """
-    keys, (names, held_out_names) = config.json_keys, prefixes_of(config)
+    keys, files, (names, held_out_names) = config.json_keys, texts.files, prefixes_of(config)
     made = make_parent(names[0], "preprocess.output_prefix")
 
     encoding = Encoding(tokenizer.type, tokenizer.path, tuple(keys), config.append_eod)
@@ -110,7 +110,7 @@ def preprocess(
             progress.add(len(held_out), encoded.bytes)
         for writer in writers:
             writer.finish()
-        _refuse_empty(writers, config)
+        _refuse_empty(writers, config, texts.key)
     except BaseException:
         for writer in writers:
             writer.discard()
@@ -230,9 +230,9 @@ def _write(tokens: numpy.ndarray, lengths: numpy.ndarray, held_out: list[bool], 
         start += length
 
 
-def _refuse_empty(writers: list[TokenWriter], config: PreprocessConfig) -> None:
+def _refuse_empty(writers: list[TokenWriter], config: PreprocessConfig, key: str) -> None:
     if not any(writer.tokens for writer in writers):
-        raise InputError("preprocess.input", config.input, "holds no text", "name other files")
+        raise InputError(key, config.input, "holds no text", "name other files")
     for writer in writers:
         if not writer.tokens and config.valid_fraction:
             rule = f"leaves no document for {writer.prefix}"

@@ -15,8 +15,9 @@ from minitron_mcore.errors import InputError
 
 @dataclass(frozen=True)
 class Texts:
-    """Files that can be read, by all that their first bytes tell. notes: warnings about them."""
+    """Files that can be read, as far as their first bytes tell. key: names them; notes: warnings about them."""
 
+    key: str
     files: tuple[TextFile, ...]
     notes: tuple[str, ...]
 
@@ -57,7 +58,7 @@ def prefixes_of(config: PreprocessConfig) -> tuple[list[str], list[str]]:
 def _texts(config: TokenizerConfig | PreprocessConfig, key: str) -> Texts:
     notes: list[str] = []
     paths = find_files(config.input, config.extensions, key, config.exclude, notes.append)
-    return Texts(tuple(inspect_files(paths, notes.append)), tuple(notes))
+    return Texts(key, tuple(inspect_files(paths, notes.append)), tuple(notes))
 
 
 def _check_plain(files: Iterable[TextFile], keys: list[str]) -> None:

@@ -8,13 +8,13 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from minitron_mcore.data.config import TokenizerConfig
 from minitron_mcore.data.corpus import make_parent
 from minitron_mcore.data.decoding import Replacements
 from minitron_mcore.data.records import documents
-from minitron_mcore.data.text_file import TextFile
+from minitron_mcore.data.texts import Texts
 from minitron_mcore.data.tokenizer import Tokenizer, first_line, load_tokenizer
 from minitron_mcore.errors import InputError
 
@@ -22,20 +22,22 @@ PASSAGE_CHARACTERS = 2_000  # a training "sentence": whole lines, so that pieces
 
 
 def train_tokenizer(
-    config: TokenizerConfig, files: Sequence[TextFile], *, seed: int, report: Callable[[str], None] = print
+    config: TokenizerConfig, texts: Texts, *, seed: int, report: Callable[[str], None] = print
 ) -> Tokenizer:
-    """Train a SentencePiece BPE model with byte fallback on `files` and write it to `config.model`.
+    """Train a SentencePiece BPE model with byte fallback on `texts` and write it to `config.model`.
 
     Text comes back as it went in, white space included (one exception, SentencePiece's own: a literal U+2581 comes back
     as a space). Ids follow Llama: unk 0, bos 1, eos 2, then the 256 bytes. One process calls it. Raises InputError.
     """
     assert config.model, "tokenizer.model names the file to write"
     replacements = Replacements()
-    texts = documents(files, config.json_key, replacements)
-    passages, read = _sample(_passages(texts), config.input_sentence_size, seed)
+    files = texts.files
+    passages, read = _sample(
+        _passages(documents(files, config.json_key, replacements)), config.input_sentence_size, seed
+    )
     if not passages:
         rule = f"holds no text, because its {len(files)} files are empty"
-        raise InputError("tokenizer.input", config.input, rule, "name others")
+        raise InputError(texts.key, config.input, rule, "name others")
     size = sum(map(len, passages))
     report(
         f"tokenizer: {len(files):,} files, {read / 1e6:,.1f}M characters; training {config.vocab_size:,} pieces on "
@@ -45,7 +47,7 @@ def train_tokenizer(
         report(warning)
     started = time.perf_counter()
     with _Heartbeat(report, started):
-        model = _train_sentencepiece(passages, config)
+        model = _train_sentencepiece(passages, config, texts.key)
     make_parent(config.model, "tokenizer.model")
     with open(config.model + ".tmp", "wb") as stream:
         stream.write(model)
@@ -54,7 +56,7 @@ def train_tokenizer(
     return load_tokenizer(config.model)
 
 
-def _train_sentencepiece(passages: list[str], config: TokenizerConfig) -> bytes:
+def _train_sentencepiece(passages: list[str], config: TokenizerConfig, key: str) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
@@ -90,7 +92,7 @@ def _train_sentencepiece(passages: list[str], config: TokenizerConfig) -> bytes:
             remedy = "raise it, or lower tokenizer.character_coverage"
             raise InputError("tokenizer.vocab_size", config.vocab_size, rule, remedy) from error
         rule = f"cannot be trained on by SentencePiece ({first_line(error)})"
-        raise InputError("tokenizer.input", config.input, rule, "name other text") from error
+        raise InputError(key, config.input, rule, "name other text") from error
     return model.getvalue()
 
 

@@ -14,9 +14,9 @@ def run(job: PreprocessJob, runtime: Runtime) -> list[str]:
 
     The first rank and its worker processes work; the other ranks wait.
     """
-    tokenizer, files, seed = job.tokenizer, job.texts.files, job.recipe.seed
+    tokenizer, seed = job.tokenizer, job.recipe.seed
     assert tokenizer is not None, "a job whose tokenizer was promised is resolved again before it acts"
-    prefixes = runtime.on_main(lambda: preprocess(job.config, files, tokenizer, seed=seed, report=runtime.print))
+    prefixes = runtime.on_main(lambda: preprocess(job.config, job.texts, tokenizer, seed=seed, report=runtime.print))
     named = zip(("data.train", "data.valid"), prefixes_of(job.config), strict=True)
     words = [f"{key}={made[0] if len(made) == 1 else shown(made)}" for key, made in named if made]
     runtime.print(f"preprocess: {' '.join(words)}")

@@ -9,8 +9,8 @@ from minitron_mcore.runtime.start import Runtime
 
 def run(job: TokenizerJob, runtime: Runtime) -> str:
     """Write `job.config.model`, whose path is returned on every rank. The first rank works; the others wait."""
-    files, seed = job.texts.files, job.recipe.seed
-    runtime.on_main(lambda: train_tokenizer(job.config, files, seed=seed, report=runtime.print) and None)
+    seed = job.recipe.seed
+    runtime.on_main(lambda: train_tokenizer(job.config, job.texts, seed=seed, report=runtime.print) and None)
     model = str(job.config.model)
     runtime.print(f"tokenizer: tokenizer.model={model}")
     return model

@@ -31,7 +31,7 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
     texts = texts_to_train_on(config)
     for note in texts.notes:
         report(f"warning: {note}")
-    return tokenizer_training.train_tokenizer(config, texts.files, seed=seed, report=report)
+    return tokenizer_training.train_tokenizer(config, texts, seed=seed, report=report)
 
 
 def preprocess(
@@ -41,7 +41,7 @@ def preprocess(
     texts = texts_to_encode(config)
     for note in texts.notes:
         report(f"warning: {note}")
-    return preprocessing.preprocess(config, texts.files, tokenizer, seed=seed, report=report)
+    return preprocessing.preprocess(config, texts, tokenizer, seed=seed, report=report)
 
 
 def small_tokenizer(path: Path, vocab_size: int = 600, package: str = JSON_PACKAGE) -> Tokenizer:
