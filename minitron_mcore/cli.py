@@ -26,7 +26,7 @@ from minitron_mcore.megatron_names import named_here
 from minitron_mcore.runtime.interrupt import Ending, exit_code, name_of, say_at_once
 from minitron_mcore.runtime.reply import say_failure
 from minitron_mcore.runtime.world import read_world
-from minitron_mcore.verbs import VERBS, help_of, module_of
+from minitron_mcore.verbs import VERBS, help_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,7 +119,7 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
 
         overrides, taken = keys_of(options)
         recipe = load_recipe(options.config, overrides, **taken)
-        from minitron_mcore.jobs.job import resolve
+        from minitron_mcore.jobs.job import module_of, resolve
         from minitron_mcore.jobs.stated import reading_for
 
         with reading_for(recipe):

@@ -19,7 +19,6 @@ class Verb:
     reads: str
     writes: str
     example: str
-    module: str = ""  # of stages/, where it is not called as the verb is
 
     @property
     def in_words(self) -> str:
@@ -60,7 +59,6 @@ VERBS = {
         "the Hugging Face folder hf",
         "the checkpoint folder checkpoint",
         "minitron import hf=Llama-3.1-8B checkpoint=teacher",
-        module="import_",
     ),
     "train": Verb(
         "next-token training, from scratch or on from a checkpoint",
@@ -71,8 +69,8 @@ VERBS = {
         "minitron train --config recipe.yaml train.checkpoint=teacher train.tokens=2B",
     ),
     "score": Verb(
-        "importance of hidden channels, neurons, heads, KV groups and layers in one forward pass; what each layer or "
-        "block costs when left out",
+        "importance of hidden channels, neurons, heads, KV groups and layers in one forward pass; what leaving "
+        "out each layer or block costs",
         ("teacher.checkpoint=", "importance.*", "scores="),
         ("teacher.checkpoint", "scores", "importance", "data", "tokenizer.model", *_MODEL),
         "teacher.checkpoint, data.calibration (or data.train)",
@@ -148,7 +146,7 @@ VERBS = {
         "minitron export checkpoint=distilled hf=Student-4B",
     ),
     "inspect": Verb(
-        "what a checkpoint, Hugging Face folder, scores file or plan is, and whether it is whole",
+        "what a checkpoint, Hugging Face folder, scores file, plan or run's folder is, and whether it is whole",
         ("inspect PATH [--json] [--verify]",),
         ("path", "json", "verify", "trust"),
         "PATH",
@@ -156,7 +154,7 @@ VERBS = {
         "minitron inspect student --verify",
     ),
     "run": Verb(
-        "the whole road from one recipe",
+        "everything above, from one recipe",
         ("the recipe",),
         (*_ROAD, *_MODEL),
         "what the recipe names",
@@ -164,11 +162,6 @@ VERBS = {
         "minitron run --config configs/quickstart.yaml",
     ),
 }
-
-
-def module_of(verb: str) -> str:
-    """The module of stages/ that carries a verb out."""
-    return VERBS[verb].module or verb
 
 
 def table() -> list[str]:

@@ -27,7 +27,8 @@ FLOORS = [
     {"api", "search"},
     {"jobs"},
     {"stages"},
-    {"cli", "verbs"},
+    {"verbs"},
+    {"cli"},
     {"__main__"},
 ]
 FORBIDDEN_IN_PURE = ("megatron", "torch.distributed")

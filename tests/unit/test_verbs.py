@@ -12,9 +12,10 @@ import pytest
 
 from minitron_mcore import cli
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.job import module_of
 from minitron_mcore.megatron_names import NAMES, named_here
 from minitron_mcore.recipe import key_paths, load_recipe
-from minitron_mcore.verbs import VERBS, entries_at, help_of, module_of, table
+from minitron_mcore.verbs import VERBS, entries_at, help_of, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
