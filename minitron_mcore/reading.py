@@ -287,7 +287,7 @@ def expanded(text: str, path: str) -> str:
 def untyped(given: Any) -> Any:
     """What YAML 1.2 takes a text for where a key has no type of its own."""
     if isinstance(given, dict):
-        return {name: untyped(value) for name, value in given.items()}
+        return {str(name): untyped(value) for name, value in given.items()}
     if isinstance(given, list):
         return [untyped(value) for value in given]
     if not isinstance(given, Plain):

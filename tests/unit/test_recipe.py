@@ -138,7 +138,8 @@ def test_the_recipes_of_the_repository_load(config: Path) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_the_resolved_recipe_comes_back(config: Path, tmp_path: Path) -> None:
     """Saved beside a run, it is the same recipe, with nothing left to look up."""
-    overrides = ["train.lr=1e-2", "input=['${python_stdlib:}', 'b: c']", "model.rope_scaling={factor: 2}", "name='1'"]
+    nested = "model.rope_scaling={factor: 2, in: {a: b}}"
+    overrides = ["train.lr=1e-2", "input=['${python_stdlib:}', 'b: c']", nested, "name='1'"]
     recipe = load_recipe(str(config), [*overrides, "run.students.third={num_layers: 1}"])
     saved = to_yaml(recipe)
     assert load_recipe(write(tmp_path, saved), []) == recipe
