@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import os
 import sys
 import threading
@@ -102,7 +103,8 @@ def main() -> None:
             rows += [(name, definition, lines) for definition, lines in definitions(path, starts)]
     for name, definition, lines in rows:
         print(f"{lines:5} {name} {definition}")
-    print(f"{len(rows)} definitions in {len({row[0] for row in rows})} files, {sum(row[2] for row in rows)} lines")
+    files, lines = {row[0] for row in rows}, sum(row[2] for row in rows)
+    print(json.dumps({"benchmark": "reading", "definitions": len(rows), "files": len(files), "lines": lines}))
 
 
 if __name__ == "__main__":
