@@ -302,6 +302,8 @@ def write_cases(root: Path, names: Iterable[str]) -> None:
 
 def with_common_file(place: Path) -> None:
     """Give an iteration that megatron-core wrote its common part as a file, as up to 0.18, and not as an object."""
+    import megatron.core  # noqa: F401  (or its classes would be read as stand-ins, which cannot be stored)
+
     from minitron_mcore.checkpoint.unpickle import read_common, read_metadata
     from minitron_mcore.checkpoint.versions import COMMON_OBJECT, save_common
 

@@ -62,7 +62,7 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     },
     r"linear_qkv\.weight of shape .* num_query_groups=6": {"group_query_attention": False},
     r"kv_channels=8 in .* means": {"kv_channels": 8},
-    r"padded_vocab_size=1024 must be at least vocab_size=2000": {"vocab_size": 2000},
+    r"padded_vocab_size=1024 in .* must be at least vocab_size=2000": {"vocab_size": 2000},
     r"holds output_layer\.weight, which the model in .*common\.pt does not have": TIED,
     r"holds no decoder\.layers\.self_attention\.linear_qkv\.bias: .*common\.pt describes another model": {
         "add_qkv_bias": True,
