@@ -6,30 +6,27 @@ import glob
 import os
 import tempfile
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from minitron_mcore.data.compression import without_ending
 from minitron_mcore.data.folders import files_below
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import not_written
+from minitron_mcore.keys import Sources
 
 NO_FILE = "is a pipe, a socket or a device, not a file"
 MEND_PATH = "name what is there"
 
 
-def as_list(value: Any, key: str) -> list[str]:
+def as_list(value: Sources, key: str) -> list[str]:
     """One string or a list of strings, as a list. Raises InputError, naming `key`, for anything else."""
-    items = [value] if isinstance(value, str) else value
-    if items is None or not isinstance(items, Iterable) or isinstance(items, dict):
+    items = [value] if isinstance(value, str) else list(value or ())
+    if not items or not all(items):
         raise InputError(key, value, "must be a path or a list of paths")
-    items = list(items)
-    if not items or not all(isinstance(item, str) and item for item in items):
-        raise InputError(key, items, "must be a path or a list of paths")
     return items
 
 
 def find_files(
-    inputs: Any,
+    inputs: Sources,
     extensions: Iterable[str],
     key: str,
     exclude: Iterable[str] = (),

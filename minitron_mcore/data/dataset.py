@@ -6,6 +6,7 @@ Legend: b micro batch size, s sequence length.
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -120,7 +121,8 @@ def batches(
         rule = f"must be a multiple of micro_batch_size={micro_batch_size} times the data-parallel size"
         raise InputError("global_batch_size", global_batch_size, f"{rule} {data_parallel_size}", "change one of them")
     stride = micro_batch_size * data_parallel_size
-    order = _Endless(len(dataset), consumed_samples + data_parallel_rank * micro_batch_size, micro_batch_size, stride)
+    start = consumed_samples + data_parallel_rank * micro_batch_size
+    order = ([(i + k) % len(dataset) for k in range(micro_batch_size)] for i in itertools.count(start, stride))
     return _read(_Numbered(dataset), order, num_workers)
 
 
@@ -150,21 +152,8 @@ def batches_once(
     return _read(_Filled(dataset, samples), order, num_workers)
 
 
-class _Endless:
-    """Lists of `width` consecutive sample numbers, `stride` apart, modulo the dataset's length."""
-
-    def __init__(self, length: int, start: int, width: int, stride: int) -> None:
-        self.length, self.start, self.width, self.stride = length, start, width, stride
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start = self.start
-        while True:
-            yield [(start + i) % self.length for i in range(self.width)]
-            start += self.stride
-
-
 class _Numbered:
-    """A dataset whose samples tell their own number, as `samples`."""
+    """A dataset whose samples hold their own number, as `samples`."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -288,9 +277,6 @@ def _prepare_cache(folder: str) -> None:
     except OSError as error:
         rule = f"has no folder for the indices: {folder} cannot be made ({error.strerror})"
         raise InputError("data.cache_path", None, rule, "set it to a folder that can be written") from error
-    if not os.access(folder, os.W_OK):
-        rule = f"cannot be written: {folder} is not open to you"
-        raise InputError("data.cache_path", None, rule, "set it to a folder that can")
 
 
 @contextmanager

@@ -17,7 +17,9 @@ def write(root: Path, *names: str) -> None:
         (root / name).write_text("text")
 
 
-def found(root: Path, inputs: object = None, said: list[str] | None = None, exclude: tuple[str, ...] = ()) -> list[str]:
+def found(
+    root: Path, inputs: str | None = None, said: list[str] | None = None, exclude: tuple[str, ...] = ()
+) -> list[str]:
     report = None if said is None else said.append
     files = find_files(inputs or str(root / "in"), [".txt"], "input", exclude, report)
     assert len(set(files)) == len(files)
