@@ -179,13 +179,13 @@ def test_another_tokenizer_is_refused(root: Path, tmp_path: Path) -> None:
     score = ["score", f"scores={target}", "importance.num_samples=2", "importance.micro_batch_size=1"]
     cases: list[tuple[str, list[Any]]] = [
         (
-            "a student is distilled from a teacher of the same tokenizer",
+            "name a student or a teacher of the same tokenizer",
             distill(root / "bytes", root / "pieces-pruned", target, data_of(root, "bytes")),
         ),
         ("was made with another tokenizer", distill(root / "bytes", root / "bytes-pruned", target, other)),
         ("was made with another tokenizer", [*score, f"teacher.checkpoint={root / 'bytes'}", *other]),
         ("was made with another tokenizer", ["evaluate", f"checkpoint={root / 'bytes'}", f"results={target}", *other]),
-        ("was made with: its fingerprint is", ["evaluate", f"checkpoint={tmp_path / 'exchanged'}", *other]),
+        ("was made with, because its fingerprint is", ["evaluate", f"checkpoint={tmp_path / 'exchanged'}", *other]),
         ("has 1010 ids and the model vocab_size=1003", ["import", f"hf={tmp_path / 'hf'}", f"checkpoint={target}"]),
     ]
     before = listing(root) | listing(tmp_path)

@@ -110,7 +110,7 @@ def test_what_cannot_be_applied_is_refused(tmp_path: Path, bpe: bytes) -> None:
     ]
     if BEFORE_5_24:
         unigram = model(tmp_path / "u.model", model_type="unigram", vocab_size=400).read_bytes()
-        words = r"is no Hugging Face tokenizer: .*beside tokenizer\.model .* \(save it as tokenizer\.json, or move them"
+        words = r"a Hugging Face tokenizer \(.*beside tokenizer\.model .*\): save it as tokenizer\.json, or move them"
         cases.append((words, unigram, {"added_tokens": {"<|im_start|>": 400}}))
     for number, (words, proto, files) in enumerate(cases):
         with pytest.raises(InputError, match=words):
