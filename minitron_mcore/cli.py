@@ -132,7 +132,7 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
                 if world.rank == 0:
                     print(shown, flush=True)
                 return 0
-            has_job = options.verb not in ("ablate", "inspect")
+            has_job = options.verb != "inspect"
             job: Any = resolve(options.verb, recipe, world) if has_job else recipe
             from minitron_mcore.runtime.start import quiet_libraries, start, stop
 

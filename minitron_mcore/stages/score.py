@@ -25,6 +25,8 @@ from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.score_depth import with_depth
 from minitron_mcore.tables import table
 
+SPREAD = (numpy.min, numpy.median, numpy.max)
+
 
 def run(job: ScoreJob, runtime: Runtime) -> Path:
     """Write `job.target` and return it; a file made in the same way stays as it is. Every rank calls."""
@@ -104,7 +106,7 @@ def progress(say: Callable[[str], None], what: str, unit: str) -> Callable[[int,
 def describe(scores: Scores, shown: int = 8) -> str:
     """Size and spread of every axis, and the least important layers."""
     rows = [
-        (axis, " x ".join(f"{part:,}" for part in values.shape), *(f"{value:.4g}" for value in spread(values)))
+        (axis, " x ".join(f"{part:,}" for part in values.shape), *(f"{of(values):.4g}" for of in SPREAD))
         for axis, values in scores.arrays()
         if "/" not in axis
     ]
@@ -116,7 +118,3 @@ def describe(scores: Scores, shown: int = 8) -> str:
     method = scores.settings.get("importance", {}).get("method", "activation")
     what = "block influence" if method == "activation" else method
     return "\n".join([*lines, f"layers of least {what} (the first layer is 0): {least}"])
-
-
-def spread(values: numpy.ndarray) -> tuple[float, float, float]:
-    return values.min(), float(numpy.median(values)), values.max()

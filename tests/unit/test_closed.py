@@ -21,8 +21,8 @@ from minitron_mcore.data.blend import check_prefixes, parse_blend
 from minitron_mcore.distillation.cache.file import read_settings
 from minitron_mcore.errors import InputError, StorageError
 from minitron_mcore.files import writing
+from minitron_mcore.jobs.inputs import output_folder
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.stages.common import output_folder
 
 NOBODY = 65534
 

@@ -40,8 +40,8 @@ from minitron_mcore.checkpoint.sharding import read_parameters
 from minitron_mcore.checkpoint.store import load_state, load_weights
 from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, trusting
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.inputs import output_folder
 from minitron_mcore.layout import parameter_table
-from minitron_mcore.stages.common import output_folder
 from minitron_mcore.stages.inspect import describe
 
 ARCHITECTURE = build_architecture(

@@ -1,0 +1,161 @@
+"""`ablate`: a grid of importance settings, each pruned in memory and evaluated untrained. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.data.described import describe_held_out
+from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
+from minitron_mcore.importance.scores import Scores
+from minitron_mcore.jobs.inputs import find_model, output_folder, require
+from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
+from minitron_mcore.jobs.layouts import asked_shape, check_model, refuse_context
+from minitron_mcore.jobs.score import ScoreJob
+from minitron_mcore.jobs.score import resolve as resolve_score
+from minitron_mcore.jobs.tokenizers import model_tokenizer
+from minitron_mcore.jobs.training import data_items
+from minitron_mcore.pruning.plan import TARGETS, PruningPlan, make_plan
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.layouts import check_layout
+from minitron_mcore.runtime.world import World
+from minitron_mcore.search.ablation_grid import Setting, grid_of, shapes_of
+from minitron_mcore.search.ablation_results import Row, read_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateJob(Job):
+    """A row of the table `path` for each setting of `grid`, whose shapes are `shapes`.
+
+    done: the rows that are there. made_with: fingerprint of what all rows share. scoring: the pass that serves every
+    setting that needs one.
+    """
+
+    teacher: Model
+    tokenizer: Tokenizer | None
+    shapes: dict[str, Architecture]
+    grid: tuple[Setting, ...]
+    path: Path
+    made_with: str
+    done: dict[Setting, Row]
+    scoring: ScoreJob | None
+
+
+def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> AblateJob:
+    """`teacher.checkpoint`, `student.*` and `ablate.*` -> the folder `output`. Raises InputError."""
+    require(recipe, {"teacher.checkpoint": "the teacher's folder", "output": "the folder to write to"})
+    refuse_context(recipe, "ablate")
+    check_layout(recipe.parallel, world.size)
+    folder = output_folder(recipe.output, "output")
+    teacher = find_model(recipe.teacher.checkpoint, "teacher.checkpoint", promises)
+    check_model(teacher.architecture, recipe)
+    student = asked_shape(recipe, recipe.student, teacher.architecture)
+    shapes = shapes_of(teacher.architecture, student, recipe.ablate.per_axis)
+    for shape in shapes.values():
+        check_model(shape, recipe)
+    given = recipe.student.layers is not None
+    grid = grid_of(recipe.ablate, teacher.architecture, shapes, recipe.seed, layers_given=given)
+    tokenizer = model_tokenizer(recipe, teacher, promises)
+    importance = importance_of(recipe, grid, teacher.architecture, shapes)
+    path, made_with = folder / "ablation.csv", fingerprint(recipe, teacher, tokenizer)
+    done = {row.setting: row for row in read_rows(path, made_with)}
+    scoring = None
+    if any(setting.method == "activation" and setting not in done for setting in grid):
+        named = dataclasses.replace(recipe, importance=importance, scores=str(folder / scores_name(importance)))
+        scoring = resolve_score(named, world, promises)
+    held_out = describe_held_out(recipe.data, tokenizer, recipe.evaluate.samples, promises.prefixes)
+    return AblateJob(
+        recipe=recipe,
+        reads=(*(scoring.reads if scoring else (teacher,)), *data_items(recipe, held_out, promises)),
+        makes=(Item("output", str(path), f"table of {len(grid)} students"),),
+        teacher=teacher,
+        tokenizer=tokenizer,
+        shapes=shapes,
+        grid=tuple(grid),
+        path=path,
+        made_with=made_with,
+        done=done,
+        scoring=scoring,
+    )
+
+
+def scores_name(importance: ImportanceConfig) -> str:
+    """A scores file of its own for every way of scoring."""
+    said = json.dumps(dataclasses.asdict(importance), sort_keys=True)
+    return f"scores-{hashlib.sha256(said.encode()).hexdigest()[:8]}.safetensors"
+
+
+def importance_of(
+    recipe: Recipe, grid: Sequence[Setting], teacher: Architecture, shapes: dict[str, Architecture]
+) -> ImportanceConfig:
+    """The one scoring pass that serves every row of `grid`."""
+    pairs = list(dict.fromkeys(row.aggregation for row in grid if row.aggregation)) or ["l2/mean"]
+    sites = list(dict.fromkeys(row.neuron_site for row in grid if row.neuron_site)) or [recipe.importance.neuron_site]
+    metrics = dict.fromkeys(row.depth_metric for row in grid if row.depth_metric)
+    metrics.pop("block_influence", None)
+    lengths = {
+        teacher.num_layers - shapes[row.shape].num_layers if row.layers == "contiguous" else 1
+        for row in grid
+        if row.depth_metric in metrics
+    }
+    batch, _, sequence = pairs[0].partition("/")
+    return dataclasses.replace(
+        recipe.importance,
+        method="activation",
+        batch_aggregation=batch,
+        sequence_aggregation=sequence,
+        neuron_site=sites[0],
+        aggregations=pairs[1:],
+        neuron_sites=sites[1:],
+        depth_metrics=list(metrics),
+        block_lengths=sorted(lengths) or [1],
+        multiple_choice=recipe.importance.multiple_choice if {*metrics} & {*TASK_METRICS} else None,
+    )
+
+
+def fingerprint(recipe: Recipe, teacher: Model, tokenizer: Tokenizer | None) -> str:
+    """Of everything that a row's loss depends on, except its own choices and the layout."""
+    importance = recipe.importance
+    text = {name: getattr(recipe.data, name) for name in ("train", "valid", "calibration", "split", "sequence_length")}
+    student = {name: getattr(recipe.student, name) for name in (*TARGETS, "layers", "ratios")}
+    said: dict[str, Any] = {
+        "teacher": [str(teacher.folder.resolve()), teacher.iteration],
+        "student": student,
+        "divisible_by": recipe.prune.divisible_by,
+        "data": text,
+        "tokenizer": tokenizer.fingerprint if tokenizer else None,
+        "num_samples": importance.num_samples,
+        "multiple_choice": importance.multiple_choice,
+        "evaluate": recipe.evaluate.samples,
+        "seed": recipe.seed,
+        "precision": recipe.precision,
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def plan_of(recipe: Recipe, setting: Setting, scores: Scores, shape: Architecture) -> PruningPlan:
+    """The plan of `setting` for `shape`."""
+    if setting.aggregation:
+        variants = [scores.primary, *scores.variants]
+        wanted = [name for name in variants if name.startswith(f"{setting.aggregation}/{setting.neuron_site}")]
+        scores = scores.variant(wanted[0])
+    whole = shape.num_layers < scores.architecture.num_layers
+    return make_plan(
+        scores,
+        {name: getattr(shape, name) for name in TARGETS},
+        layers=setting.layers or "scattered",
+        keep_layers=recipe.student.layers if whole else None,
+        tensor=recipe.parallel.tensor,
+        pipeline=recipe.parallel.pipeline,
+        sequence_length=recipe.data.sequence_length,
+        depth_metric=setting.depth_metric or "block_influence",
+        head_residual=setting.head_residual or "none",
+        residual_matrices=setting.residual_matrices.split("+") if setting.residual_matrices else ["query", "output"],
+    )
