@@ -108,7 +108,7 @@ def score_everywhere(root: Path) -> dict[str, Any]:
             "importance.aggregations=[l3/mean]",
         ],
         "importance.num_samples=0": [*TEACHER, "scores=@/new", "importance.num_samples=0"],
-        "needs a forward pass": [
+        "makes no forward pass": [
             *TEACHER,
             "scores=@/new",
             "importance.method=magnitude",

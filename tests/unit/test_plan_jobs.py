@@ -1,4 +1,4 @@
-"""Plans and prunings of what an earlier job will make: the shape without the scores, and what is refused all the same."""
+"""Plans and prunings of what earlier jobs will make: the shape without the scores, and what is refused at once."""
 
 from __future__ import annotations
 
