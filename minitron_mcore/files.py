@@ -1,4 +1,4 @@
-"""Small files that are whole or not there, and what is said of files that cannot be read or written."""
+"""Small files that are whole or not there, and the errors for files that cannot be read or written."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Of a disk that took less than was to be written; what else can go wrong is there from the beginning.
+# Errors of a disk that took less than was written; any other is there from the beginning.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """A full or forbidden disk is the user's to mend: an OSError within becomes one sentence that names `what`, a
-    StorageError where the disk is full or broken, else an InputError."""
+    """An OSError within becomes one sentence that names `what`: a StorageError where the disk is full or broken, an
+    InputError otherwise."""
     try:
         yield
     except OSError as error:
@@ -34,10 +34,10 @@ def writing(what: str) -> Iterator[None]:
 
 
 def not_written(what: str, error: OSError, hint: str = "") -> InputError:
-    """What the user is to see of `error`, met while `what` was written; `hint` goes behind it where the disk failed."""
+    """The user's view of `error`, met while `what` was written; `hint` follows where the disk failed."""
     if error.errno in FULL:
-        return StorageError(f"{what} cannot be written: {error}{hint}")
-    return InputError(f"{what} cannot be written: {error}")
+        return StorageError("", what, "cannot be written", f"{error}{hint}")
+    return InputError("", what, "cannot be written", str(error))
 
 
 @contextmanager
@@ -50,15 +50,15 @@ def reading(what: str) -> Iterator[None]:
 
 
 def not_read(what: str, error: OSError) -> InputError:
-    """What the user is to see of `error`, met while `what` was read."""
+    """The user's view of `error`, met while `what` was read."""
     place = "" if error.filename is None else f" at {error.filename}"
     reason = (error.strerror or type(error).__name__).lower()
     mend = "open it to this user, or name another" if isinstance(error, PermissionError) else "name another"
-    return InputError(f"{what} cannot be read: {reason}{place}; {mend}")
+    return InputError("", what, f"cannot be read: {reason}{place}", mend)
 
 
 def refuse_closed(what: str, path: str | Path) -> None:
-    """Raise InputError, naming `what`, where this user may not read `path`; one that is not there is no matter here."""
+    """Raise InputError, naming `what`, where this user may not read `path`. A missing one is not refused here."""
     with reading(what):
         try:
             mode = os.R_OK | (os.X_OK if stat.S_ISDIR(os.stat(path).st_mode) else 0)
@@ -122,7 +122,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(content.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise InputError("", path, "is no YAML", " ".join(str(error).split())) from error
     if not isinstance(fields, dict):
-        raise InputError(f"{path} holds no mapping of names to values")
+        raise InputError("", path, "holds no mapping of names to values")
     return fields

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.seeds import seed_everything
@@ -78,26 +75,6 @@ def release_layout() -> None:
     _teacher_groups.clear()
     if layout_stands():
         parallel_state.destroy_model_parallel()
-
-
-@contextmanager
-def of_teacher() -> Iterator[None]:
-    """Within the `with`, an InputError about `parallel.*` is one about `teacher.parallel.*`."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(str(error).replace("parallel.", "teacher.parallel.")) from error
-
-
-def check_teacher_layout(teacher: ParallelConfig, student: ParallelConfig, world_size: int) -> None:
-    """Raise InputError, naming teacher.parallel.*, where the student's ranks cannot hold the teacher so."""
-    with of_teacher():
-        check_layout(teacher, world_size)
-    if teacher.context != student.context:
-        raise InputError(
-            f"teacher.parallel.context={teacher.context} is not parallel.context={student.context}: teacher and "
-            "student read the same parts of a sequence, so give both one number"
-        )
 
 
 def teacher_groups(parallel: ParallelConfig, world_size: int) -> ProcessGroupCollection:

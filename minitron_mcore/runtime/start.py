@@ -66,10 +66,8 @@ def start() -> Runtime:
         if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
             local_rank = 0  # --gpus-per-task=1: each task sees its own GPU alone
         if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
-                "start at most as many processes a node (--nproc-per-node)"
-            )
+            rule = f"has no GPU of its own, as this node shows {torch.cuda.device_count()}"
+            raise InputError("LOCAL_RANK", local_rank, rule, "start at most that many processes a node")
         torch.cuda.set_device(local_rank)
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:

@@ -1,4 +1,4 @@
-"""How long a rank waits for the others in a collective, before it takes them for dead."""
+"""How long a rank waits for the others in a collective before it gives them up."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ DEFAULT_MINUTES = 30
 
 
 def collective_timeout() -> timedelta:
-    """Of every process group. Raises InputError for a variable that is no whole number of minutes from 1 on."""
+    """The timeout of every process group. Raises InputError where the variable is not a whole number of minutes."""
     given = os.environ.get(VARIABLE, str(DEFAULT_MINUTES))
     if not given.isdecimal() or int(given) < 1:
-        raise InputError(f"{VARIABLE}={given} must be a whole number of minutes, 1 or more")
+        raise InputError(VARIABLE, given, "must be a whole number of minutes, 1 or more")
     return timedelta(minutes=int(given))

@@ -1,7 +1,7 @@
-"""Which process of how many this one is, as its launcher says: torchrun's variables, else srun's, else it is alone.
+"""Which process of how many this one is: by torchrun's variables, else srun's, else it is alone.
 
-A process that is alone needs nobody's address. What the shell has of another job (MASTER_ADDR, MASTER_PORT, an
-allocation's SLURM variables, the cluster's network interface) is left as it is and not used.
+A single process needs no address. Variables that the shell has from another job (MASTER_ADDR, MASTER_PORT, an
+allocation's SLURM variables, the cluster's network interface) are neither used nor changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from minitron_mcore.errors import InputError
 
-# Steps that are no srun's: the shell of an allocation, a batch script, what runs beside them.
+# SLURM numbers steps that srun did not start (the shell of an allocation, a batch script) from here on.
 _FIRST_OWN_STEP = 0xFFFFFFF0
 _START = "start the ranks with torchrun or srun, or unset it for a single process"
 
@@ -33,8 +33,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a job, and which of them this process is. One that is only described, as for a dry run, takes
-    nothing but numbers."""
+    """The ranks of a job, and which of them this process is; it may also be made by hand, as for a dry run."""
 
     rank: int = 0
     size: int = 1
@@ -46,32 +45,34 @@ class World:
 
 
 def read_world(env: Mapping[str, str]) -> World:
-    """What the variables `env` say, of which an empty one says nothing. Raises InputError where they contradict each
-    other."""
+    """The world that the variables `env` describe; an empty one counts as unset. Raises InputError where they
+    contradict each other."""
     env = {name: value for name, value in env.items() if value}
     given = [name for name in ("RANK", "WORLD_SIZE") if name in env]
     if len(given) == 2:
         return _of_torchrun(env)
-    # The step's own number of tasks: inside `salloc`, SLURM_NTASKS is the allocation's.
+    # Inside `salloc` SLURM_NTASKS is the allocation's number of tasks, not the step's.
     tasks = _number(env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS", 1)
     is_step = "SLURM_PROCID" in env and _number(env, "SLURM_STEP_ID", _FIRST_OWN_STEP) < _FIRST_OWN_STEP
     if is_step and tasks > 1:
         return _of_srun(env, tasks)
     if given and env[given[0]] != {"WORLD_SIZE": "1"}.get(given[0]):
         missing = {"RANK": "WORLD_SIZE", "WORLD_SIZE": "RANK"}[given[0]]
-        raise InputError(f"{given[0]}={env[given[0]]} is set in the environment and {missing} is not: {_START}")
+        raise InputError(given[0], env[given[0]], f"is set in the environment and {missing} is not", _START)
     return World()
 
 
 def _of_torchrun(env: Mapping[str, str]) -> World:
     rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     if rank >= size:
-        raise InputError(f"RANK={rank} of WORLD_SIZE={size} in the environment cannot be: ranks count from 0; {_START}")
+        raise InputError(
+            "RANK", rank, f"in the environment must be below WORLD_SIZE={size}, as ranks count from 0", _START
+        )
     if size == 1:
         return World()
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in env:
-            raise InputError(f"WORLD_SIZE={size} is set in the environment and {name} is not: {_START}")
+            raise InputError("WORLD_SIZE", size, f"is set in the environment and {name} is not", _START)
     local_rank = _number(env, "LOCAL_RANK", 0)
     return World(rank, size, local_rank, _number(env, "LOCAL_WORLD_SIZE", 1), "env://")
 
@@ -80,7 +81,7 @@ def _of_srun(env: Mapping[str, str], tasks: int) -> World:
     host = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "")))
     port = env.get("MASTER_PORT") or str(20000 + _number(env, "SLURM_JOB_ID", 0) % 12000)
     address = f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-    # As 8, or 8(x2) for two nodes alike, or 8,4 for two that are not.
+    # "8", "8(x2)" for two equal nodes, "8,4" for two different ones.
     of_node = re.match(r"\d+", env.get("SLURM_NTASKS_PER_NODE", env.get("SLURM_STEP_TASKS_PER_NODE", "1")))
     local_rank = _number(env, "SLURM_LOCALID", 0)
     return World(_number(env, "SLURM_PROCID"), tasks, local_rank, int(of_node[0]) if of_node else 1, address)
@@ -89,7 +90,7 @@ def _of_srun(env: Mapping[str, str], tasks: int) -> World:
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     given = env.get(name, "" if default is None else str(default))
     if not given.isdecimal():
-        raise InputError(f"{name}={given} in the environment is no number of 0 or more: {_START}")
+        raise InputError(name, given, "in the environment must be a whole number, 0 or more", _START)
     return int(given)
 
 
@@ -106,8 +107,8 @@ def _first_host(node_list: str) -> str:
 
 @contextmanager
 def own_interface(world_size: int) -> Iterator[None]:
-    """Within, gloo's groups of a process that is alone are made on the loopback interface, whichever the shell names;
-    the process's environment is afterwards as it was."""
+    """Within the `with`, a single process makes its gloo groups on the loopback interface, whichever the shell names;
+    afterwards the environment is as it was."""
     before = os.environ.get("GLOO_SOCKET_IFNAME")
     if world_size == 1 and sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -1,8 +1,8 @@
-"""Weights & Biases: one run a folder, which goes on under its id where the folder's training does.
+"""Weights & Biases: one run a folder, resumed under its id when the training is.
 
-Offline there is one folder below `wandb/` too, whatever was killed: the rows up to where the run goes on are written
-into the new one, from metrics.jsonl, and the earlier goes. Online the iterations that are done again keep the numbers
-they had: Weights & Biases takes no step twice.
+Offline, too, there is one folder below `wandb/`, whatever was killed: a resumed run copies its earlier rows from
+metrics.jsonl into the new folder and deletes the old one. Online, repeated iterations keep their first numbers, as
+Weights & Biases accepts each step once.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Dashboard:
             )
         except wandb.errors.Error as error:
             words = " ".join(str(error).split())
+            rule = f"is refused by Weights & Biases ({words.rstrip('.')})"
             raise InputError(
-                f"log.wandb={self.mode} is refused by Weights & Biases ({words.rstrip('.')}): log in with "
-                "`wandb login`, or set log.wandb=offline"
+                "log.wandb", self.mode, rule, "log in with `wandb login`, or set log.wandb=offline"
             ) from error
         if not id_file.exists():
             id_file.write_text(self.id)

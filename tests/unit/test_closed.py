@@ -76,7 +76,7 @@ def test_a_closed_checkpoint(root: Path, closed: str) -> None:
     (root / "inner" / closed).chmod(0)
     said = refusal(lambda: find_checkpoint(folder, "teacher.checkpoint"))
     assert said.startswith(f"teacher.checkpoint={folder} cannot be read: permission denied at {folder.parent / closed}")
-    assert said.endswith("; open it to this user, or name another")
+    assert said.endswith(": open it to this user, or name another")
 
 
 def test_a_closed_description(root: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_closed_cache(root: Path, closed: str) -> None:
     folder = root / "inner" / "checkpoint"
     (root / "inner" / closed).chmod(0)
     said = refusal(lambda: read_settings(folder))
-    assert said.startswith(f"distill.teacher=cache:{folder} cannot be read: permission denied at {folder}/cache.json;")
+    assert said.startswith(f"distill.teacher=cache:{folder} cannot be read: permission denied at {folder}/cache.json:")
 
 
 @pytest.mark.parametrize("closed", ["", "tokens.bin", "tokens.idx"])
@@ -100,7 +100,7 @@ def test_closed_tokens(root: Path, closed: str) -> None:
     (root / "inner" / closed).chmod(0)
     said = refusal(lambda: check_prefixes(parse_blend(prefix, "data.train")))
     name = closed or "tokens.idx"
-    assert said.startswith(f"data.train: {root}/inner/{name} cannot be read: permission denied at {root}/inner/{name};")
+    assert said.startswith(f"data.train: {root}/inner/{name} cannot be read: permission denied at {root}/inner/{name}:")
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "new", "new/deeper"])
@@ -139,7 +139,7 @@ def test_what_nobody_put_into_words() -> None:
     for path, called in {"/a/x": "teacher.checkpoint=/a", "/ab": "/ab"}.items():
         told = cli.explained(PermissionError(errno.EACCES, os.strerror(errno.EACCES), path), given)
         assert told is not None and told.exit_code == 2
-        assert str(told).startswith(f"{called} cannot be read: permission denied at {path}; ")
+        assert str(told).startswith(f"{called} cannot be read: permission denied at {path}: ")
     full = cli.explained(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/y"), given)
     assert full is not None and full.exit_code == 1
     assert str(full).startswith("teacher.checkpoint=/a cannot be written: [Errno 28]")
@@ -159,7 +159,7 @@ def test_a_closed_file_is_the_last_word(monkeypatch: pytest.MonkeyPatch, capsys:
     shown = capsys.readouterr().err
     assert (
         shown
-        == "minitron plan: /x/y cannot be read: permission denied at /x/y; open it to this user, or name another\n"
+        == "minitron plan: /x/y cannot be read: permission denied at /x/y: open it to this user, or name another\n"
     )
 
 

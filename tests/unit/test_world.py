@@ -59,11 +59,11 @@ def test_a_single_process(shell: dict[str, str]) -> None:
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set in the environment and RANK is not"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set in the environment and MASTER_ADDR is not"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, "MASTER_PORT is not"),
-        ({"RANK": "2", "WORLD_SIZE": "2", **ADDRESS}, "RANK=2 of WORLD_SIZE=2 in the environment cannot be"),
-        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK=first in the environment is no number"),
-        ({"RANK": "-1", "WORLD_SIZE": "1"}, "RANK=-1 in the environment is no number"),
+        ({"RANK": "2", "WORLD_SIZE": "2", **ADDRESS}, "RANK=2 in the environment must be below WORLD_SIZE=2"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK=first in the environment must be a whole number"),
+        ({"RANK": "-1", "WORLD_SIZE": "1"}, "RANK=-1 in the environment must be a whole number"),
         ({"RANK": "0", "WORLD_SIZE": ""}, "RANK=0 is set in the environment and WORLD_SIZE is not"),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 of WORLD_SIZE=0"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 in the environment must be below WORLD_SIZE=0"),
     ],
 )
 def test_variables_that_contradict_each_other(shell: dict[str, str], words: str) -> None:
