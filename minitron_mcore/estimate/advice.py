@@ -1,4 +1,4 @@
-"""Which change of one key saves most memory, and how much. Pure."""
+"""Which change of a single key saves most memory, and how much. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minitron_mcore.model.recompute import Recompute
 
 
 def advice(found: Forecast, count: int = 3) -> list[str]:
-    """The `count` changes of one key that save most of what was `found`, each with what it saves in the whole run."""
+    """The `count` changes of a single key that save most, each with its saving over the whole run, in words."""
     saved: dict[str, tuple[int, str]] = {}
     for key, words, changes in _changes(found.setting):
         changed = [replace(found.setting, **changes)]
@@ -32,14 +32,14 @@ def advice(found: Forecast, count: int = 3) -> list[str]:
 
 
 def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(key, what to set, the fields of Setting then) for every change of one key that leaves the run what it is."""
+    """(key, what to set, the changed fields of Setting) for every change of one key that does not change results."""
     s, section = setting, setting.section
     if s.micro_batch_size > 1:
         micro_key = s.micro_batch_key or f"{section}.micro_batch_size"
         yield "micro_batch_size", f"{micro_key}=1", {"micro_batch_size": 1}
     if (s.loss_chunk_tokens or default_chunk_tokens(s.tokens)) > LEAST_CHUNK:
         yield "chunk", f"{section}.loss_chunk_tokens={LEAST_CHUNK}", {"loss_chunk_tokens": LEAST_CHUNK}
-    again = "at the price of one more forward pass,"
+    again = "at the cost of one more forward pass,"
     if s.recompute.granularity != "full":
         recompute = Recompute("full")
         yield "recompute", f"{section}.recompute_granularity=full, {again}", {"recompute": recompute}
@@ -47,7 +47,7 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "correct", f"correct.recompute_granularity=full, {again}", {"teacher_recompute": Recompute("full")}
     if s.teacher_trained and (s.teacher_chunk_tokens or default_chunk_tokens(s.tokens)) > LEAST_CHUNK:
         yield "correct chunk", f"correct.loss_chunk_tokens={LEAST_CHUNK}", {"teacher_chunk_tokens": LEAST_CHUNK}
-    if s.teacher is not None and not s.teacher_trained:  # such a one takes neither key
+    if s.teacher is not None and not s.teacher_trained:  # a trained teacher takes neither key
         yield from _teacher_changes(s)
     yield from _layouts(s)
 
@@ -78,7 +78,7 @@ def _layouts(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _holds(setting: Setting) -> bool:
-    """Whether a run can be so."""
+    """Whether a run can have this setting."""
     models = [(setting.student, setting.parallel)]
     if setting.teacher is not None:
         models.append((setting.teacher, setting.teacher_layout))

@@ -1,8 +1,8 @@
 """How many bytes of memory a rank needs for a step, by part, before anything is allocated. Pure.
 
-What is held for the whole run is exact but for the padding of Megatron's buffers; activations are what the layers save
-for backward, tensor by tensor (see `layer_activations`), or recompute. Not counted: buffers of communication libraries,
-fragmentation, and the process itself.
+What is held for the whole run is exact except for the padding of Megatron's buffers; activations are what the layers
+save for backward, tensor by tensor (see `layer_activations`), or recompute. Not counted: buffers of communication
+libraries, fragmentation, and the process itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Forecast:
     stage: int  # its pipeline stage
     setting: Setting
     host: int = 0  # beside the devices, of a node's host memory
-    beside: tuple[Setting, ...] = ()  # the run's other shapes, which need no more
+    beside: tuple[Setting, ...] = ()  # the run's other shapes, none of which needs more
 
     @property
     def total(self) -> int:
@@ -46,7 +46,7 @@ class Forecast:
         return sum(self.parts.get(name, 0) for name in STATIC)
 
     def table(self) -> str:
-        """A line for each part, the largest first."""
+        """One line per part, the largest first."""
         rows = [*sorted(self.parts.items(), key=lambda row: -row[1]), ("together", self.total)]
         rows.append(("host memory of a node", self.host))
         return "\n".join(f"  {name:<26}{bytes_text(value):>12}" for name, value in rows if value)
@@ -113,12 +113,12 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
 
 
 def _optimizer_state(setting: Setting, count: int) -> int:
-    """Adam's two moments, in fp32, of a rank's share; beside bf16 weights the fp32 weights themselves."""
+    """Adam's two fp32 moments of a rank's share; with bf16 weights, their fp32 copy too."""
     return (8 if setting.precision == "fp32" else 12) * -(-count // setting.optimizer_shards)
 
 
 def _correction_pass(setting: Setting, stage: int) -> int:
-    """What the teacher's own training pass keeps: that of a model of its shape, in chunks of its own section."""
+    """What the teacher's own training pass keeps: as any model of its shape, with the chunks of its own section."""
     s, teacher = setting, setting.teacher
     assert teacher is not None
     alone = replace(

@@ -1,4 +1,4 @@
-"""What a model needs of memory on a rank: its weights, and what its pass keeps for backward. Pure.
+"""The memory that a model needs on a rank: its weights, and what its pass keeps for backward. Pure.
 
 Legend: n tokens of a microbatch on a rank, m microbatches a step, T tensor-parallel size, P pipeline stages, v chunks a
 stage, h hidden, f ffn, q and k widths of all query heads and of all key-value groups, V padded vocabulary.
@@ -17,7 +17,7 @@ from minitron_mcore.runtime.config import ParallelConfig
 
 
 def local_parameters(architecture: Architecture, parallel: ParallelConfig, stage: int) -> int:
-    """Numbers that a rank of `stage` holds; a head tied to the embedding is there twice where P > 1."""
+    """Parameters that a rank of `stage` holds; a head tied to the embedding counts twice where P > 1."""
     layers = sum(map(len, split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)[stage]))
     first, last = stage == 0, stage == parallel.pipeline - 1
     tied = not architecture.untie_embeddings_and_output_weights
@@ -34,7 +34,7 @@ def local_parameters(architecture: Architecture, parallel: ParallelConfig, stage
 
 
 def activations(setting: Setting, stage: int) -> int:
-    """What autograd keeps of the microbatches that are under way on `stage` before their backward."""
+    """What autograd keeps of the microbatches in flight on `stage`, until their backward."""
     s = setting
     layer, mlp, boundary = _layer_parts(s)
     chunks = _chunk_sizes(s, stage)
@@ -44,7 +44,7 @@ def activations(setting: Setting, stage: int) -> int:
 
 
 def recomputed_activations(setting: Setting, stage: int) -> int:
-    """Of what a pass on `stage` does not keep, the most that its backward works out again at a time."""
+    """The most that a backward on `stage` recomputes at a time."""
     layer, mlp, _ = _layer_parts(setting)
     recompute = setting.recompute
     if recompute.granularity == "selective":
@@ -61,7 +61,7 @@ def _chunk_sizes(setting: Setting, stage: int) -> list[int]:
 
 
 def _layer_parts(setting: Setting) -> tuple[int, int, int]:
-    """Bytes that a layer keeps of a microbatch, that its MLP does of them, and of a layer's input."""
+    """Bytes of a microbatch that a layer keeps, that its MLP keeps of these, and of a layer's input."""
     s, parallel, element = setting, setting.parallel, BYTES[setting.precision]
     length = s.tokens // s.micro_batch_size
     layer = layer_activations(s.student, s.tokens, length, parallel, element, on_cpu=s.on_cpu)
@@ -124,13 +124,13 @@ def layer_activations(
 
 
 def mlp_activations(architecture: Architecture, tokens: int, parallel: ParallelConfig, element: int) -> int:
-    """Of them, what lies behind the input of a layer's MLP."""
+    """The part of `layer_activations` that comes after the input of the MLP."""
     width = (5 if architecture.gated_linear_unit else 2) * architecture.ffn_hidden_size
     return element * tokens * width // parallel.tensor
 
 
 def largest_layer_output(architecture: Architecture, setting: Setting, element: int) -> int:
-    """The two widest neighbours that a layer works on at a time."""
+    """The two widest consecutive tensors of a layer."""
     a = architecture
     widest = max((3 if a.gated_linear_unit else 2) * a.ffn_hidden_size, 2 * a.num_attention_heads * a.kv_channels)
     return setting.tokens * element * (2 * a.hidden_size + widest // setting.parallel.tensor)

@@ -25,15 +25,15 @@ class Setting:
     recompute: Recompute = KEEP_ALL  # of the student's pass
     on_cpu: bool = False
     section: str = "train"  # of the recipe, for the names of keys
-    micro_batch_key: str = ""  # where the recipe sets it, a phase perhaps; empty: the section
-    local_ranks: int = 1  # of a node, which share its host memory
+    micro_batch_key: str = ""  # its full key, perhaps of a phase; empty: the section's
+    local_ranks: int = 1  # ranks of a node, which share its host memory
     host_free: int | None = None  # bytes of a node's host memory; None: not known
     teacher: Architecture | None = None
     teacher_parallel: ParallelConfig | None = None  # None: the student's
     teacher_precision: str | None = None  # None: the student's
     teacher_placement: str = "resident"
     teacher_window: int = 0
-    teacher_trained: bool = False  # corrected as it teaches: then it has gradients and an optimizer too
+    teacher_trained: bool = False  # corrected while it teaches, with gradients and an optimizer of its own
     teacher_chunk_tokens: int | None = None  # `loss_chunk_tokens` of the corrected teacher's own pass
     teacher_recompute: Recompute = KEEP_ALL
     hidden_states: HiddenStatesConfig | None = None  # losses between inner states; None: there are none
@@ -44,12 +44,12 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Of a microbatch, on a rank."""
+        """Tokens of a microbatch on a rank."""
         return self.micro_batch_size * self.sequence_length // self.parallel.context
 
     @property
     def ahead(self) -> int:
-        """Microbatches for which the teacher's states are there at a time."""
+        """Microbatches whose teacher states are held at a time."""
         return min(self.teacher_window or self.microbatches, self.microbatches)
 
     @property
@@ -66,5 +66,5 @@ class Setting:
 
     @property
     def teacher_element(self) -> int:
-        """Bytes of a number of the teacher's weights and states: those of fp8 are kept in bf16."""
+        """Bytes of an element of the teacher's weights and states; fp8 keeps them in bf16."""
         return BYTES.get(self.teacher_precision or self.precision, 2)

@@ -13,8 +13,8 @@ from minitron_mcore.distillation.states.map import WIDE_SITES, Pair, holder, nee
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.layout import axis_sizes, stage_of
 
-# Beside the lifted state, in its type, what one loss holds in fp32 at a time: copies of both states if they are bf16,
-# unit vectors of both for a cosine, and their difference; of two fp32 states also its square.
+# fp32 tensors that one loss holds at a time beside the projected state: copies of both states if they are bf16, unit
+# vectors of both for a cosine, and their difference; for fp32 states its square too.
 _COPIES = {("mse", 2): 3, ("mse", 4): 2, ("cosine", 2): 5, ("cosine", 4): 3}
 
 

@@ -1,4 +1,4 @@
-"""What the teacher needs of memory: on a device its weights and states, on the host its offloaded layers. Pure."""
+"""The memory that the teacher needs: weights and states on a device, offloaded layers on the host. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from minitron_mcore.layout import local_shape, parameter_table, split_layers
 
 
 def teacher_weights(setting: Setting, stage: int) -> int:
-    """Bytes that stay on a device of the student's `stage`: embedding and head, and what `layer_kept` says."""
+    """Bytes that stay on a device of the student's `stage`: embedding, head and `layer_kept` of each layer."""
     s, own = setting, setting.teacher_layout
     kept = layer_kept(s)
     counts = [layers_and_rest(s, place) for place in _teacher_stages(s, stage)]
@@ -20,11 +20,11 @@ def teacher_weights(setting: Setting, stage: int) -> int:
 
 
 def layer_kept(setting: Setting) -> int:
-    """Bytes of one layer that stay on the device between its turns.
+    """Bytes of one layer that stay on the device between its uses.
 
-    In fp8 the weights are bf16, and Transformer Engine keeps beside them the fp8 copies that the first microbatch of a
-    pass makes: a byte for each number of a matrix, as no gradient needs them transposed. Where the layer lies elsewhere
-    the copies are made anew each time (`disable_parameter_transpose_cache`), and none stays.
+    In fp8 the weights are bf16, and Transformer Engine keeps the fp8 copies that the first microbatch of a pass makes:
+    one byte per element of a matrix, as no gradient needs the transpose. Where the layer is kept elsewhere the copies
+    are made afresh each time (`disable_parameter_transpose_cache`), and none stays.
     """
     s = setting
     if s.teacher_placement == "sharded":
@@ -37,17 +37,17 @@ def layer_kept(setting: Setting) -> int:
 
 
 def teacher_layers_at_work(setting: Setting) -> int:
-    """While the teacher runs: two whole layers, where they lie elsewhere."""
+    """Two whole layers while the teacher runs, if its layers are kept elsewhere."""
     if setting.teacher is None or setting.teacher_placement == "resident":
         return 0
     return 2 * (_sharded_bytes(setting) if setting.teacher_placement == "sharded" else layer_bytes(setting))
 
 
 def host_bytes(setting: Setting) -> int:
-    """Host memory that the ranks of one node take for layers that are offloaded, on the node that takes most; 0 where
-    none are, or where the host is the device.
+    """Host memory that the ranks of a node use for offloaded layers, on the node that uses most; 0 if none are
+    offloaded, or the host is the device.
 
-    Each rank keeps its own copy in pinned blocks; beside them lies the layer that it reads, until it is pinned.
+    Each rank keeps its own copy in pinned blocks, beside the layer that it is reading.
     """
     s, own = setting, setting.teacher_layout
     if s.teacher is None or s.teacher_placement != "offloaded" or s.on_cpu:
@@ -56,18 +56,18 @@ def host_bytes(setting: Setting) -> int:
     pinned = sum(map(pinned_bytes, host_blocks(layer)))
     stages = split_layers(s.teacher.num_layers, own.pipeline, own.virtual_pipeline)
     counts = [sum(map(len, chunks)) for chunks in stages]
-    # In Megatron's order of ranks a stage follows the other.
+    # Megatron orders ranks by stage.
     of_rank = [counts[rank * own.pipeline // s.world_size] * pinned + layer for rank in range(s.world_size)]
     return max(sum(of_rank[first : first + s.local_ranks]) for first in range(0, s.world_size, s.local_ranks))
 
 
 def layer_bytes(setting: Setting) -> int:
-    """Of one layer of the teacher in one buffer."""
+    """Bytes of one layer of the teacher in one buffer."""
     return flat_bytes(setting.teacher_element * size for size, _ in _layer_sizes(setting))
 
 
 def _sharded_bytes(setting: Setting) -> int:
-    """Of a layer that is cut into equal parts, each at a multiple of ALIGNMENT."""
+    """Bytes of a layer cut into equal parts, each at a multiple of ALIGNMENT."""
     return aligned(layer_bytes(setting), _shards(setting))
 
 
@@ -86,15 +86,15 @@ def _layer_sizes(setting: Setting) -> list[tuple[int, bool]]:
 
 
 def _teacher_stages(setting: Setting, stage: int) -> list[int]:
-    """Stages of the teacher that may lie on a rank of the student's `stage`: any, where it has a layout of its own."""
+    """Stages of the teacher that may share a rank with the student's `stage`: any, if it has its own layout."""
     own = setting.teacher_layout
     return [stage] if own == setting.parallel else list(range(own.pipeline))
 
 
 def layers_and_rest(setting: Setting, stage: int) -> tuple[int, int]:
-    """How many layers the teacher's `stage` has, and the numbers of its embedding, final norm and head.
+    """(layers, parameters of embedding, final norm and head) of the teacher's `stage`.
 
-    In a layout of its own it keeps no head: the student's last stage has that, in its own shards.
+    In its own layout it keeps no head: the student's last stage has that, in the student's shards.
     """
     teacher, own = setting.teacher, setting.teacher_layout
     assert teacher is not None
@@ -107,7 +107,7 @@ def layers_and_rest(setting: Setting, stage: int) -> tuple[int, int]:
 
 
 def _head_parameters(setting: Setting, tensor: int = 0) -> int:
-    """Numbers of the teacher's head in one of `tensor` shards; 0: in the student's."""
+    """Parameters of the teacher's head in one of `tensor` shards; 0: as many as the student has."""
     assert setting.teacher is not None
     return setting.teacher.padded_vocab_size // (tensor or setting.parallel.tensor) * setting.teacher.hidden_size
 

@@ -1,9 +1,9 @@
 """megatron-core on CPU over gloo: the one file that knows.
 
-megatron-core asks for its device by the name "cuda" throughout. Where there is no CUDA, `install` makes that name mean
-the CPU: once, at start-up, before any process group exists. On a CUDA machine nothing here is entered.
+megatron-core asks for its device by the name "cuda" throughout. Without CUDA, `install` makes that name mean the CPU:
+once, at start-up, before any process group exists. On a CUDA machine nothing here runs.
 
-Factories and casts are wrapped once rather than under a TorchFunctionMode: a mode holds for one thread, and the
+Factories and casts are wrapped rather than put under a TorchFunctionMode: a mode applies to one thread, and the
 checkpoint saver, the data loader and the watchdog run in others.
 """
 
@@ -44,13 +44,13 @@ _installed = False
 
 
 def install() -> None:
-    """Make "cuda" mean the CPU in this process. Does nothing where CUDA is there, or when called again."""
+    """Make "cuda" mean the CPU in this process. Does nothing where CUDA is available, or when called again."""
     global _installed
     if _installed or torch.cuda.is_available():
         return
     _installed = True
-    # `with torch.device(…)`, under which transformers makes its models, knows the factories by identity, from a list
-    # drawn up at its first use: afterwards the wrapped ones would be strangers, and buffers left unfilled.
+    # `with torch.device(…)`, under which transformers builds its models, knows the factories by identity, from a list
+    # made at first use: made later, it would hold the wrapped ones, and leave buffers unfilled.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -99,7 +99,7 @@ def _wrap_tensor_methods() -> None:
 
 
 class _Stream:
-    """Stands in for a CUDA stream: on CPU everything is in order already."""
+    """Stands in for a CUDA stream: on CPU, operations run in order anyway."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 

@@ -1,7 +1,7 @@
-"""A child that a process of its own forks, as `multiprocessing` in a notebook does, can start anew.
+"""A forked child of a single process, as of `multiprocessing` in a notebook, can start afresh.
 
-gloo's threads stay behind in the parent: in the child a collective of the inherited groups would never end, and taking
-them down would abort. So the child forgets them, and whoever needs groups makes some, as in any process.
+gloo's threads stay in the parent: in the child, a collective of the inherited groups would hang and destroying them
+would abort. So the child forgets them, and makes new ones when it needs them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _is_registered = False
 
 
 def forget_groups_in_children() -> None:
-    """From here on, where this process is alone in its world. Under a launcher a child has no world of its own."""
+    """Called where this process is alone in its world; under a launcher a child has no world of its own."""
     global _is_registered
     if not _is_registered:
         _is_registered = True
@@ -31,9 +31,9 @@ def _forget() -> None:
 
     from minitron_mcore.runtime import parallel
 
-    with suppress(AttributeError):  # names within torch, for want of public ones
+    with suppress(AttributeError):  # private names of torch: there are no public ones
         for group in c10d._pg_map:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # never taken down
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # never destroyed
         for known in (c10d._pg_map, c10d._pg_names, c10d._pg_group_ranks, c10d._pg_to_tag, c10d._tags_to_pg):
             known.clear()
         c10d._world.default_pg = None

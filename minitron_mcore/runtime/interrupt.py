@@ -1,4 +1,4 @@
-"""Ctrl-C (SIGINT), SIGTERM and SIGHUP: the first ends this process in good order, Ctrl-C once more at once.
+"""Ctrl-C (SIGINT), SIGTERM and SIGHUP: the first ends this process in good order, a second Ctrl-C at once.
 
 Outside a training the first raises `Interrupted`, which unwinds as any error does, so that nothing half-made is left.
 A training remembers it instead, and saves (training/signals.py). torchrun sends a second Ctrl-C on as SIGTERM.
@@ -18,13 +18,13 @@ from typing import Any
 from minitron_mcore.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PATIENCE = 2.0  # seconds until it is said that a signal has come
+PATIENCE = 2.0  # seconds before a line acknowledges a signal
 
-_endings: set[Ending] = set()  # one, for as long as the command line runs a verb
+_endings: set[Ending] = set()  # at most one, while the command line runs a verb
 
 
 def _let_go() -> None:
-    """A forked child, as a reader of data, would write the signals that it gets into its parent's pipe."""
+    """A forked child, such as a reader of data, would write its signals into its parent's pipe."""
     for ending in _endings:
         ending.leave_pipe()
     _endings.clear()
@@ -44,19 +44,19 @@ def install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
 
 def restore(handlers: dict[int, Any]) -> None:
     for number, handler in handlers.items():
-        # None: not from Python, and nothing that could be put back.
+        # None: a handler not set from Python, which cannot be restored.
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def outlive_signals(worker: int) -> None:
-    """In a reader of data: terminals, torchrun and SLURM send signals to whole process groups, and a reader that died
-    of one would end its rank, which is to save first. Readers end when their rank does."""
+    """For a reader of data: terminals, torchrun and SLURM signal whole process groups, and a reader that died of a
+    signal would end its rank before that has saved. Readers end when their rank does."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def at_once(first: int, number: int) -> bool:
-    """Whether a signal `number` after a `first` one says that nothing is to be waited for."""
+    """Whether a signal `number` after a `first` one asks to exit without waiting."""
     return bool(first) and signal.SIGINT in (first, number)
 
 
@@ -70,14 +70,14 @@ def exit_code(number: int) -> int:
 
 
 def say_at_once(words: str) -> None:
-    """To the terminal, from wherever Python stands; a terminal that is gone is no matter."""
+    """Write to the terminal, wherever Python is; one that is gone does no harm."""
     with suppress(OSError):
         os.write(2, f"{words}\n".encode())
 
 
 class Ending:
-    """While this context is entered the first of SIGNALS raises Interrupted in the main thread, a second one with
-    Ctrl-C among the two leaves at once: a thread sees to it, wherever the main one is held up, as in a collective."""
+    """Within this context the first of SIGNALS raises Interrupted in the main thread. A second one, if either was
+    Ctrl-C, exits at once, by a thread of its own, since the main one may be stuck in a collective."""
 
     def __init__(self) -> None:
         self.number = 0  # the first signal that was raised
@@ -99,7 +99,7 @@ class Ending:
         if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
             self.number = self.number or error.code - 128
         if self.number:
-            return  # until the process has gone an echo of the signal is to do no harm, and Ctrl-C still its work
+            return  # until the process exits, a repeated signal must do no harm, and Ctrl-C must still work
         restore(self._handlers)
         if self._pipe >= 0:
             _endings.discard(self)
@@ -110,23 +110,23 @@ class Ending:
         if self._pipe >= 0:
             if os.getpid() != self._process:
                 signal.set_wakeup_fd(-1)
-            os.close(self._pipe)  # the thread, where there is one, ends
+            os.close(self._pipe)  # ends the thread
             self._pipe = -1
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        # Once: what is cleared away thereupon is not to be interrupted.
+        # Once: the clean-up that follows must not be interrupted.
         if os.getpid() == self._process and not self.number:
             self.number = number
             raise Interrupted(number)
 
     def settle(self) -> None:
-        """Let a signal come that is here already: after a failure, which may be that of a rank that got it earlier."""
+        """Let a pending signal arrive: a failure may be due to a rank that received it earlier."""
 
     def _watch(self, reading: int) -> None:
-        """What is written into the pipe is a signal's number, at once, whatever the main thread does."""
+        """Read the pipe, into which each signal's number is written at once, whatever the main thread does."""
         first = 0
         while True:
-            # A library may take its time before Python, and so the handler, has its turn again.
+            # The handler runs only once a library returns to Python, which may take a while.
             waits = first and not select.select([reading], [], [], PATIENCE)[0] and not self.number
             if waits and signal.getsignal(first) == self._raise:
                 say_at_once(f"\n{name_of(first)}: stops as soon as it can; Ctrl-C leaves at once")
@@ -142,7 +142,7 @@ class Ending:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Processes that are started within never get a Ctrl-C: the one that starts them ends them."""
+    """Processes started within the `with` never get a Ctrl-C: the process that starts them ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield

@@ -69,7 +69,7 @@ def lay_out(parallel: ParallelConfig, seed: int, world_size: int) -> None:
 
 
 def release_layout() -> None:
-    """Give the model-parallel groups back, so that another stage can use another layout in the same processes."""
+    """Destroy the model-parallel groups, so that another stage can use another layout in the same processes."""
     global _current
     _current = None
     _teacher_groups.clear()
@@ -78,7 +78,7 @@ def release_layout() -> None:
 
 
 def teacher_groups(parallel: ParallelConfig, world_size: int) -> ProcessGroupCollection:
-    """This rank's process groups of a second layout beside the current one; made once, until `release_layout`.
+    """This rank's process groups of a second layout beside the current one; kept until `release_layout`.
 
     Every rank of the world calls. The groups of tied embeddings are None: nothing is trained in them.
     """

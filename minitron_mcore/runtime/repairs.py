@@ -1,8 +1,7 @@
-"""The few places where megatron-core is wrong without an error, mended. Each with its reason and a test.
+"""Repairs of the few places where megatron-core is silently wrong, each with its reason and a test.
 
-Of 0.16.1 and of 0.19.2 alike, but for two of newer versions alone: what a full disk says, from 0.17 on, and gradients
-where token weights add up to less than 1, from 0.18 on. Tests: tests/distributed/test_repairs.py and test_full_disk.py
-fail without each of these.
+They apply to 0.16.1 and 0.19.2 alike, except two: the error of a full disk, from 0.17 on, and gradients where token
+weights sum to less than 1, from 0.18 on. tests/distributed/test_repairs.py and test_full_disk.py fail without them.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def pipeline_communication(virtual_pipeline: int | None) -> dict[str, bool]:
 
 
 def optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """`optimizer.sharded_state_dict` in the fully reshardable form, right under torch's Adam too. All ranks call.
+    """`optimizer.sharded_state_dict` in the fully reshardable form, correct under torch's Adam too. All ranks call.
 
     Torch's Adam (no Apex, no Transformer Engine) needs two repairs: before its first step (which a save may precede,
     where all steps so far were skipped) there is no `step` to save, on which state_dict asserts; and every call with
@@ -73,8 +72,8 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
 def save_without_helper() -> None:
     """Before the first synchronous `dist_checkpointing.save`: its results pass through a queue of this process.
 
-    megatron-core's own queue lies in a helper process, which takes seconds to start and 200 MB as long as the rank
-    lives, and is left behind, for good, by a rank that is killed. Only an asynchronous save needs another process.
+    megatron-core's own queue is in a helper process, which takes seconds to start, holds 200 MB for the rank's life and
+    outlives a rank that is killed. Only an asynchronous save needs another process.
     """
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.SimpleQueue()
@@ -82,9 +81,9 @@ def save_without_helper() -> None:
 
 @contextmanager
 def write_errors() -> Iterator[list[Exception]]:
-    """Within, the list holds what went wrong where a save of this process wrote its data.
+    """Within the `with`, the list collects the errors met while a save of this process wrote its data.
 
-    From 0.17 on only the error's type comes back from there, in words, so that a full disk is not told as one.
+    From 0.17 on the save itself reports only an error's type, as text, so a full disk cannot be recognised.
     """
     writer = filesystem_async.FileSystemWriterAsync
     original, met = writer.write_preloaded_data, []
@@ -107,8 +106,8 @@ def divide_gradients(chunks: list[torch.nn.Module], counted: torch.Tensor) -> No
     """Divide the gradients by the global number of counted tokens: the sum over data-parallel ranks of `counted`, which
     the last stage knows and the others are given. Every rank calls, after `finalize_model_grads` without a number.
 
-    That function divides by the number, too, but from 0.18 on by 1 where it is less, and so makes gradients too small
-    where token weights are. No gradient is divided where nothing counts.
+    Given the number, that function divides by at least 1 from 0.18 on, so fractional token weights would make gradients
+    too small. Nothing is divided where no token counts.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
     torch.distributed.broadcast(counted, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
@@ -140,7 +139,7 @@ def _fill_empty_adam_state(part: Any) -> None:
 
 
 def _with_step(part: Any, original: Any) -> Any:
-    """Loading copies every entry of Adam's state, `step` among them, which the loaded tensors do not hold."""
+    """Loading copies every entry of Adam's state, including `step`, which the loaded tensors lack."""
 
     def set_states(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
         if _uses_torch_adam(part):

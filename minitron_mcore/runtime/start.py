@@ -30,7 +30,7 @@ class Runtime:
     local_rank: int
     device: torch.device
     local_size: int = 1  # ranks of this node
-    stop_signal: int = 0  # that asked to stop in a training's last iteration, which it had ended by then
+    stop_signal: int = 0  # of a stop request that came in a training's last iteration
 
     @property
     def is_main(self) -> bool:
@@ -64,7 +64,7 @@ def start() -> Runtime:
     local_rank = world.local_rank
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
-            local_rank = 0  # --gpus-per-task=1: each task sees its own GPU alone
+            local_rank = 0  # --gpus-per-task=1: each task sees only its own GPU
         if local_rank >= torch.cuda.device_count():
             rule = f"has no GPU of its own, as this node shows {torch.cuda.device_count()}"
             raise InputError("LOCAL_RANK", local_rank, rule, "start at most that many processes a node")
@@ -74,7 +74,7 @@ def start() -> Runtime:
         cpu_adapter.install()
         device, backend = torch.device("cpu"), "gloo"
     if not torch.distributed.is_initialized():
-        # Alone, nobody has to be met, and so no port is needed that another process might have.
+        # A single process meets nobody, so it needs no port, which another process might hold.
         meeting = {"store": HashStore()} if world.address is None else {"init_method": world.address}
         with own_interface(world.size):
             torch.distributed.init_process_group(
@@ -97,7 +97,7 @@ def stop() -> None:
 
 
 def quiet_libraries() -> None:
-    """Megatron and torch warn at import about optional parts (Apex, Transformer Engine) that are not needed here."""
+    """Silence warnings of Megatron and torch at import about optional parts (Apex, Transformer Engine)."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=r".*(pynvml|No CUDA|destroy_process_group|is not a CUDA).*")
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)

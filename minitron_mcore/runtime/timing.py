@@ -1,4 +1,4 @@
-"""One way to time a part of a step: Megatron's own Timers, where there are any."""
+"""Timing a part of a step with Megatron's own Timers, if there are any."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @contextmanager
 def timed(timers: Any, name: str, log_level: int = 2) -> Iterator[None]:
-    """Add the time inside the `with` to the timer `name` of `timers` (megatron.core.timers.Timers, or None: no timing).
+    """Add the time spent in the `with` to the timer `name` of `timers` (megatron.core.timers.Timers; None: no timing).
 
-    Nothing is measured where `log_level` is above that of `timers`. On CUDA both ends wait for the device.
+    Nothing is measured if `log_level` is above that of `timers`. On CUDA both ends wait for the device.
     """
     if timers is None:
         yield

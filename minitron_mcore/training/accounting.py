@@ -16,11 +16,11 @@ from minitron_mcore.training.budget import Shape
 from minitron_mcore.training.job import Job
 from minitron_mcore.training.timers import StepTimers
 
-# Settings and counts, of which a mean over steps says nothing; every other number of a step is averaged.
+# Not averaged over the steps of an interval, unlike every other number.
 NOT_AVERAGED = ("learning-rate", "grad-norm", "global batch size", "teacher learning-rate", "teacher grad-norm")
 
-# Dense bf16 peak of one device in TFLOP/s, without sparsity, from the makers' data sheets. The first whose words are
-# all in the device's name counts, as torch.cuda.get_device_name gives it.
+# Dense bf16 peak of one device in TFLOP/s, without sparsity, from the makers' data sheets. The first entry counts
+# whose words are all in the name that torch.cuda.get_device_name gives.
 PEAK_TFLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
     (("GB200",), 2500.0),
     (("B200",), 2250.0),
@@ -44,23 +44,23 @@ PEAK_TFLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak of a device by its name; None where the table has none."""
+    """Dense bf16 peak of a device by its name; None if the table lacks it."""
     words = device_name.replace("-", " ").split()
     return next((peak for asked, peak in PEAK_TFLOPS if set(asked) <= set(words)), None)
 
 
 @dataclass(frozen=True)
 class Spent:
-    """An interval on this rank, a step's share of it."""
+    """A step's share of an interval on this rank."""
 
     seconds: float
-    means: dict[str, float]  # of the losses, over the steps in which they were numbers
+    means: dict[str, float]  # of the losses, over the steps in which they were finite
     tokens: dict[int, float]  # sequence length -> tokens
     timers: dict[str, float]  # seconds
 
 
 class Interval:
-    """Time (reading the data included; validation and saving not) and mean losses since the last line."""
+    """Time (including reading data, without validation and saving) and mean losses since the last line."""
 
     def __init__(self, timers: StepTimers | None = None) -> None:
         self.timers = timers
@@ -93,7 +93,7 @@ class Interval:
         self._started = time.perf_counter()
 
     def report(self) -> Spent:
-        """What a step took, and begin anew."""
+        """What a step took; the interval starts afresh."""
         spent = Spent(
             self.seconds / self.steps,
             {name: value / self._counts[name] for name, value in self._sums.items()},

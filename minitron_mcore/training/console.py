@@ -1,5 +1,5 @@
-"""Lines on the console: short enough to be read, by Megatron's names. Everything stands in metrics.jsonl, and on the
-console with log.console=full."""
+"""Lines on the console: short enough to read, with Megatron's names. metrics.jsonl has everything, as has the console
+with log.console=full."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def _count(number: float) -> str:
 
 
 def _fixed(digits: int) -> Callable[[float], str]:
-    """So many digits behind the point; of what is very large, as the perplexity of a model astray, the exponent."""
+    """`digits` decimals, or an exponent for very large numbers, such as the perplexity of a diverged model."""
     return lambda number: f"{number:.3E}" if LARGE <= abs(number) < math.inf else f"{number:.{digits}f}"
 
 
-# Console order and form; what is not named here follows, as it comes.
+# Order and format on the console; other names follow in the order given.
 FORMATS: dict[str, Callable[[float], str]] = {
     "consumed samples": _fixed(0),
     "tokens": _count,
@@ -50,7 +50,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "number of skipped iterations": _fixed(0),
     "number of nan iterations": _fixed(0),
 }
-# A short line has these, and of the other losses and shares as many as fit.
+# A short line has these, and as many of the other losses and shares as fit.
 ALWAYS = {
     "tokens",
     "elapsed time per iteration (ms)",
@@ -60,7 +60,7 @@ ALWAYS = {
     "logits distillation loss",
     "grad-norm",
 }
-# What has its place in metrics.jsonl alone, unless there is something to tell.
+# Shown only in metrics.jsonl, except counts of skipped or NaN iterations above 0.
 DETAILS = {
     "consumed samples",
     "throughput per GPU (TFLOP/s/GPU)",
@@ -76,7 +76,7 @@ DETAILS = {
 
 
 def train_line(iteration: int, iterations: int, row: dict[str, float], *, full: bool) -> str:
-    """One line of a step, or of the mean of several."""
+    """One line for a step, or for the mean of several."""
     head = f" iteration {iteration:>{len(str(iterations))}}/{iterations} |"
     if full:
         return _line(head, row, list(row))
@@ -85,7 +85,7 @@ def train_line(iteration: int, iterations: int, row: dict[str, float], *, full: 
 
 
 def validation_line(iteration: int, row: dict[str, float], *, full: bool) -> str:
-    """One line for each source, whose name follows `validation` in the names of its losses."""
+    """One line per source, whose name follows `validation` in the names of its losses."""
     sources: dict[str, list[str]] = {}
     for name in row:
         sources.setdefault(name.partition(" validation")[2], []).append(name)

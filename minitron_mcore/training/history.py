@@ -1,4 +1,4 @@
-"""`metrics.jsonl` of a run that was cut off: what is done again goes, so that each iteration stands in it once."""
+"""`metrics.jsonl` of an interrupted run: rows of repeated iterations are deleted, so that each appears once."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ DASHBOARD_KINDS = ("train", "validation")
 
 
 def cut_back(file: Path, iteration: int) -> int:
-    """Take the rows of later iterations than `iteration` out of `file`, and what is no whole row, as a killed process
-    leaves its last one. The file is whole at any moment. Returns how many lines went. One process calls."""
+    """Delete from `file` the rows after `iteration`, and incomplete ones, as a killed process leaves its last row. The
+    file is whole at every moment. Returns how many lines were deleted. One process calls."""
     if not file.is_file():
         return 0
     with file.open("rb") as stream:
@@ -35,7 +35,7 @@ def _stays(line: bytes, iteration: int) -> bool:
 
 
 def logged(file: Path) -> Iterator[tuple[int, float, dict[str, float]]]:
-    """(iteration, time, numbers) of every row that dashboards get; a number that JSON has not is NaN."""
+    """(iteration, time, numbers) of every row that dashboards get; null, for what JSON cannot hold, becomes NaN."""
     with file.open(encoding="utf-8") as stream:
         for row in map(json.loads, stream):
             iteration, time, kind = row.pop("iteration"), row.pop("time"), row.pop("kind")

@@ -1,8 +1,8 @@
-"""Where a run's numbers go: console, JSONL, TensorBoard, Weights & Biases; by Megatron's names.
+"""Where a run's numbers go: console, JSONL, TensorBoard, Weights & Biases; under Megatron's names.
 
-Only the first rank writes. One file `metrics.jsonl` a run folder, one line an iteration; a run that goes on after a
-checkpoint cuts every log back to it first, so that each iteration stands there once. The console shows a line every
-`log.interval` iterations, with the losses' means over them.
+Only the first rank writes. A run folder has one `metrics.jsonl`, with one line per iteration; a run resumed from a
+checkpoint first cuts every log back to it, so that each iteration appears once. The console shows a line every
+`log.interval` iterations, with the losses averaged over them.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ class MetricsLog:
         self._dashboard: Dashboard | None = None
 
     def open(self, iteration: int) -> None:
-        """Start every writer, for a run that goes on after `iteration`: what was logged of later ones goes, since it is
-        done again. Raises InputError where Weights & Biases will not."""
+        """Start every writer for a run that continues after `iteration`; rows of later ones are deleted, as they come
+        again. Raises InputError where Weights & Biases refuses."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.log.wandb != "disabled":
             self._dashboard = Dashboard(self.folder, self.log, self.name, self.recipe)
             print(self._dashboard, flush=True)
         file = self.folder / "metrics.jsonl"
         if cut := cut_back(file, iteration):
-            print(f"{file}: {cut} lines from after iteration {iteration} are cut, since they come again", flush=True)
+            print(f"{file}: deleted {cut} lines after iteration {iteration}, which are run again", flush=True)
         if self._dashboard is not None:
             self._dashboard.take_over(file)
         self._file = file.open("a", buffering=1)
         if self.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Readers drop what earlier files say of these steps.
+            # Readers drop these steps from earlier files.
             self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1)
 
     def write(
@@ -56,9 +56,9 @@ class MetricsLog:
         shown: dict[str, float] | None,
         kind: str = "train",
     ) -> None:
-        """`row` to the files and dashboards; `shown`, where there is something, to the console.
+        """Write `row` to files and dashboards, and `shown`, if given, to the console.
 
-        `kind`: train or validation; validation names are given with their own suffix.
+        `kind`: train or validation; names of validation losses have a suffix of their own.
         """
         if self._file is None:
             return
@@ -75,12 +75,12 @@ class MetricsLog:
         if self._tensorboard is not None:
             for name, value in row.items():
                 self._tensorboard.add_scalar(name, value, iteration)
-            self._tensorboard.flush()  # a run that is killed resumes after these rows and never writes them again
+            self._tensorboard.flush()  # a killed run resumes after these rows and never writes them again
         if self._dashboard is not None:
             self._dashboard.write(iteration, row)
 
     def event(self, iteration: int, kind: str, facts: dict[str, Any], line: str) -> None:
-        """What happened at an iteration: `facts` to the file, `line` to the console."""
+        """Write what happened at an iteration: `facts` to the file, `line` to the console."""
         if self._file is None:
             return
         record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **facts}

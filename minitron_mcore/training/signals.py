@@ -1,5 +1,5 @@
-"""A polite end: Ctrl-C, SIGTERM (SLURM's warning before a time limit or a preemption) or SIGHUP saves a checkpoint
-first, and so does a run whose output nobody reads any more (`| tee`, which the same Ctrl-C ended)."""
+"""Stopping a training in good order: Ctrl-C, SIGTERM (SLURM's warning before a time limit or a preemption) or SIGHUP
+saves a checkpoint first, as does a closed output pipe (`| tee`, ended by the same Ctrl-C)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from minitron_mcore.runtime.interrupt import at_once, install, name_of, restore,
 
 
 class StopRequest:
-    """Remembers a signal to any rank; `on_any_rank` tells all of them, at the same iteration.
+    """Remembers a signal to any rank; `on_any_rank` tells all ranks at the same iteration.
 
-    A second one with Ctrl-C among the two is not waited for: it goes to the handler that was there before.
+    A second signal, if either was Ctrl-C, goes to the previous handler at once.
     """
 
     def __init__(self) -> None:
@@ -39,13 +39,13 @@ class StopRequest:
                 say_at_once(f"\n{name_of(number)}: this iteration will be finished and saved; Ctrl-C leaves at once")
 
     def on_any_rank(self) -> int:
-        """The number of the signal that asked any rank to stop, 0 for none. Every rank calls, once an iteration."""
+        """The signal that asked any rank to stop, 0 for none. Every rank calls, once per iteration."""
         number = torch.tensor(self.number, device=torch.cuda.current_device())
         torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
         return int(number.item())
 
     def outliving_the_reader(self) -> contextlib.redirect_stdout[Any]:
-        """Within, what cannot be printed since nobody reads it is no failure, but asks to stop (SIGPIPE)."""
+        """Within the `with`, output that nobody reads is no failure, but a request to stop (SIGPIPE)."""
         return contextlib.redirect_stdout(_Outliving(sys.stdout, self))
 
     def restore(self) -> None:
@@ -54,7 +54,7 @@ class StopRequest:
 
 
 class _Outliving:
-    """A stream whose reader may go away."""
+    """A stream whose reader may disappear."""
 
     def __init__(self, stream: Any, stop: StopRequest) -> None:
         self._stream, self._stop = stream, stop

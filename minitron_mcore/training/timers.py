@@ -1,9 +1,9 @@
-"""Where the time of a step goes: Megatron's Timers on the model's and the optimizer's config, cut into parts that do
-not overlap and add up to the step.
+"""Where the time of a step goes: Megatron's Timers on the model's and the optimizer's config, divided into parts that
+do not overlap and add up to the step.
 
 `log.timing_log_level`, as Megatron's: 0 times the four large parts, 1 the collectives of gradients and parameters too,
-2 every microbatch. A timer waits for the device at both ends, so that 2 costs time on CUDA (work is no longer queued
-ahead, and transfers between pipeline stages hide behind nothing); on CPU there is nothing to wait for.
+2 every microbatch. A timer waits for the device at both ends, so level 2 costs time on CUDA (work is no longer queued
+ahead, and transfers between pipeline stages overlap with nothing).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class StepTimers:
         return PARTS[self.log_level]
 
     def attach(self, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, objective: Objective) -> None:
-        """From here on the objective and Megatron's schedules, gradient synchronisation and optimizer use them."""
+        """Make the objective and Megatron's schedules, gradient synchronisation and optimizer use these timers."""
         objective.timers = self.timers
         for chunk in chunks:
             unwrap(chunk).config.timers = self.timers
@@ -76,7 +76,7 @@ class StepTimers:
             part.config.timers = self.timers
 
     def batches(self, source: Iterator[T]) -> Iterator[T]:
-        """What `source` gives; the wait for each is `batch-generator`."""
+        """Yield from `source`; the wait for each batch is timed as `batch-generator`."""
         while True:
             with timed(self.timers, "batch-generator", 0):
                 batch = next(source, None)
@@ -85,7 +85,7 @@ class StepTimers:
             yield batch
 
     def take(self) -> dict[str, float]:
-        """Seconds of each timer since the last call, which begin anew."""
+        """Seconds of each timer since the last call, and reset them."""
         return {name: timer.elapsed(reset=True) for name, timer in self.timers._timers.items()}
 
     def split(self, seconds: dict[str, float], whole: float) -> dict[str, float]:
@@ -94,7 +94,7 @@ class StepTimers:
 
 
 def split(seconds: dict[str, float], whole: float, log_level: int) -> dict[str, float]:
-    """Timers, some inside others, as parts that do not overlap and add up to `whole`."""
+    """Nested timers as parts that do not overlap and add up to `whole`."""
 
     def total(*names: str) -> float:
         return sum(seconds.get(name, 0.0) for name in names)

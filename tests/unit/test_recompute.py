@@ -60,7 +60,7 @@ def test_advice_offers_it() -> None:
     """At the price it has; and no more where it is taken already."""
     long = setting(sequence_length=8192, micro_batch_size=1)
     saving = forecast(long).total - forecast(replace(long, recompute=Recompute("full"))).total
-    line = f"distill.recompute_granularity=full, at the price of one more forward pass, saves {bytes_text(saving)}"
+    line = f"distill.recompute_granularity=full, at the cost of one more forward pass, saves {bytes_text(saving)}"
     assert line in advice(forecast(long), 9)
     taken = replace(long, recompute=Recompute("full"))
     assert not any("recompute" in words for words in advice(forecast(taken), 9))
