@@ -90,11 +90,19 @@ def nearest_folder(path: str | Path) -> Path:
     return folder
 
 
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Where to write the file `path`, which gets its name at the end of the `with`: whole or not at all. One process
+    calls."""
+    partial = Path(f"{path}.tmp")
+    yield partial
+    os.replace(partial, path)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that no reader ever sees half of it. One process calls."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def copy_file(source: str | Path, target: str | Path) -> None:
@@ -102,17 +110,16 @@ def copy_file(source: str | Path, target: str | Path) -> None:
     if os.path.abspath(source) == os.path.abspath(target):
         return
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    shutil.copyfile(source, f"{target}.tmp")
-    os.replace(f"{target}.tmp", target)
+    with whole_file(target) as partial:
+        shutil.copyfile(source, partial)
 
 
 def write_figure(path: Path, figure: Figure) -> None:
     """A matplotlib figure as PNG, whole or not at all. One process calls."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    partial = path.with_name(path.name + ".tmp")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.numpy import save_file
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import kind_of
+from minitron_mcore.files import kind_of, whole_file
 
 AXES = ("hidden", "ffn", "heads", "layers")
 # The axes whose scores depend on the aggregations and the neuron site.
@@ -164,10 +163,9 @@ def save_scores(scores: Scores, path: Path) -> None:
         "architecture": json.dumps(scores.architecture.to_dict()),
         "settings": json.dumps(scores.settings),
     }
-    partial = path.with_name(path.name + ".tmp")
     arrays = {name: numpy.ascontiguousarray(values) for name, values in scores.arrays()}
-    save_file(arrays, str(partial), metadata=metadata)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        save_file(arrays, str(partial), metadata=metadata)
 
 
 def load_scores(path: str | Path | None) -> Scores:

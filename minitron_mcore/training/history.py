@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from minitron_mcore.files import whole_file
 
 DASHBOARD_KINDS = ("train", "validation")
 
@@ -19,10 +20,8 @@ def cut_back(file: Path, iteration: int) -> int:
     with file.open("rb") as stream:
         cut = sum(not _stays(line, iteration) for line in stream)
     if cut:
-        partial = file.with_name(file.name + ".tmp")
-        with file.open("rb") as source, partial.open("wb") as target:
+        with whole_file(file) as partial, file.open("rb") as source, partial.open("wb") as target:
             target.writelines(line for line in source if _stays(line, iteration))
-        os.replace(partial, file)
     return cut
 
 
