@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-matrix lint format bench gpu-check lock clean
+.PHONY: help venv demo test coverage test-slow test-matrix lint format bench gpu-check lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -36,6 +36,12 @@ lint: venv  ## ruff, its formatter, and mypy
 
 test: venv lint  ## lint, then the tests that are not slow, two files at a time (ARGS: further pytest arguments)
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+coverage: venv  ## the same tests under coverage, ranks included; fails below pyproject.toml's floor (ARGS: as for test)
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
 
 test-slow: venv  ## the slow tests alone
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
@@ -62,5 +68,5 @@ lock: venv  ## bring constraints.txt up to date with pyproject.toml, for Python 
 		--custom-compile-command "make lock" --output-file constraints.txt
 
 clean:  ## everything that was built, but no run folder
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	@find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

@@ -33,6 +33,7 @@ from tests import warm
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_WORLD_SIZE = 8
 START_TIMEOUT = 300.0  # seconds for a worker to import torch and megatron-core on a busy machine
+LEAVE_TIMEOUT = 10.0  # seconds for a worker to end once the tests have
 GRACE = 1.0  # seconds that the other ranks get to report, once one has failed
 DUMP_WAIT = 0.5  # seconds for faulthandler to write its dump
 DEVICE_VARIABLE = "MINITRON_TEST_DEVICE"
@@ -135,6 +136,10 @@ class _Pool:
 
     def close(self) -> None:
         for worker in self.workers:
+            worker.connection.close()  # it leaves by itself, and coverage is written
+        for worker in self.workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(timeout=LEAVE_TIMEOUT)
             worker.kill()
         self.workers.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
