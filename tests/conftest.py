@@ -69,8 +69,7 @@ def corpus_with_teacher(corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`text.jsonl`, 60 lines of a few words; its `tokenizer.model` and its tokens, `tokens_text_document`."""
     from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
-    from minitron_mcore.data.preprocess import preprocess
-    from minitron_mcore.data.tokenizer import load_tokenizer, train_tokenizer
+    from tests.unit.text_data import preprocess, silent, train_tokenizer
 
     folder = tmp_path_factory.mktemp("words")
     text = folder / "text.jsonl"
@@ -78,8 +77,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
         " ".join(f"{word}{number % 7}" for word in ("prune", "distil", "score", "plan") * 20) for number in range(60)
     ]
     text.write_text("\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
-    tokenizer = TokenizerConfig(model=str(folder / "tokenizer.model"), input=str(text), vocab_size=290)
-    train_tokenizer(tokenizer, seed=1)
+    config = TokenizerConfig(model=str(folder / "tokenizer.model"), input=str(text), vocab_size=290)
+    tokenizer = train_tokenizer(config, seed=1, report=silent)
     tokens = PreprocessConfig(input=str(text), output_prefix=str(folder / "tokens"), workers=1)
-    preprocess(tokens, load_tokenizer(tokenizer), seed=1)
+    preprocess(tokens, tokenizer, seed=1, report=silent)
     return folder

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,3 +138,23 @@ def assemble(parts: list[dict[str, Any]], architecture: Architecture) -> dict[tu
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative Frobenius norm of the difference."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12))
+
+
+def save_teacher(folder: Path, value: float | None) -> None:
+    """A small teacher, one weight of its second layer set to `value`."""
+    from minitron_mcore.checkpoint.folder import write_description
+    from minitron_mcore.checkpoint.store import as_chunks, model_state, save_state
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.initialize import initialize
+    from minitron_mcore.runtime.start import start
+
+    config, architecture, runtime = start_layout({}, 2), tiny("llama"), start()
+    chunks = build_model(architecture, config, "fp32")
+    initialize(chunks, architecture, seed=1)
+    if value is not None:
+        with torch.no_grad():
+            chunks[0].decoder.layers[1].mlp.linear_fc2.weight[0, 0] = value
+    save_state(folder, 3, model_state(as_chunks(chunks)), runtime)
+    if runtime.is_main:
+        write_description(folder, architecture, lineage={"stage": "train"}, recipe="", save_tokenizer=None)
+    runtime.barrier()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,8 @@ import torch
 from minitron_mcore.distillation.cache.file import CacheReader, Targets, shard_file, token_checksum
 from minitron_mcore.stages.cache import cache_lock
 from tests.distributed.dense_reference import DenseModel
-from tests.distributed.models import tiny
+from tests.distributed.models import save_teacher, tiny
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_score_stage import save_teacher
-from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
 
 SAMPLES, LENGTH, VOCAB = 13, 32, 1003
 COMMON = [
@@ -80,17 +79,9 @@ def cache_everywhere(root: Path, layouts: dict[str, list[str]]) -> dict[str, tup
     }
 
 
-def make_root(folder: Path) -> Path:
-    """A tokenizer, a data set and a teacher."""
-    tokenizer = small_tokenizer(folder / "tokenizer.model")
-    small_data(folder / "json", tokenizer, package=JSON_PACKAGE)
-    run_on_ranks(save_teacher, 2, folder / "teacher", None)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_root(tmp_path_factory.mktemp("cache"))
+def root(corpus_with_teacher: Callable[[str], Path]) -> Path:
+    return corpus_with_teacher("cache")
 
 
 @pytest.fixture(scope="module")

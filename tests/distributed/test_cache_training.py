@@ -6,6 +6,7 @@ round at 1e-6 where a probability is small.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from tests.distributed.models import relative_error, start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_cache import LENGTH, SAMPLES, VOCAB, WHOLE, cache, make_root
+from tests.distributed.test_cache import LENGTH, SAMPLES, VOCAB, WHOLE, cache
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {  # world size, layout, micro-batch size
     "1": (1, {}, 2),
@@ -87,8 +88,8 @@ def losses_on_rank(
 
 
 @pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = make_root(tmp_path_factory.mktemp("cache_training"))
+def caches(corpus_with_teacher: Callable[[str], Path]) -> Path:
+    root = corpus_with_teacher("cache_training")
     for name, how in CACHES.items():
         refused = run_on_ranks(cache, 1, root, [*how, f"cache.folder=@/{name}"])[0][1]
         assert not refused

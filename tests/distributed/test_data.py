@@ -20,7 +20,7 @@ from minitron_mcore.runtime.world import World
 from minitron_mcore.stages import preprocess as preprocess_stage
 from minitron_mcore.stages import tokenizer as tokenizer_stage
 from tests.distributed.ranks import run_on_ranks
-from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, small_data, small_tokenizer
+from tests.unit.text_data import JSON_PACKAGE, small_tokenizer
 
 
 def _stages(folder: str) -> tuple[str, list[str]]:
@@ -61,10 +61,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(folder):
-    tokenizer = small_tokenizer(folder / "tokenizer_600.model")
-    first = small_data(folder / "a", tokenizer, package=EMAIL_PACKAGE)
-    second = small_data(folder / "b", tokenizer, package=JSON_PACKAGE)
+def config(folder, corpus):
+    first, second = (str(corpus / f"{name}_text_document") for name in ("email", "json"))
     return DataConfig(train=[2, first, 1, second], valid=second, sequence_length=32, cache_path=str(folder / "cache"))
 
 
@@ -76,8 +74,8 @@ def test_stages_return_the_same_on_every_rank(folder):
     assert load_tokenizer(model).vocab_size == 400
 
 
-def test_every_rank_reads_the_same_samples(folder, config):
-    model = str(folder / "tokenizer_600.model")
+def test_every_rank_reads_the_same_samples(corpus, config):
+    model = str(corpus / "tokenizer.model")
     first, second = run_on_ranks(_rows, 2, config, model, False)
     assert first == second and len(first[0]) == 300
     assert run_on_ranks(_rows, 2, config, model, True) == [first, None]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
-import torch
 
 from minitron_mcore.importance.scores import AXES, TOLERANCE, load_scores
 from minitron_mcore.pruning.plan import make_plan
-from tests.distributed.models import start_layout, tiny
+from tests.distributed.models import save_teacher, tiny
 from tests.distributed.ranks import run_on_ranks
-from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
 
 COMMON = [
     "tokenizer.model=@/tokenizer.model",
@@ -38,26 +37,6 @@ LAYOUTS = {
 MENU = ["importance.aggregations=[mean/mean,var/l2]", "importance.neuron_sites=[pre_activation]"]
 
 STUDENT = {"num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
-
-
-def save_teacher(folder: Path, value: float | None) -> None:
-    """A small teacher, one weight of its second layer set to `value`."""
-    from minitron_mcore.checkpoint.folder import write_description
-    from minitron_mcore.checkpoint.store import as_chunks, model_state, save_state
-    from minitron_mcore.model.gpt import build_model
-    from minitron_mcore.model.initialize import initialize
-    from minitron_mcore.runtime.start import start
-
-    config, architecture, runtime = start_layout({}, 2), tiny("llama"), start()
-    chunks = build_model(architecture, config, "fp32")
-    initialize(chunks, architecture, seed=1)
-    if value is not None:
-        with torch.no_grad():
-            chunks[0].decoder.layers[1].mlp.linear_fc2.weight[0, 0] = value
-    save_state(folder, 3, model_state(as_chunks(chunks)), runtime)
-    if runtime.is_main:
-        write_description(folder, architecture, lineage={"stage": "train"}, recipe="", save_tokenizer=None)
-    runtime.barrier()
 
 
 def score(root: Path, overrides: list[str]) -> tuple[str, str]:
@@ -122,11 +101,8 @@ def score_everywhere(root: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("score")
-    tokenizer = small_tokenizer(folder / "tokenizer.model")
-    small_data(folder / "json", tokenizer, package=JSON_PACKAGE)
-    return folder
+def root(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(corpus, tmp_path_factory.mktemp("score"), dirs_exist_ok=True))
 
 
 def test_scores_from_the_command_line(root) -> None:

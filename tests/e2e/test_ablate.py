@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_score_stage import save_teacher
 from tests.e2e.verbs import all_run_well, all_typed, run_well
-from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
 
 COMMON = [
     "teacher.checkpoint=@/teacher",
@@ -65,12 +64,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("ablate")
-    tokenizer = small_tokenizer(root / "tokenizer.model")
-    small_data(root / "json", tokenizer, package=JSON_PACKAGE)
-    run_on_ranks(save_teacher, 2, root / "teacher", None)
-    return root
+def root(corpus_with_teacher: Callable[[str], Path]) -> Path:
+    return corpus_with_teacher("ablate")
 
 
 @pytest.fixture(scope="module")

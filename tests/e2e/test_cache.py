@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -14,11 +15,11 @@ import pytest
 
 from minitron_mcore.distillation.cache.file import CacheReader, settings_digest, shard_file, write_shard
 from tests import warm
+from tests.distributed.models import save_teacher
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_score_stage import save_teacher
 from tests.e2e.launchers import environment
 from tests.e2e.verbs import all_run_well, all_typed, run_well
-from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, small_data, small_tokenizer
+from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
 
 COMMON = [
     "tokenizer.model=@/tokenizer.model",
@@ -45,12 +46,8 @@ def words(root: Path, verb: str, *overrides: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cache")
-    tokenizer = small_tokenizer(root / "tokenizer.model")
-    small_data(root / "json", tokenizer, package=JSON_PACKAGE)
-    small_data(root / "email", tokenizer, package=EMAIL_PACKAGE)
-    run_on_ranks(save_teacher, 2, root / "teacher", None)
+def root(corpus_with_teacher: Callable[[str], Path]) -> Path:
+    root = corpus_with_teacher("cache")
     run_on_ranks(save_teacher, 2, root / "student", 5.0)
     commands = [
         words(root, "cache", *TEACHER, "cache.folder=@/sampled"),

@@ -12,26 +12,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
-from minitron_mcore.data.tokenizer import load_tokenizer
 from tests.e2e.verbs import all_run_well
-from tests.unit.text_data import preprocess, train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    text = folder / "text.jsonl"
-    words = ("prune", "distil", "score", "plan") * 20
-    lines = [" ".join(f"{word}{number % 7}" for word in words) for number in range(60)]
-    text.write_text("\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
-    tokenizer = TokenizerConfig(model=str(folder / "tokenizer.model"), input=str(text), vocab_size=290)
-    train_tokenizer(tokenizer, seed=1)
-    tokens = PreprocessConfig(input=str(text), output_prefix=str(folder / "tokens"), workers=1)
-    prefixes = preprocess(tokens, load_tokenizer(tokenizer), seed=1)
     sections = {
-        "tokenizer": {"model": tokenizer.model},
-        "data": {"train": prefixes[0], "sequence_length": 16, "num_workers": 0, "split": "80,20,0"},
+        "tokenizer": {"model": str(words / "tokenizer.model")},
+        "data": {
+            "train": str(words / "tokens_text_document"),
+            "sequence_length": 16,
+            "num_workers": 0,
+            "split": "80,20,0",
+        },
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
         | {"num_query_groups": 2, "kv_channels": 8, "max_position_embeddings": 64, "init_method_std": 0.2},
         "train": {"tokens": 192, "global_batch_size": 4, "micro_batch_size": 2, "eval_iters": 1},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,7 @@ from minitron_mcore.architecture import load_architecture
 from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.pruning.plan import load_plan
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_score_stage import save_teacher
 from tests.e2e.verbs import all_typed, run_well
-from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
 
 COMMON = [
     "output=@/run",
@@ -58,12 +57,8 @@ def commanded(root: Path, verb: str, *overrides: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("iterate")
-    tokenizer = small_tokenizer(root / "tokenizer.model")
-    small_data(root / "json", tokenizer, package=JSON_PACKAGE)
-    run_on_ranks(save_teacher, 2, root / "teacher", None)
-    return root
+def root(corpus_with_teacher: Callable[[str], Path]) -> Path:
+    return corpus_with_teacher("iterate")
 
 
 @pytest.fixture(scope="module")

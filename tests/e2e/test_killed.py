@@ -20,21 +20,19 @@ from minitron_mcore.checkpoint.folder import latest_iteration
 from tests import warm
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.launchers import environment
-from tests.unit.text_data import small_data, small_tokenizer
 
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("killed")
-    tokenizer = small_tokenizer(root / "tokenizer.model")
     sections: dict[str, dict[str, Any]] = {
-        "tokenizer": {"model": tokenizer.path},
+        "tokenizer": {"model": str(corpus / "tokenizer.model")},
         "data": {
             "num_workers": 2,
             "split": "1",
-            "train": small_data(root / "tokens", tokenizer),
+            "train": str(corpus / "email_text_document"),
             "sequence_length": 32,
         },
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}

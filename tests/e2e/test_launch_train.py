@@ -6,31 +6,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
-from minitron_mcore.data.tokenizer import load_tokenizer
 from tests.e2e.launchers import finish, free_port, run_sbatch, start_torchrun
-from tests.unit.text_data import preprocess, train_tokenizer
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of a tiny model, with its tokenizer and tokens made."""
     folder = tmp_path_factory.mktemp("data")
-    text = folder / "text.jsonl"
-    words = ("prune", "distil", "score", "plan") * 20
-    lines = [" ".join(f"{word}{number % 7}" for word in words) for number in range(40)]
-    text.write_text("\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
-    tokenizer = TokenizerConfig(model=str(folder / "tokenizer.model"), input=str(text), vocab_size=290)
-    train_tokenizer(tokenizer, seed=1)
-    prefixes = preprocess(
-        PreprocessConfig(input=str(text), output_prefix=str(folder / "tokens"), workers=1),
-        load_tokenizer(tokenizer),
-        seed=1,
-    )
     sections = {
         "parallel": {"tensor": 2},
-        "tokenizer": {"model": tokenizer.model},
-        "data": {"train": prefixes[0], "sequence_length": 16, "num_workers": 0, "split": "90,10,0"},
+        "tokenizer": {"model": str(words / "tokenizer.model")},
+        "data": {
+            "train": str(words / "tokens_text_document"),
+            "sequence_length": 16,
+            "num_workers": 0,
+            "split": "90,10,0",
+        },
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
         | {"num_query_groups": 2, "kv_channels": 8, "max_position_embeddings": 64, "rotary_base": 10000},
         "train": {"tokens": 128, "global_batch_size": 4, "micro_batch_size": 4, "eval_iters": 1},

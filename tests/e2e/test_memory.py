@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
-from minitron_mcore.data.tokenizer import load_tokenizer
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.verbs import all_run_well, command_on_rank, one_process_group
-from tests.unit.text_data import preprocess, train_tokenizer
 
 SMALL = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4} | {
     "num_query_groups": 2,
@@ -24,20 +21,17 @@ SMALL = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attenti
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def command(words: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """`distill` of a tiny student from a tiny teacher; two iterations with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("data")
-    text = folder / "text.jsonl"
-    words = ("prune", "distil", "score", "plan") * 20
-    lines = [" ".join(f"{word}{number % 7}" for word in words) for number in range(40)]
-    text.write_text("\n".join(json.dumps({"text": line}) for line in lines), encoding="utf-8")
-    tokenizer = TokenizerConfig(model=str(folder / "tokenizer.model"), input=str(text), vocab_size=290)
-    train_tokenizer(tokenizer, seed=1)
-    tokens = PreprocessConfig(input=str(text), output_prefix=str(folder / "tokens"), workers=1)
-    prefixes = preprocess(tokens, load_tokenizer(tokenizer), seed=1)
     sections = {
-        "tokenizer": {"model": tokenizer.model},
-        "data": {"train": prefixes[0], "sequence_length": 16, "num_workers": 0, "split": "90,10,0"},
+        "tokenizer": {"model": str(words / "tokenizer.model")},
+        "data": {
+            "train": str(words / "tokens_text_document"),
+            "sequence_length": 16,
+            "num_workers": 0,
+            "split": "90,10,0",
+        },
         "model": SMALL,
         "train": {"tokens": 64, "global_batch_size": 4, "micro_batch_size": 4, "eval_iters": 1},
         "teacher": {"checkpoint": str(folder / "teacher")},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,7 @@ import pytest
 
 from minitron_mcore.importance.scores import TOLERANCE, load_scores
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_score_stage import save_teacher
 from tests.e2e.verbs import all_typed, run_well
-from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
 
 LAYERS = 4
 METRICS = ("lm_loss", "logit_mse", "normalized_logit_mse", "accuracy")
@@ -62,16 +61,13 @@ def commanded(root: Path, *overrides: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("depth")
-    tokenizer = small_tokenizer(root / "tokenizer.model")
-    small_data(root / "json", tokenizer, package=JSON_PACKAGE)
+def root(corpus_with_teacher: Callable[[str], Path]) -> Path:
+    root = corpus_with_teacher("depth")
     lines = [json.dumps(question) for question in QUESTIONS]
     (root / "task.jsonl").write_text("\n".join(lines) + "\n")
     (root / "other.jsonl").write_text(lines[0])
     (root / "empty.jsonl").touch()
     (root / "long.jsonl").write_text("\n".join([lines[0], json.dumps({**QUESTIONS[0], "context": "import " * 80})]))
-    run_on_ranks(save_teacher, 2, root / "teacher", None)
     return root
 
 

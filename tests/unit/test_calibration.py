@@ -12,15 +12,12 @@ from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import build_calibration_dataset, num_rounds
 from minitron_mcore.data.described import describe_calibration
 from minitron_mcore.errors import InputError
-from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
+from tests.unit.text_data import small_tokenizer
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    tokenizer = small_tokenizer(folder / "tokenizer.model")
-    prefix = small_data(folder / "json", tokenizer, package=JSON_PACKAGE)
-    config = DataConfig(calibration=prefix, sequence_length=32)
+def dataset(corpus, tokenizer):
+    config = DataConfig(calibration=str(corpus / "json_text_document"), sequence_length=32)
     return build_calibration_dataset(config, tokenizer, num_samples=10, seed=1)
 
 

@@ -34,17 +34,8 @@ SEED = 11
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
-
-
-@pytest.fixture(scope="module")
-def prefixes(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("data")
-    return (
-        small_data(folder / "email", tokenizer),
-        small_data(folder / "json", tokenizer, package=JSON_PACKAGE),
-    )
+def prefixes(corpus):
+    return str(corpus / "email_text_document"), str(corpus / "json_text_document")
 
 
 @pytest.fixture
@@ -137,7 +128,7 @@ def test_split_cuts_documents(config, prefixes, tokenizer):
     assert rows(valid) == packed(documents[cut:], SEED)
 
 
-def test_training_without_held_out_text_where_nobody_asked_for_any(config, prefixes, tokenizer):
+def test_training_without_held_out_text_where_nobody_asked_for_any(config, prefixes, tokenizer, tmp_path):
     def names(**settings):
         data = dataclasses.replace(config, **settings)
         training, validation = build_training_datasets(
@@ -155,8 +146,8 @@ def test_training_without_held_out_text_where_nobody_asked_for_any(config, prefi
     for settings, words in (({"split": "97,2,1"}, "0 tokens in the 0 of its"), ({"split": "0,1,1"}, "for train")):
         with pytest.raises(InputError, match=words):
             names(valid=None, train=prefixes[1], **settings)
-    (Path(prefixes[1]).parent / "no.txt").write_text("short")
-    short = small_data(Path(prefixes[1]).parent / "short", tokenizer, package=str(Path(prefixes[1]).parent / "no.txt"))
+    (tmp_path / "no.txt").write_text("short")
+    short = small_data(tmp_path / "short", tokenizer, package=str(tmp_path / "no.txt"))
     with pytest.raises(InputError, match=r"data\.valid=.*short_text_document holds . tokens.*give more text"):
         names(valid=short)
 

@@ -15,14 +15,9 @@ from minitron_mcore.data.config import DataConfig, PreprocessConfig
 from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.errors import InputError
 from tests.unit.test_preprocess import stored, write_jsonl
-from tests.unit.text_data import preprocess, silent, small_tokenizer
+from tests.unit.text_data import preprocess, silent
 
 PROSE = "".join(f"Paragraph {i} says\nthat {i} is {'a' * (i % 90)} number.\n\n" for i in range(2500)).encode()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 def parts(text: bytes, path: str = "a.txt", document_bytes: int | None = None) -> list[bytes]:

@@ -19,20 +19,7 @@ from minitron_mcore.data.config import PreprocessConfig
 from minitron_mcore.data.held_out import is_held_out
 from minitron_mcore.errors import InputError
 from tests.e2e.launchers import ROOT
-from tests.unit.text_data import (
-    EMAIL_PACKAGE,
-    JSON_PACKAGE,
-    preprocess,
-    python_files,
-    silent,
-    small_data,
-    small_tokenizer,
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, preprocess, python_files, silent, small_data
 
 
 def stored(prefix: str) -> list[list[int]]:

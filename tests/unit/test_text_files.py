@@ -17,17 +17,12 @@ import pytest
 from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
 from minitron_mcore.errors import InputError
 from tests.unit.test_preprocess import stored
-from tests.unit.text_data import JSON_PACKAGE, preprocess, silent, small_tokenizer, train_tokenizer
+from tests.unit.text_data import JSON_PACKAGE, preprocess, silent, train_tokenizer
 
 TEXTS = [f"line {i}\nof the größte number {i * i}" for i in range(60)]
 LINES = "".join(json.dumps({"text": text, "id": i}, ensure_ascii=i % 2 == 0) + "\n" for i, text in enumerate(TEXTS))
 RAW = LINES.encode()
 LIST = json.dumps([{"text": text} for text in TEXTS], indent=1, ensure_ascii=False).encode()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return small_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 def texts_in(path: Path | str, tokenizer, tmp_path: Path, report: Callable[[str], None] = silent, **settings) -> list:
