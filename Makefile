@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test coverage test-slow test-matrix lint format bench gpu-check lock clean
+.PHONY: help venv demo test coverage test-slow test-matrix lint format bench bench-check gpu-check lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -57,6 +57,9 @@ format: venv  ## sort imports and format
 
 bench: venv  ## the benchmarks that run on any machine
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+
+bench-check: venv  ## whether the benchmarks' ratios still hold (ARGS="--only kd_step": some of them)
+	@$(BIN)/python benchmarks/gate/ratios.py $(ARGS)
 
 # With PYTHON=… by that interpreter as it is, so that a machine without a network needs no virtual environment.
 gpu-check: $(if $(PYTHON),,venv)  ## what only a GPU can show, in 8 minutes; a dry run without one (PYTHON=python3.12: without make venv)

@@ -139,7 +139,18 @@ def dry_run(target: str) -> str:
 
 
 def test_make_targets_do_their_own_set_up() -> None:
-    for target in ("demo", "test", "coverage", "test-slow", "test-matrix", "lint", "bench", "venv", "lock"):
+    for target in (
+        "demo",
+        "test",
+        "coverage",
+        "test-slow",
+        "test-matrix",
+        "lint",
+        "bench",
+        "bench-check",
+        "venv",
+        "lock",
+    ):
         assert ".ci/venv.sh" in dry_run(target), target
     assert "launch/torchrun.sh run --config configs/quickstart.yaml" in dry_run("demo")
     test = dry_run("test")
