@@ -12,7 +12,6 @@ from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import build_calibration_dataset, num_rounds
 from minitron_mcore.data.described import describe_calibration
 from minitron_mcore.errors import InputError
-from tests.unit.text_data import small_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +87,9 @@ def test_refuses(dataset, num_samples, rule, remedy):
     assert rule in caught.value.rule and remedy in caught.value.remedy
 
 
-def test_refuses_a_wrong_number_of_samples_before_building(tmp_path):
-    tokenizer = small_tokenizer(tmp_path / "tokenizer.model")
+def test_refuses_a_wrong_number_of_samples_before_building(corpus, tokenizer):
     with pytest.raises(InputError, match=r"importance\.num_samples=0 must be at least 1"):
         build_calibration_dataset(DataConfig(train="x"), tokenizer, num_samples=0, seed=1)
-    data = DataConfig(calibration=small_data(tmp_path / "json", tokenizer, package=JSON_PACKAGE), sequence_length=32)
+    data = DataConfig(calibration=str(corpus / "json_text_document"), sequence_length=32)
     with pytest.raises(InputError, match=r"importance\.num_samples=100000 is more than the 6\d\d calibration"):
         describe_calibration(data, tokenizer, 100_000)
