@@ -196,6 +196,15 @@ def test_the_citation_names_this_version_and_both_papers() -> None:
     assert all(author["family-names"] for reference in citation["references"] for author in reference["authors"])
 
 
+def test_the_tour_names_files_and_functions_that_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## A tour of the code")[1].split("\n## ")[0]
+    found = re.findall(r"`([a-z_]+/[a-z_/]+\.py)(?::\s+(?:[A-Z]\w+\.)?(\w+))?`", text)
+    assert len(found) > 15
+    for name, function in found:
+        source = (ROOT / "minitron_mcore" / name).read_text(encoding="utf-8")
+        assert f"def {function}(" in source or not function, f"{name} has no {function}"
+
+
 def test_links_in_the_documents_lead_somewhere() -> None:
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
