@@ -132,14 +132,13 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
                 if world.rank == 0:
                     print(shown, flush=True)
                 return 0
-            has_job = options.verb != "inspect"
-            job: Any = resolve(options.verb, recipe, world) if has_job else recipe
+            job = resolve(options.verb, recipe, world)
             from minitron_mcore.runtime.start import quiet_libraries, start, stop
 
             quiet_libraries()
             stage = importlib.import_module(f"minitron_mcore.stages.{module_of(options.verb)}")
             runtime = start()
-            for note in job.notes if has_job else ():
+            for note in job.notes:
                 runtime.print(f"{options.verb}: warning: {note}")
             stage.run(job, runtime)
         stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minitron_mcore.checkpoint.folder import TRACKER
-from minitron_mcore.stages.inspect import describe, table
+from minitron_mcore.report.what_it_is import describe, table
 
 
 def test_a_runs_folder_lists_its_parts(tmp_path: Path) -> None:

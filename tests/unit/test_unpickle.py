@@ -42,7 +42,7 @@ from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, trust
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.inputs import output_folder
 from minitron_mcore.layout import parameter_table
-from minitron_mcore.stages.inspect import describe
+from minitron_mcore.report.what_it_is import describe
 
 ARCHITECTURE = build_architecture(
     {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "num_attention_heads": 2, "vocab_size": 16}
