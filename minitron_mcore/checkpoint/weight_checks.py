@@ -18,10 +18,10 @@ from minitron_mcore.checkpoint.conversion import Unit
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.agree import gathered
 
-# By the word of `allow` that lets it through.
+# Word of `allow` that lets it through -> what is wrong, and what that means.
 FAULTS = {
-    "non_finite_tensors": "holds NaN or Inf: the file is damaged, so get it again",
-    "zero_tensors": "is all zero: its weights were never filled in, or were set to zero on purpose",
+    "non_finite_tensors": ("holds NaN or Inf", "the file is damaged, so get it again"),
+    "zero_tensors": ("is all zero", "its weights were never filled in, or were set to zero on purpose"),
 }
 
 
@@ -89,8 +89,9 @@ class WeightChecks:
                 is_lost = total.zero and unit.parameter.initial != "zero"
                 for word, fault in (("non_finite_tensors", not total.finite), ("zero_tensors", is_lost)):
                     if fault and word not in allow:
-                        rule, remedy = f"holds {name}, which {FAULTS[word]}", f"allow=[{word}] takes it as it is"
-                        raise InputError("", path(name), rule, remedy)
+                        found, meaning = FAULTS[word]
+                        remedy = f"{meaning}; allow=[{word}] takes it as it is"
+                        raise InputError("", path(name), f"holds {name}, which {found}", remedy)
                     allowed += [name] if fault else []
                 zeros += total.zero and not is_lost
         count = sum(total.num_elements for total in totals.values())
