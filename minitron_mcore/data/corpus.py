@@ -83,30 +83,34 @@ def _each_once(files: list[str]) -> list[str]:
     return [path for path in dict.fromkeys(files) if path in kept]
 
 
-def check_folder(path: str, key: str) -> None:
-    """Raise InputError, naming `key`, unless `path` is a folder to write to, or one could be made. Leaves nothing."""
+def check_folder(path: str, key: str, given: str | None = None) -> None:
+    """Raise InputError, naming `key`, unless `path` is a folder to write to, or one could be made. Leaves nothing.
+
+    given: the path that the recipe names, where that is a file in the folder.
+    """
+    named = given or path
     folder = os.path.abspath(path)
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     remedy = "name another, or open it to this user"
     if not os.path.isdir(folder):
-        raise InputError(key, path, f"cannot be written, because {folder} is not a folder", "name another")
+        raise InputError(key, named, f"cannot be written, because {folder} is not a folder", "name another")
     if not os.access(folder, os.W_OK):
-        raise InputError(key, path, f"cannot be written, because {folder} is closed to this user", remedy)
+        raise InputError(key, named, f"cannot be written, because {folder} is closed to this user", remedy)
     if not os.statvfs(folder).f_blocks:
         # Without a disk below, as in /proc, root seems to have a right that does not help: it is tried.
         try:
             os.rmdir(tempfile.mkdtemp(dir=folder))
         except OSError as error:
             rule = f"cannot be written, because no folder can be made in {folder}"
-            raise InputError(key, path, rule, "name another") from error
+            raise InputError(key, named, rule, "name another") from error
 
 
 def check_file(path: str, key: str) -> None:
     """Raise InputError, naming `key`, unless a file can be written at `path`. Makes nothing."""
     if os.path.isdir(path):
         raise InputError(key, path, "is a folder", "name a file")
-    check_folder(os.path.dirname(path) or ".", key)
+    check_folder(os.path.dirname(path) or ".", key, given=path)
 
 
 def make_parent(path: str, key: str) -> list[str]:
