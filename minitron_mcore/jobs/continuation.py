@@ -128,7 +128,7 @@ def _values(entry: Any, there: Any, here: Any) -> list[tuple[Any, str, Any, Any]
     return [
         # A key that an older version did not have was then as it is by default now.
         (each, f"{entry.name}.{each.name}", there.get(each.name, _plain(default_of(each))), now[each.name])
-        for each in dataclasses.fields(here)
+        for each in sorted(dataclasses.fields(here), key=lambda each: each.name not in there)
     ]
 
 

@@ -140,3 +140,10 @@ def test_which_keys_may_differ() -> None:
     assert keys(lambda entry: entry.metadata["may_change"]) == expected
     budget = {f"{section}.{name}" for section in trained for name in ("tokens", "phases", "lr_wsd_decay_tokens")}
     assert keys(lambda entry: entry.metadata["budget"]) == budget
+
+
+def test_what_is_stored_is_compared_first(tmp_path: Path) -> None:
+    """Not what a short recipe lacks, which is as by default."""
+    (tmp_path / "recipe.yaml").write_text("data: {sequence_length: 17}\n")
+    with pytest.raises(InputError, match=r"data\.sequence_length is 17 there and 16 here"):
+        refuse_other_run(tmp_path, load_recipe(None, ["data.train=x", "data.sequence_length=16"]), ("data",), "output")
