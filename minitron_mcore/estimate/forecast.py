@@ -22,6 +22,7 @@ from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.estimate.states import state_memory
 from minitron_mcore.estimate.teacher import host_bytes, teacher_hidden_states, teacher_layers_at_work, teacher_weights
 from minitron_mcore.layout import check_tensor_parallel
+from minitron_mcore.tables import table
 
 # Held from the first step to the last; the others come and go within a step.
 STATIC = ("weights", "gradients", "optimizer state", "teacher weights", "teacher's training")
@@ -49,7 +50,7 @@ class Forecast:
         """One line per part, the largest first."""
         rows = [*sorted(self.parts.items(), key=lambda row: -row[1]), ("together", self.total)]
         rows.append(("host memory of a node", self.host))
-        return "\n".join(f"  {name:<26}{bytes_text(value):>12}" for name, value in rows if value)
+        return table([(name, bytes_text(value)) for name, value in rows if value], indent="  ")
 
     def __str__(self) -> str:
         shown = sorted(((name, value) for name, value in self.parts.items() if value), key=lambda row: -row[1])

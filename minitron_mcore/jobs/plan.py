@@ -8,9 +8,10 @@ from pathlib import Path
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.corpus import check_file
 from minitron_mcore.errors import InputError
+from minitron_mcore.importance.config import variant_names
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.jobs.inputs import find_model, require
-from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises, absolute
+from minitron_mcore.jobs.job import NOTHING, PLAN, SCORES, Item, Job, Promises, absolute
 from minitron_mcore.jobs.layouts import asked_shape
 from minitron_mcore.pruning.plan import TARGETS, PruningPlan, check_residual, check_same_model, make_plan
 from minitron_mcore.pruning.targets import no_target
@@ -42,8 +43,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> PlanJ
     stands = target.exists() and not recipe.prune.overwrite
     if stands and plan and target.read_text(encoding="utf-8", errors="replace") != plan.to_json():
         raise InputError("plan", target, "holds another plan", "name another file, or set prune.overwrite=true")
-    scores = Item("scores", str(recipe.scores), "scores")
-    made = Item("plan", str(target), "plan")
+    scores = Item("scores", str(recipe.scores), SCORES)
+    made = Item("plan", str(target), PLAN)
     return PlanJob(
         recipe=recipe, reads=(model, scores) if model else (scores,), makes=(made,), target=target, plan=plan
     )
@@ -82,8 +83,18 @@ def plan_from_scores(
 
 def promised_shape(recipe: Recipe, teacher: Architecture) -> Architecture:
     """The shape of a student whose scores or plan are not there yet. Raises InputError."""
+    prune, importance = recipe.prune, recipe.importance
     shape = asked_shape(recipe, recipe.student, teacher)
-    check_residual(teacher, shape, recipe.prune.head_residual, recipe.prune.residual_matrices)
+    check_residual(teacher, shape, prune.head_residual, prune.residual_matrices)
+    metric, removed = prune.depth_metric, teacher.num_layers - shape.num_layers
+    length = removed if prune.layers == "contiguous" else 1
+    is_measured = metric in importance.depth_metrics and length in importance.block_lengths
+    if metric != "block_influence" and removed and recipe.student.layers is None and not is_measured:
+        remedy = f"add {metric} to importance.depth_metrics and {length} to importance.block_lengths"
+        raise InputError("prune.depth_metric", metric, f"is not measured for blocks of {length} layers", remedy)
+    if prune.variant and prune.variant not in (names := variant_names(importance)):
+        remedy = "add it by importance.aggregations and importance.neuron_sites"
+        raise InputError("prune.variant", prune.variant, f"is not among what is scored ({', '.join(names)})", remedy)
     return shape
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.inputs import find_model, output_folder, require
-from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises, absolute
+from minitron_mcore.jobs.job import NOTHING, PLAN, SCORES, Item, Job, Model, Promises, absolute
 from minitron_mcore.jobs.plan import NEEDED, plan_from_scores, promised_shape, read_scores
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.pruning.plan import TARGETS, PruningPlan, load_plan, scores_fingerprint
@@ -45,7 +45,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Prune
     notes = pipeline_split(student.num_layers, recipe.parallel)
     if plan is not None and teacher.iteration is not None:
         notes += other_teacher(plan, teacher.place)
-    made_from = Item("plan", recipe.plan, "plan") if recipe.plan else Item("scores", str(recipe.scores), "scores")
+    made_from = Item("plan", recipe.plan, PLAN) if recipe.plan else Item("scores", str(recipe.scores), SCORES)
     return PruneJob(
         recipe=recipe,
         reads=(teacher, made_from),

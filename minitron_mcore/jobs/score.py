@@ -10,6 +10,7 @@ from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.corpus import check_file
+from minitron_mcore.data.described import describe_calibration
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import kind_of
@@ -17,9 +18,10 @@ from minitron_mcore.importance.blocks import check_blocks, measured
 from minitron_mcore.importance.questions import Task, load_task, read_questions
 from minitron_mcore.importance.scores import OF_WEIGHTS, load_scores, tolerance_of
 from minitron_mcore.jobs.inputs import find_model, require
-from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
+from minitron_mcore.jobs.job import NOTHING, SCORES, Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import check_model, refuse_context
 from minitron_mcore.jobs.tokenizers import model_tokenizer
+from minitron_mcore.jobs.training import data_items
 from minitron_mcore.pruning.plan import check_same_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.layouts import check_layout
@@ -64,16 +66,21 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Score
     task = find_task(recipe, teacher.architecture, tokenizer)
     settings = describe(recipe, teacher, tokenizer) | ({"multiple_choice": task.digest} if task else {})
     is_promised = teacher.iteration is None or (reads_text and tokenizer is None)
+    is_there = not is_promised and is_made(target, teacher.architecture, settings)
+    data: tuple[Item, ...] = ()
+    if reads_text and not is_there:
+        described = describe_calibration(recipe.data, tokenizer, importance.num_samples, promises.prefixes)
+        data = data_items(recipe, described, promises)
     return ScoreJob(
         recipe=recipe,
-        reads=(teacher,),
-        makes=(Item("scores", str(target), "scores"),),
+        reads=(teacher, *data),
+        makes=(Item("scores", str(target), SCORES),),
         teacher=teacher,
         target=target,
         tokenizer=tokenizer,
         task=task,
         settings=settings,
-        is_there=not is_promised and is_made(target, teacher.architecture, settings),
+        is_there=is_there,
     )
 
 

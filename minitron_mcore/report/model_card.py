@@ -17,6 +17,7 @@ from minitron_mcore.checkpoint.companions import source_card
 from minitron_mcore.checkpoint.folder import beside, read_lineage
 from minitron_mcore.errors import InputError
 from minitron_mcore.pruning.plan import PruningPlan, load_plan
+from minitron_mcore.tables import markdown
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 # A stage in the lineage -> its tag.
@@ -42,8 +43,8 @@ def model_card(name: str, architecture: Architecture, folder: Path, iteration: i
     if lineage:
         sections += ["## Lineage", f"```yaml\n{yaml.safe_dump(lineage, sort_keys=False).strip()}\n```"]
     if results := _results(folder, iteration):
-        rows = "\n".join(f"| {measure} | {value} |" for measure, value in results.items())
-        sections += ["## Evaluation", f"On held-out text, by `minitron evaluate`.\n\n| | |\n|---|---|\n{rows}"]
+        measures = markdown(list(results.items()), ("", ""))
+        sections += ["## Evaluation", f"On held-out text, by `minitron evaluate`.\n\n{measures}"]
     return "\n\n".join(sections) + "\n"
 
 
@@ -79,8 +80,8 @@ def _shape_table(architecture: Architecture, plan: PruningPlan | None) -> str:
         "non-embedding parameters": [f"{model.num_non_embedding_parameters:,}" for model in models],
         **{field: [str(getattr(model, field)) for model in models] for field in (*SHAPE, "vocab_size")},
     }
-    head = "| | this model | its teacher |\n|---|---|---|" if plan else "| | |\n|---|---|"
-    return "\n".join([head, *(f"| {field} | {' | '.join(values)} |" for field, values in rows.items())])
+    head = ("", "this model", "its teacher") if plan else ("", "")
+    return markdown([(field, *values) for field, values in rows.items()], head)
 
 
 def _ranges(numbers: list[int]) -> str:

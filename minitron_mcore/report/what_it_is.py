@@ -25,6 +25,7 @@ from minitron_mcore.data.tokenizer_files import has_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.pruning.plan import load_plan
+from minitron_mcore.tables import table as columns
 
 KINDS = {
     "checkpoint": "Megatron checkpoint of minitron_mcore",
@@ -138,8 +139,7 @@ def table(found: dict[str, Any]) -> str:
     if verified:
         shown["verified"] = {**verified, "faults": len(verified["faults"])}
     rows = _rows(shown, "")
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value}".rstrip() for name, value in rows]
+    lines = [columns(rows, left=(0, 1))]
     warnings = [f"warning: {warning}" for warning in found["warnings"]]
     warnings += [f"fault: {fault}" for fault in verified.get("faults", [])]
     return "\n".join([f"{found['path']}: {KINDS[found['kind']]}", *lines, *warnings])

@@ -26,7 +26,6 @@ def run(job: PruneJob, runtime: Runtime) -> Path:
     assert plan is not None, "the plan is promised: resolve the job again before it acts"
     use_layout(recipe.parallel, runtime.world_size)
     runtime.barrier()  # every rank has looked at the folder before the first one changes it
-
     runtime.print(describe(plan))
     called = f"student.checkpoint={target}"
 

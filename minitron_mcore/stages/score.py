@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
-from minitron_mcore.data.calibration import calibration_batches, draw_samples
+from minitron_mcore.data.calibration import calibration_batches
 from minitron_mcore.data.dataset import build_calibration_dataset
 from minitron_mcore.importance.baselines import random_scores
 from minitron_mcore.importance.magnitude import magnitude_scores
@@ -46,14 +46,14 @@ def run(job: ScoreJob, runtime: Runtime) -> Path:
         samples, length = importance.num_samples, recipe.data.sequence_length
         runtime.print(f"{subject}, {samples:,} samples of {length:,} tokens -> {job.target}")
         a_round = importance.micro_batch_size * data_group().size()
-        say = progress(runtime.print, "score", "samples")
+        report = progress(runtime.print, "score", "samples")
         scores = score_model(
             chunks,
             batches(),
             architecture,
             importance,
             settings=job.settings,
-            report=lambda rounds: say(min(rounds * a_round, samples), samples),
+            report=lambda rounds: report(min(rounds * a_round, samples), samples),
         )
         scores = with_depth(job, runtime, chunks, batches, scores, progress(runtime.print, "score: depth", "blocks"))
     else:
@@ -75,7 +75,6 @@ def read_calibration(job: ScoreJob) -> Callable[[], Iterator[Microbatch]]:
     assert tokenizer is not None, "the tokenizer is promised: resolve the job again before it acts"
     dataset = build_calibration_dataset(recipe.data, tokenizer, num_samples=importance.num_samples, seed=recipe.seed)
     assert dataset is not None
-    draw_samples(dataset, importance.num_samples, recipe.seed)  # refuses too few samples before a model is built
 
     def batches() -> Iterator[Microbatch]:
         once = calibration_batches(
@@ -93,7 +92,7 @@ def read_calibration(job: ScoreJob) -> Callable[[], Iterator[Microbatch]]:
 
 
 def progress(say: Callable[[str], None], what: str, unit: str) -> Callable[[int, int], None]:
-    """A report (done, total) that prints, now and then and at the end, how far it is."""
+    """A report (done, total) that prints, now and then and at the end, how far the work is."""
     pace = Pace()
 
     def report(done: int, total: int) -> None:
