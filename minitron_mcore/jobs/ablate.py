@@ -13,6 +13,7 @@ from typing import Any
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.described import describe_held_out
 from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.jobs.inputs import find_model, output_folder, require
@@ -106,18 +107,21 @@ def importance_of(
         if row.depth_metric in metrics
     }
     batch, _, sequence = pairs[0].partition("/")
-    return dataclasses.replace(
-        recipe.importance,
-        method="activation",
-        batch_aggregation=batch,
-        sequence_aggregation=sequence,
-        neuron_site=sites[0],
-        aggregations=pairs[1:],
-        neuron_sites=sites[1:],
-        depth_metrics=list(metrics),
-        block_lengths=sorted(lengths) or [1],
-        multiple_choice=recipe.importance.multiple_choice if {*metrics} & {*TASK_METRICS} else None,
-    )
+    try:
+        return dataclasses.replace(
+            recipe.importance,
+            method="activation",
+            batch_aggregation=batch,
+            sequence_aggregation=sequence,
+            neuron_site=sites[0],
+            aggregations=pairs[1:],
+            neuron_sites=sites[1:],
+            depth_metrics=list(metrics),
+            block_lengths=sorted(lengths) or [1],
+            multiple_choice=recipe.importance.multiple_choice if {*metrics} & {*TASK_METRICS} else None,
+        )
+    except InputError as error:
+        raise error.under("ablate") from error
 
 
 def fingerprint(recipe: Recipe, teacher: Model, tokenizer: Tokenizer | None) -> str:

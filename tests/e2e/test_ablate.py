@@ -35,10 +35,10 @@ GRID = [
 # A student of two layers on two stages: one of its layers is cut on another stage than it goes to.
 LAYOUTS = {"two": ["parallel.tensor=2", "parallel.sequence=true"], "three": ["parallel.pipeline=2"]}
 REFUSED: list[tuple[list[str], str]] = [
-    (["ablate.aggregations=[l2/max]"], "ablate.aggregations=[l2/max] holds l2/max, which is not allowed: choose from"),
+    (["ablate.aggregations=[l2/max]"], "ablate.aggregations[0]=l2/max must be one of"),
     (
         ["ablate.methods=[guess]"],
-        "ablate.methods=[guess] holds guess, which is not allowed: choose from activation, m",
+        "ablate.methods[0]=guess must be one of activation, magnitude, random",
     ),
     (
         ["student.num_layers=null", "student.ffn_hidden_size=null"],
@@ -47,7 +47,10 @@ REFUSED: list[tuple[list[str], str]] = [
     (["student.hidden_size=4800"], "student.hidden_size=4800 is larger than the teacher's 48"),
     (["output=null"], "output is not given"),
     (["teacher.checkpoint=@/none"], "teacher.checkpoint=@/none is not there"),
-    (["ablate.depth_metrics=[accuracy]"], "asks questions: name their JSONL file as importance.multiple_choice"),
+    (
+        ["ablate.depth_metrics=[accuracy]"],
+        "ablate.depth_metrics=[accuracy] holds accuracy, which needs questions: name a JSONL",
+    ),
     (["importance.num_samples=100000"], "importance.num_samples=100,000 calibration samples are more than"),
     (["evaluate.samples=8", "output=@/one"], "output=@/one holds ablation.csv with rows of another teacher, student"),
     (["ablate.aggregation=[l2/l2]"], "is no key of a recipe: the nearest is ablate.aggregations"),
