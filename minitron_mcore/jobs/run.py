@@ -120,10 +120,10 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
     base = dataclasses.replace(with_teacher(base, teacher), scores=recipe.scores or str(folder / "scores.safetensors"))
     if not recipe.teacher.checkpoint:
         road.add("train-teacher", "train the teacher", "train", with_train(base, teacher))
+    shape = find_model(teacher, "teacher.checkpoint", road.promises).architecture
     # Nothing is written into the folder of a teacher that the recipe names.
     results = folder / "teacher" / "results.json" if recipe.teacher.checkpoint else None
     road.evaluate("teacher", base, teacher, results)
-    shape = find_model(teacher, "teacher.checkpoint", road.promises).architecture
     if recipe.correct.tokens:
         corrected = str(folder / "corrected")
         road.add("correct-teacher", "correct the teacher", "correct", with_correction(base, corrected))

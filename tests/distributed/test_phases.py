@@ -37,8 +37,10 @@ def train_on_rank(overrides: list[str], stage: str = "train") -> list[dict[str, 
     """The verb; of each of its steps what it read, and Adam's state before and after it."""
     import importlib
 
+    from minitron_mcore.jobs.job import resolve
     from minitron_mcore.recipe import load_recipe
     from minitron_mcore.runtime.start import start
+    from minitron_mcore.runtime.world import World
     from minitron_mcore.training import loop
 
     states: list[dict[str, Any]] = []
@@ -55,7 +57,9 @@ def train_on_rank(overrides: list[str], stage: str = "train") -> list[dict[str, 
 
     loop.train_step = watched  # type: ignore[assignment]
     try:
-        importlib.import_module(f"minitron_mcore.stages.{stage}").run(load_recipe(None, overrides), start())
+        runtime = start()
+        job = resolve(stage, load_recipe(None, overrides), World(runtime.rank, runtime.world_size))
+        importlib.import_module(f"minitron_mcore.stages.{stage}").run(job, runtime)
     finally:
         loop.train_step = step
     return states
