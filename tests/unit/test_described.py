@@ -20,6 +20,7 @@ from minitron_mcore.data.described import describe, describe_calibration, descri
 from minitron_mcore.data.index import TOKEN_TYPES, read_index
 from minitron_mcore.data.index_size import Wanted
 from minitron_mcore.errors import InputError
+from tests.unit.test_dataset import documents_of
 from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
 
 LENGTH = 64
