@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,9 @@ from tests.e2e.bad_input_cases import CASES, Case
 from tests.e2e.verbs import all_typed, typed
 
 TRACKER = "latest_checkpointed_iteration.txt"
+ROOT = Path(__file__).parents[2]
+# What no description says: found only while text or tensors are read.
+SEEN_WHILE_RUNNING: tuple[str, ...] = ()
 
 MODEL = {
     "num_layers": 2,
@@ -164,6 +169,35 @@ def test_wrong_input_is_named_and_nothing_is_written(
         assert shown.startswith(f"minitron {case[-3]}: ") and shown.count("\n") == 1 and shown.endswith("\n"), shown
         assert case[-1].replace("@", str(root)) in shown
         assert untouched
+
+
+@pytest.fixture(scope="module")
+def dry_results(root: Path) -> dict[str, tuple[int, str, bool]]:
+    """Every case with --dry-run, in a process without megatron or a process group."""
+    cases = (*CASES, *DISTILL)
+    commands = [[*command(root, *case[-3:-1]), *planned_ranks(case)] for case in cases]  # type: ignore[misc]
+    words = [sys.executable, "-m", "tests.e2e.dry_runs", str(root)]
+    done = subprocess.run(words, input=json.dumps(commands), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["heavy"] == []
+    return {case_name(case): tuple(result) for case, result in zip(cases, found["results"], strict=True)}
+
+
+def planned_ranks(case: Case) -> list[str]:
+    return [f"cluster.gpus={ranks_of(case)}"] if ranks_of(case) > 1 else []
+
+
+@pytest.mark.parametrize("case", (*CASES, *DISTILL), ids=case_name)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    case: Case, results: dict[str, list[tuple[int, str, bool]]], dry_results: dict[str, tuple[int, str, bool]]
+) -> None:
+    code, shown, untouched = dry_results[case_name(case)]
+    assert untouched
+    if any(word in case[-1] for word in SEEN_WHILE_RUNNING):
+        assert code == 0, shown
+    else:
+        assert (code, shown) == results[case_name(case)][0][:2]
 
 
 def test_an_unknown_verb_is_named_beside_those_there_are(tmp_path: Path) -> None:
