@@ -277,7 +277,7 @@ CHECKPOINTS: list[Case] = [
         "scores=@/scores.safetensors was made in another way: importance.num_samples",
     ),
     ("score", ["importance.num_samples=0"], "importance.num_samples=0 must be at least 1"),
-    ("score", ["importance.num_samples=99999"], "importance.num_samples=99,999 calibration samples are more than the"),
+    ("score", ["importance.num_samples=99999"], "importance.num_samples=99999 is more than the"),
     ("score", ["importance.micro_batch_size=0"], "importance.micro_batch_size=0 must be at least 1"),
     *(
         (

@@ -49,9 +49,9 @@ REFUSED: list[tuple[list[str], str]] = [
     (["teacher.checkpoint=@/none"], "teacher.checkpoint=@/none is not there"),
     (
         ["ablate.depth_metrics=[accuracy]"],
-        "ablate.depth_metrics=[accuracy] holds accuracy, which needs questions: name a JSONL",
+        "ablate.depth_metrics=[accuracy] holds accuracy, which needs questions",
     ),
-    (["importance.num_samples=100000"], "importance.num_samples=100,000 calibration samples are more than"),
+    (["importance.num_samples=100000"], "importance.num_samples=100000 is more than the"),
     (["evaluate.samples=8", "output=@/one"], "output=@/one holds ablation.csv with rows of another teacher, student"),
     (["ablate.aggregation=[l2/l2]"], "is no key of a recipe: the nearest is ablate.aggregations"),
 ]
