@@ -37,20 +37,23 @@ QUESTIONS: list[dict[str, Any]] = [
 ]
 # What is wrong beside DEPTH, and what must be said.
 REFUSED: list[tuple[list[str], str]] = [
-    (["importance.depth_metrics=[perplexity]"], "importance.depth_metrics holds 'perplexity': choose from"),
+    (
+        ["importance.depth_metrics=[perplexity]"],
+        "importance.depth_metrics[0]=perplexity must be one of block_influence",
+    ),
     (["importance.block_lengths=[4]"], "importance.block_lengths=[4] holds 4, but the model has 4 layers"),
-    (["importance.block_lengths=[0]"], "importance.block_lengths holds 0"),
+    (["importance.block_lengths=[0]"], "importance.block_lengths[0]=0 must be at least 1"),
     (["importance.block_lengths=[]"], "importance.block_lengths=[] is empty"),
-    (["importance.multiple_choice=null"], "importance.depth_metrics holds 'accuracy', which asks questions"),
+    (["importance.multiple_choice=null"], "holds accuracy, which needs questions: name a JSONL file"),
     (
         ["importance.depth_metrics=[lm_loss]"],
-        "importance.multiple_choice=@/task.jsonl holds questions that no metric asks",
+        "importance.multiple_choice=@/task.jsonl holds questions, but no metric needs them",
     ),
     (["importance.multiple_choice=@/none.jsonl"], "importance.multiple_choice=@/none.jsonl cannot be read"),
     (["importance.multiple_choice=@/empty.jsonl"], "importance.multiple_choice=@/empty.jsonl holds no questions"),
     (
         ["importance.multiple_choice=@/long.jsonl"],
-        "importance.multiple_choice=@/long.jsonl, line 2: context and choice",
+        "importance.multiple_choice=@/long.jsonl, line 2 has",
     ),
     (["importance.multiple_choice=@/other.jsonl"], "was made in another way: importance.multiple_choice"),
 ]
