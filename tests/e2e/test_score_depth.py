@@ -39,7 +39,7 @@ QUESTIONS: list[dict[str, Any]] = [
 REFUSED: list[tuple[list[str], str]] = [
     (
         ["importance.depth_metrics=[perplexity]"],
-        "importance.depth_metrics[0]=perplexity must be one of block_influence",
+        "importance.depth_metrics[0]=perplexity must be one of",
     ),
     (["importance.block_lengths=[4]"], "importance.block_lengths=[4] holds 4, but the model has 4 layers"),
     (["importance.block_lengths=[0]"], "importance.block_lengths[0]=0 must be at least 1"),
