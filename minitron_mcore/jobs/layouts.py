@@ -79,7 +79,7 @@ def teacher_layout(recipe: Recipe, teacher: Model, world: World) -> ParallelConf
     """
     own, architecture = recipe.teacher.parallel, teacher.architecture
     if recipe.teacher.precision == "fp8":
-        check_fp8_widths(architecture, (own or recipe.parallel).tensor)
+        check_fp8(architecture, (own or recipe.parallel).tensor, world)
     if own is None or own == recipe.parallel:
         check_model(architecture, recipe, "distill")
         return recipe.parallel
@@ -105,8 +105,12 @@ def of_teacher(error: InputError) -> InputError:
     return InputError(key, error.value, rule, remedy)
 
 
-def check_fp8_widths(architecture: Architecture, tensor: int, key: str = "teacher.precision") -> None:
-    """Raise InputError where the products of a model at tensor-parallel size `tensor` cannot be in fp8."""
+def check_fp8(architecture: Architecture, tensor: int, world: World) -> None:
+    """Raise InputError where the products of a teacher at tensor-parallel size `tensor` cannot be in fp8."""
+    key = "teacher.precision"
+    if world.device == "cpu":
+        rule = "needs Transformer Engine and a CUDA device, which are not here"
+        raise InputError(key, "fp8", rule, f"set {key}=bf16")
     sizes = axis_sizes(architecture)
     widths = {"hidden_size": sizes["hidden"], "ffn_hidden_size": sizes["ffn"], "query heads' width": sizes["heads"]}
     for name, width in widths.items():

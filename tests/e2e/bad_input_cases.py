@@ -229,9 +229,9 @@ TRAINING += [
     ("train", ["tokenizer.model=null"], "tokenizer.model is not set"),
     ("train", ["tokenizer.model=@/other.model"], "was made with another tokenizer"),
     ("train", ["model.vocab_size=290"], "has 300 ids and the model vocab_size=290"),
-    ("train", ["model.hidden_size=0"], "model: hidden_size=0 must be a whole number of at least 1"),
-    ("train", ["model.num_layers=null"], "model: num_layers is missing"),
-    ("train", ["model.num_attention_heads=3"], "model: num_attention_heads=3 must be a multiple of num_query_groups=2"),
+    ("train", ["model.hidden_size=0"], "model.hidden_size=0 must be a whole number of at least 1"),
+    ("train", ["model.num_layers=null"], "model.num_layers is missing"),
+    ("train", ["model.num_attention_heads=3"], "model.num_attention_heads=3 must be a multiple of num_query_groups=2"),
     (
         "train",
         ["model.family=lama"],
@@ -260,7 +260,7 @@ TRAINING += [
     (
         "train",
         ["train.checkpoint=@/checkpoints/torn_tracker"],
-        "a whole number, the newest finished iteration, belongs there",
+        "instead of a number: write that of the newest finished iteration into it",
     ),
     ("train", ["train.checkpoint=@/checkpoints/cut_off"], "is not a finished checkpoint: restore it"),
 ]
@@ -357,7 +357,7 @@ RUN: list[Case] = [
     ("run", ["tokenizer.model=@/none"], "tokenizer.model=@/none does not exist"),
     ("run", ["data.valid=@/none"], "data.valid=@/none lacks its .bin or its .idx"),
     ("run", ["data.sequence_length=65"], LENGTH),
-    ("run", ["model.hidden_size=null"], "model: hidden_size is missing"),
+    ("run", ["model.hidden_size=null"], "model.hidden_size is missing"),
     ("run", ["train.global_batch_size=3"], "train.global_batch_size=3 is no multiple of"),
     ("run", ["distill.min_lr=1"], "distill.min_lr=1.0 must lie between 0 and lr="),
     ("run", ["distill.tokens=0"], "distill.tokens=0 must be at least 1"),
@@ -369,9 +369,9 @@ RUN: list[Case] = [
     (
         "run",
         ["run.students.odd.hidden_size=30"],
-        "hidden_size=30 is not a multiple of num_attention_heads=4",
+        "is not a multiple of num_attention_heads=4",
     ),
-    ("run", ["run.students={a b: {num_layers: 1}}"], "run.students: 'a b' is to be a folder's name"),
+    ("run", ["run.students={a b: {num_layers: 1}}"], "run.students=a b is to be a folder's name"),
     ("run", ["run.baselines=[radnom]"], "run.baselines[0]=radnom must be one of next_token, random"),
     ("run", ["teacher.checkpoint=@/none"], "teacher.checkpoint=@/none is not there"),
     ("run", ["teacher.checkpoint=@/teacher", "tokenizer.model=null"], "name it as tokenizer.model"),

@@ -31,7 +31,7 @@ if __name__ == "__main__":
     for words in json.load(sys.stdin):
         before = snapshot(root)
         results.append([*dry_run(words), snapshot(root) == before])
-    heavy = [name for name in ("megatron", "wandb") if name in sys.modules]
+    heavy: list[str] = [name for name in ("megatron", "wandb") if name in sys.modules]
     if torch := sys.modules.get("torch"):
         heavy += ["process group"] if torch.distributed.is_initialized() else []
     print(json.dumps({"results": results, "heavy": heavy}))
