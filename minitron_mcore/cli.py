@@ -121,9 +121,10 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
         recipe = load_recipe(options.config, overrides, **taken)
         from minitron_mcore.jobs.job import module_of, resolve
         from minitron_mcore.jobs.stated import reading_for
+        from minitron_mcore.runtime.machine import on_this_machine
 
         with reading_for(recipe):
-            world = read_world(os.environ)
+            world = on_this_machine(read_world(os.environ))
             if options.dry_run:
                 from minitron_mcore.jobs.dry_run import dry_run, planned_world
 

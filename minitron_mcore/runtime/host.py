@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
 import torch
 
+from minitron_mcore.runtime.machine import host_memory
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.world import Memory, World
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def measured_world(runtime: Runtime) -> World:
@@ -37,17 +33,3 @@ def device_memory(local_ranks: int) -> tuple[int, int]:
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
     free, total = host_memory()
     return free // local_ranks, total // local_ranks
-
-
-def host_memory() -> tuple[int, int]:
-    """(free, total) bytes of this node's host memory, or of its container's, for all of its ranks."""
-    memory = psutil.virtual_memory()
-    free, total = memory.available, memory.total
-    limit, used = (_read(_CGROUP / f"memory.{name}") for name in ("max", "current"))
-    if limit.isdigit() and used.isdigit() and int(limit) < total:
-        free, total = min(free, int(limit) - int(used)), int(limit)
-    return free, total
-
-
-def _read(file: Path) -> str:
-    return file.read_text().strip() if file.is_file() else ""
