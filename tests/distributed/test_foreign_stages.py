@@ -51,7 +51,7 @@ def run_verb(verb: str, root: Path, *overrides: str) -> str:
     recipe = recipe_of(root, *overrides)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), reading_for(recipe):
-        job: Any = recipe if verb == "inspect" else resolve(verb, recipe, read_world(os.environ))
+        job = resolve(verb, recipe, read_world(os.environ))
         importlib.import_module(f"minitron_mcore.stages.{verb}").run(job, start())
     return printed.getvalue()
 
