@@ -68,6 +68,9 @@ def refuse_closed(what: str, path: str | Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
+SCORES_KIND = "is a scores file"
+
+
 def kind_of(path: str | Path) -> str:
     """What lies at `path` where something else was asked for, as a rule says it; "" where nothing known does."""
     path = Path(path)
@@ -78,7 +81,7 @@ def kind_of(path: str | Path) -> str:
         return ""
     with path.open("rb") as stream:
         head = stream.read(4096)
-    marks = {b'"minitron_plan"': "is a pruning plan", b"minitron_scores": "is a scores file"}
+    marks = {b'"minitron_plan"': "is a pruning plan", b"minitron_scores": SCORES_KIND}
     return next((words for mark, words in marks.items() if mark in head), "")
 
 

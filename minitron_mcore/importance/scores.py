@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import kind_of, whole_file
+from minitron_mcore.files import SCORES_KIND, kind_of, whole_file
 
 AXES = ("hidden", "ffn", "heads", "layers")
 # The axes whose scores depend on the aggregations and the neuron site.
@@ -190,7 +190,9 @@ def load_scores(path: str | Path | None) -> Scores:
     except InputError as error:
         raise InputError("scores", path, error.rule, error.remedy) from error
     except SafetensorError as error:
-        raise InputError("scores", path, kind_of(path) or f"cannot be read ({error})", remedy) from error
+        kind = kind_of(path)
+        rule = kind if kind and kind != SCORES_KIND else f"cannot be read ({error})"
+        raise InputError("scores", path, rule, remedy) from error
     except (KeyError, ValueError) as error:
         raise InputError("scores", path, f"is damaged, its description cannot be read ({error})", remedy) from error
 

@@ -112,7 +112,7 @@ def test_refusals(root: Path) -> None:
     cases = {
         "must be cache:DIR": ["distill.teacher=@/sampled"],
         "holds no teacher's targets": ["distill.teacher=cache:@/teacher"],
-        "distill.temperature is 2.0: make them equal": [sampled, "distill.temperature=2"],
+        "distill.temperature=2.0 differs from the temperature 1.0 of the targets": [sampled, "distill.temperature=2"],
         "distill.logit_loss=reverse_kl needs more": [sampled, "distill.logit_loss=reverse_kl"],
         "distill.top_k=5": [sampled, "distill.top_k=5"],
         "seed is 1234 there and 7 here": [sampled, "seed=7"],

@@ -147,7 +147,7 @@ TARGETS = [
     ("export", "checkpoint=@/wrong/vocabulary", "has 600 ids and the model vocab_size=500"),
     ("export", "checkpoint=@/wrong/cut", "@/wrong/cut/iter_0000000"),
     ("export", "checkpoint=@/wrong/gone", "@/wrong/gone/iter_0000000"),
-    ("export", "checkpoint=@/sharded", "checkpoint=@/sharded holds no finished checkpoint"),
+    ("export", "checkpoint=@/sharded", "checkpoint=@/sharded is a Hugging Face folder, not a Megatron checkpoint"),
 ]
 
 

@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with(road: tuple[Path, lis
     tracker = teacher / "latest_checkpointed_iteration.txt"
     tracker.write_text(tracker.read_text().replace(str(began_at), str(began_at + 5)))
     shown = run_well(*command, "distill.tokens=256")
-    assert f"goes on with iteration {began_at} of teacher.checkpoint={teacher}, as it began" in shown
+    assert f"goes on with iteration {began_at} of teacher.checkpoint={teacher}, with which it began" in shown
     taught_by = yaml.safe_load((student / "lineage.yaml").read_text())["teacher"]
     assert taught_by["iteration"] == began_at and len(taught_by["weights"]) > 16
 

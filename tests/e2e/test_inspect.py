@@ -270,7 +270,7 @@ def test_damage_and_strangers_are_refused(root: Path, tmp_path: Path) -> None:
     cases["empty is not recognised: name a checkpoint, a Hugging Face folder"] = tmp_path / "empty"
     cases["notes.txt is not recognised"] = tmp_path / "notes.txt"
     cases["nothing is not recognised"] = tmp_path / "nothing"
-    cases["is no scores file"] = next((root / "hf").glob(FIRST_FILE + "*"))
+    cases["is not a scores file"] = next((root / "hf").glob(FIRST_FILE + "*"))
     before = listing(tmp_path)
     commands = [["inspect", str(path)] for path in cases.values()]
     answers = minitron(*commands, ["inspect"], ["inspect", "a", "b"])

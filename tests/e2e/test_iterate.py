@@ -42,10 +42,10 @@ COMMON = [
 ]
 STEPS = ["prune-student-step-1", "train-student-step-1", "score-student-step-2", "prune-student"]
 REFUSED: list[tuple[list[str], str]] = [
-    (["prune.steps=0"], "prune.steps=0 must be a whole number of at least 1"),
+    (["prune.steps=0"], "prune.steps=0 must be at least 1"),
     (["prune.steps=1"], "prune.step_tokens=128 trains between steps, but there is one"),
     (["prune.step_tokens=-1"], "prune.step_tokens=-1 must be at least 0"),
-    (["prune.step_loss=guess"], "prune.step_loss='guess' is not allowed"),
+    (["prune.step_loss=guess"], "prune.step_loss=guess must be one of distillation, next_token"),
     (["student.layers=[0,1]"], "student.layers=[0, 1] names the teacher's layers, but prune.steps=2 chooses again"),
     (["distill.lr_warmup_iters=1"], "distill.lr_warmup_iters=1 must be less than the 1 iterations"),
     (["plan=@/plan.json"], "plan=@/plan.json is of one step, but prune.steps=2"),
