@@ -43,6 +43,8 @@ def check_cache_serves(
     check_teacher(recipe, settings)
     if recipe.distill.checkpoint:
         refuse_other_targets(Path(recipe.distill.checkpoint), settings, f"{KEY}={given}")
+    if tokenizer is not None:
+        check_text(recipe, settings, tokenizer)
     needed = samples_needed(recipe)
     if settings["num_samples"] < needed:
         rule = (
@@ -54,8 +56,6 @@ def check_cache_serves(
     if missing := reader.missing_shards(needed):
         rule = f"is not finished: {len(missing)} of its shards are missing, the first is {missing[0]}"
         raise InputError(KEY, given, rule, "run `cache` again, which writes what is missing")
-    if tokenizer is not None:
-        check_text(recipe, settings, tokenizer)
     return settings
 
 

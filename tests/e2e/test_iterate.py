@@ -43,7 +43,7 @@ COMMON = [
 STEPS = ["prune-student-step-1", "train-student-step-1", "score-student-step-2", "prune-student"]
 REFUSED: list[tuple[list[str], str]] = [
     (["prune.steps=0"], "prune.steps=0 must be at least 1"),
-    (["prune.steps=1"], "prune.step_tokens=128 trains between steps, but there is one"),
+    (["prune.steps=1"], "prune.step_tokens=128 trains between steps, but prune.steps=1 has one"),
     (["prune.step_tokens=-1"], "prune.step_tokens=-1 must be at least 0"),
     (["prune.step_loss=guess"], "prune.step_loss=guess must be one of distillation, next_token"),
     (["student.layers=[0,1]"], "student.layers=[0, 1] names the teacher's layers, but prune.steps=2 chooses again"),
