@@ -47,9 +47,6 @@ def check_steps(recipe: Recipe, student: StudentConfig, section: str) -> None:
     if prune.steps > 1 and recipe.plan:
         rule = f"is of one step, but prune.steps={prune.steps}"
         raise InputError("plan", recipe.plan, rule, "leave one of them out")
-    if prune.step_tokens and prune.steps == 1:
-        rule = "trains between steps, but there is one"
-        raise InputError("prune.step_tokens", prune.step_tokens, rule, "raise prune.steps")
 
 
 def parts_of(recipe: Recipe, name: str, student: StudentConfig, teacher: Architecture, folder: Path) -> Iterator[Step]:
