@@ -16,7 +16,7 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.jobs.inputs import find_model, output_folder, require
+from minitron_mcore.jobs.inputs import TEXT, find_model, output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import asked_shape, check_model, refuse_context
 from minitron_mcore.jobs.score import ScoreJob
@@ -51,7 +51,7 @@ class AblateJob(Job):
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> AblateJob:
     """`teacher.checkpoint`, `student.*` and `ablate.*` -> the folder `output`. Raises InputError."""
-    require(recipe, {"teacher.checkpoint": "the teacher's folder", "output": "the folder to write to"})
+    require(recipe, {"teacher.checkpoint": "the teacher's folder", "output": "the folder to write to"}, TEXT)
     refuse_context(recipe, "ablate")
     check_layout(recipe.parallel, world.size)
     folder = output_folder(recipe.output, "output")

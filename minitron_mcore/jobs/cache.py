@@ -17,7 +17,7 @@ from minitron_mcore.distillation.cache.serving import PREFIX, check_served
 from minitron_mcore.distillation.config import CacheConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.cached import describe_data, samples_needed
-from minitron_mcore.jobs.inputs import find_model, output_folder, require
+from minitron_mcore.jobs.inputs import TEXT, budget_and_text, find_model, output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import check_model, refuse_context
 from minitron_mcore.jobs.score import flat
@@ -45,7 +45,8 @@ class CacheJob(Job):
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> CacheJob:
     """What is missing of `cache.folder`; the same command goes on where it was cut off, and one that asks for more
     samples adds them. Raises InputError."""
-    require(recipe, {"cache.folder": "the folder to write to", "teacher.checkpoint": "the folder of a checkpoint"})
+    needed = {"cache.folder": "the folder to write to", "teacher.checkpoint": "the folder of a checkpoint"}
+    require(recipe, needed, TEXT if recipe.cache.num_samples else budget_and_text("distill"))
     refuse_context(recipe, "cache")
     check_layout(recipe.parallel, world.size)
     cache = recipe.cache

@@ -10,7 +10,7 @@ from minitron_mcore.distillation.config import DistillConfig
 from minitron_mcore.distillation.logits.settings import PROBABILISTIC
 from minitron_mcore.distillation.states.map import check_hidden_states
 from minitron_mcore.errors import InputError
-from minitron_mcore.jobs.inputs import find_model, require
+from minitron_mcore.jobs.inputs import budget_and_text, find_model, require
 from minitron_mcore.jobs.job import NOTHING, Item, Model, Promises, absolute
 from minitron_mcore.jobs.teachers import Teaching, cache_teaching, check_teacher_keys, model_teaching
 from minitron_mcore.jobs.training import TrainingJob, data_items, no_validation, resolve_training
@@ -34,7 +34,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Disti
     key = "distill.load" if distill.load else "student.checkpoint"
     cache = cache_folder(distill.teacher)
     needed = {key: "the folder of the pruned student", "distill.checkpoint": "the folder to write to"}
-    require(recipe, needed if cache else {**needed, "teacher.checkpoint": "the folder of the teacher"})
+    needed |= {} if cache else {"teacher.checkpoint": "the folder of the teacher"}
+    require(recipe, needed, budget_and_text("distill"))
     check_teacher_keys(recipe)
     student = find_model(distill.load or recipe.student.checkpoint, key, promises)
     refuse_own_folder(recipe, student)

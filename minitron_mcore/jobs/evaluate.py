@@ -8,7 +8,7 @@ from pathlib import Path
 from minitron_mcore.data.corpus import check_file
 from minitron_mcore.data.described import describe_held_out
 from minitron_mcore.data.tokenizer import Tokenizer
-from minitron_mcore.jobs.inputs import find_model, require
+from minitron_mcore.jobs.inputs import TEXT, find_model, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import check_model
 from minitron_mcore.jobs.tokenizers import model_tokenizer
@@ -29,7 +29,7 @@ class EvaluateJob(Job):
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> EvaluateJob:
     """`checkpoint` -> `results`, by default results.json beside the checkpoint. Raises InputError."""
-    require(recipe, {"checkpoint": "the folder of a checkpoint"})
+    require(recipe, {"checkpoint": "the folder of a checkpoint"}, {} if recipe.data.valid else TEXT)
     model = find_model(recipe.checkpoint, "checkpoint", promises)
     target = Path(recipe.results) if recipe.results else model.folder / "results.json"
     check_file(str(target), "results")

@@ -13,13 +13,28 @@ from minitron_mcore.files import refuse_closed
 from minitron_mcore.jobs.job import Model, Promises, absolute
 from minitron_mcore.recipe import Recipe
 
+TEXT = {"data.train": "the prefix of a .bin/.idx pair"}
 
-def require(recipe: Recipe, needed: dict[str, str]) -> None:
-    """Raise InputError naming all keys of `needed` that are not given. needed: key -> what to name there, in words."""
-    missing = [key for key in needed if value_at(recipe, key) in (None, "")]
+
+def require(recipe: Recipe, needed: dict[str, str], later: dict[str, str] | None = None) -> None:
+    """Raise InputError naming all keys of `needed` that are not given. needed: key -> what to name there, in words.
+
+    later: the same, of keys that further checks refuse in words of their own, where nothing else is missing.
+    """
+    words = needed | (later or {})
+    missing = [key for key in words if value_at(recipe, key) in (None, "", 0)]
+    if len(missing) == 1 and missing[0] not in needed:
+        return
+    if len(missing) == 1:
+        raise InputError(missing[0], None, "is not given", f"name {words[missing[0]]}")
     if missing:
-        rule = "is not given" if len(missing) == 1 else "are not given"
-        raise InputError(", ".join(missing), None, rule, "; ".join(f"name {needed[key]}" for key in missing))
+        remedy = "; ".join(f"{key} is {words[key]}" for key in missing)
+        raise InputError(", ".join(missing), None, "are not given", remedy)
+
+
+def budget_and_text(section: str) -> dict[str, str]:
+    """What every training needs besides folders, for `require`."""
+    return {f"{section}.tokens": "the budget in tokens, as 2B", **TEXT}
 
 
 def value_at(recipe: Any, key: str) -> Any:

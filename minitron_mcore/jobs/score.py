@@ -17,7 +17,7 @@ from minitron_mcore.files import kind_of
 from minitron_mcore.importance.blocks import check_blocks, measured
 from minitron_mcore.importance.questions import Task, load_task, read_questions
 from minitron_mcore.importance.scores import OF_WEIGHTS, load_scores, tolerance_of
-from minitron_mcore.jobs.inputs import find_model, require
+from minitron_mcore.jobs.inputs import TEXT, find_model, require
 from minitron_mcore.jobs.job import NOTHING, SCORES, Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import check_model, refuse_context
 from minitron_mcore.jobs.tokenizers import model_tokenizer
@@ -52,7 +52,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Score
     importance = recipe.importance
     reads_text = importance.method == "activation"
     scores = "the file to write, as in scores=scores.safetensors"
-    require(recipe, {"teacher.checkpoint": "the teacher's folder", "scores": scores})
+    needed = {"teacher.checkpoint": "the teacher's folder", "scores": scores}
+    require(recipe, needed, TEXT if reads_text and not recipe.data.calibration else {})
     check_layout(recipe.parallel, world.size)
     teacher = find_model(recipe.teacher.checkpoint, "teacher.checkpoint", promises)
     check_model(teacher.architecture, recipe, reads_text=reads_text)

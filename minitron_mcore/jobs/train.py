@@ -8,12 +8,21 @@ from typing import Any
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.jobs.inputs import find_model, require
+from minitron_mcore.jobs.inputs import budget_and_text, find_model, require
 from minitron_mcore.jobs.job import NOTHING, Promises, absolute
 from minitron_mcore.jobs.tokenizers import fit_tokenizer, model_tokenizer
 from minitron_mcore.jobs.training import TrainingJob, data_items, no_validation, resolve_training
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
+
+# What random weights need besides.
+NEW_MODEL = {
+    "tokenizer.model": "a SentencePiece .model file or a Hugging Face folder",
+    "model.num_layers": "the number of layers",
+    "model.hidden_size": "the width of the residual stream",
+    "model.ffn_hidden_size": "the number of neurons of an MLP",
+    "model.num_attention_heads": "the number of query heads",
+}
 
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> TrainingJob:
@@ -29,8 +38,9 @@ def resolve_section(
     load: the key of the checkpoint the weights come from; where it is not given, the model is the recipe's `model`,
     from random weights. compared: the sections in which a run that goes on must agree.
     """
-    require(recipe, {f"{section}.checkpoint": "the folder to write to"})
     given = recipe.train.load if load == "train.load" else recipe.teacher.checkpoint
+    later = budget_and_text(section) | ({} if given else NEW_MODEL)
+    require(recipe, {f"{section}.checkpoint": "the folder to write to"}, later)
     source = find_model(given, load, promises) if given else None
     if source is not None:
         tokenizer, architecture = model_tokenizer(recipe, source, promises), source.architecture

@@ -191,7 +191,11 @@ INTO = "student.checkpoint=@/new"
 BAD: list[tuple[str, list[str], str]] = [
     ("plan", [*SCORED], "plan is not given"),
     ("plan", ["plan=@/new.json"], "scores is not given"),
-    ("plan", [], "plan, scores are not given: name the file to write, as in plan=plan.json; name the file that"),
+    (
+        "plan",
+        [],
+        "plan, scores are not given: plan is the file to write, as in plan=plan.json; scores is the file that",
+    ),
     (
         "plan",
         [*SCORED, "plan=@/new.json"],

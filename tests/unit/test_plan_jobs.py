@@ -75,3 +75,7 @@ def test_missing_keys_come_all_at_once() -> None:
         resolve("plan", load_recipe(None, []), World(), NOTHING)
     with refuses("teacher.checkpoint, student.checkpoint, scores", None, "are not given"):
         resolve("prune", load_recipe(None, []), World(), NOTHING)
+    keys = "train.tokens, data.train, tokenizer.model, model.hidden_size, model.ffn_hidden_size"
+    with refuses(keys, None, "are not given", "train.tokens is the budget in tokens"):
+        given = ["train.checkpoint=x", "model.num_layers=2", "model.num_attention_heads=2"]
+        resolve("train", load_recipe(None, given), World(), NOTHING)
