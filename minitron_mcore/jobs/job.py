@@ -43,7 +43,7 @@ class Model:
         return self.folder, self.iteration
 
     def __str__(self) -> str:
-        state = "promised" if self.iteration is None else f"iteration {self.iteration}"
+        state = "made by an earlier step" if self.iteration is None else f"iteration {self.iteration}"
         return f"checkpoint, {state}, {self.architecture.num_parameters:,} parameters"
 
 

@@ -116,12 +116,12 @@ def taught_so_far(student: str | None, teacher: Model) -> int:
     iteration = int(before["iteration"])
     wrong = None
     if not iteration_folder(teacher.folder, iteration).is_dir():
-        wrong = f"which is not there any more (the newest is {teacher.iteration})"
+        wrong = f"is not in teacher.checkpoint={teacher.folder}, where the newest is {teacher.iteration}"
     elif before.get("weights") not in (None, identity(teacher.folder, iteration)["weights"]):
-        wrong = "which has other weights now"
+        wrong = f"has other weights in teacher.checkpoint={teacher.folder}"
     if wrong:
-        rule = f"was distilled from iteration {iteration} of teacher.checkpoint={teacher.folder} so far, {wrong}"
-        raise InputError("distill.checkpoint", student, rule, "restore it, or name another distill.checkpoint")
+        rule = f"was distilled so far from iteration {iteration} of its teacher, which {wrong}"
+        raise InputError("distill.checkpoint", student, rule, "name or restore that teacher, or name another folder")
     return iteration
 
 

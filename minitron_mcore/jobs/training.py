@@ -121,7 +121,11 @@ def data_items(recipe: Recipe, described: Described, promises: Promises) -> tupl
     for part in described.parts:
         for prefix in part.blend.prefixes:
             source = described.sources.get(prefix)
-            what = f"{source.tokens:,} tokens, {source.documents:,} documents" if source else "tokens, promised"
+            what = (
+                f"{source.tokens:,} tokens, {source.documents:,} documents"
+                if source
+                else "tokens, made by an earlier step"
+            )
             items.append(Item(part.blend.key, prefix, what))
     return tuple(dict.fromkeys(items))
 

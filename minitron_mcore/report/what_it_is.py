@@ -64,7 +64,7 @@ def describe(path: Path) -> dict[str, Any]:
         "path",
         path,
         "is not recognised",
-        "name a checkpoint, a Hugging Face folder, a scores file, a plan, or a run",
+        "name a checkpoint, a Hugging Face folder, a scores file, a plan, or the folder of a run",
     )
 
 
@@ -96,8 +96,8 @@ def _with_tokenizer(found: dict[str, Any], folder: Path | None) -> dict[str, Any
 def _scores(path: Path) -> dict[str, Any]:
     try:
         scores = load_scores(path)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError("path", path, error.rule, error.remedy) from error
     except (KeyError, ValueError) as error:
         raise InputError("path", path, f"is a damaged scores file: its description cannot be read ({error})") from error
     axes = {
