@@ -12,9 +12,7 @@ class InputError(ValueError):
 
     exit_code = 2
 
-    def __init__(self, key: str, value: object = None, rule: str = "", remedy: str = "") -> None:
-        if not rule:  # one sentence, as it was before keys and values were kept apart
-            key, rule = "", key
+    def __init__(self, key: str, value: object, rule: str, remedy: str = "") -> None:
         super().__init__(key, value, rule, remedy)
         self.key, self.value, self.rule, self.remedy = key, value, rule, remedy
 

@@ -128,7 +128,7 @@ def refused_on_rank(folder: Path) -> str:
     if torch.distributed.get_rank() == 1:
 
         def broken(*arguments: Any) -> None:
-            raise InputError("a part cannot be read")
+            raise InputError("", "a part", "cannot be read")
 
         reader.TensorReader.fill_part = broken  # type: ignore[assignment]
     try:

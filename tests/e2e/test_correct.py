@@ -165,7 +165,7 @@ def test_one_run_writes_into_a_folder_at_a_time(road: tuple[Path, list[str]]) ->
     target = folder / "contested"
     command = ["distill", *shared, *(f"distill.{key}" for key in SHAPE), "distill.tokens=64"]
     command.append(f"distill.checkpoint={target}")
-    lock = FolderLock(target / TRAINING_LOCK, InputError("taken"))
+    lock = FolderLock(target / TRAINING_LOCK, InputError("", "the folder", "is taken"))
     lock.take()
     code, shown = minitron(*command)
     assert code == 2 and f"distill.checkpoint={target} is being written by another run" in shown

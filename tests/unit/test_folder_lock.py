@@ -32,7 +32,7 @@ def taken_by_a_child(file: Path) -> bool:
     if child == 0:
         code = 1
         try:
-            FolderLock(file, InputError("taken")).take()
+            FolderLock(file, InputError("", "the folder", "is taken")).take()
             code = 0
         finally:
             os._exit(code)
@@ -70,7 +70,7 @@ def test_one_cache_at_a_time(tmp_path: Path) -> None:
 def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
     """As a reader of data whose rank was killed, which notices after some seconds; nor does a child that ends, and so
     closes the file, drop its parent's lock."""
-    mine, lock = (FolderLock(tmp_path / "lock", InputError("taken")) for _ in range(2))
+    mine, lock = (FolderLock(tmp_path / "lock", InputError("", "the folder", "is taken")) for _ in range(2))
     reading, writing = os.pipe()
     killed = os.fork()
     if killed == 0:

@@ -17,6 +17,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from minitron_mcore.errors import InputError
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for folder in ("minitron_mcore", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 MAX_FILE_LINES = 400
@@ -94,6 +96,17 @@ def test_sizes(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION_LINES, node.name
+
+
+def test_every_refusal_keeps_key_value_and_rule_apart() -> None:
+    """`InputError("whole sentence")` would leave nothing to assert, to prefix with a section, or to put into words."""
+    with pytest.raises(TypeError):
+        InputError("train.lr=0 must be above 0")  # type: ignore[call-arg]
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("InputError", "StorageError"):
+                is_complete = len(node.args) >= 3 or any(isinstance(each, ast.Starred) for each in node.args)
+                assert is_complete or path == Path(__file__), f"{path}:{node.lineno}"
 
 
 def test_nothing_is_left_unfinished() -> None:
