@@ -22,7 +22,6 @@ from typing import Any, NoReturn
 
 from minitron_mcore import __version__
 from minitron_mcore.errors import DivergedError, InputError, MemoryExhaustedError
-from minitron_mcore.megatron_names import named_here
 from minitron_mcore.runtime.interrupt import Ending, exit_code, name_of, say_at_once
 from minitron_mcore.runtime.reply import say_failure
 from minitron_mcore.runtime.world import read_world
@@ -34,8 +33,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if flag := re.search(r"unrecognized arguments: (?:.*? )?(-\S+)", message):
-            remedy = named_here(flag[1]) or "write a key of the recipe as key=value"
-            self.exit(2, f"minitron: {InputError('', flag[1], 'is no flag', remedy)}\n")
+            from minitron_mcore.recipe import flag_help
+
+            self.exit(2, f"minitron: {InputError('', flag[1], 'is no flag', flag_help(flag[1]))}\n")
         super().error(message)
 
 

@@ -209,3 +209,11 @@ def entry_of(kind: Any) -> Any:
     """The type of a list's entries; None where the type is no list."""
     lists = [option for option in options_of(kind) if typing.get_origin(option) is list]
     return typing.get_args(lists[0])[0] if lists else None
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"teacher": {"iteration": 3}} -> {"teacher.iteration": 3}."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return result

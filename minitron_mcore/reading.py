@@ -47,20 +47,10 @@ class Plain(str):
     """A scalar without quotes: where the key allows, it may be null."""
 
 
-class _Loader(yaml.reader.Reader, yaml.scanner.Scanner, yaml.parser.Parser, yaml.composer.Composer):
-    pass
-
-
-class Loader(_Loader, yaml.constructor.SafeConstructor, yaml.resolver.BaseResolver):  # type: ignore[misc]
+class Loader(yaml.SafeLoader):
     """YAML without guesses: every scalar is text. Merge keys (<<) work; a key given twice is an error."""
 
-    def __init__(self, stream: str) -> None:
-        yaml.reader.Reader.__init__(self, stream)
-        yaml.scanner.Scanner.__init__(self)
-        yaml.parser.Parser.__init__(self)
-        yaml.composer.Composer.__init__(self)
-        yaml.constructor.SafeConstructor.__init__(self)
-        yaml.resolver.BaseResolver.__init__(self)
+    yaml_implicit_resolvers = {}  # noqa: RUF012
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         seen: set[str] = set()

@@ -143,6 +143,21 @@ def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Re
     return dataclasses.replace(recipe, **taken)
 
 
+def with_keys(config: Any, values: dict[str, Any]) -> Any:
+    """A recipe, or a section, with other values at some keys, as in {"teacher.checkpoint": "t", "name": "n"}."""
+    direct: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            inner.setdefault(name, {})[rest] = value
+        else:
+            direct[name] = value
+    for name, those in inner.items():
+        direct[name] = with_keys(direct.get(name, getattr(config, name)), those)
+    return dataclasses.replace(config, **direct)
+
+
 def _read_yaml(config: str) -> dict[str, Any]:
     path = Path(config)
     if not path.is_file():
@@ -173,6 +188,13 @@ def unknown_key(path: str, value: Any) -> InputError:
     nearest, leaf = _nearest(path), path.rpartition(".")[2]
     known = "" if nearest.rpartition(".")[2] == leaf else named_here(path)
     return InputError(path, None, NO_KEY, known or f"the nearest is {nearest}")
+
+
+def flag_help(flag: str) -> str:
+    """What to write for a flag, as --train-iters or --hidden-size, in words."""
+    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
+    is_key = (nearest := _nearest(name)).rpartition(".")[2] == name
+    return named_here(flag) or f"write {nearest if is_key else 'a key of the recipe'} as key=value"
 
 
 def _type_of(path: str) -> Any:

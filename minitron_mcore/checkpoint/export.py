@@ -52,8 +52,8 @@ def export_checkpoint(
     Weights keep their stored dtype; the vocabulary's padding is removed. `card` gives the text of README.md; None: no
     such file. `bos` and `eos` are the tokenizer's marks, `save_tokenizer` writes its files into a folder; without all
     three, the folder names the marks that its source named. All ranks call, whatever the layout; no model-parallel
-    groups are needed. Raises InputError, on every rank and with nothing written, if `target` exists or cannot be
-    written, or if transformers refuses the shape.
+    groups are needed. A `target` that is there is replaced. Raises InputError, on every rank and with nothing written,
+    if it cannot be written, or if transformers refuses the shape.
     """
     job = _Export(folder, iteration, target, max_shard_bytes)
     num_files = runtime.on_main(job.begin)
@@ -73,8 +73,6 @@ class _Export:
 
     def begin(self) -> int:
         """Refuse what cannot be exported; returns the number of weight files."""
-        if self.target.exists():
-            raise InputError("hf", self.target, "exists", "name a folder that does not, or move that one away")
         self.architecture = read_architecture(self.folder)
         family = find_family(self.architecture.family, f"checkpoint={self.folder}")
         self.config = config_of(family, self.architecture, f"hf={self.target}")

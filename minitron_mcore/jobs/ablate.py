@@ -74,7 +74,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Ablat
     held_out = describe_held_out(recipe.data, tokenizer, recipe.evaluate.samples, promises.prefixes)
     return AblateJob(
         recipe=recipe,
-        reads=(*(scoring.reads if scoring else (teacher,)), *data_items(recipe, held_out, promises)),
+        reads=(*(scoring.reads if scoring else (teacher,)), *data_items(held_out)),
         makes=(Item("output", str(path), f"table of {len(grid)} students"),),
         teacher=teacher,
         tokenizer=tokenizer,

@@ -12,15 +12,13 @@ from minitron_mcore.checkpoint.identity import identity
 from minitron_mcore.data.described import describe_training
 from minitron_mcore.data.index_size import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
-from minitron_mcore.distillation.cache.file import DESCRIPTION, LOCK, CacheReader
-from minitron_mcore.distillation.cache.serving import PREFIX, check_served
+from minitron_mcore.distillation.cache.serving import PREFIX, check_served, find_cache
 from minitron_mcore.distillation.config import CacheConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.cached import describe_data, samples_needed
 from minitron_mcore.jobs.inputs import TEXT, budget_and_text, find_model, output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import check_model, refuse_context
-from minitron_mcore.jobs.score import flat
 from minitron_mcore.jobs.tokenizers import model_tokenizer
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.layouts import check_layout
@@ -126,30 +124,3 @@ def refusal_to_come(settings: dict[str, Any], recipe: Recipe, folder: Path) -> l
     except InputError as error:
         return [f"`distill` will refuse what `cache` writes by this recipe: {error}"]
     return []
-
-
-def find_cache(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The settings of the cache in `folder`, None where there is none yet.
-
-    Raises InputError where something else lies there, or another cache than one of `settings` with fewer samples. Where
-    a teacher of the same weights lay does not count.
-    """
-    key = "cache.folder"
-    if not (folder / DESCRIPTION).is_file():
-        if folder.is_dir() and any(path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir()):
-            raise InputError(key, folder, "holds other files", "name another folder")
-        return None
-    stored = CacheReader(folder).settings
-    there, here = flat(stored), flat(settings)
-    same_weights = here["teacher.weights"] is not None and here["teacher.weights"] == there.get("teacher.weights")
-    for name in sorted({*there, *here} - {"num_samples"} - ({"teacher.checkpoint"} if same_weights else set())):
-        if there.get(name) != here.get(name):
-            rule = f"holds another cache: {name} is {there.get(name)!r} there and {here.get(name)!r} here"
-            raise InputError(key, folder, rule, "name another folder, or delete that one")
-    if there["num_samples"] > here["num_samples"]:
-        rule = (
-            f"holds {there['num_samples']} samples, and cache.num_samples or distill.tokens asks for "
-            f"{here['num_samples']}; a cache may grow, not shrink"
-        )
-        raise InputError(key, folder, rule, "ask for as many, or name another folder")
-    return stored

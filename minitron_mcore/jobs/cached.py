@@ -15,7 +15,7 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache.file import DESCRIPTION, CacheReader, require_settings, settings_digest
 from minitron_mcore.distillation.cache.serving import check_served
 from minitron_mcore.errors import InputError
-from minitron_mcore.jobs.score import flat
+from minitron_mcore.keys import flat
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.training.budget import plan_timetable
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from minitron_mcore.distillation.cache.serving import cache_folder
-from minitron_mcore.distillation.config import DistillConfig
-from minitron_mcore.distillation.logits.settings import PROBABILISTIC
 from minitron_mcore.distillation.states.map import check_hidden_states
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.inputs import budget_and_text, find_model, require
 from minitron_mcore.jobs.job import NOTHING, Item, Model, Promises, absolute
 from minitron_mcore.jobs.teachers import Teaching, cache_teaching, check_teacher_keys, model_teaching
-from minitron_mcore.jobs.training import TrainingJob, data_items, no_validation, resolve_training
+from minitron_mcore.jobs.training import TrainingJob, resolve_training
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 
@@ -45,35 +42,34 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Disti
         teaching = model_teaching(recipe, world, promises, student)
         assert teaching.model is not None
         check_hidden_states(distill.hidden_states, student.architecture, teaching.model.architecture, recipe.parallel)
-    check_top_k(distill, student.architecture.vocab_size)
-    fields = resolve_training(
+    if distill.top_k > (size := student.architecture.vocab_size):
+        raise InputError("distill.top_k", distill.top_k, f"is more than the student's vocab_size={size}", "lower it")
+    teacher = teaching.model or Item("distill.teacher", str(cache), f"{teaching.samples:,} samples' targets")
+    makes: tuple[Model, ...] = ()
+    if teaching.corrected and teaching.model:
+        makes = (Model("correct.checkpoint", teaching.corrected, teaching.model.architecture),)
+    return resolve_training(
+        DistillJob,
         recipe,
         world,
         promises,
         section="distill",
+        source=student,
         architecture=student.architecture,
         tokenizer=teaching.tokenizer,
         compared=teaching.compared,
-        teacher=teaching.architecture,
-        least_samples=teaching.samples,
-    )
-    teacher = teaching.model or Item("distill.teacher", str(cache), f"{teaching.samples:,} samples' targets")
-    makes: tuple[Model, ...] = fields.pop("makes")
-    if teaching.corrected and teaching.model:
-        makes += (Model("correct.checkpoint", teaching.corrected, teaching.model.architecture),)
-    job = DistillJob(
-        **fields,
-        source=student,
         lineage={
             "stage": "distill",
             "student": {"checkpoint": str(student.folder), **student.lineage},
             "teacher": teaching.lineage,
         },
-        teaching=teaching,
-        reads=(student, teacher, *data_items(recipe, fields["data"], promises)),
+        teacher=teaching.architecture,
+        least_samples=teaching.samples,
+        beside=(teacher,),
         makes=makes,
+        notes=teaching.notes,
+        teaching=teaching,
     )
-    return dataclasses.replace(job, notes=(*teaching.notes, *no_validation(job)))
 
 
 def refuse_own_folder(recipe: Recipe, student: Model) -> None:
@@ -82,15 +78,3 @@ def refuse_own_folder(recipe: Recipe, student: Model) -> None:
     read = [str(student.folder), *([recipe.teacher.checkpoint] if recipe.teacher.checkpoint else [])]
     if absolute(folder) in [absolute(each) for each in read]:
         raise InputError("distill.checkpoint", folder, "is the student's or the teacher's own folder", "name another")
-
-
-def check_top_k(distill: DistillConfig, vocab_size: int) -> None:
-    """Raise InputError where so many of the teacher's tokens cannot be compared."""
-    if not 0 <= distill.top_k <= vocab_size:
-        rule = f"must lie between 0, for the whole vocabulary, and the {vocab_size} of it"
-        raise InputError("distill.top_k", distill.top_k, rule)
-    if distill.top_k and distill.logit_loss not in PROBABILISTIC:
-        rule = f"merges all other tokens into one outcome, which distill.logit_loss={distill.logit_loss} cannot compare"
-        raise InputError(
-            "distill.top_k", distill.top_k, rule, f"choose one of {', '.join(PROBABILISTIC)}, or distill.top_k=0"
-        )

@@ -39,7 +39,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Evalu
     described = describe_held_out(recipe.data, tokenizer, recipe.evaluate.samples, promises.prefixes)
     return EvaluateJob(
         recipe=recipe,
-        reads=(model, *data_items(recipe, described, promises)),
+        reads=(model, *data_items(described)),
         makes=(Item("results", str(target), "held-out losses"),),
         model=model,
         tokenizer=tokenizer,

@@ -26,15 +26,13 @@ from minitron_mcore.runtime.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class ExportJob(Job):
-    """`model` to the folder `target`. as_it_is: the SentencePiece model goes along unconverted. replaces: a
-    `target` that is there."""
+    """`model` to the folder `target`. as_it_is: the SentencePiece model goes along unconverted."""
 
     model: Model
     target: Path
     max_shard_bytes: int
     tokenizer: Tokenizer | None
     as_it_is: bool
-    replaces: bool
 
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING, *, replaces: bool = False) -> ExportJob:
@@ -63,7 +61,6 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING, *, repla
         max_shard_bytes=max_shard_bytes,
         tokenizer=tokenizer,
         as_it_is=as_it_is,
-        replaces=replaces,
     )
 
 

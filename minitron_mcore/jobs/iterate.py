@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
@@ -23,7 +24,8 @@ from minitron_mcore.jobs.layouts import asked_shape
 from minitron_mcore.jobs.step import Step, with_baseline
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.iterative import step_shapes
-from minitron_mcore.recipe import Recipe
+from minitron_mcore.pruning.plan import TARGETS
+from minitron_mcore.recipe import Recipe, with_keys
 
 
 def shapes_of(recipe: Recipe, teacher: Architecture, student: StudentConfig) -> list[Architecture]:
@@ -59,13 +61,20 @@ def parts_of(recipe: Recipe, name: str, student: StudentConfig, teacher: Archite
         where = folder if is_last else folder / f"step-{number}"
         words = name if len(shapes) == 1 else f"{name}, step {number} of {len(shapes)}"
         mark = name if is_last else f"{name}-step-{number}"
-        pruning = _pruning(recipe, student if len(shapes) == 1 else sized(shape), source, where / "pruned")
-        pruning = dataclasses.replace(pruning, name=f"{recipe.name}-{mark}")
+        told: dict[str, Any] = {
+            "name": f"{recipe.name}-{mark}",
+            "teacher.checkpoint": str(source),
+            "student": student if len(shapes) == 1 else sized(shape),
+            "student.checkpoint": str(where / "pruned"),
+            "prune.overwrite": True,
+            "prune.steps": 1,
+            "prune.step_tokens": 0,
+        }
         if own := _own_importance(recipe, number, before, shape):
             scores = str(folder / f"step-{number}" / "scores.safetensors")
-            pruning = dataclasses.replace(pruning, importance=own, scores=scores)
-            yield Step(f"score-{name}-step-{number}", f"score {words}", "score", pruning)
-        yield Step(f"prune-{mark}", f"prune {words}", "prune", pruning)
+            told |= {"importance": own, "scores": scores}
+            yield Step(f"score-{name}-step-{number}", f"score {words}", "score", with_keys(recipe, told))
+        yield Step(f"prune-{mark}", f"prune {words}", "prune", with_keys(recipe, told))
         before, source = shape, where / "pruned"
         if recipe.prune.step_tokens and not is_last:
             trained = where / "distilled"
@@ -74,17 +83,7 @@ def parts_of(recipe: Recipe, name: str, student: StudentConfig, teacher: Archite
 
 
 def sized(shape: Architecture) -> StudentConfig:
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-    return StudentConfig(**{name: getattr(shape, name) for name in names})
-
-
-def _pruning(recipe: Recipe, student: StudentConfig, source: Path, target: Path) -> Recipe:
-    return dataclasses.replace(
-        recipe,
-        teacher=dataclasses.replace(recipe.teacher, checkpoint=str(source)),
-        student=dataclasses.replace(student, checkpoint=str(target)),
-        prune=dataclasses.replace(recipe.prune, overwrite=True, steps=1, step_tokens=0),
-    )
+    return StudentConfig(**{name: getattr(shape, name) for name in TARGETS})
 
 
 def _own_importance(recipe: Recipe, number: int, before: Architecture, after: Architecture) -> ImportanceConfig | None:
@@ -108,17 +107,16 @@ def _training(
 ) -> Step:
     """Between two steps: for prune.step_tokens with the schedule of `distill`, without its phases, from the original
     teacher, which stays as it is, or without."""
-    distilling = dataclasses.replace(
-        recipe.distill,
-        tokens=recipe.prune.step_tokens,
-        phases=[],
-        load=None,
-        checkpoint=str(target),
-        correct_teacher=False,
-    )
-    shared = dataclasses.replace(recipe, name=f"{recipe.name}-{name}-step-{number}", distill=distilling)
+    told = {
+        "name": f"{recipe.name}-{name}-step-{number}",
+        "distill.tokens": recipe.prune.step_tokens,
+        "distill.phases": [],
+        "distill.load": None,
+        "distill.checkpoint": str(target),
+        "distill.correct_teacher": False,
+    }
+    shared = with_keys(recipe, told)
     mark, title = f"train-{name}-step-{number}", f"train {words}"
     if recipe.prune.step_loss == "next_token":
         return Step(mark, title, "train", with_baseline(shared, "next_token", shape, source, target))
-    shared = dataclasses.replace(shared, student=StudentConfig(checkpoint=str(source)))
-    return Step(mark, title, "distill", shared)
+    return Step(mark, title, "distill", with_keys(shared, {"student": StudentConfig(checkpoint=str(source))}))

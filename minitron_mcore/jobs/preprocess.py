@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from minitron_mcore.data.config import PreprocessConfig
 from minitron_mcore.data.texts import Texts, prefixes_of, texts_to_encode
-from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.jobs.inputs import require
-from minitron_mcore.jobs.job import NOTHING, TOKENS, Item, Job, Promises, absolute
+from minitron_mcore.jobs.job import NOTHING, TOKENS, Item, Job, Promises
+from minitron_mcore.jobs.tokenizers import recipe_tokenizer
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 
@@ -29,7 +30,6 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Prepr
     given, keys = recipe.preprocess, {}
     for name in ("input", "output_prefix"):
         keys[name] = name if getattr(given, name) is None else f"preprocess.{name}"
-    model = recipe.tokenizer.model
     require(
         recipe,
         {
@@ -40,8 +40,6 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Prepr
     )
     prefix = given.output_prefix or recipe.output_prefix
     config = dataclasses.replace(given, input=given.input or recipe.input, output_prefix=prefix)
-    is_promised = model is not None and absolute(model) in promises.tokenizers
-    tokenizer = None if is_promised else load_tokenizer(recipe.tokenizer)
     texts = texts_to_encode(config, keys["input"])
     train, held_out = prefixes_of(config)
     return PreprocessJob(
@@ -54,5 +52,5 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Prepr
         notes=texts.notes,
         config=config,
         texts=texts,
-        tokenizer=tokenizer,
+        tokenizer=recipe_tokenizer(recipe, promises),
     )

@@ -14,7 +14,6 @@ output/done/STEP.json                     what a finished step gave
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +26,9 @@ from minitron_mcore.jobs.inputs import find_model, output_folder, require
 from minitron_mcore.jobs.iterate import check_steps, parts_of
 from minitron_mcore.jobs.job import NOTHING, Job, Promises
 from minitron_mcore.jobs.layouts import refuse_context
-from minitron_mcore.jobs.step import Step, with_baseline, with_correction, with_student, with_teacher, with_train
-from minitron_mcore.recipe import Recipe
+from minitron_mcore.jobs.step import Step, with_baseline
+from minitron_mcore.pruning.config import StudentConfig
+from minitron_mcore.recipe import Recipe, with_keys
 from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World
 
@@ -80,13 +80,13 @@ class _Road:
         self.steps.append(step)
         self.jobs.append(job)
 
-    def add(self, name: str, title: str, verb: str, recipe: Recipe, **options: Any) -> None:
-        self.lay(Step(name, title, verb, recipe, options))
+    def add(self, name: str, title: str, verb: str, recipe: Recipe, told: dict[str, Any], **options: Any) -> None:
+        """A step of the recipe with other values at the keys `told`."""
+        self.lay(Step(name, title, verb, with_keys(recipe, told), options))
 
     def evaluate(self, name: str, recipe: Recipe, checkpoint: Path | str, results: Path | None = None) -> None:
-        told = str(results) if results else None
-        evaluating = dataclasses.replace(recipe, checkpoint=str(checkpoint), results=told)
-        self.add(EVALUATE + name, f"evaluate {name}", "evaluate", evaluating)
+        told = {"checkpoint": str(checkpoint), "results": str(results) if results else None}
+        self.add(EVALUATE + name, f"evaluate {name}", "evaluate", recipe, told)
 
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> RunJob:
@@ -117,19 +117,22 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
     folder = road.folder
     base = with_data(recipe, road)
     teacher = recipe.teacher.checkpoint or str(folder / "teacher")
-    base = dataclasses.replace(with_teacher(base, teacher), scores=recipe.scores or str(folder / "scores.safetensors"))
+    scores = recipe.scores or str(folder / "scores.safetensors")
+    base = with_keys(base, {"teacher.checkpoint": teacher, "scores": scores})
     if not recipe.teacher.checkpoint:
-        road.add("train-teacher", "train the teacher", "train", with_train(base, teacher))
+        told = {"name": f"{recipe.name}-teacher", "train.checkpoint": teacher}
+        road.add("train-teacher", "train the teacher", "train", base, told)
     shape = find_model(teacher, "teacher.checkpoint", road.promises).architecture
     # Nothing is written into the folder of a teacher that the recipe names.
     results = folder / "teacher" / "results.json" if recipe.teacher.checkpoint else None
     road.evaluate("teacher", base, teacher, results)
     if recipe.correct.tokens:
         corrected = str(folder / "corrected")
-        road.add("correct-teacher", "correct the teacher", "correct", with_correction(base, corrected))
+        told = {"name": f"{recipe.name}-corrected", "correct.checkpoint": corrected}
+        road.add("correct-teacher", "correct the teacher", "correct", base, told)
         road.evaluate("corrected teacher", base, corrected)
-        base = with_teacher(base, corrected)
-    road.add("score", "score the teacher", "score", base)
+        base = with_keys(base, {"teacher.checkpoint": corrected})
+    road.add("score", "score the teacher", "score", base, {})
     students = recipe.run.students or {"student": recipe.student}
     for name, student in students.items():
         if not re.fullmatch(r"\w[\w.-]*", name):
@@ -140,35 +143,47 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
         for step in parts_of(base, name, student, shape, pruned.parent):
             road.lay(step)
         road.evaluate(f"{name} pruned", base, pruned)
-        road.add(f"distill-{name}", f"distil {name}", "distill", with_student(base, student, pruned, distilled))
+        told = distillation(recipe, student, pruned, distilled)
+        road.add(f"distill-{name}", f"distil {name}", "distill", base, told)
         road.evaluate(f"{name} distilled", base, distilled)
-        exporting = dataclasses.replace(base, checkpoint=str(distilled), hf=str(folder / "hf" / name))
-        road.add(f"export-{name}", f"export {name}", "export", exporting, replaces=True)
+        told = {"checkpoint": str(distilled), "hf": str(folder / "hf" / name)}
+        road.add(f"export-{name}", f"export {name}", "export", base, told, replaces=True)
     first = next(iter(students))
     pruned = folder / "students" / first / "pruned"
     for baseline in recipe.run.baselines:
         target, title = folder / "baselines" / baseline, f"{first} {BASELINE_TITLES[baseline]}"
         small = find_model(pruned, "student.checkpoint", road.promises).architecture
         training = with_baseline(base, baseline, small, pruned, target)
-        road.add(f"baseline-{baseline}", title, "train", training)
+        road.add(f"baseline-{baseline}", title, "train", training, {})
         road.evaluate(title, base, target)
+
+
+def distillation(recipe: Recipe, student: StudentConfig, pruned: Path, distilled: Path) -> dict[str, Any]:
+    """The keys of the recipe by which `student` is distilled."""
+    told = {
+        "name": f"{recipe.name}-{pruned.parent.name}",
+        "student": student,
+        "student.checkpoint": str(pruned),
+        "distill.load": None,
+        "distill.checkpoint": str(distilled),
+    }
+    corrected = str(pruned.parent / "corrected")
+    return {**told, "correct.checkpoint": corrected} if recipe.distill.correct_teacher else told
 
 
 def with_data(recipe: Recipe, road: _Road) -> Recipe:
     """The recipe with a tokenizer and data, and the steps that make them where the recipe names none."""
     if not recipe.tokenizer.model:
         model = str(road.folder / "tokenizer" / "tokenizer.model")
-        made = dataclasses.replace(recipe.tokenizer, model=model, overwrite=True)
-        recipe = dataclasses.replace(recipe, tokenizer=made)
-        road.add("tokenizer", "train the tokenizer", "tokenizer", recipe)
+        recipe = with_keys(recipe, {"tokenizer.model": model, "tokenizer.overwrite": True})
+        road.add("tokenizer", "train the tokenizer", "tokenizer", recipe, {})
     if recipe.data.train is None:
         prefix, key = str(road.folder / "data" / "tokens"), recipe.preprocess.json_keys[0]
-        making = dataclasses.replace(recipe.preprocess, output_prefix=prefix, overwrite=True)
-        recipe = dataclasses.replace(recipe, preprocess=making)
-        road.add("preprocess", "text to tokens", "preprocess", recipe)
+        recipe = with_keys(recipe, {"preprocess.output_prefix": prefix, "preprocess.overwrite": True})
+        road.add("preprocess", "text to tokens", "preprocess", recipe, {})
         held_out = f"{prefix}_valid_{key}_document" if recipe.preprocess.valid_fraction > 0 else None
-        data = dataclasses.replace(recipe.data, train=f"{prefix}_{key}_document", valid=recipe.data.valid or held_out)
-        recipe = dataclasses.replace(recipe, data=data)
+        valid = recipe.data.valid or held_out
+        recipe = with_keys(recipe, {"data.train": f"{prefix}_{key}_document", "data.valid": valid})
     return recipe
 
 

@@ -22,6 +22,7 @@ from minitron_mcore.jobs.job import NOTHING, SCORES, Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import check_model, refuse_context
 from minitron_mcore.jobs.tokenizers import model_tokenizer
 from minitron_mcore.jobs.training import data_items
+from minitron_mcore.keys import flat
 from minitron_mcore.pruning.plan import check_same_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.layouts import check_layout
@@ -71,7 +72,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Score
     data: tuple[Item, ...] = ()
     if reads_text and not is_there:
         described = describe_calibration(recipe.data, tokenizer, importance.num_samples, promises.prefixes)
-        data = data_items(recipe, described, promises)
+        data = data_items(described)
     return ScoreJob(
         recipe=recipe,
         reads=(teacher, *data),
@@ -142,11 +143,3 @@ def is_made(path: Path, architecture: Architecture, settings: dict[str, Any]) ->
             rule = f"was made in another way: {key} is {there.get(key)} there and {here.get(key)} here"
             raise InputError("scores", path, rule, "name another file, or delete that one")
     return True
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"teacher": {"iteration": 3}} -> {"teacher.iteration": 3}."""
-    result: dict[str, Any] = {}
-    for name, value in settings.items():
-        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return result

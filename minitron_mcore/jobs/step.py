@@ -11,7 +11,6 @@ from typing import Any
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.jobs.job import Job, Promises, resolve
 from minitron_mcore.model.config import ModelConfig
-from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 from minitron_mcore.training.config import TrainConfig
@@ -33,33 +32,6 @@ class Step:
 
     def resolve(self, world: World, promises: Promises) -> Job:
         return resolve(self.verb, self.recipe, world, promises, **self.options)
-
-
-def with_teacher(recipe: Recipe, checkpoint: str) -> Recipe:
-    return dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, checkpoint=checkpoint))
-
-
-def with_train(recipe: Recipe, checkpoint: str) -> Recipe:
-    train = dataclasses.replace(recipe.train, checkpoint=checkpoint)
-    return dataclasses.replace(recipe, name=f"{recipe.name}-teacher", train=train)
-
-
-def with_correction(recipe: Recipe, checkpoint: str) -> Recipe:
-    correct = dataclasses.replace(recipe.correct, checkpoint=checkpoint)
-    return dataclasses.replace(recipe, name=f"{recipe.name}-corrected", correct=correct)
-
-
-def with_student(recipe: Recipe, student: StudentConfig, pruned: Path, distilled: Path) -> Recipe:
-    correct = recipe.correct
-    if recipe.distill.correct_teacher:
-        correct = dataclasses.replace(correct, checkpoint=str(pruned.parent / "corrected"))
-    return dataclasses.replace(
-        recipe,
-        name=f"{recipe.name}-{pruned.parent.name}",
-        correct=correct,
-        student=dataclasses.replace(student, checkpoint=str(pruned)),
-        distill=dataclasses.replace(recipe.distill, load=None, checkpoint=str(distilled)),
-    )
 
 
 def with_baseline(recipe: Recipe, baseline: str, shape: Architecture, pruned: Path, target: Path) -> Recipe:

@@ -24,9 +24,14 @@ def model_tokenizer(recipe: Recipe, model: Model, promises: Promises) -> Tokeniz
         return checkpoint_tokenizer(recipe, model.folder)
     if model.tokenizer is not None:
         return fit_tokenizer(model.tokenizer, model.architecture, recipe)
-    if recipe.tokenizer.model and absolute(recipe.tokenizer.model) in promises.tokenizers:
-        return None
-    return fit_tokenizer(load_tokenizer(recipe.tokenizer), model.architecture, recipe)
+    tokenizer = recipe_tokenizer(recipe, promises)
+    return fit_tokenizer(tokenizer, model.architecture, recipe) if tokenizer else None
+
+
+def recipe_tokenizer(recipe: Recipe, promises: Promises) -> Tokenizer | None:
+    """The one that `tokenizer.model` names; None where an earlier job will make it. Raises InputError."""
+    model = recipe.tokenizer.model
+    return None if model and absolute(model) in promises.tokenizers else load_tokenizer(recipe.tokenizer)
 
 
 def checkpoint_tokenizer(recipe: Recipe, folder: Path) -> Tokenizer:

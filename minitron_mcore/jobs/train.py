@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 from minitron_mcore.architecture import Architecture, build_architecture
-from minitron_mcore.data.tokenizer import load_tokenizer
+from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.inputs import budget_and_text, find_model, require
 from minitron_mcore.jobs.job import NOTHING, Promises, absolute
-from minitron_mcore.jobs.tokenizers import fit_tokenizer, model_tokenizer
-from minitron_mcore.jobs.training import TrainingJob, data_items, no_validation, resolve_training
+from minitron_mcore.jobs.tokenizers import fit_tokenizer, model_tokenizer, recipe_tokenizer
+from minitron_mcore.jobs.training import TrainingJob, resolve_training
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 
@@ -38,37 +38,44 @@ def resolve_section(
     load: the key of the checkpoint the weights come from; where it is not given, the model is the recipe's `model`,
     from random weights. compared: the sections in which a run that goes on must agree.
     """
+    own: str = getattr(recipe, section).checkpoint
     given = recipe.train.load if load == "train.load" else recipe.teacher.checkpoint
     later = budget_and_text(section) | ({} if given else NEW_MODEL)
     require(recipe, {f"{section}.checkpoint": "the folder to write to"}, later)
     source = find_model(given, load, promises) if given else None
-    if source is not None:
-        tokenizer, architecture = model_tokenizer(recipe, source, promises), source.architecture
-        if absolute(getattr(recipe, section).checkpoint) == absolute(source.folder):
-            own = getattr(recipe, section).checkpoint
-            raise InputError(f"{section}.checkpoint", own, f"is {load}'s own folder", "name another")
-    else:
-        architecture = new_architecture(recipe, promises)
-        is_promised = recipe.tokenizer.model and absolute(recipe.tokenizer.model) in promises.tokenizers
-        tokenizer = None if is_promised else fit_tokenizer(load_tokenizer(recipe.tokenizer), architecture, recipe)
-    fields = resolve_training(
-        recipe, world, promises, section=section, architecture=architecture, tokenizer=tokenizer, compared=compared
-    )
     lineage: dict[str, Any] = {"stage": section, "load": given}
     if source is not None:
+        tokenizer, architecture = model_tokenizer(recipe, source, promises), source.architecture
         lineage["lineage"] = dict(source.lineage)
-    reads = data_items(recipe, fields["data"], promises)
-    job = TrainingJob(**fields, source=source, lineage=lineage, reads=(source, *reads) if source else reads)
-    return dataclasses.replace(job, notes=no_validation(job))
+        if absolute(own) == absolute(source.folder):
+            raise InputError(f"{section}.checkpoint", own, f"is {load}'s own folder", "name another")
+    else:
+        tokenizer = recipe_tokenizer(recipe, promises)
+        architecture = new_architecture(recipe, tokenizer, promises)
+        tokenizer = tokenizer and fit_tokenizer(tokenizer, architecture, recipe)
+    return resolve_training(
+        TrainingJob,
+        recipe,
+        world,
+        promises,
+        section=section,
+        source=source,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        compared=compared,
+        lineage=lineage,
+    )
 
 
-def new_architecture(recipe: Recipe, promises: Promises = NOTHING) -> Architecture:
-    """The recipe's `model` section; its vocabulary is the tokenizer's, unless given. Raises InputError."""
+def new_architecture(recipe: Recipe, tokenizer: Tokenizer | None, promises: Promises) -> Architecture:
+    """The recipe's `model` section; its vocabulary is the tokenizer's, unless given. Raises InputError.
+
+    tokenizer: None: promised.
+    """
     fields = dataclasses.asdict(recipe.model)
     if fields["vocab_size"] is None:
-        model = recipe.tokenizer.model
-        promised = promises.tokenizers.get(absolute(model)) if model else None
-        fields["vocab_size"] = load_tokenizer(recipe.tokenizer).vocab_size if promised is None else promised
+        promised = tokenizer or promises.tokenizers[absolute(str(recipe.tokenizer.model))]
+        fields["vocab_size"] = promised if isinstance(promised, int) else promised.vocab_size
     try:
         return build_architecture(fields)
     except InputError as error:

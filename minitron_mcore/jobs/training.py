@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import check_architecture, latest_iteration
@@ -33,7 +33,7 @@ class TrainingJob(Job):
     source: the checkpoint that the first weights come from; None: they are drawn.
     tokenizer: None: promised.
     resumes: `folder` holds a checkpoint, from which the run goes on.
-    wanted: the sample sets to build, described by `data`.
+    wanted: the sample sets to build.
     lineage: what lineage.yaml says of where the weights come from.
     """
 
@@ -44,7 +44,6 @@ class TrainingJob(Job):
     tokenizer: Tokenizer | None
     timetable: Timetable
     wanted: tuple[Wanted, ...]
-    data: Described
     forecast: Forecast
     resumes: bool
     lineage: dict[str, Any]
@@ -54,24 +53,36 @@ class TrainingJob(Job):
         return getattr(self.recipe, self.section)
 
 
+_Job = TypeVar("_Job", bound=TrainingJob)
+
+
 def resolve_training(
+    kind: type[_Job],
     recipe: Recipe,
     world: World,
     promises: Promises,
     *,
     section: str,
+    source: Model | None,
     architecture: Architecture,
     tokenizer: Tokenizer | None,
     compared: tuple[str, ...],
+    lineage: dict[str, Any],
     teacher: Architecture | None = None,
     least_samples: int = 0,
-) -> dict[str, Any]:
-    """The fields of a TrainingJob that follow from the recipe's `section`; raises InputError.
+    beside: tuple[Model | Item, ...] = (),
+    makes: tuple[Model, ...] = (),
+    notes: tuple[str, ...] = (),
+    **own: Any,
+) -> _Job:
+    """The job of `kind` that follows from the recipe's `section`; raises InputError.
 
     compared: the sections in which a run that goes on must agree with the one in the folder.
     teacher: that of a model that runs beside the student; None: none does.
     least_samples: Megatron shuffles all passes over a text at once, so that the order of samples depends on how many
     are asked for: for the order of so many, which may be more than the budget takes.
+    beside, makes, notes: what is read beside `source` and the data, and what is made and said beside the rest.
+    own: the fields that `kind` has beside those of a TrainingJob.
     """
     train: TrainConfig = getattr(recipe, section)
     key = f"{section}.checkpoint"
@@ -87,19 +98,24 @@ def resolve_training(
     check_train(train, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, section)
     check_learning_rate(train, timetable, section)
     wanted = wanted_samples(recipe, section, timetable, least_samples)
-    return {
-        "recipe": recipe,
-        "section": section,
-        "folder": folder,
-        "architecture": architecture,
-        "tokenizer": tokenizer,
-        "timetable": timetable,
-        "wanted": wanted,
-        "data": describe_training(recipe.data, tokenizer, wanted, promises.prefixes),
-        "forecast": forecast_run(recipe, section, architecture, timetable, world, teacher),
-        "resumes": resumes,
-        "makes": (Model(key, folder, architecture, None, tokenizer=tokenizer),),
-    }
+    described = describe_training(recipe.data, tokenizer, wanted, promises.prefixes)
+    return kind(
+        recipe=recipe,
+        section=section,
+        folder=folder,
+        architecture=architecture,
+        source=source,
+        tokenizer=tokenizer,
+        timetable=timetable,
+        wanted=wanted,
+        forecast=forecast_run(recipe, section, architecture, timetable, world, teacher),
+        resumes=resumes,
+        lineage=lineage,
+        reads=(*([source] if source else []), *beside, *data_items(described)),
+        makes=(Model(key, folder, architecture, None, tokenizer=tokenizer), *makes),
+        notes=(*notes, *no_validation(recipe, section, described)),
+        **own,
+    )
 
 
 def wanted_samples(recipe: Recipe, section: str, timetable: Timetable, least_samples: int = 0) -> tuple[Wanted, ...]:
@@ -115,7 +131,7 @@ def wanted_samples(recipe: Recipe, section: str, timetable: Timetable, least_sam
     return tuple(wanted)
 
 
-def data_items(recipe: Recipe, described: Described, promises: Promises) -> tuple[Item, ...]:
+def data_items(described: Described) -> tuple[Item, ...]:
     """The token files a job reads, for --dry-run."""
     items = []
     for part in described.parts:
@@ -130,13 +146,13 @@ def data_items(recipe: Recipe, described: Described, promises: Promises) -> tupl
     return tuple(dict.fromkeys(items))
 
 
-def no_validation(job: TrainingJob) -> tuple[str, ...]:
+def no_validation(recipe: Recipe, section: str, described: Described) -> tuple[str, ...]:
     """A note where validation is asked for and there is no text for it."""
-    train, data = job.config, job.recipe.data
-    if not train.eval_iters or job.data.has_validation:
+    data = recipe.data
+    if not getattr(recipe, section).eval_iters or described.has_validation:
         return ()
     return (
         f"there is no validation of the whole blend, because data.valid is not set and data.split={data.split} holds "
         f"out less than one sample of {data.sequence_length + 1} tokens: preprocess.valid_fraction can hold out more, "
-        f"and {job.section}.eval_iters=0 says that none is wanted",
+        f"and {section}.eval_iters=0 says that none is wanted",
     )

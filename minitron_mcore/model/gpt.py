@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_mcore.architecture import Architecture, RopeScaling
 from minitron_mcore.errors import InputError
-from minitron_mcore.layout import axis_sizes, check_tensor_parallel, checkpoint_key, parameter_table, split_layers
+from minitron_mcore.layout import check_tensor_parallel, checkpoint_key, parameter_table, split_layers
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.model.specs import HAVE_TE, block_submodules
 from minitron_mcore.runtime.config import ParallelConfig
@@ -73,8 +73,8 @@ def transformer_config(
     a = architecture
     check_tensor_parallel(a, parallel.tensor)
     fp8 = precision == "fp8"
-    if fp8:
-        check_fp8(a, parallel.tensor)
+    if fp8 and not HAVE_TE:
+        raise InputError("teacher.precision", "fp8", "needs Transformer Engine, which is not installed", "use bf16")
     dtype = DTYPES["bf16" if fp8 else precision]
     stages = split_layers(a.num_layers, parallel.pipeline, parallel.virtual_pipeline)
     return TransformerConfig(
@@ -118,19 +118,6 @@ def transformer_config(
         **pipeline_communication(parallel.virtual_pipeline),
         **transformer_fields(),
     )
-
-
-def check_fp8(architecture: Architecture, tensor: int, key: str = "teacher.precision") -> None:
-    """Raise InputError if a model's matrix products at tensor-parallel size `tensor` cannot run in fp8."""
-    if not (HAVE_TE and torch.cuda.is_available()):
-        raise InputError(key, "fp8", "needs Transformer Engine and a CUDA device, which this machine lacks", "use bf16")
-    sizes = axis_sizes(architecture)
-    widths = {"hidden_size": sizes["hidden"], "ffn_hidden_size": sizes["ffn"], "query heads' width": sizes["heads"]}
-    for name, width in widths.items():
-        share = 1 if name == "hidden_size" else tensor
-        if width % (16 * share):
-            rule = f"needs multiples of 16 on every rank, which {name}={width} at parallel.tensor={share} does not give"
-            raise InputError(key, "fp8", rule, "use bf16")
 
 
 def _uneven_layout(stages: list[list[list[int]]], parallel: ParallelConfig) -> list[list[str]] | None:

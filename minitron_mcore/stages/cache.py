@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy
-
-from minitron_mcore.checkpoint.folder_lock import FolderLock
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
-from minitron_mcore.data.dataset import Dataset, batches_once, build_datasets
+from minitron_mcore.data.dataset import batches_once, build_datasets
+from minitron_mcore.distillation.cache.claim import cache_lock, claim
 from minitron_mcore.distillation.cache.draw import Drawing
-from minitron_mcore.distillation.cache.file import LOCK, CacheReader, token_checksum, write_settings
-from minitron_mcore.distillation.cache.write import write_missing
-from minitron_mcore.errors import InputError
-from minitron_mcore.files import writing
-from minitron_mcore.jobs.cache import CacheJob, find_cache
+from minitron_mcore.distillation.cache.file import CacheReader
+from minitron_mcore.distillation.cache.serving import find_cache
+from minitron_mcore.distillation.cache.write import check_order, write_missing
+from minitron_mcore.jobs.cache import CacheJob
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.model.schedule import in_calls
-from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
 
@@ -75,53 +70,3 @@ def run(job: CacheJob, runtime: Runtime) -> Path:
     finally:
         lock.release()
     return folder
-
-
-def check_order(runtime: Runtime, reader: CacheReader, dataset: Dataset, num_samples: int) -> None:
-    """Raise InputError where a sample that is there would have other tokens among `num_samples`. Every rank calls, and
-    reads some of them."""
-    count, size = reader.settings["num_samples"], reader.settings["shard_samples"]
-
-    def check_mine() -> None:
-        for shard in range(runtime.rank, -(-count // size), runtime.world_size):
-            for sample in range(shard * size, shard * size + reader.held(shard)):
-                if token_checksum(numpy.asarray(dataset[sample]["tokens"])) != reader.tokens_of(sample):
-                    raise InputError(
-                        "cache.folder",
-                        reader.folder,
-                        f"cannot grow from {count} samples to {num_samples}: sample {sample} would have other tokens, "
-                        "since the order depends on the number of passes through the text",
-                        "ask for no more passes than it was made with, or name another folder",
-                    )
-
-    all_or_none(check_mine)
-
-
-def cache_lock(folder: Path) -> FolderLock:
-    """The right to write the cache in `folder`, not yet taken."""
-    rule, remedy = "is being written by another `cache`", "wait for it, or name another folder"
-    return FolderLock(folder / LOCK, InputError("cache.folder", folder, rule, remedy))
-
-
-def claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> tuple[dict[str, Any], list[tuple[int, int]]]:
-    """(the settings in the folder from now on, the shards that are to be written and how many samples each holds).
-
-    The first rank calls; `lock` is taken where there is something to write. Raises InputError where another process
-    writes there, and as `find_cache`.
-    """
-    there = find_cache(folder, settings)
-    if there is not None and there["num_samples"] == settings["num_samples"]:
-        reader = CacheReader(folder)
-        if not reader.missing_shards(settings["num_samples"]):
-            return there, []
-    with writing(str(folder)):
-        lock.take()
-        there = find_cache(folder, settings)
-        settings = {**(there or settings), "num_samples": settings["num_samples"]}
-        if settings != there:
-            write_settings(folder, settings)
-        if lock.is_sure:
-            for partial in folder.glob("*.tmp"):
-                partial.unlink()
-    reader = CacheReader(folder)
-    return settings, [(shard, reader.held(shard)) for shard in reader.missing_shards(settings["num_samples"])]

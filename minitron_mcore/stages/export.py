@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ def run(job: ExportJob, runtime: Runtime) -> Path:
             "eos": tokenizer.eos,
             "save_tokenizer": lambda path: save(str(path)),
         }
-    if job.replaces:  # what a run that was cut off has left
-        runtime.on_main(lambda: shutil.rmtree(target, ignore_errors=True))
     export_checkpoint(
         folder,
         iteration,

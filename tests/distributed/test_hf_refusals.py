@@ -53,15 +53,17 @@ def refuse_on_rank(folder: str, target: str, world_size: int) -> None:
     export_checkpoint(Path(folder), 0, Path(target), start())
 
 
-def test_an_existing_target_is_refused_on_every_rank(folder: Path, tmp_path: Path) -> None:
-    target = tmp_path / "there"
-    target.mkdir()
-    (target / "precious").write_text("1")
+def test_a_target_that_cannot_be_written_is_refused_on_every_rank(folder: Path, tmp_path: Path) -> None:
+    """That one which is there is refused is known before: tests/e2e/bad_input_cases.py."""
+    (tmp_path / "precious").write_text("1")
+    target = tmp_path / "precious" / "hf"
     with pytest.raises(RankError) as caught:
         run_on_ranks(refuse_on_rank, 2, str(folder / "checkpoint"), str(target), 2)
-    assert isinstance(caught.value.__cause__, InputError) and f"hf={target} exists" in str(caught.value.__cause__)
+    assert isinstance(caught.value.__cause__, InputError) and f"hf={target} cannot be written" in str(
+        caught.value.__cause__
+    )
     assert f"then rank {1 - (caught.value.rank or 0)}" in str(caught.value), "the other rank was left waiting"
-    assert [entry.name for entry in tmp_path.rglob("*")] == ["there", "precious"]
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["precious"]
 
 
 def test_a_shape_without_an_equal_is_refused(folder: Path, tmp_path: Path) -> None:

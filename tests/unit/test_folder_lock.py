@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from minitron_mcore.checkpoint.folder_lock import FolderLock, one_writer
+from minitron_mcore.distillation.cache.claim import cache_lock
 from minitron_mcore.errors import InputError
-from minitron_mcore.stages.cache import cache_lock
 
 SECOND = """
 import sys

@@ -1,13 +1,14 @@
-"""Whether stored targets serve the loss of a recipe. Pure."""
+"""Which targets a folder holds, and whether they serve the loss of a recipe. Pure."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.distillation.cache.file import has_tails
+from minitron_mcore.distillation.cache.file import DESCRIPTION, LOCK, CacheReader, has_tails
 from minitron_mcore.distillation.config import DistillConfig
 from minitron_mcore.errors import InputError
+from minitron_mcore.keys import flat
 
 PREFIX = "cache:"
 # Any other divergence of sampled targets would be biased.
@@ -46,3 +47,30 @@ def check_served(settings: dict[str, Any], distill: DistillConfig, key: str) -> 
     if distill.correct_teacher:
         rule = f"trains the teacher, and {key} holds none"
         raise InputError("distill.correct_teacher", True, rule, "leave one of the two out")
+
+
+def find_cache(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The settings of the cache in `folder`, None where there is none yet.
+
+    Raises InputError where something else lies there, or another cache than one of `settings` with fewer samples. Where
+    a teacher of the same weights lay does not count.
+    """
+    key = "cache.folder"
+    if not (folder / DESCRIPTION).is_file():
+        if folder.is_dir() and any(path.suffix != ".tmp" and path.name != LOCK for path in folder.iterdir()):
+            raise InputError(key, folder, "holds other files", "name another folder")
+        return None
+    stored = CacheReader(folder).settings
+    there, here = flat(stored), flat(settings)
+    same_weights = here["teacher.weights"] is not None and here["teacher.weights"] == there.get("teacher.weights")
+    for name in sorted({*there, *here} - {"num_samples"} - ({"teacher.checkpoint"} if same_weights else set())):
+        if there.get(name) != here.get(name):
+            rule = f"holds another cache: {name} is {there.get(name)!r} there and {here.get(name)!r} here"
+            raise InputError(key, folder, rule, "name another folder, or delete that one")
+    if there["num_samples"] > here["num_samples"]:
+        rule = (
+            f"holds {there['num_samples']} samples, and cache.num_samples or distill.tokens asks for "
+            f"{here['num_samples']}; a cache may grow, not shrink"
+        )
+        raise InputError(key, folder, rule, "ask for as many, or name another folder")
+    return stored

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
+from minitron_mcore.data.dataset import Dataset
 from minitron_mcore.distillation.cache.draw import Drawing, make_targets
 from minitron_mcore.distillation.cache.file import (
     CacheReader,
@@ -22,7 +24,7 @@ from minitron_mcore.files import writing
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import visit_final_states
-from minitron_mcore.runtime.agree import raise_together
+from minitron_mcore.runtime.agree import all_or_none, raise_together
 from minitron_mcore.runtime.groups import data_group, on_last_stage, tensor_group
 from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.start import Runtime
@@ -115,3 +117,23 @@ def ask_teacher(
             "teacher.checkpoint", settings["teacher"]["checkpoint"], rule, "check its weights and the precision"
         )
     return [blocks[number] for number in samples if number in blocks]
+
+
+def check_order(runtime: Runtime, reader: CacheReader, dataset: Dataset, num_samples: int) -> None:
+    """Raise InputError where a sample that is there would have other tokens among `num_samples`. Every rank calls, and
+    reads some of them."""
+    count, size = reader.settings["num_samples"], reader.settings["shard_samples"]
+
+    def check_mine() -> None:
+        for shard in range(runtime.rank, -(-count // size), runtime.world_size):
+            for sample in range(shard * size, shard * size + reader.held(shard)):
+                if token_checksum(numpy.asarray(dataset[sample]["tokens"])) != reader.tokens_of(sample):
+                    raise InputError(
+                        "cache.folder",
+                        reader.folder,
+                        f"cannot grow from {count} samples to {num_samples}: sample {sample} would have other tokens, "
+                        "since the order depends on the number of passes through the text",
+                        "ask for no more passes than it was made with, or name another folder",
+                    )
+
+    all_or_none(check_mine)
