@@ -181,16 +181,19 @@ def stage_of(layer: int, num_layers: int, pipeline: int, virtual_pipeline: int |
     return next(stage for stage, chunks in enumerate(stages) if any(layer in chunk for chunk in chunks))
 
 
-def split_layers(num_layers: int, pipeline: int, virtual_pipeline: int | None = None) -> list[list[list[int]]]:
+def split_layers(
+    num_layers: int, pipeline: int, virtual_pipeline: int | None = None, key: str = "parallel"
+) -> list[list[list[int]]]:
     """Global layer indices of every stage and virtual chunk: result[stage][chunk] -> layers.
 
     The split is even where pipeline x virtual divides the layers. Otherwise the first parts take one more each, because
-    the last one also computes the output head and the loss. Raises InputError where there are too few layers.
+    the last one also computes the output head and the loss. Raises InputError, naming the recipe's section `key`, where
+    there are too few layers.
     """
     chunks = pipeline * (virtual_pipeline or 1)
     if num_layers < chunks:
-        interleaved = f" x parallel.virtual_pipeline={virtual_pipeline}" if virtual_pipeline else ""
-        rule = f"is fewer than the {chunks} stages of parallel.pipeline={pipeline}{interleaved}"
+        interleaved = f" x {key}.virtual_pipeline={virtual_pipeline}" if virtual_pipeline else ""
+        rule = f"is fewer than the {chunks} stages of {key}.pipeline={pipeline}{interleaved}"
         raise InputError("num_layers", num_layers, rule, "use fewer stages")
     base, extra = divmod(num_layers, chunks)
     counts = [base + (index < extra) for index in range(chunks)]

@@ -37,7 +37,9 @@ def activations(setting: Setting, stage: int) -> int:
     """What autograd keeps of the microbatches in flight on `stage`, until their backward."""
     s = setting
     layer, mlp, boundary = _layer_parts(s)
-    chunks = _chunk_sizes(s, stage)
+    parallel = s.parallel
+    stages = split_layers(s.student.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    chunks = [len(layers) for layers in stages[stage]]
     kept = sum(_kept(s.recompute, count, layer, mlp, boundary) for count in chunks)
     running = passes(s, stage)
     return running * kept // len(chunks) + running * boundary
@@ -52,12 +54,6 @@ def recomputed_activations(setting: Setting, stage: int) -> int:
     if recompute.granularity == "full":
         return layer * (recompute.num_layers if recompute.method == "uniform" else 1)
     return 0
-
-
-def _chunk_sizes(setting: Setting, stage: int) -> list[int]:
-    parallel = setting.parallel
-    stages = split_layers(setting.student.num_layers, parallel.pipeline, parallel.virtual_pipeline)
-    return [len(layers) for layers in stages[stage]]
 
 
 def _layer_parts(setting: Setting) -> tuple[int, int, int]:

@@ -14,7 +14,9 @@ def teacher_weights(setting: Setting, stage: int) -> int:
     """Bytes that stay on a device of the student's `stage`: embedding, head and `layer_kept` of each layer."""
     s, own = setting, setting.teacher_layout
     kept = layer_kept(s)
-    counts = [layers_and_rest(s, place) for place in _teacher_stages(s, stage)]
+    # In a layout of its own, any of its stages may share a rank with this one.
+    stages = [stage] if own == s.parallel else range(own.pipeline)
+    counts = [layers_and_rest(s, place) for place in stages]
     head = _head_parameters(s) if own != s.parallel and stage == s.parallel.pipeline - 1 else 0
     return max(layers * kept + s.teacher_element * rest for layers, rest in counts) + s.teacher_element * head
 
@@ -83,12 +85,6 @@ def _layer_sizes(setting: Setting) -> list[tuple[int, bool]]:
     teacher, tensor = setting.teacher, setting.teacher_layout.tensor
     shapes = [local_shape(row, teacher, tensor) for row in parameter_table(teacher) if row.per_layer]
     return [(prod(shape), len(shape) == 2) for shape in shapes]
-
-
-def _teacher_stages(setting: Setting, stage: int) -> list[int]:
-    """Stages of the teacher that may share a rank with the student's `stage`: any, if it has its own layout."""
-    own = setting.teacher_layout
-    return [stage] if own == setting.parallel else list(range(own.pipeline))
 
 
 def layers_and_rest(setting: Setting, stage: int) -> tuple[int, int]:

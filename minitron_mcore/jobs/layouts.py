@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.job import Model
@@ -42,28 +40,35 @@ def asked_shape(recipe: Recipe, student: StudentConfig, teacher: Architecture) -
 
 
 def check_model(
-    architecture: Architecture, recipe: Recipe, section: str | None = None, *, reads_text: bool = True
+    architecture: Architecture,
+    recipe: Recipe,
+    section: str | None = None,
+    parallel: ParallelConfig | None = None,
+    key: str = "parallel",
+    *,
+    reads_text: bool = True,
 ) -> None:
-    """Raise InputError where the recipe's layout, or its sequence length where text is read, does not suit the model.
+    """Raise InputError where the layout, or the sequence length where text is read, does not suit the model.
 
     section: that of a training, whose phases may have lengths of their own.
+    parallel: the layout, which the recipe names by `key`; None: the recipe's own.
     """
-    parallel, lengths = recipe.parallel, {"data.sequence_length": recipe.data.sequence_length}
-    check_tensor_parallel(architecture, parallel.tensor)
-    split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    parallel, lengths = parallel or recipe.parallel, {"data.sequence_length": recipe.data.sequence_length}
+    check_tensor_parallel(architecture, parallel.tensor, f"{key}.tensor")
+    split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline, key)
     for number, phase in enumerate(getattr(recipe, section).phases if section else []):
         if phase.sequence_length is not None:
             lengths[f"{section}.phases[{number}].sequence_length"] = phase.sequence_length
     longest = architecture.max_position_embeddings
-    for key, length in lengths.items() if reads_text else ():
+    for name, length in lengths.items() if reads_text else ():
         if length > longest and "long_sequences" not in recipe.allow:
             raise InputError(
-                key,
+                name,
                 length,
                 f"is longer than the model's max_position_embeddings={longest}",
                 "shorten it, or use a model of longer context (allow=[long_sequences] goes beyond it)",
             )
-        check_sequence(length, parallel, key)
+        check_sequence(length, parallel, name, key)
 
 
 def check_trained_model(architecture: Architecture, recipe: Recipe, section: str) -> None:
@@ -77,17 +82,13 @@ def teacher_layout(recipe: Recipe, teacher: Model, world: World) -> ParallelConf
 
     Raises InputError, naming the key, where it cannot lie so.
     """
-    own, architecture = recipe.teacher.parallel, teacher.architecture
-    if recipe.teacher.precision == "fp8":
-        check_fp8(architecture, (own or recipe.parallel).tensor, world)
+    own, key, architecture = recipe.teacher.parallel, "teacher.parallel", teacher.architecture
     if own is None or own == recipe.parallel:
-        check_model(architecture, recipe, "distill")
-        return recipe.parallel
-    try:
-        check_layout(own, world.size)
-        check_model(architecture, dataclasses.replace(recipe, parallel=own), "distill")
-    except InputError as error:
-        raise of_teacher(error) from error
+        own, key = recipe.parallel, "parallel"
+    if recipe.teacher.precision == "fp8":
+        check_fp8(architecture, own.tensor, world)
+    check_layout(own, world.size, key)
+    check_model(architecture, recipe, "distill", own, key)
     if own.context != recipe.parallel.context:
         raise InputError(
             "teacher.parallel.context",
@@ -96,13 +97,6 @@ def teacher_layout(recipe: Recipe, teacher: Model, world: World) -> ParallelConf
             "teacher and student read the same parts of a sequence, so give both one number",
         )
     return own
-
-
-def of_teacher(error: InputError) -> InputError:
-    """An error about `parallel.*` as one about `teacher.parallel.*`."""
-    said = (part.replace("parallel.", "teacher.parallel.") for part in (error.key, error.rule, error.remedy))
-    key, rule, remedy = said
-    return InputError(key, error.value, rule, remedy)
 
 
 def check_fp8(architecture: Architecture, tensor: int, world: World) -> None:

@@ -136,9 +136,9 @@ def cache_teaching(recipe: Recipe, cache: Path, promises: Promises, student: Mod
 def check_teacher_keys(recipe: Recipe) -> None:
     """Raise InputError for keys about the teacher that do not go together."""
     window, parallel = recipe.distill.teacher_window, recipe.parallel
-    if window < 0 or (parallel.virtual_pipeline and window % parallel.pipeline):
-        multiples = f", of which the interleaved schedule takes multiples of {parallel.pipeline}" if window > 0 else ""
-        rule = f"must be 0, for the whole global batch, or a number of microbatches{multiples}"
+    if parallel.virtual_pipeline and window % parallel.pipeline:
+        multiples = f"of which the interleaved schedule takes multiples of {parallel.pipeline}"
+        rule = f"must be 0, for the whole global batch, or a number of microbatches, {multiples}"
         raise InputError("distill.teacher_window", window, rule)
     if not recipe.distill.correct_teacher:
         return
