@@ -23,7 +23,8 @@ def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel
 def check_sequence(
     length: int, parallel: ParallelConfig, key: str = "data.sequence_length", layout: str = "parallel"
 ) -> None:
-    """Raise InputError where sequences of `length` tokens, which `key` asks for, cannot be cut for `parallel`, the section `layout`."""
+    """Raise InputError where sequences of `length` tokens, which `key` asks for, cannot be cut for `parallel`, the
+    recipe's section `layout`."""
     tensor = parallel.tensor if parallel.sequence else 1
     parts = (2 * parallel.context if parallel.context > 1 else 1) * tensor
     if length % parts == 0:
