@@ -87,7 +87,7 @@ def sides(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     pairs = ["/".join(pair) for pair in itertools.product(AGGREGATIONS, AGGREGATIONS)]
     menu = ImportanceConfig(aggregations=pairs, neuron_sites=list(NEURON_SITES))
     return {
-        "plain": lambda: forward_only(chunks, batches, lambda chunk, batch: None),
+        "plain": lambda: forward_only(chunks, batches, lambda chunk, output, batch: None),
         "default": lambda: score_model(chunks, batches, architecture, ImportanceConfig()),
         "menu": lambda: score_model(chunks, batches, architecture, menu),
     }

@@ -5,8 +5,7 @@ One object serves training, evaluation and distillation; without a teacher it is
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,14 +39,16 @@ class Objective:
         """The teacher that runs beside the student; None without one, and where its targets are cached."""
         return None if isinstance(self.teacher, CachedTeacher) else self.teacher
 
+    def held_out(self) -> Objective:
+        """The objective on other samples than those of training, of which a cache holds nothing."""
+        if not isinstance(self.teacher, CachedTeacher):
+            return self
+        return replace(self, settings=self.settings.without_teacher(), teacher=None)
+
     def run(
         self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool = False
     ) -> dict[str, float]:
         """One global batch: the teacher ahead, Megatron's schedule, the losses; their means, and `num_tokens`."""
-        if forward_only and isinstance(self.teacher, CachedTeacher):
-            # A cache holds nothing of validation samples.
-            alone = dataclasses.replace(self, settings=self.settings.without_teacher(), teacher=None)
-            return alone.run(chunks, batch, forward_only=True)
         states = self.states
         if states is not None and states.alpha is None and not forward_only:
             # No step before this one to work the weight out from: what the batch itself would have given.
@@ -59,30 +60,26 @@ class Objective:
         return means
 
     def _pass(self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool) -> dict[str, float]:
+        inner: dict[str, Any] = {}
+        if self.states is not None:
+            inner = {"begin": self.states.begin, "stage_sums": self.states.take_sums}
+        ahead = partial(self.run_teacher, train=not forward_only)
         return run_schedule(
-            chunks,
-            batch,
-            self.loss,
-            forward_only=forward_only,
-            prepare=partial(self.run_teacher, train=not forward_only),
-            begin=self.states.begin if self.states is not None else None,
-            stage_sums=self.states.take_sums if self.states is not None else None,
-            window=self.window,
+            chunks, batch, self.loss, forward_only=forward_only, prepare=ahead, window=self.window, **inner
         )
 
     def run_teacher(self, batch: list[Microbatch], *, train: bool) -> None:
-        """Run the teacher ahead of the student over the whole batch; every rank calls, before the schedule.
-
-        train: the pass is also the training pass of a teacher that is trained."""
+        """Run the teacher ahead of the student; every rank calls. train: the pass is also the training pass of a
+        teacher that is trained."""
         if self.teacher is not None:
             with timed(self.timers, "teacher-forward", 0):
                 self.teacher.run_ahead(batch, train=train)
 
     def loss(self, model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
         """Sums over the microbatch's counted tokens; last stage only (see model/schedule.py)."""
-        running, teacher = self.running_teacher, microbatch.teacher.take_final()
-        if running is not None:
-            teacher = Model(teacher, running.head_weight())
+        teacher = microbatch.teacher.take_final()
+        if isinstance(self.teacher, Teacher):
+            teacher = Model(teacher, self.teacher.head_weight())
         with timed(self.timers, "logits-loss"):
             output = logit_loss(
                 hidden_SBH,

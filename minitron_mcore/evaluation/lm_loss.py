@@ -19,7 +19,7 @@ def mean_loss(
     Nothing is trained: modules in evaluation mode, no gradients. Every rank calls; the same result on every rank.
     """
     totals: dict[str, float] = {}
-    count = 0.0
+    count, objective = 0.0, objective.held_out()
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()

@@ -126,7 +126,7 @@ def measure(
     try:
         collector.attach()
         for group in in_calls(batches, interleaved=len(chunks) > 1):
-            forward_only(list(chunks), group, collector.finish_microbatch)
+            forward_only(list(chunks), group, lambda chunk, _, part: collector.finish_microbatch(chunk, part))
             collector.check_finite()
             done += sum(not microbatch.is_filler for microbatch in group)
             if report is not None:

@@ -7,8 +7,7 @@ microbatches; every rank of a data-parallel replica holds the same.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,15 +41,13 @@ def run_schedule(
 ) -> dict[str, float]:
     """Forward (and backward) over all microbatches; `loss` runs on the last stage, from the final hidden states.
 
-    window: microbatches a call of Megatron's schedule; 0: all of them. Before each window `prepare(its microbatches)`
-        is called; gradients are synchronised and finalised in the last one only.
+    window: microbatches a call of Megatron's schedule, 0 for all of them; `prepare` gets them before the call.
     begin: called before a chunk runs a microbatch; a collective in it may be over tensor-parallel ranks alone.
-    stage_sums: further sums of this pipeline stage, called once after the last window: the same names on every rank,
-        to be added over stages and data-parallel ranks.
+    stage_sums: called once, at the end: further sums of this pipeline stage, of the same names on every rank.
 
     Gradients are left divided by the global number of counted tokens (the sum of the loss masks, which need not be
-    whole). Returns each reported sum divided by that number, over microbatches and data-parallel ranks: the same on
-    every rank. Every rank calls.
+    whole). Returns each reported sum divided by that number, over microbatches, stages and data-parallel ranks: the
+    same on every rank. Every rank calls.
     """
     counted = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
 
@@ -66,13 +63,19 @@ def run_schedule(
 
         return model(microbatch.tokens, microbatch.position_ids, None), loss_of
 
-    rows = []
-    windows = [batch[start : start + (window or len(batch))] for start in range(0, len(batch), window or len(batch))]
-    for number, part in enumerate(windows, start=1):
-        if prepare is not None:
-            prepare(part)
-        with _finalizing(chunks, counted, now=number == len(windows)):
+    rows, config, size = [], unwrap(chunks[0]).config, window or len(batch)
+    # Megatron would finalise gradients in each call, by a whole number of tokens.
+    finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
+    try:
+        for part in (batch[start : start + size] for start in range(0, len(batch), size)):
+            if prepare is not None:
+                prepare(part)
             rows += _call_schedule(chunks, part, forward_step, forward_only=forward_only)
+    finally:
+        config.finalize_model_grads_func = finalize
+    if finalize is not None and not forward_only:
+        finalize(chunks, None)
+        divide_gradients(chunks, counted)
     return _mean_over_tokens(rows, stage_sums() if stage_sums is not None else {})
 
 
@@ -94,112 +97,60 @@ def in_calls(
         yield group + [uncounted(group[-1]) for _ in range(missing)]
 
 
-@contextmanager
-def _finalizing(chunks: list[torch.nn.Module], counted: torch.Tensor, *, now: bool) -> Iterator[None]:
-    """Within the `with`, the end of a schedule finalises gradients if `now`, by the exact count of tokens.
+def forward_only(
+    chunks: Sequence[torch.nn.Module],
+    batch: list[Microbatch],
+    visit: Callable[[LanguageModel, torch.Tensor, Microbatch], Any],
+    *,
+    begin: Begin | None = None,
+    groups: ProcessGroupCollection | None = None,
+) -> list[Any]:
+    """Forward only, no gradients: what `visit(chunk, its output, microbatch)` gives on the last stage, by microbatch.
 
-    Megatron finalises at the end of every schedule, and counts in whole numbers. `counted` holds the count on the last
-    stage.
+    It is called when a chunk has run a microbatch, before another one starts; the last stage's output are the final
+    hidden states [s, b, h]. A collective in it may be over tensor-parallel ranks alone: pipeline stages are at
+    different microbatches. `begin` as in `run_schedule`; `groups` are the model's, where it has groups of its own.
+    Other stages get an empty list. Every rank calls.
     """
-    config = unwrap(chunks[0]).config
-    finalize = config.finalize_model_grads_func
 
-    def at_the_end(models: list[torch.nn.Module], num_tokens: Any, *args: Any, **kwargs: Any) -> None:
-        if now:
-            finalize(models, None, *args, **kwargs)
-            divide_gradients(models, counted)
+    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
+        microbatch, chunk = next(iterator), unwrap(model)
+        if begin is not None:
+            begin(chunk, microbatch)
+        output = model(microbatch.tokens, microbatch.position_ids, None)
+        found = visit(chunk, output, microbatch)
+        return output, lambda output, non_loss_data: found
 
-    config.finalize_model_grads_func = at_the_end if finalize is not None else None
-    try:
-        yield
-    finally:
-        config.finalize_model_grads_func = finalize
+    own: dict[str, Any] = {}
+    if groups is not None:
+        own = {"p2p_communicator": P2PCommunicator(groups.pp, unwrap(chunks[0]).config), "pg_collection": groups}
+    with torch.no_grad():
+        return _call_schedule(chunks, batch, forward_step, forward_only=True, collect_non_loss_data=True, **own)
 
 
 def final_hidden_states(
-    chunks: list[torch.nn.Module],
+    chunks: Sequence[torch.nn.Module],
     batch: list[Microbatch],
     begin: Begin | None = None,
     *,
     groups: ProcessGroupCollection | None = None,
 ) -> list[torch.Tensor]:
-    """Forward only, no gradients: the final hidden states [s, b, h] of every microbatch, on the last stage.
-
-    Other stages get an empty list. Under sequence parallelism each rank gets its part of s. `begin` as in
-    `run_schedule`; `groups` are the model's, where it has groups of its own. Every rank calls.
-    """
-
-    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
-        microbatch = next(iterator)
-        if begin is not None:
-            begin(unwrap(model), microbatch)
-        return model(microbatch.tokens, microbatch.position_ids, None), _keep
-
-    own: dict[str, Any] = {}
-    if groups is not None:
-        own["p2p_communicator"] = P2PCommunicator(groups.pp, unwrap(chunks[0]).config)
-        own["pg_collection"] = groups
-    with torch.no_grad():
-        return _call_schedule(chunks, batch, forward_step, forward_only=True, collect_non_loss_data=True, **own)
-
-
-def _keep(hidden: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-    return hidden
-
-
-def forward_only(
-    chunks: list[LanguageModel], batch: list[Microbatch], after: Callable[[LanguageModel, Microbatch], None]
-) -> None:
-    """Forward only, no gradients, nothing kept: hooks take what is wanted. Every rank calls.
-
-    `after(chunk, microbatch)` is called when a chunk has run a microbatch, before another one starts. A collective in
-    it may be over tensor-parallel ranks alone: pipeline stages are at different microbatches.
-    """
-
-    _forward(chunks, batch, lambda chunk, hidden, microbatch: after(chunk, microbatch))
+    """The final hidden states [s, b, h] of every microbatch, this rank's part of s under sequence parallelism; on other
+    stages than the last an empty list. As `forward_only`."""
+    return forward_only(chunks, batch, lambda chunk, hidden, microbatch: hidden, begin=begin, groups=groups)
 
 
 def visit_final_states(
-    chunks: list[LanguageModel],
+    chunks: Sequence[torch.nn.Module],
     batch: list[Microbatch],
     visit: Callable[[LanguageModel, torch.Tensor, Microbatch], None],
 ) -> None:
-    """Forward only, no gradients, nothing kept: on the last stage `visit(chunk, hidden, microbatch)` gets the final
-    hidden states [s, b, h] (this rank's part of s under sequence parallelism) of one microbatch after another.
-
-    A collective in it may be over tensor-parallel ranks alone. Every rank calls.
-    """
-
-    def after(chunk: LanguageModel, hidden: torch.Tensor, microbatch: Microbatch) -> None:
-        if chunk.post_process:
-            visit(chunk, hidden, microbatch)
-
-    _forward(chunks, batch, after)
-
-
-def _forward(
-    chunks: list[LanguageModel],
-    batch: list[Microbatch],
-    after: Callable[[LanguageModel, torch.Tensor, Microbatch], None],
-) -> None:
-    """Forward only, no gradients, nothing kept; `after(chunk, its output, microbatch)`."""
-
-    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
-        microbatch = next(iterator)
-        hidden = model(microbatch.tokens, microbatch.position_ids, None)
-        after(unwrap(model), hidden, microbatch)
-        return hidden, _drop
-
-    with torch.no_grad():
-        _call_schedule(list(chunks), batch, forward_step, forward_only=True, collect_non_loss_data=True)
-
-
-def _drop(hidden: torch.Tensor, non_loss_data: bool = True) -> None:
-    return None
+    """On the last stage `visit(chunk, final hidden states, microbatch)`, and nothing kept. As `forward_only`."""
+    forward_only(chunks, batch, lambda chunk, *rest: visit(chunk, *rest) if chunk.post_process else None)
 
 
 def _call_schedule(
-    chunks: list[torch.nn.Module], batch: list[Microbatch], forward_step: Callable[..., Any], **options: Any
+    chunks: Sequence[torch.nn.Module], batch: list[Microbatch], forward_step: Callable[..., Any], **options: Any
 ) -> list[Any]:
     config = unwrap(chunks[0]).config
     schedule = get_forward_backward_func(
@@ -210,7 +161,7 @@ def _call_schedule(
     return schedule(
         forward_step_func=forward_step,
         data_iterator=[iter(batch) for _ in chunks] if interleaved else iter(batch),
-        model=chunks if interleaved else chunks[0],
+        model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(batch),
         seq_length=sequence_length * config.context_parallel_size,  # of the whole: Megatron divides
         micro_batch_size=micro_batch_size,
@@ -219,23 +170,23 @@ def _call_schedule(
 
 
 def _mean_over_tokens(rows: list[dict[str, torch.Tensor]], stage_sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Sum over microbatches and data-parallel ranks, give it to every stage, divide by the number of tokens; beside it
-    the `stage_sums` of all stages."""
-    box: list[Any] = [None]
-    if rows:
-        names = list(rows[0])
-        total = torch.stack([torch.stack([row[name].double() for name in names]) for row in rows]).sum(0)
-        torch.distributed.all_reduce(total, group=data_group(with_context=True))
-        box = [dict(zip(names, total.tolist(), strict=True))]
+    """Sums over microbatches and data-parallel ranks, and beside them the `stage_sums` of all stages, divided by the
+    number of tokens; the same on every stage."""
+
+    def total(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        sums = torch.stack([torch.stack([value.detach().double() for value in row.values()]) for row in rows]).sum(0)
+        torch.distributed.all_reduce(sums, group=data_group(with_context=True))
+        return sums
+
+    box: list[Any] = [dict(zip(rows[0], total(rows).tolist(), strict=True)) if rows else None]
     stages = pipeline_group()
     if stages.size() > 1:
         last = torch.distributed.get_global_rank(stages, stages.size() - 1)
         torch.distributed.broadcast_object_list(box, src=last, group=stages)
     sums: dict[str, float] = box[0]
     if stage_sums:
-        total = torch.stack([value.detach().double() for value in stage_sums.values()])
-        torch.distributed.all_reduce(total, group=data_group(with_context=True))
-        torch.distributed.all_reduce(total, group=stages)
-        sums |= dict(zip(stage_sums, total.tolist(), strict=True))
+        further = total([stage_sums])
+        torch.distributed.all_reduce(further, group=stages)
+        sums |= dict(zip(stage_sums, further.tolist(), strict=True))
     count = sums["num_tokens"] or 1.0
     return {name: value if name == "num_tokens" else value / count for name, value in sums.items()}

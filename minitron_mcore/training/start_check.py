@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,8 +84,8 @@ def _teach_itself(
     # The interleaved schedule takes a multiple of the stages.
     count = chunks[0].config.pipeline_model_parallel_size if len(chunks) > 1 else 1
     part = [replace(microbatch) for microbatch in batch[:count]]
-    prepare = partial(objective.run_teacher, train=False)
-    return run_schedule(as_chunks(chunks), part, loss, forward_only=True, prepare=prepare)
+    objective.run_teacher(part, train=False)
+    return run_schedule(as_chunks(chunks), part, loss, forward_only=True)
 
 
 @contextmanager

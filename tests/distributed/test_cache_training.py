@@ -82,7 +82,7 @@ def losses_on_rank(
             for model in models
             for key, layer, tensor in named_parameters(model)
         }
-        validation = objective.run(chunks, next(reader(4, 1)), forward_only=True)
+        validation = objective.held_out().run(chunks, next(reader(4, 1)), forward_only=True)
         found[name] = {"means": means, "gradients": gradients, "validation": validation}
     return found
 
