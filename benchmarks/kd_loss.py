@@ -66,7 +66,8 @@ class Problem:
 def ours(problem: Problem, options: argparse.Namespace) -> dict[str, Callable[..., Any]]:
     from megatron.core import parallel_state
 
-    from minitron_mcore.distillation.logits.chunk import Chunk, gradient_, measure
+    from minitron_mcore.distillation.config import default_chunk_tokens
+    from minitron_mcore.distillation.logits.chunk import losses_and_gradient
     from minitron_mcore.distillation.logits.loss import logit_loss
     from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.logits.sweep import Model
@@ -90,14 +91,17 @@ def ours(problem: Problem, options: argparse.Namespace) -> dict[str, Callable[..
             problem.hidden, problem.weight, problem.labels, problem.mask, settings, tp_group=group, teacher=teacher
         )
         output.loss.backward()
-        return output.kd_loss
+        return output.sums["kd"]
 
     def divergence(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
         """Logits of one chunk, overwritten."""
-        chunk = Chunk(student, teacher, labels, settings, shard)
-        gradient_(chunk, measure(chunk))
+        losses_and_gradient(student, teacher, labels, settings, shard)
 
-    return {"whole": whole, "divergence": divergence, "chunk": lambda: settings.chunk_size(problem.mask.numel())}
+    return {
+        "whole": whole,
+        "divergence": divergence,
+        "chunk": lambda: problem.chunk or default_chunk_tokens(problem.mask.numel()),
+    }
 
 
 def theirs(problem: Problem, options: argparse.Namespace) -> dict[str, Callable[..., Any]]:

@@ -61,14 +61,20 @@ def variants(
     every = [(name, 1.0, lm_share) for name in DIVERGENCES for lm_share in (0.0, 0.5)]
     every += [(name, 2.0, 0.5) for name in PROBABILISTIC]
     for name, temperature, lm_share in [("forward_kl", 2.0, 0.5)] if options.small else every:
-        divergence = LossSettings(
-            options.vocabulary, divergence=name, temperature=temperature, jensen_shannon_mix=0.3
-        ).form
+        # The weights that make `lm_share` what it is to be.
+        loss = LossSettings(
+            options.vocabulary,
+            lm_weight=lm_share * (temperature if name in PROBABILISTIC else 1.0),
+            kd_weight=1.0,
+            divergence=name,
+            temperature=temperature,
+            jensen_shannon_mix=0.3,
+        )
         told = f"{name} at {temperature}"
-        settings: dict[str, Any] = {"divergence": divergence, "cross": True, "report": True, "keep": False}
+        settings: dict[str, Any] = {"settings": loss, "cross": True, "report": True, "keep": False}
         if lm_share:
             yield f"statistics, {told}", logit_statistics, (), settings
-        settings = {"names": NAMES, "divergence": divergence, "lm_share": lm_share}
+        settings = {"names": NAMES, "settings": loss}
         yield f"gradient, {told}, next token {lm_share}", logit_gradient_, values, settings
     normalizers = tuple(value.log1p() for value in values[:4])
     yield "mixture", mixture_statistics, normalizers, {"mix": 0.3}

@@ -6,7 +6,6 @@ One object serves training, evaluation and distillation; without a teacher it is
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,14 @@ from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import LossSums, run_schedule
 from minitron_mcore.runtime.groups import tensor_group
 from minitron_mcore.runtime.timing import timed
+
+# Of the loss between logits -> the metric's name.
+METRICS = {
+    "lm": "lm loss",
+    "kd": "logits distillation loss",
+    "teacher_lm": "teacher lm loss",
+    "agreement": "top-1 agreement",
+}
 
 
 @dataclass
@@ -60,20 +67,16 @@ class Objective:
         return means
 
     def _pass(self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool) -> dict[str, float]:
+        def run_ahead(window: list[Microbatch]) -> None:
+            if self.teacher is not None:
+                with timed(self.timers, "teacher-forward", 0):
+                    self.teacher.run_ahead(window, train=not forward_only)
+
         inner: dict[str, Any] = {}
         if self.states is not None:
             inner = {"begin": self.states.begin, "stage_sums": self.states.take_sums}
-        ahead = partial(self.run_teacher, train=not forward_only)
-        return run_schedule(
-            chunks, batch, self.loss, forward_only=forward_only, prepare=ahead, window=self.window, **inner
-        )
-
-    def run_teacher(self, batch: list[Microbatch], *, train: bool) -> None:
-        """Run the teacher ahead of the student; every rank calls. train: the pass is also the training pass of a
-        teacher that is trained."""
-        if self.teacher is not None:
-            with timed(self.timers, "teacher-forward", 0):
-                self.teacher.run_ahead(batch, train=train)
+        how = {"forward_only": forward_only, "window": self.window, **inner}
+        return run_schedule(chunks, batch, self.loss, prepare=run_ahead, **how)
 
     def loss(self, model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
         """Sums over the microbatch's counted tokens; last stage only (see model/schedule.py)."""
@@ -84,17 +87,11 @@ class Objective:
             output = logit_loss(
                 hidden_SBH,
                 model.head_weight(),
-                microbatch.labels.transpose(0, 1).contiguous(),
-                microbatch.loss_mask.transpose(0, 1).contiguous(),
+                microbatch.labels.transpose(0, 1),
+                microbatch.loss_mask.transpose(0, 1),
                 self.settings,
                 tp_group=tensor_group(),
                 sequence_parallel=model.config.sequence_parallel,
                 teacher=teacher,
             )
-        sums = {
-            "lm loss": output.lm_loss,
-            "logits distillation loss": output.kd_loss if teacher is not None else None,
-            "teacher lm loss": output.teacher_lm_loss,
-            "top-1 agreement": output.top1_agreement,
-        }
-        return output.loss, output.num_tokens, {name: value for name, value in sums.items() if value is not None}
+        return output.loss, output.num_tokens, {METRICS[name]: value for name, value in output.sums.items()}

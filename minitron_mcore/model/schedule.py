@@ -24,6 +24,7 @@ from minitron_mcore.runtime.repairs import divide_gradients
 LossSums = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 LossFunction = Callable[[LanguageModel, torch.Tensor, Microbatch], LossSums]
 Begin = Callable[[LanguageModel, Microbatch], None]
+Visit = Callable[[LanguageModel, torch.Tensor, Microbatch], Any]  # a chunk that has run, its output, what it ran
 
 GROUP = 16  # microbatches a pipeline stage in one call of the schedule: filling it then costs a sixteenth at most
 
@@ -46,31 +47,26 @@ def run_schedule(
     stage_sums: called once, at the end: further sums of this pipeline stage, of the same names on every rank.
 
     Gradients are left divided by the global number of counted tokens (the sum of the loss masks, which need not be
-    whole). Returns each reported sum divided by that number, over microbatches, stages and data-parallel ranks: the
-    same on every rank. Every rank calls.
+    whole). Returns each sum over microbatches, stages and data-parallel ranks, divided likewise. Every rank calls.
     """
     counted = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
 
-    def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
-        microbatch, chunk = next(iterator), unwrap(model)
-        if begin is not None:
-            begin(chunk, microbatch)
-
-        def loss_of(hidden: torch.Tensor) -> LossSums:
-            total, num_tokens, sums = loss(chunk, hidden, microbatch)
-            counted.add_(num_tokens.detach())
-            return total, num_tokens.detach().to(torch.int), {"num_tokens": num_tokens.detach(), **sums}
-
-        return model(microbatch.tokens, microbatch.position_ids, None), loss_of
+    def loss_of(chunk: LanguageModel, hidden: torch.Tensor, microbatch: Microbatch) -> LossSums | None:
+        if not chunk.post_process:
+            return None
+        total, num_tokens, sums = loss(chunk, hidden, microbatch)
+        counted.add_(num_tokens.detach())
+        return total, num_tokens.detach().to(torch.int), {"num_tokens": num_tokens.detach(), **sums}
 
     rows, config, size = [], unwrap(chunks[0]).config, window or len(batch)
     # Megatron would finalise gradients in each call, by a whole number of tokens.
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
     try:
-        for part in (batch[start : start + size] for start in range(0, len(batch), size)):
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
             if prepare is not None:
                 prepare(part)
-            rows += _call_schedule(chunks, part, forward_step, forward_only=forward_only)
+            rows += _call_schedule(chunks, part, loss_of, begin, forward_only=forward_only)
     finally:
         config.finalize_model_grads_func = finalize
     if finalize is not None and not forward_only:
@@ -100,18 +96,45 @@ def in_calls(
 def forward_only(
     chunks: Sequence[torch.nn.Module],
     batch: list[Microbatch],
-    visit: Callable[[LanguageModel, torch.Tensor, Microbatch], Any],
+    visit: Visit,
     *,
     begin: Begin | None = None,
     groups: ProcessGroupCollection | None = None,
 ) -> list[Any]:
-    """Forward only, no gradients: what `visit(chunk, its output, microbatch)` gives on the last stage, by microbatch.
+    """Forward only, no gradients: what `visit` gives on the last stage, by microbatch; an empty list on the others.
 
-    It is called when a chunk has run a microbatch, before another one starts; the last stage's output are the final
-    hidden states [s, b, h]. A collective in it may be over tensor-parallel ranks alone: pipeline stages are at
-    different microbatches. `begin` as in `run_schedule`; `groups` are the model's, where it has groups of its own.
-    Other stages get an empty list. Every rank calls.
+    The last stage's output are the final hidden states [s, b, h]. `visit` is called before another microbatch starts; a
+    collective in it may be over tensor-parallel ranks alone: pipeline stages are at different microbatches. `begin` as
+    in `run_schedule`; `groups` are the model's, where it has groups of its own. Every rank calls.
     """
+    how: dict[str, Any] = {"forward_only": True, "collect_non_loss_data": True}
+    if groups is not None:
+        how |= {"p2p_communicator": P2PCommunicator(groups.pp, unwrap(chunks[0]).config), "pg_collection": groups}
+    with torch.no_grad():
+        return _call_schedule(chunks, batch, visit, begin, **how)
+
+
+def final_hidden_states(
+    chunks: Sequence[torch.nn.Module], batch: list[Microbatch], *, groups: ProcessGroupCollection | None = None
+) -> list[torch.Tensor]:
+    """The final hidden states [s, b, h] of every microbatch, this rank's part of s under sequence parallelism; on other
+    stages than the last an empty list. As `forward_only`."""
+    return forward_only(chunks, batch, lambda chunk, hidden, microbatch: hidden, groups=groups)
+
+
+def visit_final_states(chunks: Sequence[torch.nn.Module], batch: list[Microbatch], visit: Visit) -> None:
+    """On the last stage `visit(chunk, final hidden states, microbatch)`, and nothing kept. As `forward_only`."""
+    forward_only(chunks, batch, lambda chunk, *rest: visit(chunk, *rest) if chunk.post_process else None)
+
+
+def _call_schedule(
+    chunks: Sequence[torch.nn.Module], batch: list[Microbatch], visit: Visit, begin: Begin | None, **how: Any
+) -> list[Any]:
+    """One call of Megatron's schedule: what `visit` gives on the last stage, by microbatch."""
+    config = unwrap(chunks[0]).config
+    sizes = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    micro_batch_size, sequence_length = batch[0].tokens.shape
+    interleaved = len(chunks) > 1
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
         microbatch, chunk = next(iterator), unwrap(model)
@@ -119,53 +142,16 @@ def forward_only(
             begin(chunk, microbatch)
         output = model(microbatch.tokens, microbatch.position_ids, None)
         found = visit(chunk, output, microbatch)
-        return output, lambda output, non_loss_data: found
+        return output, lambda *args, **kwargs: found
 
-    own: dict[str, Any] = {}
-    if groups is not None:
-        own = {"p2p_communicator": P2PCommunicator(groups.pp, unwrap(chunks[0]).config), "pg_collection": groups}
-    with torch.no_grad():
-        return _call_schedule(chunks, batch, forward_step, forward_only=True, collect_non_loss_data=True, **own)
-
-
-def final_hidden_states(
-    chunks: Sequence[torch.nn.Module],
-    batch: list[Microbatch],
-    begin: Begin | None = None,
-    *,
-    groups: ProcessGroupCollection | None = None,
-) -> list[torch.Tensor]:
-    """The final hidden states [s, b, h] of every microbatch, this rank's part of s under sequence parallelism; on other
-    stages than the last an empty list. As `forward_only`."""
-    return forward_only(chunks, batch, lambda chunk, hidden, microbatch: hidden, begin=begin, groups=groups)
-
-
-def visit_final_states(
-    chunks: Sequence[torch.nn.Module],
-    batch: list[Microbatch],
-    visit: Callable[[LanguageModel, torch.Tensor, Microbatch], None],
-) -> None:
-    """On the last stage `visit(chunk, final hidden states, microbatch)`, and nothing kept. As `forward_only`."""
-    forward_only(chunks, batch, lambda chunk, *rest: visit(chunk, *rest) if chunk.post_process else None)
-
-
-def _call_schedule(
-    chunks: Sequence[torch.nn.Module], batch: list[Microbatch], forward_step: Callable[..., Any], **options: Any
-) -> list[Any]:
-    config = unwrap(chunks[0]).config
-    schedule = get_forward_backward_func(
-        config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
-    )
-    micro_batch_size, sequence_length = batch[0].tokens.shape
-    interleaved = len(chunks) > 1
-    return schedule(
+    return get_forward_backward_func(*sizes)(
         forward_step_func=forward_step,
         data_iterator=[iter(batch) for _ in chunks] if interleaved else iter(batch),
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(batch),
         seq_length=sequence_length * config.context_parallel_size,  # of the whole: Megatron divides
         micro_batch_size=micro_batch_size,
-        **options,
+        **how,
     )
 
 

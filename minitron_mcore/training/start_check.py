@@ -84,7 +84,7 @@ def _teach_itself(
     # The interleaved schedule takes a multiple of the stages.
     count = chunks[0].config.pipeline_model_parallel_size if len(chunks) > 1 else 1
     part = [replace(microbatch) for microbatch in batch[:count]]
-    objective.run_teacher(part, train=False)
+    teacher.run_ahead(part)
     return run_schedule(as_chunks(chunks), part, loss, forward_only=True)
 
 

@@ -39,15 +39,16 @@ def errors(case: Case) -> dict[str, float]:
     assert hidden.grad.dtype == case.dtype and weight.grad.dtype == case.dtype
     found = {
         "loss": output.loss.detach(),
-        "lm_loss": output.lm_loss,
-        "kd_loss": output.kd_loss,
+        "lm_loss": output.sums["lm"],
+        "kd_loss": output.sums.get("kd", torch.zeros(())),
         "num_tokens": output.num_tokens,
         "token_loss": output.token_loss * (problem.mask > 0),
     }
-    for name, value in (("teacher_lm_loss", output.teacher_lm_loss), ("top1_agreement", output.top1_agreement)):
-        assert (value is None) == (name not in dense)
-        if value is not None:
-            found[name] = value
+    assert ("kd" in output.sums) == bool(case.teacher or case.target)
+    for name, key in (("teacher_lm_loss", "teacher_lm"), ("top1_agreement", "agreement")):
+        assert (key in output.sums) == (name in dense)
+        if key in output.sums:
+            found[name] = output.sums[key]
     result = {name: relative(value, dense[name]) for name, value in found.items()}
     result["hidden"] = relative(hidden.grad, part(dense["hidden"]) if case.sequence_parallel else dense["hidden"])
     result["weight"] = relative(weight.grad, part(dense["weight"]))
@@ -109,7 +110,7 @@ def large_logits(case: Case) -> list[float]:
     hidden, weight = problem.hidden.clone().requires_grad_(), part(problem.weight).clone().requires_grad_()
     output, dense = run(problem, weight, hidden), problem.dense()
     assert hidden.grad is not None and weight.grad is not None
-    values = [relative(output.lm_loss, dense["lm_loss"]), relative(output.kd_loss, dense["kd_loss"])]
+    values = [relative(output.sums[name], dense[f"{name}_loss"]) for name in ("lm", "kd")]
     return [*values, relative(hidden.grad, dense["hidden"]), relative(weight.grad, part(dense["weight"]))]
 
 
@@ -129,7 +130,7 @@ def equal_models(case: Case) -> list[tuple[float, float, float]]:
         hidden, weight = problem.hidden.clone().requires_grad_(), part(problem.weight).clone().requires_grad_()
         output = run(problem, weight, hidden)
         assert hidden.grad is not None and weight.grad is not None
-        results.append((output.kd_loss.abs().item(), hidden.grad.norm().item(), weight.grad.norm().item()))
+        results.append((output.sums["kd"].abs().item(), hidden.grad.norm().item(), weight.grad.norm().item()))
     return results
 
 

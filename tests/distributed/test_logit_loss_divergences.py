@@ -117,7 +117,7 @@ def same_results(first: Case, second: Case) -> float:
         hidden, weight = problem.hidden.clone().requires_grad_(), part(problem.weight).clone().requires_grad_()
         output = run(problem, weight, hidden)
         assert hidden.grad is not None and weight.grad is not None
-        found.append((output.loss.detach(), output.kd_loss, hidden.grad, weight.grad))
+        found.append((output.loss.detach(), output.sums["kd"], hidden.grad, weight.grad))
     return max(((a - b).norm() / a.norm().clamp_min(1e-30)).item() for a, b in zip(*found, strict=True))
 
 
@@ -182,8 +182,8 @@ def ties(case: Case) -> tuple[float, list[float]]:
         weight[list(rows)] = 3.0
     hidden, weight = problem.hidden.clone().requires_grad_(), part(problem.weight).clone().requires_grad_()
     output = run(problem, weight, hidden)
-    assert weight.grad is not None and output.top1_agreement is not None
-    return output.top1_agreement.item(), weight.grad.norm(dim=1).tolist()
+    assert weight.grad is not None and "agreement" in output.sums
+    return output.sums["agreement"].item(), weight.grad.norm(dim=1).tolist()
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4])

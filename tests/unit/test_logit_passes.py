@@ -25,7 +25,8 @@ def test_passes_can_be_traced_whole(name: str) -> None:
     compiler's own code is left out: it is what a GPU would differ in."""
     torch.manual_seed(0)
     x, y = torch.randn(6, 600), torch.randn(6, 600)
-    divergence = LossSettings(600, divergence=name, temperature=2.0, jensen_shannon_mix=0.3).form
+    # 0.5 of the next-token loss in units of the divergence's.
+    settings = LossSettings(600, 1.0, 1.0, divergence=name, temperature=2.0, jensen_shannon_mix=0.3)
     # Of the second pass any positive numbers will do.
     values = [torch.rand(6) + 0.5 for _ in NAMES]
     found = []
@@ -34,8 +35,8 @@ def test_passes_can_be_traced_whole(name: str) -> None:
         lambda function: torch.compile(function, backend="aot_eager", fullgraph=True),
     ):
         x_copy, y_copy = x.clone(), y.clone()
-        first = through(logit_statistics)(x_copy, y_copy, divergence=divergence, cross=True, report=True, keep=False)
-        through(logit_gradient_)(x_copy, y_copy, *values, names=NAMES, divergence=divergence, lm_share=0.5)
+        first = through(logit_statistics)(x_copy, y_copy, settings=settings, cross=True, report=True, keep=False)
+        through(logit_gradient_)(x_copy, y_copy, *values, names=NAMES, settings=settings)
         found.append(first | {"gradient": x_copy})
     assert found[0].keys() == found[1].keys()
     for key, expected in found[0].items():
@@ -57,9 +58,9 @@ def test_every_variant_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     function = passes._compiled(logit_statistics)
     variants = list(itertools.product(DIVERGENCES, (False, True), (False, True)))
     for name, cross, report in variants:
-        divergence = LossSettings(60, divergence=name, jensen_shannon_mix=0.3).form
+        settings = LossSettings(60, divergence=name, jensen_shannon_mix=0.3)
         x, y = torch.randn(3, 60), torch.randn(3, 60)
-        function(x, y, divergence=divergence, cross=cross, report=report, keep=False)
+        function(x, y, settings=settings, cross=cross, report=report, keep=False)
     passes._compiled.cache_clear()
     assert len(compiled) == len(variants) > 8
 

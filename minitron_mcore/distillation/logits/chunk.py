@@ -1,19 +1,17 @@
 """The losses of one chunk of tokens from its logits on this vocabulary shard, and their gradient where the logits were.
 
-`measure` makes a pass over the logits that leaves some numbers a token, and gathers these over the shards (twice for
-Jensen-Shannon and for few outcomes); `gradient_` is one more elementwise pass. The logits are overwritten by both.
+A pass over the logits leaves some numbers a token, which are gathered over the shards (twice for Jensen-Shannon and for
+few outcomes); one more elementwise pass gives the gradient. The logits are overwritten by both.
 
 Legend: C tokens of a chunk, V this rank's vocabulary shard, R shards, K outcomes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
+from minitron_mcore.distillation.config import PROBABILISTIC
 from minitron_mcore.distillation.logits.divergences import divergence_value, inverse_norms, mixture_statistics
 from minitron_mcore.distillation.logits.outcomes import (
     LOWEST,
@@ -23,145 +21,89 @@ from minitron_mcore.distillation.logits.outcomes import (
     top_of_all,
     top_of_shard,
 )
-from minitron_mcore.distillation.logits.passes import (
-    KEEPING,
-    by_rows,
-    kept_gradient_,
-    logit_gradient_,
-    logit_statistics,
-)
-from minitron_mcore.distillation.logits.settings import Divergence, LossSettings
+from minitron_mcore.distillation.logits.passes import by_rows, kept_gradient_, logit_gradient_, logit_statistics
+from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.model.vocab_parallel import VocabularyShard, combine
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """One chunk's logits on this shard, fp32, and what is to be made of them."""
+def losses_and_gradient(
+    x_CV: Tensor,
+    target: Tensor | SparseTarget | None,
+    labels_C: Tensor,
+    settings: LossSettings,
+    shard: VocabularyShard,
+    wants_gradient: bool = True,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The losses by name, fp64 [C] each: `lm`; with a teacher `kd`; if reported `teacher_lm` and `agreement`. And the
+    gradient in the student's raw logits divided by `LossSettings.scale`, [C, V], where these were. All shards call.
 
-    student: Tensor  # its logits [C, V]
-    teacher: Tensor | SparseTarget | None  # the same of the teacher, or few of its outcomes
-    labels: Tensor  # [C]
-    settings: LossSettings
-    shard: VocabularyShard
-    gradient: bool = True  # whether `gradient_` will be called
-
-    @property
-    def of_teacher(self) -> Tensor | None:
-        return self.teacher if isinstance(self.teacher, Tensor) else None
-
-    @cached_property
-    def label(self) -> tuple[Tensor, Tensor]:
-        """Column of each label here, int64 [C, 1], and whether it lies here, bool [C]."""
-        index_C, here_C = self.shard.locate(self.labels)
-        return index_C.unsqueeze(1), here_C
-
-    @property
-    def few(self) -> bool:
-        """Whether the models are compared over few outcomes."""
-        return isinstance(self.teacher, SparseTarget) or (self.teacher is not None and self.settings.top_k > 0)
-
-    @property
-    def report(self) -> bool:
-        drawn = isinstance(self.teacher, SparseTarget) and self.teacher.is_drawn
-        return self.settings.report and self.teacher is not None and not drawn
-
-    @property
-    def keeps(self) -> bool:
-        """Whether the first pass leaves exponentials for the second: where memory is slow next to exp, on the CPU."""
-        settings, distils = self.settings, self.teacher is not None
-        name = settings.divergence if distils and not self.few else "next_token"
-        alone = not (distils and (self.few or settings.kd_weight == 0.0))
-        plain = settings.form.temperature == 1.0 or not settings.lm_share
-        return self.gradient and alone and plain and name in KEEPING and not self.student.is_cuda
-
-
-@dataclass(frozen=True)
-class FewOutcomes:
-    """The divergence over few outcomes, fp64 [C]; its gradient in their logits [C, K], and their columns here."""
-
-    value: Tensor
-    gradient: Tensor
-    columns: tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """losses: fp64 [C] each; found: quantities over the vocabulary, fp64 [C] each; local_maxima: of this shard."""
-
-    losses: dict[str, Tensor]
-    found: dict[str, Tensor]
-    local_maxima: dict[str, Tensor]
-    few: FewOutcomes | None
-
-
-def measure(chunk: Chunk) -> Measured:
-    """The losses by name: `lm`; with a teacher `kd`; if reported `teacher_lm`, `agreement`. All shards call."""
-    x_CV, y_CV, settings, shard = chunk.student, chunk.of_teacher, chunk.settings, chunk.shard
-    labels = {"label": _label_logit(x_CV, chunk)}
-    if y_CV is not None and chunk.report:
-        labels["teacher_label"] = _label_logit(y_CV, chunk)
-    how = {"cross": not chunk.few, "report": chunk.report, "keep": chunk.keeps}
-    local = by_rows(logit_statistics, x_CV, y_CV, divergence=settings.form, **how)
-    local_maxima = {of: local[f"{of}maximum"] for of in ("", "teacher_") if f"{of}maximum" in local}
-    for name in ("top", "teacher_top"):
-        if name in local:
-            local[name] += shard.start
+    x_CV: the student's logits, fp32; target: the teacher's, or few of its outcomes.
+    """
+    y_CV = target if isinstance(target, Tensor) else None
+    few = isinstance(target, SparseTarget) or (y_CV is not None and settings.top_k > 0)
+    report = settings.report and target is not None and not (isinstance(target, SparseTarget) and target.is_drawn)
+    # Where memory is slow next to exp, on the CPU, the first pass leaves exponentials for the second.
+    keep = wants_gradient and not x_CV.is_cuda and not few and (y_CV is None or settings.can_keep)
+    column_C1, here_C1 = shard.locate(labels_C.unsqueeze(1))
+    local = {"label": selected_logits(x_CV, column_C1, here_C1).squeeze(1)}
+    if y_CV is not None and report:
+        local["teacher_label"] = selected_logits(y_CV, column_C1, here_C1).squeeze(1)
+    local |= by_rows(logit_statistics, x_CV, y_CV, settings=settings, cross=not few, report=report, keep=keep)
+    local |= {name: local[name] + shard.start for name in ("top", "teacher_top") if name in local}
     if shard.absent:
-        moments = [name for name in ("cross", "square", "teacher_square") if name in local]
-        local |= {name: torch.zeros_like(local[name]) for name in moments}
-    local |= labels
-    if chunk.few and y_CV is not None:
+        local |= {name: local[name].zero_() for name in ("cross", "square", "teacher_square") if name in local}
+    if few and y_CV is not None:
         local |= _top_of_shard(y_CV, min(settings.top_k, shard.rows), shard)
     gathered = _gather(shard, local)
-    found = _over_vocabulary(gathered, settings.form)
+    found = _over_vocabulary(gathered, settings)
     losses = {"lm": found["plain_logsumexp"] - found["label"]}
-    few = _few_outcomes(chunk, gathered, found) if chunk.few else None
-    if few is not None:
-        losses["kd"] = few.value
+    outcomes: tuple[Tensor, ...] = ()
+    if few:
+        losses["kd"], outcomes = _few_outcomes(x_CV, target, gathered, found, settings, shard)
     elif y_CV is not None:
         if settings.divergence == "jensen_shannon":
-            found |= _mixture(x_CV, y_CV, found, chunk)
-        losses["kd"] = divergence_value(found, settings.form)
-    if chunk.report:
-        if y_CV is not None:
-            losses["teacher_lm"] = found["teacher_plain_logsumexp"] - found["teacher_label"]
+            found |= _mixture(x_CV, y_CV, found, settings, shard)
+        losses["kd"] = divergence_value(found, settings)
+    if "teacher_label" in found:
+        losses["teacher_lm"] = found["teacher_plain_logsumexp"] - found["teacher_label"]
+    if report:
         losses["agreement"] = (found["top"] == found["teacher_top"]).double()
-    return Measured(losses, found, local_maxima, few)
-
-
-def gradient_(chunk: Chunk, measured: Measured) -> Tensor:
-    """The gradient in the student's raw logits divided by `LossSettings.scale`, [C, V], where its logits were."""
-    x_CV, settings = chunk.student, chunk.settings
-    if chunk.keeps:
-        _kept_gradient_(chunk, measured)
+    if not wants_gradient:
+        return losses, None
+    if keep:
+        _kept_gradient_(x_CV, y_CV, local, found, settings)
     else:
-        y_CV = chunk.of_teacher if settings.kd_weight else None
-        per_token = {name: value.float() for name, value in measured.found.items()}
-        outcomes: tuple[Tensor, ...] = ()
-        if measured.few is not None and settings.kd_weight:
-            y_CV, outcomes = None, (measured.few.gradient.float(), *measured.few.columns)
-        how = {"names": tuple(per_token), "divergence": settings.form, "lm_share": settings.lm_share}
-        by_rows(logit_gradient_, x_CV, y_CV, *per_token.values(), *outcomes, **how)
+        _gradient_(x_CV, y_CV, found, outcomes, settings)
     if settings.lm_share:  # the next-token loss's part at the label
-        index_C1, here_C = chunk.label
-        x_CV.scatter_add_(1, index_C1, here_C.float().mul_(-settings.lm_share).unsqueeze(1))
-    return x_CV.zero_() if chunk.shard.absent else x_CV
+        x_CV.scatter_add_(1, column_C1, here_C1.float().mul_(-settings.lm_share))
+    return losses, x_CV.zero_() if shard.absent else x_CV
 
 
-def _kept_gradient_(chunk: Chunk, measured: Measured) -> None:
+def _kept_gradient_(
+    x_CV: Tensor, y_CV: Tensor | None, local: dict[str, Tensor], found: dict[str, Tensor], settings: LossSettings
+) -> None:
     """From the exponentials over this shard's maxima that the first pass left."""
-    found, y_CV, lm_share = measured.found, chunk.of_teacher, chunk.settings.lm_share
-    factors = {of: (local - found[f"{of}logsumexp"]).exp_().float() for of, local in measured.local_maxima.items()}
-    cross_C = None
-    if y_CV is not None and chunk.settings.divergence == "reverse_kl":
-        cross_C = (found["cross"] - lm_share).float()
-    by_rows(kept_gradient_, chunk.student, y_CV, factors[""], factors.get("teacher_"), cross_C, lm_share=lm_share)
+    factor_C, of_y_C = (local["maximum"] - found["logsumexp"]).exp_().float(), None
+    if y_CV is not None and settings.divergence == "forward_kl":
+        of_y_C = (local["teacher_maximum"] - found["teacher_logsumexp"]).exp_().float()
+    elif y_CV is not None:
+        of_y_C = (found["cross"] - settings.lm_share).float()
+    by_rows(kept_gradient_, x_CV, y_CV, factor_C, of_y_C, settings=settings)
 
 
-def _label_logit(logits_CV: Tensor, chunk: Chunk) -> Tensor:
-    index_C1, here_C = chunk.label
-    return logits_CV.gather(1, index_C1).squeeze(1).masked_fill_(~here_C, 0.0)
+def _gradient_(
+    x_CV: Tensor,
+    y_CV: Tensor | None,
+    found: dict[str, Tensor],
+    outcomes: tuple[Tensor, ...],
+    settings: LossSettings,
+) -> None:
+    """From the logits over the temperature. outcomes: what `_few_outcomes` gave, if the models are compared so."""
+    if outcomes or not settings.kd_weight:
+        y_CV = None
+    values = [*(value.float() for value in found.values()), *(outcomes if settings.kd_weight else ())]
+    by_rows(logit_gradient_, x_CV, y_CV, *values, names=tuple(found), settings=settings)
 
 
 def _gather(shard: VocabularyShard, local: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -173,7 +115,7 @@ def _gather(shard: VocabularyShard, local: dict[str, Tensor]) -> dict[str, Tenso
     return {name: part.squeeze(1) if value.dim() == 1 else part for (name, value), part in parts}
 
 
-def _over_vocabulary(gathered: dict[str, Tensor], divergence: Divergence) -> dict[str, Tensor]:
+def _over_vocabulary(gathered: dict[str, Tensor], settings: LossSettings) -> dict[str, Tensor]:
     """From every shard's statistics [R, C] to those of the vocabulary [C], fp64."""
     found: dict[str, Tensor] = {}
     shares: dict[str, Tensor] = {}
@@ -186,27 +128,29 @@ def _over_vocabulary(gathered: dict[str, Tensor], divergence: Divergence) -> dic
         found[f"{of}log_sum"] = found[f"{of}logsumexp"] - found[f"{of}maximum"]
         found[f"{of}plain_logsumexp"] = found[f"{of}logsumexp"]
         if f"{of}plain_sum" in gathered:
-            found[f"{of}plain_logsumexp"], _ = combine(maxima_RC * divergence.temperature, gathered[f"{of}plain_sum"])
+            found[f"{of}plain_logsumexp"], _ = combine(maxima_RC * settings.divisor, gathered[f"{of}plain_sum"])
         if f"{of}top" in gathered:  # the first of equal maxima: shards are in the order of the ids
             found[f"{of}top"] = gathered[f"{of}top"].gather(0, maxima_RC.max(0, keepdim=True).indices).squeeze(0)
     for name in ("cross", "square", "teacher_square", "label", "teacher_label"):
         if name in gathered:
             found[name] = gathered[name].sum(0)
-    if "cross" in gathered and divergence.probabilistic:
+    if "cross" in gathered and settings.divergence in PROBABILISTIC:
         # The local sums are weighted by exp(logit - shard's maximum): of the teacher, or of the student.
-        of = "teacher_" if divergence.name == "forward_kl" else ""
+        of = "teacher_" if settings.divergence == "forward_kl" else ""
         found["cross"] = (gathered["cross"] / gathered[f"{of}sum"] * shares[of]).sum(0)
     if "square" in found:
         found["inverse_norms"] = inverse_norms(found["square"], found["teacher_square"])
     return found
 
 
-def _mixture(x_CV: Tensor, y_CV: Tensor, found: dict[str, Tensor], chunk: Chunk) -> dict[str, Tensor]:
+def _mixture(
+    x_CV: Tensor, y_CV: Tensor, found: dict[str, Tensor], settings: LossSettings, shard: VocabularyShard
+) -> dict[str, Tensor]:
     """Jensen-Shannon's two divergences from the mixture, [C] each."""
     names = ("maximum", "log_sum", "teacher_maximum", "teacher_log_sum")
     normalizers = [found[name].float() for name in names]
-    local = by_rows(mixture_statistics, x_CV, y_CV, *normalizers, mix=chunk.settings.jensen_shannon_mix)
-    return {name: value.sum(0) for name, value in _gather(chunk.shard, local).items()}
+    local = by_rows(mixture_statistics, x_CV, y_CV, *normalizers, mix=settings.jensen_shannon_mix)
+    return {name: value.sum(0) for name, value in _gather(shard, local).items()}
 
 
 def _top_of_shard(y_CV: Tensor, count: int, shard: VocabularyShard) -> dict[str, Tensor]:
@@ -218,18 +162,25 @@ def _top_of_shard(y_CV: Tensor, count: int, shard: VocabularyShard) -> dict[str,
     return {"values": values_CK.t(), "ids": ids_CK.t()}
 
 
-def _few_outcomes(chunk: Chunk, first: dict[str, Tensor], found: dict[str, Tensor]) -> FewOutcomes:
-    """The divergence over the K + 1 outcomes. first: what was gathered; `found` gets the tail's quantities too."""
-    x_CV, y_CV, target, shard = chunk.student, chunk.of_teacher, chunk.teacher, chunk.shard
-    vocab_size = chunk.settings.vocab_size
+def _few_outcomes(
+    x_CV: Tensor,
+    target: Tensor | SparseTarget | None,
+    first: dict[str, Tensor],
+    found: dict[str, Tensor],
+    settings: LossSettings,
+    shard: VocabularyShard,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The divergence over the K + 1 outcomes, fp64 [C]; and the last arguments of `outcome_gradient_`: its gradient in
+    the outcomes' logits, fp32 [C, K], and where they lie here. first: what was gathered; `found` gets the tail's
+    quantities too."""
     if isinstance(target, SparseTarget):
         ids_CK = target.ids
     else:
-        top_CK, ids_CK = top_of_all(first["values"], first["ids"], chunk.settings.top_k)
+        top_CK, ids_CK = top_of_all(first["values"], first["ids"], settings.top_k)
     columns = shard.locate(ids_CK)
     local = {"logits": selected_logits(x_CV, *columns).t()}
-    for of, logits_CV in (("", x_CV), ("teacher_", y_CV)):
-        if logits_CV is not None:
+    for of, logits_CV in (("", x_CV), ("teacher_", target)):
+        if isinstance(logits_CV, Tensor):
             tail = by_rows(tail_statistics, logits_CV, *columns)
             if shard.absent:
                 tail = {"tail_maximum": tail["tail_maximum"].fill_(LOWEST), "tail_sum": tail["tail_sum"].zero_()}
@@ -240,14 +191,14 @@ def _few_outcomes(chunk: Chunk, first: dict[str, Tensor], found: dict[str, Tenso
     found["tail_maximum"] = gathered["tail_maximum"].amax(0)
     found["tail_log_sum"] = tail_C - found["tail_maximum"]
     if isinstance(target, SparseTarget):
-        log_p, log_p_tail = target.log_probs.double(), target.log_tail_probability(vocab_size)
-        found["teacher_top"] = target.top(vocab_size)
+        log_p, log_p_tail = target.log_probs.double(), target.log_tail_probability(settings.vocab_size)
+        found["teacher_top"] = target.top(settings.vocab_size)
     else:
         log_p = top_CK - found["teacher_logsumexp"].unsqueeze(1)
         teacher_tail_C, _ = combine(gathered["teacher_tail_maximum"], gathered["teacher_tail_sum"])
         log_p_tail = teacher_tail_C - found["teacher_logsumexp"]
     log_q_tail = tail_C - found["logsumexp"]
     value_C, found["outcome_tail"], gradient_CK = outcome_divergence(
-        log_p, log_q, log_p_tail, log_q_tail, ids_CK >= 0, chunk.settings.form
+        log_p, log_q, log_p_tail, log_q_tail, ids_CK >= 0, settings
     )
-    return FewOutcomes(value_C, gradient_CK, columns)
+    return value_C, (gradient_CK.float(), *columns)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron_mcore.distillation.logits.settings import Divergence
+from minitron_mcore.distillation.logits.settings import LossSettings
 
 # If all logits of a model are 0, the cosine is 0 / 0.
 _SMALLEST_NORM = 1e-20
@@ -79,11 +79,11 @@ def log_softmax_(x_CV: Tensor, maximum_C1: Tensor, log_sum_C1: Tensor) -> Tensor
     return x_CV.sub_(maximum_C1).sub_(log_sum_C1)
 
 
-def cross_statistics(x_CV: Tensor, y_CV: Tensor, divergence: Divergence) -> dict[str, Tensor]:
+def cross_statistics(x_CV: Tensor, y_CV: Tensor, settings: LossSettings) -> dict[str, Tensor]:
     """What mse and cosine need on this shard, [C] each."""
-    if divergence.name == "mse":
+    if settings.divergence == "mse":
         return {"cross": (x_CV - y_CV).square_().sum(-1)}
-    if divergence.name == "cosine":
+    if settings.divergence == "cosine":
         return {
             "cross": (x_CV * y_CV).sum(-1),
             "square": x_CV.square().sum(-1),
@@ -119,11 +119,11 @@ def mixture_statistics(
     }
 
 
-def divergence_value(found: dict[str, Tensor], divergence: Divergence) -> Tensor:
+def divergence_value(found: dict[str, Tensor], settings: LossSettings) -> Tensor:
     """The divergence of each token, [C], from quantities over the whole vocabulary, [C] each."""
-    name, mix = divergence.name, divergence.mix
+    name, mix = settings.divergence, settings.jensen_shannon_mix
     if name == "mse":
-        return found["cross"] / divergence.vocab_size
+        return found["cross"] / settings.vocab_size
     if name == "cosine":
         return 1.0 - found["cross"] * found["inverse_norms"]
     if name == "jensen_shannon":
@@ -131,21 +131,21 @@ def divergence_value(found: dict[str, Tensor], divergence: Divergence) -> Tensor
     else:
         gap_C = found["logsumexp"] - found["teacher_logsumexp"]
         value_C = found["cross"] + gap_C if name == "forward_kl" else found["cross"] - gap_C
-    return value_C * divergence.value_scale
+    return value_C * settings.divisor**2
 
 
 def inverse_norms(square_C: Tensor, teacher_square_C: Tensor) -> Tensor:
     return (square_C * teacher_square_C).clamp_min_(_SMALLEST_NORM**2).rsqrt_()
 
 
-def gradient_(x_CV: Tensor, y_CV: Tensor, found: dict[str, Tensor], divergence: Divergence) -> None:
-    """Overwrite x with the gradient in the raw logits divided by `gradient_scale`; y is overwritten too.
+def gradient_(x_CV: Tensor, y_CV: Tensor, found: dict[str, Tensor], settings: LossSettings) -> None:
+    """Overwrite x with the gradient in the raw logits divided by the temperature; y is overwritten too.
 
     found: quantities over the whole vocabulary, fp32, [C, 1] each.
     """
-    name = divergence.name
+    name = settings.divergence
     if name == "mse":
-        x_CV.sub_(y_CV).mul_(2.0 / divergence.vocab_size)
+        x_CV.sub_(y_CV).mul_(2.0 / settings.vocab_size)
         return
     if name == "cosine":
         cosine = found["cross"] * found["inverse_norms"]
@@ -160,5 +160,5 @@ def gradient_(x_CV: Tensor, y_CV: Tensor, found: dict[str, Tensor], divergence: 
     if name == "forward_kl":
         x_CV.exp_().sub_(y_CV.exp_())
     else:
-        over_q_CV, _ = log_mixture_ratios(y_CV.sub_(x_CV), divergence.mix)
-        x_CV.exp_().mul_(over_q_CV.add_(found["student_to_mixture"])).mul_(divergence.mix - 1.0)
+        over_q_CV, _ = log_mixture_ratios(y_CV.sub_(x_CV), settings.jensen_shannon_mix)
+        x_CV.exp_().mul_(over_q_CV.add_(found["student_to_mixture"])).mul_(settings.jensen_shannon_mix - 1.0)

@@ -9,6 +9,12 @@ z_t and label y the loss is
 
 with D of divergences.py, or of outcomes.py where the teacher is given by few outcomes.
 
+Gradients are computed only where grad mode and `requires_grad` ask for them. Where the head has an fp32 `main_grad`,
+its gradient is added there: during forward, and then `loss` must enter the trained loss with factor 1 (backward
+checks), or with `recompute` during backward. Extra memory beyond the gradients: one fp32 buffer of [chunk, V] for each
+model; in bf16 one more for the logit gradient on CUDA, widened heads on CPU. Under Megatron's DDP it needs
+`overlap_grad_reduce` off.
+
 Legend: S sequence, B batch, N = S * B tokens, H hidden size, V this rank's vocabulary shard, K outcomes.
 """
 
@@ -35,22 +41,17 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.model.vocab_parallel import VocabularyShard
 
 Run = Callable[..., Swept]
+# The next-token loss; with a teacher the divergence, temperature² included; if reported the teacher's next-token loss,
+# where it is in memory, and the weight of the tokens of one likeliest id (of equals the lowest) in both models.
 REPORTED = ("lm", "kd", "teacher_lm", "agreement")
 
 
 @dataclass(frozen=True)
 class LogitLossOutput:
-    """Sums over the tokens, each weighted by its loss mask (not means): fp32 scalars, equal on every TP rank.
+    """Sums over the tokens, each weighted by its loss mask (not means): fp32 scalars, equal on every TP rank."""
 
-    `loss` = lm_weight * lm_loss + kd_weight * kd_loss is differentiable in the student's hidden states and head; the
-    rest is detached. `kd_loss` includes the factor temperature² and is zero without a teacher.
-    """
-
-    loss: Tensor
-    lm_loss: Tensor
-    kd_loss: Tensor
-    teacher_lm_loss: Tensor | None  # None where nothing is reported or the teacher is sparse
-    top1_agreement: Tensor | None  # weight of the tokens of one likeliest id (of equals the lowest) in both models
+    loss: Tensor  # lm_weight * lm + kd_weight * kd; differentiable, all else is detached
+    sums: dict[str, Tensor]  # by names of REPORTED
     num_tokens: Tensor  # sum of the loss mask
     token_loss: Tensor  # [S, B]: each token's next-token loss, without the mask
 
@@ -72,16 +73,10 @@ def logit_loss(
         `sequence_parallel` this rank's contiguous part of it; its gradient is reduced over `tp_group` here.
     weight_VH: this rank's shard of the student's output head, [padded vocabulary / TP, H].
     labels_SB, loss_mask_SB: of the full sequence; a label outside the vocabulary must have mask 0.
-    tp_group: the tensor-parallel group, over which the vocabulary is sharded; None for one rank.
-    teacher: a model of any width, with the same sharding, which gets no gradient; or few outcomes of one, of the full
-        sequence on every rank.
+    tp_group: over which the vocabulary is sharded; None for one rank. All its ranks call, on the last stage.
+    teacher: a model of any width, sharded alike, which gets no gradient; or few of its outcomes for the full sequence.
 
-    Called by every rank of `tp_group`, on the pipeline's last stage. Gradients are computed only where grad mode and
-    `requires_grad` ask for them. Where the head has an fp32 `main_grad`, its gradient is added there: during forward,
-    and then `loss` must enter the trained loss with factor 1 (backward checks), or with `recompute` during backward.
-    Extra memory beyond the gradients: one fp32 buffer of [chunk, V] for each model; in bf16 one more for the logit
-    gradient on CUDA, widened heads on CPU. Under Megatron's DDP it needs `overlap_grad_reduce` off. Raises InputError
-    for shapes, settings and teachers that do not go together.
+    Raises InputError for shapes, settings and teachers that do not go together.
     """
     _check_teacher(settings, teacher, weight_VH)
     if tp_group is not None and tp_group.size() > 1:
@@ -92,29 +87,19 @@ def logit_loss(
     if not hidden_SBH.shape[:2] == labels_SB.shape == loss_mask_SB.shape:
         shapes = f"labels {list(labels_SB.shape)} and loss mask {list(loss_mask_SB.shape)}"
         raise InputError("hidden states", list(hidden_SBH.shape[:2]), f"must agree with {shapes} in [sequence, batch]")
-    if isinstance(teacher, Model):
-        teacher = Model(teacher.hidden.detach().flatten(0, 1), teacher.weight.detach())
     mask_N = loss_mask_SB.detach().float().flatten()
     wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_SBH, weight_VH))
     run = partial(
         sweep,
-        teacher=teacher.flat() if isinstance(teacher, SparseTarget) else teacher,
+        teacher=None if teacher is None else teacher.flat(),
         labels_N=labels_SB.flatten(),
         settings=settings if teacher is not None else settings.without_teacher(),
         shard=VocabularyShard.of(weight_VH.shape[0], settings.vocab_size, tp_group),
     )
     loss, *by_token = _LogitLoss.apply(hidden_SBH.flatten(0, 1), weight_VH, mask_N, settings, wanted, run)
-    by_name = {name: loss_N for name, loss_N in zip(REPORTED, by_token, strict=True) if loss_N is not None}
-    sums = {name: torch.dot(loss_N, mask_N) for name, loss_N in by_name.items()}
-    return LogitLossOutput(
-        loss=loss,
-        lm_loss=sums["lm"],
-        kd_loss=sums["kd"] if "kd" in sums else torch.zeros_like(sums["lm"]),
-        teacher_lm_loss=sums.get("teacher_lm"),
-        top1_agreement=sums.get("agreement"),
-        num_tokens=mask_N.sum(),
-        token_loss=by_name["lm"].view(labels_SB.shape),
-    )
+    token_losses = {name: loss_N for name, loss_N in zip(REPORTED, by_token, strict=True) if loss_N is not None}
+    sums = {name: torch.dot(loss_N, mask_N) for name, loss_N in token_losses.items()}
+    return LogitLossOutput(loss, sums, mask_N.sum(), token_losses["lm"].view(labels_SB.shape))
 
 
 class _LogitLoss(torch.autograd.Function):
@@ -126,16 +111,15 @@ class _LogitLoss(torch.autograd.Function):
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, mask_N: Tensor, settings: LossSettings, wanted: Wanted, run: Run
     ) -> tuple[Tensor | None, ...]:
         ctx.later = settings.recompute and any(wanted)
-        swept = run(Model(hidden_NH, weight_VH), weight_N=mask_N, wanted=(False, False) if ctx.later else wanted)
-        losses = swept.losses
+        now = (False, False) if ctx.later else wanted
+        losses, *grads = run(Model(hidden_NH, weight_VH), weight_N=mask_N, wanted=now)
         loss = settings.lm_weight * torch.dot(losses["lm"], mask_N)
         if "kd" in losses:
             loss = loss + settings.kd_weight * torch.dot(losses["kd"], mask_N)
         ctx.mark_non_differentiable(*losses.values())
-        ctx.run, ctx.wanted, ctx.done = run, wanted, False
-        ctx.grads, ctx.weight_dtype = (swept.grad_hidden, swept.grad_weight), weight_VH.dtype
+        ctx.run, ctx.wanted, ctx.grads, ctx.weight_dtype = run, wanted, grads, weight_VH.dtype
         # A gradient already added to a `main_grad` cannot be scaled any more.
-        ctx.added = not ctx.later and wanted[1] and swept.grad_weight is None
+        ctx.added = not ctx.later and wanted[1] and grads[1] is None
         if ctx.later:
             ctx.save_for_backward(hidden_NH, mask_N)
             ctx.weight_VH = weight_VH  # the parameter itself: a saved tensor comes back without `main_grad`
@@ -144,30 +128,24 @@ class _LogitLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.done:
+        if ctx.grads is None:
             raise RuntimeError("backward through logit_loss a second time: its gradients are scaled in place")
-        ctx.done = True
+        grads, ctx.grads = ctx.grads, None
         if ctx.later:
             hidden_NH, mask_N = ctx.saved_tensors
-            swept = ctx.run(Model(hidden_NH, ctx.weight_VH), weight_N=mask_N * grad_loss, wanted=ctx.wanted)
-            return swept.grad_hidden, _of_parameter(swept.grad_weight, ctx.weight_dtype), None, None, None, None
-        (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
-        if ctx.added:
-            torch._assert_async(
-                grad_loss == 1,
-                "logit_loss has added the head's gradient to main_grad already, so its loss must go into the trained "
-                "loss with factor 1; with recompute=True any factor will do",
-            )
-            return grad_hidden, None, None, None, None, None
-        if grad_hidden is not None:
-            grad_hidden.mul_(grad_loss)
-        if grad_weight is not None:
-            grad_weight = _of_parameter(grad_weight.mul_(grad_loss), ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+            model = Model(hidden_NH, ctx.weight_VH)
+            _, *grads = ctx.run(model, weight_N=mask_N * grad_loss, wanted=ctx.wanted)
+        elif ctx.added:
+            torch._assert_async(grad_loss == 1, _ADDED)
+        else:
+            grads = [None if grad is None else grad.mul_(grad_loss) for grad in grads]
+        return grads[0], None if grads[1] is None else grads[1].to(ctx.weight_dtype), *[None] * 4
 
 
-def _of_parameter(grad_weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if grad_weight is None else grad_weight.to(dtype)
+_ADDED = (
+    "logit_loss has added the head's gradient to main_grad already, so its loss must go into the trained loss with "
+    "factor 1; with recompute=True any factor will do"
+)
 
 
 def _check_teacher(settings: LossSettings, teacher: Model | SparseTarget | None, weight_VH: Tensor) -> None:
@@ -177,11 +155,5 @@ def _check_teacher(settings: LossSettings, teacher: Model | SparseTarget | None,
         rows, own = teacher.weight.shape[0], weight_VH.shape[0]
         rule = f"are not the student's {own}: both models need one padded vocabulary"
         raise InputError("rows of the teacher's head on a rank", rows, rule)
-    if not isinstance(teacher, SparseTarget):
-        return
-    if not settings.form.probabilistic:
-        raise InputError("divergence", settings.divergence, "compares all logits, which a sparse target does not have")
-    if settings.top_k:
-        raise InputError("top_k", settings.top_k, "must be 0 with a sparse target, which has its own outcomes")
-    if settings.divergence == "reverse_kl" and not teacher.tail:
-        raise InputError("divergence", "reverse_kl", "is infinite where the target has weight 0", "give it a tail")
+    if isinstance(teacher, SparseTarget):
+        teacher.check_loss(settings)

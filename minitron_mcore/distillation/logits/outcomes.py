@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minitron_mcore.distillation.logits.divergences import log_mixture_ratios, log_softmax_
-from minitron_mcore.distillation.logits.settings import Divergence
+from minitron_mcore.distillation.logits.settings import LossSettings
 
 # Stands for minus infinity where that would give NaN in a difference or in a product with 0.
 LOWEST = -1e30
@@ -78,7 +78,7 @@ def outcome_gradient_(
 
 
 def outcome_divergence(
-    log_p: Tensor, log_q: Tensor, log_p_tail: Tensor, log_q_tail: Tensor, used: Tensor, divergence: Divergence
+    log_p: Tensor, log_q: Tensor, log_p_tail: Tensor, log_q_tail: Tensor, used: Tensor, settings: LossSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Divergence of each token, [C], and its gradient in the outcomes' logarithms of q: of the tail, [C], and of the K
     selected ones, [C, K]. From logarithms of the K outcomes' probabilities under teacher and student, [C, K], and of
@@ -90,16 +90,16 @@ def outcome_divergence(
     p, q = log_p.exp(), log_q.exp()
     # Where q is nearly 1 at one outcome, d there and its mean cancel down to the rest of q: its sum must be 1 exactly.
     q = q / q.sum(-1, keepdim=True)
-    if divergence.name == "forward_kl":
+    if settings.divergence == "forward_kl":
         value = (p * ratio).sum(-1)
         q_d = -p
-    elif divergence.name == "reverse_kl":
+    elif settings.divergence == "reverse_kl":
         value = -(q * ratio).sum(-1)
         q_d = -q * ratio
     else:
-        over_q, over_p = log_mixture_ratios(ratio, divergence.mix)
-        student = 1.0 - divergence.mix
-        value = -(divergence.mix * p * over_p + student * q * over_q).sum(-1)
+        over_q, over_p = log_mixture_ratios(ratio, settings.jensen_shannon_mix)
+        student = 1.0 - settings.jensen_shannon_mix
+        value = -(settings.jensen_shannon_mix * p * over_p + student * q * over_q).sum(-1)
         q_d = -student * q * over_q
     gradient = q_d - q * q_d.sum(-1, keepdim=True)
-    return value * divergence.value_scale, gradient[:, -1], gradient[:, :-1]
+    return value * settings.divisor**2, gradient[:, -1], gradient[:, :-1]

@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
+from minitron_mcore.distillation.config import PROBABILISTIC
 from minitron_mcore.distillation.logits.divergences import cross_statistics, gradient_, softmax_statistics
 from minitron_mcore.distillation.logits.outcomes import outcome_gradient_
-from minitron_mcore.distillation.logits.settings import Divergence
+from minitron_mcore.distillation.logits.settings import LossSettings
 
 # Logits that one thread processes at a time on the CPU: half a megabyte of fp32, so that those of two models and a
 # temporary stay in a core's cache.
 CACHED_ENTRIES = 1 << 17
-# Losses whose gradient follows from the exponentials of the statistics.
-KEEPING = ("forward_kl", "reverse_kl", "next_token")
-
-
 # Compiled variants of one function: by its settings, by shapes, with gradients on or off. Beyond its limit, 8 by
 # default, torch.compile silently runs uncompiled: slower, and with several more buffers of logits.
 VARIANTS = 64
@@ -53,62 +50,52 @@ def by_rows(function: Callable[..., Any], x_CV: Tensor, *others: Tensor | None, 
 
 
 def logit_statistics(
-    x_CV: Tensor, y_CV: Tensor | None, *, divergence: Divergence, cross: bool, report: bool, keep: bool
+    x_CV: Tensor, y_CV: Tensor | None, *, settings: LossSettings, cross: bool, report: bool, keep: bool
 ) -> dict[str, Tensor]:
     """First pass: statistics by name, [C] each. Both logits are divided by the temperature in place.
 
     cross: also what a divergence over the whole vocabulary needs; report: also what the teacher's next-token loss and
     the agreement need; keep: leave in x and y what `kept_gradient_` starts from.
     """
-    temperature, name = divergence.temperature, divergence.name
+    temperature, divergence = settings.divisor, settings.divergence
     if temperature != 1.0:
-        x_CV.mul_(1.0 / temperature)
-        if y_CV is not None:
-            y_CV.mul_(1.0 / temperature)
+        for logits_CV in (x_CV, y_CV):
+            if logits_CV is not None:
+                logits_CV.mul_(1.0 / temperature)
     if y_CV is None:
         return softmax_statistics(x_CV, temperature, report, in_place=keep)[0]
-    exponentials = name in ("forward_kl", "reverse_kl") and cross
-    difference_CV = y_CV - x_CV if exponentials else None
+    kl = divergence in ("forward_kl", "reverse_kl") and cross
+    difference_CV = y_CV - x_CV if kl else None
     found, e_x_CV = softmax_statistics(x_CV, temperature, report, in_place=keep)
-    if report or divergence.probabilistic:
+    if report or divergence in PROBABILISTIC:
         plain = temperature if report else 1.0
-        of_teacher, e_y_CV = softmax_statistics(y_CV, plain, report, in_place=keep and name == "forward_kl")
+        of_teacher, e_y_CV = softmax_statistics(y_CV, plain, report, in_place=keep and divergence == "forward_kl")
         found |= {f"teacher_{name}": value for name, value in of_teacher.items()}
-        if difference_CV is not None and name == "forward_kl":
-            return found | {"cross": difference_CV.mul_(e_y_CV).sum(-1)}
-    if difference_CV is not None:
-        torch.neg(difference_CV, out=difference_CV)
-        if keep:
-            y_CV.copy_(difference_CV)
-        return found | {"cross": difference_CV.mul_(e_x_CV).sum(-1)}
-    return found | (cross_statistics(x_CV, y_CV, divergence) if cross else {})
+    if difference_CV is None:
+        return found | (cross_statistics(x_CV, y_CV, settings) if cross else {})
+    if divergence == "forward_kl":
+        return found | {"cross": difference_CV.mul_(e_y_CV).sum(-1)}
+    torch.neg(difference_CV, out=difference_CV)
+    if keep:
+        y_CV.copy_(difference_CV)
+    return found | {"cross": difference_CV.mul_(e_x_CV).sum(-1)}
 
 
 def kept_gradient_(
-    x_CV: Tensor,
-    y_CV: Tensor | None,
-    factor_C: Tensor,
-    teacher_factor_C: Tensor | None,
-    cross_C: Tensor | None,
-    *,
-    lm_share: float,
+    x_CV: Tensor, y_CV: Tensor | None, factor_C: Tensor, of_y_C: Tensor | None, *, settings: LossSettings
 ) -> dict[str, Tensor]:
-    """Second pass after one that kept exponentials; the factors turn them into probabilities over the vocabulary.
+    """Second pass after one that kept exponentials, in x and, with forward_kl, in y; with reverse_kl y holds x - y.
 
-    With forward_kl x and y hold the exponentials; with reverse_kl (`cross` less `lm_share`) y holds x - y; for the
-    next-token loss alone there is no y.
+    factor: makes of exponentials probabilities over the vocabulary; of_y: the same for y, or what to subtract from it.
     """
     x_CV.mul_(factor_C.unsqueeze(1))
-    if y_CV is None:
-        return {}
-    if cross_C is not None:
-        x_CV.mul_(y_CV.sub_(cross_C.unsqueeze(1)))
-        return {}
-    assert teacher_factor_C is not None
-    y_CV.mul_(teacher_factor_C.unsqueeze(1))
-    if lm_share:
-        x_CV.mul_(1.0 + lm_share)
-    x_CV.sub_(y_CV)
+    if y_CV is not None and of_y_C is not None:
+        if settings.divergence == "reverse_kl":
+            x_CV.mul_(y_CV.sub_(of_y_C.unsqueeze(1)))
+        else:
+            if settings.lm_share:
+                x_CV.mul_(1.0 + settings.lm_share)
+            x_CV.sub_(y_CV.mul_(of_y_C.unsqueeze(1)))
     return {}
 
 
@@ -118,7 +105,7 @@ def _next_token_softmax(x_CV: Tensor, plain_logsumexp_C: Tensor, temperature: fl
 
 
 def logit_gradient_(
-    x_CV: Tensor, y_CV: Tensor | None, *values: Tensor, names: tuple[str, ...], divergence: Divergence, lm_share: float
+    x_CV: Tensor, y_CV: Tensor | None, *values: Tensor, names: tuple[str, ...], settings: LossSettings
 ) -> dict[str, Tensor]:
     """Second pass: x becomes the gradient, in units of `LossSettings.scale`, without the label's part.
 
@@ -128,15 +115,15 @@ def logit_gradient_(
     found = dict(zip(names, values, strict=False))
     outcomes = values[len(names) :]
     next_token_CV = None
-    if lm_share:
-        next_token_CV = _next_token_softmax(x_CV, found["plain_logsumexp"], divergence.temperature)
+    if settings.lm_share:
+        next_token_CV = _next_token_softmax(x_CV, found["plain_logsumexp"], settings.divisor)
     if outcomes:
         outcome_gradient_(x_CV, found["tail_maximum"], found["tail_log_sum"], found["outcome_tail"], *outcomes)
     elif y_CV is not None:
-        gradient_(x_CV, y_CV, {name: value.unsqueeze(1) for name, value in found.items()}, divergence)
+        gradient_(x_CV, y_CV, {name: value.unsqueeze(1) for name, value in found.items()}, settings)
     elif next_token_CV is not None:
         x_CV.copy_(next_token_CV)
         return {}
     if next_token_CV is not None:
-        x_CV.add_(next_token_CV, alpha=lm_share)
+        x_CV.add_(next_token_CV, alpha=settings.lm_share)
     return {}

@@ -3,35 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
-from minitron_mcore.distillation.config import PROBABILISTIC, DistillConfig, default_chunk_tokens
+from minitron_mcore.distillation.config import PROBABILISTIC, DistillConfig
 
 DIVERGENCES = (*PROBABILISTIC, "mse", "cosine")
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Which divergence of divergences.py, and its constants; all that the elementwise passes know of the settings."""
-
-    name: str
-    temperature: float  # 1 where the divergence has none
-    mix: float
-    vocab_size: int  # the true vocabulary, over all shards
-
-    @property
-    def probabilistic(self) -> bool:
-        return self.name in PROBABILISTIC
-
-    @property
-    def value_scale(self) -> float:
-        """Factor of the value, where logits were divided by the temperature."""
-        return self.temperature**2
-
-    @property
-    def gradient_scale(self) -> float:
-        """Factor of the gradient in the raw logits. `gradient_` leaves it out: equal models then give exactly zero."""
-        return self.temperature
 
 
 @dataclass(frozen=True)
@@ -70,20 +45,23 @@ class LossSettings:
             self.vocab_size, lm_weight=self.lm_weight, recompute=self.recompute, chunk_tokens=self.chunk_tokens
         )
 
-    def chunk_size(self, tokens: int) -> int:
-        return self.chunk_tokens or default_chunk_tokens(tokens)
-
-    @cached_property
-    def form(self) -> Divergence:
-        temperature = self.temperature if self.divergence in PROBABILISTIC else 1.0
-        return Divergence(self.divergence, temperature, self.jensen_shannon_mix, self.vocab_size)
+    @property
+    def divisor(self) -> float:
+        """What logits are divided by: the temperature; 1 for divergences that have none."""
+        return self.temperature if self.divergence in PROBABILISTIC else 1.0
 
     @property
     def scale(self) -> float:
         """Factor of a chunk's logit gradient. It is applied apart, so that equal models give exactly zero."""
-        return self.kd_weight * self.form.gradient_scale if self.kd_weight else self.lm_weight
+        return self.kd_weight * self.divisor if self.kd_weight else self.lm_weight
 
     @property
     def lm_share(self) -> float:
         """Weight of the next-token loss's gradient in the raw logits, in units of `scale`."""
         return self.lm_weight / self.scale if self.kd_weight else 1.0
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether the gradient follows from the exponentials of the statistics (`kept_gradient_`)."""
+        one_temperature = self.divisor == 1.0 or not self.lm_share
+        return self.kd_weight != 0.0 and self.divergence in ("forward_kl", "reverse_kl") and one_temperature

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from minitron_mcore.distillation.config import PROBABILISTIC
+from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.errors import InputError
 
 # What the selected outcomes leave of 1 where rounding leaves nothing: less than the last digit of their sum in fp64.
@@ -40,6 +42,16 @@ class SparseTarget:
         if self.log_tail is not None and (not self.tail or self.log_tail.shape != self.ids.shape[:-1]):
             shape = list(self.log_tail.shape)
             raise InputError("log_tail", shape, f"needs tail=True and the shape {list(self.ids.shape[:-1])} of the ids")
+
+    def check_loss(self, settings: LossSettings) -> None:
+        """Raise InputError for a loss that cannot be had from this target."""
+        if settings.divergence not in PROBABILISTIC:
+            rule = "compares all logits, which a sparse target does not have"
+            raise InputError("divergence", settings.divergence, rule)
+        if settings.top_k:
+            raise InputError("top_k", settings.top_k, "must be 0 with a sparse target, which has its own outcomes")
+        if settings.divergence == "reverse_kl" and not self.tail:
+            raise InputError("divergence", "reverse_kl", "is infinite where the target has weight 0", "give it a tail")
 
     def flat(self) -> SparseTarget:
         """The tokens along one axis: [N, K] and [N]."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitron_mcore.distillation.logits.chunk import Chunk, gradient_, measure
+from minitron_mcore.distillation.config import default_chunk_tokens
+from minitron_mcore.distillation.logits.chunk import losses_and_gradient
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.model.vocab_parallel import ABSENT, VocabularyShard, add_product_, product_, product_operand
@@ -29,20 +30,14 @@ class Model:
     hidden: Tensor
     weight: Tensor
 
-
-@dataclass(frozen=True)
-class Swept:
-    """losses: each token's, [N] fp32 each: `lm`; with a teacher `kd`; if reported `teacher_lm` and `agreement`."""
-
-    losses: dict[str, Tensor]
-    grad_hidden: Tensor | None  # this shard's part, [N, H] in the hidden states' type
-    grad_weight: Tensor | None  # fp32 [V, H]; None also where it was added to the head's fp32 `main_grad`
+    def flat(self) -> Model:
+        """The tokens along one axis, without a gradient."""
+        return Model(self.hidden.detach().flatten(0, 1), self.weight.detach())
 
 
-def wide_main_grad(weight_VH: Tensor) -> Tensor | None:
-    """The fp32 gradient buffer that Megatron's DDP keeps for a parameter, if any."""
-    main_grad = getattr(weight_VH, "main_grad", None)
-    return main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None
+# Losses of each token, [N] fp32 each, by name; this shard's part of the hidden states' gradient, [N, H] in their type;
+# the head's, fp32 [V, H], None also where it was added to the head's fp32 `main_grad`.
+Swept = tuple[dict[str, Tensor], Tensor | None, Tensor | None]
 
 
 def sweep(
@@ -55,16 +50,18 @@ def sweep(
     shard: VocabularyShard,
     wanted: Wanted,
 ) -> Swept:
-    """Every token's losses and, if `wanted`, the gradients of hidden states and head.
+    """Every token's losses (`losses_and_gradient`) and, if `wanted`, the gradients of hidden states and head.
 
     weight_N: fp32, each token's weight in both gradients, besides the settings' two weights.
     """
     grad_hidden_NH = torch.empty_like(student.hidden) if wanted[0] else None
-    grad_weight_VH, own_VH = (wide_main_grad(student.weight), None) if wanted[1] else (None, None)
-    if wanted[1] and grad_weight_VH is None:
-        grad_weight_VH = own_VH = torch.zeros_like(student.weight, dtype=torch.float32)
+    grad_weight_VH = own_VH = None
+    if wanted[1]:
+        grad_weight_VH = getattr(student.weight, "main_grad", None)  # Megatron's DDP keeps it
+        if grad_weight_VH is None or grad_weight_VH.dtype != torch.float32:
+            grad_weight_VH = own_VH = torch.zeros_like(student.weight, dtype=torch.float32)
     tokens = labels_N.shape[0]
-    chunk_size = min(settings.chunk_size(tokens), tokens)
+    chunk_size = min(settings.chunk_tokens or default_chunk_tokens(tokens), tokens)
     models = [student, teacher] if isinstance(teacher, Model) else [student]
     heads = [product_operand(model.weight[: shard.width]) for model in models]
     buffers = weight_N.new_empty(len(models), chunk_size, shard.width)  # the chunks take turns in them
@@ -78,14 +75,15 @@ def sweep(
             product_(logits_CV, hidden_CH, head_VH.t())
             if shard.absent:
                 logits_CV.fill_(ABSENT)
-        of_teacher = teacher.rows(rows) if isinstance(teacher, SparseTarget) else logits[1] if teacher else None
-        chunk = Chunk(logits[0], of_teacher, labels_N[rows], settings, shard, gradient=any(wanted))
-        measured = measure(chunk)
-        for name, value_C in measured.losses.items():
+        target = teacher.rows(rows) if isinstance(teacher, SparseTarget) else logits[1] if teacher else None
+        of_chunk, gradient_CV = losses_and_gradient(
+            logits[0], target, labels_N[rows], settings, shard, wants_gradient=any(wanted)
+        )
+        for name, value_C in of_chunk.items():
             losses.setdefault(name, weight_N.new_empty(tokens))[rows] = value_C.float()
-        if not any(wanted):
+        if gradient_CV is None:
             continue
-        gradient_CV = gradient_(chunk, measured).to(heads[0].dtype)
+        gradient_CV = gradient_CV.to(heads[0].dtype)
         # The tokens' weights go to the narrow factors of the products instead of the [C, V] gradient.
         weight_C1 = weight_N[rows].unsqueeze(1) * settings.scale
         if grad_hidden_NH is not None:
@@ -94,4 +92,4 @@ def sweep(
         if grad_weight_VH is not None:
             weighted_CH = (hidden[0] * weight_C1).to(heads[0].dtype)
             add_product_(grad_weight_VH[: shard.width], gradient_CV.t(), weighted_CH)
-    return Swept(losses, grad_hidden_NH, own_VH)
+    return losses, grad_hidden_NH, own_VH
