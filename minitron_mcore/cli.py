@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import os
 import re
@@ -29,13 +30,17 @@ from minitron_mcore.verbs import VERBS, help_of
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags of other projects are answered with our key."""
+    """Flags of other projects are answered with our key, a misspelt verb with the nearest."""
 
     def error(self, message: str) -> NoReturn:
         if flag := re.search(r"unrecognized arguments: (?:.*? )?(-\S+)", message):
             from minitron_mcore.recipe import flag_help
 
-            self.exit(2, f"minitron: {InputError('', flag[1], 'is no flag', flag_help(flag[1]))}\n")
+            self.exit(2, f"minitron: {InputError('', flag[1], 'is not a flag', flag_help(flag[1]))}\n")
+        if verb := re.search(r"VERB: invalid choice: '(.*?)'", message):
+            near = difflib.get_close_matches(verb[1], VERBS, 1)
+            remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(VERBS)}"
+            self.exit(2, f"minitron: {InputError('', verb[1], 'is not a verb', remedy)}\n")
         super().error(message)
 
 

@@ -178,7 +178,7 @@ def help_of(name: str, width: int = 110) -> str:
     verb = VERBS[name]
     lines = [f"minitron {name}: {verb.in_words}", "", f"reads:   {verb.reads}"]
     lines += [f"writes:  {verb.writes}", f"example: {verb.example}", ""]
-    lines += ["keys, as key=value on the command line or in the file that --config names:"]
+    lines += ["keys, as key=value on the command line or in the file that --config names; counts as 94B, 2e9, 1_000:"]
     for key in verb.keys:
         for path, entry in entries_at(key):
             lines += _key_lines(path, entry, width)
@@ -199,7 +199,7 @@ def _key_lines(path: str, entry: Any, width: int) -> Iterator[str]:
 
 def entries_at(key: str) -> list[tuple[str, Any]]:
     """(path, field) of a key, or of every key of a section, those of sections within it too."""
-    from minitron_mcore.keys import section_of
+    from minitron_mcore.keys import default_of, section_of
     from minitron_mcore.recipe import Recipe
 
     kind: Any = Recipe
@@ -208,4 +208,5 @@ def entries_at(key: str) -> list[tuple[str, Any]]:
         kind = section_of(entry.type)
     if kind is None:
         return [(key, entry)]
-    return [found for each in dataclasses.fields(kind) for found in entries_at(f"{key}.{each.name}")]
+    itself = [(key, entry)] if default_of(entry) is None else []  # a section that may be left out as a whole
+    return itself + [found for each in dataclasses.fields(kind) for found in entries_at(f"{key}.{each.name}")]

@@ -34,7 +34,9 @@ def read_config(source: Path, make_vocab_size_divisible_by: int = 128) -> Archit
     """
     path = source / "config.json"
     if not path.is_file():
-        raise InputError("hf", source, "holds no config.json", "name a Hugging Face folder")
+        ours = (source / "architecture.yaml").is_file()
+        remedy = "it is a Megatron checkpoint already" if ours else "name a Hugging Face folder"
+        raise InputError("hf", source, "holds no config.json", remedy)
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -20,6 +20,7 @@ from minitron_mcore.jobs.inputs import TEXT, budget_and_text, find_model, output
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import check_model, refuse_context
 from minitron_mcore.jobs.tokenizers import model_tokenizer
+from minitron_mcore.jobs.training import data_items
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World
@@ -56,7 +57,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Cache
     num_samples = cache.num_samples or samples_needed(recipe)
     asked = ("cache.num_samples", num_samples) if cache.num_samples else ("distill.tokens", recipe.distill.tokens)
     wanted = [Wanted(num_samples, recipe.data.sequence_length, *asked)]
-    describe_training(recipe.data, tokenizer, wanted, promises.prefixes)
+    described = describe_training(recipe.data, tokenizer, wanted, promises.prefixes)
     precision = recipe.teacher.precision or recipe.precision
     settings: dict[str, Any] = {}
     notes: list[str] = []
@@ -66,7 +67,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Cache
         notes += refusal_to_come(settings, recipe, folder)
     return CacheJob(
         recipe=recipe,
-        reads=(teacher,),
+        reads=(teacher, *data_items(recipe, described, promises)),
         makes=(Item("cache.folder", str(folder), f"targets of {num_samples:,} samples"),),
         notes=tuple(notes),
         folder=folder,

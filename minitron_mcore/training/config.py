@@ -27,7 +27,9 @@ class TrainConfig:
     checkpoint: Optional[PathName] = key(
         None, "folder the checkpoints are written to; a run resumes from it", may_change=True
     )
-    load: Optional[PathName] = key(None, "folder the first weights come from; null: random initialisation")
+    load: Optional[PathName] = key(
+        None, "folder the first weights come from; null: train draws them, distill takes student.checkpoint"
+    )
     tokens: int = key(0, "budget; the number of iterations follows from it", at_least=0, budget=True)
     global_batch_size: int = key(8, "sequences of an iteration", at_least=1)
     micro_batch_size: int = key(1, "sequences at a time, on each data-parallel rank", at_least=1, may_change=True)
