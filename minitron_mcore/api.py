@@ -61,7 +61,8 @@ from minitron_mcore.model.initialize import initialize, named_parameters  # noqa
 from minitron_mcore.model.microbatch import Microbatch  # noqa: E402
 from minitron_mcore.model.schedule import in_calls  # noqa: E402
 from minitron_mcore.pruning.in_memory import prune_chunks  # noqa: E402
-from minitron_mcore.pruning.plan import PruningPlan, check_same_model, load_plan, make_plan, save_plan  # noqa: E402
+from minitron_mcore.pruning.plan import make_plan  # noqa: E402
+from minitron_mcore.pruning.plan_file import PruningPlan, check_same_model, load_plan, save_plan  # noqa: E402
 from minitron_mcore.runtime.config import ParallelConfig  # noqa: E402
 from minitron_mcore.runtime.parallel import layout_stands, use_layout  # noqa: E402
 from minitron_mcore.runtime.whole_folder import whole_folder  # noqa: E402

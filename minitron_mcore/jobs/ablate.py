@@ -23,7 +23,9 @@ from minitron_mcore.jobs.score import ScoreJob
 from minitron_mcore.jobs.score import resolve as resolve_score
 from minitron_mcore.jobs.tokenizers import model_tokenizer
 from minitron_mcore.jobs.training import data_items
-from minitron_mcore.pruning.plan import TARGETS, PruningPlan, make_plan
+from minitron_mcore.pruning.plan import make_plan
+from minitron_mcore.pruning.plan_file import PruningPlan
+from minitron_mcore.pruning.targets import TARGETS
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World

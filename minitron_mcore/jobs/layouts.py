@@ -8,7 +8,7 @@ from minitron_mcore.jobs.job import Model
 from minitron_mcore.layout import axis_sizes, check_tensor_parallel, split_layers
 from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.pruning.config import StudentConfig
-from minitron_mcore.pruning.plan import TARGETS, student_shape
+from minitron_mcore.pruning.targets import TARGETS, student_shape
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.layouts import check_layout, check_sequence

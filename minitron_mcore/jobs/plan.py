@@ -13,8 +13,9 @@ from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.jobs.inputs import find_model, require
 from minitron_mcore.jobs.job import NOTHING, PLAN, SCORES, Item, Job, Promises, absolute
 from minitron_mcore.jobs.layouts import asked_shape
-from minitron_mcore.pruning.plan import TARGETS, PruningPlan, check_residual, check_same_model, make_plan
-from minitron_mcore.pruning.targets import no_target
+from minitron_mcore.pruning.plan import make_plan
+from minitron_mcore.pruning.plan_file import PruningPlan, check_residual, check_same_model
+from minitron_mcore.pruning.targets import TARGETS, no_target
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 

@@ -12,7 +12,9 @@ from minitron_mcore.jobs.inputs import find_model, output_folder, require
 from minitron_mcore.jobs.job import NOTHING, PLAN, SCORES, Item, Job, Model, Promises, absolute
 from minitron_mcore.jobs.plan import NEEDED, plan_from_scores, promised_shape, read_scores
 from minitron_mcore.layout import check_tensor_parallel, split_layers
-from minitron_mcore.pruning.plan import TARGETS, PruningPlan, load_plan, scores_fingerprint
+from minitron_mcore.pruning.plan import scores_fingerprint
+from minitron_mcore.pruning.plan_file import PruningPlan, load_plan
+from minitron_mcore.pruning.targets import TARGETS
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.layouts import check_layout

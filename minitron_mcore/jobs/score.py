@@ -23,7 +23,7 @@ from minitron_mcore.jobs.layouts import check_model, refuse_context
 from minitron_mcore.jobs.tokenizers import model_tokenizer
 from minitron_mcore.jobs.training import data_items
 from minitron_mcore.keys import flat
-from minitron_mcore.pruning.plan import check_same_model
+from minitron_mcore.pruning.plan_file import check_same_model
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World

@@ -31,7 +31,7 @@ from minitron_mcore.checkpoint.sharding import stored_parts
 from minitron_mcore.checkpoint.writer import Source, pieces_of, save_stream
 from minitron_mcore.layout import Parameter, check_tensor_parallel, parameter_table, split_layers
 from minitron_mcore.pruning.axes import Part, part_of, shard_rows, take_kept
-from minitron_mcore.pruning.plan import PruningPlan
+from minitron_mcore.pruning.plan_file import PruningPlan
 from minitron_mcore.pruning.select import take
 from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.groups import data_group, pipeline_group, tensor_group

@@ -16,7 +16,7 @@ import torch
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.layout import Parameter, shard_slices
-from minitron_mcore.pruning.plan import PruningPlan
+from minitron_mcore.pruning.plan_file import PruningPlan
 from minitron_mcore.pruning.residual import add_residual, partner_rows
 from minitron_mcore.pruning.select import select
 

@@ -15,7 +15,7 @@ from minitron_mcore.layout import Parameter, local_shape, parameter_table, split
 from minitron_mcore.model.gpt import LanguageModel, build_model, unwrap
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.pruning.apply import prune_shard
-from minitron_mcore.pruning.plan import PruningPlan
+from minitron_mcore.pruning.plan_file import PruningPlan
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import pipeline_group, tensor_group
 

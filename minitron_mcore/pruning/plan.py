@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -14,14 +14,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.pruning.config import LAYER_CHOICES
-from minitron_mcore.pruning.plan_file import (
-    HeadResidual,
-    PruningPlan,
-    check_residual,
-    check_same_model,
-    load_plan,
-    save_plan,
-)
+from minitron_mcore.pruning.plan_file import HeadResidual, PruningPlan, check_residual
 from minitron_mcore.pruning.ranking import (
     Cut,
     best,
@@ -32,46 +25,13 @@ from minitron_mcore.pruning.ranking import (
     without_block,
     without_cheapest,
 )
-from minitron_mcore.pruning.targets import TARGETS, student_shape
+from minitron_mcore.pruning.targets import student_shape
 
-__all__ = [
-    "TARGETS",
-    "HeadResidual",
-    "PruningPlan",
-    "ScoresLike",
-    "check_residual",
-    "check_same_model",
-    "load_plan",
-    "make_plan",
-    "save_plan",
-    "scores_fingerprint",
-    "student_shape",
-]
+if TYPE_CHECKING:
+    from minitron_mcore.importance.scores import Scores
 
 TOLERANCE = 1e-5  # relative to an axis' largest score: how closely fp32 scores of two layouts agree
 TENSOR_CORES = 8  # of bf16 elements: what a matrix product's sizes should be multiples of
-
-
-class ScoresLike(Protocol):
-    """What a plan is made from; larger is more important. See importance/scores.py."""
-
-    @property
-    def architecture(self) -> Architecture: ...
-    @property
-    def hidden(self) -> numpy.ndarray: ...  # [hidden_size]
-    @property
-    def ffn(self) -> numpy.ndarray: ...  # [num_layers, ffn_hidden_size]
-    @property
-    def heads(self) -> numpy.ndarray: ...  # [num_layers, num_attention_heads]
-    @property
-    def groups(self) -> numpy.ndarray | None: ...  # [num_layers, num_query_groups]
-    @property
-    def layers(self) -> numpy.ndarray: ...  # [num_layers]
-    @property
-    def settings(self) -> dict[str, Any]: ...
-    def arrays(self) -> Iterable[tuple[str, numpy.ndarray]]: ...
-    def variant(self, name: str) -> ScoresLike: ...
-    def depth_of(self, metric: str, length: int = 1) -> numpy.ndarray: ...
 
 
 @dataclass
@@ -87,7 +47,7 @@ class _Axis:
 
 
 def make_plan(
-    scores: ScoresLike,
+    scores: Scores,
     student: Mapping[str, int | None],
     *,
     layers: str = "scattered",
@@ -161,7 +121,7 @@ def make_plan(
 
 
 def _choose_width(
-    scores: ScoresLike, of_groups: numpy.ndarray, target: Architecture, layers: list[int]
+    scores: Scores, of_groups: numpy.ndarray, target: Architecture, layers: list[int]
 ) -> tuple[dict[str, Any], dict[str, _Axis]]:
     """What stays on every axis except the layers, by PruningPlan's names, and how it was cut."""
     groups_of_teacher = scores.architecture.num_query_groups
@@ -182,7 +142,7 @@ def _choose_width(
     return kept, axes
 
 
-def _group_scores(scores: ScoresLike, target: Architecture) -> numpy.ndarray:
+def _group_scores(scores: Scores, target: Architecture) -> numpy.ndarray:
     """[num_layers, num_query_groups]; if groups were not scored, a group of one head has its head's score."""
     teacher = scores.architecture
     if scores.groups is not None:
@@ -196,7 +156,7 @@ def _group_scores(scores: ScoresLike, target: Architecture) -> numpy.ndarray:
 
 
 def _choose_layers(
-    scores: ScoresLike, count: int, choice: str, metric: str, given: Sequence[int] | None
+    scores: Scores, count: int, choice: str, metric: str, given: Sequence[int] | None
 ) -> tuple[list[int], _Axis]:
     total = len(scores.layers)
     if choice not in LAYER_CHOICES:
@@ -229,7 +189,7 @@ def _residual_pairs(
     ]
 
 
-def scores_fingerprint(scores: ScoresLike) -> str:
+def scores_fingerprint(scores: Scores) -> str:
     """sha256 of the scored architecture and all its scores."""
     digest = hashlib.sha256(json.dumps(scores.architecture.to_dict(), sort_keys=True).encode())
     for name, values in scores.arrays():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy
 import torch
 
-from minitron_mcore.pruning.plan import PruningPlan
+from minitron_mcore.pruning.plan_file import PruningPlan
 
 
 def partner_rows(axis: str, plan: PruningPlan, layer: int) -> numpy.ndarray | None:

@@ -16,7 +16,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.companions import source_card
 from minitron_mcore.checkpoint.folder import beside, read_lineage
 from minitron_mcore.errors import InputError
-from minitron_mcore.pruning.plan import PruningPlan, load_plan
+from minitron_mcore.pruning.plan_file import PruningPlan, load_plan
 from minitron_mcore.tables import markdown
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")

@@ -24,7 +24,7 @@ from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.data.tokenizer_files import has_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import load_scores
-from minitron_mcore.pruning.plan import load_plan
+from minitron_mcore.pruning.plan_file import load_plan
 from minitron_mcore.tables import table as columns
 
 KINDS = {

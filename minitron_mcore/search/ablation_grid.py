@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.pruning.plan import TARGETS, check_residual
-from minitron_mcore.pruning.targets import no_target
+from minitron_mcore.pruning.plan_file import check_residual
+from minitron_mcore.pruning.targets import TARGETS, no_target
 from minitron_mcore.search.config import AblateConfig
 
 # name of a shape that prunes one axis alone -> the fields it takes from the student

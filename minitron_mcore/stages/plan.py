@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from minitron_mcore.jobs.plan import PlanJob
-from minitron_mcore.pruning.plan import TARGETS, PruningPlan, save_plan
+from minitron_mcore.pruning.plan_file import PruningPlan, save_plan
+from minitron_mcore.pruning.targets import TARGETS
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.tables import table
 

@@ -12,7 +12,7 @@ from minitron_mcore.checkpoint.folder import tokenizer_folder, write_description
 from minitron_mcore.files import writing
 from minitron_mcore.jobs.prune import PruneJob
 from minitron_mcore.pruning.apply import prune_checkpoint
-from minitron_mcore.pruning.plan import PruningPlan, save_plan
+from minitron_mcore.pruning.plan_file import PruningPlan, save_plan
 from minitron_mcore.recipe import to_yaml
 from minitron_mcore.runtime.parallel import use_layout
 from minitron_mcore.runtime.start import Runtime

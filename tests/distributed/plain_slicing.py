@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.pruning.plan import PruningPlan
+from minitron_mcore.pruning.plan_file import PruningPlan
 
 
 def teacher_tensors(architecture: Architecture) -> dict[str, torch.Tensor]:

@@ -21,7 +21,8 @@ from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.layout import parameter_table
-from minitron_mcore.pruning.plan import PruningPlan, make_plan
+from minitron_mcore.pruning.plan import make_plan
+from minitron_mcore.pruning.plan_file import PruningPlan
 from tests.distributed.foreign_models import (
     CASES,
     CONTEXT,

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.pruning.plan import PruningPlan, make_plan
+from minitron_mcore.pruning.plan import make_plan
+from minitron_mcore.pruning.plan_file import PruningPlan
 from tests.distributed.dense_reference import (
     EMBEDDING,
     FC1,

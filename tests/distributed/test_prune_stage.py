@@ -14,7 +14,7 @@ import yaml
 
 from minitron_mcore.importance.scores import WIDTH_AXES, Scores, load_scores, save_scores
 from minitron_mcore.jobs.prune import other_teacher, pipeline_split
-from minitron_mcore.pruning.plan import load_plan
+from minitron_mcore.pruning.plan_file import load_plan
 from minitron_mcore.runtime.config import ParallelConfig
 from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks

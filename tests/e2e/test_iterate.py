@@ -12,7 +12,7 @@ import yaml
 
 from minitron_mcore.architecture import load_architecture
 from minitron_mcore.importance.scores import load_scores
-from minitron_mcore.pruning.plan import load_plan
+from minitron_mcore.pruning.plan_file import load_plan
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.verbs import all_typed, run_well
 

@@ -13,7 +13,7 @@ from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.layout import Parameter, parameter_table
 from minitron_mcore.model.initialize import take_shard
 from minitron_mcore.pruning.axes import kept_rows, part_of, prune_dense, take_kept
-from minitron_mcore.pruning.plan import HeadResidual, PruningPlan
+from minitron_mcore.pruning.plan_file import HeadResidual, PruningPlan
 from minitron_mcore.pruning.select import select, take
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitron_mcore.pruning.iterative import step_shapes
-from minitron_mcore.pruning.plan import TARGETS
+from minitron_mcore.pruning.targets import TARGETS
 from tests.distributed.models import tiny
 from tests.refusals import refuses
 

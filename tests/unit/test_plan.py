@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.importance.scores import Scores, save_scores
-from minitron_mcore.pruning.plan import TARGETS, PruningPlan, load_plan, make_plan, save_plan, scores_fingerprint
+from minitron_mcore.pruning.plan import make_plan, scores_fingerprint
+from minitron_mcore.pruning.plan_file import PruningPlan, load_plan, save_plan
+from minitron_mcore.pruning.targets import TARGETS
 from tests.refusals import refuses
 
 

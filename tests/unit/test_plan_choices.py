@@ -10,7 +10,8 @@ import pytest
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.pruning.plan import PruningPlan, make_plan, scores_fingerprint
+from minitron_mcore.pruning.plan import make_plan, scores_fingerprint
+from minitron_mcore.pruning.plan_file import PruningPlan
 from tests.refusals import refuses
 
 

@@ -18,7 +18,8 @@ from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.layout import parameter_table
 from minitron_mcore.pruning.axes import prune_dense
-from minitron_mcore.pruning.plan import PruningPlan, make_plan
+from minitron_mcore.pruning.plan import make_plan
+from minitron_mcore.pruning.plan_file import PruningPlan
 from tests.distributed.dense_reference import (
     EMBEDDING,
     FC1,
