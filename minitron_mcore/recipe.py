@@ -7,6 +7,7 @@ keys' types (reading.py). Every error names the key's full path, what was given,
 import dataclasses
 import difflib
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -210,20 +211,18 @@ def _type_of(path: str) -> Any:
     return kind
 
 
-def key_paths(kind: Any = Recipe, prefix: str = "") -> list[str]:
-    """Every key's full path, sections included; a dictionary's own keys are the user's."""
-    paths: list[str] = []
+def entries(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(full path, field) of every key, sections included; a dictionary's own keys are the user's."""
     for entry in dataclasses.fields(kind):
-        paths.append(prefix + entry.name)
+        yield prefix + entry.name, entry
         if (inner := section_of(entry.type)) is not None:
-            paths += key_paths(inner, prefix + entry.name + ".")
-    return paths
+            yield from entries(inner, f"{prefix}{entry.name}.")
 
 
 def _nearest(path: str) -> str:
     """The valid key most like `path`: of the same name elsewhere, or of a like name, rather in the same section."""
     parent, _, leaf = path.rpartition(".")
-    known = key_paths()
+    known = [each for each, _ in entries()]
     if parent and (inner := section_of(_type_of(parent))) is not None:
         known += [f"{parent}.{entry.name}" for entry in dataclasses.fields(inner)]
 

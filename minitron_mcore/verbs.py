@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -179,10 +178,18 @@ def help_of(name: str, width: int = 110) -> str:
     lines = [f"minitron {name}: {verb.in_words}", "", f"reads:   {verb.reads}"]
     lines += [f"writes:  {verb.writes}", f"example: {verb.example}", ""]
     lines += ["keys, as key=value on the command line or in the file that --config names; counts as 94B, 2e9, 1_000:"]
-    for key in verb.keys:
-        for path, entry in entries_at(key):
-            lines += _key_lines(path, entry, width)
+    for path, entry in keys_of(name):
+        lines += _key_lines(path, entry, width)
     return "\n".join(lines)
+
+
+def keys_of(name: str) -> list[tuple[str, Any]]:
+    """(path, field) of every key of a verb, those of sections one by one; a section too that may be left out whole."""
+    from minitron_mcore.keys import default_of, section_of
+    from minitron_mcore.recipe import entries
+
+    leaves = [each for each in entries() if section_of(each[1].type) is None or default_of(each[1]) is None]
+    return [leaf for key in VERBS[name].keys for leaf in leaves if f"{leaf[0]}.".startswith(f"{key}.")]
 
 
 def _key_lines(path: str, entry: Any, width: int) -> Iterator[str]:
@@ -195,18 +202,3 @@ def _key_lines(path: str, entry: Any, width: int) -> Iterator[str]:
         kind = f"{'a list of ' if isinstance(default, list) else ''}{', '.join(choices)}"
     yield f"  {path}={shown(default)}  ({kind})"
     yield from textwrap.wrap(entry.metadata["description"], width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-
-
-def entries_at(key: str) -> list[tuple[str, Any]]:
-    """(path, field) of a key, or of every key of a section, those of sections within it too."""
-    from minitron_mcore.keys import default_of, section_of
-    from minitron_mcore.recipe import Recipe
-
-    kind: Any = Recipe
-    for part in key.split("."):
-        entry = {each.name: each for each in dataclasses.fields(kind)}[part]
-        kind = section_of(entry.type)
-    if kind is None:
-        return [(key, entry)]
-    itself = [(key, entry)] if default_of(entry) is None else []  # a section that may be left out as a whole
-    return itself + [found for each in dataclasses.fields(kind) for found in entries_at(f"{key}.{each.name}")]

@@ -42,13 +42,7 @@ def broadcast(value: T) -> T:
 def on_main(work: Callable[[], T]) -> T:
     """The picklable result of `work`, which the first rank alone does. Where it raises, every rank does: an InputError
     as it is, anything else as a RuntimeError beside the first rank's own."""
-    result: Any = None
-    failure: Exception | None = None
-    if is_main():
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
+    result, failure = _tried(work if is_main() else lambda: None)
     _wait_for_main()
     result, told = broadcast((result, _for_others(failure)))
     if failure is not None:
@@ -61,12 +55,7 @@ def on_main(work: Callable[[], T]) -> T:
 def all_or_none(work: Callable[[], T]) -> T:
     """What `work`, done on every rank, gives on this one. Where it fails on any, every rank raises: its own error, or
     else the first other rank's, told as `on_main` does."""
-    result: Any = None
-    failure: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
+    result, failure = _tried(work)
     raise_together(failure)
     return result
 
@@ -81,6 +70,14 @@ def raise_together(failure: Exception | None) -> None:
             failure = failure or next(error for error in others if error is not None)
     if failure is not None:
         raise failure
+
+
+def _tried(work: Callable[[], T]) -> tuple[Any, Exception | None]:
+    """What `work` gives, and what it raises."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
 
 
 def _has_peers() -> bool:

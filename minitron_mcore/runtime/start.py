@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch.distributed import HashStore
@@ -17,8 +15,6 @@ from minitron_mcore.runtime import agree, cpu_adapter
 from minitron_mcore.runtime.fork import forget_groups_in_children
 from minitron_mcore.runtime.timeout import collective_timeout
 from minitron_mcore.runtime.world import own_interface, read_world
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -45,13 +41,8 @@ class Runtime:
         if self.world_size > 1:
             torch.distributed.barrier()
 
-    def broadcast(self, value: T) -> T:
-        """`agree.broadcast`."""
-        return agree.broadcast(value)
-
-    def on_main(self, work: Callable[[], T]) -> T:
-        """`agree.on_main`."""
-        return agree.on_main(work)
+    broadcast = staticmethod(agree.broadcast)
+    on_main = staticmethod(agree.on_main)
 
 
 def start() -> Runtime:

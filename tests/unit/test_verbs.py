@@ -14,8 +14,8 @@ from minitron_mcore import cli
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.job import module_of
 from minitron_mcore.megatron_names import NAMES, named_here
-from minitron_mcore.recipe import key_paths, load_recipe
-from minitron_mcore.verbs import VERBS, entries_at, help_of, table
+from minitron_mcore.recipe import entries, load_recipe
+from minitron_mcore.verbs import VERBS, help_of, keys_of, table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +29,8 @@ def test_help_shows_keys_that_there_are(verb: str) -> None:
     """Each key, each of the table's, each in the example; what is shown as its default can be typed."""
     assert importlib.util.find_spec(f"minitron_mcore.stages.{module_of(verb)}")
     shown = help_of(verb)
-    own = [path for key in VERBS[verb].keys for path, _ in entries_at(key)]
+    own = [path for path, _ in keys_of(verb)]
+    assert {*VERBS[verb].keys} <= {path for path, _ in entries()}
     assert len(own) == len(set(own))
     for path in own:
         assert re.search(rf"^  {re.escape(path)}=", shown, re.MULTILINE)
@@ -44,8 +45,7 @@ def test_help_shows_keys_that_there_are(verb: str) -> None:
 
 
 def test_every_key_says_what_it_means() -> None:
-    for path in key_paths():
-        assert all(entry.metadata["description"] for _, entry in entries_at(path))
+    assert all(entry.metadata["description"] for _, entry in entries())
 
 
 def test_help_is_quick() -> None:
@@ -61,7 +61,7 @@ def test_help_is_quick() -> None:
 
 
 def test_names_of_other_projects_lead_to_keys_that_there_are() -> None:
-    known = {*key_paths(), "no key"}
+    known = {*(path for path, _ in entries()), "no key"}
     assert {words.partition(": ")[0] for words in NAMES.values()} <= known
 
 
