@@ -27,7 +27,6 @@ from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan
 from minitron_mcore.pruning.targets import TARGETS
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World
 from minitron_mcore.search.ablation_grid import Setting, grid_of, shapes_of
 from minitron_mcore.search.ablation_results import Row, read_rows
@@ -55,14 +54,13 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Ablat
     """`teacher.checkpoint`, `student.*` and `ablate.*` -> the folder `output`. Raises InputError."""
     require(recipe, {"teacher.checkpoint": "the teacher's folder", "output": "the folder to write to"}, TEXT)
     refuse_context(recipe, "ablate")
-    check_layout(recipe.parallel, world.size)
     folder = output_folder(recipe.output, "output")
     teacher = find_model(recipe.teacher.checkpoint, "teacher.checkpoint", promises)
-    check_model(teacher.architecture, recipe)
+    check_model(teacher.architecture, recipe, world)
     student = asked_shape(recipe, recipe.student, teacher.architecture)
     shapes = shapes_of(teacher.architecture, student, recipe.ablate.per_axis)
     for shape in shapes.values():
-        check_model(shape, recipe)
+        check_model(shape, recipe, world)
     given = recipe.student.layers is not None
     grid = grid_of(recipe.ablate, teacher.architecture, shapes, recipe.seed, layers_given=given)
     tokenizer = model_tokenizer(recipe, teacher, promises)

@@ -22,7 +22,6 @@ from minitron_mcore.jobs.layouts import check_model, refuse_context
 from minitron_mcore.jobs.tokenizers import model_tokenizer
 from minitron_mcore.jobs.training import data_items
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World
 
 
@@ -47,11 +46,10 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Cache
     needed = {"cache.folder": "the folder to write to", "teacher.checkpoint": "the folder of a checkpoint"}
     require(recipe, needed, TEXT if recipe.cache.num_samples else budget_and_text("distill"))
     refuse_context(recipe, "cache")
-    check_layout(recipe.parallel, world.size)
     cache = recipe.cache
     folder = output_folder(cache.folder, "cache.folder")
     teacher = find_model(recipe.teacher.checkpoint, "teacher.checkpoint", promises)
-    check_model(teacher.architecture, recipe)
+    check_model(teacher.architecture, recipe, world)
     check_top_k(cache, teacher.architecture)
     tokenizer = model_tokenizer(recipe, teacher, promises)
     num_samples = cache.num_samples or samples_needed(recipe)

@@ -14,7 +14,6 @@ from minitron_mcore.jobs.layouts import check_model
 from minitron_mcore.jobs.tokenizers import model_tokenizer
 from minitron_mcore.jobs.training import data_items
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World
 
 
@@ -33,8 +32,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Evalu
     model = find_model(recipe.checkpoint, "checkpoint", promises)
     target = Path(recipe.results) if recipe.results else model.folder / "results.json"
     check_file(str(target), "results")
-    check_layout(recipe.parallel, world.size)
-    check_model(model.architecture, recipe)
+    check_model(model.architecture, recipe, world)
     tokenizer = model_tokenizer(recipe, model, promises)
     described = describe_held_out(recipe.data, tokenizer, recipe.evaluate.samples, promises.prefixes)
     return EvaluateJob(

@@ -14,10 +14,9 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.jobs.inputs import output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
+from minitron_mcore.jobs.layouts import check_model
 from minitron_mcore.jobs.tokenizers import fit_tokenizer
-from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World
 
 
@@ -34,15 +33,13 @@ class ImportJob(Job):
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> ImportJob:
     """`hf` -> the new folder `checkpoint`. Raises InputError."""
     require(recipe, {"hf": "the Hugging Face folder to read", "checkpoint": "the folder to write to"})
-    check_layout(recipe.parallel, world.size)
     source = find_hugging_face(str(recipe.hf))
     target = output_folder(recipe.checkpoint, "checkpoint")
     if target.exists():
         raise InputError("checkpoint", target, "exists", "name a folder that does not, or move that one away")
     refuse_adapter(source)
     architecture = read_config(source, recipe.model.make_vocab_size_divisible_by)
-    check_tensor_parallel(architecture, recipe.parallel.tensor)
-    split_layers(architecture.num_layers, recipe.parallel.pipeline, recipe.parallel.virtual_pipeline)
+    check_model(architecture, recipe, world, reads_text=False)
     check_weights(source, architecture, recipe)
     notes = []
     tokenizer = load_tokenizer(str(source)) if has_tokenizer(source) else None

@@ -6,7 +6,6 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.job import Model
 from minitron_mcore.layout import axis_sizes, check_tensor_parallel, split_layers
-from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.targets import TARGETS, student_shape
 from minitron_mcore.recipe import Recipe
@@ -42,18 +41,20 @@ def asked_shape(recipe: Recipe, student: StudentConfig, teacher: Architecture) -
 def check_model(
     architecture: Architecture,
     recipe: Recipe,
+    world: World,
     section: str | None = None,
     parallel: ParallelConfig | None = None,
     key: str = "parallel",
     *,
     reads_text: bool = True,
 ) -> None:
-    """Raise InputError where the layout, or the sequence length where text is read, does not suit the model.
+    """Raise InputError where the layout does not suit the ranks or the model, or the sequence length either of them.
 
     section: that of a training, whose phases may have lengths of their own.
-    parallel: the layout, which the recipe names by `key`; None: the recipe's own.
+    parallel: the layout, which the recipe names by `key`; None: the recipe's own. reads_text: lengths count.
     """
     parallel, lengths = parallel or recipe.parallel, {"data.sequence_length": recipe.data.sequence_length}
+    check_layout(parallel, world.size, key)
     check_tensor_parallel(architecture, parallel.tensor, f"{key}.tensor")
     split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline, key)
     for number, phase in enumerate(getattr(recipe, section).phases if section else []):
@@ -71,12 +72,6 @@ def check_model(
         check_sequence(length, parallel, name, key)
 
 
-def check_trained_model(architecture: Architecture, recipe: Recipe, section: str) -> None:
-    """Raise InputError where layout, lengths or recomputed layers do not suit a model that `section` trains."""
-    check_model(architecture, recipe, section)
-    check_recompute(getattr(recipe, section), architecture, recipe.parallel, section)
-
-
 def teacher_layout(recipe: Recipe, teacher: Model, world: World) -> ParallelConfig:
     """How the teacher lies over the ranks beside the student of `distill`: `teacher.parallel`, else as the student.
 
@@ -87,8 +82,7 @@ def teacher_layout(recipe: Recipe, teacher: Model, world: World) -> ParallelConf
         own, key = recipe.parallel, "parallel"
     if recipe.teacher.precision == "fp8":
         check_fp8(architecture, own.tensor, world)
-    check_layout(own, world.size, key)
-    check_model(architecture, recipe, "distill", own, key)
+    check_model(architecture, recipe, world, "distill", own, key)
     if own.context != recipe.parallel.context:
         raise InputError(
             "teacher.parallel.context",

@@ -25,7 +25,6 @@ from minitron_mcore.jobs.training import data_items
 from minitron_mcore.keys import flat
 from minitron_mcore.pruning.plan_file import check_same_model
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World
 
 # Settings that leave the scores as they are.
@@ -55,9 +54,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Score
     scores = "the file to write, as in scores=scores.safetensors"
     needed = {"teacher.checkpoint": "the teacher's folder", "scores": scores}
     require(recipe, needed, TEXT if reads_text and not recipe.data.calibration else {})
-    check_layout(recipe.parallel, world.size)
     teacher = find_model(recipe.teacher.checkpoint, "teacher.checkpoint", promises)
-    check_model(teacher.architecture, recipe, reads_text=reads_text)
+    check_model(teacher.architecture, recipe, world, reads_text=reads_text)
     if reads_text:
         refuse_context(recipe, "score")
     tokenizer = model_tokenizer(recipe, teacher, promises) if reads_text else None

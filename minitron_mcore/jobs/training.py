@@ -16,9 +16,9 @@ from minitron_mcore.estimate.run import forecast_run
 from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.jobs.inputs import output_folder
 from minitron_mcore.jobs.job import Item, Job, Model, Promises
-from minitron_mcore.jobs.layouts import check_trained_model
+from minitron_mcore.jobs.layouts import check_model
+from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World
 from minitron_mcore.training.budget import Timetable, check_train, plan_timetable
 from minitron_mcore.training.config import TrainConfig
@@ -87,8 +87,8 @@ def resolve_training(
     train: TrainConfig = getattr(recipe, section)
     key = f"{section}.checkpoint"
     folder = output_folder(train.checkpoint, key)
-    check_layout(recipe.parallel, world.size)
-    check_trained_model(architecture, recipe, section)
+    check_model(architecture, recipe, world, section)
+    check_recompute(train, architecture, recipe.parallel, section)
     refuse_other_run(folder, recipe, compared, key, section)
     resumes = latest_iteration(folder) is not None
     if resumes:
