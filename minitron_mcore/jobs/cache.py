@@ -65,7 +65,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Cache
         notes += refusal_to_come(settings, recipe, folder)
     return CacheJob(
         recipe=recipe,
-        reads=(teacher, *data_items(recipe, described, promises)),
+        reads=(teacher, *data_items(described)),
         makes=(Item("cache.folder", str(folder), f"targets of {num_samples:,} samples"),),
         notes=tuple(notes),
         folder=folder,

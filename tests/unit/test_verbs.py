@@ -88,11 +88,11 @@ def test_megatrons_names_are_answered_with_ours(override: str, words: str) -> No
 
 def test_megatrons_flags_are_answered_with_our_keys(capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
-        (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size is no flag: write parallel.tensor"),
-        (["--train-iters=5", "seed=3"], "--train-iters=5 is no flag: write train.tokens (iterations x"),
-        (["--micro-batch-size", "2"], "--micro-batch-size is no flag: write train.micro_batch_size"),
-        (["--hidden-size", "2"], "--hidden-size is no flag: write model.hidden_size"),
-        (["seed=3", "--no-such-flag"], "--no-such-flag is no flag: write a key of the recipe as key=value"),
+        (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size is not a flag: write parallel.tensor"),
+        (["--train-iters=5", "seed=3"], "--train-iters=5 is not a flag: write train.tokens (iterations x"),
+        (["--micro-batch-size", "2"], "--micro-batch-size is not a flag: write train.micro_batch_size"),
+        (["--hidden-size", "2"], "--hidden-size is not a flag: write model.hidden_size"),
+        (["seed=3", "--no-such-flag"], "--no-such-flag is not a flag: write a key of the recipe as key=value"),
     ):
         with pytest.raises(SystemExit) as left:
             cli.main(["train", *words])
