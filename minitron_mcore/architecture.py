@@ -123,10 +123,6 @@ class Architecture:
         """Forward and backward: three times the forward pass."""
         return 3 * self.forward_flops_per_token(sequence_length)
 
-    def weight_bytes(self, precision: str) -> int:
-        """Bytes of the weights in `precision` (fp32, bf16), padding rows included: what a checkpoint stores."""
-        return BYTES[precision] * sum(p.count(self, self.padded_vocab_size) for p in parameter_table(self))
-
     def replace(self, **changes: Any) -> Architecture:
         return dataclasses.replace(self, **changes)
 

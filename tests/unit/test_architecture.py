@@ -17,6 +17,7 @@ from minitron_mcore.architecture import (
 )
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import known_families
+from minitron_mcore.layout import parameter_table
 from tests.refusals import refuses
 
 SMALL: dict[str, Any] = {
@@ -119,12 +120,12 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
     assert model.forward_flops_per_token(s, output_head=False) == model.forward_flops_per_token(s) - head
 
 
-def test_bytes_count_the_padding_and_parameters_do_not() -> None:
+def test_what_is_stored_counts_the_padding_and_parameters_do_not() -> None:
     model = small()
     assert model.padded_vocab_size == 128
     padding = 2 * (128 - 103) * model.hidden_size
-    assert model.weight_bytes("fp32") == 4 * (model.num_parameters + padding)
-    assert model.weight_bytes("bf16") == 2 * (model.num_parameters + padding)
+    stored = sum(parameter.count(model, model.padded_vocab_size) for parameter in parameter_table(model))
+    assert stored == model.num_parameters + padding
 
 
 def test_padding_is_a_multiple() -> None:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for folder in ("minitron_mcore", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
+MAX_STAGE_LINES = 119
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,8 @@ def test_installed_and_pinned_versions_are_in_range(package: Message) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_sizes(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MAX_FILE_LINES
+    is_stage = path.is_relative_to(ROOT / "minitron_mcore" / "stages")
+    assert len(text.splitlines()) <= (MAX_STAGE_LINES if is_stage else MAX_FILE_LINES)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
