@@ -21,7 +21,6 @@ from minitron_mcore.estimate.model import (
 from minitron_mcore.estimate.setting import Setting
 from minitron_mcore.estimate.states import state_memory
 from minitron_mcore.estimate.teacher import host_bytes, teacher_hidden_states, teacher_layers_at_work, teacher_weights
-from minitron_mcore.layout import check_tensor_parallel
 from minitron_mcore.tables import table
 
 # Held from the first step to the last; the others come and go within a step.
@@ -68,8 +67,7 @@ def bytes_text(count: int) -> str:
 
 
 def forecast(setting: Setting) -> Forecast:
-    """What the fullest pipeline stage needs. Raises InputError for a layout that cannot hold the models."""
-    check_tensor_parallel(setting.student, setting.parallel.tensor)
+    """What the fullest pipeline stage needs, of a layout that can hold the models."""
     host = host_bytes(setting)
     stages = [Forecast(stage_parts(setting, stage), stage, setting, host) for stage in range(setting.parallel.pipeline)]
     return max(stages, key=lambda stage: stage.total)
