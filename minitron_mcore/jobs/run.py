@@ -49,6 +49,7 @@ SECTIONS = (
     "run",
 )
 EVALUATE = "evaluate "
+Told = dict[str, Any]
 BASELINE_TITLES = {"next_token": "next-token loss", "random": "random weights"}
 
 
@@ -80,9 +81,9 @@ class _Road:
         self.steps.append(step)
         self.jobs.append(job)
 
-    def add(self, name: str, title: str, verb: str, recipe: Recipe, told: dict[str, Any], **options: Any) -> None:
+    def add(self, name: str, title: str, verb: str, recipe: Recipe, told: Told | None = None, **options: Any) -> None:
         """A step of the recipe with other values at the keys `told`."""
-        self.lay(Step(name, title, verb, with_keys(recipe, told), options))
+        self.lay(Step(name, title, verb, with_keys(recipe, told or {}), options))
 
     def evaluate(self, name: str, recipe: Recipe, checkpoint: Path | str, results: Path | None = None) -> None:
         told = {"checkpoint": str(checkpoint), "results": str(results) if results else None}
@@ -132,7 +133,7 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
         road.add("correct-teacher", "correct the teacher", "correct", base, told)
         road.evaluate("corrected teacher", base, corrected)
         base = with_keys(base, {"teacher.checkpoint": corrected})
-    road.add("score", "score the teacher", "score", base, {})
+    road.add("score", "score the teacher", "score", base)
     students = recipe.run.students or {"student": recipe.student}
     for name, student in students.items():
         if not re.fullmatch(r"\w[\w.-]*", name):
@@ -154,11 +155,11 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
         target, title = folder / "baselines" / baseline, f"{first} {BASELINE_TITLES[baseline]}"
         small = find_model(pruned, "student.checkpoint", road.promises).architecture
         training = with_baseline(base, baseline, small, pruned, target)
-        road.add(f"baseline-{baseline}", title, "train", training, {})
+        road.add(f"baseline-{baseline}", title, "train", training)
         road.evaluate(title, base, target)
 
 
-def distillation(recipe: Recipe, student: StudentConfig, pruned: Path, distilled: Path) -> dict[str, Any]:
+def distillation(recipe: Recipe, student: StudentConfig, pruned: Path, distilled: Path) -> Told:
     """The keys of the recipe by which `student` is distilled."""
     told = {
         "name": f"{recipe.name}-{pruned.parent.name}",
@@ -176,11 +177,11 @@ def with_data(recipe: Recipe, road: _Road) -> Recipe:
     if not recipe.tokenizer.model:
         model = str(road.folder / "tokenizer" / "tokenizer.model")
         recipe = with_keys(recipe, {"tokenizer.model": model, "tokenizer.overwrite": True})
-        road.add("tokenizer", "train the tokenizer", "tokenizer", recipe, {})
+        road.add("tokenizer", "train the tokenizer", "tokenizer", recipe)
     if recipe.data.train is None:
         prefix, key = str(road.folder / "data" / "tokens"), recipe.preprocess.json_keys[0]
         recipe = with_keys(recipe, {"preprocess.output_prefix": prefix, "preprocess.overwrite": True})
-        road.add("preprocess", "text to tokens", "preprocess", recipe, {})
+        road.add("preprocess", "text to tokens", "preprocess", recipe)
         held_out = f"{prefix}_valid_{key}_document" if recipe.preprocess.valid_fraction > 0 else None
         valid = recipe.data.valid or held_out
         recipe = with_keys(recipe, {"data.train": f"{prefix}_{key}_document", "data.valid": valid})
