@@ -95,7 +95,7 @@ def ours(problem: Problem, options: argparse.Namespace) -> dict[str, Callable[..
 
     def divergence(student: Tensor, teacher: Tensor, labels: Tensor) -> None:
         """Logits of one chunk, overwritten."""
-        losses_and_gradient(student, teacher, labels, settings, shard)
+        losses_and_gradient(student, teacher, labels, settings, shard, True)
 
     return {
         "whole": whole,

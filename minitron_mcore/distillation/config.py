@@ -9,6 +9,8 @@ from minitron_mcore.training.config import TrainConfig
 # Divergences of two distributions; the other losses compare logits.
 PROBABILISTIC = ("forward_kl", "reverse_kl", "jensen_shannon")
 SITES = ("embedding", "block_output", "mlp_input", "attention_relation")
+# Two fp32 buffers of a 16th of the tokens are 0.5 bytes for each token and vocabulary entry (0.75 where the CPU copies
+# one). Larger chunks read and write the head and its gradient fewer times.
 LEAST_CHUNK = 128
 # fp32 numbers of one buffer of an attention relation's sweep over rows, at most; it has about five of them.
 RELATION_BUFFER = 1 << 24
@@ -25,11 +27,7 @@ CACHE = "cache:"
 
 
 def default_chunk_tokens(tokens: int) -> int:
-    """Of a microbatch's tokens, those whose logits exist at a time, where `loss_chunk_tokens` is left out.
-
-    Two fp32 buffers of it are 0.5 bytes for each token and vocabulary entry from 2048 tokens on (0.75 where a matrix
-    product on the CPU copies one). Larger chunks read and write the head and its gradient fewer times.
-    """
+    """Of a microbatch's tokens, those whose logits exist at a time, where `loss_chunk_tokens` is left out."""
     return max(LEAST_CHUNK, tokens // 16)
 
 

@@ -60,38 +60,30 @@ class Objective:
         if states is not None and states.alpha is None and not forward_only:
             # No step before this one to work the weight out from: what the batch itself would have given.
             with torch.no_grad():
-                states.update(self._pass(chunks, batch, forward_only=True), trains=True)
-        means = self._pass(chunks, batch, forward_only=forward_only)
+                states.update(self._pass(chunks, batch, True), trains=True)
+        means = self._pass(chunks, batch, forward_only)
         if states is not None:
             states.update(means, trains=not forward_only)
         return means
 
-    def _pass(self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool) -> dict[str, float]:
+    def _pass(self, chunks: list[torch.nn.Module], batch: list[Microbatch], forward_only: bool) -> dict[str, float]:
         def run_ahead(window: list[Microbatch]) -> None:
             if self.teacher is not None:
                 with timed(self.timers, "teacher-forward", 0):
                     self.teacher.run_ahead(window, train=not forward_only)
 
-        inner: dict[str, Any] = {}
+        how: dict[str, Any] = {"forward_only": forward_only, "prepare": run_ahead, "window": self.window}
         if self.states is not None:
-            inner = {"begin": self.states.begin, "stage_sums": self.states.take_sums}
-        how = {"forward_only": forward_only, "window": self.window, **inner}
-        return run_schedule(chunks, batch, self.loss, prepare=run_ahead, **how)
+            how |= {"begin": self.states.begin, "stage_sums": self.states.take_sums}
+        return run_schedule(chunks, batch, self.loss, **how)
 
     def loss(self, model: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> LossSums:
         """Sums over the microbatch's counted tokens; last stage only (see model/schedule.py)."""
-        teacher = microbatch.teacher.take_final()
+        teacher, microbatch.teacher.final = microbatch.teacher.final, None  # used once
         if isinstance(self.teacher, Teacher):
             teacher = Model(teacher, self.teacher.head_weight())
+        labels_SB, mask_SB = microbatch.labels.transpose(0, 1), microbatch.loss_mask.transpose(0, 1)
+        how: Any = {"tp_group": tensor_group(), "sequence_parallel": model.config.sequence_parallel, "teacher": teacher}
         with timed(self.timers, "logits-loss"):
-            output = logit_loss(
-                hidden_SBH,
-                model.head_weight(),
-                microbatch.labels.transpose(0, 1),
-                microbatch.loss_mask.transpose(0, 1),
-                self.settings,
-                tp_group=tensor_group(),
-                sequence_parallel=model.config.sequence_parallel,
-                teacher=teacher,
-            )
+            output = logit_loss(hidden_SBH, model.head_weight(), labels_SB, mask_SB, self.settings, **how)
         return output.loss, output.num_tokens, {METRICS[name]: value for name, value in output.sums.items()}

@@ -27,11 +27,6 @@ class TeacherPart:
     states: dict[State, Tensor] = field(default_factory=dict)  # inner states
     used: Counter[State] = field(default_factory=Counter)
 
-    def take_final(self) -> Any:
-        """What the loss between logits starts from, given up here: it is used once."""
-        final, self.final = self.final, None
-        return final
-
     def take_state(self, state: State, uses: int) -> Tensor:
         """An inner state that `uses` losses need; the last of them gives it up."""
         self.used[state] += 1

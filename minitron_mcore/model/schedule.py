@@ -24,7 +24,7 @@ from minitron_mcore.runtime.repairs import divide_gradients
 LossSums = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 LossFunction = Callable[[LanguageModel, torch.Tensor, Microbatch], LossSums]
 Begin = Callable[[LanguageModel, Microbatch], None]
-Visit = Callable[[LanguageModel, torch.Tensor, Microbatch], Any]  # a chunk that has run, its output, what it ran
+Visit = Callable[[LanguageModel, torch.Tensor, Microbatch], Any]  # a chunk, its output, what it ran
 
 GROUP = 16  # microbatches a pipeline stage in one call of the schedule: filling it then costs a sixteenth at most
 
@@ -41,14 +41,12 @@ def run_schedule(
     window: int = 0,
 ) -> dict[str, float]:
     """Forward (and backward) over all microbatches; `loss` runs on the last stage, from the final hidden states.
-
     window: microbatches a call of Megatron's schedule, 0 for all of them; `prepare` gets them before the call.
     begin: called before a chunk runs a microbatch; a collective in it may be over tensor-parallel ranks alone.
-    stage_sums: called once, at the end: further sums of this pipeline stage, of the same names on every rank.
+    stage_sums: called at the end: further sums of this pipeline stage, of the same names on every rank.
 
     Gradients are left divided by the global number of counted tokens (the sum of the loss masks, which need not be
-    whole). Returns each sum over microbatches, stages and data-parallel ranks, divided likewise. Every rank calls.
-    """
+    whole). Returns each sum over microbatches, stages and data-parallel ranks, divided likewise. Every rank calls."""
     counted = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
 
     def loss_of(chunk: LanguageModel, hidden: torch.Tensor, microbatch: Microbatch) -> LossSums | None:
@@ -62,8 +60,7 @@ def run_schedule(
     # Megatron would finalise gradients in each call, by a whole number of tokens.
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
     try:
-        for start in range(0, len(batch), size):
-            part = batch[start : start + size]
+        for part in (batch[start : start + size] for start in range(0, len(batch), size)):
             if prepare is not None:
                 prepare(part)
             rows += _call_schedule(chunks, part, loss_of, begin, forward_only=forward_only)
@@ -102,11 +99,8 @@ def forward_only(
     groups: ProcessGroupCollection | None = None,
 ) -> list[Any]:
     """Forward only, no gradients: what `visit` gives on the last stage, by microbatch; an empty list on the others.
-
-    The last stage's output are the final hidden states [s, b, h]. `visit` is called before another microbatch starts; a
-    collective in it may be over tensor-parallel ranks alone: pipeline stages are at different microbatches. `begin` as
-    in `run_schedule`; `groups` are the model's, where it has groups of its own. Every rank calls.
-    """
+    It is called before another microbatch starts; a collective in it may be over tensor-parallel ranks alone: pipeline
+    stages are at different microbatches. groups: the model's, where it has groups of its own. Every rank calls."""
     how: dict[str, Any] = {"forward_only": True, "collect_non_loss_data": True}
     if groups is not None:
         how |= {"p2p_communicator": P2PCommunicator(groups.pp, unwrap(chunks[0]).config), "pg_collection": groups}
@@ -131,10 +125,6 @@ def _call_schedule(
     chunks: Sequence[torch.nn.Module], batch: list[Microbatch], visit: Visit, begin: Begin | None, **how: Any
 ) -> list[Any]:
     """One call of Megatron's schedule: what `visit` gives on the last stage, by microbatch."""
-    config = unwrap(chunks[0]).config
-    sizes = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
-    micro_batch_size, sequence_length = batch[0].tokens.shape
-    interleaved = len(chunks) > 1
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
         microbatch, chunk = next(iterator), unwrap(model)
@@ -144,10 +134,12 @@ def _call_schedule(
         found = visit(chunk, output, microbatch)
         return output, lambda *args, **kwargs: found
 
+    config, (micro_batch_size, sequence_length) = unwrap(chunks[0]).config, batch[0].tokens.shape
+    sizes = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
     return get_forward_backward_func(*sizes)(
         forward_step_func=forward_step,
-        data_iterator=[iter(batch) for _ in chunks] if interleaved else iter(batch),
-        model=list(chunks) if interleaved else chunks[0],
+        data_iterator=[iter(batch) for _ in chunks] if len(chunks) > 1 else iter(batch),
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batch),
         seq_length=sequence_length * config.context_parallel_size,  # of the whole: Megatron divides
         micro_batch_size=micro_batch_size,
@@ -156,20 +148,18 @@ def _call_schedule(
 
 
 def _mean_over_tokens(rows: list[dict[str, torch.Tensor]], stage_sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Sums over microbatches and data-parallel ranks, and beside them the `stage_sums` of all stages, divided by the
-    number of tokens; the same on every stage."""
+    """Sums over microbatches, stages and data-parallel ranks, divided by the number of tokens; equal on all ranks."""
 
     def total(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         sums = torch.stack([torch.stack([value.detach().double() for value in row.values()]) for row in rows]).sum(0)
         torch.distributed.all_reduce(sums, group=data_group(with_context=True))
         return sums
 
-    box: list[Any] = [dict(zip(rows[0], total(rows).tolist(), strict=True)) if rows else None]
-    stages = pipeline_group()
+    stages, box = pipeline_group(), [dict(zip(rows[0], total(rows).tolist(), strict=True)) if rows else {}]
     if stages.size() > 1:
         last = torch.distributed.get_global_rank(stages, stages.size() - 1)
         torch.distributed.broadcast_object_list(box, src=last, group=stages)
-    sums: dict[str, float] = box[0]
+    sums = box[0]
     if stage_sums:
         further = total([stage_sums])
         torch.distributed.all_reduce(further, group=stages)

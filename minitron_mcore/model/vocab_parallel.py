@@ -25,10 +25,7 @@ ABSENT = -1e30
 @dataclass(frozen=True)
 class VocabularyShard:
     """The columns of the vocabulary that this rank computes: global ids [start, start + width), of `rows` with padding.
-
-    A rank that holds nothing but padding keeps one column, `absent`, with a logit of -1e30: it then takes the same
-    path as every other rank, and its column has probability zero.
-    """
+    Where it holds nothing but padding, `absent`, it keeps one column, with a logit of -1e30: probability zero."""
 
     group: dist.ProcessGroup | None
     rows: int
@@ -38,29 +35,26 @@ class VocabularyShard:
 
     @classmethod
     def of(cls, rows: int, vocab_size: int, group: dist.ProcessGroup | None) -> VocabularyShard:
-        """The shard of this rank, whose part of the head has `rows` rows, padding included."""
+        """This rank's shard, of `rows` rows of the head, padding included."""
         rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
         if rows * ranks < vocab_size:
             raise InputError("rows of the output head", rows * ranks, f"must be at least vocab_size={vocab_size}")
-        start = rank * rows
-        true_columns = min(rows, vocab_size - start)
-        return cls(group if ranks > 1 else None, rows, start, max(true_columns, 1), true_columns <= 0)
+        true_columns = min(rows, vocab_size - rank * rows)
+        return cls(group if ranks > 1 else None, rows, rank * rows, max(true_columns, 1), true_columns <= 0)
 
     def locate(self, labels_C: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each label on this shard (0 where it lies elsewhere) and, as bool, whether it lies here."""
         index_C = labels_C - self.start
-        here_C = (index_C >= 0) & (index_C < self.width)
-        if self.absent:
-            here_C = torch.zeros_like(here_C)
+        here_C = (index_C >= 0) & (index_C < (0 if self.absent else self.width))
         return index_C.masked_fill(~here_C, 0), here_C
 
     def gather(self, statistics_KC: Tensor) -> Tensor:
         """Every rank's statistics, [R, K, C]: the one collective of a chunk (none where one rank holds everything)."""
         if self.group is None:
             return statistics_KC.unsqueeze(0)
-        gathered = statistics_KC.new_empty(self.group.size() * statistics_KC.shape[0], statistics_KC.shape[1])
+        gathered = statistics_KC.new_empty(self.group.size(), *statistics_KC.shape)
         dist.all_gather_into_tensor(gathered, statistics_KC.contiguous(), group=self.group)
-        return gathered.view(self.group.size(), *statistics_KC.shape)
+        return gathered
 
 
 def local_softmax(logits_CV: Tensor, out_CV: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +78,7 @@ def combine(maxima_RC: Tensor, sums_RC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product_operand(tensor: Tensor) -> Tensor:
-    """The tensor as the products below take it. CPU products round their output to the operands' type, so there the
-    operands are widened; CUDA multiplies bf16 with fp32 output."""
+    """The tensor as the products below take it: widened on the CPU, which rounds products to the operands' type."""
     return tensor if tensor.is_cuda else tensor.float()
 
 

@@ -27,39 +27,33 @@ def train_step(
     timers: Any = None,
 ) -> dict[str, float]:
     """One iteration over a global batch of `shape`; mean losses over its counted tokens. Every rank calls.
-
-    If a loss or the gradient norm is NaN or Inf (`not_finite` names them), weights and optimizer stay as they are; the
-    learning rate still moves on, since it follows the tokens used. timers: Megatron's, or None.
-    """
+    If a loss or the gradient norm is NaN or Inf, weights and optimizer stay as they are; the learning rate still moves
+    on, since it follows the tokens used. timers: Megatron's, or None."""
     for chunk in chunks:
         cast(DistributedDataParallel, chunk).zero_grad_buffer()
     optimizer.zero_grad()
     with timed(timers, "objective", 0):
         means = objective.run(chunks, batch)
     means.pop("num_tokens")
-    learning_rate = optimizer.param_groups[0]["lr"]
+    means["learning-rate"] = optimizer.param_groups[0]["lr"]
     with timed(timers, "optimizer", 0):
-        grad_norm = apply_gradients(optimizer, losses_finite=not not_finite(means))
+        means["grad-norm"] = apply_gradients(optimizer, losses_finite=not not_finite(means))
     scheduler.step(increment=shape.tokens)
-    batch_size = float(shape.global_batch_size)
-    return {**means, "learning-rate": learning_rate, "grad-norm": grad_norm, "global batch size": batch_size}
+    return {**means, "global batch size": float(shape.global_batch_size)}
 
 
 @torch.no_grad()
 def apply_gradients(optimizer: MegatronOptimizer, *, losses_finite: bool) -> float:
-    """Clip and step, unless a loss or the gradient norm is NaN or Inf; returns the norm. Every rank calls.
-
-    Megatron's own `step` would carry a NaN into every weight. The norm is one number for all ranks, so they agree.
-    """
+    """Clip and step, unless a loss or the gradient norm, the same on all ranks, is NaN or Inf: Megatron's own `step`
+    would carry that into every weight. Returns the norm. Every rank calls."""
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    if not (losses_finite and math.isfinite(grad_norm)):
-        return grad_norm
-    for part in getattr(optimizer, "chained_optimizers", (optimizer,)):
-        parameters = part.get_parameters()
-        if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
-    optimizer.step_with_ready_grads()
+    if losses_finite and math.isfinite(grad_norm):
+        for part in getattr(optimizer, "chained_optimizers", (optimizer,)):
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+        optimizer.step_with_ready_grads()
     return grad_norm
 
 

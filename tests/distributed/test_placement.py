@@ -89,7 +89,7 @@ def states_on_rank(
         teacher.want_states([Pair("embedding", 0, 0), Pair("block_output", 3, 1), Pair("mlp_input", 6, 3)], 4)
         for window in (batch[:4], batch[:2], batch[:4]):
             teacher.run_ahead(window)
-            finals = [part.teacher.take_final() for part in window]
+            finals = [part.teacher.final for part in window]
             found[placement].append([final for final in finals if final is not None])
             found[placement].append([state for part in window for state in part.teacher.states.values()])
         found[placement].append(final_hidden_states(as_chunks(teacher.chunks), batch[:2], groups=teacher.groups))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron_mcore.distillation.config import PROBABILISTIC
 from minitron_mcore.distillation.logits.divergences import divergence_value, inverse_norms, mixture_statistics
 from minitron_mcore.distillation.logits.outcomes import (
     LOWEST,
@@ -26,19 +25,14 @@ from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.model.vocab_parallel import VocabularyShard, combine
 
+Target = Tensor | SparseTarget | None  # the teacher's logits [C, V], or few of its outcomes
+
 
 def losses_and_gradient(
-    x_CV: Tensor,
-    target: Tensor | SparseTarget | None,
-    labels_C: Tensor,
-    settings: LossSettings,
-    shard: VocabularyShard,
-    wants_gradient: bool = True,
+    x_CV: Tensor, target: Target, labels_C: Tensor, settings: LossSettings, shard: VocabularyShard, wants_gradient: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The losses by name, fp64 [C] each: `lm`; with a teacher `kd`; if reported `teacher_lm` and `agreement`. And the
-    gradient in the student's raw logits divided by `LossSettings.scale`, [C, V], where these were. All shards call.
-
-    x_CV: the student's logits, fp32; target: the teacher's, or few of its outcomes.
+    gradient in x, the student's raw logits, divided by `LossSettings.scale`, where x was. All in fp32. All shards call.
     """
     y_CV = target if isinstance(target, Tensor) else None
     few = isinstance(target, SparseTarget) or (y_CV is not None and settings.top_k > 0)
@@ -72,38 +66,13 @@ def losses_and_gradient(
     if not wants_gradient:
         return losses, None
     if keep:
-        _kept_gradient_(x_CV, y_CV, local, found, settings)
+        second, values = kept_gradient_, found | {f"shard_{name}": local[name] for name in local if "maximum" in name}
     else:
-        _gradient_(x_CV, y_CV, found, outcomes, settings)
+        second, values = logit_gradient_, {name: value.float() for name, value in found.items()}
+    by_rows(second, x_CV, y_CV, *values.values(), *outcomes, names=tuple(values), settings=settings)
     if settings.lm_share:  # the next-token loss's part at the label
         x_CV.scatter_add_(1, column_C1, here_C1.float().mul_(-settings.lm_share))
     return losses, x_CV.zero_() if shard.absent else x_CV
-
-
-def _kept_gradient_(
-    x_CV: Tensor, y_CV: Tensor | None, local: dict[str, Tensor], found: dict[str, Tensor], settings: LossSettings
-) -> None:
-    """From the exponentials over this shard's maxima that the first pass left."""
-    factor_C, of_y_C = (local["maximum"] - found["logsumexp"]).exp_().float(), None
-    if y_CV is not None and settings.divergence == "forward_kl":
-        of_y_C = (local["teacher_maximum"] - found["teacher_logsumexp"]).exp_().float()
-    elif y_CV is not None:
-        of_y_C = (found["cross"] - settings.lm_share).float()
-    by_rows(kept_gradient_, x_CV, y_CV, factor_C, of_y_C, settings=settings)
-
-
-def _gradient_(
-    x_CV: Tensor,
-    y_CV: Tensor | None,
-    found: dict[str, Tensor],
-    outcomes: tuple[Tensor, ...],
-    settings: LossSettings,
-) -> None:
-    """From the logits over the temperature. outcomes: what `_few_outcomes` gave, if the models are compared so."""
-    if outcomes or not settings.kd_weight:
-        y_CV = None
-    values = [*(value.float() for value in found.values()), *(outcomes if settings.kd_weight else ())]
-    by_rows(logit_gradient_, x_CV, y_CV, *values, names=tuple(found), settings=settings)
 
 
 def _gather(shard: VocabularyShard, local: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,13 +86,13 @@ def _gather(shard: VocabularyShard, local: dict[str, Tensor]) -> dict[str, Tenso
 
 def _over_vocabulary(gathered: dict[str, Tensor], settings: LossSettings) -> dict[str, Tensor]:
     """From every shard's statistics [R, C] to those of the vocabulary [C], fp64."""
-    found: dict[str, Tensor] = {}
-    shares: dict[str, Tensor] = {}
-    for of in ("", "teacher_"):
-        if f"{of}maximum" not in gathered:
-            continue
-        maxima_RC = gathered[f"{of}maximum"]
-        found[f"{of}logsumexp"], shares[of] = combine(maxima_RC, gathered[f"{of}sum"])
+    sums = ("cross", "square", "teacher_square", "label", "teacher_label")
+    found = {name: gathered[name].sum(0) for name in sums if name in gathered}
+    # A KL's local sums are weighted by exp(logit - shard's maximum): of the teacher, or of the student.
+    weights = {"forward_kl": "teacher_", "reverse_kl": ""}.get(settings.divergence)
+    for of in [of for of in ("", "teacher_") if f"{of}maximum" in gathered]:
+        maxima_RC, sum_RC = gathered[f"{of}maximum"], gathered[f"{of}sum"]
+        found[f"{of}logsumexp"], shares_RC = combine(maxima_RC, sum_RC)
         found[f"{of}maximum"] = maxima_RC.amax(0)
         found[f"{of}log_sum"] = found[f"{of}logsumexp"] - found[f"{of}maximum"]
         found[f"{of}plain_logsumexp"] = found[f"{of}logsumexp"]
@@ -131,13 +100,8 @@ def _over_vocabulary(gathered: dict[str, Tensor], settings: LossSettings) -> dic
             found[f"{of}plain_logsumexp"], _ = combine(maxima_RC * settings.divisor, gathered[f"{of}plain_sum"])
         if f"{of}top" in gathered:  # the first of equal maxima: shards are in the order of the ids
             found[f"{of}top"] = gathered[f"{of}top"].gather(0, maxima_RC.max(0, keepdim=True).indices).squeeze(0)
-    for name in ("cross", "square", "teacher_square", "label", "teacher_label"):
-        if name in gathered:
-            found[name] = gathered[name].sum(0)
-    if "cross" in gathered and settings.divergence in PROBABILISTIC:
-        # The local sums are weighted by exp(logit - shard's maximum): of the teacher, or of the student.
-        of = "teacher_" if settings.divergence == "forward_kl" else ""
-        found["cross"] = (gathered["cross"] / gathered[f"{of}sum"] * shares[of]).sum(0)
+        if of == weights and "cross" in gathered:
+            found["cross"] = (gathered["cross"] / sum_RC * shares_RC).sum(0)
     if "square" in found:
         found["inverse_norms"] = inverse_norms(found["square"], found["teacher_square"])
     return found
@@ -164,7 +128,7 @@ def _top_of_shard(y_CV: Tensor, count: int, shard: VocabularyShard) -> dict[str,
 
 def _few_outcomes(
     x_CV: Tensor,
-    target: Tensor | SparseTarget | None,
+    target: Target,
     first: dict[str, Tensor],
     found: dict[str, Tensor],
     settings: LossSettings,

@@ -33,17 +33,15 @@ _BLOCK = 256
 def maximum_and_column(x_CV: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's maximum and its column, the lowest if there are several, [C] each. On the CPU one block of the row is
     searched for the column, because torch's own search goes entry by entry."""
-    columns = x_CV.shape[1]
-    blocks = columns // _BLOCK
+    blocks, rest = divmod(x_CV.shape[1], _BLOCK)
     if x_CV.is_cuda or blocks < 2:
-        maximum_C, column_C = x_CV.max(-1)
-        return maximum_C, column_C
+        return torch.max(x_CV, -1)
     blocked = x_CV[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
     maximum_C, block_C = blocked.amax(-1).max(-1)
     chosen = blocked.gather(1, block_C.view(-1, 1, 1).expand(-1, 1, _BLOCK)).squeeze(1)
     column_C = block_C * _BLOCK + chosen.max(-1).indices
-    if blocks * _BLOCK < columns:
-        rest_C, rest_column_C = x_CV[:, blocks * _BLOCK :].max(-1)
+    if rest:
+        rest_C, rest_column_C = x_CV[:, -rest:].max(-1)
         column_C = torch.where(rest_C > maximum_C, rest_column_C + blocks * _BLOCK, column_C)
         maximum_C = torch.maximum(maximum_C, rest_C)
     return maximum_C, column_C
@@ -56,14 +54,14 @@ def softmax_statistics(
     maximum (the lowest of several), if asked. And exp(x - maximum) itself, [C, V], in x's memory if `in_place`."""
     found: dict[str, Tensor] = {}
     if top:
-        maximum_C, column_C = maximum_and_column(x_CV)
+        found["maximum"], column_C = maximum_and_column(x_CV)
         found["top"] = column_C.float()
     else:
-        maximum_C = x_CV.amax(-1)
-    exponent_CV = x_CV.sub_(maximum_C.unsqueeze(1)) if in_place else x_CV - maximum_C.unsqueeze(1)
+        found["maximum"] = x_CV.amax(-1)
+    maximum_C1 = found["maximum"].unsqueeze(1)
+    exponent_CV = x_CV.sub_(maximum_C1) if in_place else x_CV - maximum_C1
     if temperature != 1.0:
         found["plain_sum"] = (exponent_CV * temperature).exp_().sum(-1)
-    found["maximum"] = maximum_C
     exponential_CV = exponent_CV.exp_()
     found["sum"] = exponential_CV.sum(-1)
     return found, exponential_CV
@@ -130,7 +128,7 @@ def divergence_value(found: dict[str, Tensor], settings: LossSettings) -> Tensor
         value_C = mix * found["teacher_to_mixture"] + (1.0 - mix) * found["student_to_mixture"]
     else:
         gap_C = found["logsumexp"] - found["teacher_logsumexp"]
-        value_C = found["cross"] + gap_C if name == "forward_kl" else found["cross"] - gap_C
+        value_C = found["cross"] + (gap_C if name == "forward_kl" else -gap_C)
     return value_C * settings.divisor**2
 
 

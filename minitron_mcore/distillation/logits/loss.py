@@ -69,15 +69,13 @@ def logit_loss(
 ) -> LogitLossOutput:
     """The training loss from final hidden states, without ever holding the logits of more than a chunk of tokens.
 
-    hidden_SBH: the student's final hidden states (after the final norm), the full sequence on every TP rank, or with
-        `sequence_parallel` this rank's contiguous part of it; its gradient is reduced over `tp_group` here.
-    weight_VH: this rank's shard of the student's output head, [padded vocabulary / TP, H].
+    hidden_SBH: the student's, after the final norm: the full sequence on every TP rank, or with `sequence_parallel` a
+        rank's contiguous part of it. weight_VH: this rank's shard of its output head, [padded vocabulary / TP, H].
     labels_SB, loss_mask_SB: of the full sequence; a label outside the vocabulary must have mask 0.
     tp_group: over which the vocabulary is sharded; None for one rank. All its ranks call, on the last stage.
     teacher: a model of any width, sharded alike, which gets no gradient; or few of its outcomes for the full sequence.
 
-    Raises InputError for shapes, settings and teachers that do not go together.
-    """
+    Raises InputError for shapes, settings and teachers that do not go together."""
     _check_teacher(settings, teacher, weight_VH)
     if tp_group is not None and tp_group.size() > 1:
         split = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
@@ -97,9 +95,9 @@ def logit_loss(
         shard=VocabularyShard.of(weight_VH.shape[0], settings.vocab_size, tp_group),
     )
     loss, *by_token = _LogitLoss.apply(hidden_SBH.flatten(0, 1), weight_VH, mask_N, settings, wanted, run)
-    token_losses = {name: loss_N for name, loss_N in zip(REPORTED, by_token, strict=True) if loss_N is not None}
-    sums = {name: torch.dot(loss_N, mask_N) for name, loss_N in token_losses.items()}
-    return LogitLossOutput(loss, sums, mask_N.sum(), token_losses["lm"].view(labels_SB.shape))
+    token_losses = zip(REPORTED, by_token, strict=True)
+    sums = {name: torch.dot(loss_N, mask_N) for name, loss_N in token_losses if loss_N is not None}
+    return LogitLossOutput(loss, sums, mask_N.sum(), by_token[0].view(labels_SB.shape))
 
 
 class _LogitLoss(torch.autograd.Function):
@@ -111,8 +109,8 @@ class _LogitLoss(torch.autograd.Function):
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, mask_N: Tensor, settings: LossSettings, wanted: Wanted, run: Run
     ) -> tuple[Tensor | None, ...]:
         ctx.later = settings.recompute and any(wanted)
-        now = (False, False) if ctx.later else wanted
-        losses, *grads = run(Model(hidden_NH, weight_VH), weight_N=mask_N, wanted=now)
+        model, now = Model(hidden_NH, weight_VH), (False, False) if ctx.later else wanted
+        losses, *grads = run(model, weight_N=mask_N, wanted=now)
         loss = settings.lm_weight * torch.dot(losses["lm"], mask_N)
         if "kd" in losses:
             loss = loss + settings.kd_weight * torch.dot(losses["kd"], mask_N)
@@ -133,8 +131,7 @@ class _LogitLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if ctx.later:
             hidden_NH, mask_N = ctx.saved_tensors
-            model = Model(hidden_NH, ctx.weight_VH)
-            _, *grads = ctx.run(model, weight_N=mask_N * grad_loss, wanted=ctx.wanted)
+            _, *grads = ctx.run(Model(hidden_NH, ctx.weight_VH), weight_N=mask_N * grad_loss, wanted=ctx.wanted)
         elif ctx.added:
             torch._assert_async(grad_loss == 1, _ADDED)
         else:
@@ -151,9 +148,8 @@ _ADDED = (
 def _check_teacher(settings: LossSettings, teacher: Model | SparseTarget | None, weight_VH: Tensor) -> None:
     if teacher is None and settings.kd_weight:
         raise InputError("kd_weight", settings.kd_weight, "must be 0 without a teacher")
-    if isinstance(teacher, Model) and teacher.weight.shape[0] != weight_VH.shape[0]:
-        rows, own = teacher.weight.shape[0], weight_VH.shape[0]
-        rule = f"are not the student's {own}: both models need one padded vocabulary"
-        raise InputError("rows of the teacher's head on a rank", rows, rule)
+    if isinstance(teacher, Model) and len(teacher.weight) != len(weight_VH):
+        rule = f"are not the student's {len(weight_VH)}: both models need one padded vocabulary"
+        raise InputError("rows of the teacher's head on a rank", len(teacher.weight), rule)
     if isinstance(teacher, SparseTarget):
         teacher.check_loss(settings)

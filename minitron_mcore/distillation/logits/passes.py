@@ -38,65 +38,58 @@ def by_rows(function: Callable[..., Any], x_CV: Tensor, *others: Tensor | None, 
     """`function(x, *others, **settings)` over the rows of all, in one kernel on CUDA, by cached blocks on the CPU."""
     if x_CV.is_cuda and has_triton():
         function = _compiled(function)
-    cached = CACHED_ENTRIES * torch.get_num_threads() // x_CV.shape[1]
-    rows = x_CV.shape[0] if x_CV.is_cuda else max(1, cached)
-    results = []
-    for start in range(0, x_CV.shape[0], rows):
-        block = [None if tensor is None else tensor[start : start + rows] for tensor in (x_CV, *others)]
-        results.append(function(*block, **settings))
-    if len(results) == 1:
-        return results[0]
-    return {name: torch.cat([found[name] for found in results]) for name in results[0]}
+    rows = x_CV.shape[0] if x_CV.is_cuda else max(1, CACHED_ENTRIES * torch.get_num_threads() // x_CV.shape[1])
+    blocks = (
+        [None if tensor is None else tensor[start : start + rows] for tensor in (x_CV, *others)]
+        for start in range(0, x_CV.shape[0], rows)
+    )
+    found = [function(*block, **settings) for block in blocks]
+    return found[0] if len(found) == 1 else {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 def logit_statistics(
     x_CV: Tensor, y_CV: Tensor | None, *, settings: LossSettings, cross: bool, report: bool, keep: bool
 ) -> dict[str, Tensor]:
     """First pass: statistics by name, [C] each. Both logits are divided by the temperature in place.
-
     cross: also what a divergence over the whole vocabulary needs; report: also what the teacher's next-token loss and
-    the agreement need; keep: leave in x and y what `kept_gradient_` starts from.
-    """
+    the agreement need; keep: leave in x and y what `kept_gradient_` starts from."""
     temperature, divergence = settings.divisor, settings.divergence
     if temperature != 1.0:
-        for logits_CV in (x_CV, y_CV):
-            if logits_CV is not None:
-                logits_CV.mul_(1.0 / temperature)
+        for logits_CV in (x_CV,) if y_CV is None else (x_CV, y_CV):
+            logits_CV.mul_(1.0 / temperature)
     if y_CV is None:
         return softmax_statistics(x_CV, temperature, report, in_place=keep)[0]
-    kl = divergence in ("forward_kl", "reverse_kl") and cross
-    difference_CV = y_CV - x_CV if kl else None
+    forward, reverse = (cross and divergence == name for name in ("forward_kl", "reverse_kl"))
+    difference_CV = y_CV - x_CV if forward else x_CV - y_CV if reverse else None
     found, e_x_CV = softmax_statistics(x_CV, temperature, report, in_place=keep)
     if report or divergence in PROBABILISTIC:
-        plain = temperature if report else 1.0
-        of_teacher, e_y_CV = softmax_statistics(y_CV, plain, report, in_place=keep and divergence == "forward_kl")
+        of_teacher, e_y_CV = softmax_statistics(y_CV, temperature if report else 1.0, report, in_place=keep and forward)
         found |= {f"teacher_{name}": value for name, value in of_teacher.items()}
     if difference_CV is None:
         return found | (cross_statistics(x_CV, y_CV, settings) if cross else {})
-    if divergence == "forward_kl":
-        return found | {"cross": difference_CV.mul_(e_y_CV).sum(-1)}
-    torch.neg(difference_CV, out=difference_CV)
-    if keep:
+    if keep and reverse:
         y_CV.copy_(difference_CV)
-    return found | {"cross": difference_CV.mul_(e_x_CV).sum(-1)}
+    return found | {"cross": difference_CV.mul_(e_y_CV if forward else e_x_CV).sum(-1)}
 
 
 def kept_gradient_(
-    x_CV: Tensor, y_CV: Tensor | None, factor_C: Tensor, of_y_C: Tensor | None, *, settings: LossSettings
+    x_CV: Tensor, y_CV: Tensor | None, *values: Tensor, names: tuple[str, ...], settings: LossSettings
 ) -> dict[str, Tensor]:
-    """Second pass after one that kept exponentials, in x and, with forward_kl, in y; with reverse_kl y holds x - y.
-
-    factor: makes of exponentials probabilities over the vocabulary; of_y: the same for y, or what to subtract from it.
-    """
-    x_CV.mul_(factor_C.unsqueeze(1))
-    if y_CV is not None and of_y_C is not None:
-        if settings.divergence == "reverse_kl":
-            x_CV.mul_(y_CV.sub_(of_y_C.unsqueeze(1)))
-        else:
-            if settings.lm_share:
-                x_CV.mul_(1.0 + settings.lm_share)
-            x_CV.sub_(y_CV.mul_(of_y_C.unsqueeze(1)))
+    """Second pass after one that kept exponentials over this shard's maxima, in x and, with forward_kl, in y; with
+    reverse_kl y holds x - y. values: quantities over the vocabulary, and those maxima, by `names`."""
+    found = dict(zip(names, values, strict=True))
+    x_CV.mul_(_to_probabilities(found, ""))
+    if y_CV is not None and settings.divergence == "reverse_kl":
+        x_CV.mul_(y_CV.sub_((found["cross"] - settings.lm_share).float().unsqueeze(1)))
+    elif y_CV is not None:
+        if settings.lm_share:
+            x_CV.mul_(1.0 + settings.lm_share)
+        x_CV.sub_(y_CV.mul_(_to_probabilities(found, "teacher_")))
     return {}
+
+
+def _to_probabilities(found: dict[str, Tensor], of: str) -> Tensor:
+    return (found[f"shard_{of}maximum"] - found[f"{of}logsumexp"]).exp_().float().unsqueeze(1)
 
 
 def _next_token_softmax(x_CV: Tensor, plain_logsumexp_C: Tensor, temperature: float) -> Tensor:
@@ -113,13 +106,13 @@ def logit_gradient_(
     `outcome_gradient_`. Without them and without y: the next-token loss alone.
     """
     found = dict(zip(names, values, strict=False))
-    outcomes = values[len(names) :]
+    outcomes = values[len(names) :] if settings.kd_weight else ()
     next_token_CV = None
     if settings.lm_share:
         next_token_CV = _next_token_softmax(x_CV, found["plain_logsumexp"], settings.divisor)
     if outcomes:
         outcome_gradient_(x_CV, found["tail_maximum"], found["tail_log_sum"], found["outcome_tail"], *outcomes)
-    elif y_CV is not None:
+    elif y_CV is not None and settings.kd_weight:
         gradient_(x_CV, y_CV, {name: value.unsqueeze(1) for name, value in found.items()}, settings)
     elif next_token_CV is not None:
         x_CV.copy_(next_token_CV)

@@ -62,6 +62,6 @@ class LossSettings:
 
     @property
     def can_keep(self) -> bool:
-        """Whether the gradient follows from the exponentials of the statistics (`kept_gradient_`)."""
-        one_temperature = self.divisor == 1.0 or not self.lm_share
-        return self.kd_weight != 0.0 and self.divergence in ("forward_kl", "reverse_kl") and one_temperature
+        """Whether the gradient can start from the exponentials of the statistics (`kept_gradient_`)."""
+        is_kl = self.kd_weight != 0.0 and self.divergence in ("forward_kl", "reverse_kl")
+        return is_kl and (self.divisor == 1.0 or not self.lm_share)

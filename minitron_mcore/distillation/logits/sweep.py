@@ -9,7 +9,7 @@ Legend: N tokens, C tokens of a chunk, H hidden size, V this rank's vocabulary s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from minitron_mcore.model.vocab_parallel import ABSENT, VocabularyShard, add_pro
 Wanted = tuple[bool, bool]  # of hidden states and head: whether their gradients are
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A model's final hidden states, [S, B, H] or in the sweep [N, H], and its shard of the output head, [V, H]."""
 
     hidden: Tensor
@@ -42,7 +41,6 @@ Swept = tuple[dict[str, Tensor], Tensor | None, Tensor | None]
 
 def sweep(
     student: Model,
-    *,
     teacher: Model | SparseTarget | None,
     labels_N: Tensor,
     weight_N: Tensor,
@@ -51,9 +49,7 @@ def sweep(
     wanted: Wanted,
 ) -> Swept:
     """Every token's losses (`losses_and_gradient`) and, if `wanted`, the gradients of hidden states and head.
-
-    weight_N: fp32, each token's weight in both gradients, besides the settings' two weights.
-    """
+    weight_N: fp32, each token's weight in both gradients, besides the settings' two weights."""
     grad_hidden_NH = torch.empty_like(student.hidden) if wanted[0] else None
     grad_weight_VH = own_VH = None
     if wanted[1]:
@@ -66,7 +62,6 @@ def sweep(
     heads = [product_operand(model.weight[: shard.width]) for model in models]
     buffers = weight_N.new_empty(len(models), chunk_size, shard.width)  # the chunks take turns in them
     losses: dict[str, Tensor] = {}
-
     for start in range(0, tokens, chunk_size):
         rows = slice(start, min(start + chunk_size, tokens))
         logits = [buffer[: rows.stop - rows.start] for buffer in buffers]
@@ -76,10 +71,8 @@ def sweep(
             if shard.absent:
                 logits_CV.fill_(ABSENT)
         target = teacher.rows(rows) if isinstance(teacher, SparseTarget) else logits[1] if teacher else None
-        of_chunk, gradient_CV = losses_and_gradient(
-            logits[0], target, labels_N[rows], settings, shard, wants_gradient=any(wanted)
-        )
-        for name, value_C in of_chunk.items():
+        found, gradient_CV = losses_and_gradient(logits[0], target, labels_N[rows], settings, shard, any(wanted))
+        for name, value_C in found.items():
             losses.setdefault(name, weight_N.new_empty(tokens))[rows] = value_C.float()
         if gradient_CV is None:
             continue
@@ -90,6 +83,5 @@ def sweep(
             part_CH = weight_N.new_empty(gradient_CV.shape[0], grad_hidden_NH.shape[1])
             grad_hidden_NH[rows] = product_(part_CH, gradient_CV, heads[0]).mul_(weight_C1)
         if grad_weight_VH is not None:
-            weighted_CH = (hidden[0] * weight_C1).to(heads[0].dtype)
-            add_product_(grad_weight_VH[: shard.width], gradient_CV.t(), weighted_CH)
+            add_product_(grad_weight_VH[: shard.width], gradient_CV.t(), (hidden[0] * weight_C1).to(heads[0].dtype))
     return losses, grad_hidden_NH, own_VH

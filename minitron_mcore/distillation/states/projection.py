@@ -65,8 +65,7 @@ def attach_projection(chunks: list[LanguageModel], teacher_hidden_size: int, see
 
 
 def finalize_gradients(models: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-    """Megatron's `finalize_model_grads`, once the projection's gradients of all pipeline stages are added up; the same
-    as Megatron's where no projection is attached. Every rank calls, with chunks wrapped in Megatron's DDP."""
+    """Megatron's own, once the gradients of a projection, if any, are added up over the stages. Every rank calls."""
     projection = getattr(unwrap(models[0]), NAME, None)
     if projection is not None and pipeline_group().size() > 1:
         torch.distributed.all_reduce(projection.weight.main_grad, group=pipeline_group())

@@ -134,19 +134,15 @@ class Teacher:
         self._capture = Capture(as_chunks(self.chunks), names) if names else None
 
     def run_ahead(self, batch: list[Microbatch], *, train: bool = False) -> None:
-        """Leave the teacher's states in every microbatch; every rank of the world calls, each with as many.
-
-        In `teacher.final` the final hidden states, on the student's last stage; in `teacher.states` what `want_states`
-        asked for, on the student's stages that need it. In the teacher's type; shared out over tensor-parallel ranks as
-        the student's own states are. train: has an effect on a TrainedTeacher alone.
-        """
+        """Leave the final hidden states and those that `want_states` asked for in every microbatch, on the student's
+        stages that need them: in the teacher's type, shared out over tensor-parallel ranks as the student's own.
+        Every rank of the world calls, each with as many. train: for a TrainedTeacher alone."""
         for microbatch in batch:
             microbatch.teacher = TeacherPart()
         if self.student != self.grid:
             self._run_elsewhere(batch)
             return
-        # On other stages than the last there are none.
-        for microbatch, hidden in zip(batch, self._forward(batch, train), strict=False):
+        for microbatch, hidden in zip(batch, self._forward(batch, train), strict=False):  # none before the last stage
             microbatch.teacher.final = hidden
         if self._capture is not None:
             numbers = range(self._replica(self.grid), len(batch) * self.grid.data, self.grid.data)
