@@ -132,7 +132,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         fields = yaml.safe_load(content.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError("", path, "is no YAML", " ".join(str(error).split())) from error
+        raise InputError("", path, "is not YAML", " ".join(str(error).split())) from error
     if not isinstance(fields, dict):
         raise InputError("", path, "holds no mapping of names to values")
     return fields

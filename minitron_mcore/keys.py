@@ -47,7 +47,7 @@ Sources = Union[PathName, list[PathName], None]
 Blend = Union[PathName, list[Union[float, PathName]], None]
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-NO_KEY = "is no key of a recipe"
+NO_KEY = "is not a key of a recipe"
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _T = TypeVar("_T")
 

@@ -72,7 +72,7 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<
 
 
 def load_text(text: str) -> Any:
-    """Nested dictionaries, lists and texts. Raises ValueError, in one line, for what is no YAML."""
+    """Nested dictionaries, lists and texts. Raises ValueError, in one line, for what is not YAML."""
     try:
         return _unshared(Loader(text).get_single_data())
     except RecursionError as error:
@@ -236,7 +236,7 @@ def _scalar(kind: Any, text: str, path: str) -> Any:
         return expanded(str(text), path)
     if plain is str and not (isinstance(text, Plain) and text in NULLS):
         if (left := _REFERENCE.search(text)) is not None:
-            raise InputError(path, str(text), f"refers to {left[1]}, which is no key of a recipe")
+            raise InputError(path, str(text), f"refers to {left[1]}, which is not a key of a recipe")
         return str(text)
     raise ValueError
 

@@ -133,7 +133,7 @@ def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Re
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path.strip(".[]"):
-            raise InputError("", override, "is no override", "write key=value, as in train.lr=1e-4")
+            raise InputError("", override, "is not an override", "write key=value, as in train.lr=1e-4")
         try:
             put(tree, path, override_value(text), _default)
         except InputError:
@@ -166,7 +166,7 @@ def _read_yaml(config: str) -> dict[str, Any]:
     try:
         loaded = load_text(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError("", f"--config {config}", f"is no YAML: {error}") from error
+        raise InputError("", f"--config {config}", f"is not YAML: {error}") from error
     if isinstance(loaded, list):
         raise InputError("", f"--config {config}", "holds a list", "write a recipe as key: value")
     if isinstance(loaded, str) and loaded:

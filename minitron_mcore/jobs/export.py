@@ -90,7 +90,9 @@ def parse_size(text: str, key: str) -> int:
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(?:([KMGT])(i?)B)?", str(text).strip())
     if not found or ("." in found[1] and not found[2]):
-        raise InputError(key, text, "is no size", "write a number of bytes, or one with a unit, as 500MB, 5GB or 2GiB")
+        raise InputError(
+            key, text, "is not a size", "write a number of bytes, or one with a unit, as 500MB, 5GB or 2GiB"
+        )
     unit = (1024 if found[3] else 1000) ** ("KMGT".index(found[2]) + 1) if found[2] else 1
     size = int(Decimal(found[1]) * unit)
     if size < 1:

@@ -33,4 +33,4 @@ def check_sequence(
     factors += [f"{layout}.tensor={parallel.tensor}"] if tensor > 1 else []
     product = " x ".join(factors) + (f" = {parts}" if len(factors) > 1 else "")
     why = f", as {layout}.sequence=true needs" if tensor > 1 else ""
-    raise InputError(key, length, f"is no multiple of {product} ({length} / {parts} = {length / parts:g}){why}")
+    raise InputError(key, length, f"is not a multiple of {product} ({length} / {parts} = {length / parts:g}){why}")

@@ -231,8 +231,8 @@ def _check_shape(shape: Shape, keys: dict[str, str], train: TrainConfig, paralle
     given = train.rampup_batch_size if subject else value
     if value % share:
         ranks = f"{keys['micro_batch_size']}={shape.micro_batch_size} x {data} data-parallel ranks = {share}"
-        raise InputError(key, given, f"{subject}is no multiple of {ranks}", "change one of them")
+        raise InputError(key, given, f"{subject}is not a multiple of {ranks}", "change one of them")
     microbatches = value // share
     if parallel.virtual_pipeline and microbatches % parallel.pipeline:
-        rule = f"{subject}makes {microbatches} microbatches, no multiple of parallel.pipeline={parallel.pipeline}"
-        raise InputError(key, given, rule, "the interleaved schedule needs one: change one of them")
+        needed = f"the interleaved schedule needs a multiple of parallel.pipeline={parallel.pipeline}"
+        raise InputError(key, given, f"{subject}makes {microbatches} microbatches, but {needed}", "change one of them")

@@ -57,11 +57,11 @@ def test_every_token_is_held_once_and_order_comes_back() -> None:
 @pytest.mark.parametrize(
     ("length", "parallel", "words"),
     [
-        (18, {"context": 2}, "data.sequence_length=18 is no multiple of 2 x parallel.context=2 = 4 (18 / 4 = 4.5)"),
+        (18, {"context": 2}, "data.sequence_length=18 is not a multiple of 2 x parallel.context=2 = 4 (18 / 4 = 4.5)"),
         (
             12,
             {"context": 2, "tensor": 2, "sequence": True},
-            "no multiple of 2 x parallel.context=2 x parallel.tensor=2 = 8 (12 / 8 = 1.5), as parallel.sequence=true",
+            "not a multiple of 2 x parallel.context=2 x parallel.tensor=2 = 8 (12 / 8 = 1.5), as parallel.sequence=",
         ),
     ],
 )

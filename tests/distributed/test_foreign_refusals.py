@@ -133,7 +133,7 @@ def test_run_configs_of_other_forms(root: Path, tmp_path: Path) -> None:
             inferred(**changes)
     for content, words in {
         "- a": "holds no mapping",
-        "a: [": "is no YAML",
+        "a: [": "is not YAML",
         "train: {}": "holds no section `model`",
     }.items():
         path.write_text(content)

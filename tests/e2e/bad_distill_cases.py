@@ -136,6 +136,6 @@ DISTILL: list[Case] = [
         2,
         "run",
         ["teacher.parallel.tensor=2", "teacher.parallel.sequence=true", "data.sequence_length=15"],
-        "data.sequence_length=15 is no multiple of teacher.parallel.tensor=2 (15 / 2 = 7.5)",
+        "data.sequence_length=15 is not a multiple of teacher.parallel.tensor=2 (15 / 2 = 7.5)",
     ),
 ]

@@ -15,8 +15,8 @@ LENGTH = "data.sequence_length=65 is longer than the model's max_position_embedd
 RECIPES: list[Case] = [
     ("train", ["--config=@/none.yaml"], "--config @/none.yaml is not a file"),
     ("train", ["--config=@/recipes/list.yaml"], "--config @/recipes/list.yaml holds a list"),
-    ("train", ["--config=@/recipes/torn.yaml"], "--config @/recipes/torn.yaml is no YAML"),
-    ("train", ["train.lrr=1"], "train.lrr is no key of a recipe: the nearest is train.lr"),
+    ("train", ["--config=@/recipes/torn.yaml"], "--config @/recipes/torn.yaml is not YAML"),
+    ("train", ["train.lrr=1"], "train.lrr is not a key of a recipe: the nearest is train.lr"),
     ("run", ["run.students.width.hiden_size=8"], "the nearest is run.students.width.hidden_size"),
     (
         "evaluate",
@@ -30,7 +30,7 @@ RECIPES: list[Case] = [
         "importance.batch_aggregation=l3 must be one of mean, l2, var",
     ),
     ("prune", ["prune.layers=middle"], "prune.layers=middle must be one of scattered, contiguous"),
-    ("export", ["hf"], "hf is no override: write key=value"),
+    ("export", ["hf"], "hf is not an override: write key=value"),
 ]
 
 LAYOUTS: list[Case] = [
@@ -102,13 +102,13 @@ LAYOUTS += [
         2,
         "train",
         ["parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=15"],
-        "data.sequence_length=15 is no multiple of parallel.tensor=2 (15 / 2 = 7.5)",
+        "data.sequence_length=15 is not a multiple of parallel.tensor=2 (15 / 2 = 7.5)",
     ),
     (
         2,
         "train",
         ["parallel.context=2", "data.sequence_length=18"],
-        "data.sequence_length=18 is no multiple of 2 x parallel.context=2 = 4 (18 / 4 = 4.5)",
+        "data.sequence_length=18 is not a multiple of 2 x parallel.context=2 = 4 (18 / 4 = 4.5)",
     ),
     (2, "score", ["parallel.context=2"], "parallel.context=2 is not possible in `score`, which needs a whole sequence"),
     (2, "run", ["parallel.context=2"], "parallel.context=2 is not possible in `run`, which needs a whole sequence"),
@@ -116,7 +116,7 @@ LAYOUTS += [
         2,
         "train",
         ["train.global_batch_size=6", "train.micro_batch_size=2"],
-        "train.global_batch_size=6 is no multiple of train.micro_batch_size=2 x 2 data-parallel ranks = 4",
+        "train.global_batch_size=6 is not a multiple of train.micro_batch_size=2 x 2 data-parallel ranks = 4",
     ),
     (2, "evaluate", ["parallel.tensor=2", "checkpoint=@/checkpoints/one_group"], "does not divide num_query_groups=1"),
     (
@@ -171,7 +171,7 @@ for _verb in ("train", "distill"):
         (
             _verb,
             [f"{_verb}.global_batch_size=3"],
-            f"{_verb}.global_batch_size=3 is no multiple of {_verb}.micro_batch_size=2",
+            f"{_verb}.global_batch_size=3 is not a multiple of {_verb}.micro_batch_size=2",
         ),
         (_verb, [f"{_verb}.micro_batch_size=-2"], f"{_verb}.micro_batch_size=-2 must be at least 1"),
         (_verb, [f"{_verb}.lr=-1"], f"{_verb}.lr=-1.0 must be finite and at least 0"),
@@ -201,7 +201,7 @@ for _verb in ("train", "distill"):
         (
             _verb,
             [f"{_verb}.tokens=640", f"{_verb}.rampup_batch_size=[1,1,9]"],
-            f"{_verb}.rampup_batch_size=[1, 1, 9] passes a batch size of 1, which is no multiple of",
+            f"{_verb}.rampup_batch_size=[1, 1, 9] passes a batch size of 1, which is not a multiple of",
         ),
         (
             _verb,
@@ -314,7 +314,7 @@ CHECKPOINTS: list[Case] = [
         ["checkpoint=@/checkpoints/short"],
         "data.sequence_length=16 is longer than the model's max_position_embeddings=15",
     ),
-    ("evaluate", ["checkpoint=@/checkpoints/torn_architecture"], "architecture.yaml is no YAML"),
+    ("evaluate", ["checkpoint=@/checkpoints/torn_architecture"], "architecture.yaml is not YAML"),
     ("evaluate", ["checkpoint=@/checkpoints/damaged"], "@/checkpoints/damaged"),
     ("evaluate", ["data.train=null"], "data.train is not set"),
     ("evaluate", ["evaluate.micro_batch_size=0"], "evaluate.micro_batch_size=0 must be at least 1"),
@@ -358,7 +358,7 @@ RUN: list[Case] = [
     ("run", ["data.valid=@/none"], "data.valid=@/none lacks its .bin or its .idx"),
     ("run", ["data.sequence_length=65"], LENGTH),
     ("run", ["model.hidden_size=null"], "model.hidden_size is missing"),
-    ("run", ["train.global_batch_size=3"], "train.global_batch_size=3 is no multiple of"),
+    ("run", ["train.global_batch_size=3"], "train.global_batch_size=3 is not a multiple of"),
     ("run", ["distill.min_lr=1"], "distill.min_lr=1.0 must lie between 0 and lr="),
     ("run", ["distill.tokens=0"], "distill.tokens=0 must be at least 1"),
     ("run", ["distill.temperature=-1"], "distill.temperature=-1.0 must lie between 0.001 and 100"),

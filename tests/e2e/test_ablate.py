@@ -53,7 +53,7 @@ REFUSED: list[tuple[list[str], str]] = [
     ),
     (["importance.num_samples=100000"], "importance.num_samples=100000 is more than the"),
     (["evaluate.samples=8", "output=@/one"], "output=@/one holds ablation.csv with rows of another teacher, student"),
-    (["ablate.aggregation=[l2/l2]"], "is no key of a recipe: the nearest is ablate.aggregations"),
+    (["ablate.aggregation=[l2/l2]"], "is not a key of a recipe: the nearest is ablate.aggregations"),
 ]
 
 

@@ -203,7 +203,7 @@ def bad_commands(root: Path, folder: Path) -> dict[str, list[str]]:
     commands: dict[str, list[Any]] = {
         "checkpoint is not given": ["export", target],
         "hf is not given": ["export", checkpoint],
-        "max_shard_size=5gb is no size": ["export", checkpoint, target, "max_shard_size=5gb"],
+        "max_shard_size=5gb is not a size": ["export", checkpoint, target, "max_shard_size=5gb"],
         f"checkpoint={folder / 'nowhere'} is not there": ["export", f"checkpoint={folder / 'nowhere'}", target],
         "holds no finished checkpoint": ["export", f"checkpoint={folder / 'unfinished'}", target],
         "is not a finished checkpoint": ["evaluate", *recipe, f"checkpoint={folder / 'cut-off'}"],

@@ -305,7 +305,7 @@ def test_inspect_says_what_a_pruned_export_is(pruned: Path) -> None:
     assert shape == {**BOTH, "kv_channels": 20, "vocab_size": 1003}
 
 
-# 80 channels on 6 heads: every head keeps its 20 channels, but 80 is no multiple of 6.
+# 80 channels on 6 heads: every head keeps its 20 channels, but 80 is not a multiple of 6.
 ODD = ["student.hidden_size=80"]
 
 

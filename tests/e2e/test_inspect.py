@@ -275,7 +275,7 @@ def test_damage_and_strangers_are_refused(root: Path, tmp_path: Path) -> None:
     before = listing(tmp_path)
     commands = [["inspect", str(path)] for path in cases.values()]
     answers = minitron(*commands, ["inspect"], ["inspect", "a", "b"])
-    words = [*cases, "path is not given", "a is no override"]
+    words = [*cases, "path is not given", "a is not an override"]
     for word, (code, shown, said) in zip(words, answers, strict=True):
         assert code == 2 and not shown and said.startswith("minitron inspect: ") and said.count("\n") == 1, (word, said)
         assert word in said, (word, said)

@@ -179,7 +179,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no mapping"):
         load_architecture(tmp_path / "wrong.yaml")
     (tmp_path / "wrong.yaml").write_bytes(b"num_layers: [\xff")
-    with pytest.raises(InputError, match=r"wrong\.yaml is no YAML"):
+    with pytest.raises(InputError, match=r"wrong\.yaml is not YAML"):
         load_architecture(tmp_path / "wrong.yaml")
     (tmp_path / "wrong.yaml").write_text("num_layers: 3\n")
     with refuses("hidden_size", None, f"in {tmp_path / 'wrong.yaml'} is missing", "an architecture needs num_layers"):

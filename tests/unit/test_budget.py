@@ -133,14 +133,14 @@ def test_no_timetable(fields: dict[str, Any], words: str) -> None:
         (
             {"rampup_batch_size": [1, 1, 14]},
             {},
-            "train.rampup_batch_size=[1, 1, 14] passes a batch size of 1, which is no multiple of train."
+            "train.rampup_batch_size=[1, 1, 14] passes a batch size of 1, which is not a multiple of train."
             "micro_batch_size=1 x 2 data-parallel ranks = 2",
         ),
         (
             {"rampup_batch_size": [2, 2, 12]},
             {"pipeline": 2, "virtual_pipeline": 2},
             "train.rampup_batch_size=[2, 2, 12] passes a batch size of 2, which makes 1 microbatches, "
-            "no multiple of parallel.pipeline=2: the interleaved schedule needs one",
+            "but the interleaved schedule needs a multiple of parallel.pipeline=2: change one of them",
         ),
         (
             {"phases": [PhaseConfig(500), PhaseConfig(global_batch_size=6)]},
@@ -150,12 +150,12 @@ def test_no_timetable(fields: dict[str, Any], words: str) -> None:
         (
             {"phases": [PhaseConfig(500), PhaseConfig(global_batch_size=6, micro_batch_size=2)]},
             {},
-            "train.phases[1].global_batch_size=6 is no multiple of train.phases[1].micro_batch_size=2 x 2",
+            "train.phases[1].global_batch_size=6 is not a multiple of train.phases[1].micro_batch_size=2 x 2",
         ),
         (
             {"phases": [PhaseConfig(500, micro_batch_size=3), PhaseConfig()]},
             {},
-            "train.global_batch_size=8 is no multiple of train.phases[0].micro_batch_size=3 x 2",
+            "train.global_batch_size=8 is not a multiple of train.phases[0].micro_batch_size=3 x 2",
         ),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_checkpoint_describes_itself(tmp_path: Path) -> None:
 def test_torn_descriptions_are_named(tmp_path: Path) -> None:
     assert read_lineage(tmp_path) == {}
     (tmp_path / "lineage.yaml").write_text("stage: [\n")
-    with pytest.raises(InputError, match=r"lineage\.yaml is no YAML"):
+    with pytest.raises(InputError, match=r"lineage\.yaml is not YAML"):
         read_lineage(tmp_path)
     with pytest.raises(InputError, match=r"architecture\.yaml is missing"):
         read_architecture(tmp_path)

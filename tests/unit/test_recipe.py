@@ -162,7 +162,7 @@ def test_the_resolved_recipe_comes_back(config: Path, tmp_path: Path) -> None:
     ],
 )
 def test_an_unknown_key_is_named_with_its_path(tmp_path: Path, override: str, path: str, nearest: str) -> None:
-    said = f"{path} is no key of a recipe: the nearest is {nearest}"
+    said = f"{path} is not a key of a recipe: the nearest is {nearest}"
     assert refusal(None, override) == said
     keys, _, value = override.partition("=")
     nested: Any = int(value)
@@ -201,10 +201,10 @@ def test_an_unknown_key_is_named_with_its_path(tmp_path: Path, override: str, pa
         ("log.wandb=off", "log.wandb=off must be one of auto, online, offline, disabled"),
         ("distill.lr_decay_style=wsd", "distill.lr_decay_style=wsd must be one of cosine, linear, constant, WSD"),
         ("run.baselines=[randm]", "run.baselines[0]=randm must be one of next_token, random: did you mean random?"),
-        ("name=${nothing}", "name=${nothing} refers to nothing, which is no key of a recipe"),
+        ("name=${nothing}", "name=${nothing} refers to nothing, which is not a key of a recipe"),
         ("name=${name}", "name refers to itself"),
-        ("train.lr", "train.lr is no override: write key=value, as in train.lr=1e-4"),
-        ("=1", "=1 is no override: write key=value"),
+        ("train.lr", "train.lr is not an override: write key=value, as in train.lr=1e-4"),
+        ("=1", "=1 is not an override: write key=value"),
         ("name=[", "name=[ cannot be read: "),
         ("train.phases=[{tokens: 0},{}]", "train.phases[0].tokens=0 must be at least 1"),
         ("train.phases=[{sequence_length: 0}]", "train.phases[0].sequence_length=0 must be at least 1"),
@@ -223,11 +223,11 @@ def test_a_wrong_value_is_named_with_what_is_allowed(override: str, words: str) 
         ("- train\n", "holds a list: write a recipe as key: value"),
         ("train\n", "holds the text train: write a recipe as key: value"),
         ("train:\n", "train= must be a section of keys"),
-        ("train: {lr: 1\n", "--config {config} is no YAML: "),
-        ("seed: 1\nseed: 2\n", "--config {config} is no YAML: found duplicate key seed in line 2"),
+        ("train: {lr: 1\n", "--config {config} is not YAML: "),
+        ("seed: 1\nseed: 2\n", "--config {config} is not YAML: found duplicate key seed in line 2"),
         ("train: {lr: fast}\n", "train.lr=fast must be a number"),
-        ("name: !!python/object/apply:os.getcwd []\n", "--config {config} is no YAML: "),
-        ("\0", "--config {config} is no YAML: "),
+        ("name: !!python/object/apply:os.getcwd []\n", "--config {config} is not YAML: "),
+        ("\0", "--config {config} is not YAML: "),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, words: str) -> None:
@@ -278,7 +278,7 @@ def flat_texts(section: Any, above: str = "") -> Iterator[tuple[str, str]]:
     [
         (
             "[{token: 5}]",
-            "train.phases[0].token is no key of a recipe: the nearest is train.phases",
+            "train.phases[0].token is not a key of a recipe: the nearest is train.phases",
         ),
         (
             "[{tokens: 5}, {tokens: x}]",
@@ -311,7 +311,7 @@ def test_an_entry_of_a_list_on_the_command_line(tmp_path: Path) -> None:
             "distill.phases[2].tokens names entry 2, counted from 0, but distill.phases has 2",
         ),
         ("distill.phases[1].tokens=x", "distill.phases[1].tokens=x must be a whole"),
-        ("distill.phases[1].token=1", "distill.phases[1].token is no key of a recipe"),
+        ("distill.phases[1].token=1", "distill.phases[1].token is not a key of a recipe"),
     ):
         with pytest.raises(InputError) as caught:
             load_recipe(None, [two, change])
@@ -350,7 +350,7 @@ def test_sections_check_themselves_however_they_are_made() -> None:
         (lambda: dataclasses.replace(TrainConfig(), min_lr=1.0), "min_lr=1.0 must lie between 0 and lr=0.0003"),
         (lambda: TrainConfig(tokens="5"), "tokens=5 must be a whole number"),  # type: ignore[arg-type]
         (lambda: TrainConfig(tokens=True), "tokens=true must be a whole number"),
-        (lambda: TrainConfig(token=5), "token is no key of a recipe"),  # type: ignore[call-arg]
+        (lambda: TrainConfig(token=5), "token is not a key of a recipe"),  # type: ignore[call-arg]
         (lambda: AblateConfig(methods=[]), "methods=[] is empty: name at least one"),
         (lambda: Recipe(train=3), "train=3 must be a section of keys"),  # type: ignore[arg-type]
     ):
@@ -372,4 +372,4 @@ def test_an_alias_is_a_copy(tmp_path: Path) -> None:
     config = write(tmp_path, "train: &shared {lr: 1e-3}\ndistill: *shared\n")
     recipe = load_recipe(config, ["train.lr=2e-3", "distill.top_k=3"])
     assert (recipe.train.lr, recipe.distill.lr, recipe.distill.top_k) == (2e-3, 1e-3, 3)
-    assert "is no YAML" in refusal(write(tmp_path, "input: &a [*a]\n"))
+    assert "is not YAML" in refusal(write(tmp_path, "input: &a [*a]\n"))

@@ -77,17 +77,17 @@ def test_numbers_that_can_be_trained_with() -> None:
     [
         (
             {"data_parallel": 3},
-            "train.global_batch_size=8 is no multiple of train.micro_batch_size=2 x 3 data-parallel ranks = 6",
+            "train.global_batch_size=8 is not a multiple of train.micro_batch_size=2 x 3 data-parallel ranks = 6",
         ),
-        ({"micro_batch_size": 3}, "train.global_batch_size=8 is no multiple of train.micro_batch_size=3 x 1"),
+        ({"micro_batch_size": 3}, "train.global_batch_size=8 is not a multiple of train.micro_batch_size=3 x 1"),
         ({"min_lr": 1e-2}, "min_lr=0.01 must lie between 0 and lr=0.0003"),
         ({"lr": 0.0}, "min_lr=3e-05 must lie between 0 and lr=0.0"),
         ({"lr_warmup_iters": 8}, "train.lr_warmup_iters=8 must be less than the 8 iterations of train.tokens=1000"),
         ({"adam_beta2": 1.0}, "adam_beta2=1.0 must be at least 0 and below 1"),
         (
             {"parallel": {"pipeline": 3, "virtual_pipeline": 2}},
-            "train.global_batch_size=8 makes 4 microbatches, no multiple of parallel.pipeline=3: the interleaved "
-            "schedule needs one",
+            "train.global_batch_size=8 makes 4 microbatches, but the interleaved schedule needs a multiple of "
+            "parallel.pipeline=3",
         ),
     ],
 )

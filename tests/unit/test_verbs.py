@@ -68,11 +68,11 @@ def test_names_of_other_projects_lead_to_keys_that_there_are() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.train_iters=5", "train.train_iters is no key of a recipe: write train.tokens (iterations x"),
-        ("distill.train_samples=5", "distill.train_samples is no key of a recipe: write distill.tokens (samples x"),
+        ("train.train_iters=5", "train.train_iters is not a key of a recipe: write train.tokens (iterations x"),
+        ("distill.train_samples=5", "distill.train_samples is not a key of a recipe: write distill.tokens (samples x"),
         ("parallel.tensor_model_parallel_size=2", "write parallel.tensor"),
         ("model.tensor_model_parallel_size=2", "write parallel.tensor"),
-        ("trainer.max_steps=5", "trainer.max_steps is no key of a recipe: write train.tokens (iterations x"),
+        ("trainer.max_steps=5", "trainer.max_steps is not a key of a recipe: write train.tokens (iterations x"),
         ("model.optim.sched.warmup_steps=5", "write train.lr_warmup_iters"),
         ("data.seq_length=5", "write data.sequence_length"),
         ("optimizer=adam", "Adam is the optimizer"),
