@@ -258,7 +258,7 @@ def whole_number(text: str) -> int:
 def _count_help(options: tuple[Any, ...], given: Any) -> str:
     if int not in map(plain_type, options) or not isinstance(given, str) or not given[:1].isdigit():
         return ""
-    return "write it as 8, 1_000, 128k, 1.5M, 94B or 2e9"
+    return "write it as 8, 1_000, 128k, 1.5M, 94B, 80Gi or 2e9"
 
 
 def expanded(text: str, path: str) -> str:

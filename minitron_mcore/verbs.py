@@ -98,7 +98,7 @@ VERBS = {
         (*("output", "teacher.checkpoint", "student", "ablate", "importance", "evaluate"), "data", *_MODEL),
         "teacher.checkpoint, data",
         "output/ablation.csv and its plot",
-        "minitron ablate --config configs/ablate-quickstart.yaml output=runs/ablation",
+        "torchrun --nproc-per-node 2 -m minitron_mcore ablate --config configs/ablate-quickstart.yaml",
     ),
     "correct": Verb(
         "fine-tune the teacher on the distillation's data, before it teaches",
@@ -158,7 +158,7 @@ VERBS = {
         (*_ROAD, *_MODEL),
         "what the recipe names",
         "the folder output",
-        "minitron run --config configs/quickstart.yaml",
+        "torchrun --nproc-per-node 2 -m minitron_mcore run --config configs/quickstart.yaml",
     ),
 }
 

@@ -15,8 +15,8 @@ def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel
             f"{key}.tensor",
             parallel.tensor,
             f"x {key}.pipeline={parallel.pipeline}{context} = {ranks} ranks for one copy of the model, but "
-            f"{world_size} were started",
-            f"start a multiple of {ranks}, or change {key}.*",
+            f"{world_size} {'was' if world_size == 1 else 'were'} started",
+            f"start a multiple of {ranks}, or change {key}.* (--dry-run takes cluster.gpus for the ranks)",
         )
 
 

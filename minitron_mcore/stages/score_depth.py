@@ -39,7 +39,8 @@ def with_depth(
     kept = kept_bytes(architecture, metrics, recipe.precision, importance.num_samples, recipe.data.sequence_length)
     kept //= data_group().size() * (recipe.parallel.tensor if recipe.parallel.sequence else 1)
     if kept:
-        runtime.print(f"score: depth: a last rank keeps final hidden states, {kept / 2**20:,.1f} MiB of host memory")
+        words = "each rank of the last pipeline stage keeps final hidden states"
+        runtime.print(f"score: depth: {words}, {kept / 2**20:,.1f} MiB of host memory")
     table = measure_depth(
         chunks,
         list(batches()),
