@@ -11,9 +11,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ENVIRONMENT=${XDG_CACHE_HOME:-$HOME/.cache}/minitron_mcore/megatron-0.19
-QUICK=(tests/unit/test_unpickle.py tests/unit/test_versions.py tests/unit/test_budget.py tests/distributed/test_repairs.py
-  tests/distributed/test_full_disk.py tests/distributed/test_other_versions.py tests/distributed/test_foreign.py
-  tests/distributed/test_training.py tests/distributed/test_resume.py tests/distributed/test_stream.py)
+QUICK=(tests/unit/checkpoint/test_{unpickle,versions}.py tests/unit/training/test_budget.py
+  tests/distributed/training/test_{repairs,training,resume}.py
+  tests/distributed/checkpoint/test_{full_disk,other_versions,foreign,stream}.py)
 FULL=(tests/unit tests/distributed)
 
 installed() {

@@ -1,7 +1,7 @@
 """Repairs of the few places where megatron-core is silently wrong, each with its reason and a test.
 
 They apply to 0.16.1 and 0.19.2 alike, except two: the error of a full disk, from 0.17 on, and gradients where token
-weights sum to less than 1, from 0.18 on. tests/distributed/test_repairs.py and test_full_disk.py fail without them.
+weights sum to less than 1, from 0.18 on. test_repairs.py and test_full_disk.py of tests/distributed fail without them.
 """
 
 from __future__ import annotations

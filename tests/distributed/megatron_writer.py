@@ -5,10 +5,10 @@
 makes FOLDER/NAME, by default each of KINDS: megatron-core's own GPTModel (or HybridModel, from 0.19 on), its own
 `dist_checkpointing.save`, and Megatron-LM's own parsed arguments where they are installed; beside it, in logits.pt,
 what that model works out. What is in
-tests/distributed/megatron_0_19.tar.xz was made so, by Python 3.13 with megatron-core 0.19.2, torch 2.13 and
+tests/distributed/checkpoint/megatron_0_19.tar.xz was made so, by Python 3.13 with megatron-core 0.19.2, torch 2.13 and
 numpy 2.5, and packed with
 
-    tar --sort=name --owner=0 --group=0 --mtime=2026-11-29 -C FOLDER -cJf tests/distributed/megatron_0_19.tar.xz .
+    tar --sort=name --owner=0 --group=0 --mtime=2026-11-29 -C FOLDER -cJf megatron_0_19.tar.xz .
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def fuse_norms(chunks: list[Any]) -> None:
     """Put the layers' norms into the linears after them, as Transformer Engine does."""
     from megatron.core.transformer.identity_op import IdentityOp
 
-    from tests.distributed.test_scores import FusedLinear
+    from tests.distributed.importance.test_scores import FusedLinear
 
     for chunk in chunks:
         for layer in chunk.decoder.layers:

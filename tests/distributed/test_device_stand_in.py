@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.distillation.test_engine import LOSS, checkpoints, distil_on_rank
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.test_engine import LOSS, checkpoints, distil_on_rank
 
 __all__ = ["checkpoints"]  # the fixture
 

@@ -88,7 +88,7 @@ def test_an_identity_block_is_scored_and_pruned(tmp_path: Path) -> None:
 
 
 def test_an_unconverted_tokenizer_leaves_as_it_came(tmp_path: Path) -> None:
-    from tests.unit.test_tokenizer_json import model
+    from tests.unit.data.test_tokenizer_json import model
 
     source, checkpoint = tmp_path / "source", f"checkpoint={tmp_path / 'checkpoint'}"
     save_with_transformers("llama-scaled", source)

@@ -1,7 +1,7 @@
 """Two supported pairs of Python and megatron-core on one machine: what either writes, the other reads and goes on with.
 
 Slow, and skipped where the other pair is not installed (`make test-matrix` makes it). A checkpoint of megatron-core
-0.19.2 is read in tests/distributed/test_other_versions.py, wherever that runs.
+0.19.2 is read in tests/distributed/checkpoint/test_other_versions.py, wherever that runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from minitron_mcore.checkpoint.folder import TRACKER, latest_iteration
-from tests.distributed import test_other_versions
+from tests.distributed.checkpoint import test_other_versions
 from tests.e2e.launchers import ROOT, environment
 from tests.e2e.test_killed import STEPS, arguments, recipe  # noqa: F401  # a fixture
 
@@ -48,7 +48,7 @@ def test_megatrons_own_checkpoints(pythons: dict[str, str], tmp_path: Path, writ
     kinds = [kind for kind in test_other_versions.KINDS if kind != "hybrid"]  # from 0.19 on
     run(pythons[writer], "tests.distributed.megatron_writer", str(tmp_path / "written"), *kinds)
     variables = {test_other_versions.WRITTEN: str(tmp_path / "written")}
-    shown = run(pythons[reader], "pytest", "-q", "tests/distributed/test_other_versions.py", **variables)
+    shown = run(pythons[reader], "pytest", "-q", "tests/distributed/checkpoint/test_other_versions.py", **variables)
     assert "passed" in shown and "failed" not in shown
 
 
