@@ -17,6 +17,7 @@ from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import check_model
 from minitron_mcore.jobs.tokenizers import fit_tokenizer
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.layouts import check_layout
 from minitron_mcore.runtime.world import World
 
 
@@ -33,6 +34,7 @@ class ImportJob(Job):
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> ImportJob:
     """`hf` -> the new folder `checkpoint`. Raises InputError."""
     require(recipe, {"hf": "the Hugging Face folder to read", "checkpoint": "the folder to write to"})
+    check_layout(recipe.parallel, world.size)
     source = find_hugging_face(str(recipe.hf))
     target = output_folder(recipe.checkpoint, "checkpoint")
     if target.exists():
