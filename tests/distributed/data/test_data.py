@@ -32,8 +32,12 @@ def _stages(folder: str) -> tuple[str, list[str]]:
     )
     recipe.preprocess = dataclasses.replace(recipe.preprocess, extensions=[".py"], workers=2, valid_fraction=0.3)
     world = World(rank=rank, size=2, local_rank=rank)
-    model = tokenizer_stage.run(tokenizer_job.resolve(recipe, world), runtime)
-    return model, preprocess_stage.run(preprocess_job.resolve(recipe, world), runtime)
+    tokenizing = tokenizer_job.resolve(recipe, world)
+    runtime.barrier()  # a rank that resolves late would find what the first has written
+    model = tokenizer_stage.run(tokenizing, runtime)
+    preprocessing = preprocess_job.resolve(recipe, world)
+    runtime.barrier()
+    return model, preprocess_stage.run(preprocessing, runtime)
 
 
 def _rows(config: DataConfig, model: str, first_rank_only: bool) -> Any:
