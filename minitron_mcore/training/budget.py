@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from minitron_mcore.errors import InputError
@@ -135,12 +135,12 @@ def plan_timetable(train: TrainConfig, sequence_length: int, section: str) -> Ti
     here = Step(Shape(0, sequence_length, 0, 0), 0, 0, 0, 0)
     for end, shape in _phases(train, sequence_length, section):
         first_sample = -(-here.tokens_before // shape.sequence_length)
-        here = Step(shape, here.iteration, here.samples_before, here.tokens_before, first_sample)
+        here = replace(here, shape=shape, first_sample=first_sample)
         if shape.phase == 0 and train.rampup_batch_size is not None:
             for batch, iterations in ramp(train.rampup_batch_size, shape.global_batch_size, section):
                 smaller = Shape(0, shape.sequence_length, batch, shape.micro_batch_size)
-                stretches.append(Stretch(_with_shape(here, smaller), iterations))
-                here = _with_shape(stretches[-1].end, shape)
+                stretches.append(Stretch(replace(here, shape=smaller), iterations))
+                here = replace(stretches[-1].end, shape=shape)
         iterations = -(-(end - here.tokens_before) // shape.tokens)
         if iterations < 1 and shape.phase == 0:
             rule = f"takes {here.tokens_before} tokens, but the first phase has {end}"
@@ -152,10 +152,6 @@ def plan_timetable(train: TrainConfig, sequence_length: int, section: str) -> Ti
         stretches.append(Stretch(here, iterations))
         here = stretches[-1].end
     return Timetable(tuple(stretches))
-
-
-def _with_shape(step: Step, shape: Shape) -> Step:
-    return Step(shape, step.iteration, step.samples_before, step.tokens_before, step.first_sample)
 
 
 def ramp(rampup: list[int], global_batch_size: int, section: str) -> Iterator[tuple[int, int]]:

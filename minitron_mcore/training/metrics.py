@@ -64,8 +64,7 @@ class MetricsLog:
             return
         # JSON has no NaN and no infinity.
         numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **numbers}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._write_line(iteration, kind, numbers)
         if shown is not None:
             full = self.log.console == "full"
             line = validation_line(iteration, shown, full=full)
@@ -83,9 +82,12 @@ class MetricsLog:
         """Write what happened at an iteration: `facts` to the file, `line` to the console."""
         if self._file is None:
             return
+        self._write_line(iteration, kind, facts)
+        print(line, flush=True)
+
+    def _write_line(self, iteration: int, kind: str, facts: dict[str, Any]) -> None:
         record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **facts}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        print(line, flush=True)
 
     def close(self, *, finished: bool = True) -> None:
         """End the writers; Weights & Biases shows the run as `finished`, or as failed."""

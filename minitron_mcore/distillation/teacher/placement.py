@@ -74,11 +74,9 @@ class Source(Protocol):
         """The size of a buffer that a layer of `nbytes` is fetched into."""
         ...
 
-    def room(self, nbytes: int) -> torch.Tensor:
-        """Host memory [padded(nbytes)] to fill a layer into before `keep`."""
+    def keep(self, index: int, flat: torch.Tensor) -> None:
+        """flat: a layer in host memory, [padded(nbytes)]."""
         ...
-
-    def keep(self, index: int, flat: torch.Tensor) -> None: ...
 
     def fetch(self, index: int, target: torch.Tensor) -> Callable[[], Any]:
         """Start to bring layer `index` into `target`; what it returns makes the device wait until it is there."""
@@ -94,9 +92,6 @@ class ShardedSource:
 
     def padded(self, nbytes: int) -> int:
         return aligned(nbytes, self.group.size())
-
-    def room(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(self.padded(nbytes), dtype=torch.uint8)
 
     def keep(self, index: int, flat: torch.Tensor) -> None:
         part = flat.chunk(self.group.size())[self.group.rank()]
@@ -117,9 +112,6 @@ class OffloadedSource:
 
     def padded(self, nbytes: int) -> int:
         return nbytes
-
-    def room(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
 
     def keep(self, index: int, flat: torch.Tensor) -> None:
         self.parts[index] = []
@@ -181,7 +173,7 @@ class Placement:
                     self.source.keep(index, flat)
                 index, views = owner, {}
                 if index is not None:
-                    flat = self.source.room(self.layers[index].nbytes)
+                    flat = torch.empty(self.source.padded(self.layers[index].nbytes), dtype=torch.uint8)
                     views = {id(p): view for p, view in self.layers[index].views(flat)}
             yield key, layer, views.get(id(parameter), parameter)
         if index is not None:
