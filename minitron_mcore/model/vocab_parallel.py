@@ -53,7 +53,7 @@ class VocabularyShard:
         if self.group is None:
             return statistics_KC.unsqueeze(0)
         gathered = statistics_KC.new_empty(self.group.size(), *statistics_KC.shape)
-        dist.all_gather_into_tensor(gathered, statistics_KC.contiguous(), group=self.group)
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), statistics_KC.contiguous(), group=self.group)
         return gathered
 
 
