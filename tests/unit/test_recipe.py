@@ -175,7 +175,10 @@ def test_an_unknown_key_is_named_with_its_path(tmp_path: Path, override: str, pa
     ("override", "words"),
     [
         ("parallel.tensor=two", "parallel.tensor=two must be a whole number"),
-        ("parallel.tensor=2.5", "parallel.tensor=2.5 must be a whole number: write it as 8, 1_000, 128k, 1.5M, 94B or"),
+        (
+            "parallel.tensor=2.5",
+            "parallel.tensor=2.5 must be a whole number: write it as 8, 1_000, 128k, 1.5M, 94B, 80Gi or",
+        ),
         ("train.tokens=1.5", "train.tokens=1.5 must be a whole number: write it as"),
         ("train.tokens=1.2345k", "train.tokens=1.2345k must be a whole number: write it as"),
         ("train.tokens=5x", "train.tokens=5x must be a whole number"),
