@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minitron_mcore.distillation.config import PROBABILISTIC, DistillConfig
+from minitron_mcore.errors import InputError
 
 DIVERGENCES = (*PROBABILISTIC, "mse", "cosine")
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The loss `lm_weight * next-token loss + kd_weight * divergence`. The recipe's section checks its ranges."""
+    """The loss `lm_weight * next-token loss + kd_weight * divergence`. Raises InputError for settings at odds."""
 
     vocab_size: int  # the true vocabulary; rows of the head beyond it are padding
     lm_weight: float = 1.0
@@ -23,6 +24,21 @@ class LossSettings:
     recompute: bool = False  # run the sweep again in backward instead of keeping gradients from forward
     chunk_tokens: int | None = None  # tokens whose logits exist at a time; None: default_chunk_tokens
     report: bool = True  # also compute the teacher's own loss and the top-1 agreement
+
+    def __post_init__(self) -> None:
+        """For those who call from Python: a recipe's section has refused all of this before."""
+        if self.divergence not in DIVERGENCES:
+            raise InputError("divergence", self.divergence, f"must be one of {', '.join(DIVERGENCES)}")
+        if self.temperature <= 0:
+            raise InputError("temperature", self.temperature, "must be positive")
+        if self.divergence == "jensen_shannon" and not 0 < self.jensen_shannon_mix < 1:
+            raise InputError("jensen_shannon_mix", self.jensen_shannon_mix, "must lie strictly between 0 and 1")
+        if not 0 <= self.top_k <= self.vocab_size:
+            raise InputError("top_k", self.top_k, f"must lie between 0 and the vocabulary size, {self.vocab_size}")
+        if self.top_k and self.divergence not in PROBABILISTIC:
+            raise InputError("top_k", self.top_k, f"does not go with {self.divergence}, which compares all logits")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise InputError("chunk_tokens", self.chunk_tokens, "must be positive")
 
     @classmethod
     def of(cls, distill: DistillConfig, vocab_size: int) -> LossSettings:

@@ -50,7 +50,7 @@ def start_cut(site: str, loss: str, noise: float, layout: Any, precision: str) -
     fill(models, STUDENT, weights | {("embedding.word_embeddings.weight", None): embedding + noise * change})
     teacher, states = Teacher(teacher_chunks, TEACHER), None
     if site:
-        config = HiddenStatesConfig(sites=[site], loss=loss, layers=[[0, 0]])
+        config = HiddenStatesConfig(sites=[site], loss=loss, layers=None if site == "embedding" else [[0, 0]])
         states = StateLosses(models, config, STUDENT, TEACHER, layout, seed=1)
         teacher.want_states(states.pairs, STUDENT.num_layers)
     objective = Objective(
