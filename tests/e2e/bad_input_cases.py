@@ -37,7 +37,7 @@ LAYOUTS: list[Case] = [
     (
         verb,
         ["parallel.tensor=2"],
-        "parallel.tensor=2 x parallel.pipeline=1 = 2 ranks for one copy of the model, but 1 were",
+        "parallel.tensor=2 x parallel.pipeline=1 = 2 ranks for one copy of the model, but 1 was",
     )
     for verb in ("import", "train", "score", "prune", "distill", "evaluate", "run")
 ]
