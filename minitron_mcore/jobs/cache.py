@@ -12,8 +12,8 @@ from minitron_mcore.checkpoint.identity import identity
 from minitron_mcore.data.described import describe_training
 from minitron_mcore.data.index_size import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
-from minitron_mcore.distillation.cache.serving import PREFIX, check_served, find_cache
-from minitron_mcore.distillation.config import CacheConfig
+from minitron_mcore.distillation.cache.serving import check_served, find_cache
+from minitron_mcore.distillation.config import CACHE, CacheConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.cached import describe_data, samples_needed
 from minitron_mcore.jobs.inputs import TEXT, budget_and_text, find_model, output_folder, require
@@ -119,7 +119,7 @@ def how_drawn(cache: CacheConfig, temperature: float, architecture: Architecture
 def refusal_to_come(settings: dict[str, Any], recipe: Recipe, folder: Path) -> list[str]:
     """A note where `distill` of the same recipe would not take the targets."""
     try:
-        check_served(settings, recipe.distill, f"distill.teacher={PREFIX}{folder}")
+        check_served(settings, recipe.distill, f"distill.teacher={CACHE}{folder}")
     except InputError as error:
         return [f"`distill` will refuse what `cache` writes by this recipe: {error}"]
     return []

@@ -89,7 +89,7 @@ def model_teaching(recipe: Recipe, world: World, promises: Promises, student: Mo
         corrected, compared = corrected_folder(recipe, model.folder), (*compared, "correct")
         lineage["corrected"] = str(corrected)
         check_recompute(recipe.correct, model.architecture, recipe.parallel, "correct")
-    if (student.iteration is not None or model.iteration is not None) and is_itself(model, student):
+    if model.iteration is not None and is_itself(model, student):
         notes.append(
             f"{student.key}={student.folder} and teacher.checkpoint are iteration {model.iteration} of the same "
             "checkpoint: the student starts as its teacher, at a divergence of 0 that training can only raise"

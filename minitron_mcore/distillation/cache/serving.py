@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.distillation.cache.file import DESCRIPTION, LOCK, CacheReader, has_tails
-from minitron_mcore.distillation.config import DistillConfig
+from minitron_mcore.distillation.config import CACHE, DistillConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.keys import flat
 
-PREFIX = "cache:"
 # Any other divergence of sampled targets would be biased.
 DIVERGENCES = {"sampled": ("forward_kl",), "top_k": ("forward_kl", "reverse_kl", "jensen_shannon")}
 
 
 def cache_folder(teacher: str | None) -> Path | None:
     """The folder that distill.teacher=cache:DIR names; None for a teacher in memory."""
-    return None if teacher is None else Path(teacher.removeprefix(PREFIX))
+    return None if teacher is None else Path(teacher.removeprefix(CACHE))
 
 
 def holds_all(settings: dict[str, Any]) -> bool:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.distillation.cache.file import CacheReader, Targets, has_tails, token_checksum
-from minitron_mcore.distillation.cache.serving import PREFIX, holds_all
+from minitron_mcore.distillation.cache.serving import holds_all
+from minitron_mcore.distillation.config import CACHE
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.microbatch import Microbatch, TeacherPart
@@ -97,7 +98,7 @@ class CachedTeacher:
             if token_checksum(tokens_S) != self.reader.tokens_of(sample):
                 rule = f"was made from other data, or in another order: its sample {sample} has other tokens"
                 remedy = "give the data and the seed it was made with, or make it again"
-                raise InputError("distill.teacher", f"{PREFIX}{self.reader.folder}", rule, remedy)
+                raise InputError("distill.teacher", f"{CACHE}{self.reader.folder}", rule, remedy)
 
     def check_dataset(self, dataset: Any, needed: int) -> None:
         """Raise InputError if samples among the first `needed` of `dataset` have other tokens. Any rank calls."""
