@@ -24,20 +24,10 @@ from minitron_mcore.data.dataset import (
 )
 from minitron_mcore.data.index_size import Wanted
 from minitron_mcore.errors import InputError
+from tests.unit.data.conftest import LENGTH
 from tests.unit.text_data import JSON_PACKAGE, small_data
 
-LENGTH = 64
 SEED = 11
-
-
-@pytest.fixture(scope="module")
-def prefixes(corpus):
-    return str(corpus / "email_text_document"), str(corpus / "json_text_document")
-
-
-@pytest.fixture
-def config(prefixes, tmp_path):
-    return DataConfig(train=prefixes[0], valid=prefixes[1], sequence_length=LENGTH, cache_path=str(tmp_path / "cache"))
 
 
 def build(config, tokenizer, train_samples=None, valid_samples=0, test_samples=0, seed=SEED):

@@ -11,45 +11,14 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from minitron_mcore.data.blend import parse_blend, parse_split
-from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import (
     build_calibration_dataset,
-    build_datasets,
 )
 from minitron_mcore.data.described import describe, describe_calibration, describe_training, split_part
 from minitron_mcore.data.index import TOKEN_TYPES, read_index
-from minitron_mcore.data.index_size import Wanted
 from minitron_mcore.errors import InputError
-from tests.unit.data.test_dataset import documents_of
+from tests.unit.data.test_dataset import SEED, build, documents_of, wanted
 from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
-
-LENGTH = 64
-SEED = 11
-
-
-@pytest.fixture(scope="module")
-def prefixes(corpus):
-    return str(corpus / "email_text_document"), str(corpus / "json_text_document")
-
-
-@pytest.fixture
-def config(prefixes, tmp_path):
-    return DataConfig(train=prefixes[0], valid=prefixes[1], sequence_length=LENGTH, cache_path=str(tmp_path / "cache"))
-
-
-def build(config, tokenizer, train_samples=None, valid_samples=0, test_samples=0, seed=SEED):
-    return build_datasets(
-        config,
-        tokenizer,
-        train_samples=train_samples,
-        valid_samples=valid_samples,
-        test_samples=test_samples,
-        seed=seed,
-    )
-
-
-def wanted(samples):
-    return Wanted(samples, LENGTH, "train.tokens", samples * LENGTH)
 
 
 @pytest.mark.parametrize(
