@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from minitron_mcore.data.index_size import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.estimate.forecast import Forecast
 from minitron_mcore.estimate.run import forecast_run
-from minitron_mcore.jobs.continuation import refuse_other_run
+from minitron_mcore.jobs.continuation import refuse_other_run, sources
 from minitron_mcore.jobs.inputs import output_folder
 from minitron_mcore.jobs.job import Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import check_model
@@ -51,6 +52,11 @@ class TrainingJob(Job):
     @property
     def config(self) -> TrainConfig:
         return getattr(self.recipe, self.section)
+
+    @cached_property
+    def sources(self) -> dict[str, Any]:
+        """What the recipe reads, for lineage.yaml of every save: files are looked at once."""
+        return sources(self.recipe)
 
 
 _Job = TypeVar("_Job", bound=TrainingJob)

@@ -13,7 +13,6 @@ from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.estimate.exhausted import explaining_memory
 from minitron_mcore.estimate.forecast import Forecast
 from minitron_mcore.estimate.run import forecast_run, forecast_words
-from minitron_mcore.jobs.continuation import sources
 from minitron_mcore.jobs.training import TrainingJob
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import initialize
@@ -110,7 +109,7 @@ def describe(job: TrainingJob, tokens: int) -> None:
         **job.lineage,
         "tokens": tokens,
         "tokenizer": job.tokenizer.fingerprint,
-        "sources": sources(job.recipe),
+        "sources": job.sources,
     }
     recipe, save = to_yaml(job.recipe), job.tokenizer.save
     write_description(job.folder, job.architecture, lineage=facts, recipe=recipe, save_tokenizer=save)
