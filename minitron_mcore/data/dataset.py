@@ -8,9 +8,11 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Optional, Protocol
 
 import numpy
@@ -20,9 +22,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from minitron_mcore.data.blend import check_prefixes, surplus
 from minitron_mcore.data.config import DataConfig
-from minitron_mcore.data.described import Described, Part, calibration_part, describe, split_part, training_parts
+from minitron_mcore.data.described import Described, Part, check_num_samples, describe
 from minitron_mcore.data.index import digest_of
-from minitron_mcore.data.index_size import Wanted, cache_folder
+from minitron_mcore.data.index_size import cache_folder
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.agree import all_or_none, broadcast, is_main
@@ -43,61 +45,43 @@ class Dataset(Protocol):
 
 
 def build_datasets(
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    train_samples: Optional[int],
-    valid_samples: Optional[int],
-    test_samples: Optional[int] = 0,
-    seed: int,
-    is_built_on_rank: Callable[[], bool] = lambda: True,
-) -> tuple[Optional[Dataset], Optional[Dataset], Optional[Dataset]]:
-    """(train, valid, test): Megatron's GPT datasets over the blends of `data`.
+    data: DataConfig, tokenizer: Optional[Tokenizer], parts: Sequence[Part], *, seed: int
+) -> list[Optional[Dataset]]:
+    """Megatron's GPT dataset of each of `parts`; None of one that nobody asked for, where there is too little of it.
 
-    Each holds at least the samples asked for, going through its text as often as that takes; None asks for every sample
-    of one pass (a blend's weights then do not count), and 0 gives None. Documents and samples are shuffled by `seed`;
-    the order also depends on the number of passes. Validation is `data.valid`, or where that is null a part of
-    `data.train` by `data.split`, as test always is.
-
-    Every rank calls it, with process groups or without. The first rank writes the index cache, and must be among those
-    where `is_built_on_rank`; elsewhere the datasets are None. Raises InputError, on every rank if on one.
+    Each holds at least the samples asked for, going through its text as often as that takes; a size of None asks for
+    every sample of one pass. Documents and samples are shuffled by `seed`; the order also depends on the number of
+    passes. Every rank calls it, with process groups or without; the first writes the index cache. Raises InputError,
+    on every rank if on one.
     """
-    sizes = dict(zip(SPLITS, (train_samples, valid_samples, test_samples), strict=True))
-    parts = [split_part(data, name, size) for name, size in sizes.items() if size != 0]
-    built = _build(data, tokenizer, parts, seed, is_built_on_rank)
-    by_name = {part.name: dataset for part, dataset in zip(parts, built, strict=True)}
-    return by_name.get("train"), by_name.get("valid"), by_name.get("test")
+    assert tokenizer is not None, "the tokenizer is promised: resolve the job again before it acts"
+
+    def check() -> tuple[Described, str] | None:
+        """The first rank looks thoroughly, since that reads whole indices; the others see that the files are there."""
+        if not is_main():
+            for part in parts:
+                check_prefixes(part.blend)
+            return None
+        described = describe(data, parts, tokenizer)
+        # Megatron keys its cache by the files' names; the digest keeps the indices of overwritten files apart.
+        cache = os.path.join(cache_folder(data, parts[0].blend), digest_of(described.sources)[:16])
+        _prepare_cache(cache)
+        return described, cache
+
+    found = broadcast(all_or_none(check))
+    assert found is not None
+    described, cache = found
+    return [
+        None if tokens is None else _build(data, tokenizer, part, tokens, seed, cache)
+        for part, tokens in zip(parts, described.tokens, strict=True)
+    ]
 
 
-def build_training_datasets(
-    data: DataConfig, tokenizer: Tokenizer, wanted: Sequence[Wanted], *, seed: int
-) -> tuple[dict[int, Dataset], dict[str, Dataset]]:
-    """What `describe_training` describes: the training sets by their sequence lengths, those of validation by name.
-
-    "" is the whole blend, and where that blends several sources, each of them is there alone too, as if `data` named no
-    other. Called like `build_datasets`, on every rank. Raises InputError.
-    """
-    parts = training_parts(data, wanted)
-    built: list[Any] = _build(data, tokenizer, parts, seed, lambda: True)
-    pairs = list(zip(parts, built, strict=True))
-    training = {part.sequence_length: dataset for part, dataset in pairs if part.name == "train"}
-    return training, {part.source: dataset for part, dataset in pairs if part.name == "valid" and dataset is not None}
-
-
-def build_calibration_dataset(
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    num_samples: int,
-    seed: int,
-    is_built_on_rank: Callable[[], bool] = lambda: True,
-) -> Optional[Dataset]:
-    """What calibration draws from: `data.calibration`, or the training documents where that is null.
-
-    Its samples are all different, and do not depend on how long training runs. A weighted blend gives about
-    `num_samples` in proportion; anything else gives one whole pass. Called like `build_datasets`. Raises InputError.
-    """
-    return _build(data, tokenizer, [calibration_part(data, num_samples)], seed, is_built_on_rank)[0]
+def draw_samples(dataset: Dataset, num_samples: int, seed: int) -> list[int]:
+    """`num_samples` different sample numbers of `dataset`, in the order importance is measured on them; the same at
+    every layout. Raises InputError."""
+    check_num_samples(num_samples, len(dataset))
+    return random.Random(seed).sample(range(len(dataset)), num_samples)
 
 
 def batches(
@@ -123,12 +107,7 @@ def batches(
     stride = micro_batch_size * data_parallel_size
     start = consumed_samples + data_parallel_rank * micro_batch_size
     order = ([(i + k) % len(dataset) for k in range(micro_batch_size)] for i in itertools.count(start, stride))
-    return _read(_Numbered(dataset), order, num_workers)
-
-
-def num_rounds(num_samples: int, *, micro_batch_size: int, data_parallel_size: int) -> int:
-    """Microbatches that each rank runs in `batches_once`."""
-    return -(-num_samples // (micro_batch_size * data_parallel_size))
+    return _read(_Samples(dataset, range(len(dataset))), order, num_workers, (*FIELDS, "samples"))
 
 
 def batches_once(
@@ -142,31 +121,18 @@ def batches_once(
 ) -> Iterator[Batch]:
     """This rank's microbatches of exactly `samples`, each of them once among the ranks, in the order of `batches`.
 
-    Every rank gets `num_rounds` microbatches of full size; where the samples run out, fillers take their place, with
-    `loss_mask` all 0. Beside the fields of `batches`, `valid` fp32 [b] is 1 for a sample and 0 for a filler.
+    Every rank gets as many, all of full size; where the samples run out, fillers take their place, with `loss_mask` all
+    0. Beside the fields of `batches`, `valid` fp32 [b] is 1 for a sample and 0 for a filler: multiply by it before
+    adding up. No communication.
     """
-    rounds = num_rounds(len(samples), micro_batch_size=micro_batch_size, data_parallel_size=data_parallel_size)
     stride = micro_batch_size * data_parallel_size
-    starts = [k * stride + data_parallel_rank * micro_batch_size for k in range(rounds)]
+    starts = range(data_parallel_rank * micro_batch_size, -(-len(samples) // stride) * stride, stride)
     order = [list(range(start, start + micro_batch_size)) for start in starts]
-    return _read(_Filled(dataset, samples), order, num_workers)
+    return _read(_Samples(dataset, samples), order, num_workers, (*FIELDS, "samples", "valid"))
 
 
-class _Numbered:
-    """A dataset whose samples hold their own number, as `samples`."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], "samples": torch.tensor(index)}
-
-
-class _Filled:
-    """The chosen samples of a dataset, and fillers at every position beyond."""
+class _Samples:
+    """The chosen samples of a dataset, with their numbers there, and fillers at every position beyond."""
 
     def __init__(self, dataset: Dataset, samples: Sequence[int]) -> None:
         self.dataset, self.samples = dataset, samples
@@ -177,18 +143,16 @@ class _Filled:
     def __getitem__(self, position: int) -> dict[str, Any]:
         is_sample = position < len(self.samples)
         number = self.samples[position if is_sample else 0]
-        sample = {**self.dataset[number], "samples": torch.tensor(number)}
-        if not is_sample:
-            sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
-        sample["valid"] = torch.tensor(float(is_sample))
-        return sample
+        sample = self.dataset[number]
+        mask = sample["loss_mask"] if is_sample else torch.zeros_like(sample["loss_mask"])
+        return {**sample, "loss_mask": mask, "samples": torch.tensor(number), "valid": torch.tensor(float(is_sample))}
 
 
-def _read(dataset: Dataset, order: Any, num_workers: int) -> Iterator[Batch]:
+def _read(dataset: _Samples, order: Any, num_workers: int, fields: tuple[str, ...]) -> Iterator[Batch]:
     loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
         dataset,  # type: ignore[arg-type]  # a dataset by its methods
         batch_sampler=order,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, fields),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=outlive_signals,
@@ -197,57 +161,22 @@ def _read(dataset: Dataset, order: Any, num_workers: int) -> Iterator[Batch]:
         return iter(loader)
 
 
-def _collate(samples: list[dict[str, Any]]) -> Batch:
-    fields = (*FIELDS, "samples", *(("valid",) if "valid" in samples[0] else ()))
+def _collate(fields: tuple[str, ...], samples: list[dict[str, Any]]) -> Batch:
     return {name: torch.stack([sample[name] for sample in samples]) for name in fields}
 
 
 def _build(
-    data: DataConfig, tokenizer: Tokenizer, parts: list[Part], seed: int, is_built_on_rank: Callable[[], bool]
-) -> list[Optional[Dataset]]:
-    """One dataset for each part, in order; every rank calls."""
-    if not parts:
-        return []
-    folder = cache_folder(data, parts[0].blend)
-
-    def check() -> tuple[Described, str] | None:
-        """The first rank looks thoroughly, since that reads whole indices; the others see that the files are there."""
-        if not is_main():
-            for part in parts:
-                check_prefixes(part.blend)
-            return None
-        described = describe(data, parts, tokenizer)
-        # Megatron keys its cache by the files' names; the digest keeps the indices of overwritten files apart.
-        cache = os.path.join(folder, digest_of(described.sources)[:16])
-        _prepare_cache(cache)
-        return described, cache
-
-    found = broadcast(all_or_none(check))
-    assert found is not None
-    described, cache = found
-    return [
-        None if tokens is None else _build_part(data, tokenizer, part, tokens, seed, cache, is_built_on_rank)
-        for part, tokens in zip(parts, described.tokens, strict=True)
-    ]
-
-
-def _build_part(
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    part: Part,
-    tokens: tuple[int, ...],
-    seed: int,
-    cache: str,
-    is_built_on_rank: Callable[[], bool],
-) -> Optional[Dataset]:
+    data: DataConfig, tokenizer: Tokenizer, part: Part, tokens: tuple[int, ...], seed: int, cache: str
+) -> Dataset:
+    blend = part.blend
     weights: Optional[list[float]] = None
-    if part.size is not None and len(part.blend.prefixes) > 1:
+    if part.size is not None and len(blend.prefixes) > 1:
         # Without weights Megatron stops after one pass; token counts as weights mix alike and go on.
-        weights = [float(weight) for weight in part.blend.weights or tokens]
+        weights = [float(weight) for weight in blend.weights or tokens]
     config = GPTDatasetConfig(
         random_seed=seed % 2**32,
         sequence_length=part.sequence_length,
-        blend=(list(part.blend.prefixes), weights),
+        blend=(list(blend.prefixes), weights),
         split="1",
         path_to_cache=cache,
         tokenizer=tokenizer,
@@ -255,14 +184,14 @@ def _build_part(
         reset_attention_mask=False,
         eod_mask_loss=data.eod_mask_loss,
         create_attention_mask=False,
-        mid_level_dataset_surplus=surplus(part.blend, part.size or 0),
+        mid_level_dataset_surplus=surplus(blend, part.size or 0),
     )
     split = SPLITS.index(part.name)
     # One part at a time, so that a part nobody asked for need not have documents.
     config.split_matrix = [part.share if i == split else None for i in range(len(SPLITS))]
     sizes = [part.size if i == split else 0 for i in range(len(SPLITS))]
-    with _some_group(needed=len(part.blend.prefixes) > 1):
-        return BlendedMegatronDatasetBuilder(GPTDataset, sizes, is_built_on_rank, config).build()[split]
+    with _some_group(needed=len(blend.prefixes) > 1):
+        return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[split]
 
 
 def _prepare_cache(folder: str) -> None:

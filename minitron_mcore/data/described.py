@@ -103,13 +103,6 @@ def describe_calibration(
     return described
 
 
-def describe_held_out(
-    data: DataConfig, tokenizer: Optional[Tokenizer], samples: int, promised: Collection[str] = ()
-) -> Described:
-    """What `evaluate` reads: the validation set. Raises InputError. Else as `describe_training`."""
-    return describe(data, [held_out_part(data, samples, promised)], tokenizer, promised)
-
-
 def training_parts(data: DataConfig, wanted: Sequence[Wanted], promised: Collection[str] = ()) -> list[Part]:
     """The sets of `wanted`, those of training first."""
     parts = []
@@ -136,8 +129,9 @@ def training_parts(data: DataConfig, wanted: Sequence[Wanted], promised: Collect
 def calibration_part(data: DataConfig, num_samples: int, promised: Collection[str] = ()) -> Part:
     """A weighted blend gives about `num_samples` in proportion; anything else one whole pass."""
     check_num_samples(num_samples)
-    part = split_part(data, "train", num_samples, promised) if data.calibration is None else None
-    if part is None:
+    if data.calibration is None:
+        part = split_part(data, "train", num_samples, promised)
+    else:
         blend = parse_blend(data.calibration, "data.calibration", promised)
         part = Part("train", blend, WHOLE, num_samples, data.sequence_length)
     return dataclasses.replace(part, size=part.size if part.blend.weights else None, one_pass=True)

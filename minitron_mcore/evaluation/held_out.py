@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
-from minitron_mcore.data.blend import parse_blend
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import Dataset, batches_once, build_datasets
+from minitron_mcore.data.described import held_out_part
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.model.schedule import in_calls
@@ -15,14 +14,10 @@ from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import data_group
 
 
-def held_out(data: DataConfig, tokenizer: Tokenizer, samples: int, *, seed: int) -> Dataset:
+def held_out(data: DataConfig, tokenizer: Tokenizer | None, samples: int, *, seed: int) -> Dataset:
     """The validation set: one pass, so that no sequence counts twice; a weighted blend in its proportions, of `samples`
     sequences. Every rank calls. Raises InputError."""
-    key = "data.train"
-    if data.valid is not None:  # then the training text need not be named
-        data, key = dataclasses.replace(data, train=data.valid), "data.valid"
-    wanted = samples if parse_blend(data.train, key).weights else None
-    _, valid, _ = build_datasets(data, tokenizer, train_samples=0, valid_samples=wanted, seed=seed)
+    (valid,) = build_datasets(data, tokenizer, [held_out_part(data, samples)], seed=seed)
     assert valid is not None
     return valid
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.data.described import describe_held_out
+from minitron_mcore.data.described import describe, held_out_part
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
@@ -71,7 +71,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Ablat
     if any(setting.method == "activation" and setting not in done for setting in grid):
         named = dataclasses.replace(recipe, importance=importance, scores=str(folder / scores_name(importance)))
         scoring = resolve_score(named, world, promises)
-    held_out = describe_held_out(recipe.data, tokenizer, recipe.evaluate.samples, promises.prefixes)
+    part = held_out_part(recipe.data, recipe.evaluate.samples, promises.prefixes)
+    held_out = describe(recipe.data, [part], tokenizer, promises.prefixes)
     return AblateJob(
         recipe=recipe,
         reads=(*(scoring.reads if scoring else (teacher,)), *data_items(held_out)),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_mcore.data.corpus import check_file
-from minitron_mcore.data.described import describe_held_out
+from minitron_mcore.data.described import describe, held_out_part
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.jobs.inputs import TEXT, find_model, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
@@ -34,7 +34,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Evalu
     check_file(str(target), "results")
     check_model(model.architecture, recipe, world)
     tokenizer = model_tokenizer(recipe, model, promises)
-    described = describe_held_out(recipe.data, tokenizer, recipe.evaluate.samples, promises.prefixes)
+    part = held_out_part(recipe.data, recipe.evaluate.samples, promises.prefixes)
+    described = describe(recipe.data, [part], tokenizer, promises.prefixes)
     return EvaluateJob(
         recipe=recipe,
         reads=(model, *data_items(described)),

@@ -88,7 +88,6 @@ def find_scores(job: AblateJob, runtime: Runtime, left: list[Setting]) -> dict[t
 def held_out_groups(job: AblateJob) -> list[list[Microbatch]]:
     """The held-out sequences of this data-parallel rank, read once for all students."""
     recipe, config = job.recipe, job.recipe.evaluate
-    assert job.tokenizer is not None, "the tokenizer is promised: resolve the job again before it acts"
     dataset = held_out(recipe.data, job.tokenizer, config.samples, seed=recipe.seed)
     samples, size = min(config.samples, len(dataset)), config.micro_batch_size
     return list(held_out_batches(dataset, samples, micro_batch_size=size, parallel=recipe.parallel))

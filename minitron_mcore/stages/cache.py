@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.dataset import batches_once, build_datasets
+from minitron_mcore.data.described import split_part
 from minitron_mcore.distillation.cache.claim import cache_lock, claim
 from minitron_mcore.distillation.cache.draw import Drawing
 from minitron_mcore.distillation.cache.file import CacheReader
@@ -22,12 +23,10 @@ from minitron_mcore.runtime.start import Runtime
 
 def run(job: CacheJob, runtime: Runtime) -> Path:
     """Write what is missing of `job.folder` and return it; every rank calls."""
-    recipe, cache, folder, tokenizer = job.recipe, job.recipe.cache, job.folder, job.tokenizer
-    assert tokenizer is not None
+    recipe, cache, folder = job.recipe, job.recipe.cache, job.folder
     lay_out(recipe.parallel, recipe.seed, runtime.world_size)
-    dataset, _, _ = build_datasets(
-        recipe.data, tokenizer, train_samples=job.num_samples, valid_samples=0, seed=recipe.seed
-    )
+    part = split_part(recipe.data, "train", job.num_samples)
+    (dataset,) = build_datasets(recipe.data, job.tokenizer, [part], seed=recipe.seed)
     assert dataset is not None
     there = runtime.on_main(lambda: find_cache(folder, job.settings))
     if there is not None and there["num_samples"] < job.num_samples:

@@ -26,7 +26,6 @@ def run(job: EvaluateJob, runtime: Runtime) -> dict[str, Any]:
     """
     recipe, model, (folder, iteration) = job.recipe, job.model, job.model.place
     config, data = recipe.evaluate, recipe.data
-    assert job.tokenizer is not None
     lay_out(recipe.parallel, recipe.seed, runtime.world_size)
     dataset = held_out(data, job.tokenizer, config.samples, seed=recipe.seed)
     samples = min(config.samples, len(dataset))

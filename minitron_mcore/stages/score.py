@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy
 
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
-from minitron_mcore.data.calibration import calibration_batches
-from minitron_mcore.data.dataset import build_calibration_dataset
+from minitron_mcore.data.dataset import batches_once, build_datasets, draw_samples
+from minitron_mcore.data.described import calibration_part
 from minitron_mcore.importance.baselines import random_scores
 from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.score import score_model
@@ -71,17 +71,17 @@ def run(job: ScoreJob, runtime: Runtime) -> Path:
 
 def read_calibration(job: ScoreJob) -> Callable[[], Iterator[Microbatch]]:
     """A function that reads the calibration samples once through: this rank's microbatches, on the device."""
-    recipe, importance, tokenizer = job.recipe, job.recipe.importance, job.tokenizer
-    assert tokenizer is not None, "the tokenizer is promised: resolve the job again before it acts"
-    dataset = build_calibration_dataset(recipe.data, tokenizer, num_samples=importance.num_samples, seed=recipe.seed)
+    recipe, importance = job.recipe, job.recipe.importance
+    part = calibration_part(recipe.data, importance.num_samples)
+    (dataset,) = build_datasets(recipe.data, job.tokenizer, [part], seed=recipe.seed)
     assert dataset is not None
+    samples = draw_samples(dataset, importance.num_samples, recipe.seed)
 
     def batches() -> Iterator[Microbatch]:
-        once = calibration_batches(
+        once = batches_once(
             dataset,
-            num_samples=importance.num_samples,
+            samples,
             micro_batch_size=importance.micro_batch_size,
-            seed=recipe.seed,
             data_parallel_rank=data_group().rank(),
             data_parallel_size=data_group().size(),
             num_workers=recipe.data.num_workers,

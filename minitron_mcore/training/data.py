@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron_mcore.data.config import DataConfig
-from minitron_mcore.data.dataset import build_training_datasets
+from minitron_mcore.data.dataset import build_datasets
+from minitron_mcore.data.described import training_parts
 from minitron_mcore.data.index_size import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.training.config import TrainConfig
@@ -35,7 +36,10 @@ def build_training_data(
 
     A run reads a training set of another sequence length from the sample on that the tokens so far correspond to.
     """
-    training, validation = build_training_datasets(data, tokenizer, wanted, seed=seed)
+    parts = training_parts(data, wanted)
+    built = list(zip(parts, build_datasets(data, tokenizer, parts, seed=seed), strict=True))
+    training = {part.sequence_length: dataset for part, dataset in built if part.name == "train"}
+    validation = {part.source: dataset for part, dataset in built if part.name == "valid" and dataset is not None}
     sizes = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size}
     return TrainingData(
         datasets=training,

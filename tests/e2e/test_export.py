@@ -19,6 +19,7 @@ import yaml
 
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import build_datasets
+from minitron_mcore.data.described import split_part
 from minitron_mcore.data.tokenizer import load_tokenizer
 from tests.distributed.models import LAYOUTS
 from tests.e2e.verbs import minitron, run_well
@@ -73,7 +74,7 @@ def transformers_loss(root: Path, folder: str, count: int) -> float:
     config = yaml.safe_load((root / "recipe.yaml").read_text())
     data = DataConfig(**config["data"])
     tokenizer = load_tokenizer(str(root / "tokenizer.model"))
-    _, valid, _ = build_datasets(data, tokenizer, train_samples=0, valid_samples=None, seed=1234)
+    (valid,) = build_datasets(data, tokenizer, [split_part(data, "valid", None)], seed=1234)
     assert valid is not None and len(valid) > count
     samples = [valid[index] for index in range(count)]
     tokens, labels, mask = (

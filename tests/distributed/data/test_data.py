@@ -10,6 +10,7 @@ import torch
 
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import build_datasets
+from minitron_mcore.data.described import split_part
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs import preprocess as preprocess_job
@@ -40,22 +41,14 @@ def _stages(folder: str) -> tuple[str, list[str]]:
     return model, preprocess_stage.run(preprocessing, runtime)
 
 
-def _rows(config: DataConfig, model: str, first_rank_only: bool) -> Any:
+def _rows(config: DataConfig, model: str) -> Any:
     """Samples of (train, valid) on this rank, or the refusal."""
-    rank = torch.distributed.get_rank()
+    parts = [split_part(config, "train", 300), split_part(config, "valid", 5)]
     try:
-        train, valid, _ = build_datasets(
-            config,
-            load_tokenizer(model),
-            train_samples=300,
-            valid_samples=5,
-            seed=1,
-            is_built_on_rank=lambda: not first_rank_only or rank == 0,
-        )
+        train, valid = build_datasets(config, load_tokenizer(model), parts, seed=1)
     except InputError as error:
         return str(error)
-    if train is None or valid is None:
-        return None
+    assert train is not None and valid is not None
     return [train[i]["tokens"].tolist() for i in range(300)], [valid[i]["tokens"].tolist() for i in range(5)]
 
 
@@ -80,23 +73,17 @@ def test_stages_return_the_same_on_every_rank(folder):
 
 def test_every_rank_reads_the_same_samples(corpus, config):
     model = str(corpus / "tokenizer.model")
-    first, second = run_on_ranks(_rows, 2, config, model, False)
+    first, second = run_on_ranks(_rows, 2, config, model)
     assert first == second and len(first[0]) == 300
-    assert run_on_ranks(_rows, 2, config, model, True) == [first, None]
-    assert _rows_without_group(config, model) == first, "a process without process groups reads them too"
-
-
-def _rows_without_group(config: DataConfig, model: str) -> Any:
     assert not torch.distributed.is_initialized()
-    train, valid, _ = build_datasets(config, load_tokenizer(model), train_samples=300, valid_samples=5, seed=1)
-    assert not torch.distributed.is_initialized() and train is not None and valid is not None
-    return [train[i]["tokens"].tolist() for i in range(300)], [valid[i]["tokens"].tolist() for i in range(5)]
+    assert _rows(config, model) == first, "a process without process groups reads them too"
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_refusal_reaches_every_rank(folder, config):
     other = small_tokenizer(folder / "other.model", vocab_size=500)
-    first, second = run_on_ranks(_rows, 2, config, other.path, False)
+    first, second = run_on_ranks(_rows, 2, config, other.path)
     assert first == second and "made with another tokenizer" in first
     gone = dataclasses.replace(config, train=str(folder / "gone"))
-    first, second = run_on_ranks(_rows, 2, gone, other.path, False)
+    first, second = run_on_ranks(_rows, 2, gone, other.path)
     assert first == second and "lacks its .bin or its .idx" in first

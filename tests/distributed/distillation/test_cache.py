@@ -134,12 +134,13 @@ def dense_log_probs(root: Path, temperature: float) -> tuple[torch.Tensor, Any]:
     """[samples, s, V] of the teacher's logits in float64, and the dataset."""
     from minitron_mcore.data.config import DataConfig
     from minitron_mcore.data.dataset import build_datasets
+    from minitron_mcore.data.described import split_part
     from minitron_mcore.data.tokenizer import load_tokenizer
     from tests.distributed.training.test_training import draw_plain_weights
 
     data = DataConfig(train=str(root / "json_text_document"), split="1", sequence_length=LENGTH)
     tokenizer = load_tokenizer(str(root / "tokenizer.model"))
-    dataset, _, _ = build_datasets(data, tokenizer, train_samples=SAMPLES, valid_samples=0, seed=5)
+    (dataset,) = build_datasets(data, tokenizer, [split_part(data, "train", SAMPLES)], seed=5)
     assert dataset is not None
     model = DenseModel(tiny("llama"), draw_plain_weights(tiny("llama"), 1))
     tokens = torch.stack([torch.as_tensor(dataset[i]["tokens"]) for i in range(SAMPLES)])

@@ -36,6 +36,7 @@ def losses_on_rank(
     """
     from minitron_mcore.data.config import DataConfig
     from minitron_mcore.data.dataset import build_datasets
+    from minitron_mcore.data.described import split_part
     from minitron_mcore.data.tokenizer import load_tokenizer
     from minitron_mcore.distillation.cache.teacher import CachedTeacher
     from minitron_mcore.distillation.logits.settings import LossSettings
@@ -49,7 +50,7 @@ def losses_on_rank(
     layout = start_layout(parallel, world_size)
     data = DataConfig(train=str(root / "json_text_document"), split="1", sequence_length=LENGTH)
     tokenizer = load_tokenizer(str(root / "tokenizer.model"))
-    dataset, _, _ = build_datasets(data, tokenizer, train_samples=SAMPLES, valid_samples=0, seed=5)
+    (dataset,) = build_datasets(data, tokenizer, [split_part(data, "train", SAMPLES)], seed=5)
     reader = batch_reader(dataset, global_batch_size=4, micro_batch_size=micro_batch)
     architecture = tiny("llama", hidden_size=32, ffn_hidden_size=64)
     models = build_model(architecture, layout, "fp32")

@@ -7,26 +7,25 @@ import itertools
 import pytest
 import torch
 
-from minitron_mcore.data.calibration import calibration_batches, draw_samples
 from minitron_mcore.data.config import DataConfig
-from minitron_mcore.data.dataset import build_calibration_dataset, num_rounds
-from minitron_mcore.data.described import describe_calibration
+from minitron_mcore.data.dataset import batches_once, draw_samples
+from minitron_mcore.data.described import calibration_part, describe_calibration
 from minitron_mcore.errors import InputError
+from tests.unit.data.test_dataset import build_calibration
 
 
 @pytest.fixture(scope="module")
 def dataset(corpus, tokenizer):
     config = DataConfig(calibration=str(corpus / "json_text_document"), sequence_length=32)
-    return build_calibration_dataset(config, tokenizer, num_samples=10, seed=1)
+    return build_calibration(config, tokenizer, 10, seed=1)
 
 
 def read(dataset, num_samples, micro_batch_size, rank, size, seed=3, num_workers=0):
     return list(
-        calibration_batches(
+        batches_once(
             dataset,
-            num_samples=num_samples,
+            draw_samples(dataset, num_samples, seed),
             micro_batch_size=micro_batch_size,
-            seed=seed,
             data_parallel_rank=rank,
             data_parallel_size=size,
             num_workers=num_workers,
@@ -45,7 +44,7 @@ def test_samples_are_drawn_without_replacement(dataset):
 def test_every_layout_scores_the_same_samples_once(dataset, num_samples):
     expected = sorted(dataset[i]["tokens"].tolist() for i in draw_samples(dataset, num_samples, seed=3))
     for size, micro_batch_size in itertools.product((1, 2, 3, 4), (1, 2, 5)):
-        rounds = num_rounds(num_samples, micro_batch_size=micro_batch_size, data_parallel_size=size)
+        rounds = -(-num_samples // (micro_batch_size * size))
         found = []
         for rank in range(size):
             got = read(dataset, num_samples, micro_batch_size, rank, size)
@@ -89,7 +88,7 @@ def test_refuses(dataset, num_samples, rule, remedy):
 
 def test_refuses_a_wrong_number_of_samples_before_building(corpus, tokenizer):
     with pytest.raises(InputError, match=r"importance\.num_samples=0 must be at least 1"):
-        build_calibration_dataset(DataConfig(train="x"), tokenizer, num_samples=0, seed=1)
+        calibration_part(DataConfig(train="x"), 0)
     data = DataConfig(calibration=str(corpus / "json_text_document"), sequence_length=32)
     with pytest.raises(InputError, match=r"importance\.num_samples=100000 is more than the 6\d\d calibration"):
         describe_calibration(data, tokenizer, 100_000)

@@ -14,14 +14,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from minitron_mcore.data.config import DataConfig
-from minitron_mcore.data.dataset import (
-    batches,
-    batches_once,
-    build_calibration_dataset,
-    build_datasets,
-    build_training_datasets,
-    num_rounds,
-)
+from minitron_mcore.data.dataset import batches, batches_once, build_datasets
+from minitron_mcore.data.described import calibration_part, split_part, training_parts
 from minitron_mcore.data.index_size import Wanted
 from minitron_mcore.errors import InputError
 from tests.unit.data.conftest import LENGTH
@@ -31,14 +25,16 @@ SEED = 11
 
 
 def build(config, tokenizer, train_samples=None, valid_samples=0, test_samples=0, seed=SEED):
-    return build_datasets(
-        config,
-        tokenizer,
-        train_samples=train_samples,
-        valid_samples=valid_samples,
-        test_samples=test_samples,
-        seed=seed,
-    )
+    """(train, valid, test); None where no samples are asked for."""
+    sizes = {"train": train_samples, "valid": valid_samples, "test": test_samples}
+    parts = [split_part(config, name, size) for name, size in sizes.items() if size != 0]
+    built = zip(parts, build_datasets(config, tokenizer, parts, seed=seed), strict=True)
+    by_name = {part.name: dataset for part, dataset in built}
+    return tuple(map(by_name.get, sizes))
+
+
+def build_calibration(config, tokenizer, num_samples, seed=SEED):
+    return build_datasets(config, tokenizer, [calibration_part(config, num_samples)], seed=seed)[0]
 
 
 def wanted(samples):
@@ -118,11 +114,10 @@ def test_split_cuts_documents(config, prefixes, tokenizer):
 def test_training_without_held_out_text_where_nobody_asked_for_any(config, prefixes, tokenizer, tmp_path):
     def names(**settings):
         data = dataclasses.replace(config, **settings)
-        training, validation = build_training_datasets(
-            data, tokenizer, [wanted(4), dataclasses.replace(wanted(4), is_validation=True)], seed=SEED
-        )
-        assert len(training[LENGTH]) >= 4
-        return list(validation)
+        parts = training_parts(data, [wanted(4), dataclasses.replace(wanted(4), is_validation=True)])
+        training, *validation = build_datasets(data, tokenizer, parts, seed=SEED)
+        assert parts[0].name == "train" and training is not None and len(training) >= 4
+        return [part.source for part, dataset in zip(parts[1:], validation, strict=True) if dataset is not None]
 
     assert names() == names(valid=None) == names(valid=None, split="80,20,0") == [""]
     assert names(valid=None, train=prefixes[1]) == [], "three files, of which the default holds none out"
@@ -238,7 +233,7 @@ def test_batches_once_gives_every_sample_once(train):
     chosen = [5, 0, 17, 3, 9, 30, 2]
     tokens = rows(train)
     for size, micro_batch_size in itertools.product((1, 2, 3), (1, 2, 4)):
-        rounds = num_rounds(7, micro_batch_size=micro_batch_size, data_parallel_size=size)
+        rounds = -(-7 // (micro_batch_size * size))
         found = []
         for rank in range(size):
             got = list(
@@ -279,7 +274,7 @@ def test_indices_cut_off_by_a_kill_are_built_again(config, tokenizer):
 
 def test_calibration_set(config, prefixes, tokenizer):
     def calibration(num_samples=4):
-        return rows(build_calibration_dataset(config, tokenizer, num_samples=num_samples, seed=SEED))
+        return rows(build_calibration(config, tokenizer, num_samples))
 
     assert calibration() == packed(documents_of(prefixes[0]), SEED), "the training set's text where there is no other"
     config.calibration = prefixes[1]

@@ -11,13 +11,10 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from minitron_mcore.data.blend import parse_blend, parse_split
-from minitron_mcore.data.dataset import (
-    build_calibration_dataset,
-)
 from minitron_mcore.data.described import describe, describe_calibration, describe_training, split_part
 from minitron_mcore.data.index import TOKEN_TYPES, read_index
 from minitron_mcore.errors import InputError
-from tests.unit.data.test_dataset import SEED, build, documents_of, wanted
+from tests.unit.data.test_dataset import build, build_calibration, documents_of, wanted
 from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
 
 
@@ -84,7 +81,7 @@ def test_what_is_described_is_what_is_built(config, prefixes, tokenizer):
     config.valid, config.train = None, prefixes[1]
     assert not describe_training(config, tokenizer, [wanted(4), valid]).has_validation
     described = describe_calibration(config, tokenizer, 4)
-    calibration = build_calibration_dataset(config, tokenizer, num_samples=4, seed=SEED)
+    calibration = build_calibration(config, tokenizer, 4)
     assert calibration is not None and len(calibration) == described.samples(0)
     assert {code: numpy.dtype(DType.dtype_from_code(code)) for code in (kind.value for kind in DType)} == TOKEN_TYPES
     index = read_index(prefixes[0])

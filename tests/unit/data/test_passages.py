@@ -13,6 +13,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from minitron_mcore.data import held_out, passages
 from minitron_mcore.data.config import DataConfig, PreprocessConfig
 from minitron_mcore.data.dataset import build_datasets
+from minitron_mcore.data.described import split_part
 from minitron_mcore.errors import InputError
 from tests.unit.data.test_preprocess import stored, write_jsonl
 from tests.unit.text_data import preprocess, silent
@@ -150,6 +151,7 @@ def test_empty_documents_change_no_sample(tokenizer, tmp_path):
         prefix = run(tmp_path, tokenizer, input=str(path), output_prefix=str(tmp_path / name))[0]
         assert len(stored(prefix)) == 60 * step
         data = DataConfig(train=prefix, split="80,20,0", sequence_length=16)
-        sets = build_datasets(data, tokenizer, train_samples=None, valid_samples=None, seed=3)[:2]
+        parts = [split_part(data, name, None) for name in ("train", "valid")]
+        sets = build_datasets(data, tokenizer, parts, seed=3)
         samples.append([[s[i]["tokens"].tolist() for i in range(len(s))] for s in sets if s is not None])
     assert samples[0] == samples[1] and numpy.size(samples[0][1]) > 16

@@ -15,6 +15,7 @@ from minitron_mcore.checkpoint.folder import write_description
 from minitron_mcore.data.agreement import difference
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import build_datasets
+from minitron_mcore.data.described import split_part
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.tokenizers import check_same_tokenizer, checkpoint_tokenizer, fit_tokenizer
@@ -88,7 +89,7 @@ def test_ordinary_pieces_beyond_it_want_a_yes(folders: Path) -> None:
 
 def build(prefix: str, tokenizer: Tokenizer) -> Any:
     config = DataConfig(train=prefix, split="1", sequence_length=8, num_workers=0)
-    return build_datasets(config, tokenizer, train_samples=2, valid_samples=0, seed=1)[0]
+    return build_datasets(config, tokenizer, [split_part(config, "train", 2)], seed=1)[0]
 
 
 def test_data_that_holds_such_an_id_is_refused(folders: Path, tmp_path: Path) -> None:
