@@ -14,9 +14,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 from minitron_mcore.data.compression import (
+    Blocks,
     Compression,
     compression_named,
     compression_of,
@@ -85,6 +87,18 @@ class TextFile:
         """Bytes on the disk."""
         return os.path.getsize(self.path)
 
+    @property
+    def misnamed(self) -> str:
+        """How it is read, where its name says otherwise."""
+        name = without_ending(self.path).lower()
+        as_named = (
+            self.compression is compression_named(self.path)
+            and (self.form in (JSON_LINES, JSON_LIST)) == name.endswith(JSON_ENDINGS)
+            and (self.form == PARQUET) == name.endswith(PARQUET_ENDINGS)
+        )
+        inside = f", compressed by {self.compression.name}" if self.compression else ""
+        return "" if as_named else f"is read as {self.form}{inside}, whatever its name says"
+
 
 def inspect_file(path: str) -> TextFile:
     """What the file at `path` is.
@@ -110,7 +124,10 @@ def inspect_file(path: str) -> TextFile:
     if name.endswith(PARQUET_ENDINGS):
         raise InputError("", path, "is not a Parquet file, as its name says", "make or fetch it again")
     mark, encoding = next(((mark, name) for mark, name in BYTE_ORDER_MARKS if head.startswith(mark)), (b"", "utf-8"))
-    _refuse_no_text(path, head, compression, encoding if mark else None)
+    if not mark:
+        _refuse_no_text(path, head, compression)
+    if encoding == "utf-8":
+        _refuse_other_encoding(path, head)
     text = head[len(mark) :].decode(encoding, errors="ignore")
     form = TEXT
     if name.endswith(JSON_ENDINGS):
@@ -126,39 +143,25 @@ def inspect_files(paths: Iterable[str], report: Callable[[str], None]) -> list[T
     `report` gets a line on files that are read otherwise than their names say, or perhaps should be.
     """
     files = [inspect_file(path) for path in paths]
-    if others := [file for file in files if file.looks_like_json]:
-        path, more = others[0].path, _more(others)
-        report(f"{path} is read as plain text, though it begins like JSON; name it .json to have it read as that{more}")
-    if others := [file for file in files if _is_misnamed(file)]:
-        file, more = others[0], _more(others)
-        inside = f", compressed by {file.compression.name}" if file.compression else ""
-        report(f"{file.path} is read as {file.form}{inside}, whatever its name says{more}")
+    hint = "is read as plain text, though it begins like JSON; name it .json to have it read as that"
+    json_like = [f"{file.path} {hint}" for file in files if file.looks_like_json]
+    for notes in (json_like, [f"{file.path} {file.misnamed}" for file in files if file.misnamed]):
+        if notes:
+            report(notes[0] + (f" (and {len(notes) - 1:,} more of the kind)" if len(notes) > 1 else ""))
     return files
 
 
-def _more(files: list[TextFile]) -> str:
-    return f" (and {len(files) - 1:,} more of the kind)" if len(files) > 1 else ""
-
-
-def _is_misnamed(file: TextFile) -> bool:
-    name = without_ending(file.path).lower()
-    is_json = file.form in (JSON_LINES, JSON_LIST)
-    return (
-        file.compression is not compression_named(file.path)
-        or is_json != name.endswith(JSON_ENDINGS)
-        or (file.form == PARQUET) != name.endswith(PARQUET_ENDINGS)
-    )
-
-
-def _refuse_no_text(path: str, head: bytes, compression: Compression | None, marked: str | None) -> None:
+def _refuse_no_text(path: str, head: bytes, compression: Compression | None) -> None:
+    """Raise InputError where a text without a byte order mark begins as something else does."""
     inside = f" inside {compression.name}" if compression else ""
     for start, magic, what in NO_TEXT:
-        if not marked and head.startswith(magic, start):
+        if head.startswith(magic, start):
             raise InputError("", path, f"is {what}{inside}, not text", "unpack or convert it, or leave it out")
-    if not marked and compression and (again := compression_of(head)):
+    if compression and (again := compression_of(head)):
         raise InputError("", path, f"is compressed twice, by {compression.name} and {again.name}", "unpack it once")
-    if marked not in (None, "utf-8"):
-        return
+
+
+def _refuse_other_encoding(path: str, head: bytes) -> None:
     refuse_zero_bytes(path, head, 0)
     text = head.decode("utf-8", errors="replace")
     bad = text.count("\ufffd") - head.count("\ufffd".encode())
@@ -197,30 +200,14 @@ def open_text(file: TextFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         stream: IO[bytes] = decompressed(raw, file.compression, file.path) if file.compression else raw
         stream.read(len(file.mark))
         if file.encoding != "utf-8":
-            stream = io.BufferedReader(_Recoded(stream, file))
+            stream = io.BufferedReader(Blocks(_as_utf8(stream, file)))
         yield stream, raw
 
 
-class _Recoded(io.RawIOBase):
-    """A stream of another encoding, as UTF-8."""
-
-    def __init__(self, stream: IO[bytes], file: TextFile) -> None:
-        self.stream, self.file, self.rest = stream, file, b""
-        self.decoder = codecs.getincrementaldecoder(file.encoding)()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: memoryview) -> int:  # type: ignore[override]
-        while not self.rest:
-            block = self.stream.read(1 << 16)
-            try:
-                self.rest = self.decoder.decode(block, final=not block).encode("utf-8")
-            except UnicodeDecodeError as error:
-                rule = f"begins as {self.file.encoding.upper()} but cannot be read on as that ({error.reason})"
-                raise InputError("", self.file.path, rule, "convert it to UTF-8, or leave it out") from error
-            if not block:
-                break
-        size = min(len(target), len(self.rest))
-        target[:size], self.rest = self.rest[:size], self.rest[size:]
-        return size
+def _as_utf8(stream: IO[bytes], file: TextFile) -> Iterator[bytes]:
+    try:
+        for text in codecs.iterdecode(iter(partial(stream.read, HEAD_BYTES), b""), file.encoding):
+            yield text.encode("utf-8")
+    except UnicodeDecodeError as error:
+        rule = f"begins as {file.encoding.upper()} but cannot be read on as that ({error.reason})"
+        raise InputError("", file.path, rule, "convert it to UTF-8, or leave it out") from error
