@@ -71,10 +71,7 @@ def build_datasets(
     found = broadcast(all_or_none(check))
     assert found is not None
     described, cache = found
-    return [
-        None if tokens is None else _build(data, tokenizer, part, tokens, seed, cache)
-        for part, tokens in zip(parts, described.tokens, strict=True)
-    ]
+    return [None if part.tokens is None else _build(data, tokenizer, part, seed, cache) for part in described.parts]
 
 
 def draw_samples(dataset: Dataset, num_samples: int, seed: int) -> list[int]:
@@ -165,14 +162,12 @@ def _collate(fields: tuple[str, ...], samples: list[dict[str, Any]]) -> Batch:
     return {name: torch.stack([sample[name] for sample in samples]) for name in fields}
 
 
-def _build(
-    data: DataConfig, tokenizer: Tokenizer, part: Part, tokens: tuple[int, ...], seed: int, cache: str
-) -> Dataset:
+def _build(data: DataConfig, tokenizer: Tokenizer, part: Part, seed: int, cache: str) -> Dataset:
     blend = part.blend
     weights: Optional[list[float]] = None
     if part.size is not None and len(blend.prefixes) > 1:
         # Without weights Megatron stops after one pass; token counts as weights mix alike and go on.
-        weights = [float(weight) for weight in blend.weights or tokens]
+        weights = [float(weight) for weight in blend.weights or part.tokens or ()]
     config = GPTDatasetConfig(
         random_seed=seed % 2**32,
         sequence_length=part.sequence_length,

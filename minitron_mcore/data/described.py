@@ -6,12 +6,11 @@ the recipe says of it is checked, and the rest when the datasets are built.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn, Optional
 
 import numpy
@@ -41,16 +40,15 @@ class Part:
     one_pass: bool = False  # refuse to draw the same sample twice
     is_asked_for: bool = True  # else left out where there is not enough of it
     source: str = ""  # what the metrics call it, where it is one source of a blend
+    # Of each prefix, once it is described: the tokens in the share, 0 where they are promised. None: they are too few,
+    # and nobody asked for them.
+    tokens: Optional[tuple[int, ...]] = ()
 
-
-@dataclass(frozen=True)
-class Source:
-    """A token file as its index and description have it."""
-
-    prefix: str
-    documents: int
-    tokens: int
-    fingerprint: Optional[str]  # of the tokenizer that made it; None: nothing beside it says
+    @property
+    def samples(self) -> int:
+        """Different samples of one pass; 0: not known yet."""
+        counts = self.tokens or ()
+        return sum((count - 1) // self.sequence_length for count in counts) if all(counts) else 0
 
 
 @dataclass(frozen=True)
@@ -58,22 +56,12 @@ class Described:
     """Datasets that can be built, as far as anything is known of them yet."""
 
     parts: tuple[Part, ...]
-    # For each part, of each prefix: the tokens in the share, 0 where they are promised. None: they are too few, and
-    # nobody asked for them.
-    tokens: tuple[Optional[tuple[int, ...]], ...]
-    sources: dict[str, Source]  # by prefix, without those that are promised
-
-    def samples(self, number: int) -> int:
-        """Different samples of the part `number`, if that is one pass; 0: not known yet."""
-        counts = self.tokens[number] or ()
-        length = self.parts[number].sequence_length
-        return sum((count - 1) // length for count in counts) if all(counts) else 0
+    sources: dict[str, Index]  # by prefix, without those that are promised
 
     @property
     def has_validation(self) -> bool:
         """Whether the whole blend is validated; promised text is taken to be enough."""
-        pairs = zip(self.parts, self.tokens, strict=True)
-        return any(part.name == "valid" and not part.source and tokens is not None for part, tokens in pairs)
+        return any(part.name == "valid" and not part.source and part.tokens is not None for part in self.parts)
 
 
 def describe_training(
@@ -96,10 +84,10 @@ def describe_calibration(
 
     Raises InputError, also where it has fewer than `num_samples` different samples. Else as `describe_training`.
     """
-    part = calibration_part(data, num_samples, promised)
-    described = describe(data, [part], tokenizer, promised)
-    if part.size is None and (available := described.samples(0)):
-        check_num_samples(num_samples, available)
+    described = describe(data, [calibration_part(data, num_samples, promised)], tokenizer, promised)
+    (part,) = described.parts
+    if part.size is None and part.samples:
+        check_num_samples(num_samples, part.samples)
     return described
 
 
@@ -109,20 +97,16 @@ def training_parts(data: DataConfig, wanted: Sequence[Wanted], promised: Collect
     for each in sorted(wanted, key=lambda each: each.is_validation):
         name = "valid" if each.is_validation else "train"
         blend, share = source_of(data, name, promised)
-        if name == "train":
-            part = split_part(data, name, each.samples, promised)
-            parts.append(dataclasses.replace(part, sequence_length=each.sequence_length))
-        elif share is not None and each.samples:
-            is_asked_for = data.valid is not None or data.split != DataConfig.split
-            prefixes = list(dict.fromkeys(blend.prefixes))
-            sources = {"": blend}
-            if len(prefixes) > 1:
-                alone = [Blend((prefix,), None, blend.key) for prefix in prefixes]
-                sources |= dict(zip(source_names(prefixes), alone, strict=True))
-            parts += [
-                Part(name, each_of, share, each.samples, each.sequence_length, is_asked_for=is_asked_for, source=source)
-                for source, each_of in sources.items()
-            ]
+        if name == "valid" and not (share and each.samples):
+            continue
+        part = replace(split_part(data, name, each.samples, promised), sequence_length=each.sequence_length)
+        if name == "valid":
+            part = replace(part, is_asked_for=data.valid is not None or data.split != DataConfig.split)
+        parts.append(part)
+        prefixes = list(dict.fromkeys(blend.prefixes))
+        if name == "valid" and len(prefixes) > 1:
+            alone = zip(source_names(prefixes), prefixes, strict=True)
+            parts += [replace(part, blend=Blend((prefix,), None, blend.key), source=source) for source, prefix in alone]
     return parts
 
 
@@ -134,7 +118,7 @@ def calibration_part(data: DataConfig, num_samples: int, promised: Collection[st
     else:
         blend = parse_blend(data.calibration, "data.calibration", promised)
         part = Part("train", blend, WHOLE, num_samples, data.sequence_length)
-    return dataclasses.replace(part, size=part.size if part.blend.weights else None, one_pass=True)
+    return replace(part, size=part.size if part.blend.weights else None, one_pass=True)
 
 
 def split_part(data: DataConfig, name: str, size: Optional[int], promised: Collection[str] = ()) -> Part:
@@ -146,7 +130,7 @@ def split_part(data: DataConfig, name: str, size: Optional[int], promised: Colle
 def held_out_part(data: DataConfig, samples: int, promised: Collection[str] = ()) -> Part:
     """One pass, so that no sequence counts twice; a weighted blend in its proportions, of `samples` samples."""
     part = split_part(data, "valid", samples, promised)
-    return part if part.blend.weights else dataclasses.replace(part, size=None)
+    return part if part.blend.weights else replace(part, size=None)
 
 
 def describe(
@@ -155,18 +139,13 @@ def describe(
     """Raise InputError unless each of `parts` can be built, by all that is known."""
     for part in parts:
         check_prefixes(part.blend, promised)
-    if parts:
-        check_folder(cache_folder(data, parts[0].blend), "data.cache_path")
-    sources: dict[str, Source] = {}
+    check_folder(cache_folder(data, parts[0].blend), "data.cache_path")
     indices: dict[str, Index] = {}
-    for blend in (part.blend for part in parts):
-        for prefix in blend.prefixes:
-            if prefix in indices or prefix in promised:
-                continue
-            indices[prefix] = index = _whole_index(prefix, blend.key)
-            fingerprint = _check_tokenizer(index, tokenizer, blend.key)
-            sources[prefix] = Source(prefix, index.sequences, index.stored_tokens, fingerprint)
-    return Described(tuple(parts), tuple(_count_share(part, indices) for part in parts), sources)
+    for part in parts:
+        for prefix in part.blend.prefixes:
+            if prefix not in indices and prefix not in promised:
+                indices[prefix] = _checked_index(prefix, part.blend.key, tokenizer)
+    return Described(tuple(replace(part, tokens=_count_share(part, indices)) for part in parts), indices)
 
 
 def check_num_samples(num_samples: int, available: int | None = None) -> None:
@@ -206,13 +185,9 @@ def _check_enough(part: Part, prefix: str, tokens: int, documents: int, total: i
     length, blend = part.sequence_length, part.blend
     if tokens <= length:
         more = " (data.valid, or preprocess.valid_fraction)" if part.name == "valid" else ""
-        raise InputError(
-            blend.key,
-            prefix,
-            f"holds {tokens:,} tokens in the {documents:,} of its {total:,} documents that are for {part.name}, and "
-            f"one sample takes data.sequence_length + 1 = {length + 1:,}",
-            f"give more text{more}, or lower data.sequence_length",
-        )
+        held = f"{tokens:,} tokens in the {documents:,} of its {total:,} documents that are for {part.name}"
+        rule = f"holds {held}, and one sample takes data.sequence_length + 1 = {length + 1:,}"
+        raise InputError(blend.key, prefix, rule, f"give more text{more}, or lower data.sequence_length")
     if not part.one_pass or part.size is None or blend.weights is None:
         return
     weight = blend.weights[blend.prefixes.index(prefix)] / sum(blend.weights)
@@ -222,22 +197,22 @@ def _check_enough(part: Part, prefix: str, tokens: int, documents: int, total: i
         raise InputError(blend.key, prefix, rule, "ask for fewer samples, or lower its weight")
 
 
-def _whole_index(prefix: str, key: str) -> Index:
-    index = read_index(prefix)
+def _checked_index(prefix: str, key: str, tokenizer: Optional[Tokenizer]) -> Index:
+    """Raises InputError where the files are not whole, or were made with another tokenizer."""
+    index, fault = read_index(prefix), ""
     if index is None or not index.is_whole:  # Megatron's reader would fail in ways that depend on where it was cut
-        raise InputError(key, prefix, "has an .idx that is cut off or not Megatron's", "preprocess the text again")
-    size = os.path.getsize(prefix + ".bin")
-    expected = int(index.lengths().sum(dtype=numpy.int64)) * index.dtype.itemsize
-    if not size:
-        raise InputError(key, prefix, "has an empty .bin", "preprocess the text again")
-    if size != expected:
-        rule = f"has a .bin of {size:,} bytes, and its index counts {expected:,}"
-        raise InputError(key, prefix, rule, "preprocess the text again")
+        fault = "has an .idx that is cut off or not Megatron's"
+    elif not (size := os.path.getsize(prefix + ".bin")):
+        fault = "has an empty .bin"
+    elif size != (expected := int(index.lengths().sum(dtype=numpy.int64)) * index.dtype.itemsize):
+        fault = f"has a .bin of {size:,} bytes, and its index counts {expected:,}"
+    if index is None or fault:
+        raise InputError(key, prefix, fault, "preprocess the text again")
+    _check_tokenizer(index, tokenizer, key)
     return index
 
 
-def _check_tokenizer(index: Index, tokenizer: Optional[Tokenizer], key: str) -> Optional[str]:
-    """The fingerprint of the tokenizer that made the file, where it is known. Raises InputError for another one."""
+def _check_tokenizer(index: Index, tokenizer: Optional[Tokenizer], key: str) -> None:
     prefix = index.prefix
     if tokenizer is None:
         raise InputError(key, prefix, "holds the ids of a tokenizer that is not given", "name it as tokenizer.model")
@@ -249,26 +224,18 @@ def _check_tokenizer(index: Index, tokenizer: Optional[Tokenizer], key: str) -> 
     except (OSError, ValueError, KeyError, TypeError):  # data from elsewhere: only the ids can tell
         largest = index.largest_token(thorough=tokenizer.rows is not None)
         if largest >= rows:
-            raise InputError(
-                key,
-                prefix,
-                f"holds token {largest}, beyond the {rows} of tokenizer.model={tokenizer.path}",
-                "give the tokenizer that made it, or preprocess the text again",
-            ) from None
-        return None
+            rule = f"holds token {largest}, beyond the {rows} of tokenizer.model={tokenizer.path}"
+            remedy = "give the tokenizer that made it, or preprocess the text again"
+            raise InputError(key, prefix, rule, remedy) from None
+        return
     if not tokenizer.is_named_by(fingerprint) and not _is_alike(prefix, tokenizer, model, fingerprint, rows):
-        raise InputError(
-            key,
-            prefix,
-            f"was made with another tokenizer ({model}, {fingerprint[:12]}) than tokenizer.model={tokenizer.path} "
-            f"({tokenizer.fingerprint[:12]})",
-            "give that one, preprocess the text again, or take its ids as they are with allow=[other_tokenizer]",
-        )
+        there, here = f"{model}, {fingerprint[:12]}", f"tokenizer.model={tokenizer.path} ({tokenizer.fingerprint[:12]})"
+        remedy = "give that one, preprocess the text again, or take its ids as they are with allow=[other_tokenizer]"
+        raise InputError(key, prefix, f"was made with another tokenizer ({there}) than {here}", remedy)
     # A few ids are in no text but by name: every token is looked at.
     if (tokenizer.rows is not None or tokenizer.stands_in) and (largest := index.largest_token(thorough=True)) >= rows:
-        rule = f"holds {dataclasses.replace(tokenizer, rows=rows).beyond(largest)}"
+        rule = f"holds {replace(tokenizer, rows=rows).beyond(largest)}"
         raise InputError(key, prefix, rule, "leave out the text that holds it, and preprocess the rest again")
-    return fingerprint
 
 
 def _is_alike(prefix: str, tokenizer: Tokenizer, model: str, fingerprint: str, rows: int) -> bool:

@@ -65,51 +65,26 @@ def check_index_size(data: DataConfig, wanted: Sequence[Wanted], promised: Colle
     for each in wanted:
         blend, bounds = source_of(data, "valid" if each.is_validation else "train", promised)
         share = bounds[1] - bounds[0] if bounds else 0.0
-        documents, tokens = _count(blend)
+        indices = [read_index(prefix) for prefix in dict.fromkeys(blend.prefixes) if os.path.isfile(prefix + ".bin")]
+        documents = sum(index.sequences for index in indices if index)
+        tokens = sum(index.stored_tokens for index in indices if index)
         takes = f"takes {each.samples:,} samples of {each.sequence_length} tokens"
         if each.samples > MOST_SAMPLES:
-            raise InputError(
-                each.key, each.value, f"{takes}, and no index holds more than {MOST_SAMPLES:,}", "lower it"
-            )
+            rule = f"{takes}, and no index holds more than {MOST_SAMPLES:,}"
+            raise InputError(each.key, each.value, rule, "lower it")
         passes = each.samples * each.sequence_length / max(tokens * share, 1)
         if tokens * share and each.samples > MANY_SAMPLES and passes > MANY_PASSES:
-            raise InputError(
-                each.key,
-                each.value,
-                f"{takes}, {passes:,.0f} passes through {blend.key}; above {MANY_SAMPLES:,} samples at most "
-                f"{MANY_PASSES:,} passes are possible",
-                "lower it, or give more text",
-            )
+            most = f"above {MANY_SAMPLES:,} samples at most {MANY_PASSES:,} passes are possible"
+            rule = f"{takes}, {passes:,.0f} passes through {blend.key}; {most}"
+            raise InputError(each.key, each.value, rule, "lower it, or give more text")
         visited = documents * each.samples * each.sequence_length / max(tokens, 1)
         of_sample = SAMPLE_BYTES + (BLENDED_BYTES if len(blend.prefixes) > 1 else 0)
         sizes.append(each.samples * of_sample + DOCUMENT_BYTES * int(visited))
-    needed, room = sum(sizes), _room(folder)
-    if needed > room:
-        size, most = max(zip(sizes, wanted, strict=True), key=lambda pair: pair[0])
-        raise InputError(
-            most.key,
-            most.value,
-            f"takes {most.samples:,} samples, whose index of {_gigabytes(size)} does not fit beside the others into "
-            f"{folder}, where {_gigabytes(room)} are free",
-            "set data.cache_path to a folder with more room, or lower it",
-        )
-
-
-def _count(blend: Blend) -> tuple[int, int]:
-    """(documents, tokens) of all the files, by their headers and sizes; of those that are no index, none."""
-    documents = tokens = 0
-    for prefix in dict.fromkeys(blend.prefixes):
-        index = read_index(prefix)
-        if index is not None and os.path.isfile(prefix + ".bin"):
-            documents, tokens = documents + index.sequences, tokens + index.stored_tokens
-    return documents, tokens
-
-
-def _room(folder: str) -> int:
-    """Bytes that the indices may take in `folder`, which need not be there yet."""
     held = sum(map(os.path.getsize, glob.glob(os.path.join(glob.escape(folder), "*", "*.npy"))))
-    return shutil.disk_usage(nearest_folder(folder)).free + held
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.1f} GB"
+    room = shutil.disk_usage(nearest_folder(folder)).free + held
+    if sum(sizes) > room:
+        size, largest = max(zip(sizes, wanted, strict=True), key=lambda pair: pair[0])
+        index = f"index of {size / 1e9:,.1f} GB does not fit beside the others into {folder}"
+        rule = f"takes {largest.samples:,} samples, whose {index}, where {room / 1e9:,.1f} GB are free"
+        remedy = "set data.cache_path to a folder with more room, or lower it"
+        raise InputError(largest.key, largest.value, rule, remedy)

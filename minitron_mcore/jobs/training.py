@@ -142,12 +142,9 @@ def data_items(described: Described) -> tuple[Item, ...]:
     items = []
     for part in described.parts:
         for prefix in part.blend.prefixes:
-            source = described.sources.get(prefix)
-            what = (
-                f"{source.tokens:,} tokens, {source.documents:,} documents"
-                if source
-                else "tokens, made by an earlier step"
-            )
+            what = "tokens, made by an earlier step"
+            if source := described.sources.get(prefix):
+                what = f"{source.stored_tokens:,} tokens, {source.sequences:,} documents"
             items.append(Item(part.blend.key, prefix, what))
     return tuple(dict.fromkeys(items))
 

@@ -75,14 +75,13 @@ def test_what_is_described_is_what_is_built(config, prefixes, tokenizer):
     config.train = [3, prefixes[0], 1, prefixes[1]]
     described = describe_training(config, tokenizer, [wanted(40), valid])
     lengths = [sum(map(len, documents_of(prefix))) for prefix in prefixes]
-    assert described.tokens == (tuple(lengths), (lengths[1],)) and described.has_validation
-    assert [source.tokens for source in described.sources.values()] == lengths
-    assert {source.fingerprint for source in described.sources.values()} == {tokenizer.fingerprint}
+    assert [part.tokens for part in described.parts] == [tuple(lengths), (lengths[1],)] and described.has_validation
+    assert [source.stored_tokens for source in described.sources.values()] == lengths
     config.valid, config.train = None, prefixes[1]
     assert not describe_training(config, tokenizer, [wanted(4), valid]).has_validation
     described = describe_calibration(config, tokenizer, 4)
     calibration = build_calibration(config, tokenizer, 4)
-    assert calibration is not None and len(calibration) == described.samples(0)
+    assert calibration is not None and len(calibration) == described.parts[0].samples
     assert {code: numpy.dtype(DType.dtype_from_code(code)) for code in (kind.value for kind in DType)} == TOKEN_TYPES
     index = read_index(prefixes[0])
     assert index and index.lengths().tolist() == IndexedDataset(prefixes[0]).sequence_lengths.tolist()
@@ -93,7 +92,11 @@ def test_promised_text_is_checked_as_far_as_it_is_known(config, prefixes, tokeni
     sizes = [wanted(4), dataclasses.replace(wanted(4), is_validation=True)]
     for known in (None, tokenizer):
         described = describe_training(config, known, sizes, promised={"/later/a b"})
-        assert described.tokens == ((0,), (0,)) and not described.sources and described.has_validation
+        assert (
+            [part.tokens for part in described.parts] == [(0,), (0,)]
+            and not described.sources
+            and described.has_validation
+        )
     for change, key in (({"split": "0,1"}, "data.split"), ({"valid": "/later/c"}, "data.valid")):
         data = dataclasses.replace(config, **change)
         with pytest.raises(InputError) as caught:
