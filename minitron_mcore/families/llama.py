@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
 
 if TYPE_CHECKING:
     from minitron_mcore.architecture import Architecture
-
-
-def rotary_to_config(a: Architecture) -> dict[str, Any]:
-    """The keys that transformers 4 writes, which transformers 5 reads too."""
-    scaling = None if a.rope_scaling is None else {"rope_type": "llama3", **dataclasses.asdict(a.rope_scaling)}
-    return {"rope_theta": a.rotary_base, "rope_scaling": scaling}
-
-
-def rotary_from_config(config: dict[str, Any]) -> dict[str, Any]:
-    """From transformers 5's `rope_parameters`, into which it also turns the older keys."""
-    rope = config["rope_parameters"]
-    if rope["rope_type"] == "default":
-        scaling = None
-    elif rope["rope_type"] == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = {name: rope[name] for name in names}
-    else:
-        raise InputError("rope_type", rope["rope_type"], "is not supported", "choose default or llama3")
-    return {"rotary_base": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def refuse(a: Architecture, where: str) -> None:
@@ -75,6 +55,7 @@ FAMILY = Family(
         "max_position_embeddings": "max_position_embeddings",
         "layernorm_epsilon": "rms_norm_eps",
         "init_method_std": "initializer_range",
+        "rotary_base": "rope_theta",
     },
     fixed={
         "normalization": "RMSNorm",
@@ -87,7 +68,5 @@ FAMILY = Family(
     },
     defaults={"rotary_base": 500000.0},
     constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    to_config=rotary_to_config,
-    from_config=rotary_from_config,
     refuse=refuse,
 )

@@ -2,23 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from minitron_mcore.families import llama
-from minitron_mcore.families.rotary import plain_from_config, plain_to_config
 from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
-
-if TYPE_CHECKING:
-    from minitron_mcore.architecture import Architecture
-
-
-def rotary_to_config(a: Architecture) -> dict[str, Any]:
-    return {**plain_to_config(a), "partial_rotary_factor": a.rotary_percent}
-
-
-def rotary_from_config(config: dict[str, Any]) -> dict[str, Any]:
-    return {**plain_from_config(config), "rotary_percent": config["rope_parameters"]["partial_rotary_factor"]}
-
 
 FAMILY = Family(
     model_type="nemotron",
@@ -30,7 +15,7 @@ FAMILY = Family(
         Row(LAYER + "mlp.linear_fc1.layer_norm_bias", (THEIRS + "post_attention_layernorm.bias",)),
         Row("decoder.final_layernorm.bias", ("model.norm.bias",)),
     ),
-    fields={**llama.FAMILY.fields, "layernorm_epsilon": "norm_eps"},
+    fields={**llama.FAMILY.fields, "layernorm_epsilon": "norm_eps", "rotary_percent": "partial_rotary_factor"},
     fixed={
         "normalization": "LayerNorm",
         "layernorm_zero_centered_gamma": True,
@@ -42,6 +27,4 @@ FAMILY = Family(
     },
     defaults={"rotary_base": 10000.0, "rotary_percent": 0.5},
     constants={"hidden_act": "relu2", "attention_bias": False, "mlp_bias": False},
-    to_config=rotary_to_config,
-    from_config=rotary_from_config,
 )

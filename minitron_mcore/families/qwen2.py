@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from minitron_mcore.families import llama
-from minitron_mcore.families.rotary import plain_from_config, plain_to_config
 from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
 
 FAMILY = Family(
@@ -21,6 +20,4 @@ FAMILY = Family(
     fixed={**llama.FAMILY.fixed, "rope_scaling": None, "add_qkv_bias": True},
     defaults={"rotary_base": 1000000.0},
     constants={"hidden_act": "silu", "use_sliding_window": False},
-    to_config=plain_to_config,
-    from_config=plain_from_config,
 )

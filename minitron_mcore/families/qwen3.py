@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from minitron_mcore.families import llama
-from minitron_mcore.families.rotary import plain_from_config, plain_to_config
 from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
 
 FAMILY = Family(
@@ -18,6 +17,4 @@ FAMILY = Family(
     fixed={**llama.FAMILY.fixed, "rope_scaling": None, "qk_layernorm": True},
     defaults={"rotary_base": 1000000.0},
     constants={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
-    to_config=plain_to_config,
-    from_config=plain_from_config,
 )

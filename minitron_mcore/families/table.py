@@ -5,6 +5,7 @@ Pure data; `checkpoint/conversion.py` moves the tensors. docs/add-a-family.md wa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 LAYER = "decoder.layers."  # of checkpoint keys
 THEIRS = "model.layers.{layer}."  # of Hugging Face names
+# Llama-3.1's frequency scaling: its `rope_type`, and its keys in a config, which are an Architecture's fields of it.
+SCALED = "llama3"
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class Family:
 
     `fields` maps Architecture fields to config keys of the same meaning. `fixed` are Architecture fields that the
     config cannot express, so they must have the family's values; `defaults` are those it can, for recipes that leave
-    them out. `constants` are config keys without a field here, so they must hold these values. `to_config` and
-    `from_config` translate the rest (rotary embedding). `refuse` raises InputError for a shape that transformers does
-    not accept; its second argument says which model that is, for messages.
+    them out. `constants` are config keys without a field here, so they must hold these values. `refuse` raises
+    InputError for a shape that transformers does not accept; `read` turns a config into one of which these tables hold,
+    or raises it. Their second argument says which model or file that is, for messages.
     """
 
     model_type: str
@@ -50,13 +54,12 @@ class Family:
     fixed: dict[str, Any]
     defaults: dict[str, Any]
     constants: dict[str, Any]
-    to_config: Callable[[Architecture], dict[str, Any]]
-    from_config: Callable[[dict[str, Any]], dict[str, Any]]
     refuse: Callable[[Architecture, str], None] = field(default=lambda architecture, where: None)
+    read: Callable[[dict[str, Any], str], dict[str, Any]] = field(default=lambda config, where: config)
 
 
 def config_of(family: Family, architecture: Architecture, where: str) -> dict[str, Any]:
-    """The shape's part of `config.json`.
+    """The shape's part of `config.json`; of the rotary embedding, the keys of transformers 4, which 5 reads too.
 
     Raises InputError, naming `where` it was to go, for an architecture that the family's config cannot express.
     """
@@ -67,13 +70,14 @@ def config_of(family: Family, architecture: Architecture, where: str) -> dict[st
             )
             raise InputError(name, value, rule)
     family.refuse(architecture, where)
+    scaling = architecture.rope_scaling and {"rope_type": SCALED, **dataclasses.asdict(architecture.rope_scaling)}
     return {
         "architectures": [family.hugging_face_class],
         "model_type": family.model_type,
         **{theirs: getattr(architecture, ours) for ours, theirs in family.fields.items()},
+        **({} if "rope_scaling" in family.fixed else {"rope_scaling": scaling}),
         "tie_word_embeddings": not architecture.untie_embeddings_and_output_weights,
         **family.constants,
-        **family.to_config(architecture),
     }
 
 
@@ -82,16 +86,17 @@ def fields_of(family: Family, config: dict[str, Any], where: str) -> dict[str, A
 
     Raises InputError, naming the file `where`, for a config that asks for what these models do not have.
     """
-    for name, needed in family.constants.items():
-        if (value := config.get(name, needed)) != needed:
-            rule = f"in {where} is not supported for model_type={family.model_type}, only {needed} is"
+    # In transformers 5's `rope_parameters` are the older keys of the rotary embedding too.
+    config = family.read({**config, **config["rope_parameters"]}, where)
+    allowed = {name: [needed] for name, needed in family.constants.items()}
+    allowed["rope_type"] = ["default"] if "rope_scaling" in family.fixed else ["default", SCALED]
+    for name, values in allowed.items():
+        if (value := config.get(name, values[0])) not in values:
+            only = " or ".join(map(str, values))
+            rule = f"in {where} is not supported for model_type={family.model_type}, only {only} is"
             raise InputError(name, value, rule)
-    try:
-        translated = family.from_config(config)
-    except InputError as error:
-        raise error.found_in(where) from error
     return {
         **{ours: config.get(theirs) for ours, theirs in family.fields.items()},
+        "rope_scaling": {name: config[name] for name in SCALING} if config["rope_type"] == SCALED else None,
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
-        **translated,
     }
