@@ -7,7 +7,7 @@ The plan is of random scores, so that what stays is scattered: hidden 4096 -> 30
 Timed on one rank and on two (TP = 2), in interleaved repeats within the same processes, after one of each on a model of
 a few kilobytes; medians compared:
     prune: `prune_checkpoint`
-    plain: `read_parameters` of the rank's shard of the teacher, then `save_stream` of tensors of the student's shapes,
+    plain: `read_part` of the rank's shard of the teacher, then `save_stream` of tensors of the student's shapes,
            which lie in memory
 Both write new files and fsync them; what was written before is flushed first; the teacher is in the page cache as far
 as memory allows.
@@ -119,34 +119,32 @@ def make_teacher(folder: Path, shape: dict[str, Any]) -> None:
     write_description(folder, a, lineage={}, recipe="", save_tokenizer=None)
 
 
-def shard(architecture: Any, rank: int, size: int) -> Iterator[tuple[Any, Any, list[Any]]]:
-    """(parameter, layer, sharded tensors without data) of what tensor-parallel `rank` of `size` stores."""
-    from minitron_mcore.checkpoint.sharding import sharded_parts
-    from minitron_mcore.layout import local_shape, parameter_table
+def shard(architecture: Any, rank: int, size: int) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
+    """(parameter, layer, pieces) of what tensor-parallel `rank` of `size` stores."""
+    from minitron_mcore.checkpoint.writer import shard_pieces
+    from minitron_mcore.layout import parameter_table
 
     for parameter in parameter_table(architecture):
-        local = torch.empty(local_shape(parameter, architecture, size), dtype=torch.bfloat16, device="meta")
         for layer in layers_of(parameter, architecture):
-            places = {"layer": layer, "tensor_rank": rank, "tensor_size": size, "data_rank": 0}
-            yield parameter, layer, sharded_parts(parameter, architecture, local, **places)
+            yield parameter, layer, shard_pieces(parameter, architecture, torch.bfloat16, layer, rank, size)
 
 
 def plain(teacher: Path, target: Path, plan: Any, runtime: Any) -> float:
     """Seconds to load the teacher's shard, then save a shard of the student's shapes."""
-    from minitron_mcore.checkpoint.sharding import read_parameters
-    from minitron_mcore.checkpoint.writer import Source, pieces_of, save_stream
+    from minitron_mcore.checkpoint.reader import TensorReader
+    from minitron_mcore.checkpoint.writer import Source, save_stream
 
     rank, size = runtime.rank, runtime.world_size
     sources = [
-        Source(pieces, partial(list, [torch.zeros(piece.shape, dtype=piece.dtype).fill_(0.5) for piece in pieces]))
-        for _, _, parts in shard(plan.student, rank, size)
-        for part in parts
-        if (pieces := pieces_of([part]))
+        Source((piece,), partial(list, [torch.zeros(piece.shape, dtype=piece.dtype).fill_(0.5)]))
+        for _, _, pieces in shard(plan.student, rank, size)
+        for piece in pieces
     ]
     wanted = [(parameter, layer) for parameter, layer, _ in shard(plan.teacher, rank, size)]
     runtime.barrier()
     started = time.perf_counter()
-    held = read_parameters(teacher, 0, plan.teacher, wanted, tensor_rank=rank, tensor_size=size)
+    reader = TensorReader(teacher, 0)
+    held = [reader.read_part(parameter, plan.teacher, layer, rank, size) for parameter, layer in wanted]
     del held
     save_stream(target, 0, sources, runtime)
     runtime.barrier()

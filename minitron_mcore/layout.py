@@ -53,6 +53,10 @@ class Parameter:
         return self.key.startswith(LAYERS)
 
     @property
+    def is_embedding(self) -> bool:
+        return self.key.startswith("embedding.")
+
+    @property
     def gated(self) -> bool:
         return "gated_ffn" in self.axes
 
@@ -173,6 +177,20 @@ def check_tensor_parallel(architecture: Architecture, size: int, key: str = "par
         if count % size:
             rule = f"does not divide {name}={count} ({count} / {size} = {count / size:g})"
             raise InputError(key, size, rule, f"choose a divisor of {count}")
+
+
+def stage_parameters(architecture: Architecture, pipeline: int, stage: int) -> list[tuple[Parameter, int | None]]:
+    """(parameter, layer) of everything that `stage` of `pipeline`, not interleaved, writes, in checkpoint order.
+
+    Embedding on the first stage, which has a tied output head's weight; final norm and output head on the last.
+    """
+    (layers,) = split_layers(architecture.num_layers, pipeline)[stage]
+    return [
+        (parameter, layer)
+        for parameter in parameter_table(architecture)
+        for layer in (layers if parameter.per_layer else [None])
+        if parameter.per_layer or stage == (0 if parameter.is_embedding else pipeline - 1)
+    ]
 
 
 def stage_of(layer: int, num_layers: int, pipeline: int, virtual_pipeline: int | None = None) -> int:

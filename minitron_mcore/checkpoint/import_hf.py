@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.conversion import Unit, units
 from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
-from minitron_mcore.checkpoint.sharding import stored_parts
 from minitron_mcore.checkpoint.weight_checks import CheckedWeights, WeightChecks
-from minitron_mcore.checkpoint.writer import Source, pieces_of, save_stream
+from minitron_mcore.checkpoint.writer import Source, save_stream, shard_pieces
 from minitron_mcore.families.find import find_family
-from minitron_mcore.layout import check_tensor_parallel, split_layers
+from minitron_mcore.layout import check_tensor_parallel, stage_parameters
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import data_group, pipeline_group, tensor_group
 from minitron_mcore.runtime.start import Runtime
@@ -40,23 +36,20 @@ def import_checkpoint(
     `target` cannot be written, which messages call `called`; nothing is left behind then.
     """
     check_tensor_parallel(architecture, parallel.tensor)
-    stages = split_layers(architecture.num_layers, parallel.pipeline)
+    here = stage_parameters(architecture, parallel.pipeline, pipeline_group().rank())
     wanted = units(find_family(architecture.family, f"hf={source}"), architecture)
     checks = WeightChecks()
     folder = SafetensorsFolder(source, checks.look)
     for note in folder.check(wanted, architecture, allow_extra="extra_tensors" in allow):
         runtime.print(f"import: warning: {note}")
     if not architecture.untie_embeddings_and_output_weights:
-        (embedding,) = next(unit for unit in wanted if _is_embedding(unit)).names
+        (embedding,) = next(unit.names for unit in wanted if unit.parameter.is_embedding)
         runtime.on_main(partial(folder.check_tied_head, embedding))
-    # Embedding on the first stage, final norm and output head on the last; replicas of a shard have nothing to write.
-    stage = pipeline_group().rank()
-    first, last = stage == 0, stage == parallel.pipeline - 1
+    works = data_group(with_context=True).rank() == 0  # replicas of a shard have nothing to write
     sources = [
         found
         for unit in wanted
-        if (unit.layer in stages[stage][0] if unit.layer is not None else first if _is_embedding(unit) else last)
-        and data_group(with_context=True).rank() == 0
+        if works and (unit.parameter, unit.layer) in here
         for found in _sources(folder, unit, architecture, tensor_group().rank(), parallel.tensor)
     ]
     result: list[CheckedWeights] = []
@@ -72,23 +65,12 @@ def import_checkpoint(
     return result[0]
 
 
-def _is_embedding(unit: Unit) -> bool:
-    return unit.parameter.key.startswith("embedding.")
-
-
 def _sources(folder: SafetensorsFolder, unit: Unit, architecture: Architecture, rank: int, size: int) -> list[Source]:
     """What tensor-parallel `rank` stores of `unit`; nothing of a replicated parameter that another rank stores."""
-    dtype = folder.dtype(unit.names[0])
-    pieces = pieces_of(
-        stored_parts(unit.parameter, architecture, dtype, layer=unit.layer, tensor_rank=rank, tensor_size=size)
-    )
+    pieces = shard_pieces(unit.parameter, architecture, folder.dtype(unit.names[0]), unit.layer, rank, size)
     if unit.parameter.gated:  # gate and up are stored one after the other: no need to hold both
         return [
-            Source((piece,), partial(_read_slice, folder, unit, index, architecture, rank, size))
+            Source((piece,), partial(lambda index: [folder.read_slice(unit, index, architecture, rank, size)], index))
             for index, piece in enumerate(pieces)
         ]
     return [Source(pieces, lambda: [folder.read_part(unit, architecture, rank, size)])] if pieces else []
-
-
-def _read_slice(folder: SafetensorsFolder, unit: Unit, *arguments: Any) -> list[torch.Tensor]:
-    return [folder.read_slice(unit, *arguments)]

@@ -47,6 +47,7 @@ from minitron_mcore.checkpoint.versions import save_common
 from minitron_mcore.checkpoint.way_back import common_part, extra_states, stored_object, write_beside
 from minitron_mcore.errors import InputError, Interrupted, StorageError
 from minitron_mcore.files import nearest_folder, not_written
+from minitron_mcore.layout import Parameter, shard_slices
 from minitron_mcore.runtime.start import Runtime
 
 # On a full disk torch.save may report only a broken archive, when the system's own error got lost.
@@ -74,8 +75,33 @@ class Source:
     read: Callable[[], Sequence[torch.Tensor]]
 
 
+def shard_pieces(
+    parameter: Parameter, architecture: Architecture, dtype: torch.dtype, layer: int | None, rank: int, size: int
+) -> tuple[Piece, ...]:
+    """What tensor-parallel `rank` of `size` stores of one parameter (of one global layer), without building a model.
+
+    One piece; two of a gated fc1, [gate_r ; up_r]; none of a replicated parameter, which the first rank stores. They
+    are those of `GPTModel.sharded_state_dict` (a test checks that).
+    """
+    shape, axis = parameter.shape(architecture), parameter.shard_axis or 0
+    spans = shard_slices(parameter, architecture, rank, size)
+    if parameter.shard_axis is None and rank == 0:
+        spans = [slice(0, shape[0])]
+    stacked, place, one = ((), (), ()) if layer is None else ((architecture.num_layers,), (layer,), (1,))
+    return tuple(
+        Piece(
+            parameter.key,
+            (*stacked, *shape),
+            (*place, *(span.start if each == axis else 0 for each in range(len(shape)))),
+            (*one, *shape[:axis], span.stop - span.start, *shape[axis + 1 :]),
+            dtype,
+        )
+        for span in spans
+    )
+
+
 def pieces_of(parts: Iterable[ShardedTensor]) -> tuple[Piece, ...]:
-    """The pieces that this rank stores of Megatron's sharded tensors, whose data may be on the meta device."""
+    """The pieces that this rank stores of Megatron's sharded tensors."""
     return tuple(
         Piece(
             part.key,

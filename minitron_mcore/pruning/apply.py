@@ -27,9 +27,8 @@ import torch
 
 from minitron_mcore.checkpoint.folder import said_by
 from minitron_mcore.checkpoint.reader import TensorReader
-from minitron_mcore.checkpoint.sharding import stored_parts
-from minitron_mcore.checkpoint.writer import Source, pieces_of, save_stream
-from minitron_mcore.layout import Parameter, check_tensor_parallel, parameter_table, split_layers
+from minitron_mcore.checkpoint.writer import Source, save_stream, shard_pieces
+from minitron_mcore.layout import Parameter, check_tensor_parallel, stage_parameters
 from minitron_mcore.pruning.axes import Part, part_of, shard_rows, take_kept
 from minitron_mcore.pruning.plan_file import PruningPlan
 from minitron_mcore.pruning.select import take
@@ -50,8 +49,7 @@ def prune_checkpoint(
     """
     group = tensor_group()
     check_tensor_parallel(plan.student, group.size())
-    stages = split_layers(plan.student.num_layers, pipeline_group().size())
-    stage = pipeline_group().rank()
+    here = stage_parameters(plan.student, pipeline_group().size(), pipeline_group().rank())
     works = data_group(with_context=True).rank() == 0
 
     def open_teacher() -> list[Source]:
@@ -59,25 +57,11 @@ def prune_checkpoint(
         reader.check(plan.teacher, said_by(source[0]))
         return [
             found
-            for parameter, layer in (stage_parameters(plan, stages, stage) if works else ())
+            for parameter, layer in (here if works else ())
             for found in _sources(reader, plan, parameter, layer, group.rank(), group.size())
         ]
 
     save_stream(target, 0, all_or_none(open_teacher), runtime, architecture=plan.student, called=called)
-
-
-def stage_parameters(
-    plan: PruningPlan, stages: list[list[list[int]]], stage: int
-) -> Iterator[tuple[Parameter, int | None]]:
-    """(parameter, student's layer) of everything pipeline `stage` writes, in checkpoint order.
-
-    A tied output head is the embedding, which the first stage writes.
-    """
-    for parameter in parameter_table(plan.student):
-        if parameter.per_layer:
-            yield from ((parameter, layer) for layer in stages[stage][0])
-        elif stage == (0 if parameter.key.startswith("embedding.") else len(stages) - 1):
-            yield parameter, None
 
 
 def _sources(
@@ -89,12 +73,10 @@ def _sources(
     """
     teacher_layer = None if layer is None else plan.layers[layer]
     dtype = reader.dtype(parameter.key, teacher_layer)
-    shards = stored_parts(parameter, plan.student, dtype, layer=layer, tensor_rank=rank, tensor_size=size)
     part = part_of(parameter, plan, teacher_layer, rank, size)
-    halves = [part] if len(shards) == 1 else [Part(part.axis, rows) for rows in numpy.split(part.rows, len(shards))]
-    for shard, half in zip(shards, halves, strict=True):
-        if pieces := pieces_of([shard]):
-            yield Source(pieces, partial(_read, reader, plan, parameter, teacher_layer, half, dtype))
+    halves = [Part(part.axis, rows) for rows in numpy.split(part.rows, 2)] if parameter.gated else [part]
+    for piece, half in zip(shard_pieces(parameter, plan.student, dtype, layer, rank, size), halves, strict=False):
+        yield Source((piece,), partial(_read, reader, plan, parameter, teacher_layer, half, dtype))
 
 
 def _read(

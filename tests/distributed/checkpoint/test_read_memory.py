@@ -28,7 +28,7 @@ def peak_on_rank(folder: Path) -> tuple[int, int]:
     """(bytes that the parts take, how far memory rose above what was there before)"""
     from torch.distributed import checkpoint
 
-    from minitron_mcore.checkpoint.sharding import read_parameters
+    from minitron_mcore.checkpoint.reader import TensorReader
 
     a, place = architecture(), folder / "iter_0000000"
     place.mkdir()
@@ -45,11 +45,12 @@ def peak_on_rank(folder: Path) -> tuple[int, int]:
         for layer in (range(a.num_layers) if parameter.per_layer else [None])
     ]
     # Loads what reading imports, so that it is there before.
-    read_parameters(place, 0, a, wanted[:1], tensor_rank=0, tensor_size=2)
+    TensorReader(place, 0).read_part(wanted[0][0], a, wanted[0][1], 0, 2)
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    parts = read_parameters(place, 0, a, wanted, tensor_rank=1, tensor_size=2)
-    return sum(part.nbytes for part in parts.values()), memory("VmHWM") - before
+    reader = TensorReader(place, 0)
+    parts = [reader.read_part(parameter, a, layer, 1, 2) for parameter, layer in wanted]
+    return sum(part.nbytes for part in parts), memory("VmHWM") - before
 
 
 def memory(name: str) -> int:

@@ -36,29 +36,17 @@ def compare(name: str, parallel: dict[str, Any], world_size: int) -> tuple[set[A
     import torch
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+    from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 
-    from minitron_mcore.checkpoint.sharding import sharded_parts
     from minitron_mcore.checkpoint.store import as_chunks, model_state
+    from minitron_mcore.checkpoint.writer import Piece, pieces_of, shard_pieces
     from minitron_mcore.layout import parameter_table
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize, named_parameters
 
-    def named(tensors: list[ShardedTensor]) -> dict[Any, torch.Tensor]:
-        main = [tensor for tensor in tensors if is_main_replica(tensor.replica_id)]
-        rows = {
-            (
-                t.key,
-                t.global_shape,
-                t.global_offset,
-                t.axis_fragmentations,
-                t.local_shape,
-                t.prepend_axis_num,
-                t.dtype,
-            ): t.data
-            for t in main
-        }
-        assert len(rows) == len(main), "one part twice"
+    def named(parts: list[tuple[Piece, torch.Tensor]]) -> dict[Piece, torch.Tensor]:
+        rows = {piece: tensor.reshape(piece.shape) for piece, tensor in parts}
+        assert len(rows) == len(parts), "one part twice"
         return rows
 
     family, changes = MODELS[name]
@@ -68,7 +56,8 @@ def compare(name: str, parallel: dict[str, Any], world_size: int) -> tuple[set[A
     initialize(chunks, architecture, seed=1)
     state = model_state(as_chunks(chunks))
     apply_factories(state)
-    theirs = named(list(nested_values(state)))
+    main = [part for part in nested_values(state) if is_main_replica(part.replica_id)]
+    theirs = named(list(zip(pieces_of(main), (part.data for part in main), strict=True)))
 
     table = {parameter.key: parameter for parameter in parameter_table(architecture)}
     tied_copy = (
@@ -76,22 +65,17 @@ def compare(name: str, parallel: dict[str, Any], world_size: int) -> tuple[set[A
         and name == "tied"
         and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     )
+    rank = parallel_state.get_tensor_model_parallel_rank()
     ours = named(
         [
-            part
+            (piece, part)
             for chunk in chunks
             for key, layer, tensor in named_parameters(chunk)
             # The first stage writes a tied embedding; the last stage's copy is a replica.
             if not (tied_copy and key == "embedding.word_embeddings.weight")
-            for part in sharded_parts(
-                table[key],
-                architecture,
-                tensor,
-                layer=layer,
-                tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-                tensor_size=config.tensor,
-                data_rank=parallel_state.get_data_parallel_rank(),
-            )
+            and parallel_state.get_data_parallel_rank() == 0
+            if (pieces := shard_pieces(table[key], architecture, tensor.dtype, layer, rank, config.tensor))
+            for piece, part in zip(pieces, tensor.chunk(len(pieces), table[key].shard_axis or 0), strict=True)
         ]
     )
     same = all(torch.equal(ours[row], theirs[row]) for row in ours if row in theirs)

@@ -36,7 +36,6 @@ from minitron_mcore.checkpoint.folder import (
 )
 from minitron_mcore.checkpoint.inspection import inspect_checkpoint
 from minitron_mcore.checkpoint.reader import TensorReader
-from minitron_mcore.checkpoint.sharding import read_parameters
 from minitron_mcore.checkpoint.store import load_state, load_weights
 from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, trusting
 from minitron_mcore.errors import InputError
@@ -99,14 +98,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read_all(folder: Path) -> Any:
-    table = parameter_table(ARCHITECTURE)
-    wanted = [(parameter, 1 if parameter.per_layer else None) for parameter in table]
-    return read_parameters(folder, 5, ARCHITECTURE, wanted, tensor_rank=1, tensor_size=2)
+    reader = TensorReader(folder, 5)
+    return [
+        reader.read_part(each, ARCHITECTURE, 1 if each.per_layer else None, 1, 2)
+        for each in parameter_table(ARCHITECTURE)
+    ]
 
 
 WAYS_IN: dict[str, Callable[[Path], Any]] = {
     "TensorReader": lambda folder: TensorReader(folder, 5),
-    "read_parameters": read_all,
+    "read_part": read_all,
     "load_weights": lambda folder: load_weights(folder, 5, [], ARCHITECTURE),
     "load_state": lambda folder: load_state(folder, 5, {}),
     "inspect": inspect_checkpoint,
