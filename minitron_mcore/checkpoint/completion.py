@@ -1,6 +1,6 @@
 """What a foreign description lacks: taken from the stored tensors, or asked of the user by key, never guessed.
 
-num_layers, hidden_size, ffn_hidden_size, gated_linear_unit,        shown by the tensors (shown.py)
+num_layers, hidden_size, ffn_hidden_size, gated_linear_unit,        shown by the tensors (stored.py)
 normalization, tying, add_qkv_bias, qk_layernorm, padded_vocab_size
 num_attention_heads, num_query_groups, kv_channels                  shown once one of them is known
 activation, layernorm_zero_centered_gamma, position_embedding_type  model.family, or a provider named after one
@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.checkpoint.shown import shown_fields, shown_heads
 from minitron_mcore.checkpoint.stated import said_by_user
-from minitron_mcore.checkpoint.stored import StoredTensors
+from minitron_mcore.checkpoint.stored import StoredTensors, shown_fields, shown_heads
 from minitron_mcore.errors import InputError, shown
 from minitron_mcore.families.find import known_families
 from minitron_mcore.runtime.notice import say, warn

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StorageReaderTransforms
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.resharding import (
+    _check_shard_metadata_pair_overlap,
+    _shards_get_overlap_region_wrt_saved_tensor,
+)
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import iteration_folder
 from minitron_mcore.checkpoint.stored import StoredTensors
-from minitron_mcore.checkpoint.stored_names import Place
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import Parameter, local_shape, shard_slices
 
@@ -36,26 +39,25 @@ class TensorReader(StoredTensors):
         On the host; beside it only one stored piece is in memory. Raises InputError if the checkpoint does not have the
         tensor, has it in another shape, or is damaged.
         """
-        place, entry = self.find(key, layer)
-        sizes = torch.Size(shape if place.layer is None else (1, *shape))
-        offsets = torch.Size([place.layer or 0] + [0] * (len(sizes) - 1))
-        if (alone := ChunkStorageMetadata(offsets, sizes)) in entry.chunks:  # no need to hold a copy as well
-            return self._load(place, alone).view(shape)
-        whole = torch.empty(shape, dtype=self.dtype(key, layer))
+        name, index, entry = self.find(key, layer)
+        alone = _chunk([0] * len(shape), shape, index)
+        if alone in entry.chunks:  # no need to hold a copy as well
+            return self._load(name, alone).view(shape)
+        whole = torch.empty(shape, dtype=entry.properties.dtype)
         self.fill(whole, key, layer, shape)
         return whole
 
-    def _load(self, place: Place, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        """One stored piece of the tensor at `place`. Raises InputError if it is damaged."""
+    def _load(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        """One stored piece of the tensor `name`. Raises InputError if it is damaged."""
         try:
-            info = self.metadata.storage_data.get(MetadataIndex(place.name, chunk.offsets))
+            info = self.metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
             if info is None:
                 raise ValueError("its .metadata does not say where a part of it lies")
             piece = load_piece(self.folder, info)
             if piece.shape != chunk.sizes:
                 raise ValueError(f"a part of it has the shape {tuple(piece.shape)} instead of {tuple(chunk.sizes)}")
         except Exception as error:  # torch.load may raise anything on damaged data
-            rule = f"is damaged, {place.name} cannot be read: {' '.join(str(error).split())}"
+            rule = f"is damaged, {name} cannot be read: {' '.join(str(error).split())}"
             raise InputError("", self.folder, rule) from error
         return piece
 
@@ -90,28 +92,38 @@ class TensorReader(StoredTensors):
         slices: Sequence[slice] = (),
     ) -> None:
         """Fill `target` with the global tensor of `shape`, or with `slices` of its `axis`, one after the other."""
-        place, entry = self.find(key, layer)
-        stored = tuple(entry.size) if place.layer is None else tuple(entry.size[1:])
-        if stored != shape or (place.layer is not None and place.layer >= entry.size[0]):
-            wanted = f"{shape}{'' if place.layer is None else ' in each layer'}"
-            rule = f"holds {place.name} of shape {tuple(entry.size)}, but its architecture.yaml means {wanted}"
+        name, index, entry = self.find(key, layer)
+        stored = tuple(entry.size) if index is None else tuple(entry.size[1:])
+        if stored != shape or (index is not None and index >= entry.size[0]):
+            wanted = f"{shape}{'' if index is None else ' in each layer'}"
+            rule = f"holds {name} of shape {tuple(entry.size)}, but its architecture.yaml means {wanted}"
             raise InputError("", self.folder, rule)
         axis, at, parts = axis or 0, 0, []
         for part in slices or [slice(0, shape[axis])]:
-            box = [(0, length) for length in stored]
-            box[axis] = (part.start, part.stop)
-            into = target.detach().narrow(axis, at, part.stop - part.start)
-            at += part.stop - part.start
-            if place.layer is not None:
-                box, into = [(place.layer, place.layer + 1), *box], into[None]
+            length = part.stop - part.start
+            offsets, sizes = [0] * len(shape), list(shape)
+            offsets[axis], sizes[axis] = part.start, length
+            box = _chunk(offsets, sizes, index)
+            into = target.detach().narrow(axis, at, length).view(box.sizes)
+            at += length
             for chunk in entry.chunks:
-                if (overlap := _overlap(chunk, box)) is not None:
-                    parts.append((into[overlap[1]], chunk, overlap[0]))
+                if _check_shard_metadata_pair_overlap(chunk, box):
+                    overlap, here = _shards_get_overlap_region_wrt_saved_tensor(chunk, box), into
+                    for dim, _, start, count in overlap:
+                        here = here.narrow(dim, start, count)
+                    parts.append((here, chunk, tuple(slice(start, start + count) for _, start, _, count in overlap)))
         if sum(into.numel() for into, _, _ in parts) != target.numel():
-            rule = f"is damaged: the stored parts of {place.name} do not add up to its shape {shape}"
+            rule = f"is damaged: the stored parts of {name} do not add up to its shape {shape}"
             raise InputError("", self.folder, rule)
-        for into, chunk, here in parts:
-            into.copy_(self._load(place, chunk)[here])
+        for into, chunk, held in parts:
+            into.copy_(self._load(name, chunk)[held])
+
+
+def _chunk(offsets: Sequence[int], sizes: Sequence[int], index: int | None) -> ChunkStorageMetadata:
+    """A part of a tensor, of which `index` of its leading axis is meant."""
+    if index is not None:
+        offsets, sizes = (index, *offsets), (1, *sizes)
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 
 
 def load_piece(place: Path, info: _StorageInfo) -> torch.Tensor:
@@ -122,19 +134,3 @@ def load_piece(place: Path, info: _StorageInfo) -> torch.Tensor:
             plain = _StorageReaderTransforms().transform_load_stream(None, compression, view)  # type: ignore[arg-type]
             view = io.BytesIO(plain.read(-1))
         return torch.load(view, map_location="cpu", weights_only=True)
-
-
-def _overlap(
-    chunk: ChunkStorageMetadata, box: list[tuple[int, int]]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where a stored piece and `box` (start, stop per axis) overlap, in the piece and in the box; None if nowhere."""
-    starts = [max(low, offset) for (low, _), offset in zip(box, chunk.offsets, strict=True)]
-    stops = [min(high, offset + size) for (_, high), offset, size in zip(box, chunk.offsets, chunk.sizes, strict=True)]
-    if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
-        return None
-    origins = (chunk.offsets, [low for low, _ in box])
-    in_piece, in_box = (
-        tuple(slice(start - low, stop - low) for start, stop, low in zip(starts, stops, origin, strict=True))
-        for origin in origins
-    )
-    return in_piece, in_box

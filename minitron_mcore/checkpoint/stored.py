@@ -1,15 +1,25 @@
-"""What tensors an iteration's folder holds, as its `.metadata` says; their elements are not read. Pure."""
+"""What tensors an iteration's folder holds, as its `.metadata` says; their elements are not read.
+
+They show, whoever wrote them, sizes, tying, biases and norms of their model:
+
+    word_embeddings.weight [V, h]     linear_qkv.weight  [L, (heads + 2 groups) d, h]
+    linear_fc1.weight [L, f or 2f, h] linear_proj.weight [L, h, heads d]
+    linear_fc2.weight [L, h, f]       q_layernorm.weight [L, d]
+
+Of heads, groups and the head dimension d one must be known; the two others follow. Pure.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.stored_names import Place, StoredNames
+from minitron_mcore.checkpoint.stored_names import stored_names
 from minitron_mcore.checkpoint.unpickle import is_tensor, read_common, read_metadata
 from minitron_mcore.errors import InputError
-from minitron_mcore.layout import parameter_table
+from minitron_mcore.layout import LAYERS, parameter_table
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +35,9 @@ FIELDS = {
     "ffn": ("ffn_hidden_size",),
     "gated_ffn": ("ffn_hidden_size",),
 }
+QKV, PROJ = LAYERS + "self_attention.linear_qkv.weight", LAYERS + "self_attention.linear_proj.weight"
+FC1, FC2 = LAYERS + "mlp.linear_fc1.weight", LAYERS + "mlp.linear_fc2.weight"
+HEADS = ("num_attention_heads", "num_query_groups", "kv_channels")
 
 
 class StoredTensors:
@@ -43,37 +56,37 @@ class StoredTensors:
             key: entry for key, entry in self.metadata.state_dict_metadata.items() if is_tensor(entry)
         }
         try:
-            self.names = StoredNames(self.tensors)
+            self.names = stored_names(self.tensors)
         except InputError as error:
             raise error.found_in(self.folder) from error
 
-    def find(self, key: str, layer: int | None) -> tuple[Place, TensorStorageMetadata]:
-        """Where a parameter is stored. Raises InputError if it is not."""
-        place = self.names.find(key, layer)
-        if place is None:
+    def find(self, key: str, layer: int | None) -> tuple[str, int | None, TensorStorageMetadata]:
+        """(name, index, entry) of the tensor that holds a parameter; index: which part of its leading axis is meant,
+        None for all of it. Raises InputError if there is none."""
+        names = self.names.get(key, {})
+        if (name := names.get(layer) or names.get(None)) is None:
             of_layer = "" if layer is None else f" of layer {layer}"
             rule = f"holds no tensor {key}{of_layer}, which its architecture.yaml asks for"
             raise InputError("", self.folder, rule)
-        return place, self.tensors[place.name]
+        return name, None if layer in names else layer, self.tensors[name]
 
     def dtype(self, key: str, layer: int | None = None) -> torch.dtype:
         """The stored dtype; if layers are stored one by one, that of `layer`, by default the first."""
-        layers = None if layer is not None else self.names.layers(key)
-        return self.find(key, layers[0] if layers else layer)[1].properties.dtype
+        names = self.names.get(key, {})
+        first = None if None in names else min((each for each in names if each is not None), default=None)
+        return self.find(key, first if layer is None else layer)[2].properties.dtype
 
     def shape(self, key: str) -> tuple[int, ...] | None:
         """Global shape [L, …] of a parameter with layers, stacked or not, or [...] of another; None if not stored.
         Raises InputError if layers that are stored one by one are not 0 .. L - 1, in one shape."""
-        layers = self.names.layers(key)
-        if layers is None:
-            return tuple(self.tensors[self.names.names[key, None]].size)
-        if not layers:
-            return None
-        shapes = {tuple(self.find(key, layer)[1].size) for layer in layers}
-        if len(shapes) > 1 or layers != list(range(len(layers))):
-            rule = f"holds {key} for layers {layers} in shapes {sorted(shapes)}: all layers are needed, in one shape"
+        shapes = {layer: tuple(self.tensors[name].size) for layer, name in self.names.get(key, {}).items()}
+        if None in shapes or not shapes:
+            return shapes.get(None)
+        layers, each = sorted(layer for layer in shapes if layer is not None), sorted(set(shapes.values()))
+        if len(each) > 1 or layers != list(range(len(layers))):
+            rule = f"holds {key} for layers {layers} in shapes {each}: all layers are needed, in one shape"
             raise InputError("", self.folder, rule)
-        return (len(layers), *shapes.pop())
+        return (len(layers), *each[0])
 
     def check(self, architecture: Architecture, said_by: str) -> None:
         """Raise InputError if the stored parameters are not those of `architecture`, which `said_by` describes.
@@ -82,18 +95,55 @@ class StoredTensors:
         """
         table = parameter_table(architecture)
         for parameter in table:
-            found = self.shape(parameter.key)
+            found, wanted, axes = self.shape(parameter.key), parameter.shape(architecture), parameter.axes
             if found is None:
                 raise InputError("", self.folder, f"holds no {parameter.key}: {said_by} describes another model")
-            wanted = parameter.shape(architecture)
-            axes = ("num_layers", *parameter.axes) if parameter.per_layer else parameter.axes
-            wanted = (architecture.num_layers, *wanted) if parameter.per_layer else wanted
-            for axis, (is_there, needed) in zip(axes, zip(found, wanted, strict=False), strict=False):
-                if is_there != needed or len(found) != len(wanted):
-                    fields = [f"{name}={getattr(architecture, name)}" for name in FIELDS.get(axis, (axis,))]
-                    rule = (
-                        f"holds {parameter.key} of shape {found}, but {', '.join(fields)} in {said_by} means {wanted}"
-                    )
-                    raise InputError("", self.folder, rule)
+            if parameter.per_layer:
+                wanted, axes = (architecture.num_layers, *wanted), ("num_layers", *axes)
+            if found != wanted:
+                unlike = (axis for axis, here, there in zip(axes, found, wanted, strict=False) if here != there)
+                axis = axes[0] if len(found) != len(wanted) else next(unlike)
+                fields = ", ".join(f"{name}={getattr(architecture, name)}" for name in FIELDS.get(axis, (axis,)))
+                rule = f"holds {parameter.key} of shape {found}, but {fields} in {said_by} means {wanted}"
+                raise InputError("", self.folder, rule)
         if other := sorted(self.names.keys() - {parameter.key for parameter in table}):
             raise InputError("", self.folder, f"holds {other[0]}, which the model in {said_by} does not have")
+
+
+def shown_fields(stored: StoredTensors) -> dict[str, Any]:
+    """Fields of an Architecture that follow from the shapes and names of the tensors.
+
+    Raises InputError if layers of one kind differ in shape.
+    """
+    embedding, fc1, fc2 = (stored.shape(key) for key in ("embedding.word_embeddings.weight", FC1, FC2))
+    fields: dict[str, Any] = {
+        "untie_embeddings_and_output_weights": stored.shape("output_layer.weight") is not None,
+        "add_qkv_bias": stored.shape(LAYERS + "self_attention.linear_qkv.bias") is not None,
+        "qk_layernorm": stored.shape(LAYERS + "self_attention.q_layernorm.weight") is not None,
+        "normalization": "RMSNorm" if stored.shape("decoder.final_layernorm.bias") is None else "LayerNorm",
+    }
+    if embedding is not None:
+        fields |= {"padded_vocab_size": embedding[0], "hidden_size": embedding[1]}
+    if fc1 is not None and fc2 is not None:
+        fields |= {"num_layers": fc2[0], "ffn_hidden_size": fc2[2], "gated_linear_unit": fc1[1] == 2 * fc2[2]}
+    return fields
+
+
+def shown_heads(stored: StoredTensors, known: Mapping[str, Any]) -> dict[str, int]:
+    """All three of HEADS, from those that are `known` and the shapes; {} if they do not follow, or not evenly."""
+    qkv, proj, norm = (stored.shape(key) for key in (QKV, PROJ, LAYERS + "self_attention.q_layernorm.weight"))
+    if qkv is None or proj is None:
+        return {}
+    queries, keys = proj[2], (qkv[1] - proj[2]) // 2  # rows of all heads' queries, and of all groups' keys
+    heads, groups, width = (known.get(name) for name in HEADS)
+    if not width:
+        whole, parts = (queries, heads) if heads else (keys, groups) if groups else (0, 0)
+        width = norm[1] if norm is not None else _quotient(whole, parts)
+    found = dict(zip(HEADS, (_quotient(queries, width), _quotient(keys, width), width), strict=True))
+    return {name: value for name, value in found.items() if value} if all(found.values()) else {}
+
+
+def _quotient(whole: int, parts: Any) -> int:
+    """0 if it is not a whole number, or if `parts` is not a size."""
+    sized = isinstance(parts, int) and parts > 0
+    return whole // parts if sized and whole % parts == 0 else 0

@@ -5,12 +5,10 @@ That the right ones compute the same is shown in tests/distributed/checkpoint/te
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from minitron_mcore.checkpoint.hybrid import as_gpt, gpt_names
-from minitron_mcore.checkpoint.stored_names import Place, StoredNames
+from minitron_mcore.checkpoint.stored_names import stored_names
 from minitron_mcore.errors import InputError
 from tests.refusals import refuses
 
@@ -52,10 +50,10 @@ def test_a_pattern_of_another_length_is_refused() -> None:
 
 
 def test_names_of_pairs_are_those_of_a_gpt() -> None:
-    found: Any = StoredNames(f"module.{name}" for name in names_of("*-*-"))
-    assert found.layers(f"decoder.layers.{ATTENTION}") == found.layers(f"decoder.layers.{MLP}") == [0, 1]
-    assert found.find(f"decoder.layers.{MLP}", 1) == Place(f"module.decoder.layers.3.{MLP}", None)
-    assert found.find("decoder.final_layernorm.weight", None) == Place("module.decoder.final_norm.weight", None)
+    found = stored_names(f"module.{name}" for name in names_of("*-*-"))
+    assert set(found[f"decoder.layers.{ATTENTION}"]) == set(found[f"decoder.layers.{MLP}"]) == {0, 1}
+    assert found[f"decoder.layers.{MLP}"][1] == f"module.decoder.layers.3.{MLP}"
+    assert found["decoder.final_layernorm.weight"] == {None: "module.decoder.final_norm.weight"}
     gpt = ["decoder.layers.0.self_attention.linear_qkv.weight", "decoder.final_layernorm.weight"]
     assert gpt_names(gpt) == {name: name for name in gpt}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minitron_mcore.checkpoint.stored_names import Place, StoredNames
+from minitron_mcore.checkpoint.stored_names import stored_names
 from minitron_mcore.errors import InputError
 
 QKV, NORM = "decoder.layers.self_attention.linear_qkv.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
@@ -12,18 +12,18 @@ QKV, NORM = "decoder.layers.self_attention.linear_qkv.weight", "decoder.layers.m
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.module.", "model.module."])
 def test_prefixes_and_forms(prefix: str) -> None:
-    stacked = StoredNames([f"{prefix}{QKV}", f"{prefix}decoder.layers.pre_mlp_layernorm.weight"])
-    assert stacked.find(QKV, 7) == Place(f"{prefix}{QKV}", 7)
-    assert stacked.find(NORM, 2) == Place(f"{prefix}decoder.layers.pre_mlp_layernorm.weight", 2)
-    assert stacked.layers(QKV) is None and stacked.find("output_layer.weight", None) is None
-
+    stacked = stored_names([f"{prefix}{QKV}", f"{prefix}decoder.layers.pre_mlp_layernorm.weight"])
+    assert stacked == {
+        QKV: {None: f"{prefix}{QKV}"},
+        NORM: {None: f"{prefix}decoder.layers.pre_mlp_layernorm.weight"},
+    }
     names = [f"decoder.layers.{layer}.self_attention.linear_qkv.weight" for layer in (10, 2)]
     names += [f"decoder.layers.{layer}.pre_mlp_layernorm.weight" for layer in (2, 10)]
-    apart = StoredNames(prefix + name for name in [*names, "output_layer.weight"])
-    assert apart.find(QKV, 10) == Place(prefix + names[0], None) and apart.layers(QKV) == [2, 10]
-    assert apart.find(NORM, 2) == Place(prefix + names[2], None) and apart.find(QKV, 3) is None
-    assert apart.find("output_layer.weight", None) == Place(f"{prefix}output_layer.weight", None)
-    assert apart.keys() == {QKV, NORM, "output_layer.weight"} and apart.layers("elsewhere") == []
+    assert stored_names(prefix + name for name in [*names, "output_layer.weight"]) == {
+        QKV: {10: prefix + names[0], 2: prefix + names[1]},
+        NORM: {2: prefix + names[2], 10: prefix + names[3]},
+        "output_layer.weight": {None: f"{prefix}output_layer.weight"},
+    }
 
 
 def test_what_is_not_the_models() -> None:
@@ -36,11 +36,11 @@ def test_what_is_not_the_models() -> None:
         "state_projection.weight",
         "module.state_projection.weight",
     ]
-    assert StoredNames(names).keys() == set()
+    assert stored_names(names) == {}
 
 
 def test_a_parameter_stored_twice() -> None:
     with pytest.raises(InputError, match=r"model\.output_layer\.weight and output_layer\.weight are the same"):
-        StoredNames(["output_layer.weight", "model.output_layer.weight"])
+        stored_names(["output_layer.weight", "model.output_layer.weight"])
     with pytest.raises(InputError, match="are the same parameter, stored twice"):
-        StoredNames([NORM, "decoder.layers.pre_mlp_layernorm.weight"])
+        stored_names([NORM, "decoder.layers.pre_mlp_layernorm.weight"])

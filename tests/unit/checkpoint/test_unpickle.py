@@ -99,10 +99,9 @@ def folder(tmp_path: Path) -> Path:
 
 def read_all(folder: Path) -> Any:
     reader = TensorReader(folder, 5)
-    return [
-        reader.read_part(each, ARCHITECTURE, 1 if each.per_layer else None, 1, 2)
-        for each in parameter_table(ARCHITECTURE)
-    ]
+    reader.check(ARCHITECTURE, "architecture.yaml")
+    wanted = [(parameter, 1 if parameter.per_layer else None) for parameter in parameter_table(ARCHITECTURE)]
+    return {(each.key, layer): reader.read_part(each, ARCHITECTURE, layer, 1, 2) for each, layer in wanted}
 
 
 WAYS_IN: dict[str, Callable[[Path], Any]] = {
