@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
-from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.model.microbatch import Microbatch
+
+if TYPE_CHECKING:
+    from minitron_mcore.distillation.objective import Objective
 
 
 def mean_loss(

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.errors import InputError
+from minitron_mcore.evaluation.questions import Task
 from minitron_mcore.importance.config import DEPTH_METRICS, TASK_METRICS
-from minitron_mcore.importance.questions import Task
 
 LOGIT_METRICS = ("logit_mse", "normalized_logit_mse")
 TEXT_METRICS = ("lm_loss", *LOGIT_METRICS)

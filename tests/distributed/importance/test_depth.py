@@ -61,7 +61,7 @@ def weights_of(family: str) -> dict[Any, torch.Tensor]:
 
 def task_of(vocab_size: int) -> Any:
     """12 questions of 2 or 3 choices, of many lengths; every other question's choices are of one length."""
-    from minitron_mcore.importance.questions import Question, Task
+    from minitron_mcore.evaluation.questions import Question, Task
 
     generator = torch.Generator().manual_seed(4)
 
@@ -103,8 +103,8 @@ def build(family: str, parallel: Any) -> tuple[Any, Any]:
 
 
 def depth_on_rank(world_size: int) -> dict[Any, Any]:
+    from minitron_mcore.evaluation.multiple_choice import log_likelihoods
     from minitron_mcore.importance.depth import measure_depth
-    from minitron_mcore.importance.multiple_choice import log_likelihoods
 
     results = {}
     for family, layout, micro_batch_size in CASES[world_size]:
@@ -301,8 +301,8 @@ def test_layers_that_add_nothing_cost_nothing(layout: str) -> None:
 
 def counting_on_rank(parallel: dict[str, Any], world_size: int) -> Any:
     """A model that counts: its layers add nothing, and the head's row t + 1 is the embedding's row t."""
+    from minitron_mcore.evaluation.questions import Question, Task
     from minitron_mcore.importance.depth import measure_depth
-    from minitron_mcore.importance.questions import Question, Task
     from minitron_mcore.model.gpt import build_model
 
     architecture = tiny("llama", num_layers=2)

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy
 import torch
 
-from minitron_mcore.importance.questions import Task
-from minitron_mcore.importance.token_values import over_world, token_values
+from minitron_mcore.evaluation.questions import Task
+from minitron_mcore.evaluation.token_values import over_world, token_values
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import GROUP, visit_final_states

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
-from minitron_mcore.importance.multiple_choice import row_batches
-from minitron_mcore.importance.questions import Question, Task, accuracy, load_task
+from minitron_mcore.evaluation.multiple_choice import row_batches
+from minitron_mcore.evaluation.questions import Question, Task, accuracy, load_task
 from tests.refusals import refuses
 from tests.unit.text_data import small_tokenizer
 
