@@ -74,6 +74,7 @@ def plan_of(shape: dict[str, Any]) -> Any:
     """A plan of random scores; sizes that two tensor-parallel ranks share."""
     from minitron_mcore.architecture import build_architecture
     from minitron_mcore.importance.scores import Scores
+    from minitron_mcore.pruning.config import PruneConfig, StudentConfig
     from minitron_mcore.pruning.plan import make_plan
 
     a, draw = build_architecture(shape), numpy.random.default_rng(5)
@@ -85,7 +86,7 @@ def plan_of(shape: dict[str, Any]) -> Any:
         "layers": (a.num_layers,),
     }
     arrays: dict[str, Any] = {axis: draw.random(size) + 1 for axis, size in sizes.items()}
-    return make_plan(Scores(a, **arrays), {}, ratios=RATIOS, tensor=2, divisible_by=8)
+    return make_plan(Scores(a, **arrays), StudentConfig(ratios=RATIOS), PruneConfig(divisible_by=8), tensor=2)
 
 
 def layers_of(parameter: Any, architecture: Any) -> Any:

@@ -56,13 +56,16 @@ from minitron_mcore.importance.magnitude import from_squares, squares  # noqa: E
 from minitron_mcore.importance.score import measure as measure_model  # noqa: E402
 from minitron_mcore.importance.score import score_model  # noqa: E402
 from minitron_mcore.importance.scores import Scores, load_scores, save_scores, tolerance_of  # noqa: E402
+from minitron_mcore.keys import section_at  # noqa: E402
 from minitron_mcore.model.gpt import DTYPES, LanguageModel, build_model  # noqa: E402
 from minitron_mcore.model.initialize import initialize, named_parameters  # noqa: E402
 from minitron_mcore.model.microbatch import Microbatch  # noqa: E402
 from minitron_mcore.model.schedule import in_calls  # noqa: E402
+from minitron_mcore.pruning.config import PruneConfig, StudentConfig  # noqa: E402
 from minitron_mcore.pruning.in_memory import prune_chunks  # noqa: E402
 from minitron_mcore.pruning.plan import make_plan  # noqa: E402
 from minitron_mcore.pruning.plan_file import PruningPlan, check_same_model, load_plan, save_plan  # noqa: E402
+from minitron_mcore.pruning.targets import TARGETS  # noqa: E402
 from minitron_mcore.runtime.config import ParallelConfig  # noqa: E402
 from minitron_mcore.runtime.parallel import layout_stands, use_layout  # noqa: E402
 from minitron_mcore.runtime.whole_folder import whole_folder  # noqa: E402
@@ -217,28 +220,29 @@ def measure(
 def plan(
     scores: Scores,
     *,
-    num_layers: int | None = None,
-    hidden_size: int | None = None,
-    ffn_hidden_size: int | None = None,
-    num_attention_heads: int | None = None,
-    num_query_groups: int | None = None,
+    keep_layers: Sequence[int] | None = None,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    sequence_length: int | None = None,
     **choices: Any,
 ) -> PruningPlan:
     """The indices that stay on every axis, for a student of the given sizes; sizes left out stay the teacher's.
 
-    `choices`: those of `minitron_mcore.pruning.plan.make_plan`: keep_layers, ratios, divisible_by, layers (scattered or
-    contiguous), depth_metric, variant, head_residual, residual_matrices. Pure data; save it with `save_plan`.
+    `choices`: sizes by name (num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups) or as
+    `ratios` of the teacher's, and the keys of a recipe's section `prune`: divisible_by, layers (scattered or
+    contiguous), depth_metric, variant, head_residual, residual_matrices. `keep_layers`: the layers that stay.
+    `sequence_length`: for the FLOPs. Pure data; save it with `save_plan`.
     """
-    sizes = {
-        "num_layers": num_layers,
-        "hidden_size": hidden_size,
-        "ffn_hidden_size": ffn_hidden_size,
-        "num_attention_heads": num_attention_heads,
-        "num_query_groups": num_query_groups,
-    }
-    if _parallel is not None:
-        choices = {"tensor": _parallel.tensor, "pipeline": _parallel.pipeline, **choices}
-    return make_plan(scores, sizes, **choices)
+    of_student = {name: choices.pop(name) for name in (*TARGETS, "ratios") if name in choices}
+    layers, layout = None if keep_layers is None else [*keep_layers], _parallel or ParallelConfig()
+    return make_plan(
+        scores,
+        section_at("student", StudentConfig, {**of_student, "layers": layers}),
+        section_at("prune", PruneConfig, choices),
+        tensor=tensor or layout.tensor,
+        pipeline=pipeline or layout.pipeline,
+        sequence_length=sequence_length,
+    )
 
 
 def prune(model: Model, plan: PruningPlan, *, trainable: bool = False) -> Model:

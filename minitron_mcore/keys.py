@@ -107,6 +107,14 @@ def section(kind: type[_T]) -> type[_T]:
     return made
 
 
+def section_at(path: str, kind: type[_T], values: Mapping[str, Any]) -> _T:
+    """The section of `values`; its errors name the keys below `path`, "" for the recipe itself."""
+    try:
+        return kind(**values)
+    except InputError as error:
+        raise (error.under(path) if path else error) from None
+
+
 def refuse_idle(config: Any, idle: Mapping[str, str], remedy: str) -> None:
     """Raise InputError where a key is given that has no effect, so that nobody waits for one.
 
@@ -186,9 +194,11 @@ def _refusal(kind: type, error: ValidationError) -> InputError:
     if entry is None:
         return InputError(str(name), None, NO_KEY)
     value, path, place = first["input"], entry.name, entry.type
-    for step in inner:  # a number in a list; the rest are pydantic's names for a union's members
+    for step in inner:  # a place in a list, a name in a dictionary; the rest are pydantic's for a union's members
         if isinstance(step, int):
             path, place = f"{path}[{step}]", entry_of(place)
+        elif typing.get_origin(place) is dict:
+            path, place = f"{path}.{step}", typing.get_args(place)[1]
     if first["type"] == "literal_error":
         return refused_choice(path, value, choices_of(place))
     if first["type"] != "finite_number" and not set(BOUNDS) & said.keys():

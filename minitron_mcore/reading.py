@@ -24,6 +24,7 @@ from minitron_mcore.keys import (
     options_of,
     plain_type,
     refused_choice,
+    section_at,
     section_of,
     type_words,
 )
@@ -211,10 +212,7 @@ def _section(kind: Any, given: dict[str, Any], path: str, unknown: Callable[[str
         if name not in entries:
             raise unknown(inner, value)
         values[name] = read(entries[name].type, value, inner, unknown)
-    try:
-        return kind(**values)
-    except InputError as error:
-        raise (error.under(path) if path else error) from None
+    return section_at(path, kind, values)
 
 
 def _scalar(kind: Any, text: str, path: str) -> Any:

@@ -23,6 +23,7 @@ from minitron_mcore.jobs.score import ScoreJob
 from minitron_mcore.jobs.score import resolve as resolve_score
 from minitron_mcore.jobs.tokenizers import model_tokenizer
 from minitron_mcore.jobs.training import data_items
+from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan
 from minitron_mcore.pruning.targets import TARGETS
@@ -152,15 +153,14 @@ def plan_of(recipe: Recipe, setting: Setting, scores: Scores, shape: Architectur
         wanted = [name for name in variants if name.startswith(f"{setting.aggregation}/{setting.neuron_site}")]
         scores = scores.variant(wanted[0])
     whole = shape.num_layers < scores.architecture.num_layers
+    sizes = {name: getattr(shape, name) for name in TARGETS}
+    chosen: dict[str, Any] = {name: getattr(setting, name) for name in ("layers", "depth_metric", "head_residual")}
+    chosen["residual_matrices"] = [*filter(None, setting.residual_matrices.split("+"))]
     return make_plan(
         scores,
-        {name: getattr(shape, name) for name in TARGETS},
-        layers=setting.layers or "scattered",
-        keep_layers=recipe.student.layers if whole else None,
+        StudentConfig(**sizes, layers=recipe.student.layers if whole else None),
+        PruneConfig(**{name: value for name, value in chosen.items() if value}),
         tensor=recipe.parallel.tensor,
         pipeline=recipe.parallel.pipeline,
         sequence_length=recipe.data.sequence_length,
-        depth_metric=setting.depth_metric or "block_influence",
-        head_residual=setting.head_residual or "none",
-        residual_matrices=setting.residual_matrices.split("+") if setting.residual_matrices else ["query", "output"],
     )

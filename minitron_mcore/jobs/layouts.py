@@ -7,7 +7,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.job import Model
 from minitron_mcore.layout import axis_sizes, check_tensor_parallel, split_layers
 from minitron_mcore.pruning.config import StudentConfig
-from minitron_mcore.pruning.targets import TARGETS, student_shape
+from minitron_mcore.pruning.targets import student_shape
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.layouts import check_layout, check_sequence
@@ -27,15 +27,7 @@ def refuse_context(recipe: Recipe, verb: str) -> None:
 
 def asked_shape(recipe: Recipe, student: StudentConfig, teacher: Architecture) -> Architecture:
     """The teacher cut to what `student`, a section, asks for. Raises InputError naming student.<field>."""
-    return student_shape(
-        teacher,
-        {name: getattr(student, name) for name in TARGETS},
-        recipe.parallel.tensor,
-        recipe.parallel.pipeline,
-        ratios=student.ratios,
-        layers=student.layers,
-        divisible_by=recipe.prune.divisible_by,
-    )
+    return student_shape(teacher, student, recipe.prune.divisible_by, recipe.parallel.tensor, recipe.parallel.pipeline)
 
 
 def check_model(

@@ -15,7 +15,7 @@ from minitron_mcore.jobs.job import NOTHING, PLAN, SCORES, Item, Job, Promises, 
 from minitron_mcore.jobs.layouts import asked_shape
 from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan, check_residual, check_same_model
-from minitron_mcore.pruning.targets import TARGETS, no_target
+from minitron_mcore.pruning.targets import no_target
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 
@@ -58,7 +58,7 @@ def plan_from_scores(
 
     Raises InputError, also if the scores are of another model than `teacher`.
     """
-    prune, student = recipe.prune, recipe.student
+    prune = recipe.prune
     if prune.steps != 1:
         rule, remedy = "scores between its steps, which only `run` does", "leave prune.steps out here"
         raise InputError("prune.steps", prune.steps, rule, remedy)
@@ -66,18 +66,11 @@ def plan_from_scores(
         return promised_shape(recipe, teacher), None
     plan = make_plan(
         read_scores(recipe, teacher),
-        {name: getattr(student, name) for name in TARGETS},
-        layers=prune.layers,
+        recipe.student,
+        prune,
         tensor=recipe.parallel.tensor,
         pipeline=recipe.parallel.pipeline,
         sequence_length=recipe.data.sequence_length,
-        keep_layers=student.layers,
-        ratios=student.ratios,
-        divisible_by=prune.divisible_by,
-        variant=prune.variant,
-        depth_metric=prune.depth_metric,
-        head_residual=prune.head_residual,
-        residual_matrices=prune.residual_matrices,
     )
     return plan.student, plan
 

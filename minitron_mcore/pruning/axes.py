@@ -143,12 +143,6 @@ def take_kept(
     return select(tensor, wanted)
 
 
-def prune_dense(tensor: torch.Tensor, parameter: Parameter, plan: PruningPlan, layer: int | None) -> torch.Tensor:
-    """The student's whole parameter from the teacher's; `layer` is the teacher's (None where it has none)."""
-    part = part_of(parameter, plan, layer)
-    return part.made_from(take_kept(tensor, parameter, plan, layer, part.axis, part.needed), plan)
-
-
 def shard_rows(parameter: Parameter, architecture: Architecture, rank: int, size: int) -> numpy.ndarray:
     """Global rows of the sharded axis that tensor-parallel `rank` of `size` holds, in its local order."""
     slices = shard_slices(parameter, architecture, rank, size)

@@ -21,11 +21,11 @@ class StudentConfig:
     """The student. Megatron's field names; what is left out stays the teacher's."""
 
     checkpoint: Optional[PathName] = key(None, "folder the pruned checkpoint is written to", may_change=True)
-    num_layers: Optional[int] = key(None, _SIZE)
-    hidden_size: Optional[int] = key(None, _SIZE)
-    ffn_hidden_size: Optional[int] = key(None, _SIZE)
-    num_attention_heads: Optional[int] = key(None, _SIZE)
-    num_query_groups: Optional[int] = key(None, "KV groups; null: the teacher's, with fewer heads in each")
+    num_layers: Optional[int] = key(None, _SIZE, at_least=1)
+    hidden_size: Optional[int] = key(None, _SIZE, at_least=1)
+    ffn_hidden_size: Optional[int] = key(None, _SIZE, at_least=1)
+    num_attention_heads: Optional[int] = key(None, _SIZE, at_least=1)
+    num_query_groups: Optional[int] = key(None, "KV groups; null: the teacher's, with fewer heads in each", at_least=1)
     layers: Optional[list[int]] = key(None, "the teacher's layers that stay, one by one, whatever their scores")
     ratios: dict[str, float] = key(
         {},

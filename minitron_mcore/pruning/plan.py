@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -13,19 +13,10 @@ import numpy
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
-from minitron_mcore.pruning.config import LAYER_CHOICES
+from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.pruning.plan_file import HeadResidual, PruningPlan, check_residual
-from minitron_mcore.pruning.ranking import (
-    Cut,
-    best,
-    best_in_groups,
-    closest,
-    narrowest,
-    residual_pairs,
-    without_block,
-    without_cheapest,
-)
-from minitron_mcore.pruning.targets import student_shape
+from minitron_mcore.pruning.ranking import Cut, best, narrowest, residual_pairs, without_cheapest
+from minitron_mcore.pruning.targets import DIVIDED, student_shape
 
 if TYPE_CHECKING:
     from minitron_mcore.importance.scores import Scores
@@ -34,112 +25,96 @@ TOLERANCE = 1e-5  # relative to an axis' largest score: how closely fp32 scores 
 TENSOR_CORES = 8  # of bf16 elements: what a matrix product's sizes should be multiples of
 
 
-@dataclass
-class _Axis:
-    """How one axis was cut: every cut, the axis' largest score, and of how many scores each value is the sum."""
-
-    largest: float
-    cuts: list[Cut] = field(default_factory=list)
-    terms: int = 1
-
-    def add(self, cuts: Iterable[Cut], layer: int | None = None) -> None:
-        self.cuts += [replace(cut, layer=layer) for cut in cuts]
-
-
 def make_plan(
     scores: Scores,
-    student: Mapping[str, int | None],
+    student: StudentConfig,
+    prune: PruneConfig,
     *,
-    layers: str = "scattered",
     tensor: int = 1,
     pipeline: int = 1,
     sequence_length: int | None = None,
-    keep_layers: Sequence[int] | None = None,
-    ratios: Mapping[str, float] | None = None,
-    divisible_by: int = 1,
-    variant: str | None = None,
-    depth_metric: str = "block_influence",
-    head_residual: str = "none",
-    residual_matrices: Sequence[str] = ("query", "output"),
 ) -> PruningPlan:
     """Keep the most important indices of every axis; ties keep the lower index.
 
-    `student`, `ratios`, `divisible_by`, `tensor`, `pipeline`: see `student_shape`. KV groups are ranked within their
-    layer; heads within their group, with equally many kept in each group that stays; neurons within their layer; hidden
-    channels once for the whole network. `layers`: "scattered" drops the layers that cost least to leave out, one by
-    one; "contiguous" drops the block that costs least; `keep_layers` names the layers instead. `depth_metric` is that
-    cost: block influence, or a metric that the scores hold (for blocks, at exactly the dropped length).
-    `variant`: which of the scores' aggregations ("BATCH/SEQUENCE/SITE") decides; by default the primary one.
-    `head_residual` (none, paper or laco) and `residual_matrices`: see HeadResidual. `sequence_length`: for the FLOPs.
+    `student`, `tensor`, `pipeline`: see `student_shape`. KV groups are ranked within their layer; heads within their
+    group, with equally many kept in each group that stays; neurons within their layer; hidden channels once for the
+    whole network. `prune.layers`: "scattered" drops the layers that cost least to leave out, one by one; "contiguous"
+    drops the block that costs least; `student.layers` names the layers instead. `prune.depth_metric` is that cost:
+    block influence, or a metric that the scores hold (for blocks, at exactly the dropped length). `prune.variant`:
+    which of the scores' aggregations ("BATCH/SEQUENCE/SITE") decides; by default the primary one.
+    `prune.head_residual` and `prune.residual_matrices`: see HeadResidual. `sequence_length`: for the FLOPs.
 
     Raises InputError, naming student.<field>, prune.<field> or the axis of the scores. Source: arXiv 2407.14679,
     section 2.
     """
     teacher = scores.architecture
-    target = student_shape(
-        teacher, student, tensor, pipeline, ratios=ratios, layers=keep_layers, divisible_by=divisible_by
-    )
-    check_residual(teacher, target, head_residual, residual_matrices)
-    chosen = scores if variant is None else scores.variant(variant)
+    target = student_shape(teacher, student, prune.divisible_by, tensor, pipeline)
+    check_residual(teacher, target, prune.head_residual, prune.residual_matrices)
+    chosen = scores if prune.variant is None else scores.variant(prune.variant)
     of_groups = _group_scores(chosen, target)
     for axis, values in chosen.arrays():
         if not numpy.isfinite(values).all():
             raise InputError("scores", None, f"hold NaN or Inf in {axis}", "score again")
-    kept_layers, layer_axis = _choose_layers(chosen, target.num_layers, layers, depth_metric, keep_layers)
-    kept, axes = _choose_width(chosen, of_groups, target, kept_layers)
-    axes = {"layers": layer_axis, **axes}
+    tolerance = float(scores.settings.get("tolerance", TOLERANCE))
+    kept_layers, cut, noise = _choose_layers(chosen, target.num_layers, prune, student.layers)
+    by_axis = {"hidden": chosen.hidden, "ffn": chosen.ffn, "heads": chosen.heads, "groups": of_groups}
+    kept, cuts = _choose_width(by_axis, teacher, target, kept_layers)
+    cuts = {"layers": [cut], **cuts}
+    spread = {"layers": noise, **{axis: (1, _largest(values)) for axis, values in by_axis.items()}}
     residual = None
-    if head_residual != "none":
+    if prune.head_residual != "none":
         pairs = {
             layer: _residual_pairs(chosen.heads[layer], of_groups[layer], kept["groups"][layer], teacher, target)
             for layer in kept_layers
         }
-        residual = HeadResidual(head_residual, list(residual_matrices), pairs)
-    tolerance = float(scores.settings.get("tolerance", TOLERANCE))
+        residual = HeadResidual(prune.head_residual, list(prune.residual_matrices), pairs)
+    decided = {
+        axis: [[cut.lowest_kept, cut.highest_dropped or 0.0] for cut in of_axis if cut.lowest_kept is not None]
+        for axis, of_axis in cuts.items()
+    }
     return PruningPlan(
         teacher=teacher,
         student=target,
         layers=kept_layers,
         **kept,
         residual=residual,
-        cuts={axis: narrowest(found.cuts) for axis, found in axes.items()},
-        decided={axis: decided for axis, found in axes.items() if (decided := _decided(found.cuts))},
+        cuts={axis: narrowest(of_axis) for axis, of_axis in cuts.items()},
+        decided={axis: scores_at for axis, scores_at in decided.items() if scores_at},
         settings={
-            "layers": layers if keep_layers is None else "given",
-            "depth_metric": depth_metric,
-            "variant": variant,
-            "ratios": dict(ratios or {}),
-            "divisible_by": divisible_by,
-            "head_residual": head_residual,
+            "layers": prune.layers if student.layers is None else "given",
+            "depth_metric": prune.depth_metric,
+            "variant": prune.variant,
+            "ratios": dict(student.ratios),
+            "divisible_by": prune.divisible_by,
+            "head_residual": prune.head_residual,
             "tolerance": tolerance,
             "sequence_length": sequence_length or teacher.max_position_embeddings,
             "scores_fingerprint": scores_fingerprint(scores),
             "scores": dict(chosen.settings),
         },
-        warnings=[*_close_cuts(axes, tolerance), *_size_warnings(teacher, target), *_export_warnings(target)],
+        warnings=[*_close_cuts(cuts, spread, tolerance), *_size_warnings(teacher, target), *_export_warnings(target)],
     )
 
 
 def _choose_width(
-    scores: Scores, of_groups: numpy.ndarray, target: Architecture, layers: list[int]
-) -> tuple[dict[str, Any], dict[str, _Axis]]:
-    """What stays on every axis except the layers, by PruningPlan's names, and how it was cut."""
-    groups_of_teacher = scores.architecture.num_query_groups
-    named = {"hidden": scores.hidden, "ffn": scores.ffn, "heads": scores.heads, "groups": of_groups}
-    axes = {axis: _Axis(float(numpy.abs(values).max())) for axis, values in named.items()}
-    kept: dict[str, Any] = {"ffn": {}, "heads": {}, "groups": {}}
-    kept["hidden"], cut = best(scores.hidden, target.hidden_size)
-    axes["hidden"].add([cut])
+    scores: Mapping[str, numpy.ndarray], teacher: Architecture, target: Architecture, layers: list[int]
+) -> tuple[dict[str, Any], dict[str, list[Cut]]]:
+    """What stays on every axis of `scores` by PruningPlan's names, and its cuts in the order of `layers`."""
+    hidden, cut = best(scores["hidden"], target.hidden_size)
+    kept: dict[str, Any] = {"hidden": hidden, "ffn": {}, "heads": {}, "groups": {}}
+    cuts: dict[str, list[Cut]] = {"hidden": [cut], "ffn": [], "heads": [], "groups": []}
     for layer in layers:
-        kept["ffn"][layer], cut = best(scores.ffn[layer], target.ffn_hidden_size)
-        axes["ffn"].add([cut], layer)
-        kept["groups"][layer], cut = best(of_groups[layer], target.num_query_groups)
-        axes["groups"].add([cut], layer)
-        kept["heads"][layer], cuts = best_in_groups(
-            scores.heads[layer], groups_of_teacher, target.heads_per_group, kept["groups"][layer]
-        )
-        axes["heads"].add(cuts, layer)
-    return kept, axes
+        for axis, count in (("ffn", target.ffn_hidden_size), ("groups", target.num_query_groups)):
+            kept[axis][layer], cut = best(scores[axis][layer], count, layer)
+            cuts[axis].append(cut)
+        kept["heads"][layer] = []
+        for group in kept["groups"][layer]:
+            first = group * teacher.heads_per_group
+            of_group = scores["heads"][layer][first : first + teacher.heads_per_group]
+            heads, cut = best(of_group, target.heads_per_group, layer, group)
+            kept["heads"][layer] += [first + head for head in heads]
+            cuts["heads"].append(cut)
+    return kept, cuts
 
 
 def _group_scores(scores: Scores, target: Architecture) -> numpy.ndarray:
@@ -156,23 +131,22 @@ def _group_scores(scores: Scores, target: Architecture) -> numpy.ndarray:
 
 
 def _choose_layers(
-    scores: Scores, count: int, choice: str, metric: str, given: Sequence[int] | None
-) -> tuple[list[int], _Axis]:
+    scores: Scores, count: int, prune: PruneConfig, given: Sequence[int] | None
+) -> tuple[list[int], Cut, tuple[int, float]]:
+    """The layers that stay, the cut, and (of how many scores each of its values is the sum, the largest score)."""
     total = len(scores.layers)
-    if choice not in LAYER_CHOICES:
-        raise InputError("prune.layers", choice, "is not allowed", f"choose one of {', '.join(LAYER_CHOICES)}")
     if given is not None or count == total:
-        return list(range(total) if given is None else given), _Axis(0.0, [Cut(count, total)])
-    length = 1 if choice == "scattered" else total - count
-    costs = scores.layers if metric == "block_influence" else scores.depth_of(metric, length)
-    if choice == "scattered":
-        kept, cut = best(costs, count)
-    elif metric == "block_influence":
-        kept, cut = without_block(costs, count)
-    else:
-        kept, cut = without_cheapest(costs.tolist(), total)
-    terms = length if metric == "block_influence" else 1
-    return kept, _Axis(float(numpy.abs(costs).max()), [cut], terms)
+        return list(range(total) if given is None else given), Cut(count, total), (1, 0.0)
+    of_influence = prune.depth_metric == "block_influence"
+    length = 1 if prune.layers == "scattered" else total - count
+    costs = scores.layers if of_influence else scores.depth_of(prune.depth_metric, length)
+    spread = (length if of_influence else 1, _largest(costs))
+    if prune.layers == "scattered":
+        return *best(costs, count), spread
+    if of_influence:
+        # fsum: a block's total does not depend on the order of its layers, so equal blocks are equal.
+        costs = numpy.array([math.fsum(costs[start : start + length]) for start in range(count + 1)])
+    return *without_cheapest(costs.tolist(), total), spread
 
 
 def _residual_pairs(
@@ -199,15 +173,18 @@ def scores_fingerprint(scores: Scores) -> str:
     return digest.hexdigest()
 
 
-def _decided(cuts: list[Cut]) -> list[list[float]]:
-    return [[cut.lowest_kept, cut.highest_dropped or 0.0] for cut in cuts if cut.lowest_kept is not None]
+def _largest(scores: numpy.ndarray) -> float:
+    return float(numpy.abs(scores).max())
 
 
-def _close_cuts(axes: Mapping[str, _Axis], tolerance: float) -> Iterator[str]:
+def _close_cuts(
+    cuts: Mapping[str, list[Cut]], spread: Mapping[str, tuple[int, float]], tolerance: float
+) -> Iterator[str]:
     """A warning for each axis with a cut that numerical noise could decide: either score there may be off by
     `tolerance` times the axis' largest, and a block's total by that for each of its layers."""
-    for axis, found in axes.items():
-        cut, noise = closest(found.cuts), 2 * found.terms * tolerance * found.largest
+    for axis, (terms, largest) in spread.items():
+        # The narrowest decision, all scores of an axis being known to the same accuracy.
+        cut, noise = min(cuts[axis], key=Cut.gap), 2 * terms * tolerance * largest
         if cut.gap() <= noise:
             where = "" if cut.layer is None else f" in layer {cut.layer}"
             where += "" if cut.group is None else f", KV group {cut.group}"
@@ -218,7 +195,7 @@ def _close_cuts(axes: Mapping[str, _Axis], tolerance: float) -> Iterator[str]:
 
 
 def _size_warnings(teacher: Architecture, student: Architecture) -> Iterator[str]:
-    for name in ("hidden_size", "ffn_hidden_size"):
+    for name in DIVIDED:
         if getattr(student, name) % TENSOR_CORES and getattr(teacher, name) % TENSOR_CORES == 0:
             yield (
                 f"{name}={getattr(student, name)} is not a multiple of {TENSOR_CORES}, while the teacher's "

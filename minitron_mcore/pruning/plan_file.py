@@ -8,20 +8,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import kind_of, write_whole
+from minitron_mcore.keys import OneOf
 from minitron_mcore.pruning.config import RESIDUAL_MATRICES, RESIDUALS
 from minitron_mcore.pruning.ranking import Cut
 from minitron_mcore.pruning.targets import TARGETS
 
 FORMAT = "minitron_plan"
+# What is kept -> the size that says how much.
+SIZES = dict(zip(("layers", "hidden", "ffn", "heads", "groups"), TARGETS, strict=True))
+
+_REMEDY = "name the file that `minitron plan` wrote"
+# In a file fields that follow from the family may be left out.
+_Model = Annotated[
+    Architecture, BeforeValidator(lambda fields: build_architecture(fields) if isinstance(fields, dict) else fields)
+]
+# Pydantic's errors that have words of their own.
+_RULES = {
+    "missing": "lacks {}",
+    "dataclass_type": "must map names to values in {}",
+    "dict_type": "must map names to values in {}",
+    "list_type": "must have a list of whole numbers in {}",
+    "int_type": "must have a list of whole numbers in {}",
+}
 
 
 @dataclass(frozen=True)
@@ -33,12 +53,12 @@ class HeadResidual:
     head. `pairs`: kept layer of the teacher -> (kept head, dropped head), global query-head indices.
     """
 
-    rule: str
+    rule: Annotated[str, OneOf(*RESIDUALS)]
     matrices: list[str]
     pairs: dict[int, list[tuple[int, int]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PruningPlan:
     """What the student keeps of the teacher: global indices, ascending.
 
@@ -52,36 +72,35 @@ class PruningPlan:
     Raises InputError, naming the list, if an index does not fit the two architectures.
     """
 
-    teacher: Architecture
-    student: Architecture
+    teacher: _Model
+    student: _Model
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    decided: dict[str, list[list[float]]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     layers: list[int]
     hidden: list[int]
     ffn: dict[int, list[int]]
     heads: dict[int, list[int]]
-    cuts: dict[str, Cut] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
     groups: dict[int, list[int]] = field(default_factory=dict)
     residual: HeadResidual | None = None
-    decided: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         student = self.student.to_dict()
         for name, value in self.teacher.to_dict().items():
             if name not in TARGETS and student[name] != value:
                 raise refusal(f"has student.{name}={student[name]}, which must be the teacher's {value}")
-        _check_indices("layers", self.layers, self.student.num_layers, self.teacher.num_layers)
-        _check_indices("hidden", self.hidden, self.student.hidden_size, self.teacher.hidden_size)
-        self._check_layers("ffn", self.ffn)
-        self._check_layers("heads", self.heads)
-        for layer in self.layers:
-            _check_indices(f"ffn.{layer}", self.ffn[layer], self.student.ffn_hidden_size, self.teacher.ffn_hidden_size)
-            _check_indices(
-                f"heads.{layer}", self.heads[layer], self.student.num_attention_heads, self.teacher.num_attention_heads
-            )
-        if not self.groups:
-            object.__setattr__(self, "groups", {layer: self._groups_of(layer) for layer in self.layers})
-        self._check_layers("groups", self.groups)
+        for axis, size in SIZES.items():
+            if axis == "groups" and not self.groups:
+                object.__setattr__(self, "groups", {layer: self._groups_of(layer) for layer in self.layers})
+            kept = getattr(self, axis)
+            if isinstance(kept, dict):
+                self._check_layers(axis, kept)
+                kept = {f"{axis}.{layer}": kept[layer] for layer in self.layers}
+            else:
+                kept = {axis: kept}
+            for name, indices in kept.items():
+                _check_indices(name, indices, student[size], getattr(self.teacher, size))
         for layer in self.layers:
             self._check_heads(layer)
         if self.residual is not None:
@@ -94,33 +113,28 @@ class PruningPlan:
             return list(range(self.teacher.num_query_groups))
         return sorted({head // self.teacher.heads_per_group for head in self.heads[layer]})
 
-    def _check_layers(self, axis: str, by_layer: dict[int, list[int]]) -> None:
+    def _check_layers(self, axis: str, by_layer: dict[int, Any]) -> None:
         if sorted(by_layer) != self.layers:
             raise refusal(f"gives {axis} for the layers {sorted(by_layer)}, but keeps the layers {self.layers}")
 
     def _check_heads(self, layer: int) -> None:
-        teacher, student = self.teacher, self.student
-        _check_indices(f"groups.{layer}", self.groups[layer], student.num_query_groups, teacher.num_query_groups)
-        of_heads = [head // teacher.heads_per_group for head in self.heads[layer]]
-        for group in sorted({*of_heads, *self.groups[layer]}):
-            if group not in self.groups[layer]:
-                raise refusal(
-                    f"keeps query heads of KV group {group} in heads.{layer}, but not the group itself in "
-                    f"groups.{layer}={self.groups[layer]}"
-                )
-            if of_heads.count(group) != student.heads_per_group:
-                raise refusal(
-                    f"keeps {of_heads.count(group)} query heads of KV group {group} in heads.{layer}, but "
-                    f"student.num_attention_heads={student.num_attention_heads} needs {student.heads_per_group} in each"
-                )
+        groups, student = self.groups[layer], self.student
+        counts = Counter(head // self.teacher.heads_per_group for head in self.heads[layer])
+        for group in sorted({*counts, *groups}):
+            heads = f"query heads of KV group {group} in heads.{layer}, but"
+            if group not in groups:
+                raise refusal(f"keeps {heads} not the group itself in groups.{layer}={groups}")
+            if counts[group] != student.heads_per_group:
+                needed = f"student.num_attention_heads={student.num_attention_heads} needs {student.heads_per_group}"
+                raise refusal(f"keeps {counts[group]} {heads} {needed} in each")
 
     def _check_pairs(self, pairs: dict[int, list[tuple[int, int]]]) -> None:
-        self._check_layers("residual.pairs", pairs)  # type: ignore[arg-type]
+        self._check_layers("residual.pairs", pairs)
         q = self.teacher.heads_per_group
         for layer, of_layer in pairs.items():
-            kept = [pair[0] for pair in of_layer]
+            times = Counter(kept for kept, _ in of_layer)
             for first, second in of_layer:
-                if first not in self.heads[layer] or second in self.heads[layer] or kept.count(first) > 1:
+                if first not in self.heads[layer] or second in self.heads[layer] or times[first] > 1:
                     rule = "must be a kept head, at most once each, and the dropped head that it absorbs"
                 elif not 0 <= second < self.teacher.num_attention_heads or (q > 1 and first // q != second // q):
                     rule = "must be two heads of one KV group, or of a layer whose groups have one head each"
@@ -143,39 +157,19 @@ class PruningPlan:
     @property
     def fingerprint(self) -> str:
         """sha256 of what is kept, however it was decided. Groups follow from the heads."""
-        kept: list[Any] = [
-            self.teacher.to_dict(),
-            self.student.to_dict(),
-            self.layers,
-            self.hidden,
-            [(self.ffn[layer], self.heads[layer]) for layer in self.layers],
-        ]
+        by_layer = [(self.ffn[layer], self.heads[layer]) for layer in self.layers]
+        kept: list[Any] = [self.teacher.to_dict(), self.student.to_dict(), self.layers, self.hidden, by_layer]
         if self.residual is not None:
             kept.append(asdict(self.residual))
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Readable text, with one line for each list of indices."""
-        content = {
-            "format": FORMAT,
-            "teacher": self.teacher.to_dict(),
-            "student": self.student.to_dict(),
-            "cost": self.cost(),
-            "cuts": {axis: asdict(cut) for axis, cut in self.cuts.items()},
-            "decided": self.decided,
-            "settings": self.settings,
-            "warnings": self.warnings,
-            "layers": self.layers,
-            "hidden": self.hidden,
-            **{
-                axis: {str(layer): indices for layer, indices in by_layer.items()}
-                for axis, by_layer in (("ffn", self.ffn), ("heads", self.heads), ("groups", self.groups))
-            },
-        }
-        if (residual := self.residual) is not None:
-            pairs = {str(layer): pairs for layer, pairs in residual.pairs.items()}
-            content["residual"] = {"rule": residual.rule, "matrices": residual.matrices, "pairs": pairs}
-        return _readable(content) + "\n"
+        fields = asdict(self)
+        models = {name: fields.pop(name) for name in ("teacher", "student")}
+        if self.residual is None:
+            del fields["residual"]
+        return _readable({"format": FORMAT, **models, "cost": self.cost(), **fields}) + "\n"
 
     @staticmethod
     def from_json(text: str) -> PruningPlan:
@@ -183,33 +177,23 @@ class PruningPlan:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise refusal(f"is not JSON ({error})", "name the file that `minitron plan` wrote") from error
+            raise refusal(f"is not JSON ({error})", _REMEDY) from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise refusal(f'lacks "format": "{FORMAT}"', "name the file that `minitron plan` wrote")
-        if missing := [key for key in ("teacher", "student", "layers", "hidden", "ffn", "heads") if key not in data]:
-            raise refusal(f"lacks {', '.join(missing)}")
-        for key in ("teacher", "student", "ffn", "heads", "groups", "residual"):
-            if key in data and not isinstance(data[key], dict):
-                raise refusal(f"must map names to values in {key}")
+            raise refusal(f'lacks "format": "{FORMAT}"', _REMEDY)
         try:
-            return PruningPlan(
-                teacher=build_architecture(data["teacher"]),
-                student=build_architecture(data["student"]),
-                layers=data["layers"],
-                hidden=data["hidden"],
-                ffn=_by_layer(data["ffn"]),
-                heads=_by_layer(data["heads"]),
-                groups=_by_layer(data.get("groups", {})),
-                residual=_read_residual(data["residual"]) if "residual" in data else None,
-                cuts={axis: Cut(**cut) for axis, cut in data.get("cuts", {}).items()},
-                decided=dict(data.get("decided", {})),
-                settings=dict(data.get("settings", {})),
-                warnings=list(data.get("warnings", [])),
-            )
-        except InputError:
-            raise
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            return _FILE.validate_json(text, strict=True)
+        except TypeError as error:
             raise refusal(f"cannot be read ({error})", "make the plan again") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
+                raise cause from error
+            where = ".".join(map(str, first["loc"]))
+            unknown = f"cannot be read ({first['msg']} in {where})"
+            raise refusal(_RULES.get(first["type"], unknown).format(where), "make the plan again") from error
+
+
+_FILE = TypeAdapter(PruningPlan)
 
 
 def refusal(rule: str, remedy: str = "") -> InputError:
@@ -219,9 +203,6 @@ def refusal(rule: str, remedy: str = "") -> InputError:
 
 def check_residual(teacher: Architecture, student: Architecture, rule: str, matrices: Sequence[str]) -> None:
     """Raise InputError, naming the key, for head residuals that this student cannot have; "none" always fits."""
-    key, choices = "prune.head_residual", ("none", *RESIDUALS)
-    if rule not in choices:
-        raise InputError(key, rule, "is not allowed", f"choose one of {', '.join(choices)}")
     one_each = teacher.heads_per_group == 1
     allowed = RESIDUAL_MATRICES if one_each else ("query", "output")
     for name in matrices:
@@ -238,11 +219,10 @@ def check_residual(teacher: Architecture, student: Architecture, rule: str, matr
     if one_each:
         there, left = teacher.num_attention_heads, student.num_attention_heads
     if 2 * left < there:
-        why = (
-            f"needs at least half of the competing heads to stay, but student.num_attention_heads="
-            f"{student.num_attention_heads} keeps {left} of {there}{'' if one_each else ' in each KV group'}"
-        )
-        raise InputError(key, rule, why, f"keep more heads, or set {key}=none")
+        heads = f"{left} of {there}{'' if one_each else ' in each KV group'}"
+        few = f"student.num_attention_heads={student.num_attention_heads} keeps {heads}"
+        why = f"needs at least half of the competing heads to stay, but {few}"
+        raise InputError("prune.head_residual", rule, why, "keep more heads, or set prune.head_residual=none")
 
 
 def save_plan(plan: PruningPlan, path: Path) -> None:
@@ -254,12 +234,11 @@ def save_plan(plan: PruningPlan, path: Path) -> None:
 def load_plan(path: str | Path, teacher: Architecture | None = None) -> PruningPlan:
     """Read `path` and check it, also against `teacher` where given. Raises InputError."""
     if not Path(path).is_file():
-        raise InputError("plan", path, kind_of(path) or "does not exist", "name the file that `minitron plan` wrote")
+        raise InputError("plan", path, kind_of(path) or "does not exist", _REMEDY)
     try:
         plan = PruningPlan.from_json(Path(path).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        what = kind_of(path) or "is not JSON"
-        raise InputError("plan", path, what, "name the file that `minitron plan` wrote") from error
+        raise InputError("plan", path, kind_of(path) or "is not JSON", _REMEDY) from error
     except InputError as error:
         inside = "" if error.key in ("", "plan") else f"holds {error.key}={error.value}, which "
         raise InputError("plan", path, inside + error.rule, error.remedy) from error
@@ -276,10 +255,8 @@ def check_same_model(stated: Architecture, teacher: Architecture, key: str, valu
             raise InputError(key, value, rule, f"make the {key} again from this teacher")
 
 
-def _check_indices(name: str, indices: Any, count: int, size: int) -> None:
-    """Raise InputError unless `indices` are `count` ascending whole numbers below `size`."""
-    if not isinstance(indices, list) or any(type(index) is not int for index in indices):
-        raise refusal(f"must have a list of whole numbers in {name}")
+def _check_indices(name: str, indices: list[int], count: int, size: int) -> None:
+    """Raise InputError unless `indices` are `count` ascending ones below `size`."""
     if len(indices) != count:
         raise refusal(f"keeps {len(indices)} indices in {name}, but the student's shape needs {count}")
     if any(low >= high for low, high in pairwise(indices)):
@@ -289,20 +266,9 @@ def _check_indices(name: str, indices: Any, count: int, size: int) -> None:
         raise refusal(f"has the index {wrong} in {name}, but the teacher's are 0 to {size - 1}")
 
 
-def _by_layer(data: dict[str, Any]) -> dict[int, Any]:
-    return {int(layer): indices for layer, indices in data.items()}
-
-
-def _read_residual(data: dict[str, Any]) -> HeadResidual:
-    pairs = {
-        layer: [(int(kept), int(gone)) for kept, gone in given] for layer, given in _by_layer(data["pairs"]).items()
-    }
-    return HeadResidual(rule=data["rule"], matrices=list(data["matrices"]), pairs=pairs)
-
-
 def _readable(value: Any, indent: str = "") -> str:
     """JSON with an indented line for each entry of a mapping, and every list on one line."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value)
-    rows = [f"{indent}  {json.dumps(key)}: {_readable(entry, indent + '  ')}" for key, entry in value.items()]
+    rows = [f"{indent}  {json.dumps(str(key))}: {_readable(entry, indent + '  ')}" for key, entry in value.items()]
     return "{\n" + ",\n".join(rows) + f"\n{indent}}}"

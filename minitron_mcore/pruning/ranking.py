@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy
 
@@ -32,40 +32,15 @@ class Cut:
         return math.inf if self.lowest_kept is None else self.lowest_kept - (self.highest_dropped or 0.0)
 
 
-def best(scores: numpy.ndarray, count: int) -> tuple[list[int], Cut]:
+def best(
+    scores: numpy.ndarray, count: int, layer: int | None = None, group: int | None = None
+) -> tuple[list[int], Cut]:
     """The `count` indices of highest score, ascending; of equal scores the lower index."""
     order = numpy.argsort(-scores, kind="stable")
     kept = sorted(order[:count].tolist())
     if count == len(scores):
-        return kept, Cut(count, count)
-    return kept, _cut(count, len(scores), scores[order[count - 1]], scores[order[count]])
-
-
-def best_in_groups(
-    scores: numpy.ndarray, groups: int, count: int, among: Sequence[int] | None = None
-) -> tuple[list[int], list[Cut]]:
-    """The `count` best of each of `groups` equal, contiguous parts of `scores`, as indices of the whole; their cuts.
-
-    `among`: the parts to choose in, ascending; by default all.
-    """
-    kept: list[int] = []
-    cuts: list[Cut] = []
-    parts = numpy.split(scores, groups)
-    for group in range(groups) if among is None else among:
-        chosen, cut = best(parts[group], count)
-        kept += [group * len(parts[group]) + index for index in chosen]
-        cuts.append(replace(cut, group=group))
-    return kept, cuts
-
-
-def without_block(influence: numpy.ndarray, count: int) -> tuple[list[int], Cut]:
-    """Every layer outside the contiguous block of least total influence; of equal blocks the later one goes."""
-    total = len(influence)
-    length = total - count
-    if length == 0:
-        return list(range(total)), Cut(total, total)
-    # fsum: a block's total does not depend on the order of its layers, so equal blocks are equal.
-    return without_cheapest([math.fsum(influence[start : start + length]) for start in range(count + 1)], total)
+        return kept, Cut(count, count, layer=layer, group=group)
+    return kept, _cut(count, len(scores), scores[order[count - 1]], scores[order[count]], layer, group)
 
 
 def without_cheapest(blocks: Sequence[float], total: int) -> tuple[list[int], Cut]:
@@ -98,13 +73,10 @@ def narrowest(cuts: Sequence[Cut]) -> Cut:
     return min(real, key=lambda cut: cut.margin or 0.0) if real else Cut(cuts[0].kept, cuts[0].of)
 
 
-def closest(cuts: Sequence[Cut]) -> Cut:
-    """The cut of least gap: the narrowest decision, all scores of an axis being known to the same accuracy."""
-    return min(cuts, key=Cut.gap)
-
-
-def _cut(kept: int, of: int, lowest_kept: float, highest_dropped: float) -> Cut:
+def _cut(
+    kept: int, of: int, lowest_kept: float, highest_dropped: float, layer: int | None = None, group: int | None = None
+) -> Cut:
     # For positive scores the larger of the two is |lowest_kept|; taking the larger keeps any margin finite.
     scale = max(abs(lowest_kept), abs(highest_dropped))
     margin = float((lowest_kept - highest_dropped) / scale) if scale else 0.0
-    return Cut(kept, of, margin, float(lowest_kept), float(highest_dropped))
+    return Cut(kept, of, margin, float(lowest_kept), float(highest_dropped), layer, group)

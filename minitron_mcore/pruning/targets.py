@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import check_tensor_parallel
+from minitron_mcore.pruning.config import StudentConfig
 
 TARGETS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 # Dimensions of the matrix products, to which prune.divisible_by applies.
@@ -16,37 +17,24 @@ DIVIDED = ("hidden_size", "ffn_hidden_size")
 
 
 def student_shape(
-    teacher: Architecture,
-    student: Mapping[str, int | None],
-    tensor: int = 1,
-    pipeline: int = 1,
-    *,
-    ratios: Mapping[str, float] | None = None,
-    layers: Sequence[int] | None = None,
-    divisible_by: int = 1,
+    teacher: Architecture, student: StudentConfig, divisible_by: int = 1, tensor: int = 1, pipeline: int = 1
 ) -> Architecture:
     """The teacher cut to the sizes asked for.
 
-    `student`: TARGETS -> size or None. A size that is not given stays the teacher's. If only KV groups are given, each
-    keeps all of its query heads; if each group has a single head, groups and heads shrink together. `ratios`: TARGETS
-    -> share of the teacher's size, above 0 and at most 1, rounded to the nearest multiple of what must divide the size,
-    at least one such multiple and at most the teacher's size. `layers`: the teacher's layers that stay. `divisible_by`:
-    what must divide hidden_size and ffn_hidden_size where they shrink. `tensor` and `pipeline`: the student's layout.
+    A size of `student` that is not given stays the teacher's. If only KV groups are given, each keeps all of its query
+    heads; if each group has a single head, groups and heads shrink together. A ratio is rounded to the nearest multiple
+    of what must divide the size, at least one such multiple and at most the teacher's size. `divisible_by`: what must
+    divide hidden_size and ffn_hidden_size where they shrink. `tensor` and `pipeline`: the student's layout.
 
     Raises InputError, naming student.<field>, prune.divisible_by or parallel.<field>.
     """
-    wanted = {name: value for name, value in student.items() if value is not None}
-    ratios = ratios or {}
-    if isinstance(divisible_by, bool) or not isinstance(divisible_by, int) or divisible_by < 1:
-        raise InputError("prune.divisible_by", divisible_by, "must be a whole number of at least 1")
-    _check_sizes(teacher, wanted)
+    wanted = {name: size for name in TARGETS if (size := getattr(student, name)) is not None}
+    ratios = student.ratios
+    _check_sizes(teacher, wanted, divisible_by)
     _check_ratios(ratios, wanted)
-    if layers is not None:
-        _check_layers(teacher, layers, wanted, ratios)
-        wanted["num_layers"] = len(layers)
-    for name, size in wanted.items():
-        if name in DIVIDED and size != getattr(teacher, name):
-            _check_divisible(name, size, getattr(teacher, name), divisible_by)
+    if student.layers is not None:
+        _check_layers(teacher, student.layers, wanted, ratios)
+        wanted["num_layers"] = len(student.layers)
     divisors = {
         "hidden_size": divisible_by,
         "ffn_hidden_size": math.lcm(divisible_by, tensor),
@@ -58,18 +46,13 @@ def student_shape(
             wanted[name] = _share(name, ratios[name], getattr(teacher, name), divisor)
     _resolve_heads(teacher, wanted, ratios.get("num_attention_heads"), tensor)
     target = teacher.replace(**wanted)
-    sharded = ("ffn_hidden_size", *(["num_query_groups"] if "num_query_groups" in wanted else []))
-    for name in sharded:
+    for name in ("ffn_hidden_size", *({"num_query_groups"} & wanted.keys())):
         if (size := getattr(target, name)) % tensor:
             remedy = "choose a multiple, or lower parallel.tensor"
             raise InputError(f"student.{name}", size, f"is not a multiple of parallel.tensor={tensor}", remedy)
     if target.num_layers < pipeline:
-        raise InputError(
-            "student.num_layers",
-            target.num_layers,
-            f"is fewer than the {pipeline} stages of parallel.pipeline={pipeline}",
-            "keep more layers, or lower parallel.pipeline",
-        )
+        rule = f"is fewer than the {pipeline} stages of parallel.pipeline={pipeline}"
+        raise InputError("student.num_layers", target.num_layers, rule, "keep more layers, or lower parallel.pipeline")
     check_tensor_parallel(target, tensor)
     return target
 
@@ -81,22 +64,24 @@ def no_target(teacher: Architecture) -> InputError:
     return InputError("student", None, "asks for nothing smaller than the teacher", remedy)
 
 
-def _check_sizes(teacher: Architecture, wanted: Mapping[str, int]) -> None:
-    for name, value in wanted.items():
-        if name not in TARGETS:
-            raise InputError(f"student.{name}", value, "cannot be pruned", f"choose from {', '.join(TARGETS)}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"student.{name}", value, "must be a whole number of at least 1")
-        if value > (size := getattr(teacher, name)):
-            rule = f"is larger than the teacher's {size}, and pruning only makes a model smaller"
-            raise InputError(f"student.{name}", value, rule, f"choose at most {size}")
+def _check_sizes(teacher: Architecture, wanted: Mapping[str, int], divisor: int) -> None:
+    for name, size in wanted.items():
+        key, whole = f"student.{name}", getattr(teacher, name)
+        if size > whole:
+            rule = f"is larger than the teacher's {whole}, and pruning only makes a model smaller"
+            raise InputError(key, size, rule, f"choose at most {whole}")
+        if name in DIVIDED and size != whole and size % divisor:
+            below = size - size % divisor
+            near = [str(value) for value in (below, below + divisor) if 0 < value <= whole] or [str(whole)]
+            rule = f"is not a multiple of prune.divisible_by={divisor}"
+            raise InputError(key, size, rule, f"choose {' or '.join(near)}")
 
 
 def _check_ratios(ratios: Mapping[str, float], wanted: Mapping[str, int]) -> None:
     for name, ratio in ratios.items():
         if name not in TARGETS:
             raise InputError(f"student.ratios.{name}", ratio, "cannot be pruned", f"choose from {', '.join(TARGETS)}")
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+        if not 0 < ratio <= 1:
             rule = "must be above 0 and at most 1, being the share that stays"
             raise InputError(f"student.ratios.{name}", ratio, rule)
         if name in wanted:
@@ -105,31 +90,21 @@ def _check_ratios(ratios: Mapping[str, float], wanted: Mapping[str, int]) -> Non
 
 
 def _check_layers(
-    teacher: Architecture, layers: Sequence[int], wanted: Mapping[str, int], ratios: Mapping[str, float]
+    teacher: Architecture, layers: list[int], wanted: Mapping[str, int], ratios: Mapping[str, float]
 ) -> None:
-    both = "leave one of them out"
-    if not layers or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+    rule, remedy = "", "leave one of them out"
+    if wanted.get("num_layers", len(layers)) != len(layers):
+        rule = f"names {len(layers)} layers, but student.num_layers={wanted['num_layers']}"
+    elif "num_layers" in ratios:
+        rule = f"and student.ratios.num_layers={ratios['num_layers']} are both given"
+    if not layers:
         rule, remedy = "must be a list of the teacher's layers that stay, as in [0,1,2]", ""
     elif min(layers) < 0 or max(layers) >= teacher.num_layers:
         rule, remedy = f"must be among the teacher's layers 0 to {teacher.num_layers - 1}", ""
     elif any(low >= high for low, high in pairwise(layers)):
         rule, remedy = "must be in ascending order, each layer once", ""
-    elif wanted.get("num_layers", len(layers)) != len(layers):
-        rule, remedy = f"names {len(layers)} layers, but student.num_layers={wanted['num_layers']}", both
-    elif "num_layers" in ratios:
-        rule, remedy = f"and student.ratios.num_layers={ratios['num_layers']} are both given", both
-    else:
-        return
-    raise InputError("student.layers", list(layers), rule, remedy)
-
-
-def _check_divisible(name: str, size: int, teacher: int, divisor: int) -> None:
-    if size % divisor == 0:
-        return
-    below = size - size % divisor
-    near = [str(value) for value in (below, below + divisor) if 0 < value <= teacher] or [str(teacher)]
-    rule = f"is not a multiple of prune.divisible_by={divisor}"
-    raise InputError(f"student.{name}", size, rule, f"choose {' or '.join(near)}")
+    if rule:
+        raise InputError("student.layers", layers, rule, remedy)
 
 
 def _share(name: str, ratio: float, teacher: int, divisor: int) -> int:
@@ -146,8 +121,8 @@ def _share(name: str, ratio: float, teacher: int, divisor: int) -> int:
 
 def _resolve_heads(teacher: Architecture, wanted: dict[str, int], ratio: float | None, tensor: int) -> None:
     """Fill in whichever of query heads and KV groups `wanted` lacks. Raises InputError where the two do not fit."""
-    q, one_each = teacher.heads_per_group, teacher.heads_per_group == 1
-    if one_each and "num_query_groups" not in wanted:
+    q = teacher.heads_per_group
+    if q == 1 and "num_query_groups" not in wanted:
         if ratio is not None:
             wanted["num_query_groups"] = _share("num_attention_heads", ratio, teacher.num_query_groups, tensor)
         elif "num_attention_heads" in wanted:
@@ -156,11 +131,11 @@ def _resolve_heads(teacher: Architecture, wanted: dict[str, int], ratio: float |
     if ratio is not None:
         share = _share("num_attention_heads", ratio, teacher.num_attention_heads, groups)
         wanted["num_attention_heads"] = min(share, groups * q)
-    heads = wanted.setdefault("num_attention_heads", groups * q)
+    key, heads = "student.num_attention_heads", wanted.setdefault("num_attention_heads", groups * q)
     if heads % groups:
         whose = "student.num_query_groups" if "num_query_groups" in wanted else "the teacher's num_query_groups"
         rule = f"is not a multiple of {whose}={groups}, and every KV group keeps equally many query heads"
-        raise InputError("student.num_attention_heads", heads, rule, "choose a multiple")
+        raise InputError(key, heads, rule, "choose a multiple")
     if heads > groups * q:
         rule = f"puts {heads // groups} query heads in each of {groups} KV groups, but the teacher has {q}"
-        raise InputError("student.num_attention_heads", heads, rule, f"choose at most {groups * q}")
+        raise InputError(key, heads, rule, f"choose at most {groups * q}")

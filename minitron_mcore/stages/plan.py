@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from minitron_mcore.jobs.plan import PlanJob
-from minitron_mcore.pruning.plan_file import PruningPlan, save_plan
-from minitron_mcore.pruning.targets import TARGETS
+from minitron_mcore.pruning.plan_file import SIZES, PruningPlan, save_plan
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.tables import table
 
@@ -24,9 +23,8 @@ def run(job: PlanJob, runtime: Runtime) -> PruningPlan:
 
 def describe(plan: PruningPlan) -> str:
     """Before, after, and the narrowest cut of every axis, as a table; then the warnings."""
-    axes = dict(zip(TARGETS, ("layers", "hidden", "ffn", "heads", "groups"), strict=True))
     rows = []
-    for name, axis in axes.items():
+    for axis, name in SIZES.items():
         before, after = getattr(plan.teacher, name), getattr(plan.student, name)
         cut = plan.cuts.get(axis)
         margin = "" if cut is None or cut.margin is None else f"{cut.margin:.1e}"

@@ -16,11 +16,11 @@ import yaml
 
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.importance.scores import Scores, save_scores
-from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import save_plan
 from tests.distributed.foreign_models import LLAMA, arguments, save_foreign
 from tests.distributed.hf_cases import architecture_of, save_with_transformers, tensors_of
 from tests.distributed.ranks import run_on_ranks
+from tests.plans import make_plan
 from tests.unit.text_data import small_tokenizer
 
 CASE = "llama-scaled"

@@ -17,10 +17,10 @@ import yaml
 
 from minitron_mcore.data.tokenizer import load_tokenizer
 from minitron_mcore.importance.scores import Scores, save_scores
-from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import save_plan
 from tests.distributed.hf_cases import architecture_of, save_with_transformers
 from tests.e2e.verbs import minitron, run_well
+from tests.plans import make_plan
 from tests.unit.data.test_fingerprint import train_byte_level
 from tests.unit.text_data import EMAIL_PACKAGE, small_data, small_tokenizer
 

@@ -21,7 +21,6 @@ from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.layout import parameter_table
-from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan
 from tests.distributed.foreign_models import (
     CASES,
@@ -39,6 +38,7 @@ from tests.distributed.foreign_models import (
 from tests.distributed.models import assemble, gather_named, start_layout
 from tests.distributed.pruning.test_prune import sliced
 from tests.distributed.ranks import run_on_ranks
+from tests.plans import make_plan
 
 LOADS = {"1": ({}, 1), "TP2": (TP2, 2), "PP2-VPP2": ({"pipeline": 2, "virtual_pipeline": 2}, 2)}
 TARGET: dict[str, int | None] = {"num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}

@@ -15,10 +15,10 @@ import torch
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.pruning.plan import make_plan
 from tests.distributed.dense_reference import EMBEDDING, FC1, FC2, HEAD, PROJ, QKV, draw_weights, fill
 from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
+from tests.plans import make_plan
 
 MODELS = {"llama": tiny("llama"), "nemotron": tiny("nemotron"), "qwen": tiny("qwen3", add_qkv_bias=True)}
 SAVED = {"llama": {"tensor": 2}, "nemotron": {"pipeline": 2, "virtual_pipeline": 2}, "qwen": {"tensor": 2}}

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan
 from tests.distributed.dense_reference import (
     EMBEDDING,
@@ -35,6 +34,7 @@ from tests.distributed.dense_reference import (
 )
 from tests.distributed.models import SEQUENCE, global_batch, start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
+from tests.plans import make_plan
 
 LAYERS, HIDDEN, NEURONS, GROUPS, HEADS = 4, 32, 40, 2, 2  # that are of use; heads in each group
 FAMILIES = ("llama", "nemotron")

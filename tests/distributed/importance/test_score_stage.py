@@ -12,9 +12,9 @@ import numpy
 import pytest
 
 from minitron_mcore.importance.scores import AXES, TOLERANCE, load_scores
-from minitron_mcore.pruning.plan import make_plan
 from tests.distributed.models import save_teacher, tiny
 from tests.distributed.ranks import run_on_ranks
+from tests.plans import make_plan
 
 COMMON = [
     "tokenizer.model=@/tokenizer.model",

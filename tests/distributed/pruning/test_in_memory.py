@@ -11,11 +11,11 @@ import torch
 
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.layout import Parameter
-from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan
 from tests.distributed.models import assemble, gather_named, start_layout, tiny
 from tests.distributed.plain_slicing import sliced, teacher_tensors
 from tests.distributed.ranks import run_on_ranks
+from tests.plans import make_plan
 
 SHAPE = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
 # name -> (family, changes, precision, student, options of the plan)

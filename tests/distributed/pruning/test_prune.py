@@ -15,11 +15,11 @@ import torch
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan
 from tests.distributed.models import assemble, gather_named, global_batch, start_layout, tiny
 from tests.distributed.plain_slicing import sliced, teacher_tensors
 from tests.distributed.ranks import run_on_ranks
+from tests.plans import make_plan
 
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("llama", {}, "fp32"),

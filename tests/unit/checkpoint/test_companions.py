@@ -21,10 +21,10 @@ from minitron_mcore.checkpoint.companions import (
     write_companions,
 )
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan, save_plan
 from minitron_mcore.report.model_card import model_card
 from tests.distributed.hf_cases import SHAPE
+from tests.plans import make_plan
 from tests.refusals import refuses
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.layout import Parameter, parameter_table
 from minitron_mcore.model.initialize import take_shard
-from minitron_mcore.pruning.axes import kept_rows, part_of, prune_dense, take_kept
+from minitron_mcore.pruning.axes import kept_rows, part_of, take_kept
 from minitron_mcore.pruning.plan_file import HeadResidual, PruningPlan
 from minitron_mcore.pruning.select import select, take
+from tests.plans import prune_dense
 
 
 def random_plan(
@@ -64,12 +65,12 @@ def random_plan(
         matrices = ["query", "output", *(["key", "value"] if q == 1 else [])]
         residual = HeadResidual(rule, draw.permutation(matrices).tolist()[: 1 + seed % 4], pairs)
     return PruningPlan(
-        teacher,
-        student,
-        layers,
-        choose((4, 6)),
-        {layer: choose(ffn) for layer in layers},
-        of_heads,
+        teacher=teacher,
+        student=student,
+        layers=layers,
+        hidden=choose((4, 6)),
+        ffn={layer: choose(ffn) for layer in layers},
+        heads=of_heads,
         groups=of_groups,
         residual=residual,
     )

@@ -10,8 +10,9 @@ import pytest
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.pruning.plan import make_plan, scores_fingerprint
+from minitron_mcore.pruning.plan import scores_fingerprint
 from minitron_mcore.pruning.plan_file import PruningPlan
+from tests.plans import make_plan
 from tests.refusals import refuses
 
 
@@ -148,7 +149,7 @@ def test_of_equal_blocks_the_later_goes() -> None:
     [
         ("contiguous", "lm_loss", ("prune.depth_metric", "lm_loss", "was not measured for blocks of 3 layers")),
         ("scattered", "logit_mse", ("prune.depth_metric", "logit_mse", "was not measured for blocks of 1 layers")),
-        ("middle", "lm_loss", ("prune.layers", "middle", "is not allowed")),
+        ("middle", "lm_loss", ("prune.layers", "middle", "must be one of scattered, contiguous")),
     ],
 )
 def test_a_metric_that_was_not_scored_is_refused(layers: str, metric: str, refusal: tuple[str, Any, str]) -> None:

@@ -5,6 +5,7 @@ order one.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +18,6 @@ from hypothesis import strategies as st
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.layout import parameter_table
-from minitron_mcore.pruning.axes import prune_dense
-from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan
 from tests.distributed.dense_reference import (
     EMBEDDING,
@@ -34,6 +33,7 @@ from tests.distributed.dense_reference import (
     Name,
     draw_weights,
 )
+from tests.plans import make_plan, prune_dense
 
 Weights = dict[Name, torch.Tensor]
 FAMILIES = ("llama", "nemotron", "qwen2", "qwen3")
@@ -287,7 +287,7 @@ def test_the_reference_can_tell() -> None:
     weights, scores = draw_weights(a, 0, torch.float64), scores_of(a, 0)
     plan = make_plan(scores, {"num_attention_heads": 2})
     wrong = {0: [index for index in range(4) if index not in plan.heads[0]]}
-    other = PruningPlan(a, plan.student, plan.layers, plan.hidden, plan.ffn, wrong)
+    other = dataclasses.replace(plan, heads=wrong, groups={})
     difference = logits(plan.student, pruned(weights, other)) - logits(a, masked(weights, plan))
     assert difference.abs().max() > 1e-3
 

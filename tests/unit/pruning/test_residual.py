@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.layout import parameter_table
-from minitron_mcore.pruning.axes import prune_dense
-from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan
 from minitron_mcore.pruning.ranking import residual_pairs
+from tests.plans import make_plan, prune_dense
 from tests.refusals import refuses
 
 D = 4
@@ -168,7 +167,7 @@ BAD: list[tuple[tuple[int, int], int, dict[str, Any], tuple[Any, ...]]] = [
         (8, 2),
         4,
         {"head_residual": "both"},
-        ("prune.head_residual", "both", "is not allowed", "choose one of none, paper, laco"),
+        ("prune.head_residual", "both", "must be one of none, paper, laco"),
     ),
     (
         (8, 2),
@@ -176,9 +175,19 @@ BAD: list[tuple[tuple[int, int], int, dict[str, Any], tuple[Any, ...]]] = [
         {**PAPER, "residual_matrices": ["query", "key"]},
         (MATRICES, ["query", "key"], "holds key, which is not allowed, because", "choose from query, output"),
     ),
-    ((8, 2), 4, {**PAPER, "residual_matrices": ["mlp"]}, (MATRICES, ["mlp"], "holds mlp, which is not allowed")),
+    (
+        (8, 2),
+        4,
+        {**PAPER, "residual_matrices": ["mlp"]},
+        (f"{MATRICES}[0]", "mlp", "must be one of query, key"),
+    ),
     ((8, 2), 4, {**PAPER, "residual_matrices": []}, (MATRICES, [], "must name one or more of query, output")),
-    ((8, 2), 4, {**PAPER, "residual_matrices": ["query"] * 2}, (MATRICES, ["query"] * 2, "each once")),
+    (
+        (8, 2),
+        4,
+        {**PAPER, "residual_matrices": ["query"] * 2},
+        (MATRICES, ["query"] * 2, "holds query twice"),
+    ),
 ]
 
 
@@ -197,7 +206,7 @@ def test_impossible_residuals_are_refused(
         ([3, 3], "must be a kept head, at most once each"),
         ([3, 5], "must be two heads of one KV group"),
         ([3, 99], "must be two heads of one KV group"),
-        ([3], "cannot be read"),
+        ([3], "lacks residual.pairs.0.0.1"),
     ],
 )
 def test_pairs_in_a_file_are_checked(pair: list[int], rule: str) -> None:
