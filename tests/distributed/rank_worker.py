@@ -119,6 +119,28 @@ def _run(call: dict[str, Any]) -> tuple[bool, bytes]:
             return False, _dumps(report)
 
 
+def _share_gloo_device() -> None:
+    """One device for all gloo groups that this process will make.
+
+    By default each group has its own, whose thread wakes up a hundred times a second for as long as anything refers to
+    the group: Megatron makes twenty groups a layout, and hundreds of such threads took more time than the tests.
+    """
+    from torch.distributed import ProcessGroupGloo
+
+    gloo: Any = ProcessGroupGloo
+    make = gloo.__init__
+    devices: list[Any] = []
+
+    def make_on_shared_device(self: Any, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        options = gloo._Options()
+        if not devices:
+            devices.append(gloo.create_default_device())
+        options._devices, options._timeout = devices, timeout
+        make(self, store, rank, size, options)
+
+    gloo.__init__ = make_on_shared_device
+
+
 def _prepare() -> None:
     """Import what every call needs, once."""
     # Megatron warns about every CUDA library that is not there.
@@ -130,6 +152,7 @@ def _prepare() -> None:
     if not torch.cuda.is_available() and importlib.util.find_spec("minitron_mcore.runtime.cpu_adapter"):
         importlib.import_module("minitron_mcore.runtime.cpu_adapter").install()
     importlib.import_module("megatron.core")
+    _share_gloo_device()
     if os.environ.get("MINITRON_TEST_DEVICE") == "stand-in":
         importlib.import_module("tests.device_stand_in").install()
 
