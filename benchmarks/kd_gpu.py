@@ -298,8 +298,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     from minitron_mcore.model.gpt import DTYPES
     from minitron_mcore.runtime.config import ParallelConfig
-    from minitron_mcore.runtime.parallel import use_layout
-    from minitron_mcore.runtime.seeds import seed_everything
+    from minitron_mcore.runtime.parallel import seed_everything, use_layout
     from minitron_mcore.runtime.start import start
 
     options = parse()

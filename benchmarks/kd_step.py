@@ -92,8 +92,7 @@ def sides(options: argparse.Namespace, parallel: dict[str, Any]) -> dict[str, Ca
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.model.schedule import visit_final_states
     from minitron_mcore.runtime.config import ParallelConfig
-    from minitron_mcore.runtime.parallel import use_layout
-    from minitron_mcore.runtime.seeds import seed_everything
+    from minitron_mcore.runtime.parallel import seed_everything, use_layout
     from minitron_mcore.runtime.start import start
     from minitron_mcore.training.budget import plan_timetable
     from minitron_mcore.training.config import TrainConfig

@@ -37,8 +37,7 @@ def build(options: argparse.Namespace) -> tuple[Any, list[Any]]:
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.runtime.config import ParallelConfig
-    from minitron_mcore.runtime.parallel import use_layout
-    from minitron_mcore.runtime.seeds import seed_everything
+    from minitron_mcore.runtime.parallel import seed_everything, use_layout
     from minitron_mcore.runtime.start import start
 
     runtime, layout = start(), ParallelConfig()

@@ -27,7 +27,7 @@ from typing import Any
 import numpy
 import torch
 
-from minitron_mcore.runtime.seeds import seed_everything
+from minitron_mcore.runtime.parallel import seed_everything
 from minitron_mcore.runtime.start import Runtime, quiet_libraries
 from minitron_mcore.runtime.start import start as start_process
 

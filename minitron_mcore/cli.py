@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from minitron_mcore import __version__
 from minitron_mcore.errors import DivergedError, InputError, MemoryExhaustedError
 from minitron_mcore.runtime.interrupt import Ending, exit_code, name_of, say_at_once
-from minitron_mcore.runtime.reply import say_failure
+from minitron_mcore.runtime.notice import say_failure
 from minitron_mcore.runtime.world import read_world
 from minitron_mcore.verbs import VERBS, help_of
 
@@ -126,7 +126,7 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
         recipe = load_recipe(options.config, overrides, **taken)
         from minitron_mcore.jobs.job import module_of, resolve
         from minitron_mcore.jobs.stated import reading_for
-        from minitron_mcore.runtime.machine import on_this_machine
+        from minitron_mcore.runtime.world import on_this_machine
 
         with reading_for(recipe):
             world = on_this_machine(read_world(os.environ))

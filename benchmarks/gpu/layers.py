@@ -93,8 +93,7 @@ def main() -> int:
     from minitron_mcore.architecture import build_architecture
     from minitron_mcore.model.specs import HAVE_TE
     from minitron_mcore.runtime.config import ParallelConfig
-    from minitron_mcore.runtime.parallel import use_layout
-    from minitron_mcore.runtime.seeds import seed_everything
+    from minitron_mcore.runtime.parallel import seed_everything, use_layout
     from minitron_mcore.runtime.start import start
 
     runtime = start()

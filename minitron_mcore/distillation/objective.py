@@ -20,7 +20,7 @@ from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import LossSums, run_schedule
 from minitron_mcore.runtime.groups import tensor_group
-from minitron_mcore.runtime.timing import timed
+from minitron_mcore.runtime.pace import timed
 
 # Of the loss between logits -> the metric's name.
 METRICS = {

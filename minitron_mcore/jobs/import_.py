@@ -17,7 +17,7 @@ from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.layouts import check_model
 from minitron_mcore.jobs.tokenizers import fit_tokenizer
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.layouts import check_layout
+from minitron_mcore.runtime.config import check_layout
 from minitron_mcore.runtime.world import World
 
 

@@ -9,8 +9,7 @@ from minitron_mcore.layout import axis_sizes, check_tensor_parallel, split_layer
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.targets import student_shape
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.runtime.layouts import check_layout, check_sequence
+from minitron_mcore.runtime.config import ParallelConfig, check_layout, check_sequence
 from minitron_mcore.runtime.world import World
 
 

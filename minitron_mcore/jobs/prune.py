@@ -16,8 +16,7 @@ from minitron_mcore.pruning.plan import scores_fingerprint
 from minitron_mcore.pruning.plan_file import PruningPlan, load_plan
 from minitron_mcore.pruning.targets import TARGETS
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.runtime.layouts import check_layout
+from minitron_mcore.runtime.config import ParallelConfig, check_layout
 from minitron_mcore.runtime.world import World
 
 

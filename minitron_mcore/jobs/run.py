@@ -29,7 +29,7 @@ from minitron_mcore.jobs.layouts import refuse_context
 from minitron_mcore.jobs.step import Step, with_baseline
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, with_keys
-from minitron_mcore.runtime.layouts import check_layout
+from minitron_mcore.runtime.config import check_layout
 from minitron_mcore.runtime.world import World
 
 SECTIONS = (

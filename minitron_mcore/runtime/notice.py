@@ -1,10 +1,14 @@
-"""A line or a warning from where no Runtime is at hand. Pure."""
+"""A line, a warning or a failure, told where no Runtime is at hand. Pure."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 from minitron_mcore.runtime.world import read_world
 
@@ -18,3 +22,12 @@ def say(text: str) -> None:
 
 def warn(warning: str) -> None:
     say(f"warning: {warning}")
+
+
+def say_failure(sentence: str) -> None:
+    """How a rank that fails says so: print `sentence`; torchrun, whose report of some forty lines comes after it, is to
+    show it as the root cause."""
+    print(sentence, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), encoding="utf-8")

@@ -1,8 +1,11 @@
-"""How fast some work goes on, and how long the rest of it will take. Pure."""
+"""How fast some work goes on, how long the rest of it will take, and the time of a part of it. Pure."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 REPORT_SECONDS = 10.0
 
@@ -36,3 +39,18 @@ class Pace:
 
     def line(self, done: int, total: int, unit: str) -> str:
         return f"{done:,}/{total:,} {unit}, {self.rate(done):.3g} {unit}/s, {self.left(done, total):.0f} s left"
+
+
+@contextmanager
+def timed(timers: Any, name: str, log_level: int = 2) -> Iterator[None]:
+    """Add the time spent in the `with` to the timer `name` of `timers` (megatron.core.timers.Timers; None: no timing).
+
+    Nothing is measured if `log_level` is above that of `timers`. On CUDA both ends wait for the device.
+    """
+    if timers is None:
+        yield
+        return
+    timer = timers(name, log_level=log_level)
+    timer.start()
+    yield
+    timer.stop()

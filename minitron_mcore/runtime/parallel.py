@@ -1,19 +1,20 @@
-"""Model-parallel process groups from the recipe's `parallel` section."""
+"""Model-parallel process groups from the recipe's `parallel` section, and the seeds over them."""
 
 from __future__ import annotations
 
 import dataclasses
+import random
 from datetime import timedelta
 
+import numpy
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.runtime.layouts import check_layout
-from minitron_mcore.runtime.seeds import seed_everything
-from minitron_mcore.runtime.timeout import collective_timeout
-from minitron_mcore.runtime.world import own_interface
+from minitron_mcore.runtime.config import ParallelConfig, check_layout
+from minitron_mcore.runtime.world import collective_timeout, own_interface
 
 _current: ParallelConfig | None = None
 _teacher_groups: dict[str, ProcessGroupCollection] = {}  # by layout, for as long as the student's groups stand
@@ -66,6 +67,14 @@ def lay_out(parallel: ParallelConfig, seed: int, world_size: int) -> None:
     """Process groups, and the seeds, which differ over them; all ranks call."""
     use_layout(parallel, world_size)
     seed_everything(seed)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy, torch and Megatron's tensor-parallel generators (model-parallel groups must exist)."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def release_layout() -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.distributed import HashStore
+from torch.distributed import distributed_c10d as c10d
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime import agree, cpu_adapter
-from minitron_mcore.runtime.fork import forget_groups_in_children
-from minitron_mcore.runtime.timeout import collective_timeout
-from minitron_mcore.runtime.world import own_interface, read_world
+from minitron_mcore.runtime.world import Memory, World, collective_timeout, host_memory, own_interface, read_world
 
 
 @dataclass
@@ -87,6 +89,26 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
+def measured_world(runtime: Runtime) -> World:
+    """The world as it is, with the memory of the rank, and of the node, that has least; every rank calls."""
+    mine = torch.tensor([*device_memory(runtime.local_size), *host_memory()], device=runtime.device)
+    torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MIN)
+    place = runtime.rank, runtime.world_size, runtime.local_rank, runtime.local_size
+    return World(*place, device=runtime.device.type, memory=Memory(*mine.tolist()))
+
+
+def device_memory(local_ranks: int) -> tuple[int, int]:
+    """(free, total) bytes of this rank's device; on CPU its share of the host memory of a node of `local_ranks`.
+
+    On CUDA what PyTorch's allocator keeps from earlier work and has given to no tensor is free too.
+    """
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
+    free, total = host_memory()
+    return free // local_ranks, total // local_ranks
+
+
 def quiet_libraries() -> None:
     """Silence warnings of Megatron and torch at import about optional parts (Apex, Transformer Engine)."""
     warnings.filterwarnings("ignore", module=r"megatron\..*")
@@ -95,3 +117,28 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"Please use DTensor instead", category=FutureWarning)
     for name in ("megatron", "torch.distributed.elastic", "torch.distributed.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@cache
+def forget_groups_in_children() -> None:
+    """A forked child of a single process, as of `multiprocessing` in a notebook, can start afresh; under a launcher a
+    child has no world of its own.
+
+    gloo's threads stay in the parent: in the child, a collective of the inherited groups would hang and destroying them
+    would abort. So the child forgets them, and makes new ones when it needs them.
+    """
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _forget() -> None:
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() > 1:
+        return
+    from minitron_mcore.runtime.parallel import release_layout
+
+    with suppress(AttributeError):  # private names of torch: there are no public ones
+        for group in c10d._pg_map:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))  # never destroyed
+        for known in (c10d._pg_map, c10d._pg_names, c10d._pg_group_ranks, c10d._pg_to_tag, c10d._tags_to_pg):
+            known.clear()
+        c10d._world.default_pg = None
+        release_layout()

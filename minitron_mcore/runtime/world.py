@@ -1,4 +1,6 @@
-"""Which process of how many this one is: by torchrun's variables, else srun's, else it is alone.
+"""Which process of how many this one is, and what its machine has, as far as it is known without torch.
+
+The ranks are those of torchrun's variables, else srun's, else a process is alone.
 
 A single process needs no address. Variables that the shell has from another job (MASTER_ADDR, MASTER_PORT, an
 allocation's SLURM variables, the cluster's network interface) are neither used nor changed.
@@ -12,12 +14,18 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
 
 from minitron_mcore.errors import InputError
 
 # SLURM numbers steps that srun did not start (the shell of an allocation, a batch script) from here on.
 _FIRST_OWN_STEP = 0xFFFFFFF0
+_CGROUP = Path("/sys/fs/cgroup")
+TIMEOUT = "MINITRON_TIMEOUT_MINUTES"
 _START = "start the ranks with torchrun or srun, or unset it for a single process"
 
 
@@ -103,6 +111,40 @@ def _first_host(node_list: str) -> str:
         except (OSError, subprocess.CalledProcessError, IndexError):
             node_list = re.sub(r"\[([^],-]+)[^]]*\]", r"\1", node_list)  # in a container without scontrol
     return node_list.split(",")[0] or "127.0.0.1"
+
+
+def on_this_machine(world: World) -> World:
+    """`world` with its device and, on a CPU, the memory of a rank: its share of the node's."""
+    if os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        return replace(world, device="cuda")
+    free, total = host_memory()
+    share = Memory(free // world.local_size, total // world.local_size, free, total)
+    return replace(world, device="cpu", memory=share)
+
+
+def host_memory() -> tuple[int, int]:
+    """(free, total) bytes of this node's host memory, or of its container's, for all of its ranks."""
+    memory = psutil.virtual_memory()
+    free, total = memory.available, memory.total
+    limit, used = (_read(_CGROUP / f"memory.{name}") for name in ("max", "current"))
+    if limit.isdigit() and used.isdigit() and int(limit) < total:
+        free, total = min(free, int(limit) - int(used)), int(limit)
+    return free, total
+
+
+def _read(file: Path) -> str:
+    return file.read_text().strip() if file.is_file() else ""
+
+
+def collective_timeout() -> timedelta:
+    """How long a rank waits for the others in a collective before it gives them up, in every process group.
+
+    Raises InputError where the variable is not a whole number of minutes.
+    """
+    given = os.environ.get(TIMEOUT, "30")
+    if not given.isdecimal() or int(given) < 1:
+        raise InputError(TIMEOUT, given, "must be a whole number of minutes, 1 or more")
+    return timedelta(minutes=int(given))
 
 
 @contextmanager

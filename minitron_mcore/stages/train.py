@@ -18,9 +18,8 @@ from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import initialize
 from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.recipe import to_yaml
-from minitron_mcore.runtime.host import measured_world
 from minitron_mcore.runtime.parallel import lay_out
-from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.runtime.start import Runtime, measured_world
 from minitron_mcore.training.data import TrainingData, build_training_data
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.loop import fit

@@ -19,8 +19,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import writing
 from minitron_mcore.runtime.interrupt import exit_code, name_of
-from minitron_mcore.runtime.pace import Pace
-from minitron_mcore.runtime.timing import timed
+from minitron_mcore.runtime.pace import Pace, timed
 from minitron_mcore.training.accounting import Interval, account
 from minitron_mcore.training.health import count_skipped
 from minitron_mcore.training.job import Job, Progress

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.model.microbatch import Microbatch
-from minitron_mcore.runtime.timing import timed
+from minitron_mcore.runtime.pace import timed
 from minitron_mcore.training.budget import Shape
 
 

@@ -17,7 +17,7 @@ from megatron.core.timers import Timers
 
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.model.gpt import unwrap
-from minitron_mcore.runtime.timing import timed
+from minitron_mcore.runtime.pace import timed
 
 T = TypeVar("T")
 

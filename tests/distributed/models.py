@@ -53,8 +53,7 @@ def tiny(family: str, **changes: Any) -> Architecture:
 
 def start_layout(parallel: dict[str, Any], world_size: int) -> ParallelConfig:
     """Adapter, process groups and seeds inside a worker."""
-    from minitron_mcore.runtime.parallel import use_layout
-    from minitron_mcore.runtime.seeds import seed_everything
+    from minitron_mcore.runtime.parallel import seed_everything, use_layout
     from minitron_mcore.runtime.start import start
 
     config = ParallelConfig(**parallel)

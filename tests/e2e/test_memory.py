@@ -55,12 +55,12 @@ def starved(command: list[str], when: int, kind: str) -> list[tuple[int, str]]:
     """The command with no memory left at iteration `when` (or at loading), then the same command again."""
     import torch
 
-    from minitron_mcore.runtime import host
+    from minitron_mcore.runtime import start
     from minitron_mcore.stages import train
     from minitron_mcore.training import loop
 
     steps = 0
-    train_step, device_memory, load_weights = loop.train_step, host.device_memory, train.load_weights
+    train_step, device_memory, load_weights = loop.train_step, start.device_memory, train.load_weights
     exhausted = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def hungry(*arguments: Any) -> Any:
@@ -80,16 +80,16 @@ def starved(command: list[str], when: int, kind: str) -> list[tuple[int, str]]:
     if kind == "loading":
         train.load_weights = full  # type: ignore[assignment]
     elif kind == "small":
-        host.device_memory = lambda local_ranks: (2**16, 2**16)
+        start.device_memory = lambda local_ranks: (2**16, 2**16)
     elif kind == "tight":
-        host.device_memory = lambda local_ranks: (2**20, 2**40)
+        start.device_memory = lambda local_ranks: (2**20, 2**40)
     else:
         loop.train_step = hungry  # type: ignore[assignment]
     with one_process_group():
         try:
             first = command_on_rank(command)
         finally:
-            loop.train_step, host.device_memory, train.load_weights = train_step, device_memory, load_weights
+            loop.train_step, start.device_memory, train.load_weights = train_step, device_memory, load_weights
         return [first, command_on_rank(command)]
 
 

@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.config import ParallelConfig, check_sequence
 from minitron_mcore.runtime.context import context_part, held_chunks, in_order
-from minitron_mcore.runtime.layouts import check_sequence
 from tests.distributed.models import (
     SEQUENCE,
     assemble,

@@ -16,7 +16,7 @@ from minitron_mcore.estimate.exhausted import is_out_of_memory
 from minitron_mcore.estimate.forecast import Forecast, bytes_text, forecast
 from minitron_mcore.estimate.run import forecast_run, forecast_words
 from minitron_mcore.recipe import Recipe, load_recipe
-from minitron_mcore.runtime import host, machine
+from minitron_mcore.runtime import start, world
 from minitron_mcore.runtime.world import Memory, World
 from minitron_mcore.training.budget import plan_timetable
 
@@ -114,21 +114,21 @@ def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (45 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 30 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10 * GIB)
-    assert host.device_memory(8) == (65 * GIB, 80 * GIB)
+    assert start.device_memory(8) == (65 * GIB, 80 * GIB)
 
 
 def test_ranks_share_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its container's, where that has less; a rank on CPU has its share, a node's offloaded teachers have it all."""
     seen = SimpleNamespace(total=64 * GIB, available=48 * GIB)
-    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: seen)
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(world.psutil, "virtual_memory", lambda: seen)
+    monkeypatch.setattr(world, "_CGROUP", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert machine.host_memory() == (48 * GIB, 64 * GIB) and host.device_memory(4) == (12 * GIB, 16 * GIB)
+    assert world.host_memory() == (48 * GIB, 64 * GIB) and start.device_memory(4) == (12 * GIB, 16 * GIB)
     (tmp_path / "memory.current").write_text(f"{4 * GIB}\n")
     for limit, expected in (("max", (48 * GIB, 64 * GIB)), (f"{16 * GIB}", (12 * GIB, 16 * GIB))):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
-        assert machine.host_memory() == expected
-    assert host.device_memory(2) == (6 * GIB, 8 * GIB)
+        assert world.host_memory() == expected
+    assert start.device_memory(2) == (6 * GIB, 8 * GIB)
 
 
 def test_a_forecast_of_the_largest_phase() -> None:

@@ -10,10 +10,9 @@ import torch
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.recipe import MOST_SEED, Recipe
-from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.runtime.layouts import check_layout
-from minitron_mcore.runtime.seeds import seed_everything
-from minitron_mcore.runtime.timeout import collective_timeout
+from minitron_mcore.runtime.config import ParallelConfig, check_layout
+from minitron_mcore.runtime.parallel import seed_everything
+from minitron_mcore.runtime.world import collective_timeout
 from tests.distributed.ranks import run_on_ranks
 
 

@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from minitron_mcore.runtime import torchrun
-from minitron_mcore.runtime.reply import say_failure
+from minitron_mcore.runtime.notice import say_failure
 
 
 @pytest.mark.parametrize(
