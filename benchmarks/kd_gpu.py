@@ -121,7 +121,7 @@ class Step:
 
     def measure_parts(self, log_level: int) -> None:
         """From here on by the timers of that level; those of 2 wait for the device at every microbatch."""
-        from minitron_mcore.training.timers import StepTimers
+        from minitron_mcore.training.accounting import StepTimers
 
         self.timers = StepTimers(log_level)
         self.timers.attach(self.chunks, self.optimizer, self.objective)
@@ -178,7 +178,7 @@ def forecast_bytes(step: Step, precision: str, on_cpu: bool) -> dict[str, int]:
 
 def measure_step(options: argparse.Namespace, sequence: int, rate: float, device: torch.device) -> dict[str, Any]:
     """Tokens/s, MFU, memory and time by parts; too large for the device: says so."""
-    from minitron_mcore.training.accounting import peak_memory, peak_tflops
+    from minitron_mcore.training.accounting import peak_memory, peak_tflops, split
 
     is_cuda, before = torch.cuda.is_available(), 0
     if is_cuda:
@@ -200,7 +200,7 @@ def measure_step(options: argparse.Namespace, sequence: int, rate: float, device
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": " ".join(str(error).split())[:300]}
     spent = {name: value / options.repeats for name, value in step.timers.take().items()}
-    parts = step.timers.split(spent, whole)
+    parts = split(spent, whole, step.timers.log_level)
     expected = forecast_bytes(step, options.precision, not is_cuda)
     flops_per_second, maker = step.flops / seconds, peak_tflops(torch.cuda.get_device_name()) if is_cuda else None
     return {

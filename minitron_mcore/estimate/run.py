@@ -30,7 +30,7 @@ def forecast_run(
     (weights, gradients, optimizer, teacher) exceeds a device's memory, or offloaded layers exceed a node's.
     """
     train: Any = getattr(recipe, section)
-    shapes = {stretch.first.shape for stretch in timetable.stretches}
+    shapes = {start.shape for start in timetable.starts}
     common: dict[str, Any] = {
         "student": architecture,
         "parallel": recipe.parallel,

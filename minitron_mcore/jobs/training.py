@@ -23,8 +23,8 @@ from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 from minitron_mcore.training.budget import Timetable, check_train, plan_timetable
 from minitron_mcore.training.config import TrainConfig
+from minitron_mcore.training.dashboard import check_wandb
 from minitron_mcore.training.learning_rate import check_learning_rate
-from minitron_mcore.training.wandb_login import check_wandb
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from minitron_mcore.model.recompute import KEEP_ALL, recompute_of
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.train import describe, fit_model, forecast_here, load_or_initialize, read_data
-from minitron_mcore.training.data import TrainingData
 from minitron_mcore.training.job import Progress
+from minitron_mcore.training.reader import TrainingData
 from minitron_mcore.training.teaching import TrainedTeacher
 
 

@@ -1,4 +1,10 @@
-"""What a step costs: its time by parts, its memory, and the rates that follow from them."""
+"""What a step costs: where its time goes, its memory, and the rates that follow from them.
+
+Its time is read off Megatron's Timers on the model's and the optimizer's config, divided into parts that do not overlap
+and add up to the step. `log.timing_log_level`, as Megatron's: 0 times the four large parts, 1 the collectives of
+gradients and parameters too, 2 every microbatch. A timer waits for the device at both ends, so level 2 costs time on
+CUDA (work is no longer queued ahead, and transfers between pipeline stages overlap with nothing).
+"""
 
 from __future__ import annotations
 
@@ -6,47 +12,112 @@ import math
 import resource
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.timers import Timers
 
+from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.model.gpt import unwrap
+from minitron_mcore.runtime.pace import timed
 from minitron_mcore.training.budget import Shape
 from minitron_mcore.training.job import Job
-from minitron_mcore.training.timers import StepTimers
+
+T = TypeVar("T")
 
 # Not averaged over the steps of an interval, unlike every other number.
 NOT_AVERAGED = ("learning-rate", "grad-norm", "global batch size", "teacher learning-rate", "teacher grad-norm")
 
-# Dense bf16 peak of one device in TFLOP/s, without sparsity, from the makers' data sheets. The first entry counts
-# whose words are all in the name that torch.cuda.get_device_name gives.
-PEAK_TFLOPS: tuple[tuple[tuple[str, ...], float], ...] = (
-    (("GB200",), 2500.0),
-    (("B200",), 2250.0),
-    (("GH200",), 989.4),
-    (("H200", "NVL"), 835.5),
-    (("H200",), 989.4),
-    (("H100", "PCIe"), 756.0),
-    (("H100", "NVL"), 835.5),
-    (("H100",), 989.4),
-    (("H800",), 989.4),
-    (("H20",), 148.0),
-    (("A100",), 312.0),
-    (("A800",), 312.0),
-    (("A30",), 165.0),
-    (("A40",), 149.7),
-    (("L40S",), 362.0),
-    (("L40",), 181.0),
-    (("L4",), 121.0),
-    (("MI300X",), 1307.4),
-)
+# Dense bf16 peak of one device in TFLOP/s, without sparsity, from the makers' data sheets, of the devices with these
+# words in the name that torch.cuda.get_device_name gives.
+PEAK_TFLOPS: dict[float, tuple[str, ...]] = {
+    2500.0: ("GB200",),
+    2250.0: ("B200",),
+    1307.4: ("MI300X",),
+    989.4: ("GH200", "H200", "H100", "H800"),
+    835.5: ("H200 NVL", "H100 NVL"),
+    756.0: ("H100 PCIe",),
+    362.0: ("L40S",),
+    312.0: ("A100", "A800"),
+    181.0: ("L40",),
+    165.0: ("A30",),
+    149.7: ("A40",),
+    148.0: ("H20",),
+    121.0: ("L4",),
+}
 
 
 def peak_tflops(device_name: str) -> float | None:
     """Dense bf16 peak of a device by its name; None if the table lacks it."""
-    words = device_name.replace("-", " ").split()
-    return next((peak for asked, peak in PEAK_TFLOPS if set(asked) <= set(words)), None)
+    words = {*device_name.replace("-", " ").split()}
+    asked = [
+        (len(name.split()), peak) for peak, names in PEAK_TFLOPS.items() for name in names if words >= {*name.split()}
+    ]
+    return max(asked)[1] if asked else None
+
+
+class StepTimers:
+    """The timers of one training run on this rank."""
+
+    def __init__(self, log_level: int) -> None:
+        self.log_level = log_level
+        self.timers = Timers(log_level, "max")
+
+    def attach(self, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, objective: Objective) -> None:
+        """Make the objective and Megatron's schedules, gradient synchronisation and optimizer use these timers."""
+        configs = [unwrap(chunk).config for chunk in chunks]
+        configs += [part.config for part in (optimizer, *getattr(optimizer, "chained_optimizers", ()))]
+        for user in (objective, *configs):
+            user.timers = self.timers
+
+    def batches(self, source: Iterator[T]) -> Iterator[T]:
+        """Yield from `source`; the wait for each batch is timed as `batch-generator`."""
+        while True:
+            with timed(self.timers, "batch-generator", 0):
+                batch = next(source, None)
+            if batch is None:
+                return
+            yield batch
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each timer since the last call, and reset them."""
+        return {name: timer.elapsed(reset=True) for name, timer in self.timers._timers.items()}
+
+
+def split(seconds: dict[str, float], whole: float, log_level: int) -> dict[str, float]:
+    """`seconds` of nested timers in a time of `whole` seconds -> seconds of each part, in the order in which they are
+    shown: parts that do not overlap and add up to `whole`."""
+
+    def total(*endings: str) -> float:
+        return sum(value for name, value in seconds.items() if name.endswith(endings))
+
+    # Megatron's timers of collectives: of gradients (level 1), and between pipeline stages (level 2).
+    gradients, transfers = total("grads-sync", "grads-all-reduce"), total("-send", "-recv")
+    spent = defaultdict(float, seconds)
+    parts = {name: spent[name] for name in ("batch-generator", "teacher-forward")}
+    if log_level == 2:
+        # The loss runs at the end of the last stage's forward.
+        parts["forward-compute"] = spent["forward-compute"] - spent["logits-loss"]
+        parts |= {name: spent[name] for name in ("logits-loss", "backward-compute")}
+    else:  # the student's schedule, and what is around it
+        parts["forward-backward"] = spent["objective"] - spent["teacher-forward"] - gradients
+    if log_level > 0:
+        parts["communication"] = gradients + transfers + spent["params-all-gather"]
+    parts["optimizer"] = spent["optimizer"] - spent["params-all-gather"]
+    return {**parts, "other": whole - sum(parts.values())}
+
+
+def split_line(row: dict[str, Any]) -> str:
+    """The console's line of the parts in `row`: milliseconds a step on the slowest rank, share of all ranks' time."""
+    names = [key.removesuffix("-time") for key in row if key.endswith("-time")]
+    shown = [name for name in names if name != "teacher-forward" or row[f"{name}-time"]]  # `train` has no teacher
+    cells = [f"{name}: {row[f'{name}-time']:.1f} ({row[f'{name}-share']:.1%})" for name in shown]
+    return " time of an iteration (ms, slowest rank; share of all) | " + " | ".join(cells) + " |"
 
 
 @dataclass(frozen=True)
@@ -62,21 +133,18 @@ class Spent:
 class Interval:
     """Time (including reading data, without validation and saving) and mean losses since the last line."""
 
-    def __init__(self, timers: StepTimers | None = None) -> None:
+    def __init__(self, timers: StepTimers) -> None:
         self.timers = timers
         self._clear()
         self.start()
 
     def _clear(self) -> None:
         self.seconds, self.steps = 0.0, 0
-        self._sums: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter()
-        self._tokens: Counter[int] = Counter()
-        self._timers: Counter[str] = Counter()
+        totals: list[dict[Any, float]] = [defaultdict(float) for _ in range(4)]
+        self._sums, self._counts, self._tokens, self._timers = totals
 
     def start(self) -> None:
-        if self.timers is not None:
-            self.timers.take()
+        self.timers.take()
         self._started = time.perf_counter()
 
     def add(self, row: dict[str, float], shape: Shape) -> None:
@@ -84,45 +152,40 @@ class Interval:
         self.seconds += time.perf_counter() - self._started
         self.steps += 1
         self._tokens[shape.sequence_length] += shape.tokens
-        if self.timers is not None:
-            self._timers.update(self.timers.take())  # type: ignore[arg-type]
+        for name, seconds in self.timers.take().items():
+            self._timers[name] += seconds
         for name, value in row.items():
             if name not in NOT_AVERAGED and math.isfinite(value):
-                self._sums[name] += value  # type: ignore[assignment]
+                self._sums[name] += value
                 self._counts[name] += 1
         self._started = time.perf_counter()
 
     def report(self) -> Spent:
         """What a step took; the interval starts afresh."""
-        spent = Spent(
-            self.seconds / self.steps,
-            {name: value / self._counts[name] for name, value in self._sums.items()},
-            {length: tokens / self.steps for length, tokens in self._tokens.items()},
-            {name: seconds / self.steps for name, seconds in self._timers.items()},
-        )
+        means = {name: value / self._counts[name] for name, value in self._sums.items()}
+        tokens, timers = ({key: n / self.steps for key, n in sums.items()} for sums in (self._tokens, self._timers))
+        spent = Spent(self.seconds / self.steps, means, tokens, timers)
         self._clear()
         return spent
 
 
-def account(job: Job, timers: StepTimers, spent: Spent) -> tuple[dict[str, float], dict[str, float]]:
+def account(job: Job, spent: Spent) -> tuple[dict[str, float], dict[str, float]]:
     """(rates and memory, the time of each part and its share); every rank calls.
 
     A time is the slowest rank's; a share is of the time of all ranks, so that the shares add up to 1.
     """
-    parts = timers.split(spent.timers, spent.seconds)
+    parts = split(spent.timers, spent.seconds, job.log.timing_log_level)
     values = [spent.seconds, peak_memory(), *parts.values()]
     sums = torch.tensor(values, dtype=torch.float64, device=torch.cuda.current_device())
     slowest = sums.clone()
     torch.distributed.all_reduce(sums)
     torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
     seconds, memory, *longest = slowest.tolist()
-    row = throughput(job, seconds, spent.tokens)
-    row["peak memory (GiB)"] = memory / 2**30
     whole, _, *totals = sums.tolist()
     times: dict[str, float] = {}
     for name, most, total in zip(parts, longest, totals, strict=True):
         times |= {f"{name}-time": 1000 * most, f"{name}-share": total / whole}
-    return row, times
+    return {**throughput(job, seconds, spent.tokens), "peak memory (GiB)": memory / 2**30}, times
 
 
 def throughput(job: Job, step_seconds: float, tokens: dict[int, float]) -> dict[str, float]:
@@ -135,24 +198,23 @@ def throughput(job: Job, step_seconds: float, tokens: dict[int, float]) -> dict[
     per_gpu = 1 / step_seconds / job.runtime.world_size
     student = sum(job.architecture.training_flops_per_token(length) * count for length, count in tokens.items())
     count = sum(tokens.values())
+    total = "throughput per GPU (TFLOP/s/GPU)"
     row = {
         "elapsed time per iteration (ms)": 1000 * step_seconds,
-        "throughput per GPU (TFLOP/s/GPU)": student * per_gpu / 1e12,
+        total: student * per_gpu / 1e12,
         "tokens per second": count / step_seconds,
         "tokens per second per GPU": count * per_gpu,
     }
     if job.objective.running_teacher is not None:
         shape = job.objective.running_teacher.architecture
         passes = shape.forward_flops_per_token if job.teaching is None else shape.training_flops_per_token
-        teacher = sum(passes(length) * count for length, count in tokens.items())
-        row["student throughput per GPU (TFLOP/s/GPU)"] = row["throughput per GPU (TFLOP/s/GPU)"]
-        row["teacher throughput per GPU (TFLOP/s/GPU)"] = teacher * per_gpu / 1e12
-        row["throughput per GPU (TFLOP/s/GPU)"] += teacher * per_gpu / 1e12
+        teacher = sum(passes(length) * count for length, count in tokens.items()) * per_gpu / 1e12
+        row |= {f"student {total}": row[total], f"teacher {total}": teacher, total: row[total] + teacher}
     peak = job.log.peak_tflops
     if peak is None and torch.cuda.is_available() and job.precision == "bf16":
         peak = peak_tflops(torch.cuda.get_device_name())
     if peak:
-        row["model FLOPs utilization (%)"] = 100 * row["throughput per GPU (TFLOP/s/GPU)"] / peak
+        row["model FLOPs utilization (%)"] = 100 * row[total] / peak
     return row
 
 

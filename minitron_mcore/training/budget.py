@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
@@ -43,83 +44,65 @@ class Step:
     tokens_before: int
     first_sample: int  # number of its first sample in the dataset of its sequence length
 
-
-@dataclass(frozen=True)
-class Stretch:
-    """`iterations` of one shape, from `first` on."""
-
-    first: Step
-    iterations: int
-
-    def at(self, number: int) -> Step:
-        """Its `number`-th step, from 0; the one after the last tells what there is after the stretch."""
-        first, shape = self.first, self.first.shape
-        samples = number * shape.global_batch_size
-        return Step(
-            shape,
-            first.iteration + number,
-            first.samples_before + samples,
-            first.tokens_before + number * shape.tokens,
-            first.first_sample + samples,
+    def after(self, number: int) -> Step:
+        """The step that comes after `number` of this shape, counted from this one."""
+        samples = number * self.shape.global_batch_size
+        return replace(
+            self,
+            iteration=self.iteration + number,
+            samples_before=self.samples_before + samples,
+            tokens_before=self.tokens_before + number * self.shape.tokens,
+            first_sample=self.first_sample + samples,
         )
-
-    @property
-    def end(self) -> Step:
-        return self.at(self.iterations)
 
 
 @dataclass(frozen=True)
 class Timetable:
-    """Every iteration of a budget, as stretches of the same shape."""
+    """Every iteration of a budget: the first of each stretch of one shape, and what there is after the last."""
 
-    stretches: tuple[Stretch, ...]
+    starts: tuple[Step, ...]
+    end: Step
 
     @property
     def iterations(self) -> int:
-        return self.stretches[-1].end.iteration
+        return self.end.iteration
 
     @property
     def samples(self) -> int:
-        return self.stretches[-1].end.samples_before
+        return self.end.samples_before
 
     @property
     def tokens(self) -> int:
         """What is really trained on: the budget, rounded up to a whole global batch."""
-        return self.stretches[-1].end.tokens_before
+        return self.end.tokens_before
 
     @cached_property
-    def _starts(self) -> list[int]:
-        return [stretch.first.iteration for stretch in self.stretches]
+    def _first_iterations(self) -> list[int]:
+        return [first.iteration for first in self.starts]
 
     def at(self, iteration: int) -> Step:
         """The step after `iteration` iterations; after the last, one more of its shape, which is not run."""
-        stretch = self.stretches[bisect_right(self._starts, iteration) - 1]
-        return stretch.at(iteration - stretch.first.iteration)
+        first = self.starts[bisect_right(self._first_iterations, iteration) - 1]
+        return first.after(iteration - first.iteration)
 
     def steps(self, iteration: int = 0) -> Iterator[Step]:
         """The steps that are left after `iteration` iterations."""
-        for number in range(iteration, self.iterations):
-            yield self.at(number)
+        return map(self.at, range(iteration, self.iterations))
 
     def samples_needed(self) -> dict[int, int]:
         """Sequence length -> how many samples its dataset must have."""
-        needed: dict[int, int] = {}
-        for stretch in self.stretches:
-            needed[stretch.first.shape.sequence_length] = stretch.end.first_sample
-        return needed
+        stretches = pairwise([*self.starts, self.end])
+        ends = ((first.shape, first.after(then.iteration - first.iteration)) for first, then in stretches)
+        return {shape.sequence_length: end.first_sample for shape, end in ends}
 
     def __str__(self) -> str:
-        shapes = [stretch.first.shape for stretch in self.stretches]
-        sizes, lengths = (
-            list(dict.fromkeys(getattr(shape, name) for shape in shapes))
-            for name in ("global_batch_size", "sequence_length")
-        )
-        words = f"{self.iterations} iterations of {_range(sizes)} x {_range(lengths)} tokens"
-        return f"{words}, {self.tokens:,} in all"
+        sizes = _range([start.shape.global_batch_size for start in self.starts])
+        lengths = _range([start.shape.sequence_length for start in self.starts])
+        return f"{self.iterations} iterations of {sizes} x {lengths} tokens, {self.tokens:,} in all"
 
 
 def _range(values: list[int]) -> str:
-    return str(values[0]) if len(values) == 1 else f"{min(values)}-{max(values)}"
+    return "-".join(map(str, sorted({min(values), max(values)})))
 
 
 def plan_timetable(train: TrainConfig, sequence_length: int, section: str) -> Timetable:
@@ -131,16 +114,15 @@ def plan_timetable(train: TrainConfig, sequence_length: int, section: str) -> Ti
     """
     if train.tokens < 1:
         raise InputError(f"{section}.tokens", train.tokens, "must be at least 1", "it is the budget of training tokens")
-    stretches: list[Stretch] = []
+    starts: list[Step] = []
     here = Step(Shape(0, sequence_length, 0, 0), 0, 0, 0, 0)
     for end, shape in _phases(train, sequence_length, section):
         first_sample = -(-here.tokens_before // shape.sequence_length)
         here = replace(here, shape=shape, first_sample=first_sample)
         if shape.phase == 0 and train.rampup_batch_size is not None:
             for batch, iterations in ramp(train.rampup_batch_size, shape.global_batch_size, section):
-                smaller = Shape(0, shape.sequence_length, batch, shape.micro_batch_size)
-                stretches.append(Stretch(replace(here, shape=smaller), iterations))
-                here = replace(stretches[-1].end, shape=shape)
+                starts.append(replace(here, shape=replace(shape, global_batch_size=batch)))
+                here = replace(starts[-1].after(iterations), shape=shape)
         iterations = -(-(end - here.tokens_before) // shape.tokens)
         if iterations < 1 and shape.phase == 0:
             rule = f"takes {here.tokens_before} tokens, but the first phase has {end}"
@@ -149,9 +131,9 @@ def plan_timetable(train: TrainConfig, sequence_length: int, section: str) -> Ti
         if iterations < 1:
             rule = f"has no iteration: the phases before it reach {here.tokens_before} tokens in whole global batches"
             raise InputError(f"{section}.phases[{shape.phase}]", None, f"{rule}, and it ends at {end}", "give it more")
-        stretches.append(Stretch(here, iterations))
-        here = stretches[-1].end
-    return Timetable(tuple(stretches))
+        starts.append(here)
+        here = here.after(iterations)
+    return Timetable(tuple(starts), here)
 
 
 def ramp(rampup: list[int], global_batch_size: int, section: str) -> Iterator[tuple[int, int]]:
@@ -187,10 +169,9 @@ def _phases(train: TrainConfig, sequence_length: int, section: str) -> list[tupl
         return [(train.tokens, own)]
     phases, end = [], 0
     for number, phase in enumerate(train.phases):
-        given = {name: getattr(phase, name) for name in SIZES}
-        values = {name: getattr(own, name) if value is None else value for name, value in given.items()}
+        given = {name: value for name in SIZES if (value := getattr(phase, name)) is not None}
         end = train.tokens if phase.tokens is None else end + phase.tokens
-        phases.append((end, Shape(number, **values)))
+        phases.append((end, replace(own, phase=number, **given)))
     if end != train.tokens:
         rule = f"have {end} tokens together, but {section}.tokens={train.tokens}"
         raise InputError(f"{section}.phases", None, rule, "make them equal, or leave the last phase's tokens out")
@@ -204,9 +185,8 @@ def check_train(
     # Validation runs with the section's own sizes, whatever the phases'.
     own = Shape(0, 1, train.global_batch_size, train.micro_batch_size)
     _check_shape(own, {name: f"{section}.{name}" for name in SIZES}, train, parallel, data_parallel)
-    for stretch in timetable.stretches:
-        shape = stretch.first.shape
-        _check_shape(shape, size_keys(train, shape, section), train, parallel, data_parallel)
+    for start in timetable.starts:
+        _check_shape(start.shape, size_keys(train, start.shape, section), train, parallel, data_parallel)
 
 
 def size_keys(train: TrainConfig, shape: Shape, section: str) -> dict[str, str]:

@@ -27,52 +27,33 @@ def _fixed(digits: int) -> Callable[[float], str]:
     return lambda number: f"{number:.3E}" if LARGE <= abs(number) < math.inf else f"{number:.{digits}f}"
 
 
-# Order and format on the console; other names follow in the order given.
-FORMATS: dict[str, Callable[[float], str]] = {
-    "consumed samples": _fixed(0),
-    "tokens": _count,
-    "elapsed time per iteration (ms)": _fixed(1),
-    "time left": _duration,
-    "throughput per GPU (TFLOP/s/GPU)": _fixed(3),
-    "student throughput per GPU (TFLOP/s/GPU)": _fixed(3),
-    "teacher throughput per GPU (TFLOP/s/GPU)": _fixed(3),
-    "model FLOPs utilization (%)": _fixed(1),
-    "tokens per second": _fixed(1),
-    "tokens per second per GPU": _fixed(1),
-    "peak memory (GiB)": _fixed(3),
-    "learning-rate": "{:.3E}".format,
-    "global batch size": _fixed(0),
-    "lm loss": _fixed(6),
-    "logits distillation loss": _fixed(6),
-    "teacher lm loss": _fixed(6),
-    "top-1 agreement": _fixed(4),
-    "grad-norm": _fixed(3),
-    "number of skipped iterations": _fixed(0),
-    "number of nan iterations": _fixed(0),
+# Order and format on the console; other names follow in the order given. A short line has what is marked ALWAYS, and as
+# many of the unmarked losses and shares as fit; DETAIL is in metrics.jsonl alone, but for counts of skipped or NaN
+# iterations above 0.
+ALWAYS, DETAIL = "always", "detail"
+COLUMNS: dict[str, tuple[Callable[[float], str], str]] = {
+    "consumed samples": (_fixed(0), DETAIL),
+    "tokens": (_count, ALWAYS),
+    "elapsed time per iteration (ms)": (_fixed(1), ALWAYS),
+    "time left": (_duration, ALWAYS),
+    "throughput per GPU (TFLOP/s/GPU)": (_fixed(3), DETAIL),
+    "student throughput per GPU (TFLOP/s/GPU)": (_fixed(3), DETAIL),
+    "teacher throughput per GPU (TFLOP/s/GPU)": (_fixed(3), DETAIL),
+    "model FLOPs utilization (%)": (_fixed(1), ""),
+    "tokens per second": (_fixed(1), DETAIL),
+    "tokens per second per GPU": (_fixed(1), DETAIL),
+    "peak memory (GiB)": (_fixed(3), DETAIL),
+    "learning-rate": ("{:.3E}".format, ALWAYS),
+    "global batch size": (_fixed(0), DETAIL),
+    "lm loss": (_fixed(6), ALWAYS),
+    "logits distillation loss": (_fixed(6), ALWAYS),
+    "teacher lm loss": (_fixed(6), ""),
+    "top-1 agreement": (_fixed(4), ""),
+    "grad-norm": (_fixed(3), ALWAYS),
+    "number of skipped iterations": (_fixed(0), DETAIL),
+    "number of nan iterations": (_fixed(0), DETAIL),
 }
-# A short line has these, and as many of the other losses and shares as fit.
-ALWAYS = {
-    "tokens",
-    "elapsed time per iteration (ms)",
-    "time left",
-    "learning-rate",
-    "lm loss",
-    "logits distillation loss",
-    "grad-norm",
-}
-# Shown only in metrics.jsonl, except counts of skipped or NaN iterations above 0.
-DETAILS = {
-    "consumed samples",
-    "throughput per GPU (TFLOP/s/GPU)",
-    "student throughput per GPU (TFLOP/s/GPU)",
-    "teacher throughput per GPU (TFLOP/s/GPU)",
-    "tokens per second",
-    "tokens per second per GPU",
-    "peak memory (GiB)",
-    "global batch size",
-    "number of skipped iterations",
-    "number of nan iterations",
-}
+OTHER = (_fixed(6), "")
 
 
 def train_line(iteration: int, iterations: int, row: dict[str, float], *, full: bool) -> str:
@@ -80,8 +61,9 @@ def train_line(iteration: int, iterations: int, row: dict[str, float], *, full: 
     head = f" iteration {iteration:>{len(str(iterations))}}/{iterations} |"
     if full:
         return _line(head, row, list(row))
-    always = [name for name in row if name in ALWAYS or (row[name] and name.startswith("number of"))]
-    return _line(head, row, always, [name for name in row if name not in DETAILS | {*always}])
+    marks = {name: COLUMNS.get(name, OTHER)[1] for name in row}
+    always = [name for name in row if marks[name] == ALWAYS or (row[name] and name.startswith("number of"))]
+    return _line(head, row, always, [name for name in row if not marks[name]])
 
 
 def validation_line(iteration: int, row: dict[str, float], *, full: bool) -> str:
@@ -99,12 +81,10 @@ def validation_line(iteration: int, row: dict[str, float], *, full: bool) -> str
 
 
 def _line(head: str, row: dict[str, float], always: list[str], where_it_fits: list[str] | None = None) -> str:
-    cells = {name: f" {name}: {FORMATS.get(name, _fixed(6))(row[name])} |" for name in row}
+    cells = {name: f" {name}: {COLUMNS.get(name, OTHER)[0](row[name])} |" for name in row}
     chosen, length = set(always), len(head) + sum(len(cells[name]) for name in always)
     for name in where_it_fits or ():
         if length + len(cells[name]) <= WIDTH:
             chosen.add(name)
             length += len(cells[name])
-    known = list(FORMATS)
-    order = sorted(chosen, key=lambda name: known.index(name) if name in known else len(known) + list(row).index(name))
-    return head + "".join(cells[name] for name in order)
+    return head + "".join(cells[name] for name in dict.fromkeys([*COLUMNS, *row]) if name in chosen)

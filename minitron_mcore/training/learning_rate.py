@@ -85,9 +85,8 @@ def check_continuation(
 def _shapes(timetable: Timetable, iteration: int) -> list[tuple[int, int, int]]:
     """(first iteration, sequence length, global batch size) of every stretch that begins before `iteration`."""
     shapes: list[tuple[int, int, int]] = []
-    for stretch in timetable.stretches:
-        first, shape = stretch.first, stretch.first.shape
-        sizes = (shape.sequence_length, shape.global_batch_size)
+    for first in timetable.starts:
+        sizes = (first.shape.sequence_length, first.shape.global_batch_size)
         # Phases may be split or joined where nothing changes.
         if first.iteration < iteration and not (shapes and shapes[-1][1:] == sizes):
             shapes.append((first.iteration, *sizes))

@@ -10,26 +10,23 @@ import itertools
 from functools import partial
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mcore.checkpoint.folder import drop_iteration, latest_iteration, read_lineage
-from minitron_mcore.checkpoint.store import load_training_state, training_state
-from minitron_mcore.errors import InputError
+from minitron_mcore.checkpoint.store import load_training_state
+from minitron_mcore.errors import DivergedError, InputError
 from minitron_mcore.evaluation.lm_loss import mean_loss
-from minitron_mcore.files import writing
+from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.runtime.agree import gathered
+from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.interrupt import exit_code, name_of
 from minitron_mcore.runtime.pace import Pace, timed
-from minitron_mcore.training.accounting import Interval, account
-from minitron_mcore.training.health import count_skipped
+from minitron_mcore.training.accounting import Interval, StepTimers, account, split_line
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
-from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, set_schedule, wrap_model
-from minitron_mcore.training.saving import save_described
+from minitron_mcore.training.optimizer import Trained, set_schedule
 from minitron_mcore.training.signals import StopRequest
 from minitron_mcore.training.start_check import check_teacher
 from minitron_mcore.training.step import not_finite, train_step
-from minitron_mcore.training.timers import StepTimers, split_line
 
 
 def fit(job: Job) -> Progress:
@@ -38,16 +35,14 @@ def fit(job: Job) -> Progress:
     Ctrl-C or SIGTERM to any rank saves a checkpoint at the end of the iteration and raises SystemExit(130) or (143).
     In the last iteration the run ends as usual: `runtime.stop_signal` then tells the caller.
     """
-    train, runtime = job.train, job.runtime
-    chunks = wrap_model(job.chunks)
-    optimizer = build_optimizer(chunks, train, job.precision)
-    scheduler = build_scheduler(optimizer, train, job.timetable)
+    runtime = job.runtime
+    trained = Trained.of(job.chunks, job.train, job.timetable, job.precision)
     progress = Progress()
     if (newest := latest_iteration(job.folder)) is not None:
-        progress = Progress(**load_training_state(job.folder, newest, chunks, optimizer, scheduler))
+        progress = Progress(**load_training_state(job.folder, newest, *trained))
         check_past(progress, job)
         warn_of_other_data(progress, job)
-        set_schedule(scheduler, progress.consumed_tokens)
+        set_schedule(trained.scheduler, progress.consumed_tokens)
         if job.objective.states is not None:
             job.objective.states.resume(progress.hidden_states_alpha)
         if job.teaching is not None:
@@ -60,11 +55,11 @@ def fit(job: Job) -> Progress:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
-    metrics = MetricsLog(job.folder, job.log, name=job.name, recipe=job.recipe)
+    metrics = MetricsLog(job.folder, job.log, job.iterations, name=job.name, recipe=job.recipe)
     stop = StopRequest()
     try:
         with stop.outliving_the_reader():
-            runtime.stop_signal = _iterate(job, progress, chunks, optimizer, scheduler, metrics, stop)
+            runtime.stop_signal = _iterate(job, progress, trained, metrics, stop)
             if runtime.stop_signal and progress.iteration < job.iterations:
                 saved = f"{name_of(runtime.stop_signal)}: saved {job.folder} at iteration {progress.iteration}"
                 runtime.print(f"{saved} of {job.iterations}; the same command goes on")
@@ -77,15 +72,7 @@ def fit(job: Job) -> Progress:
     return progress
 
 
-def _iterate(
-    job: Job,
-    progress: Progress,
-    chunks: list[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    metrics: MetricsLog,
-    stop: StopRequest,
-) -> int:
+def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog, stop: StopRequest) -> int:
     """From `progress`, which is updated, to the last iteration, or to the one in which a signal asked to stop.
 
     Returns that signal, or 0; the same on every rank."""
@@ -93,14 +80,14 @@ def _iterate(
     steps = job.read_train(job.timetable, progress.iteration)
     first = next(steps)
     check_teacher(job, first[1])
-    runtime.on_main(lambda: open_metrics(metrics, progress.iteration))
+    runtime.on_main(lambda: metrics.open(progress.iteration))
     timers = StepTimers(job.log.timing_log_level)
     pace = Pace(progress.consumed_tokens)  # validation and saving count too
-    timers.attach(chunks, optimizer, job.objective)
+    timers.attach(trained.chunks, trained.optimizer, job.objective)
     interval = Interval(timers)
     interim: int | None = None  # the newest checkpoint, if it is to make room for the next
     for step, batch in timers.batches(itertools.chain([first], steps)):
-        row = train_step(chunks, optimizer, scheduler, job.objective, step.shape, batch, timers.timers)
+        row = train_step(*trained, job.objective, step.shape, batch, timers.timers)
         if job.teaching is not None:
             with timed(timers.timers, "optimizer", 0):
                 row |= job.teaching.step(step.shape.tokens)
@@ -114,22 +101,20 @@ def _iterate(
         shown = times = None
         if last or progress.iteration % job.log.interval == 0:
             spent = interval.report()
-            costs, times = account(job, timers, spent)
+            costs, times = account(job, spent)
             tokens = progress.consumed_tokens  # batch sizes may change, so iterations would not tell
             left = pace.left(tokens, job.timetable.tokens)
             shown = {**row, **costs, **spent.means, "tokens": tokens, "time left": left}
             row |= {**costs, **times}
-        metrics.write(progress.iteration, job.iterations, row, shown=shown)
+        metrics.write(progress.iteration, row, shown=shown)
         if times is not None and (job.log.console == "full" or job.log.timing_log_level):
-            runtime.print(split_line(times, timers.parts))
+            runtime.print(split_line(times))
         if job.read_valid and (last or _is_due(progress.iteration, train.eval_interval)):
-            progress.metrics = validate(chunks, job)
-            metrics.write(
-                progress.iteration, job.iterations, progress.metrics, shown=progress.metrics, kind="validation"
-            )
+            progress.metrics = validate(trained.chunks, job)
+            metrics.write(progress.iteration, progress.metrics, shown=progress.metrics, kind="validation")
         asked_to_stop = stop.on_any_rank()
         if last or asked_to_stop or _is_due(progress.iteration, job.save_interval):
-            save(job, progress, chunks, optimizer, scheduler)
+            save(job, progress, trained)
             if train.save_interval is None:
                 drop(job, interim)
                 interim = progress.iteration
@@ -139,18 +124,11 @@ def _iterate(
     raise AssertionError("the steps ended before the last iteration")
 
 
-def save(
-    job: Job,
-    progress: Progress,
-    chunks: list[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-) -> None:
+def save(job: Job, progress: Progress, trained: Trained) -> None:
     """A checkpoint of the iteration that `progress` has reached; every rank calls."""
     if job.teaching is not None:
         job.teaching.save(progress.iteration, progress.consumed_tokens, job.runtime)
-    state = training_state(chunks, optimizer, scheduler, vars(progress).copy(), is_loading=False)
-    save_described(job.folder, progress.iteration, state, job.runtime, job.architecture, lambda: job.describe(progress))
+    trained.save(job.folder, vars(progress).copy(), job.runtime, job.architecture, lambda: job.describe(progress))
 
 
 def drop(job: Job, iteration: int | None) -> None:
@@ -166,10 +144,58 @@ def describe_newest(job: Job, progress: Progress) -> None:
         job.describe(progress)
 
 
-def open_metrics(metrics: MetricsLog, iteration: int) -> None:
-    """The first rank calls. Raises InputError if they cannot be written."""
-    with writing(str(metrics.folder)):
-        metrics.open(iteration)
+def count_skipped(
+    job: Job, progress: Progress, row: dict[str, float], batch: list[Microbatch], metrics: MetricsLog
+) -> dict[str, float]:
+    """What to log of `row`, a step just done: its finite values, and how many steps were skipped so far.
+
+    A skipped step is logged as an event, with the numbers of its samples. Every rank calls, before `progress.advance`.
+    Raises DivergedError at the `max_skipped_iterations`-th skipped step in a row.
+    """
+    bad = not_finite(row)
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if bad else 0
+    if bad:
+        progress.skipped_iterations += 1
+        progress.nan_iterations += any(not name.endswith("grad-norm") for name in bad)
+        iteration, limit = progress.iteration + 1, job.train.max_skipped_iterations
+        samples = global_samples(batch)
+        where = f"samples {in_ranges(samples)}" if samples else f"samples from {progress.consumed_samples} on"
+        reason = ", ".join(f"{name} is {row[name]}" for name in bad)
+        metrics.event(
+            iteration,
+            "skipped",
+            {"reason": {name: str(row[name]) for name in bad}, "samples": samples},
+            f" iteration {iteration:>8}/{job.iterations:>8} | skipped: {reason} | {where} | "
+            f"{progress.skipped_in_a_row} in a row, of {limit} at most |",
+        )
+        if progress.skipped_in_a_row >= limit:
+            raise DivergedError(
+                f"iteration {iteration}, {where}: {reason}; {progress.skipped_in_a_row} iterations in a row were "
+                f"skipped, so max_skipped_iterations={limit} ends the run; the newest checkpoint is from before them"
+            )
+    return {
+        **{name: value for name, value in row.items() if name not in bad},
+        "number of skipped iterations": progress.skipped_iterations,
+        "number of nan iterations": progress.nan_iterations,
+    }
+
+
+def global_samples(batch: list[Microbatch]) -> list[int]:
+    """Numbers of the samples in the global batch, in order; empty if the data have none. Every rank calls."""
+    mine = [number for part in batch if part.samples is not None for number in part.samples.tolist()]
+    return sorted(number for rank in gathered(mine, data_group()) for number in rank)
+
+
+def in_ranges(numbers: list[int]) -> str:
+    """[3, 4, 5, 9] -> "3-5, 9"."""
+    words: list[str] = []
+    start = 0
+    for index in range(1, len(numbers) + 1):
+        if index == len(numbers) or numbers[index] != numbers[index - 1] + 1:
+            first, last = numbers[start], numbers[index - 1]
+            words.append(str(first) if first == last else f"{first}-{last}")
+            start = index
+    return ", ".join(words)
 
 
 def validate(chunks: list[torch.nn.Module], job: Job) -> dict[str, float]:

@@ -13,48 +13,43 @@ import time
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.files import writing
 from minitron_mcore.training.config import LogConfig
 from minitron_mcore.training.console import train_line, validation_line
-from minitron_mcore.training.dashboard import Dashboard
-from minitron_mcore.training.history import cut_back
+from minitron_mcore.training.dashboard import Dashboard, cut_back
 
 
 class MetricsLog:
     """Writes rows of numbers. Until `open`, which the first rank alone calls, every call does nothing."""
 
-    def __init__(self, folder: Path, log: LogConfig, *, name: str, recipe: dict[str, Any]) -> None:
-        self.folder, self.log, self.name, self.recipe = folder, log, name, recipe
+    def __init__(self, folder: Path, log: LogConfig, iterations: int, *, name: str, recipe: dict[str, Any]) -> None:
+        self.folder, self.log, self.iterations, self.name, self.recipe = folder, log, iterations, name, recipe
         self._file: Any = None
         self._tensorboard: Any = None
         self._dashboard: Dashboard | None = None
 
     def open(self, iteration: int) -> None:
         """Start every writer for a run that continues after `iteration`; rows of later ones are deleted, as they come
-        again. Raises InputError where Weights & Biases refuses."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.log.wandb != "disabled":
-            self._dashboard = Dashboard(self.folder, self.log, self.name, self.recipe)
-            print(self._dashboard, flush=True)
+        again. Raises InputError where they cannot be written, or Weights & Biases refuses."""
         file = self.folder / "metrics.jsonl"
-        if cut := cut_back(file, iteration):
-            print(f"{file}: deleted {cut} lines after iteration {iteration}, which are run again", flush=True)
-        if self._dashboard is not None:
-            self._dashboard.take_over(file)
-        self._file = file.open("a", buffering=1)
-        if self.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        with writing(str(self.folder)):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.log.wandb != "disabled":
+                self._dashboard = Dashboard(self.folder, self.log, self.name, self.recipe)
+                print(self._dashboard, flush=True)
+            if cut := cut_back(file, iteration):
+                print(f"{file}: deleted {cut} lines after iteration {iteration}, which are run again", flush=True)
+            if self._dashboard is not None:
+                self._dashboard.take_over(file)
+            self._file = file.open("a", buffering=1)
+            if self.log.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            # Readers drop these steps from earlier files.
-            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1)
+                # Readers drop these steps from earlier files.
+                self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1)
 
     def write(
-        self,
-        iteration: int,
-        iterations: int,
-        row: dict[str, float],
-        *,
-        shown: dict[str, float] | None,
-        kind: str = "train",
+        self, iteration: int, row: dict[str, float], *, shown: dict[str, float] | None, kind: str = "train"
     ) -> None:
         """Write `row` to files and dashboards, and `shown`, if given, to the console.
 
@@ -67,10 +62,8 @@ class MetricsLog:
         self._write_line(iteration, kind, numbers)
         if shown is not None:
             full = self.log.console == "full"
-            line = validation_line(iteration, shown, full=full)
-            if kind == "train":
-                line = train_line(iteration, iterations, shown, full=full)
-            print(line, flush=True)
+            line = train_line(iteration, self.iterations, shown, full=full) if kind == "train" else None
+            print(line or validation_line(iteration, shown, full=full), flush=True)
         if self._tensorboard is not None:
             for name, value in row.items():
                 self._tensorboard.add_scalar(name, value, iteration)

@@ -1,23 +1,63 @@
-"""Datasets -> global batches of this data-parallel rank, on the device."""
+"""What a training reads, and when: datasets -> global batches of this data-parallel rank, on the device."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
-from minitron_mcore.data.dataset import Batch, batches
+from minitron_mcore.data.config import DataConfig
+from minitron_mcore.data.dataset import Batch, batches, build_datasets
+from minitron_mcore.data.described import training_parts
+from minitron_mcore.data.index_size import Wanted
+from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache.file import token_checksum
 from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.training.budget import Step, Timetable
+from minitron_mcore.training.config import TrainConfig
 
 # (first sample, how many global batches) -> this rank's global batches, each a list of microbatches.
 BatchReader = Callable[[int, int], Iterator[list[Microbatch]]]
 # (timetable, finished iterations) -> the steps that are left, each with this rank's global batch.
 StepReader = Callable[[Timetable, int], Iterator[tuple[Step, list[Microbatch]]]]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """datasets: the training sets by their sequence lengths.
+
+    read_valid: by the source's name, "" for the whole blend; empty: no validation.
+    order: of the samples, by reader.data_order.
+    """
+
+    datasets: dict[int, Any]
+    read_train: StepReader
+    read_valid: dict[str, BatchReader]
+    order: dict[int, str]
+
+
+def build_training_data(
+    data: DataConfig, tokenizer: Tokenizer, wanted: Sequence[Wanted], train: TrainConfig, *, seed: int
+) -> TrainingData:
+    """The sets that `wanted` asks for, and what validates, always of `data.sequence_length`; every rank calls.
+
+    A run reads a training set of another sequence length from the sample on that the tokens so far correspond to.
+    """
+    parts = training_parts(data, wanted)
+    built = list(zip(parts, build_datasets(data, tokenizer, parts, seed=seed), strict=True))
+    training = {part.sequence_length: dataset for part, dataset in built if part.name == "train"}
+    validation = {part.source: dataset for part, dataset in built if part.name == "valid" and dataset is not None}
+    sizes = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size}
+    return TrainingData(
+        datasets=training,
+        read_train=step_reader(training, num_workers=data.num_workers),
+        read_valid={name: batch_reader(dataset, **sizes) for name, dataset in validation.items()},
+        order=data_order(training),
+    )
 
 
 def batch_reader(dataset: Any, *, global_batch_size: int, micro_batch_size: int, num_workers: int = 0) -> BatchReader:

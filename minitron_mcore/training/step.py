@@ -29,9 +29,7 @@ def train_step(
     """One iteration over a global batch of `shape`; mean losses over its counted tokens. Every rank calls.
     If a loss or the gradient norm is NaN or Inf, weights and optimizer stay as they are; the learning rate still moves
     on, since it follows the tokens used. timers: Megatron's, or None."""
-    for chunk in chunks:
-        cast(DistributedDataParallel, chunk).zero_grad_buffer()
-    optimizer.zero_grad()
+    zero_gradients(chunks, optimizer)
     with timed(timers, "objective", 0):
         means = objective.run(chunks, batch)
     means.pop("num_tokens")
@@ -40,6 +38,12 @@ def train_step(
         means["grad-norm"] = apply_gradients(optimizer, losses_finite=not not_finite(means))
     scheduler.step(increment=shape.tokens)
     return {**means, "global batch size": float(shape.global_batch_size)}
+
+
+def zero_gradients(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
+    for chunk in chunks:
+        cast(DistributedDataParallel, chunk).zero_grad_buffer()
+    optimizer.zero_grad()
 
 
 @torch.no_grad()

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 
-from minitron_mcore.checkpoint.store import load_training_state, training_state
+from minitron_mcore.checkpoint.store import load_training_state
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.teacher.ahead import Teacher
@@ -25,9 +24,8 @@ from minitron_mcore.model.schedule import LossSums, run_schedule
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.budget import Timetable
 from minitron_mcore.training.config import CorrectConfig
-from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, set_schedule, wrap_model
-from minitron_mcore.training.saving import save_described
-from minitron_mcore.training.step import apply_gradients, not_finite
+from minitron_mcore.training.optimizer import Trained, set_schedule
+from minitron_mcore.training.step import apply_gradients, not_finite, zero_gradients
 
 
 class TrainedTeacher(Teacher):
@@ -49,20 +47,15 @@ class TrainedTeacher(Teacher):
         self.folder, self.describe = folder, describe
         for chunk in self.chunks:
             chunk.requires_grad_(True).train()
-        self.wrapped = wrap_model(self.chunks)
-        self.optimizer = build_optimizer(self.wrapped, correct, precision)
-        self.scheduler = build_scheduler(self.optimizer, correct, timetable)
-        settings = LossSettings(self.architecture.vocab_size, chunk_tokens=correct.loss_chunk_tokens)
-        self.objective = Objective(settings)
+        self.trained = Trained.of(self.chunks, correct, timetable, precision)
+        self.objective = Objective(LossSettings(self.architecture.vocab_size, chunk_tokens=correct.loss_chunk_tokens))
         self._means: dict[str, float] = {}
 
     def _forward(self, run: list[Microbatch], train: bool) -> list[torch.Tensor]:
         """As the frozen teacher's, or if `train` with the gradients of the teacher's next step. Every rank calls."""
         if not train:
             return super()._forward(run, train)
-        for chunk in self.wrapped:
-            cast(DistributedDataParallel, chunk).zero_grad_buffer()
-        self.optimizer.zero_grad()
+        zero_gradients(self.trained.chunks, self.trained.optimizer)
         final: dict[Microbatch, torch.Tensor] = {}
 
         def loss(model: LanguageModel, hidden: torch.Tensor, microbatch: Microbatch) -> LossSums:
@@ -70,7 +63,7 @@ class TrainedTeacher(Teacher):
             return self.objective.loss(model, hidden, microbatch)
 
         begin = self._capture.begin if self._capture is not None else None
-        self._means = run_schedule(self.wrapped, run, loss, begin=begin)
+        self._means = run_schedule(self.trained.chunks, run, loss, begin=begin)
         return [final[microbatch] for microbatch in run if microbatch in final]
 
     def step(self, tokens: int) -> dict[str, float]:
@@ -78,22 +71,20 @@ class TrainedTeacher(Teacher):
 
         Returns its mean next-token loss, learning rate and gradient norm, by name. Every rank calls.
         """
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        grad_norm = apply_gradients(self.optimizer, losses_finite=not not_finite(self._means))
-        self.scheduler.step(increment=tokens)
-        return {
-            "teacher lm loss": self._means["lm loss"],
-            "teacher learning-rate": learning_rate,
-            "teacher grad-norm": grad_norm,
-        }
+        _, optimizer, scheduler = self.trained
+        learning_rate = optimizer.param_groups[0]["lr"]
+        grad_norm = apply_gradients(optimizer, losses_finite=not not_finite(self._means))
+        scheduler.step(increment=tokens)
+        row = {"lm loss": self._means["lm loss"], "learning-rate": learning_rate, "grad-norm": grad_norm}
+        return {f"teacher {name}": value for name, value in row.items()}
 
     def save(self, iteration: int, tokens: int, runtime: Runtime) -> None:
         """A checkpoint of the teacher, written before the student's of this iteration. All ranks call."""
-        state = training_state(self.wrapped, self.optimizer, self.scheduler, {"iteration": iteration}, is_loading=False)
-        save_described(self.folder, iteration, state, runtime, self.architecture, lambda: self.describe(tokens))
+        progress = {"iteration": iteration}
+        self.trained.save(self.folder, progress, runtime, self.architecture, lambda: self.describe(tokens))
 
     def resume(self, iteration: int, tokens: int) -> dict[str, Any]:
         """Resume from the checkpoint of `iteration`, after `tokens` tokens. All ranks call. Raises InputError."""
-        progress = load_training_state(self.folder, iteration, self.wrapped, self.optimizer, self.scheduler)
-        set_schedule(self.scheduler, tokens)
+        progress = load_training_state(self.folder, iteration, *self.trained)
+        set_schedule(self.trained.scheduler, tokens)
         return progress

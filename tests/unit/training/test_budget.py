@@ -90,16 +90,15 @@ def test_phases_share_the_dataset_of_their_length() -> None:
     """8 x 8 and 4 x 20 tokens: 3 iterations reach 150, so the second phase starts at 192, sample 9.6 of 20 tokens."""
     parts = [PhaseConfig(150, 8, 8), PhaseConfig(200, 20, 4), PhaseConfig(None, 8, 2)]
     timetable = plan(16, tokens=400, phases=parts)
-    starts = [(stretch.first.tokens_before, stretch.first.first_sample) for stretch in timetable.stretches]
-    assert starts == [(0, 0), (192, 10), (352, 44)]
-    assert [stretch.iterations for stretch in timetable.stretches] == [3, 2, 3]
+    starts = [(start.tokens_before, start.first_sample, start.iteration) for start in timetable.starts]
+    assert starts == [(0, 0, 0), (192, 10, 3), (352, 44, 5)] and timetable.iterations == 8
     assert timetable.samples_needed() == {8: 50, 20: 18} and timetable.tokens == 400
 
 
 def test_a_long_budget_is_not_walked() -> None:
     """94B tokens in 80 million iterations, with a thousand sizes on the way."""
     timetable = plan(1, tokens=94_000_000_000, global_batch_size=1152, rampup_batch_size=[2, 1, 10_000_000])
-    assert len(timetable.stretches) == 1151
+    assert len(timetable.starts) == 1151
     assert timetable.at(timetable.iterations - 1).tokens_before < 94_000_000_000 <= timetable.tokens
 
 

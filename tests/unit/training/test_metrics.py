@@ -15,8 +15,8 @@ import pytest
 from minitron_mcore.errors import InputError
 from minitron_mcore.training.config import LogConfig
 from minitron_mcore.training.console import WIDTH, train_line, validation_line
+from minitron_mcore.training.dashboard import check_wandb
 from minitron_mcore.training.metrics import MetricsLog
-from minitron_mcore.training.wandb_login import check_wandb
 
 ROWS: list[tuple[int, dict[str, float], str]] = [
     (10, {"consumed samples": 80, "lm loss": 2.5, "learning-rate": 1e-3, "grad-norm": 0.25}, "train"),
@@ -28,10 +28,10 @@ ROWS: list[tuple[int, dict[str, float], str]] = [
 def log_rows(folder: Path, rows: list[Any], after: int = 0, **settings: Any) -> None:
     """What a process logs that goes on after iteration `after`."""
     log = LogConfig(**{"tensorboard": False, "wandb": "disabled", **settings})
-    metrics = MetricsLog(folder, log, name="test", recipe={"seed": 7})
+    metrics = MetricsLog(folder, log, 20, name="test", recipe={"seed": 7})
     metrics.open(after)
     for iteration, row, kind in rows:
-        metrics.write(iteration, 20, row, shown=row, kind=kind)
+        metrics.write(iteration, row, shown=row, kind=kind)
     metrics.close()
 
 
@@ -49,9 +49,9 @@ def test_json_lines_are_appended_to(tmp_path: Path) -> None:
 
 def test_a_line_is_there_once_it_is_written(tmp_path: Path) -> None:
     """A killed run has lost none of its lines."""
-    metrics = MetricsLog(tmp_path, LogConfig(tensorboard=False, wandb="disabled"), name="test", recipe={})
+    metrics = MetricsLog(tmp_path, LogConfig(tensorboard=False, wandb="disabled"), 20, name="test", recipe={})
     metrics.open(0)
-    metrics.write(1, 20, {"lm loss": 2.0}, shown=None)
+    metrics.write(1, {"lm loss": 2.0}, shown=None)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["lm loss"] == 2.0
     metrics.close()
 
@@ -122,8 +122,8 @@ def test_a_validation_line_has_what_is_looked_for() -> None:
 
 
 def test_a_rank_that_does_not_open_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = MetricsLog(tmp_path / "run", LogConfig(), name="test", recipe={})
-    metrics.write(1, 20, {"lm loss": 2.0}, shown=None)
+    metrics = MetricsLog(tmp_path / "run", LogConfig(), 20, name="test", recipe={})
+    metrics.write(1, {"lm loss": 2.0}, shown=None)
     metrics.close()
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from minitron_mcore.training import saving
+from minitron_mcore.training import optimizer
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Job
 
@@ -22,7 +22,7 @@ class OneRank:
 def test_a_save_that_fails_is_not_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done: list[str] = []
     newest: list[int] = []
-    monkeypatch.setattr(saving, "latest_iteration", lambda folder: newest[-1] if newest else None)
+    monkeypatch.setattr(optimizer, "latest_iteration", lambda folder: newest[-1] if newest else None)
 
     def save(folder: Path, iteration: int, state: Any, runtime: Any, architecture: Any) -> None:
         if iteration == 3:
@@ -30,17 +30,13 @@ def test_a_save_that_fails_is_not_described(monkeypatch: pytest.MonkeyPatch, tmp
         newest.append(iteration)
         done.append(f"saved {iteration}")
 
-    monkeypatch.setattr(saving, "save_state", save)
+    monkeypatch.setattr(optimizer, "save_state", save)
+    monkeypatch.setattr(optimizer, "training_state", lambda *arguments, is_loading: {})
+    trained: Any = optimizer.Trained([], None, None)  # type: ignore[arg-type]
     for iteration in (1, 2, 3):
         try:
-            saving.save_described(
-                tmp_path,
-                iteration,
-                {},
-                OneRank(),  # type: ignore[arg-type]
-                None,  # type: ignore[arg-type]
-                lambda: done.append(f"described {iteration}"),  # noqa: B023
-            )
+            said = f"described {iteration}"
+            trained.save(tmp_path, {"iteration": iteration}, OneRank(), None, lambda said=said: done.append(said))
         except OSError:
             done.append("failed")
     # The first one comes with its description: nobody could read it without.
