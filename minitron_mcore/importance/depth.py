@@ -6,7 +6,7 @@
     accuracy               of a multiple-choice task: the whole model's minus that without (arXiv 2408.11796)
     normalized_accuracy    the same, a choice's log-likelihood being divided by its number of tokens
 
-Layers are left out in memory (model/skip.py). One pass over the samples, and one over the task's rows, serves all
+Layers are left out in memory (model/sites.py). One pass over the samples, and one over the task's rows, serves all
 metrics of a block. Every metric counts the tokens of the loss mask.
 
 For the logit metrics the last pipeline stage keeps the whole model's final hidden states in host memory (`kept_bytes`);
@@ -31,7 +31,7 @@ from minitron_mcore.importance.config import TASK_METRICS
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import in_calls, visit_final_states
-from minitron_mcore.model.skip import without_layers
+from minitron_mcore.model.sites import without_layers
 
 
 @dataclass(frozen=True)

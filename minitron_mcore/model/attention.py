@@ -31,19 +31,16 @@ class SDPACoreAttention(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        layer_number: int,
+        *,
         attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
-        **kwargs: Any,
+        **others: Any,
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal:
             raise InputError("attn_mask_type", attn_mask_type.name, "is not supported", "use causal")
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.dropout = config.attention_dropout
         self.softmax_scale = softmax_scale
         self.context_group: torch.distributed.ProcessGroup | None = None
         if config.context_parallel_size > 1:
@@ -51,14 +48,7 @@ class SDPACoreAttention(MegatronModule):
             self.context_group = getattr(pg_collection, "cp", None) or context_group()
 
     def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask: Any, **others: Any
     ) -> torch.Tensor:
         """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]. The mask is causal, whatever is given."""
         if self.context_group is None:

@@ -32,6 +32,12 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
 
 
 ACTIVATIONS = {"silu": torch.nn.functional.silu, "squared_relu": squared_relu}
+# An architecture's fields as Megatron's config takes them, under the same names.
+SHARED_FIELDS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "qk_layernorm", "gated_linear_unit"),
+    *("add_qkv_bias", "init_method_std"),
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -78,23 +84,11 @@ def transformer_config(
     dtype = DTYPES["bf16" if fp8 else precision]
     stages = split_layers(a.num_layers, parallel.pipeline, parallel.virtual_pipeline)
     return TransformerConfig(
-        num_layers=a.num_layers,
-        hidden_size=a.hidden_size,
-        ffn_hidden_size=a.ffn_hidden_size,
-        num_attention_heads=a.num_attention_heads,
-        num_query_groups=a.num_query_groups,
-        kv_channels=a.kv_channels,
-        normalization=a.normalization,
-        layernorm_epsilon=a.layernorm_epsilon,
-        layernorm_zero_centered_gamma=a.layernorm_zero_centered_gamma,
-        gated_linear_unit=a.gated_linear_unit,
+        **{name: getattr(a, name) for name in SHARED_FIELDS},
         activation_func=ACTIVATIONS[a.activation],
         add_bias_linear=False,
-        add_qkv_bias=a.add_qkv_bias,
-        qk_layernorm=a.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=a.init_method_std,
         perform_initialization=False,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -18,7 +18,45 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from minitron_mcore.model.attention import SDPACoreAttention
-from minitron_mcore.model.norm import Norm
+
+
+def apply_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: TransformerConfig
+) -> torch.Tensor:
+    """The norm that `config` names, over the last axis of `x` [..., h]; weight and bias [h].
+
+    LayerNorm1P (Nemotron) stores gamma - 1 (`layernorm_zero_centered_gamma`).
+    """
+    if config.layernorm_zero_centered_gamma:
+        weight = weight + 1
+    width = (x.shape[-1],)
+    if config.normalization == "RMSNorm":
+        return torch.nn.functional.rms_norm(x, width, weight, config.layernorm_epsilon)
+    return torch.nn.functional.layer_norm(x, width, weight, bias, config.layernorm_epsilon)
+
+
+class Norm(torch.nn.Module):
+    """RMSNorm and LayerNorm that allow sequence parallelism and Nemotron's zero-centred gamma.
+
+    Transformer Engine and Apex norms do both; this one stands in where neither is installed, since megatron-core's
+    WrappedTorchNorm refuses both. `weight.sequence_parallel` makes Megatron sum its gradients.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__()
+        self.config = config
+        initial = 0.0 if config.layernorm_zero_centered_gamma else 1.0
+        self.weight = self._parameter(hidden_size, initial)
+        self.bias = self._parameter(hidden_size, 0.0) if config.normalization == "LayerNorm" else None
+
+    def _parameter(self, size: int, value: float) -> torch.nn.Parameter:
+        place: Any = {"dtype": self.config.params_dtype, "device": torch.cuda.current_device()}
+        parameter = torch.nn.Parameter(torch.full((size,), value, **place))
+        parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        return parameter
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return apply_norm(x, self.weight, self.bias, self.config)
 
 
 def use_transformer_engine(config: TransformerConfig) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,25 +20,8 @@ from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _FACTORIES = (
-    "zeros",
-    "empty",
-    "ones",
-    "full",
-    "tensor",
-    "arange",
-    "rand",
-    "randn",
-    "randint",
-    "linspace",
-    "eye",
-    "empty_like",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "as_tensor",
-    "empty_strided",
+    *("zeros", "empty", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "linspace", "eye", "as_tensor"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_strided"),
 )
 _installed = False
 
@@ -103,18 +86,9 @@ class _Stream:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def wait_stream(self, other: Any) -> None: ...
+    def _nothing(self, *args: Any) -> None: ...
 
-    def wait_event(self, event: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def record_event(self, event: Any = None) -> Any: ...
-
-
-@contextlib.contextmanager
-def _stream_context(stream: Any) -> Iterator[None]:
-    yield
+    wait_stream = wait_event = synchronize = record_event = _nothing
 
 
 def _replace_cuda_functions() -> None:
@@ -129,7 +103,7 @@ def _replace_cuda_functions() -> None:
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.Stream = _Stream
-    cuda.stream = _stream_context
+    cuda.stream = contextlib.nullcontext
     cuda.current_stream = lambda device=None: _Stream()
     cuda.default_stream = lambda device=None: _Stream()
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):

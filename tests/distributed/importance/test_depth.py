@@ -235,7 +235,7 @@ def test_the_reference_can_tell_metrics_and_layers_apart(family: str) -> None:
 def identities_on_rank(parallel: dict[str, Any], world_size: int) -> dict[str, Any]:
     from minitron_mcore.importance.depth import measure_depth
     from minitron_mcore.model.schedule import final_hidden_states
-    from minitron_mcore.model.skip import without_layers
+    from minitron_mcore.model.sites import without_layers
 
     architecture, chunks = build("llama", start_layout(parallel, world_size))
     batch, task = batches_of(architecture.vocab_size, 2), task_of(architecture.vocab_size)
@@ -341,7 +341,7 @@ def gradients_on_rank(parallel: dict[str, Any], world_size: int) -> dict[int, fl
     from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.model.schedule import run_schedule
-    from minitron_mcore.model.skip import without_layers
+    from minitron_mcore.model.sites import without_layers
 
     architecture, chunks = build("llama", start_layout(parallel, world_size))
     batch = batches_of(architecture.vocab_size, 2)

@@ -285,7 +285,7 @@ class FusedLinear(torch.nn.Module):
         self.inner, self.config = linear, norm.config
 
     def forward(self, x: torch.Tensor) -> Any:
-        from minitron_mcore.model.norm import apply_norm
+        from minitron_mcore.model.specs import apply_norm
 
         return self.inner(apply_norm(x, self.layer_norm_weight, self.layer_norm_bias, self.config))
 

@@ -81,7 +81,7 @@ def attend_on_rank(size: int, parts: list[torch.Tensor]) -> list[torch.Tensor]:
 
     layout = start_layout({"context": size}, size)
     rank = parallel_state.get_context_parallel_rank()
-    attention = SDPACoreAttention(transformer_config(tiny("llama"), layout, "fp32"), 1, AttnMaskType.causal, "self")
+    attention = SDPACoreAttention(transformer_config(tiny("llama"), layout, "fp32"), attn_mask_type=AttnMaskType.causal)
     *inputs, gradient = (context_part(part, 0, rank, size).float() for part in parts)
     query, key, value = (part.requires_grad_() for part in inputs)
     output = attention(query, key, value, None)
