@@ -145,7 +145,7 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
             stage = importlib.import_module(f"minitron_mcore.stages.{module_of(options.verb)}")
             runtime = start()
             for note in job.notes:
-                runtime.print(f"{options.verb}: warning: {note}")
+                runtime.print(f"{options.verb}: WARNING: {note}")
             stage.run(job, runtime)
         stop()
     except (InputError, OSError) as error:

@@ -41,7 +41,7 @@ def import_checkpoint(
     checks = WeightChecks()
     folder = SafetensorsFolder(source, checks.look)
     for note in folder.check(wanted, architecture, allow_extra="extra_tensors" in allow):
-        runtime.print(f"import: warning: {note}")
+        runtime.print(f"import: WARNING: {note}")
     if not architecture.untie_embeddings_and_output_weights:
         (embedding,) = next(unit.names for unit in wanted if unit.parameter.is_embedding)
         runtime.on_main(partial(folder.check_tied_head, embedding))

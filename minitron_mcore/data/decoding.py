@@ -46,7 +46,7 @@ class Replacements:
             return ""
         path, where = next(iter(self.first.items()))
         return (
-            f"warning: characters that are not UTF-8, replaced by U+FFFD: {self.characters:,} (files: "
+            f"WARNING: characters that are not UTF-8, replaced by U+FFFD: {self.characters:,} (files: "
             f"{len(self.first):,}), the first in {path}, {where}"
         )
 

@@ -64,7 +64,7 @@ def _lines(job: Job, world: World) -> Iterator[str]:
         yield from forecast_words(job.forecast, world.memory)
         yield from stages_of(job)
     for note in job.notes:
-        yield f"warning: {note}"
+        yield f"WARNING: {note}"
 
 
 def stages_of(job: TrainingJob) -> Iterator[str]:

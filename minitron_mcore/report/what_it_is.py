@@ -140,7 +140,7 @@ def table(found: dict[str, Any]) -> str:
         shown["verified"] = {**verified, "faults": len(verified["faults"])}
     rows = _rows(shown, "")
     lines = [columns(rows, left=(0, 1))]
-    warnings = [f"warning: {warning}" for warning in found["warnings"]]
+    warnings = [f"WARNING: {warning}" for warning in found["warnings"]]
     warnings += [f"fault: {fault}" for fault in verified.get("faults", [])]
     return "\n".join([f"{found['path']}: {KINDS[found['kind']]}", *lines, *warnings])
 

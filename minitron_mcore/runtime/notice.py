@@ -21,7 +21,7 @@ def say(text: str) -> None:
 
 
 def warn(warning: str) -> None:
-    say(f"warning: {warning}")
+    say(f"WARNING: {warning}")
 
 
 def say_failure(sentence: str) -> None:

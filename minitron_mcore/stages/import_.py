@@ -49,7 +49,7 @@ def run(job: ImportJob, runtime: Runtime) -> Path:
         runtime.print(f"import: {checked}")
         if checked.allowed:
             runtime.print(
-                f"import: warning: {len(checked.allowed)} tensors are all zero or not finite, let through by "
+                f"import: WARNING: {len(checked.allowed)} tensors are all zero or not finite, let through by "
                 f"allow={recipe.allow}: {', '.join(checked.allowed[:4])}{' …' if len(checked.allowed) > 4 else ''}"
             )
         runtime.on_main(partial(describe, unfinished))

@@ -39,4 +39,4 @@ def describe(plan: PruningPlan) -> str:
     if (residual := plan.residual) is not None:
         count = sum(len(pairs) for pairs in residual.pairs.values())
         lines.append(f"head residuals ({residual.rule}): {count} heads, in {', '.join(residual.matrices)}")
-    return "\n".join([*lines, *(f"warning: {warning}" for warning in plan.warnings)])
+    return "\n".join([*lines, *(f"WARNING: {warning}" for warning in plan.warnings)])

@@ -78,7 +78,7 @@ def act(step: Step, world: World, runtime: Runtime) -> Any:
     """Resolve the step once more, now that all it needs is there, and carry it out; every rank calls."""
     job = all_or_none(lambda: step.resolve(world, NOTHING))
     for note in job.notes:
-        runtime.print(f"{step.verb}: warning: {note}")
+        runtime.print(f"{step.verb}: WARNING: {note}")
     stage = importlib.import_module(f"minitron_mcore.stages.{module_of(step.verb)}")
     return stage.run(job, runtime)
 

@@ -322,7 +322,7 @@ def test_a_shape_that_transformers_refuses(pruned: Path, tmp_path: Path) -> None
         run_well("plan", *names, f"plan={tmp_path / 'plan.json'}"),
         run_well("prune", *names, f"student.checkpoint={tmp_path / 'student'}"),
     ):
-        (warning,) = [line for line in shown.splitlines() if line.startswith("warning: ") and words in line]
+        (warning,) = [line for line in shown.splitlines() if line.startswith("WARNING: ") and words in line]
         assert "transformers" in warning
     before = sorted(tmp_path.rglob("*"))
     for place in ("1", "TP2"):

@@ -112,7 +112,7 @@ def test_leftovers_are_named(root: Path, tmp_path: Path) -> None:
     assert code == 0 and (found["iterations"], found["newest_finished"]) == ([0, 5], 0)
     assert found["unfinished"] == [".unfinished_iter_0000007"]
     assert any("iteration 5 is ignored" in warning for warning in found["warnings"])
-    assert "warning: .unfinished_iter_0000007 is left over" in table
+    assert "WARNING: .unfinished_iter_0000007 is left over" in table
 
 
 def test_one_iteration_may_be_named(root: Path, tmp_path: Path) -> None:

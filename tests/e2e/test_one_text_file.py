@@ -59,7 +59,7 @@ def validations(folder: Path) -> int:
 
 def test_trains_without_validation_and_says_so(seen):
     folder, shown = seen
-    words = "train: warning: there is no validation of the whole blend, because data.valid is not set"
+    words = "train: WARNING: there is no validation of the whole blend, because data.valid is not set"
     assert shown["train"][0] == 0 and shown["train"][1].count(words) == 1
     assert shown["train quietly"][0] == 0 and "there is no validation" not in shown["train quietly"][1]
     assert validations(folder / "unvalidated") == validations(folder / "quiet") == 0

@@ -28,7 +28,7 @@ def test_weights_without_a_tokenizer(tmp_path: Path) -> None:
     run_well("prune", teacher, scores, "student.ffn_hidden_size=96", f"student.checkpoint={tmp_path / 'student'}")
     for name in ("teacher", "student"):
         shown = run_well("export", f"checkpoint={tmp_path / name}", f"hf={tmp_path / name}-hf")
-        assert f"warning: {tmp_path / name} has no tokenizer" in shown
+        assert f"WARNING: {tmp_path / name} has no tokenizer" in shown
     whole, again = (tensors_of(path) for path in (source, tmp_path / "teacher-hf"))
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     assert {path.name for path in (tmp_path / "teacher-hf").iterdir()} == {

@@ -30,7 +30,7 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
     """What the verb `tokenizer` does with `config`."""
     texts = texts_to_train_on(config)
     for note in texts.notes:
-        report(f"warning: {note}")
+        report(f"WARNING: {note}")
     return tokenizer_training.train_tokenizer(config, texts, seed=seed, report=report)
 
 
@@ -40,7 +40,7 @@ def preprocess(
     """What the verb `preprocess` does with `config`."""
     texts = texts_to_encode(config)
     for note in texts.notes:
-        report(f"warning: {note}")
+        report(f"WARNING: {note}")
     return preprocessing.preprocess(config, texts, tokenizer, seed=seed, report=report)
 
 

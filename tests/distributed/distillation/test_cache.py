@@ -65,7 +65,7 @@ def cache(root: Path, overrides: list[str]) -> tuple[str, str]:
         with contextlib.redirect_stdout(printed):
             runtime = start()
             job = resolve(recipe, World(runtime.rank, runtime.world_size))
-            print(*(f"warning: {note}" for note in job.notes), sep="\n")
+            print(*(f"WARNING: {note}" for note in job.notes), sep="\n")
             stage.run(job, runtime)
     except InputError as error:
         return printed.getvalue(), str(error)
@@ -283,7 +283,7 @@ def test_two_at_once_and_what_distill_would_refuse(root: Path, shown: dict[str, 
     lock.release()
     printed, refused = run_on_ranks(cache, 1, root, ["cache.folder=@/twice", "distill.logit_loss=reverse_kl"])[0]
     assert not refused and not list((root / "twice").glob("*.tmp"))
-    (warning,) = (line for line in printed.splitlines() if "warning: " in line)
+    (warning,) = (line for line in printed.splitlines() if "WARNING: " in line)
     assert "distill.logit_loss=reverse_kl needs more of the teacher" in warning
     printed, _ = run_on_ranks(cache, 1, root, ["cache.folder=@/sampled-1"])[0]
-    assert "warning: " not in printed
+    assert "WARNING: " not in printed

@@ -247,7 +247,7 @@ def test_what_is_replaced_is_counted(tokenizer, tmp_path):
     said: list[str] = []
     texts = texts_in(tmp_path, tokenizer, tmp_path, said.append)
     assert texts[1:] == ["one\ntwo\ncaf\ufffd na\ufffdve \ufffd\n", "\ufffd\ufffd", "half \ufffd pair"]
-    warning = "warning: characters that are not UTF-8, replaced by U+FFFD: 6 (files: 2), the first in "
+    warning = "WARNING: characters that are not UTF-8, replaced by U+FFFD: 6 (files: 2), the first in "
     assert [line for line in said if "U+FFFD" in line] == [f"{warning}{tmp_path}/b.txt, line 3"]
     said.clear()
     config = TokenizerConfig(model=str(tmp_path / "t.model"), input=str(tmp_path), vocab_size=281)
