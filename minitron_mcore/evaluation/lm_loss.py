@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.schedule import evaluating
 
 if TYPE_CHECKING:
     from minitron_mcore.distillation.objective import Objective
@@ -23,18 +24,13 @@ def mean_loss(
     """
     totals: dict[str, float] = {}
     count, objective = 0.0, objective.held_out()
-    training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    with torch.no_grad():
+    with evaluating(chunks):
         for batch in batches:
             means = objective.run(chunks, batch, forward_only=True)
             tokens = means.pop("num_tokens")
             count += tokens
             for name, value in means.items():
                 totals[name] = totals.get(name, 0.0) + value * tokens
-    for chunk, was_training in zip(chunks, training, strict=True):
-        chunk.train(was_training)
     result = {name: value / (count or 1.0) for name, value in totals.items()}
     result["ppl"] = math.exp(min(result["lm loss"], 20.0))
     return result

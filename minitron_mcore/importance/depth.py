@@ -30,7 +30,7 @@ from minitron_mcore.importance.blocks import LOGIT_METRICS, TEXT_METRICS, blocks
 from minitron_mcore.importance.config import TASK_METRICS
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
-from minitron_mcore.model.schedule import in_calls, visit_final_states
+from minitron_mcore.model.schedule import evaluating, in_calls, visit_final_states
 from minitron_mcore.model.sites import without_layers
 
 
@@ -70,10 +70,7 @@ def measure_depth(
     if task is None and (needs := [metric for metric in metrics if metric in TASK_METRICS]):
         raise InputError("task", None, f"is missing, and {needs[0]} needs its questions", "read it with `load_task`")
     passes = _Passes(chunks, batches, architecture, metrics, task, micro_batch_size)
-    training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    try:
+    with evaluating(chunks):
         whole = passes.run("of the whole model")
         blocks = blocks_of(lengths, architecture.num_layers)
         damage: dict[str, list[float]] = {f"{metric}@{length}": [] for metric in metrics for length in lengths}
@@ -85,9 +82,6 @@ def measure_depth(
                 damage[f"{metric}@{len(block)}"].append(worse[metric] - better[metric])
             if report is not None:
                 report(done, len(blocks))
-    finally:
-        for chunk, was_training in zip(chunks, training, strict=True):
-            chunk.train(was_training)
     values = {name: numpy.array(entries, dtype=numpy.float64) for name, entries in damage.items()}
     return DepthTable({name: value for name, value in whole.items() if name not in LOGIT_METRICS}, values)
 

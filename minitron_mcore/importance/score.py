@@ -10,6 +10,7 @@ aggregations.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from minitron_mcore.importance.hooks import GROUPS, HEADS, HIDDEN, LAYERS, NEURO
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
-from minitron_mcore.model.schedule import forward_only, in_calls
+from minitron_mcore.model.schedule import evaluating, forward_only, in_calls
 from minitron_mcore.runtime.groups import context_group, data_group, pipeline_group, tensor_group
 
 _NONE = torch.iinfo(torch.int64).max
@@ -119,11 +120,8 @@ def measure(
             "set parallel.context=1 and raise parallel.tensor",
         )
     collector = _Collector(chunks, architecture, wanted)
-    training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
     done = 0
-    try:
+    with evaluating(chunks), contextlib.closing(collector):
         collector.attach()
         for group in in_calls(batches, interleaved=len(chunks) > 1):
             forward_only(list(chunks), group, lambda chunk, _, part: collector.finish_microbatch(chunk, part))
@@ -131,10 +129,6 @@ def measure(
             done += sum(not microbatch.is_filler for microbatch in group)
             if report is not None:
                 report(done)
-    finally:
-        collector.detach()
-        for chunk, was_training in zip(chunks, training, strict=True):
-            chunk.train(was_training)
     if not done:
         raise InputError("importance.num_samples", None, "must be at least 1", "give calibration samples to score")
     return collector.merge()
@@ -170,7 +164,7 @@ class _Collector:
             for chunk in self.chunks:
                 self.handles += each.attach(chunk, record)
 
-    def detach(self) -> None:
+    def close(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

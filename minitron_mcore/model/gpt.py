@@ -114,6 +114,13 @@ def transformer_config(
     )
 
 
+def layout_of(config: TransformerConfig) -> ParallelConfig:
+    """The layout that a model's config was made for."""
+    sizes = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    virtual = config.virtual_pipeline_model_parallel_size
+    return ParallelConfig(*sizes, virtual, config.context_parallel_size, config.sequence_parallel)
+
+
 def _uneven_layout(stages: list[list[list[int]]], parallel: ParallelConfig) -> list[list[str]] | None:
     """Megatron's explicit layout, where the layers do not divide by the stages; None where they do."""
     # In the model's order: chunk after chunk, each over all the stages.

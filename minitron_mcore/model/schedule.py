@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,12 +73,21 @@ def run_schedule(
     return _mean_over_tokens(rows, stage_sums() if stage_sums is not None else {})
 
 
-def in_calls(
-    batches: Iterable[Microbatch],
-    *,
-    interleaved: bool,
-    each: int = GROUP,
-) -> Iterator[list[Microbatch]]:
+@contextmanager
+def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Within the `with`, the chunks are in evaluation mode and no gradients are kept; afterwards as they were."""
+    before = [chunk.training for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, was_training in zip(chunks, before, strict=True):
+            chunk.train(was_training)
+
+
+def in_calls(batches: Iterable[Microbatch], *, interleaved: bool, each: int = GROUP) -> Iterator[list[Microbatch]]:
     """`batches` cut for one call of a schedule after another, `each` microbatches a pipeline stage at a time.
 
     The interleaved schedule takes multiples of the number of stages: the last call is filled up with `uncounted`

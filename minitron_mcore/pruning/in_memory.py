@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from minitron_mcore.layout import Parameter, local_shape, parameter_table, split_layers
-from minitron_mcore.model.gpt import LanguageModel, build_model, unwrap
+from minitron_mcore.model.gpt import LanguageModel, build_model, layout_of, unwrap
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.pruning.apply import prune_shard
 from minitron_mcore.pruning.plan_file import PruningPlan
@@ -31,13 +31,7 @@ def prune_chunks(
     """
     teacher = [unwrap(chunk) for chunk in chunks]
     config = teacher[0].config
-    parallel = ParallelConfig(
-        tensor=config.tensor_model_parallel_size,
-        pipeline=config.pipeline_model_parallel_size,
-        virtual_pipeline=config.virtual_pipeline_model_parallel_size,
-        context=config.context_parallel_size,
-        sequence=config.sequence_parallel,
-    )
+    parallel = layout_of(config)
     student = build_model(plan.student, parallel, "bf16" if config.bf16 else "fp32", trainable=trainable)
     held, wanted = _by_name(teacher), _by_name(student)
     group = tensor_group()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.reader import TensorReader
@@ -24,7 +23,7 @@ from minitron_mcore.distillation.teacher.routes import Grid, assign, state_moves
 from minitron_mcore.distillation.teacher.transfer import carry
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import axis_sizes, local_shape, parameter_table
-from minitron_mcore.model.gpt import LanguageModel, build_model
+from minitron_mcore.model.gpt import LanguageModel, build_model, layout_of
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.microbatch import Microbatch, State, TeacherPart
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
@@ -57,7 +56,7 @@ class Teacher:
         self.chunks = chunks
         self.placed = placed
         self.architecture = architecture
-        self.grid = _grid_of(chunks[0].config)
+        self.grid = Grid.of(layout_of(chunks[0].config), torch.distributed.get_world_size())
         self.student = student or self.grid
         self.groups = groups
         self._head = head
@@ -225,14 +224,3 @@ def read_head(folder: Path, iteration: int, architecture: Architecture, dtype: t
     head = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
     TensorReader(folder, iteration).fill_part(head, parameter, architecture, None, group.rank(), group.size())
     return head
-
-
-def _grid_of(config: TransformerConfig) -> Grid:
-    parallel = ParallelConfig(
-        tensor=config.tensor_model_parallel_size,
-        pipeline=config.pipeline_model_parallel_size,
-        virtual_pipeline=config.virtual_pipeline_model_parallel_size,
-        context=config.context_parallel_size,
-        sequence=config.sequence_parallel,
-    )
-    return Grid.of(parallel, torch.distributed.get_world_size())
