@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,8 +61,8 @@ class Microbatch:
 
     def to(self, device: Any) -> Microbatch:
         """On the device, with nothing of a teacher."""
-        found = ((each.name, getattr(self, each.name)) for each in fields(self))
-        moved: Any = {name: value.to(device, non_blocking=True) for name, value in found if torch.is_tensor(value)}
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        moved: Any = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return replace(self, teacher=TeacherPart(), **moved)
 
 
@@ -71,12 +71,9 @@ def on_this_context_rank(microbatch: Microbatch) -> Microbatch:
 
     The groups must stand. No communication.
     """
-    group = context_group()
-    if group.size() == 1:
-        return microbatch
-    whole = (microbatch.tokens, microbatch.labels, microbatch.loss_mask, microbatch.position_ids)
-    tokens, labels, mask, positions = (context_part(part, 1, group.rank(), group.size()) for part in whole)
-    return replace(microbatch, tokens=tokens, labels=labels, loss_mask=mask, position_ids=positions)
+    group, names = context_group(), ("tokens", "labels", "loss_mask", "position_ids")
+    parts: Any = {name: context_part(getattr(microbatch, name), 1, group.rank(), group.size()) for name in names}
+    return replace(microbatch, **parts)
 
 
 def to_device(batch: Mapping[str, Tensor]) -> Microbatch:
@@ -86,8 +83,6 @@ def to_device(batch: Mapping[str, Tensor]) -> Microbatch:
 
 def uncounted(microbatch: Microbatch) -> Microbatch:
     """A copy none of whose tokens and samples count, and to which no teacher's states belong."""
-    valid = (
-        torch.zeros_like(microbatch.tokens[:, 0]) if microbatch.valid is None else torch.zeros_like(microbatch.valid)
-    )
+    valid = torch.zeros_like(microbatch.tokens[:, 0] if microbatch.valid is None else microbatch.valid)
     mask = torch.zeros_like(microbatch.loss_mask)
     return replace(microbatch, loss_mask=mask, valid=valid, is_filler=True, teacher=TeacherPart())

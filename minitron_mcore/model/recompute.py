@@ -27,12 +27,12 @@ class Recompute:
 
     def megatron_fields(self) -> dict[str, Any]:
         """Of TransformerConfig."""
-        if self.granularity == "full":
-            method = {"recompute_method": self.method, "recompute_num_layers": self.num_layers}
-            return {"recompute_granularity": "full", **method}
+        if not self.granularity:
+            return {}
+        fields: dict[str, Any] = {"recompute_method": self.method, "recompute_num_layers": self.num_layers}
         if self.granularity == "selective":
-            return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
-        return {}
+            fields = {"recompute_modules": ["mlp"]}
+        return {"recompute_granularity": self.granularity, **fields}
 
 
 KEEP_ALL = Recompute()
@@ -51,9 +51,7 @@ def check_recompute(train: TrainConfig, architecture: Architecture, parallel: Pa
     stages = split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)
     chunks = sorted({len(chunk) for stage in stages for chunk in stage})
     if found.granularity == "full" and found.method == "uniform" and any(size % found.num_layers for size in chunks):
-        held = " or ".join(map(str, chunks))
-        key = f"{section}.recompute_num_layers"
-        rule = (
-            f"does not divide the {held} layers that a pipeline stage runs at a time, as recompute_method=uniform needs"
-        )
-        raise InputError(key, found.num_layers, rule, f"choose a divisor, or set {section}.recompute_method=block")
+        held = f"{' or '.join(map(str, chunks))} layers that a pipeline stage runs at a time"
+        rule = f"does not divide the {held}, as recompute_method=uniform needs"
+        remedy = f"choose a divisor, or set {section}.recompute_method=block"
+        raise InputError(f"{section}.recompute_num_layers", found.num_layers, rule, remedy)

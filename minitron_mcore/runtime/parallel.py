@@ -18,25 +18,18 @@ from minitron_mcore.runtime.world import collective_timeout, own_interface
 
 _current: ParallelConfig | None = None
 _teacher_groups: dict[str, ProcessGroupCollection] = {}  # by layout, for as long as the student's groups stand
-# Fields of a ProcessGroupCollection -> the axes of the layout that its groups span; () a group of one rank.
-_AXES = {
-    "tp": "tp",
-    "pp": "pp",
-    "cp": "cp",
-    "dp": "dp",
-    "mp": "tp-pp",
-    "tp_cp": "tp-cp",
-    "dp_cp": "dp-cp",
-    "tp_dp_cp": "tp-dp-cp",
-    "intra_dp_cp": "dp-cp",
-    "ep": "",
-    "expt_tp": "tp",
-    "tp_ep": "tp",
-    "tp_ep_pp": "tp-pp",
-    "expt_dp": "dp-cp",
-    "intra_expt_dp": "dp-cp",
-    "inter_dist_opt": "",
-    "intra_dist_opt": "tp-dp-cp-pp",
+# Axes of the layout -> the fields of a ProcessGroupCollection whose groups span them; "" a group of one rank.
+_FIELDS = {
+    "tp": ("tp", "expt_tp", "tp_ep"),
+    "pp": ("pp",),
+    "cp": ("cp",),
+    "dp": ("dp",),
+    "tp-pp": ("mp", "tp_ep_pp"),
+    "tp-cp": ("tp_cp",),
+    "dp-cp": ("dp_cp", "intra_dp_cp", "expt_dp", "intra_expt_dp"),
+    "tp-dp-cp": ("tp_dp_cp",),
+    "tp-dp-cp-pp": ("intra_dist_opt",),
+    "": ("ep", "inter_dist_opt"),
 }
 
 
@@ -99,12 +92,12 @@ def teacher_groups(parallel: ParallelConfig, world_size: int) -> ProcessGroupCol
         )
         made: dict[tuple[int, ...], dist.ProcessGroup] = {}
         fields = {}
-        for name, axes in _AXES.items():
+        for axes, names in _FIELDS.items():
             for ranks in generator.get_ranks(axes) if axes else [[rank] for rank in range(world_size)]:
                 if tuple(ranks) not in made:
                     with own_interface(world_size):
                         made[tuple(ranks)] = dist.new_group(ranks, timeout=collective_timeout())
                 if dist.get_rank() in ranks:
-                    fields[name] = made[tuple(ranks)]
+                    fields |= dict.fromkeys(names, made[tuple(ranks)])
         _teacher_groups[key] = ProcessGroupCollection(**fields, embd=None, pos_embd=None, hcp=None)
     return _teacher_groups[key]

@@ -24,27 +24,22 @@ class PhaseConfig:
 class TrainConfig:
     """Next-token training: from scratch (`model.*`), or onward from a checkpoint (`train.load`)."""
 
-    checkpoint: Optional[PathName] = key(
-        None, "folder the checkpoints are written to; a run resumes from it", may_change=True
-    )
+    checkpoint: Optional[PathName] = key(None, "folder of the checkpoints; a run resumes from it", may_change=True)
     load: Optional[PathName] = key(
-        None, "folder the first weights come from; null: train draws them, distill takes student.checkpoint"
+        None, "folder of the first weights; null: drawn (train), student.checkpoint (distill)"
     )
     tokens: int = key(0, "budget; the number of iterations follows from it", at_least=0, budget=True)
     global_batch_size: int = key(8, "sequences of an iteration", at_least=1)
     micro_batch_size: int = key(1, "sequences at a time, on each data-parallel rank", at_least=1, may_change=True)
     rampup_batch_size: Optional[list[Annotated[int, Field(ge=1)]]] = key(
-        None,
-        "[first global batch size, increment, samples over which it grows to global_batch_size]; in the first phase",
+        None, "[first batch size, increment, samples over which it grows to global_batch_size]; in the first phase"
     )
     phases: list[PhaseConfig] = key(
         [], "parts of the budget, one after another; none: the section's shape throughout", budget=True
     )
     lr: float = key(3e-4, "peak learning rate", at_least=0)
     min_lr: float = key(3e-5, "learning rate at the end", at_least=0)
-    lr_decay_style: Annotated[str, OneOf("cosine", "linear", "constant", "WSD")] = key(
-        "cosine", "how the learning rate decays"
-    )
+    lr_decay_style: Annotated[str, OneOf("cosine", "linear", "constant", "WSD")] = key("cosine", "how the rate decays")
     lr_warmup_iters: int = key(0, "iterations over which the learning rate grows", at_least=0)
     lr_warmup_tokens: int = key(0, "the warm-up in tokens instead of iterations", at_least=0)
     lr_wsd_decay_style: Annotated[str, OneOf("exponential", "linear", "cosine", "minus_sqrt")] = key(
@@ -92,9 +87,8 @@ class TrainConfig:
             idle = {"lr_wsd_decay_tokens": f"with lr_decay_style={self.lr_decay_style}"}
             refuse_idle(self, idle, "leave it out, or set lr_decay_style=WSD")
         if self.recompute_granularity != "full":
-            words = (
-                f"with recompute_granularity={self.recompute_granularity or 'null'}, which recomputes no whole layer"
-            )
+            given = self.recompute_granularity or "null"
+            words = f"with recompute_granularity={given}, which recomputes no whole layer"
             idle = dict.fromkeys(("recompute_method", "recompute_num_layers"), words)
             refuse_idle(self, idle, "leave it out, or set recompute_granularity=full")
         if self.rampup_batch_size is not None and len(self.rampup_batch_size) != 3:
@@ -127,9 +121,7 @@ class LogConfig:
     timing_log_level: int = key(
         0, "Megatron's: 0 large parts of a step, 1 collectives too, 2 every microbatch", at_least=0, at_most=2
     )
-    peak_tflops: Optional[float] = key(
-        None, "peak of a device, for the MFU; null: by the device's name, in bf16", above=0
-    )
+    peak_tflops: Optional[float] = key(None, "of a device, for the MFU; null: by the device's name, in bf16", above=0)
     tensorboard: bool = key(True, "write TensorBoard's files")
     wandb: Annotated[str, OneOf("auto", "online", "offline", "disabled")] = key(
         "disabled", "online uploads; offline writes for `wandb sync`; auto: online when logged in, else offline"

@@ -36,9 +36,8 @@ def check_learning_rate(train: TrainConfig, timetable: Timetable, section: str, 
         rule = f"must be less than the {timetable.iterations} iterations of {tokens}"
         raise InputError(f"{section}.lr_warmup_iters", train.lr_warmup_iters, rule, "lower it")
     if train.lr_warmup_tokens >= timetable.tokens:
-        raise InputError(
-            f"{section}.lr_warmup_tokens", train.lr_warmup_tokens, f"must be less than {tokens}", "lower it"
-        )
+        key = f"{section}.lr_warmup_tokens"
+        raise InputError(key, train.lr_warmup_tokens, f"must be less than {tokens}", "lower it")
     most = timetable.tokens - warmup_tokens(train, timetable)
     if train.lr_decay_style == "WSD" and not 1 <= train.lr_wsd_decay_tokens <= most:
         rule = f"must lie between 1 and the {most} tokens after the warm-up"
@@ -53,31 +52,26 @@ def check_continuation(
     before, now: (section, `data.sequence_length`) that the run was made with, and that it is to go on with. What was
     trained must be the same in both, batch by batch, and so must the learning rate up to here.
     """
-    (train, timetable), (other, planned) = (
-        (config, plan_timetable(config, length, section)) for config, length in (before, now)
-    )
+    train, other = before[0], now[0]
+    timetable, planned = (plan_timetable(config, length, section) for config, length in (before, now))
     done = timetable.at(iteration).tokens_before
     if planned.tokens < done:
         rule = f"is less than the {done} that {section}.checkpoint={other.checkpoint} has been trained on"
         raise InputError(f"{section}.tokens", other.tokens, rule, "give as many or more")
     if planned.iterations < iteration or _shapes(timetable, iteration) != _shapes(planned, iteration):
-        rule = (
-            f"holds a run of {iteration} iterations with other batch sizes or sequence lengths than {section}.tokens="
-        )
+        given = f"{section}.tokens={other.tokens} and {section}.phases give"
+        rule = f"holds a run of {iteration} iterations with other batch sizes or sequence lengths than {given}"
         remedy = f"change only what comes after its {done} tokens"
-        rule += f"{other.tokens} and {section}.phases give"
         raise InputError(f"{section}.checkpoint", other.checkpoint, rule, remedy)
     start = min(decay_start(train, timetable), decay_start(other, planned))
-    warm = [warmup_tokens(config, plan) for config, plan in ((train, timetable), (other, planned))]
-    if warm[0] != warm[1]:
-        rule = f"would end after {warm[1]} tokens with the new budget and phases, not after {warm[0]} as before"
+    warm, planned_warm = warmup_tokens(train, timetable), warmup_tokens(other, planned)
+    if warm != planned_warm:
+        rule = f"would end after {planned_warm} tokens with the new budget and phases, not after {warm} as before"
         raise InputError(f"{section}.lr_warmup_iters", train.lr_warmup_iters, rule, "change only what comes after it")
     same_end = (timetable.tokens, train.lr_wsd_decay_tokens) == (planned.tokens, other.lr_wsd_decay_tokens)
     if done > start and not same_end:
-        rule = (
-            f"cannot replace {section}.tokens={train.tokens} after {done} tokens, because the learning rate "
-            f"({section}.lr_decay_style={train.lr_decay_style}) already decays towards the old budget's end"
-        )
+        why = f"the learning rate ({section}.lr_decay_style={train.lr_decay_style}) already decays towards its end"
+        rule = f"cannot replace {section}.tokens={train.tokens} after {done} tokens, because {why}"
         remedy = "keep the old budget; a constant rate can go on, and WSD before its decay"
         raise InputError(f"{section}.tokens", other.tokens, rule, remedy)
 

@@ -17,7 +17,7 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache.file import token_checksum
 from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.runtime.groups import data_group
-from minitron_mcore.training.budget import Step, Timetable
+from minitron_mcore.training.budget import Shape, Step, Timetable
 from minitron_mcore.training.config import TrainConfig
 
 # (first sample, how many global batches) -> this rank's global batches, each a list of microbatches.
@@ -51,22 +51,21 @@ def build_training_data(
     built = list(zip(parts, build_datasets(data, tokenizer, parts, seed=seed), strict=True))
     training = {part.sequence_length: dataset for part, dataset in built if part.name == "train"}
     validation = {part.source: dataset for part, dataset in built if part.name == "valid" and dataset is not None}
-    sizes = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size}
+    shape = Shape(0, data.sequence_length, train.global_batch_size, train.micro_batch_size)
     return TrainingData(
         datasets=training,
         read_train=step_reader(training, num_workers=data.num_workers),
-        read_valid={name: batch_reader(dataset, **sizes) for name, dataset in validation.items()},
+        read_valid={name: batch_reader(dataset, shape) for name, dataset in validation.items()},
         order=data_order(training),
     )
 
 
-def batch_reader(dataset: Any, *, global_batch_size: int, micro_batch_size: int, num_workers: int = 0) -> BatchReader:
+def batch_reader(dataset: Any, shape: Shape, *, num_workers: int = 0) -> BatchReader:
     """Reads `dataset` in Megatron's order: which samples make a global batch is the same at every layout."""
 
     def read(first_sample: int, number: int) -> Iterator[list[Microbatch]]:
-        stream = _stream(dataset, first_sample, global_batch_size, micro_batch_size, num_workers)
-        for _ in range(number):
-            yield _next_batch(stream, global_batch_size, micro_batch_size)
+        stream = _stream(dataset, first_sample, shape, num_workers)
+        return (_next_batch(stream, shape) for _ in range(number))
 
     return read
 
@@ -77,17 +76,10 @@ def step_reader(datasets: dict[int, Any], *, num_workers: int = 0) -> StepReader
     def read(timetable: Timetable, iteration: int) -> Iterator[tuple[Step, list[Microbatch]]]:
         for _, steps in itertools.groupby(timetable.steps(iteration), key=lambda step: step.shape.phase):
             first = next(steps)
-            shape = first.shape
             # One stream for all batch sizes of a ramp-up: the order of samples does not depend on them.
-            stream = _stream(
-                datasets[shape.sequence_length],
-                first.first_sample,
-                shape.global_batch_size,
-                shape.micro_batch_size,
-                num_workers,
-            )
+            stream = _stream(datasets[first.shape.sequence_length], first.first_sample, first.shape, num_workers)
             for step in itertools.chain([first], steps):
-                yield step, _next_batch(stream, step.shape.global_batch_size, shape.micro_batch_size)
+                yield step, _next_batch(stream, step.shape)
 
     return read
 
@@ -105,20 +97,18 @@ def data_order(datasets: dict[int, Any]) -> dict[int, str]:
     }
 
 
-def _stream(
-    dataset: Any, first_sample: int, global_batch_size: int, micro_batch_size: int, num_workers: int
-) -> Iterator[Batch]:
+def _stream(dataset: Any, first_sample: int, shape: Shape, num_workers: int) -> Iterator[Batch]:
     return batches(
         dataset,
         consumed_samples=first_sample,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=shape.micro_batch_size,
         data_parallel_rank=data_group().rank(),
         data_parallel_size=data_group().size(),
-        global_batch_size=global_batch_size,
+        global_batch_size=shape.global_batch_size,
         num_workers=num_workers,
     )
 
 
-def _next_batch(stream: Iterator[Batch], global_batch_size: int, micro_batch_size: int) -> list[Microbatch]:
-    count = global_batch_size // (micro_batch_size * data_group().size())
+def _next_batch(stream: Iterator[Batch], shape: Shape) -> list[Microbatch]:
+    count = shape.global_batch_size // (shape.micro_batch_size * data_group().size())
     return [to_device(microbatch) for microbatch in itertools.islice(stream, count)]

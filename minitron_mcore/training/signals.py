@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -60,21 +61,18 @@ class _Outliving:
         self._stream, self._stop = stream, stop
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except BrokenPipeError:
-            self._go_on()
+        self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except BrokenPipeError:
-            self._go_on()
+        self._try(self._stream.flush)
 
-    def _go_on(self) -> None:
-        self._stop.number = self._stop.number or signal.SIGPIPE
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+    def _try(self, call: Callable[..., Any], *text: str) -> None:
+        try:
+            call(*text)
+        except BrokenPipeError:
+            self._stop.number = self._stop.number or signal.SIGPIPE
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

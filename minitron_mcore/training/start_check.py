@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import LossSums, run_schedule
+from minitron_mcore.model.sites import layers_of
 from minitron_mcore.runtime.agree import gathered
 from minitron_mcore.training.job import Job
 
@@ -91,26 +93,19 @@ def _teach_itself(
 @contextmanager
 def _looking_at_weights(chunks: list[LanguageModel], checks: WeightChecks) -> Iterator[None]:
     """Within the `with`, the weights of every layer that runs are looked at: else they may not be on the device."""
-    hooks = []
-    for chunk in chunks:
-        rows: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
+
+    def look(chunk: LanguageModel, at: int | None) -> None:
         for key, layer, tensor in named_parameters(chunk):
-            rows.setdefault(layer, []).append((_name(key, layer), tensor))
+            if layer == at and (name := _name(key, layer)) not in checks.seen:
+                checks.look(name, tensor.detach())
 
-        def look(named: list[tuple[str, torch.Tensor]]) -> None:
-            for name, tensor in named:
-                if name not in checks.seen:
-                    checks.look(name, tensor.detach())
-
-        for module in chunk.decoder.layers:
-            named = rows.get(module.layer_number - 1, [])
-            hooks.append(module.register_forward_hook(lambda *_, named=named: look(named)))
-        look(rows.get(None, []))
-    try:
+    with ExitStack() as hooks:
+        for chunk in chunks:
+            for index, layer in layers_of(chunk):
+                ran = partial(look, chunk, index)
+                hooks.enter_context(layer.register_forward_hook(lambda *_, ran=ran: ran()))
+            look(chunk, None)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _judge_weights(checks: WeightChecks, teacher: Teacher) -> None:

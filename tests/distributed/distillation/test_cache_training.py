@@ -44,6 +44,7 @@ def losses_on_rank(
     from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize, named_parameters
+    from minitron_mcore.training.budget import Shape
     from minitron_mcore.training.optimizer import wrap_model
     from minitron_mcore.training.reader import batch_reader
 
@@ -51,7 +52,7 @@ def losses_on_rank(
     data = DataConfig(train=str(root / "json_text_document"), split="1", sequence_length=LENGTH)
     tokenizer = load_tokenizer(str(root / "tokenizer.model"))
     (dataset,) = build_datasets(data, tokenizer, [split_part(data, "train", SAMPLES)], seed=5)
-    reader = batch_reader(dataset, global_batch_size=4, micro_batch_size=micro_batch)
+    reader = batch_reader(dataset, Shape(0, LENGTH, 4, micro_batch))
     architecture = tiny("llama", hidden_size=32, ffn_hidden_size=64)
     models = build_model(architecture, layout, "fp32")
     initialize(models, architecture, seed=11)
