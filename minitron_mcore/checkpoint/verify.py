@@ -16,8 +16,7 @@ from minitron_mcore.model.gpt import build_model, unwrap
 from minitron_mcore.model.microbatch import Microbatch, on_this_context_rank
 from minitron_mcore.model.schedule import final_hidden_states
 from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.runtime.context import context_part
-from minitron_mcore.runtime.groups import context_group, tensor_group
+from minitron_mcore.runtime.groups import context_group, context_part, tensor_group
 from minitron_mcore.runtime.start import Runtime
 
 # The same products, summed in another order, differ by about 1e-6 of the largest logit after a few layers, and by about

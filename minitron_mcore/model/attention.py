@@ -5,7 +5,7 @@ context-parallel rank's part of it), S the whole sequence, b batch, n query head
 tensor-parallel rank, d head dimension.
 
 Under context parallelism keys and values are gathered over the ranks of a sequence, and each of a rank's two chunks
-of queries attends to the keys up to its own end (runtime/context.py draws which chunks a rank holds).
+of queries attends to the keys up to its own end (runtime/groups.py draws which chunks a rank holds).
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.runtime.context import held_chunks, in_order
-from minitron_mcore.runtime.groups import context_group
+from minitron_mcore.runtime.groups import context_group, held_chunks, in_order
 
 
 class SDPACoreAttention(MegatronModule):

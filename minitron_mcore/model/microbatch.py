@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_mcore.runtime.context import context_part
-from minitron_mcore.runtime.groups import context_group
+from minitron_mcore.runtime.groups import context_group, context_part
 
 State = tuple[str, int]  # site, layer of the teacher
 

@@ -94,21 +94,17 @@ class _Stream:
 def _replace_cuda_functions() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
-    cuda.set_device = lambda device: None
-    cuda.synchronize = lambda device=None: None
-    cuda.empty_cache = lambda: None
     # Not torch.manual_seed, which itself calls torch.cuda.manual_seed_all.
-    cuda.manual_seed = torch.default_generator.manual_seed
-    cuda.manual_seed_all = torch.default_generator.manual_seed
+    cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.Stream = _Stream
     cuda.stream = contextlib.nullcontext
-    cuda.current_stream = lambda device=None: _Stream()
-    cuda.default_stream = lambda device=None: _Stream()
+    cuda.current_stream = cuda.default_stream = _Stream
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        setattr(cuda, name, lambda device=None: None)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(cuda, name, lambda device=None: 0)
-    cuda.reset_peak_memory_stats = lambda device=None: None
     cuda.nvtx = types.SimpleNamespace(range_push=lambda message: None, range_pop=lambda: None)
 
 

@@ -91,7 +91,7 @@ def teacher_groups(parallel: ParallelConfig, world_size: int) -> ProcessGroupCol
             tp=parallel.tensor, ep=1, dp=data, pp=parallel.pipeline, cp=parallel.context, order="tp-cp-ep-dp-pp"
         )
         made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        fields = {}
+        fields: dict[str, dist.ProcessGroup] = {}
         for axes, names in _FIELDS.items():
             for ranks in generator.get_ranks(axes) if axes else [[rank] for rank in range(world_size)]:
                 if tuple(ranks) not in made:

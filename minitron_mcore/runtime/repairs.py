@@ -41,7 +41,7 @@ def optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *
     `is_loading` leaves one `step` tensor shared by all parameters, which then counts once a parameter.
     """
     for part in _distributed_optimizers(optimizer):
-        _fill_empty_adam_state(part)
+        _fill_empty_adam_state(part.optimizer)
     state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
     separate_steps(optimizer)
     return state
@@ -50,9 +50,8 @@ def optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """`optimizer.load_state_dict`, with each parameter left its own `step` afterwards. All ranks call."""
     inner = _distributed_optimizers(optimizer)
-    originals = [part._set_main_param_and_optimizer_states for part in inner]
-    for part, original in zip(inner, originals, strict=True):
-        part._set_main_param_and_optimizer_states = _with_step(part, original)
+    for part in inner:
+        part._set_main_param_and_optimizer_states = _with_step(part, part._set_main_param_and_optimizer_states)
     try:
         optimizer.load_state_dict(state)
     finally:
@@ -122,27 +121,19 @@ def _distributed_optimizers(optimizer: MegatronOptimizer) -> list[Any]:
     return [part for part in parts if isinstance(part, DistributedOptimizer)]
 
 
-def _uses_torch_adam(part: Any) -> bool:
-    return isinstance(part.optimizer, torch.optim.Adam)
-
-
-def _fill_empty_adam_state(part: Any) -> None:
-    if not _uses_torch_adam(part) or len(part.optimizer.state) > 0:
+def _fill_empty_adam_state(adam: Any) -> None:
+    if not isinstance(adam, torch.optim.Adam) or adam.state:
         return
-    for group in part.optimizer.param_groups:
-        for parameter in group["params"]:
-            part.optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+        means = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        adam.state[parameter] = {"step": torch.tensor(0.0), **means}
 
 
 def _with_step(part: Any, original: Any) -> Any:
     """Loading copies every entry of Adam's state, including `step`, which the loaded tensors lack."""
 
     def set_states(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        if _uses_torch_adam(part):
+        if isinstance(part.optimizer, torch.optim.Adam):
             group_index, group_order = part.model_param_group_index_map[model_param]
             main_param = part.optimizer.param_groups[group_index]["params"][group_order]
             tensors = {"step": part.optimizer.state[main_param]["step"], **tensors}

@@ -5,8 +5,7 @@ Batch sizes grow as in Megatron's `num_microbatches_calculator`; phases change s
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -149,15 +148,14 @@ def ramp(rampup: list[int], global_batch_size: int, section: str) -> Iterator[tu
             return global_batch_size
         return start + int(consumed / samples_per_increment) * increment
 
+    def lasts(consumed: int, size: int) -> int:
+        # Asked and not worked out: division in floating point, as Megatron's, may be one iteration to either side.
+        counts = range(1, samples // size + 2)
+        return counts[bisect_left(counts, True, key=lambda count: size_after(consumed + count * size) > size)]
+
     consumed = 0
     while (size := size_after(consumed)) < global_batch_size:
-        reached = (size - start) // increment + 1
-        count = max(1, math.ceil((reached * samples_per_increment - consumed) / size))
-        # Division in floating point, as Megatron's, may put the change one iteration to either side.
-        while count > 1 and size_after(consumed + (count - 1) * size) != size:
-            count -= 1
-        while size_after(consumed + count * size) == size:
-            count += 1
+        count = lasts(consumed, size)
         yield size, count
         consumed += count * size
 

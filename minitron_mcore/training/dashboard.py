@@ -21,12 +21,13 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.files import whole_file
 from minitron_mcore.training.config import LogConfig
 
+LOG_IN = "log in with `wandb login`, or set log.wandb=offline"
+
 
 def check_wandb(log: LogConfig, rank: int) -> None:
     """Raise InputError where uploading is asked for without an API key; it is looked up on the first rank alone."""
     if log.wandb == "online" and rank == 0 and not is_logged_in():
-        remedy = "log in with `wandb login`, or set log.wandb=offline"
-        raise InputError("log.wandb", "online", "needs an API key", remedy)
+        raise InputError("log.wandb", "online", "needs an API key", LOG_IN)
 
 
 def is_logged_in() -> bool:
@@ -55,17 +56,12 @@ class Dashboard:
         if self.mode == "auto":
             self.mode = "online" if is_logged_in() else "offline"
         self.earlier = sorted((folder / "wandb").glob(f"offline-run-*-{self.id}"))
-        settings: dict[str, Any] = {"mode": self.mode, "resume": "allow", "reinit": "create_new"}
+        run: dict[str, Any] = {"project": log.wandb_project, "name": name, "id": self.id, "mode": self.mode}
         try:
-            self.run = wandb.init(
-                project=log.wandb_project, name=name, id=self.id, dir=str(folder), config=recipe, **settings
-            )
+            self.run = wandb.init(**run, dir=str(folder), config=recipe, resume="allow", reinit="create_new")
         except wandb.errors.Error as error:
-            words = " ".join(str(error).split())
-            rule = f"is refused by Weights & Biases ({words.rstrip('.')})"
-            raise InputError(
-                "log.wandb", self.mode, rule, "log in with `wandb login`, or set log.wandb=offline"
-            ) from error
+            rule = f"is refused by Weights & Biases ({' '.join(str(error).split()).rstrip('.')})"
+            raise InputError("log.wandb", self.mode, rule, LOG_IN) from error
         if not id_file.exists():
             id_file.write_text(self.id)
 
@@ -82,9 +78,8 @@ class Dashboard:
         for iteration, time, row in rows:
             self.run.log({"_timestamp": time, **row}, step=iteration)
             is_whole = True
-        if is_whole:
-            for path in earlier:
-                shutil.rmtree(path, ignore_errors=True)
+        for path in earlier if is_whole else ():
+            shutil.rmtree(path, ignore_errors=True)
 
     def write(self, iteration: int, row: dict[str, float]) -> None:
         self.run.log(row, step=iteration)

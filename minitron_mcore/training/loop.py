@@ -188,14 +188,9 @@ def global_samples(batch: list[Microbatch]) -> list[int]:
 
 def in_ranges(numbers: list[int]) -> str:
     """[3, 4, 5, 9] -> "3-5, 9"."""
-    words: list[str] = []
-    start = 0
-    for index in range(1, len(numbers) + 1):
-        if index == len(numbers) or numbers[index] != numbers[index - 1] + 1:
-            first, last = numbers[start], numbers[index - 1]
-            words.append(str(first) if first == last else f"{first}-{last}")
-            start = index
-    return ", ".join(words)
+    following = itertools.groupby(enumerate(numbers), lambda each: each[1] - each[0])
+    runs = [[number for _, number in run] for _, run in following]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def validate(chunks: list[torch.nn.Module], job: Job) -> dict[str, float]:

@@ -24,8 +24,7 @@ from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.microbatch import Microbatch, TeacherPart
 from minitron_mcore.runtime.agree import all_or_none
-from minitron_mcore.runtime.context import context_part
-from minitron_mcore.runtime.groups import context_group, on_last_stage
+from minitron_mcore.runtime.groups import context_group, context_part, on_last_stage
 
 PROBES = 8  # samples whose tokens are compared before the first step; each one is, once it is read
 READERS = 4  # threads that decode: zlib and NumPy release Python's lock

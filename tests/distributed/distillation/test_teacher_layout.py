@@ -177,7 +177,7 @@ def compare(
 ) -> None:
     from minitron_mcore.distillation.states.map import holder
     from minitron_mcore.layout import split_layers
-    from minitron_mcore.runtime.context import context_part
+    from minitron_mcore.runtime.groups import context_part
 
     world_size, student, teacher, count = case
     tensor, sequence = student.get("tensor", 1), student.get("sequence", False)

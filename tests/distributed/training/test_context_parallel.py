@@ -17,7 +17,7 @@ import torch
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig, check_sequence
-from minitron_mcore.runtime.context import context_part, held_chunks, in_order
+from minitron_mcore.runtime.groups import context_part, held_chunks, in_order
 from tests.distributed.models import (
     SEQUENCE,
     assemble,
