@@ -58,28 +58,19 @@ class SDPACoreAttention(MegatronModule):
             in_order(gather_from_sequence_parallel_region(part.contiguous(), group=self.context_group), size)
             for part in (key, value)
         )
-        length = key.shape[0] // (2 * size)
-        return torch.cat(
-            [
-                self._attend(queries, key[: (chunk + 1) * length], value[: (chunk + 1) * length])
-                for chunk, queries in zip(held_chunks(rank, size), query.chunk(2), strict=True)
-            ]
-        )
+        length, chunks = key.shape[0] // (2 * size), zip(held_chunks(rank, size), query.chunk(2), strict=True)
+        seen = ((queries, (chunk + 1) * length) for chunk, queries in chunks)
+        return torch.cat([self._attend(queries, key[:end], value[:end]) for queries, end in seen])
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The queries [s, b, n, d] are those of the last s of the keys' [S, b, g, d] positions -> [s, b, n * d]."""
         groups = query.shape[2] // key.shape[2]
         whole = query.shape[0] == key.shape[0]
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        context = torch.nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            # Of fewer queries than keys, `is_causal` would take the first.
-            attn_mask=None if whole else causal_lower_right(query.shape[2], key.shape[2]),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=whole,
-            scale=self.softmax_scale,
-            enable_gqa=groups > 1,
-        )
+        # Of fewer queries than keys, `is_causal` would take the first.
+        mask = None if whole else causal_lower_right(query.shape[2], key.shape[2])
+        causal: Any = {"attn_mask": mask, "is_causal": whole, "enable_gqa": groups > 1}
+        dropout = self.dropout if self.training else 0.0
+        attend = torch.nn.functional.scaled_dot_product_attention
+        context = attend(query, key, value, dropout_p=dropout, scale=self.softmax_scale, **causal)
         return context.permute(2, 0, 1, 3).flatten(2)

@@ -13,10 +13,7 @@ class ParallelConfig:
     tensor: int = key(1, "ranks that every matrix is cut over", at_least=1)
     pipeline: int = key(1, "stages that the layers are cut into", at_least=1)
     virtual_pipeline: Optional[int] = key(
-        None,
-        "model chunks a stage, for the interleaved schedule",
-        at_least=2,
-        remedy="leave it out for the plain 1F1B schedule",
+        None, "model chunks a stage, for the interleaved schedule", at_least=2, remedy="leave it out for plain 1F1B"
     )
     context: int = key(1, "ranks that a sequence is cut over", at_least=1)
     sequence: bool = key(False, "sequence parallelism; needs tensor > 1")
@@ -40,13 +37,10 @@ def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel
     ranks = parallel.replica_ranks
     if world_size % ranks:
         context = f" x {key}.context={parallel.context}" if parallel.context > 1 else ""
-        raise InputError(
-            f"{key}.tensor",
-            parallel.tensor,
-            f"x {key}.pipeline={parallel.pipeline}{context} = {ranks} ranks for one copy of the model, but "
-            f"{world_size} {'was' if world_size == 1 else 'were'} started",
-            f"start a multiple of {ranks}, or change {key}.* (--dry-run takes cluster.gpus for the ranks)",
-        )
+        started = f"{world_size} {'was' if world_size == 1 else 'were'} started"
+        rule = f"x {key}.pipeline={parallel.pipeline}{context} = {ranks} ranks for one copy of the model, but {started}"
+        remedy = f"start a multiple of {ranks}, or change {key}.* (--dry-run takes cluster.gpus for the ranks)"
+        raise InputError(f"{key}.tensor", parallel.tensor, rule, remedy)
 
 
 def check_sequence(

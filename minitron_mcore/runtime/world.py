@@ -73,9 +73,8 @@ def read_world(env: Mapping[str, str]) -> World:
 def _of_torchrun(env: Mapping[str, str]) -> World:
     rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     if rank >= size:
-        raise InputError(
-            "RANK", rank, f"in the environment must be below WORLD_SIZE={size}, as ranks count from 0", _START
-        )
+        rule = f"in the environment must be below WORLD_SIZE={size}, as ranks count from 0"
+        raise InputError("RANK", rank, rule, _START)
     if size == 1:
         return World()
     for name in ("MASTER_ADDR", "MASTER_PORT"):

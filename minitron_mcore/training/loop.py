@@ -161,13 +161,10 @@ def count_skipped(
         samples = global_samples(batch)
         where = f"samples {in_ranges(samples)}" if samples else f"samples from {progress.consumed_samples} on"
         reason = ", ".join(f"{name} is {row[name]}" for name in bad)
-        metrics.event(
-            iteration,
-            "skipped",
-            {"reason": {name: str(row[name]) for name in bad}, "samples": samples},
-            f" iteration {iteration:>8}/{job.iterations:>8} | skipped: {reason} | {where} | "
-            f"{progress.skipped_in_a_row} in a row, of {limit} at most |",
-        )
+        facts = {"reason": {name: str(row[name]) for name in bad}, "samples": samples}
+        so_far = f"{progress.skipped_in_a_row} in a row, of {limit} at most"
+        line = f" iteration {iteration:>8}/{job.iterations:>8} | skipped: {reason} | {where} | {so_far} |"
+        metrics.event(iteration, "skipped", facts, line)
         if progress.skipped_in_a_row >= limit:
             raise DivergedError(
                 f"iteration {iteration}, {where}: {reason}; {progress.skipped_in_a_row} iterations in a row were "

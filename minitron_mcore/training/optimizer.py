@@ -24,6 +24,7 @@ from minitron_mcore.training.learning_rate import warmup_tokens
 
 # Named in the recipe's section as in Megatron's OptimizerConfig.
 ADAM = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+Describe = Callable[[], None]
 
 
 class Trained(NamedTuple):
@@ -40,12 +41,7 @@ class Trained(NamedTuple):
         return cls(chunks, optimizer, build_scheduler(optimizer, train, timetable))
 
     def save(
-        self,
-        folder: Path,
-        progress: dict[str, Any],
-        runtime: Runtime,
-        architecture: Architecture,
-        describe: Callable[[], None],
+        self, folder: Path, progress: dict[str, Any], runtime: Runtime, architecture: Architecture, describe: Describe
     ) -> None:
         """A checkpoint of the iteration that `progress` names, of a model of `architecture`; all ranks call.
 

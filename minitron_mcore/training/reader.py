@@ -52,19 +52,16 @@ def build_training_data(
     training = {part.sequence_length: dataset for part, dataset in built if part.name == "train"}
     validation = {part.source: dataset for part, dataset in built if part.name == "valid" and dataset is not None}
     shape = Shape(0, data.sequence_length, train.global_batch_size, train.micro_batch_size)
-    return TrainingData(
-        datasets=training,
-        read_train=step_reader(training, num_workers=data.num_workers),
-        read_valid={name: batch_reader(dataset, shape) for name, dataset in validation.items()},
-        order=data_order(training),
-    )
+    read_valid = {name: batch_reader(dataset, shape) for name, dataset in validation.items()}
+    read_train = step_reader(training, num_workers=data.num_workers)
+    return TrainingData(training, read_train, read_valid, data_order(training))
 
 
-def batch_reader(dataset: Any, shape: Shape, *, num_workers: int = 0) -> BatchReader:
+def batch_reader(dataset: Any, shape: Shape) -> BatchReader:
     """Reads `dataset` in Megatron's order: which samples make a global batch is the same at every layout."""
 
     def read(first_sample: int, number: int) -> Iterator[list[Microbatch]]:
-        stream = _stream(dataset, first_sample, shape, num_workers)
+        stream = _stream(dataset, first_sample, shape, num_workers=0)
         return (_next_batch(stream, shape) for _ in range(number))
 
     return read
@@ -89,12 +86,11 @@ def data_order(datasets: dict[int, Any]) -> dict[int, str]:
 
     Megatron shuffles all passes over a text at once, so that another number of them begins otherwise.
     """
-    return {
-        length: token_checksum(
-            numpy.concatenate([dataset[number]["tokens"].numpy() for number in range(min(8, len(dataset)))])
-        )
-        for length, dataset in datasets.items()
-    }
+    found = {}
+    for length, dataset in datasets.items():
+        first = [dataset[number]["tokens"].numpy() for number in range(min(8, len(dataset)))]
+        found[length] = token_checksum(numpy.concatenate(first))
+    return found
 
 
 def _stream(dataset: Any, first_sample: int, shape: Shape, num_workers: int) -> Iterator[Batch]:
