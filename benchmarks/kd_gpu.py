@@ -84,7 +84,7 @@ class Step:
         from minitron_mcore.runtime.config import ParallelConfig
         from minitron_mcore.training.budget import plan_timetable
         from minitron_mcore.training.config import TrainConfig
-        from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+        from minitron_mcore.training.step import build_optimizer, build_scheduler, wrap_model
 
         shared, wide, narrow = shapes(options)
         self.sequence, self.microbatches = sequence, 2
@@ -127,10 +127,12 @@ class Step:
         self.timers.attach(self.chunks, self.optimizer, self.objective)
 
     def __call__(self) -> None:
-        from minitron_mcore.training.step import train_step
+        from minitron_mcore.training.step import Trained, train_step
 
         batch = [replace(self.microbatch) for _ in range(self.microbatches)]
-        train_step(self.chunks, self.optimizer, self.scheduler, self.objective, self.shape, batch, self.timers.timers)
+        train_step(
+            Trained(self.chunks, self.optimizer, self.scheduler), self.objective, self.shape, batch, self.timers.timers
+        )
 
     @property
     def tokens(self) -> int:

@@ -96,8 +96,7 @@ def sides(options: argparse.Namespace, parallel: dict[str, Any]) -> dict[str, Ca
     from minitron_mcore.runtime.start import start
     from minitron_mcore.training.budget import plan_timetable
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
 
     runtime, layout = start(), ParallelConfig(**parallel)
     use_layout(layout, runtime.world_size)
@@ -132,7 +131,7 @@ def sides(options: argparse.Namespace, parallel: dict[str, Any]) -> dict[str, Ca
 
     def step(objective: Objective) -> Any:
         return train_step(
-            chunks, optimizer, scheduler, objective, timetable.at(0).shape, [replace(part) for part in batch]
+            Trained(chunks, optimizer, scheduler), objective, timetable.at(0).shape, [replace(part) for part in batch]
         )
 
     return {

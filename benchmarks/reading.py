@@ -28,13 +28,13 @@ ROOMS = ("training/step.py", "distillation/", "model/schedule.py", "model/microb
 
 def traced_step(with_states: bool) -> set[tuple[str, int]]:
     """(file, first line) of every definition of the package that a step runs."""
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, train_step
     from tests.distributed import state_loss_problem as problem
     from tests.distributed.models import global_batch, my_batch, start_layout, steady
 
     layout = start_layout({}, 1)
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+    from minitron_mcore.training.step import build_optimizer, build_scheduler, wrap_model
 
     case = problem.Case(("block_output",))
     models, objective = problem.build(case, layout)
@@ -59,7 +59,7 @@ def traced_step(with_states: bool) -> set[tuple[str, int]]:
     threading.setprofile(profile)  # backward runs in a thread of its own
     sys.setprofile(profile)
     try:
-        train_step(chunks, optimizer, scheduler, objective, timetable.at(0).shape, batch)
+        train_step(Trained(chunks, optimizer, scheduler), objective, timetable.at(0).shape, batch)
     finally:
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type]

@@ -59,8 +59,7 @@ class Ours:
         from minitron_mcore.runtime.start import start
         from minitron_mcore.training.budget import plan_timetable
         from minitron_mcore.training.config import TrainConfig
-        from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-        from minitron_mcore.training.step import train_step
+        from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
 
         self.runtime = start()
         layout = ParallelConfig(tensor=tensor)
@@ -76,7 +75,9 @@ class Ours:
         optimizer = build_optimizer(chunks, train, "fp32")
         scheduler = build_scheduler(optimizer, train, timetable)
         objective = Objective(LossSettings(vocab_size=self.architecture.vocab_size))
-        self._step = lambda batch: train_step(chunks, optimizer, scheduler, objective, timetable.at(0).shape, batch)
+        self._step = lambda batch: train_step(
+            Trained(chunks, optimizer, scheduler), objective, timetable.at(0).shape, batch
+        )
 
     def step(self, number: int) -> float:
         from minitron_mcore.model.microbatch import Microbatch

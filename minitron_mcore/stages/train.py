@@ -88,14 +88,12 @@ def fit_model(
                 log=recipe.log,
                 runtime=runtime,
                 timetable=job.timetable,
-                read_train=data.read_train,
-                read_valid=data.read_valid,
+                data=data,
                 precision=recipe.precision,
                 folder=job.folder,
                 describe=lambda progress: describe(job, progress.consumed_tokens),
                 recipe=dataclasses.asdict(recipe),
                 name=recipe.name,
-                data_order=data.order,
                 teaching=teaching,
             )
         )

@@ -61,12 +61,24 @@ def peak_tflops(device_name: str) -> float | None:
     return max(asked)[1] if asked else None
 
 
+@dataclass(frozen=True)
+class Spent:
+    """A step's share of an interval on this rank."""
+
+    seconds: float
+    means: dict[str, float]  # of the losses, over the steps in which they were finite
+    tokens: dict[int, float]  # sequence length -> tokens
+    timers: dict[str, float]  # seconds
+
+
 class StepTimers:
-    """The timers of one training run on this rank."""
+    """The timers of one training run on this rank: time (including reading data, without validation and saving) and
+    mean losses since the last line."""
 
     def __init__(self, log_level: int) -> None:
         self.log_level = log_level
         self.timers = Timers(log_level, "max")
+        self._clear()
 
     def attach(self, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, objective: Objective) -> None:
         """Make the objective and Megatron's schedules, gradient synchronisation and optimizer use these timers."""
@@ -87,6 +99,36 @@ class StepTimers:
     def take(self) -> dict[str, float]:
         """Seconds of each timer since the last call, and reset them."""
         return {name: timer.elapsed(reset=True) for name, timer in self.timers._timers.items()}
+
+    def _clear(self) -> None:
+        self.seconds, self.steps = 0.0, 0
+        totals: list[dict[Any, float]] = [defaultdict(float) for _ in range(4)]
+        self._sums, self._counts, self._tokens, self._timers = totals
+
+    def start(self) -> None:
+        self.take()
+        self._started = time.perf_counter()
+
+    def add(self, row: dict[str, float], shape: Shape) -> None:
+        """End a step that began at `start`; the next one begins."""
+        self.seconds += time.perf_counter() - self._started
+        self.steps += 1
+        self._tokens[shape.sequence_length] += shape.tokens
+        for name, seconds in self.take().items():
+            self._timers[name] += seconds
+        for name, value in row.items():
+            if name not in NOT_AVERAGED and math.isfinite(value):
+                self._sums[name] += value
+                self._counts[name] += 1
+        self._started = time.perf_counter()
+
+    def report(self) -> Spent:
+        """What a step took; the interval starts afresh."""
+        means = {name: value / self._counts[name] for name, value in self._sums.items()}
+        tokens, timers = ({key: n / self.steps for key, n in sums.items()} for sums in (self._tokens, self._timers))
+        spent = Spent(self.seconds / self.steps, means, tokens, timers)
+        self._clear()
+        return spent
 
 
 def split(seconds: dict[str, float], whole: float, log_level: int) -> dict[str, float]:
@@ -118,55 +160,6 @@ def split_line(row: dict[str, Any]) -> str:
     shown = [name for name in names if name != "teacher-forward" or row[f"{name}-time"]]  # `train` has no teacher
     cells = [f"{name}: {row[f'{name}-time']:.1f} ({row[f'{name}-share']:.1%})" for name in shown]
     return " time of an iteration (ms, slowest rank; share of all) | " + " | ".join(cells) + " |"
-
-
-@dataclass(frozen=True)
-class Spent:
-    """A step's share of an interval on this rank."""
-
-    seconds: float
-    means: dict[str, float]  # of the losses, over the steps in which they were finite
-    tokens: dict[int, float]  # sequence length -> tokens
-    timers: dict[str, float]  # seconds
-
-
-class Interval:
-    """Time (including reading data, without validation and saving) and mean losses since the last line."""
-
-    def __init__(self, timers: StepTimers) -> None:
-        self.timers = timers
-        self._clear()
-        self.start()
-
-    def _clear(self) -> None:
-        self.seconds, self.steps = 0.0, 0
-        totals: list[dict[Any, float]] = [defaultdict(float) for _ in range(4)]
-        self._sums, self._counts, self._tokens, self._timers = totals
-
-    def start(self) -> None:
-        self.timers.take()
-        self._started = time.perf_counter()
-
-    def add(self, row: dict[str, float], shape: Shape) -> None:
-        """End a step that began at `start`; the next one begins."""
-        self.seconds += time.perf_counter() - self._started
-        self.steps += 1
-        self._tokens[shape.sequence_length] += shape.tokens
-        for name, seconds in self.timers.take().items():
-            self._timers[name] += seconds
-        for name, value in row.items():
-            if name not in NOT_AVERAGED and math.isfinite(value):
-                self._sums[name] += value
-                self._counts[name] += 1
-        self._started = time.perf_counter()
-
-    def report(self) -> Spent:
-        """What a step took; the interval starts afresh."""
-        means = {name: value / self._counts[name] for name, value in self._sums.items()}
-        tokens, timers = ({key: n / self.steps for key, n in sums.items()} for sums in (self._tokens, self._timers))
-        spent = Spent(self.seconds / self.steps, means, tokens, timers)
-        self._clear()
-        return spent
 
 
 def account(job: Job, spent: Spent) -> tuple[dict[str, float], dict[str, float]]:

@@ -13,7 +13,7 @@ from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.budget import Step, Timetable
 from minitron_mcore.training.config import LogConfig, TrainConfig
-from minitron_mcore.training.reader import BatchReader, StepReader
+from minitron_mcore.training.reader import TrainingData
 from minitron_mcore.training.teaching import TrainedTeacher
 
 # Without a save interval, a run saves after each of PARTS equal parts, or every MOST_ITERATIONS if that is sooner.
@@ -52,14 +52,12 @@ class Job:
     log: LogConfig
     runtime: Runtime
     timetable: Timetable
-    read_train: StepReader
-    read_valid: dict[str, BatchReader]  # by the source's name, "" for the whole blend; none: no validation
+    data: TrainingData
     precision: str
     folder: Path  # for checkpoints and metrics; the run resumes from its newest finished iteration
     describe: Callable[[Progress], None]  # writes what lies beside the weights; the first rank calls
     recipe: dict[str, Any]
     name: str
-    data_order: dict[int, str] = field(default_factory=dict)  # fingerprints of what `read_train` reads
     teaching: TrainedTeacher | None = None  # the objective's teacher, if it is trained in the same job
 
     @property

@@ -20,13 +20,12 @@ from minitron_mcore.runtime.agree import gathered
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.interrupt import exit_code, name_of
 from minitron_mcore.runtime.pace import Pace, timed
-from minitron_mcore.training.accounting import Interval, StepTimers, account, split_line
+from minitron_mcore.training.accounting import StepTimers, account, split_line
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
-from minitron_mcore.training.optimizer import Trained, set_schedule
 from minitron_mcore.training.signals import StopRequest
 from minitron_mcore.training.start_check import check_teacher
-from minitron_mcore.training.step import not_finite, train_step
+from minitron_mcore.training.step import Trained, not_finite, set_schedule, train_step
 
 
 def fit(job: Job) -> Progress:
@@ -48,7 +47,7 @@ def fit(job: Job) -> Progress:
         if job.teaching is not None:
             job.teaching.resume(progress.iteration, progress.consumed_tokens)
         runtime.print(f"resumed {job.folder} at iteration {progress.iteration} of {job.iterations}")
-    progress.data_order = job.data_order
+    progress.data_order = job.data.order
     if progress.iteration >= job.iterations:
         runtime.on_main(lambda: describe_newest(job, progress))
         return progress
@@ -77,21 +76,21 @@ def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog
 
     Returns that signal, or 0; the same on every rank."""
     train, runtime = job.train, job.runtime
-    steps = job.read_train(job.timetable, progress.iteration)
+    steps = job.data.read_train(job.timetable, progress.iteration)
     first = next(steps)
     check_teacher(job, first[1])
     runtime.on_main(lambda: metrics.open(progress.iteration))
     timers = StepTimers(job.log.timing_log_level)
     pace = Pace(progress.consumed_tokens)  # validation and saving count too
     timers.attach(trained.chunks, trained.optimizer, job.objective)
-    interval = Interval(timers)
+    timers.start()
     interim: int | None = None  # the newest checkpoint, if it is to make room for the next
     for step, batch in timers.batches(itertools.chain([first], steps)):
-        row = train_step(*trained, job.objective, step.shape, batch, timers.timers)
+        row = train_step(trained, job.objective, step.shape, batch, timers.timers)
         if job.teaching is not None:
             with timed(timers.timers, "optimizer", 0):
                 row |= job.teaching.step(step.shape.tokens)
-        interval.add({} if not_finite(row) else row, step.shape)
+        timers.add({} if not_finite(row) else row, step.shape)
         row = count_skipped(job, progress, row, batch, metrics)
         progress.advance(step)
         if job.objective.states is not None:
@@ -100,7 +99,7 @@ def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog
         row = {"consumed samples": progress.consumed_samples, **row}
         shown = times = None
         if last or progress.iteration % job.log.interval == 0:
-            spent = interval.report()
+            spent = timers.report()
             costs, times = account(job, spent)
             tokens = progress.consumed_tokens  # batch sizes may change, so iterations would not tell
             left = pace.left(tokens, job.timetable.tokens)
@@ -109,7 +108,7 @@ def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog
         metrics.write(progress.iteration, row, shown=shown)
         if times is not None and (job.log.console == "full" or job.log.timing_log_level):
             runtime.print(split_line(times))
-        if job.read_valid and (last or _is_due(progress.iteration, train.eval_interval)):
+        if job.data.read_valid and (last or _is_due(progress.iteration, train.eval_interval)):
             progress.metrics = validate(trained.chunks, job)
             metrics.write(progress.iteration, progress.metrics, shown=progress.metrics, kind="validation")
         asked_to_stop = stop.on_any_rank()
@@ -120,7 +119,7 @@ def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog
                 interim = progress.iteration
         if last or asked_to_stop:
             return asked_to_stop
-        interval.start()
+        timers.start()
     raise AssertionError("the steps ended before the last iteration")
 
 
@@ -193,7 +192,7 @@ def in_ranges(numbers: list[int]) -> str:
 def validate(chunks: list[torch.nn.Module], job: Job) -> dict[str, float]:
     """Held-out losses over `eval_iters` global batches of the blend, and of each of its sources. Every rank calls."""
     found: dict[str, float] = {}
-    for name, read in job.read_valid.items():
+    for name, read in job.data.read_valid.items():
         means = mean_loss(chunks, read(0, job.train.eval_iters), job.objective)
         found |= {f"{key} validation {name}".rstrip(): value for key, value in means.items()}
     return found
@@ -210,7 +209,7 @@ def check_past(progress: Progress, job: Job) -> None:
 
 def warn_of_other_data(progress: Progress, job: Job) -> None:
     """Print a warning if what is read from here on is not what the run would have read."""
-    if any(job.data_order.get(length, order) != order for length, order in progress.data_order.items()):
+    if any(job.data.order.get(length, order) != order for length, order in progress.data_order.items()):
         job.runtime.print(
             f"WARNING: {job.folder} has read other samples, or in another order, than data.train gives now: its files "
             "have changed, or the text is read more than once and another budget reshuffles it; some samples are "

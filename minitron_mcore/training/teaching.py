@@ -24,8 +24,7 @@ from minitron_mcore.model.schedule import LossSums, run_schedule
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.budget import Timetable
 from minitron_mcore.training.config import CorrectConfig
-from minitron_mcore.training.optimizer import Trained, set_schedule
-from minitron_mcore.training.step import apply_gradients, not_finite, zero_gradients
+from minitron_mcore.training.step import Trained, apply_gradients, not_finite, set_schedule
 
 
 class TrainedTeacher(Teacher):
@@ -55,7 +54,7 @@ class TrainedTeacher(Teacher):
         """As the frozen teacher's, or if `train` with the gradients of the teacher's next step. Every rank calls."""
         if not train:
             return super()._forward(run, train)
-        zero_gradients(self.trained.chunks, self.trained.optimizer)
+        self.trained.zero_gradients()
         final: dict[Microbatch, torch.Tensor] = {}
 
         def loss(model: LanguageModel, hidden: torch.Tensor, microbatch: Microbatch) -> LossSums:

@@ -282,7 +282,7 @@ def optimizer_of(model: Any, weights: dict[str, Any]) -> Any:
     """The state of Megatron's DistributedOptimizer after a step, as it is stored."""
     from minitron_mcore.runtime.repairs import optimizer_state
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, wrap_model
+    from minitron_mcore.training.step import build_optimizer, wrap_model
 
     optimizer = build_optimizer(wrap_model([model]), TrainConfig(), "bf16")
     optimizer.step()

@@ -144,7 +144,7 @@ def solve_on_rank(
     from minitron_mcore.model.initialize import named_parameters
     from minitron_mcore.model.microbatch import on_this_context_rank
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, wrap_model
+    from minitron_mcore.training.step import build_optimizer, wrap_model
 
     layout = start_layout(parallel, world_size)
     found = {}

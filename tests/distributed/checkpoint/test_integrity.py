@@ -48,7 +48,7 @@ def train_on_rank(folder: str) -> None:
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.runtime.start import start
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+    from minitron_mcore.training.step import build_optimizer, build_scheduler, wrap_model
 
     layout = start_layout({"pipeline": 2}, 2)
     runtime, architecture = start(), tiny("nemotron")

@@ -45,8 +45,8 @@ def losses_on_rank(
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize, named_parameters
     from minitron_mcore.training.budget import Shape
-    from minitron_mcore.training.optimizer import wrap_model
     from minitron_mcore.training.reader import batch_reader
+    from minitron_mcore.training.step import wrap_model
 
     layout = start_layout(parallel, world_size)
     data = DataConfig(train=str(root / "json_text_document"), split="1", sequence_length=LENGTH)

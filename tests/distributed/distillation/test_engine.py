@@ -179,8 +179,7 @@ def distil_on_rank(
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import named_parameters
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
 
     layout = start_layout(parallel, world_size)
     architecture, wide = architectures()
@@ -233,7 +232,7 @@ def distil_on_rank(
 
     _, chunks, optimizer, scheduler = build()
     history = [
-        train_step(chunks, optimizer, scheduler, objective, timetable.at(step).shape, batch(step))
+        train_step(Trained(chunks, optimizer, scheduler), objective, timetable.at(step).shape, batch(step))
         for step in range(steps)
     ]
     return {"gradients": gradients, "history": history}

@@ -247,8 +247,7 @@ def train_on_rank(folder: str, placement: str) -> list[dict[str, float]]:
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.training.budget import plan_timetable
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
 
     layout = start_layout({}, 2)
     student, train = tiny("llama"), TrainConfig(lr=1e-2, tokens=3 * 8 * 16)
@@ -263,9 +262,7 @@ def train_on_rank(folder: str, placement: str) -> list[dict[str, float]]:
     scheduler = build_scheduler(optimizer, train, timetable)
     return [
         train_step(
-            chunks,
-            optimizer,
-            scheduler,
+            Trained(chunks, optimizer, scheduler),
             objective,
             timetable.at(step).shape,
             my_batch(global_batch(student.vocab_size, step)),

@@ -39,7 +39,7 @@ def start_cut(site: str, loss: str, noise: float, layout: Any, precision: str) -
     from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+    from minitron_mcore.training.step import build_optimizer, build_scheduler, wrap_model
 
     weights = draw_weights(TEACHER, seed=5)
     teacher_chunks = build_model(TEACHER, layout, precision, trainable=False)
@@ -66,7 +66,7 @@ def train_on_rank(
     cases: list[tuple[str, str, float]], parallel: dict[str, Any], world_size: int, steps: int, precision: str = "fp32"
 ) -> list[list[dict[str, float]]]:
     """What the first steps of each case (site, loss, noise) report; the last of them counts no token."""
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, train_step
 
     layout = start_layout(parallel, world_size)
     found = []
@@ -77,7 +77,7 @@ def train_on_rank(
             batch = my_batch(global_batch(STUDENT.vocab_size, step))
             if step == steps - 1:
                 batch = [uncounted(microbatch) for microbatch in batch]
-            row = train_step(chunks, optimizer, scheduler, objective, timetable.at(step).shape, batch)
+            row = train_step(Trained(chunks, optimizer, scheduler), objective, timetable.at(step).shape, batch)
             rows.append({**row, "next": objective.states.alpha if objective.states is not None else 0.0})
         found.append(rows)
     return found

@@ -120,8 +120,7 @@ def train_on_rank(
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.runtime.config import ParallelConfig
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
 
     layout = start_layout(parallel, world_size)
     student = tiny("llama")
@@ -138,9 +137,7 @@ def train_on_rank(
     scheduler = build_scheduler(optimizer, train, timetable)
     return [
         train_step(
-            chunks,
-            optimizer,
-            scheduler,
+            Trained(chunks, optimizer, scheduler),
             objective,
             timetable.at(step).shape,
             my_batch(global_batch(student.vocab_size, step)),

@@ -32,8 +32,7 @@ def held_on_rank(parallel: dict[str, Any], world_size: int, precision: str, tied
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.training.budget import Shape, plan_timetable
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
     from tests.distributed.models import global_batch, my_batch
 
     layout = start_layout(parallel, world_size)
@@ -47,7 +46,7 @@ def held_on_rank(parallel: dict[str, Any], world_size: int, precision: str, tied
     scheduler = build_scheduler(optimizer, train, plan_timetable(train, 16, "train"))
     objective = Objective(LossSettings(vocab_size=architecture.vocab_size))
     shape = Shape(phase=0, sequence_length=16, global_batch_size=8, micro_batch_size=2)
-    train_step(chunks, optimizer, scheduler, objective, shape, my_batch(global_batch(architecture.vocab_size)))
+    train_step(Trained(chunks, optimizer, scheduler), objective, shape, my_batch(global_batch(architecture.vocab_size)))
 
     parameters = [tensor for chunk in models for tensor in chunk.parameters()]
     state = [

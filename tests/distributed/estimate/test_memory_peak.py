@@ -55,8 +55,7 @@ def peak_on_rank(
     from minitron_mcore.model.microbatch import Microbatch
     from minitron_mcore.training.budget import Shape, plan_timetable
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
 
     layout = start_layout(parallel, world_size)
     student, wide = tiny("llama", **STUDENT), tiny("llama", **TEACHER)
@@ -104,7 +103,7 @@ def peak_on_rank(
                 )
                 for part in ids
             ]
-            train_step(chunks, optimizer, scheduler, objective, shape, batch)
+            train_step(Trained(chunks, optimizer, scheduler), objective, shape, batch)
     trace = Path(folder) / f"rank{torch.distributed.get_rank()}.json"
     profiler.export_chrome_trace(str(trace))
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]

@@ -39,8 +39,8 @@ def optimizer_tensors(optimizer: Any) -> list[torch.Tensor]:
 def watching(train_step: Any, damage: dict[str, Any], digests: list[Any]) -> Any:
     """`train_step`, with a gradient spoiled where the batch says so; weights and optimizer are digested after it."""
 
-    def watched(chunks: Any, optimizer: Any, *args: Any) -> Any:
-        objective, batch = args[1], args[3]
+    def watched(trained: Any, *args: Any) -> Any:
+        objective, batch = args[0], args[2]
         run = objective.run
         if any(getattr(part, "damage", None) == "gradient" for part in batch):
 
@@ -50,10 +50,10 @@ def watching(train_step: Any, damage: dict[str, Any], digests: list[Any]) -> Any
                 return means
 
             objective.run = run_and_spoil
-        row = train_step(chunks, optimizer, *args)
+        row = train_step(trained, *args)
         objective.run = run
-        weights = [tensor for chunk in chunks for tensor in chunk.parameters()]
-        digests.append((digest(weights), digest(optimizer_tensors(optimizer))))
+        weights = [tensor for chunk in trained.chunks for tensor in chunk.parameters()]
+        digests.append((digest(weights), digest(optimizer_tensors(trained.optimizer))))
         return row
 
     return watched
@@ -87,6 +87,7 @@ def fit_with_damage(
     from minitron_mcore.training.budget import plan_timetable
     from minitron_mcore.training.config import LogConfig, TrainConfig
     from minitron_mcore.training.job import Job
+    from minitron_mcore.training.reader import TrainingData
 
     layout = start_layout(parallel, world_size)
     architecture = tiny("llama")
@@ -132,8 +133,7 @@ def fit_with_damage(
                 log=LogConfig(interval=2, tensorboard=False, wandb="disabled", timing_log_level=2),
                 runtime=runtime,
                 timetable=plan_timetable(train, 16, "train"),
-                read_train=read,
-                read_valid={},
+                data=TrainingData({}, read, {}, {}),
                 precision=settings.get("precision", "fp32"),
                 folder=target,
                 describe=describe,

@@ -153,8 +153,7 @@ def train_on_rank(parallel: dict[str, Any], world_size: int, teacher: bool, save
     from minitron_mcore.model.initialize import named_parameters
     from minitron_mcore.runtime.start import start
     from minitron_mcore.training.budget import plan_timetable
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
 
     models, objective, train = build_on_rank(parallel, world_size, teacher)
     chunks = wrap_model(models)
@@ -177,7 +176,7 @@ def train_on_rank(parallel: dict[str, Any], world_size: int, teacher: bool, save
     result["history"] = []
     for step in range(STEPS):
         result["history"].append(
-            train_step(chunks, optimizer, scheduler, objective, timetable.at(step).shape, read_batch(step))
+            train_step(Trained(chunks, optimizer, scheduler), objective, timetable.at(step).shape, read_batch(step))
         )
         if save is not None and step == 0:
             state = training_state(chunks, optimizer, scheduler, {"iteration": 1}, is_loading=False)
@@ -229,8 +228,7 @@ def test_a_checkpoint_resumes_at_another_context_size(before: str, after: str, t
 def resume_on_rank(parallel: dict[str, Any], world_size: int, folder: str) -> list[dict[str, float]]:
     from minitron_mcore.checkpoint.store import load_training_state
     from minitron_mcore.training.budget import plan_timetable
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
 
     models, objective, train = build_on_rank(parallel, world_size, teacher=False)
     chunks = wrap_model(models)
@@ -239,7 +237,7 @@ def resume_on_rank(parallel: dict[str, Any], world_size: int, folder: str) -> li
     scheduler = build_scheduler(optimizer, train, timetable)
     load_training_state(Path(folder), 1, chunks, optimizer, scheduler)
     return [
-        train_step(chunks, optimizer, scheduler, objective, timetable.at(step).shape, read_batch(step))
+        train_step(Trained(chunks, optimizer, scheduler), objective, timetable.at(step).shape, read_batch(step))
         for step in range(1, STEPS)
     ]
 

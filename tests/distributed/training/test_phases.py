@@ -46,13 +46,11 @@ def train_on_rank(overrides: list[str], stage: str = "train") -> list[dict[str, 
     states: list[dict[str, Any]] = []
     step = loop.train_step
 
-    def watched(
-        chunks: Any, optimizer: Any, scheduler: Any, objective: Any, shape: Any, batch: Any, *others: Any
-    ) -> Any:
+    def watched(trained: Any, objective: Any, shape: Any, batch: Any, *others: Any) -> Any:
         read = [(number, part.tokens.shape[1]) for part in batch for number in part.samples.tolist()]
-        before = adam(optimizer)
-        row = step(chunks, optimizer, scheduler, objective, shape, batch, *others)
-        states.append({"read": read, "before": before, "after": adam(optimizer)})
+        before = adam(trained.optimizer)
+        row = step(trained, objective, shape, batch, *others)
+        states.append({"read": read, "before": before, "after": adam(trained.optimizer)})
         return row
 
     loop.train_step = watched  # type: ignore[assignment]

@@ -55,8 +55,7 @@ def gradient_norm_on_rank(
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
 
     layout = start_layout(parallel, world_size)
     architecture = tiny("llama")
@@ -77,7 +76,7 @@ def gradient_norm_on_rank(
     objective = Objective(LossSettings(vocab_size=architecture.vocab_size))
     batch = my_batch(global_batch(architecture.vocab_size))
     batch = [replace(part, loss_mask=part.loss_mask * weight) for part in batch]
-    return train_step(chunks, optimizer, scheduler, objective, timetable.at(0).shape, batch)["grad-norm"]
+    return train_step(Trained(chunks, optimizer, scheduler), objective, timetable.at(0).shape, batch)["grad-norm"]
 
 
 def gradient_norm(
@@ -117,7 +116,7 @@ def adam_on_rank() -> dict[str, Any]:
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.runtime.repairs import SHARDING, optimizer_state
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, wrap_model
+    from minitron_mcore.training.step import build_optimizer, wrap_model
 
     layout = start_layout({}, 1)
     architecture = tiny("llama")
@@ -171,7 +170,7 @@ def load_step_on_rank(folder: str) -> str:
     from minitron_mcore.runtime.repairs import load_optimizer_state
     from minitron_mcore.runtime.start import start
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
+    from minitron_mcore.training.step import build_optimizer, build_scheduler, wrap_model
 
     layout = start_layout({}, 1)
     architecture = tiny("llama")

@@ -34,6 +34,7 @@ def fit_on_rank(
     from minitron_mcore.training.config import LogConfig, TrainConfig
     from minitron_mcore.training.job import Job
     from minitron_mcore.training.loop import fit
+    from minitron_mcore.training.reader import TrainingData
 
     layout = start_layout(parallel, world_size)
     architecture = tiny("llama")
@@ -54,8 +55,7 @@ def fit_on_rank(
             train=train,
             log=LogConfig(interval=1, tensorboard=False, wandb="disabled"),
             runtime=start(),
-            read_train=read,
-            read_valid={},
+            data=TrainingData({}, read, {}, {}),
             timetable=steady(train, STEPS),
             precision=precision,
             folder=target,

@@ -39,6 +39,7 @@ def fit_on_rank(parallel: dict[str, Any], world_size: int, folder: str) -> dict[
     from minitron_mcore.training.config import LogConfig, TrainConfig
     from minitron_mcore.training.job import Job
     from minitron_mcore.training.loop import fit
+    from minitron_mcore.training.reader import TrainingData
 
     layout = start_layout(parallel, world_size)
     models, objective = build(CASE, layout)
@@ -46,6 +47,9 @@ def fit_on_rank(parallel: dict[str, Any], world_size: int, folder: str) -> dict[
     def read(timetable: Any, iteration: int) -> Any:
         for step in timetable.steps(iteration):
             yield step, my_batch(global_batch(CASE.student.vocab_size, step.iteration))
+
+    def held_out(first: int, number: int) -> Any:
+        return iter([my_batch(global_batch(CASE.student.vocab_size, 99))])
 
     train = TrainConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=2, global_batch_size=8, save_interval=CUT)
     target = Path(folder)
@@ -57,8 +61,7 @@ def fit_on_rank(parallel: dict[str, Any], world_size: int, folder: str) -> dict[
             train=train,
             log=LogConfig(interval=1, tensorboard=False, wandb="disabled"),
             runtime=start(),
-            read_train=read,
-            read_valid={"": lambda first, number: iter([my_batch(global_batch(CASE.student.vocab_size, 99))])},
+            data=TrainingData({}, read, {"": held_out}, {}),
             timetable=steady(train, STEPS),
             precision="fp32",
             folder=target,

@@ -40,8 +40,7 @@ def teach_on_rank(
     from minitron_mcore.model.initialize import initialize
     from minitron_mcore.runtime.start import start
     from minitron_mcore.training.config import CorrectConfig, TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
     from minitron_mcore.training.teaching import TrainedTeacher
 
     layout = start_layout(parallel, world_size)
@@ -76,7 +75,7 @@ def teach_on_rank(
     history, students, teachers = [], [], [weights_of(teacher.chunks)]
     for step in range(first, STEPS):
         students.append(weights_of(chunks))
-        row = train_step(chunks, optimizer, scheduler, objective, timetable.at(step).shape, batch(step))
+        row = train_step(Trained(chunks, optimizer, scheduler), objective, timetable.at(step).shape, batch(step))
         history.append({**row, **teacher.step(timetable.at(step).shape.tokens)})
         teachers.append(weights_of(teacher.chunks))
         if step == 1:
@@ -86,7 +85,7 @@ def teach_on_rank(
     alone, alone_optimizer, alone_scheduler = build(wide, 5, correct)
     plain = Objective(LossSettings(wide.vocab_size, chunk_tokens=24))
     alone_history = [
-        train_step(alone, alone_optimizer, alone_scheduler, plain, timetable.at(step).shape, batch(step))
+        train_step(Trained(alone, alone_optimizer, alone_scheduler), plain, timetable.at(step).shape, batch(step))
         for step in range(STEPS)
     ]
     # What the student's loss is under the teacher frozen as it was before each step.

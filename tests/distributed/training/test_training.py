@@ -91,8 +91,7 @@ def train_on_rank(family: str, parallel: dict[str, Any], world_size: int, steps:
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import draw, initialize, named_parameters, take_shard
     from minitron_mcore.training.config import TrainConfig
-    from minitron_mcore.training.optimizer import build_optimizer, build_scheduler, wrap_model
-    from minitron_mcore.training.step import train_step
+    from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
 
     layout = start_layout(parallel, world_size)
     architecture = architecture_of(family)
@@ -138,9 +137,7 @@ def train_on_rank(family: str, parallel: dict[str, Any], world_size: int, steps:
     _, chunks, optimizer, scheduler = build()
     history = [
         train_step(
-            chunks,
-            optimizer,
-            scheduler,
+            Trained(chunks, optimizer, scheduler),
             objective,
             timetable.at(step).shape,
             my_batch(global_batch(architecture.vocab_size, step)),

@@ -12,7 +12,6 @@ from minitron_mcore.architecture import build_architecture
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.training.accounting import (
-    Interval,
     StepTimers,
     peak_memory,
     peak_tflops,
@@ -118,7 +117,8 @@ def test_peaks_by_the_makers_data_sheets(name: str, peak: float | None) -> None:
 
 def test_the_console_shows_means() -> None:
     """Of everything that a step measures; settings are no measurements. What is no number is left out of a mean."""
-    interval = Interval(StepTimers(0))
+    interval = StepTimers(0)
+    interval.start()
     for loss in (1.0, 2.0, 6.0):
         interval.add({"lm loss": loss, "top-1 agreement": loss / 10, "grad-norm": 1.0, "learning-rate": 1.0}, SHAPE)
     interval.add({"lm loss": float("nan"), "top-1 agreement": float("inf"), "grad-norm": float("nan")}, SHAPE)

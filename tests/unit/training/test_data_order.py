@@ -20,7 +20,9 @@ def texts(order: list[int], length: int = 4) -> list[dict[str, torch.Tensor]]:
 
 def told(before: dict[int, str], now: dict[int, str]) -> str:
     lines: list[str] = []
-    job: Any = SimpleNamespace(data_order=now, folder=Path("run"), runtime=SimpleNamespace(print=lines.append))
+    job: Any = SimpleNamespace(
+        data=SimpleNamespace(order=now), folder=Path("run"), runtime=SimpleNamespace(print=lines.append)
+    )
     warn_of_other_data(Progress(data_order=before), job)
     return "".join(lines)
 

@@ -18,7 +18,7 @@ from minitron_mcore.recipe import load_recipe, to_yaml
 from minitron_mcore.training.budget import plan_timetable
 from minitron_mcore.training.config import PhaseConfig, TrainConfig
 from minitron_mcore.training.learning_rate import check_continuation, check_learning_rate, warmup_tokens
-from minitron_mcore.training.optimizer import build_scheduler, set_schedule
+from minitron_mcore.training.step import build_scheduler, set_schedule
 
 LENGTH = 10
 # 20 iterations of 4 x 10 tokens.

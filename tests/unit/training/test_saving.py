@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from minitron_mcore.training import optimizer
+from minitron_mcore.training import step
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Job
 
@@ -22,7 +22,7 @@ class OneRank:
 def test_a_save_that_fails_is_not_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done: list[str] = []
     newest: list[int] = []
-    monkeypatch.setattr(optimizer, "latest_iteration", lambda folder: newest[-1] if newest else None)
+    monkeypatch.setattr(step, "latest_iteration", lambda folder: newest[-1] if newest else None)
 
     def save(folder: Path, iteration: int, state: Any, runtime: Any, architecture: Any) -> None:
         if iteration == 3:
@@ -30,9 +30,9 @@ def test_a_save_that_fails_is_not_described(monkeypatch: pytest.MonkeyPatch, tmp
         newest.append(iteration)
         done.append(f"saved {iteration}")
 
-    monkeypatch.setattr(optimizer, "save_state", save)
-    monkeypatch.setattr(optimizer, "training_state", lambda *arguments, is_loading: {})
-    trained: Any = optimizer.Trained([], None, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(step, "save_state", save)
+    monkeypatch.setattr(step, "training_state", lambda *arguments, is_loading: {})
+    trained: Any = step.Trained([], None, None)  # type: ignore[arg-type]
     for iteration in (1, 2, 3):
         try:
             said = f"described {iteration}"
