@@ -63,7 +63,8 @@ def all_or_none(work: Callable[[], T]) -> T:
 def raise_together(failure: Exception | None) -> None:
     """Raise on every rank where any rank passes an error."""
     if _has_peers():
-        failed = torch.tensor(failure is not None, dtype=torch.int32, device=_device())
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        failed = torch.tensor(failure is not None, dtype=torch.int32, device=device)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if failed:
             others = gathered(_for_others(failure))
@@ -82,10 +83,6 @@ def _tried(work: Callable[[], T]) -> tuple[Any, Exception | None]:
 
 def _has_peers() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def _for_others(failure: Exception | None) -> Exception | None:

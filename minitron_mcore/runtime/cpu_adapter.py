@@ -43,9 +43,7 @@ def install() -> None:
 
 
 def _is_cuda(device: Any) -> bool:
-    if isinstance(device, bool):
-        return False
-    return isinstance(device, int) or (isinstance(device, str | torch.device) and str(device).startswith("cuda"))
+    return type(device) is int or (isinstance(device, str | torch.device) and str(device).startswith("cuda"))
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:

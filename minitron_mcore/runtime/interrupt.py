@@ -44,8 +44,7 @@ def install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
 
 def restore(handlers: dict[int, Any]) -> None:
     for number, handler in handlers.items():
-        # None: a handler not set from Python, which cannot be restored.
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python, which cannot be restored
 
 
 def outlive_signals(worker: int) -> None:

@@ -75,9 +75,7 @@ def start() -> Runtime:
             )
     if world.size == 1:
         forget_groups_in_children()
-    return Runtime(
-        rank=world.rank, world_size=world.size, local_rank=local_rank, device=device, local_size=world.local_size
-    )
+    return Runtime(world.rank, world.size, local_rank, device, world.local_size)
 
 
 def stop() -> None:
