@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 from minitron_mcore.checkpoint.folder import read_lineage
 from minitron_mcore.distillation.cache.teacher import CachedTeacher
@@ -66,14 +67,8 @@ def load_teacher(job: DistillJob) -> Teacher:
     corrected = dataclasses.replace(
         job, folder=teaching.corrected, architecture=source.architecture, source=source, lineage=lineage
     )
-    return TrainedTeacher(
-        teacher,
-        recipe.correct,
-        job.timetable,
-        recipe.precision,
-        teaching.corrected,
-        lambda tokens: describe(corrected, tokens),
-    )
+    said = partial(describe, corrected)
+    return TrainedTeacher(teacher, recipe.correct, job.timetable, teaching.corrected, said)
 
 
 def cached_teacher(job: DistillJob, data: TrainingData, runtime: Runtime) -> CachedTeacher:

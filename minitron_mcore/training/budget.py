@@ -163,10 +163,8 @@ def ramp(rampup: list[int], global_batch_size: int, section: str) -> Iterator[tu
 def _phases(train: TrainConfig, sequence_length: int, section: str) -> list[tuple[int, Shape]]:
     """(tokens at its end, shape) of each phase."""
     own = Shape(0, sequence_length, train.global_batch_size, train.micro_batch_size)
-    if not train.phases:
-        return [(train.tokens, own)]
     phases, end = [], 0
-    for number, phase in enumerate(train.phases):
+    for number, phase in enumerate(train.phases or [PhaseConfig()]):
         given = {name: value for name in SIZES if (value := getattr(phase, name)) is not None}
         end = train.tokens if phase.tokens is None else end + phase.tokens
         phases.append((end, replace(own, phase=number, **given)))

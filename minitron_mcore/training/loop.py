@@ -35,7 +35,7 @@ def fit(job: Job) -> Progress:
     In the last iteration the run ends as usual: `runtime.stop_signal` then tells the caller.
     """
     runtime = job.runtime
-    trained = Trained.of(job.chunks, job.train, job.timetable, job.precision)
+    trained = Trained.of(job.chunks, job.train, job.timetable)
     progress = Progress()
     if (newest := latest_iteration(job.folder)) is not None:
         progress = Progress(**load_training_state(job.folder, newest, *trained))

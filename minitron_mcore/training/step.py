@@ -41,9 +41,9 @@ class Trained(NamedTuple):
     scheduler: OptimizerParamScheduler
 
     @classmethod
-    def of(cls, models: list[LanguageModel], train: TrainConfig, timetable: Timetable, precision: str) -> Trained:
+    def of(cls, models: list[LanguageModel], train: TrainConfig, timetable: Timetable) -> Trained:
         chunks = wrap_model(models)
-        optimizer = build_optimizer(chunks, train, precision)
+        optimizer = build_optimizer(chunks, train, "bf16" if models[0].config.bf16 else "fp32")
         return cls(chunks, optimizer, build_scheduler(optimizer, train, timetable))
 
     def zero_gradients(self) -> None:

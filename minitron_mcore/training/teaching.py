@@ -30,23 +30,17 @@ from minitron_mcore.training.step import Trained, apply_gradients, not_finite, s
 class TrainedTeacher(Teacher):
     """A resident teacher in the student's layout with DDP buffers and an optimizer of its own.
 
-    folder: where its checkpoints go, at the student's iterations; `describe` writes what lies beside the weights.
+    folder: where its checkpoints go, at the student's iterations; `tell` writes what lies beside the weights.
     """
 
     def __init__(
-        self,
-        teacher: Teacher,
-        correct: CorrectConfig,
-        timetable: Timetable,
-        precision: str,
-        folder: Path,
-        describe: Callable[[int], None],
+        self, teacher: Teacher, correct: CorrectConfig, timetable: Timetable, folder: Path, tell: Callable[[int], None]
     ) -> None:
         super().__init__(teacher.chunks, teacher.architecture)
-        self.folder, self.describe = folder, describe
+        self.folder, self.tell = folder, tell
         for chunk in self.chunks:
             chunk.requires_grad_(True).train()
-        self.trained = Trained.of(self.chunks, correct, timetable, precision)
+        self.trained = Trained.of(self.chunks, correct, timetable)
         self.objective = Objective(LossSettings(self.architecture.vocab_size, chunk_tokens=correct.loss_chunk_tokens))
         self._means: dict[str, float] = {}
 
@@ -80,7 +74,7 @@ class TrainedTeacher(Teacher):
     def save(self, iteration: int, tokens: int, runtime: Runtime) -> None:
         """A checkpoint of the teacher, written before the student's of this iteration. All ranks call."""
         progress = {"iteration": iteration}
-        self.trained.save(self.folder, progress, runtime, self.architecture, lambda: self.describe(tokens))
+        self.trained.save(self.folder, progress, runtime, self.architecture, lambda: self.tell(tokens))
 
     def resume(self, iteration: int, tokens: int) -> dict[str, Any]:
         """Resume from the checkpoint of `iteration`, after `tokens` tokens. All ranks call. Raises InputError."""

@@ -76,8 +76,8 @@ def attend_on_rank(size: int, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     from megatron.core import parallel_state
     from megatron.core.transformer.enums import AttnMaskType
 
-    from minitron_mcore.model.attention import SDPACoreAttention
     from minitron_mcore.model.gpt import transformer_config
+    from minitron_mcore.model.specs import SDPACoreAttention
 
     layout = start_layout({"context": size}, size)
     rank = parallel_state.get_context_parallel_rank()

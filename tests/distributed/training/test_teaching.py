@@ -65,7 +65,7 @@ def teach_on_rank(
     def describe(tokens: int) -> None:
         write_description(Path(folder), wide, lineage={"tokens": tokens}, recipe="", save_tokenizer=None)
 
-    teacher = TrainedTeacher(Teacher(frozen, wide), correct, timetable, "fp32", Path(folder), describe)
+    teacher = TrainedTeacher(Teacher(frozen, wide), correct, timetable, Path(folder), describe)
     settings = LossSettings(student.vocab_size, lm_weight=0.0, kd_weight=1.0, chunk_tokens=24)
     objective = Objective(settings, teacher)
     first = resume_at or 0
