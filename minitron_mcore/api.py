@@ -48,14 +48,19 @@ from minitron_mcore.distillation.logits.settings import LossSettings  # noqa: E4
 from minitron_mcore.distillation.objective import Objective  # noqa: E402
 from minitron_mcore.errors import InputError  # noqa: E402
 from minitron_mcore.evaluation.lm_loss import mean_loss  # noqa: E402
-from minitron_mcore.importance.baselines import random_scores  # noqa: E402
 from minitron_mcore.importance.config import ImportanceConfig  # noqa: E402
 from minitron_mcore.importance.depth import measure_depth  # noqa: E402
 from minitron_mcore.importance.hooks import Measure  # noqa: E402
 from minitron_mcore.importance.magnitude import from_squares, squares  # noqa: E402
 from minitron_mcore.importance.score import measure as measure_model  # noqa: E402
 from minitron_mcore.importance.score import score_model  # noqa: E402
-from minitron_mcore.importance.scores import Scores, load_scores, save_scores, tolerance_of  # noqa: E402
+from minitron_mcore.importance.scores import (  # noqa: E402
+    Scores,
+    load_scores,
+    random_scores,
+    save_scores,
+    tolerance_of,
+)
 from minitron_mcore.keys import section_at  # noqa: E402
 from minitron_mcore.model.gpt import DTYPES, LanguageModel, build_model  # noqa: E402
 from minitron_mcore.model.initialize import initialize, named_parameters  # noqa: E402
@@ -70,27 +75,10 @@ from minitron_mcore.runtime.config import ParallelConfig  # noqa: E402
 from minitron_mcore.runtime.parallel import layout_stands, use_layout  # noqa: E402
 from minitron_mcore.runtime.whole_folder import whole_folder  # noqa: E402
 
-__all__ = [
-    "Measure",
-    "Model",
-    "build",
-    "lm_loss",
-    "load",
-    "load_plan",
-    "load_scores",
-    "measure",
-    "plan",
-    "prune",
-    "save",
-    "save_plan",
-    "save_scores",
-    "score",
-    "start",
-]
+__all__ = ["Measure", "Model", "build", "lm_loss", "load", "load_plan", "load_scores", "measure", "plan", "prune"]
+__all__ += ["save", "save_plan", "save_scores", "score", "start"]
 
-
-_runtime: Runtime | None = None
-_parallel: ParallelConfig | None = None
+_standing: tuple[Runtime, ParallelConfig] | None = None
 
 
 @dataclass
@@ -113,22 +101,28 @@ def start(*, seed: int = 1234, **parallel: Any) -> Runtime:
     Not needed in a notebook: the other functions start a single process by themselves. Models loaded at another layout
     cannot be used afterwards. Every rank calls. Raises InputError.
     """
-    global _runtime, _parallel
+    global _standing
     wanted = ParallelConfig(**parallel)
     if wanted.context > 1:
         raise InputError("context", wanted.context, "does not work here, where scores need whole sequences", "omit it")
     runtime = start_process()
     use_layout(wanted, runtime.world_size)
     seed_everything(seed)
-    _runtime, _parallel = runtime, wanted
+    _standing = runtime, wanted
     return runtime
 
 
 def _started() -> tuple[Runtime, ParallelConfig]:
-    if _runtime is None or _parallel is None or not layout_stands():
+    if _standing is None or not layout_stands():
         start()
-    assert _runtime is not None and _parallel is not None
-    return _runtime, _parallel
+    assert _standing is not None
+    return _standing
+
+
+def _frozen(architecture: Architecture, precision: str) -> list[LanguageModel]:
+    if precision not in DTYPES:
+        raise InputError("precision", precision, "is not allowed", f"choose one of {', '.join(DTYPES)}")
+    return build_model(architecture, _started()[1], precision, trainable=False)
 
 
 def load(folder: str | Path, precision: str = "fp32") -> Model:
@@ -136,11 +130,9 @@ def load(folder: str | Path, precision: str = "fp32") -> Model:
 
     The model is frozen and in evaluation mode. Every rank calls.
     """
-    _check_precision(precision)
     path, iteration = find_checkpoint(folder, "folder")
-    _, parallel = _started()
     architecture = read_architecture(path)
-    chunks = build_model(architecture, parallel, precision, trainable=False)
+    chunks = _frozen(architecture, precision)
     load_weights(path, iteration, as_chunks(chunks), architecture)
     lineage = {"checkpoint": str(path), "iteration": iteration, "lineage": read_lineage(path)}
     return Model(chunks, architecture, precision, path, lineage)
@@ -149,57 +141,37 @@ def load(folder: str | Path, precision: str = "fp32") -> Model:
 def build(architecture: Architecture | Mapping[str, Any], seed: int = 1234, precision: str = "fp32") -> Model:
     """A model of random weights, the same at every layout. `architecture`: Megatron's field names, as in
     {"family": "llama", "num_layers": 4, "hidden_size": 64, …}; what the family fixes may be left out."""
-    _check_precision(precision)
     if not isinstance(architecture, Architecture):
         architecture = build_architecture(dict(architecture))
-    _, parallel = _started()
-    chunks = build_model(architecture, parallel, precision, trainable=False)
+    chunks = _frozen(architecture, precision)
     initialize(chunks, architecture, seed)
     return Model(chunks, architecture, precision, None, {"seed": seed})
 
 
 def score(
-    model: Model,
-    batches: Iterable[torch.Tensor],
-    *,
-    aggregation: str = "l2/mean",
-    neuron_site: str = "down_projection_input",
-    aggregations: Sequence[str] = (),
-    neuron_sites: Sequence[str] = (),
-    depth_metrics: Sequence[str] = (),
-    block_lengths: Sequence[int] = (1,),
-    method: str = "activation",
-    seed: int = 1234,
+    model: Model, batches: Iterable[torch.Tensor], *, aggregation: str = "l2/mean", seed: int = 1234, **choices: Any
 ) -> Scores:
     """Importance of every axis of `model`, float64, larger being more important (see importance/scores.py).
 
-    `aggregation`: over samples / over a sample's tokens, each of mean, l2, var. `aggregations` and `neuron_sites`:
-    further ones from the same pass, in `scores.variants`. `depth_metrics` (lm_loss, logit_mse, normalized_logit_mse):
-    the cost of leaving out each block of `block_lengths` layers, by 1 + Σ (layers − length + 1) further passes, in
-    `scores.depth`. `method`: activation, or the baselines magnitude (of the weights; one rank only) and random (from
-    `seed`), which ignore `batches`. Source: arXiv 2407.14679, section 2.2 and table 13.
+    `aggregation`: over samples / over a sample's tokens, each of mean, l2, var. `choices`: keys of a recipe's section
+    `importance`. `neuron_site` is where neurons are read. `aggregations` and `neuron_sites`: further ones from the same
+    pass, in `scores.variants`. `depth_metrics` (lm_loss, logit_mse, normalized_logit_mse): the cost of leaving out each
+    block of `block_lengths` layers, by 1 + Σ (layers − length + 1) further passes, in `scores.depth`. `method`:
+    activation, or the baselines magnitude (of the weights; one rank only) and random (from `seed`), which ignore
+    `batches`. Source: arXiv 2407.14679, section 2.2 and table 13.
     """
     batch, _, sequence = aggregation.partition("/")
-    config = ImportanceConfig(
-        method=method,
-        batch_aggregation=batch,
-        sequence_aggregation=sequence,
-        neuron_site=neuron_site,
-        aggregations=list(aggregations),
-        neuron_sites=list(neuron_sites),
-        depth_metrics=list(depth_metrics),
-        block_lengths=list(block_lengths),
-    )
-    if method == "random":
+    listed: dict[str, Any] = {name: [*value] if isinstance(value, tuple) else value for name, value in choices.items()}
+    config = ImportanceConfig(batch_aggregation=batch, sequence_aggregation=sequence, **listed)
+    if config.method == "random":
         return random_scores(model.architecture, seed)
-    if method == "magnitude":
+    if config.method == "magnitude":
         return _magnitude(model)
     microbatches = _microbatches(model, batches)
     settings = {"precision": model.precision, "tolerance": tolerance_of(model.precision, batch, sequence)}
     scores = score_model(model.chunks, microbatches, model.architecture, config, settings=settings)
-    if depth_metrics:
-        table = measure_depth(model.chunks, microbatches, model.architecture, depth_metrics, block_lengths)
-        scores.depth.update(table.damage)
+    metrics, lengths = config.depth_metrics, config.block_lengths
+    scores.depth.update(measure_depth(model.chunks, microbatches, model.architecture, metrics, lengths).damage)
     return scores
 
 
@@ -234,7 +206,8 @@ def plan(
     `sequence_length`: for the FLOPs. Pure data; save it with `save_plan`.
     """
     of_student = {name: choices.pop(name) for name in (*TARGETS, "ratios") if name in choices}
-    layers, layout = None if keep_layers is None else [*keep_layers], _parallel or ParallelConfig()
+    layers = None if keep_layers is None else [*keep_layers]
+    _, layout = _standing or (None, ParallelConfig())
     return make_plan(
         scores,
         section_at("student", StudentConfig, {**of_student, "layers": layers}),
@@ -274,17 +247,15 @@ def save(model: Model, folder: str | Path) -> Path:
             raise InputError("folder", folder, "exists already", "name another folder")
 
     def describe(unfinished: Path) -> None:
-        tokenizer = tokenizer_folder(model.source) if model.source is not None else None
-        inherited = read_lineage(model.source).get("tokenizer") if model.source is not None else None
-        write_description(
-            unfinished,
-            model.architecture,
-            lineage={"stage": "api", "tokens": 0, "tokenizer": inherited, **model.lineage},
-            recipe=f"precision: {model.precision}\n",
-            save_tokenizer=partial(shutil.copytree, tokenizer) if tokenizer is not None else None,
-        )
-        if model.source is not None:
-            carry_companions(model.source, unfinished)
+        source = model.source
+        inherited = read_lineage(source).get("tokenizer") if source else None
+        lineage = {"stage": "api", "tokens": 0, "tokenizer": inherited, **model.lineage}
+        tokenizer = tokenizer_folder(source) if source else None
+        save = partial(shutil.copytree, tokenizer) if tokenizer else None
+        recipe = f"precision: {model.precision}\n"
+        write_description(unfinished, model.architecture, lineage=lineage, recipe=recipe, save_tokenizer=save)
+        if source:
+            carry_companions(source, unfinished)
 
     runtime.on_main(refuse)
     with whole_folder(target, f"folder={folder}") as unfinished:
@@ -293,19 +264,12 @@ def save(model: Model, folder: str | Path) -> Path:
     return target
 
 
-def _check_precision(precision: str) -> None:
-    if precision not in DTYPES:
-        raise InputError("precision", precision, "is not allowed", f"choose one of {', '.join(DTYPES)}")
-
-
 def _magnitude(model: Model) -> Scores:
-    if model.chunks[0].config.tensor_model_parallel_size * model.chunks[0].config.pipeline_model_parallel_size > 1:
-        raise InputError(
-            "method",
-            "magnitude",
-            "reads whole matrices in memory, which a sharded model does not have",
-            "save the model and use `minitron score importance.method=magnitude`, which reads checkpoints",
-        )
+    config = model.chunks[0].config
+    if config.tensor_model_parallel_size * config.pipeline_model_parallel_size > 1:
+        rule = "reads whole matrices in memory, which a sharded model does not have"
+        remedy = "save the model and use `minitron score importance.method=magnitude`, which reads checkpoints"
+        raise InputError("method", "magnitude", rule, remedy)
     held = {(key, layer): tensor.detach() for key, layer, tensor in named_parameters(model.chunks[0])}
     sums = squares(model.architecture, lambda parameter, layer: held[parameter.key, layer].cpu())
     return from_squares(model.architecture, sums)
@@ -322,15 +286,11 @@ def _microbatches(model: Model, batches: Iterable[torch.Tensor]) -> list[Microba
         missing = size[0] - tokens.shape[0]
         if tokens.shape[1] != size[1] or missing < 0:
             rule = f"has shape {tuple(tokens.shape)} after batches of {tuple(size)}"
-            raise InputError(
-                key, None, rule, "give all the same sequence length, and at most as many rows as the first"
-            )
-        tokens = torch.cat([tokens, tokens[:1].expand(missing, -1)]).to(device)
-        valid = torch.ones(size[0], device=device)
-        valid[size[0] - missing :] = 0
-        # The last token has no next one.
+            raise InputError(key, None, rule, "give equally long sequences, and at most as many rows as at first")
+        valid = (torch.arange(size[0], device=device) < tokens.shape[0]).float()
         mask = valid[:, None].repeat(1, size[1])
-        mask[:, -1] = 0
+        mask[:, -1] = 0  # the last token has no next one
+        tokens = torch.cat([tokens, tokens[:1].expand(missing, -1)]).to(device)
         positions = torch.arange(size[1], device=device).expand(size).contiguous()
         found.append(Microbatch(tokens, tokens.roll(-1, dims=1), mask, positions, valid=valid))
     if not found:

@@ -16,6 +16,7 @@ import yaml
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import known_families
+from minitron_mcore.families.table import Family
 from minitron_mcore.files import read_mapping, write_whole
 from minitron_mcore.layout import parameter_table
 
@@ -65,8 +66,7 @@ class Architecture:
     qk_layernorm: bool = False
 
     def __post_init__(self) -> None:
-        if self.family not in (known := known_families()):
-            raise InputError("family", self.family, "is not known", f"choose one of {', '.join(known)}")
+        _family(self.family)
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
         for name in (*sizes, "kv_channels", "vocab_size", "max_position_embeddings"):
             value = getattr(self, name)
@@ -130,6 +130,12 @@ class Architecture:
         return dataclasses.asdict(self)
 
 
+def _family(name: str) -> Family:
+    if name not in (known := known_families()):
+        raise InputError("family", name, "is not known", f"choose one of {', '.join(known)}")
+    return known[name]
+
+
 def padded_vocab(vocab_size: int, make_vocab_size_divisible_by: int = 128) -> int:
     """Megatron's padding, without its factor of tensor parallelism: 128 serves every power of two up to 128."""
     return -(-vocab_size // make_vocab_size_divisible_by) * make_vocab_size_divisible_by
@@ -141,10 +147,8 @@ def build_architecture(fields: dict[str, Any]) -> Architecture:
     Raises InputError when a required field is missing or a field is unknown.
     """
     given = {key: value for key, value in fields.items() if value is not None}
-    family = given.get("family", "llama")
-    if family not in (families := known_families()):
-        raise InputError("family", family, "is not known", f"choose one of {', '.join(families)}")
-    merged: dict[str, Any] = {"family": family, **families[family].fixed, **families[family].defaults, **given}
+    family = _family(given.get("family", "llama"))
+    merged: dict[str, Any] = {"family": "llama", **family.fixed, **family.defaults, **given}
     divisor = merged.pop("make_vocab_size_divisible_by", 128)
     if divisor < 1:
         raise InputError("make_vocab_size_divisible_by", divisor, "must be at least 1")

@@ -18,7 +18,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from minitron_mcore import __version__
@@ -84,13 +84,11 @@ def keys_of(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     Raises InputError where another verb has one of the flags.
     """
     taken: dict[str, Any] = {name: True for name in ("json", "verify") if getattr(options, name)}
-    if options.verb != "inspect":
-        if taken:
-            remedy = "leave it out, or write a key as key=value"
-            raise InputError("", f"--{next(iter(taken))}", "is a flag of inspect alone", remedy)
-        return options.overrides, taken
+    if taken and options.verb != "inspect":
+        remedy = "leave it out, or write a key as key=value"
+        raise InputError("", f"--{next(iter(taken))}", "is a flag of inspect alone", remedy)
     bare = [word for word in options.overrides if "=" not in word]
-    if len(bare) != 1:
+    if len(bare) != 1 or options.verb != "inspect":
         return options.overrides, taken
     return [word for word in options.overrides if word != bare[0]], {**taken, "path": bare[0]}
 
@@ -194,26 +192,19 @@ def explained(error: OSError, recipe: Any) -> InputError | None:
     """What is said of a system's error that nobody below has put into words: of a closed file or a full disk, else
     None. `recipe` names the key where one of its paths leads there; None where it is not read yet."""
     from minitron_mcore.files import FULL, not_read, not_written
+    from minitron_mcore.keys import flat
 
     path = str(error.filename or "")
-    called = next((f"{key}={value}" for key, value in paths_of(recipe) if is_below(path, value)), path)
+    texts = flat(dataclasses.asdict(recipe)) if recipe else {}
+    called = next((f"{key}={value}" for key, value in texts.items() if is_below(path, value)), path)
     if error.errno in FULL:
         return not_written(called or "a file", error, "; make room, and run the command again")
     return not_read(called, error) if isinstance(error, PermissionError) else None
 
 
-def paths_of(recipe: Any, above: str = "") -> Iterator[tuple[str, str]]:
-    """(key, value) of every text in a recipe, by its whole name."""
-    if isinstance(recipe, str):
-        yield above, recipe
-    elif dataclasses.is_dataclass(recipe):
-        for field in dataclasses.fields(recipe):
-            yield from paths_of(getattr(recipe, field.name), f"{above}.{field.name}".lstrip("."))
-
-
-def is_below(path: str, value: str) -> bool:
+def is_below(path: str, value: Any) -> bool:
     """Whether `path` is, or lies below, what the recipe's `value` names."""
-    folder = value.removeprefix("cache:").rstrip("/")
+    folder = value.removeprefix("cache:").rstrip("/") if isinstance(value, str) else ""
     return bool(folder) and (path == folder or path.startswith(folder + "/"))
 
 

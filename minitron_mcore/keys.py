@@ -47,6 +47,7 @@ Sources = Union[PathName, list[PathName], None]
 Blend = Union[PathName, list[Union[float, PathName]], None]
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_CONSTRAINTS = {words.replace(" ", "_"): constraint for constraint, words in BOUNDS.items()}
 NO_KEY = "is not a key of a recipe"
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _T = TypeVar("_T")
@@ -56,25 +57,21 @@ def key(
     default: Any,
     meaning: str,
     *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
     filled: bool = False,
     distinct: bool = False,
     remedy: str = "",
     may_change: bool = False,
     budget: bool = False,
+    **bounds: float,
 ) -> Any:
     """A key of a section: its default (of a section, its class), what it means, and what it may be.
 
     filled: a list needs an entry; distinct: it names each once. remedy: what to do about a value out of range.
     may_change: a run that goes on may have another value, since the results do not depend on it. budget: it says how
-    long a training is, and may change with what is left of it.
+    long a training is, and may change with what is left of it. bounds: at_least, above, at_most or below.
     """
-    bounds = {"ge": at_least, "gt": above, "le": at_most, "lt": below}
     metadata = {
-        **{name: bound for name, bound in bounds.items() if bound is not None},
+        **{_CONSTRAINTS[name]: bound for name, bound in bounds.items()},
         "description": meaning,
         "filled": filled,
         "distinct": distinct,

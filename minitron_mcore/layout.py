@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -168,13 +169,8 @@ def local_shape(parameter: Parameter, architecture: Architecture, size: int) -> 
 
 def check_tensor_parallel(architecture: Architecture, size: int, key: str = "parallel.tensor") -> None:
     """Raise InputError, with the arithmetic, where `size` does not divide what it shards."""
-    counts = {
-        "num_query_groups": architecture.num_query_groups,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "padded_vocab_size": architecture.padded_vocab_size,
-    }
-    for name, count in counts.items():
-        if count % size:
+    for name in ("num_query_groups", "ffn_hidden_size", "padded_vocab_size"):
+        if (count := getattr(architecture, name)) % size:
             rule = f"does not divide {name}={count} ({count} / {size} = {count / size:g})"
             raise InputError(key, size, rule, f"choose a divisor of {count}")
 
@@ -214,8 +210,7 @@ def split_layers(
         rule = f"is fewer than the {chunks} stages of {key}.pipeline={pipeline}{interleaved}"
         raise InputError("num_layers", num_layers, rule, "use fewer stages")
     base, extra = divmod(num_layers, chunks)
-    counts = [base + (index < extra) for index in range(chunks)]
-    starts = [sum(counts[:index]) for index in range(chunks)]
-    ranges = [list(range(start, start + count)) for start, count in zip(starts, counts, strict=True)]
+    layers = iter(range(num_layers))
+    ranges = [list(islice(layers, base + (index < extra))) for index in range(chunks)]
     # Interleaving: chunk c of stage s is the (c * pipeline + s)-th part of the model.
     return [[ranges[chunk * pipeline + stage] for chunk in range(virtual_pipeline or 1)] for stage in range(pipeline)]

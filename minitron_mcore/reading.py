@@ -43,6 +43,8 @@ _HOME = re.compile(r"(?:(?<=^)|(?<=\s)|(?<=^cache:))~[^\s/]*")
 # `${python_stdlib:}` is real text that is on every machine: the Python standard library's own source.
 STANDARD_LIBRARY = "python_stdlib:"
 
+Unknown = Callable[[str, Any, list[str]], InputError]
+
 
 class Plain(str):
     """A scalar without quotes: where the key allows, it may be null."""
@@ -102,35 +104,31 @@ def put(tree: dict[str, Any], path: str, value: Any, default: Callable[[str], An
 
     default: what is at a path that the tree lacks. Raises InputError for an entry that a list lacks.
     """
+    steps = [int(step[1:-1]) if step[0] == "[" else step for step in re.findall(r"[^.\[\]]+|\[\d+\]", path)]
     node: Any = tree
-    steps, walked = re.findall(r"[^.\[\]]+|\[\d+\]", path), ""
+    walked = ""
     for place, step in enumerate(steps):
-        name: Any = int(step[1:-1]) if step.startswith("[") else step
-        if isinstance(name, int):
-            if not isinstance(node, list) or name >= len(node):
-                count = len(node) if isinstance(node, list) else 0
-                raise InputError(path, None, f"names entry {name}, counted from 0, but {walked} has {count}")
-        elif name not in node:
-            node[name] = None
-        walked = f"{walked}{step}" if isinstance(name, int) else f"{walked}.{step}".lstrip(".")
+        if isinstance(step, int) and not (isinstance(node, list) and step < len(node)):
+            count = len(node) if isinstance(node, list) else 0
+            raise InputError(path, None, f"names entry {step}, counted from 0, but {walked} has {count}")
+        there = node[step] if isinstance(step, int) else node.get(step)
+        walked = f"{walked}[{step}]" if isinstance(step, int) else f"{walked}.{step}".lstrip(".")
         if place == len(steps) - 1:
-            is_merged = isinstance(value, dict) and isinstance(node[name], dict)
-            node[name] = merged(node[name], value) if is_merged else value
-        elif steps[place + 1].startswith("["):
-            if node[name] is None:
-                node[name] = copy.deepcopy(default(walked))
-        elif not isinstance(node[name], dict):
-            node[name] = {}
-        node = node[name]
+            is_merged = isinstance(value, dict) and isinstance(there, dict)
+            node[step] = merged(there, value) if is_merged else value
+        elif isinstance(steps[place + 1], int):
+            node[step] = copy.deepcopy(default(walked)) if there is None else there
+        elif not isinstance(there, dict):
+            node[step] = {}
+        node = node[step]
 
 
 def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` on `under`, section by section."""
-    both = {**under, **over}
-    for name in under.keys() & over.keys():
-        if isinstance(under[name], dict) and isinstance(over[name], dict):
-            both[name] = merged(under[name], over[name])
-    return both
+    return under | {
+        name: merged(under[name], value) if isinstance(value, dict) and isinstance(under.get(name), dict) else value
+        for name, value in over.items()
+    }
 
 
 def filled(tree: dict[str, Any], default: Callable[[str], Any]) -> dict[str, Any]:
@@ -168,10 +166,11 @@ def filled(tree: dict[str, Any], default: Callable[[str], Any]) -> dict[str, Any
     return fill(tree, ())  # type: ignore[no-any-return]
 
 
-def read(kind: Any, given: Any, path: str, unknown: Callable[[str, Any], InputError]) -> Any:
+def read(kind: Any, given: Any, path: str, unknown: Unknown) -> Any:
     """The value of type `kind` that `given`, as loaded, means at the key `path`.
 
-    unknown: the error for a path that is no key, and its value. Raises InputError for what is not allowed.
+    unknown: the error for a path that is no key, its value, and the keys beside it. Raises InputError for a value that
+    is not allowed.
     """
     options = options_of(kind)
     is_null = given is None or (isinstance(given, Plain) and given in NULLS)
@@ -204,13 +203,13 @@ def read(kind: Any, given: Any, path: str, unknown: Callable[[str, Any], InputEr
     raise InputError(path, given, f"must be {type_words(kind)}", _count_help(options, given))
 
 
-def _section(kind: Any, given: dict[str, Any], path: str, unknown: Callable[[str, Any], InputError]) -> Any:
+def _section(kind: Any, given: dict[str, Any], path: str, unknown: Unknown) -> Any:
     entries = {entry.name: entry for entry in kind.__dataclass_fields__.values()}
     values = {}
     for name, value in given.items():
         inner = f"{path}.{name}".lstrip(".")
         if name not in entries:
-            raise unknown(inner, value)
+            raise unknown(inner, value, [f"{path}.{each}".lstrip(".") for each in entries])
         values[name] = read(entries[name].type, value, inner, unknown)
     return section_at(path, kind, values)
 

@@ -6,8 +6,7 @@ keys' types (reading.py). Every error names the key's full path, what was given,
 
 import dataclasses
 import difflib
-import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -18,7 +17,7 @@ from minitron_mcore.distillation.config import CacheConfig, DistillConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.config import ClusterConfig
 from minitron_mcore.importance.config import ImportanceConfig
-from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, entry_of, key, section, section_of
+from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, key, section, section_of
 from minitron_mcore.megatron_names import SECTIONS, named_here
 from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
@@ -135,28 +134,24 @@ def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Re
         if not equals or not path.strip(".[]"):
             raise InputError("", override, "is not an override", "write key=value, as in train.lr=1e-4")
         try:
-            put(tree, path, override_value(text), _default)
-        except InputError:
-            raise
+            value = override_value(text)
         except ValueError as error:
             raise InputError(path, text, f"cannot be read: {error}") from error
+        put(tree, path, value, _default)
     recipe: Recipe = read(Recipe, filled(tree, _default), "", unknown_key)
     return dataclasses.replace(recipe, **taken)
 
 
 def with_keys(config: Any, values: dict[str, Any]) -> Any:
     """A recipe, or a section, with other values at some keys, as in {"teacher.checkpoint": "t", "name": "n"}."""
-    direct: dict[str, Any] = {}
+    if not values:
+        return config
     inner: dict[str, dict[str, Any]] = {}
     for path, value in values.items():
         name, _, rest = path.partition(".")
-        if rest:
-            inner.setdefault(name, {})[rest] = value
-        else:
-            direct[name] = value
-    for name, those in inner.items():
-        direct[name] = with_keys(direct.get(name, getattr(config, name)), those)
-    return dataclasses.replace(config, **direct)
+        inner.setdefault(name, {})[rest] = value
+    changes = {name: with_keys(those.pop("", getattr(config, name)), those) for name, those in inner.items()}
+    return dataclasses.replace(config, **changes)
 
 
 def _read_yaml(config: str) -> dict[str, Any]:
@@ -167,10 +162,9 @@ def _read_yaml(config: str) -> dict[str, Any]:
         loaded = load_text(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError("", f"--config {config}", f"is not YAML: {error}") from error
-    if isinstance(loaded, list):
-        raise InputError("", f"--config {config}", "holds a list", "write a recipe as key: value")
-    if isinstance(loaded, str) and loaded:
-        raise InputError("", f"--config {config}", f"holds the text {loaded[:40]}", "write a recipe as key: value")
+    if isinstance(loaded, list) or (isinstance(loaded, str) and loaded):
+        held = "a list" if isinstance(loaded, list) else f"the text {loaded[:40]}"
+        raise InputError("", f"--config {config}", f"holds {held}", "write a recipe as key: value")
     return loaded or {}
 
 
@@ -182,11 +176,12 @@ def _default(path: str) -> Any:
     return dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found  # type: ignore[arg-type]
 
 
-def unknown_key(path: str, value: Any) -> InputError:
+def unknown_key(path: str, value: Any, beside: list[str]) -> InputError:
+    """beside: the keys that there are in its section."""
     while path.rpartition(".")[2] in SECTIONS and isinstance(value, dict) and value:
         name, value = next(iter(value.items()))
         path = f"{path}.{name}"
-    nearest, leaf = _nearest(path), path.rpartition(".")[2]
+    nearest, leaf = _nearest(path, beside), path.rpartition(".")[2]
     known = "" if nearest.rpartition(".")[2] == leaf else named_here(path)
     return InputError(path, None, NO_KEY, known or f"the nearest is {nearest}")
 
@@ -198,19 +193,6 @@ def flag_help(flag: str) -> str:
     return named_here(flag) or f"write {nearest if is_key else 'a key of the recipe'} as key=value"
 
 
-def _type_of(path: str) -> Any:
-    """The type of the value at a key's full path; None where there is no such key."""
-    kind: Any = Recipe
-    for name in path.replace("[", ".[").split("."):
-        if name.startswith("["):
-            kind = entry_of(kind)
-        elif (inner := section_of(kind)) is not None:
-            kind = {entry.name: entry.type for entry in dataclasses.fields(inner)}.get(name)
-        else:
-            kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
-    return kind
-
-
 def entries(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(full path, field) of every key, sections included; a dictionary's own keys are the user's."""
     for entry in dataclasses.fields(kind):
@@ -219,18 +201,15 @@ def entries(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from entries(inner, f"{prefix}{entry.name}.")
 
 
-def _nearest(path: str) -> str:
+def _nearest(path: str, beside: Iterable[str] = ()) -> str:
     """The valid key most like `path`: of the same name elsewhere, or of a like name, rather in the same section."""
     parent, _, leaf = path.rpartition(".")
-    known = [each for each, _ in entries()]
-    if parent and (inner := section_of(_type_of(parent))) is not None:
-        known += [f"{parent}.{entry.name}" for entry in dataclasses.fields(inner)]
 
     def likeness(known_key: str) -> float:
         above, _, name = known_key.rpartition(".")
         return difflib.SequenceMatcher(None, leaf, name).ratio() + 0.5 * (above == parent) + 0.2 * (name == leaf)
 
-    return max(known, key=likeness)
+    return max([*(each for each, _ in entries()), *beside], key=likeness)
 
 
 def to_yaml(recipe: Recipe) -> str:

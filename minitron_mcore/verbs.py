@@ -7,16 +7,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from minitron_mcore.errors import shown
+from minitron_mcore.keys import choices_of, default_of, entry_of, is_path, options_of, section_of, type_words
+from minitron_mcore.recipe import entries
+
 
 @dataclass(frozen=True)
 class Verb:
-    """summary: in the table of README.md too. keys: of the recipe, or whole sections; `main` are those in the table."""
+    """summary: in the table of README.md too. keys: of the recipe, or whole sections; `main` are those in the table.
+    road: what it reads → what it writes."""
 
     summary: str
     main: tuple[str, ...]
     keys: tuple[str, ...]
-    reads: str
-    writes: str
+    road: str
     example: str
 
     @property
@@ -39,32 +43,29 @@ VERBS = {
         "train a SentencePiece model on text files",
         ("tokenizer.*",),
         ("input", "seed", "tokenizer"),
-        "text files",
-        "tokenizer.model",
+        "text files → tokenizer.model",
         "minitron tokenizer input=corpus/ tokenizer.model=t.model tokenizer.vocab_size=32k",
     ),
     "preprocess": Verb(
         "text, JSON lines or Parquet, compressed or not → Megatron's `.bin` / `.idx` ([docs/data.md](docs/data.md))",
         ("input=", "output_prefix="),
         ("input", "output_prefix", "seed", "allow", "preprocess", "tokenizer.model", "tokenizer.type"),
-        "text files, tokenizer.model",
-        "output_prefix_text_document.bin and .idx, which data.train names without their ending",
+        "text files, tokenizer.model → output_prefix_text_document.bin and .idx, which data.train names without their "
+        "ending",
         "minitron preprocess input=corpus/ output_prefix=data/corpus tokenizer.model=t.model",
     ),
     "import": Verb(
         "Hugging Face folder → sharded checkpoint, streamed and checked",
         ("hf=", "checkpoint=", "verify=true"),
         ("hf", "checkpoint", "verify", "tokenizer.model", *_MODEL),
-        "the Hugging Face folder hf",
-        "the checkpoint folder checkpoint",
+        "the Hugging Face folder hf → the checkpoint folder checkpoint",
         "minitron import hf=Llama-3.1-8B checkpoint=teacher",
     ),
     "train": Verb(
         "next-token training, from scratch or on from a checkpoint",
         ("train.*",),
         ("train", "model", *_TRAINS),
-        "data.train, and train.load where it is given",
-        "train.checkpoint, from which the same command resumes",
+        "data.train, and train.load where it is given → train.checkpoint, from which the same command resumes",
         "minitron train --config recipe.yaml train.checkpoint=teacher train.tokens=2B",
     ),
     "score": Verb(
@@ -72,92 +73,78 @@ VERBS = {
         "out each layer or block costs",
         ("teacher.checkpoint=", "importance.*", "scores="),
         ("teacher.checkpoint", "scores", "importance", "data", "tokenizer.model", *_MODEL),
-        "teacher.checkpoint, data.calibration (or data.train)",
-        "the file scores",
+        "teacher.checkpoint, data.calibration (or data.train) → the file scores",
         "minitron score teacher.checkpoint=teacher data.train=data/corpus_text_document scores=scores.safetensors",
     ),
     "plan": Verb(
         "scores and a target shape → `plan.json`, a readable list of what stays; touches no weights",
         ("scores=", "student.*", "plan="),
         ("scores", "plan", "teacher.checkpoint", "student", "prune", "parallel", "trust"),
-        "the file scores",
-        "the file plan",
+        "the file scores → the file plan",
         "minitron plan scores=scores.safetensors student.ffn_hidden_size=9216 plan=plan.json",
     ),
     "prune": Verb(
         "a plan carried out on a sharded checkpoint → the student's checkpoint",
         ("teacher.checkpoint=", "plan=", "student.checkpoint="),
         ("teacher.checkpoint", "scores", "plan", "student", "prune", *_MODEL),
-        "teacher.checkpoint, and plan or scores",
-        "student.checkpoint",
+        "teacher.checkpoint, and plan or scores → student.checkpoint",
         "minitron prune teacher.checkpoint=teacher plan=plan.json student.checkpoint=student",
     ),
     "ablate": Verb(
         "a grid of importance settings, each pruned in memory and evaluated untrained: table, CSV, plot",
         ("teacher.checkpoint=", "student.*", "ablate.*", "output="),
-        (*("output", "teacher.checkpoint", "student", "ablate", "importance", "evaluate"), "data", *_MODEL),
-        "teacher.checkpoint, data",
-        "output/ablation.csv and its plot",
+        ("output", "teacher.checkpoint", "student", "ablate", "importance", "evaluate", "data", *_MODEL),
+        "teacher.checkpoint, data → output/ablation.csv and its plot",
         "torchrun --nproc-per-node 2 -m minitron_mcore ablate --config configs/ablate-quickstart.yaml",
     ),
     "correct": Verb(
         "fine-tune the teacher on the distillation's data, before it teaches",
         ("teacher.checkpoint=", "correct.*"),
         ("teacher.checkpoint", "correct", *_TRAINS),
-        "teacher.checkpoint, data.train",
-        "correct.checkpoint, from which the same command resumes",
+        "teacher.checkpoint, data.train → correct.checkpoint, from which the same command resumes",
         "minitron correct --config recipe.yaml correct.checkpoint=corrected correct.tokens=1B",
     ),
     "cache": Verb(
         "the teacher's targets for a data set, written once: sampled without bias, or its likeliest tokens",
         ("teacher.checkpoint=", "cache.*"),
-        (
-            *("teacher.checkpoint", "cache", "data", "tokenizer.model"),
-            *("distill.tokens", "distill.temperature"),
-            *_MODEL,
-        ),
-        "teacher.checkpoint, data.train",
-        "cache.folder, which distill.teacher=cache:FOLDER reads",
+        ("teacher.checkpoint", "cache", "data", "tokenizer.model", "distill.tokens", "distill.temperature", *_MODEL),
+        "teacher.checkpoint, data.train → cache.folder, which distill.teacher=cache:FOLDER reads",
         "minitron cache --config recipe.yaml cache.folder=targets",
     ),
     "distill": Verb(
         "train the student on the teacher's distribution, for a budget of tokens",
         ("student.checkpoint=", "distill.*", "teacher.*"),
         ("student.checkpoint", "teacher", "distill", "correct", *_TRAINS),
-        "student.checkpoint, teacher.checkpoint (or a cache), data.train",
-        "distill.checkpoint, from which the same command resumes",
+        "student.checkpoint, teacher.checkpoint (or a cache), data.train → distill.checkpoint, from which the same "
+        "command resumes",
         "torchrun --nproc-per-node 8 -m minitron_mcore distill --config recipe.yaml distill.tokens=94B",
     ),
     "evaluate": Verb(
         "language-model loss and perplexity of any checkpoint at any layout → `results.json`",
         ("checkpoint=", "results="),
         ("checkpoint", "results", "output", "evaluate", "data", "tokenizer.model", *_MODEL),
-        "checkpoint, data.valid (or a part of data.train)",
-        "the file results",
+        "checkpoint, data.valid (or a part of data.train) → the file results",
         "minitron evaluate checkpoint=student data.valid=data/corpus_valid_text_document",
     ),
     "export": Verb(
         "checkpoint of any pruned shape → Hugging Face folder",
         ("checkpoint=", "hf=", "max_shard_size="),
         ("checkpoint", "hf", "max_shard_size", "tokenizer.model", *_MODEL),
-        "checkpoint",
-        "the Hugging Face folder hf",
+        "checkpoint → the Hugging Face folder hf",
         "minitron export checkpoint=distilled hf=Student-4B",
     ),
     "inspect": Verb(
         "what a checkpoint, Hugging Face folder, scores file, plan or run's folder is, and whether it is whole",
         ("inspect PATH [--json] [--verify]",),
         ("path", "json", "verify", "trust"),
-        "PATH",
-        "nothing",
+        "PATH → nothing",
         "minitron inspect student --verify",
     ),
     "run": Verb(
         "everything above, from one recipe",
         ("the recipe",),
         (*_ROAD, *_MODEL),
-        "what the recipe names",
-        "the folder output",
+        "what the recipe names → the folder output",
         "torchrun --nproc-per-node 2 -m minitron_mcore run --config configs/quickstart.yaml",
     ),
 }
@@ -175,8 +162,9 @@ def table() -> list[str]:
 def help_of(name: str, width: int = 110) -> str:
     """What `minitron VERB --help` prints."""
     verb = VERBS[name]
-    lines = [f"minitron {name}: {verb.in_words}", "", f"reads:   {verb.reads}"]
-    lines += [f"writes:  {verb.writes}", f"example: {verb.example}", ""]
+    reads, writes = verb.road.split(" → ")
+    lines = [f"minitron {name}: {verb.in_words}", "", f"reads:   {reads}", f"writes:  {writes}"]
+    lines += [f"example: {verb.example}", ""]
     lines += ["keys, as key=value on the command line or in the file that --config names; counts as 94B, 2e9, 1_000:"]
     for path, entry in keys_of(name):
         lines += _key_lines(path, entry, width)
@@ -185,17 +173,11 @@ def help_of(name: str, width: int = 110) -> str:
 
 def keys_of(name: str) -> list[tuple[str, Any]]:
     """(path, field) of every key of a verb, those of sections one by one; a section too that may be left out whole."""
-    from minitron_mcore.keys import default_of, section_of
-    from minitron_mcore.recipe import entries
-
     leaves = [each for each in entries() if section_of(each[1].type) is None or default_of(each[1]) is None]
     return [leaf for key in VERBS[name].keys for leaf in leaves if f"{leaf[0]}.".startswith(f"{key}.")]
 
 
 def _key_lines(path: str, entry: Any, width: int) -> Iterator[str]:
-    from minitron_mcore.errors import shown
-    from minitron_mcore.keys import choices_of, default_of, entry_of, is_path, options_of, type_words
-
     default = default_of(entry)
     kind = "path" if any(map(is_path, options_of(entry.type))) else type_words(entry.type).removesuffix(" or null")
     if choices := choices_of(entry.type) or choices_of(entry_of(entry.type)):

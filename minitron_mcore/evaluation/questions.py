@@ -13,9 +13,9 @@ sentence is scored (partial scoring, arXiv 1806.02847):
     {"context": ["It did not fit because the trophy", "It did not fit because the case"],
      "choices": [" was too big.", " was too big."], "answer": 0}
 
-Tokens: each context + choice is tokenised as a whole, after one start token, by default the end-of-document token,
-which precedes a document in the samples that models are trained on here. The tokens that the context alone and all
-choices begin with are given; the rest is scored. So where a choice changes how the end of the context is tokenised, the
+Tokens: each context + choice is tokenised as a whole, after the end-of-document token, which precedes a document in the
+samples that models are trained on here. The tokens that the context alone and all choices begin with are given; the
+rest is scored. So where a choice changes how the end of the context is tokenised, the
 changed tokens are scored in every choice, and the choices stay comparable. With a context for each choice, the given
 tokens are those that a choice shares with its own context.
 """
@@ -59,22 +59,16 @@ class Task:
         """(token ids, number of given ones) of every choice, question by question."""
         return [row for each in self.questions for row in zip(each.sequences, each.given, strict=True)]
 
-    @property
-    def longest(self) -> int:
-        """Tokens that the model reads of the longest row."""
-        return max(len(sequence) - 1 for sequence, _ in self.rows)
 
-
-def load_task(path: str | Path, tokenizer: Tokenizer, max_positions: int, start: int | None = None) -> Task:
-    """Read and tokenise the questions in `path`; `start` is the token before each, by default `tokenizer.eod`.
+def load_task(path: str | Path, tokenizer: Tokenizer, max_positions: int) -> Task:
+    """Read and tokenise the questions in `path`.
 
     Any rank calls. Raises InputError, with file and line, for a line that is not a question, a choice without tokens,
     and a row of more than `max_positions` tokens.
     """
-    first = tokenizer.eod if start is None else start
     questions = []
     for where, contexts, choices, answer in read_questions(path):
-        question = _tokenise(contexts, choices, answer, tokenizer, first, where)
+        question = _tokenise(contexts, choices, answer, tokenizer, where)
         read = max(len(sequence) - 1 for sequence in question.sequences)
         if read > max_positions:
             rule = f"has {read} tokens of context and choice, more than max_position_embeddings={max_positions}"
@@ -119,12 +113,8 @@ def _parse(line: str, where: str) -> tuple[list[str], list[str], int]:
     context, choices, answer = (fields[name] for name in ("context", "choices", "answer"))
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
         raise refusal(where, f"has choices={_shown(choices)}, which must be a list of two or more texts")
-    contexts = [context] if isinstance(context, str) else context
-    if (
-        not isinstance(contexts, list)
-        or not all(isinstance(each, str) for each in contexts)
-        or (isinstance(context, list) and len(contexts) != len(choices))
-    ):
+    contexts = context if isinstance(context, list) and len(context) == len(choices) else [context]
+    if not all(isinstance(each, str) for each in contexts):
         rule = f"has context={_shown(context)}, which must be text, or a list of as many texts as there are choices"
         raise refusal(where, rule)
     if len(set(_joined(contexts, choices))) < len(choices):
@@ -148,7 +138,7 @@ def _shown(value: Any) -> str:
 
 
 def _tokenise(
-    contexts: Sequence[str], choices: Sequence[str], answer: int, tokenizer: Tokenizer, start: int, where: str
+    contexts: Sequence[str], choices: Sequence[str], answer: int, tokenizer: Tokenizer, where: str
 ) -> Question:
     alone = [tokenizer.tokenize(context) for context in contexts]
     wholes = [tokenizer.tokenize(text) for text in _joined(contexts, choices)]
@@ -159,15 +149,13 @@ def _tokenise(
     for choice, whole, count in zip(choices, wholes, given, strict=True):
         if len(whole) == count:
             raise refusal(where, f"has the choice {_shown(choice)}, which has no tokens to score", "give it text")
-    return Question(tuple((start, *whole) for whole in wholes), tuple(count + 1 for count in given), answer)
+    return Question(tuple((tokenizer.eod, *whole) for whole in wholes), tuple(count + 1 for count in given), answer)
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """Length of the prefix that both have."""
-    for index, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return index
-    return min(len(left), len(right))
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
 def accuracy(task: Task, log_likelihoods: numpy.ndarray, *, normalized: bool = False) -> float:
@@ -176,11 +164,7 @@ def accuracy(task: Task, log_likelihoods: numpy.ndarray, *, normalized: bool = F
     `log_likelihoods` float64 [rows]: sums over each choice's tokens. `normalized`: divided by the choice's number of
     tokens, so that long choices are not at a disadvantage.
     """
-    right = row = 0
-    for question in task.questions:
-        values = log_likelihoods[row : row + len(question.sequences)]
-        row += len(question.sequences)
-        if normalized:
-            values = values / [len(row) - given for row, given in zip(question.sequences, question.given, strict=True)]
-        right += int(numpy.argmax(values) == question.answer)
-    return right / len(task.questions)
+    values = log_likelihoods / [len(row) - given for row, given in task.rows] if normalized else log_likelihoods
+    firsts = numpy.cumsum([len(question.sequences) for question in task.questions])[:-1]
+    of_questions = zip(task.questions, numpy.split(values, firsts), strict=True)
+    return sum(int(of.argmax()) == question.answer for question, of in of_questions) / len(task.questions)

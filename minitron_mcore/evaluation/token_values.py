@@ -10,7 +10,6 @@ Legend: S sequence, B micro-batch, N = S * B tokens, C tokens of a chunk, H hidd
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -27,19 +26,6 @@ from minitron_mcore.model.vocab_parallel import (
 from minitron_mcore.runtime.groups import tensor_group
 
 
-@dataclass(frozen=True)
-class TokenValues:
-    """Of every token, float64 [S, B], the same on every tensor-parallel rank.
-
-    `loss`: of the next token, in nats. `difference`: Σ (reference logit − logit)², `reference`: Σ (reference logit)²,
-    over the true vocabulary; None without a reference.
-    """
-
-    loss: torch.Tensor
-    difference: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
-
-
 @torch.no_grad()
 def token_values(
     chunk: LanguageModel,
@@ -49,8 +35,11 @@ def token_values(
     vocab_size: int,
     reference_SBH: torch.Tensor | None = None,
     chunk_tokens: int = 512,
-) -> TokenValues:
-    """`hidden_SBH`, `reference_SBH`: final hidden states as the schedule gives them, under sequence parallelism this
+) -> torch.Tensor:
+    """Of every token, float64 [1 or 3, S, B], the same on every tensor-parallel rank: the loss of the next token, in
+    nats; with a reference, over the true vocabulary, Σ (reference logit − logit)² and Σ (reference logit)² too.
+
+    `hidden_SBH`, `reference_SBH`: final hidden states as the schedule gives them, under sequence parallelism this
     rank's part of the sequence; the reference's logits are taken through the same head. `labels_BS`: global ids of the
     whole sequence. Every tensor-parallel rank of the last pipeline stage calls; one small collective a chunk.
 
@@ -74,7 +63,7 @@ def token_values(
         for logits_CV, state_NH in zip(logits, states_NH, strict=False):
             product_(logits_CV, product_operand(state_NH[rows].to(weight_VH.dtype)), head_VH.t())
         values[:, rows] = _chunk_values(logits, labels_N[rows], shard)
-    return TokenValues(*(row.view(labels_BS.shape[1], labels_BS.shape[0]) for row in values))
+    return values.unflatten(1, labels_BS.T.shape)
 
 
 def _chunk_values(logits: tuple[torch.Tensor, ...], labels_C: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:

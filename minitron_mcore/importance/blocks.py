@@ -7,18 +7,14 @@ from collections.abc import Iterable, Sequence
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.questions import Task
-from minitron_mcore.importance.config import DEPTH_METRICS, TASK_METRICS
+from minitron_mcore.importance.config import TASK_METRICS
 
 LOGIT_METRICS = ("logit_mse", "normalized_logit_mse")
 TEXT_METRICS = ("lm_loss", *LOGIT_METRICS)
 
 
 def check_blocks(metrics: Sequence[str], lengths: Sequence[int], num_layers: int) -> None:
-    """Raise InputError for an unknown metric, and for blocks that are empty or all of the model."""
-    for metric in metrics:
-        if metric not in TEXT_METRICS + TASK_METRICS:
-            remedy = f"choose from {', '.join(DEPTH_METRICS)}"
-            raise InputError("importance.depth_metrics", list(metrics), f"holds {metric}, which is unknown", remedy)
+    """Raise InputError for blocks that are empty or all of the model."""
     key = "importance.block_lengths"
     if metrics and not lengths:
         raise InputError(key, [], "is empty", "name the lengths of the blocks to leave out, as in [1]")

@@ -69,13 +69,8 @@ class ImportanceConfig:
             refuse_idle(self, idle, "leave it out, or set importance.method=activation")
 
 
-def variant_name(batch: str, sequence: str, site: str) -> str:
-    """How scores name one choice of aggregations and neuron site: BATCH/SEQUENCE/SITE."""
-    return f"{batch}/{sequence}/{site}"
-
-
 def variant_names(config: ImportanceConfig) -> list[str]:
-    """Every choice that is asked for, the primary one first."""
+    """Every choice that is asked for as BATCH/SEQUENCE/SITE, the primary one first."""
     pairs = [f"{config.batch_aggregation}/{config.sequence_aggregation}", *config.aggregations]
     sites = [config.neuron_site, *config.neuron_sites]
     return list(dict.fromkeys(f"{pair}/{site}" for site in dict.fromkeys(sites) for pair in pairs))

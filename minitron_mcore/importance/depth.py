@@ -69,11 +69,11 @@ def measure_depth(
     check_blocks(metrics, lengths, architecture.num_layers)
     if task is None and (needs := [metric for metric in metrics if metric in TASK_METRICS]):
         raise InputError("task", None, f"is missing, and {needs[0]} needs its questions", "read it with `load_task`")
-    passes = _Passes(chunks, batches, architecture, metrics, task, micro_batch_size)
+    passes = _Passes(chunks, batches, architecture.vocab_size, metrics, task, micro_batch_size)
+    blocks = blocks_of(lengths, architecture.num_layers)
+    damage: dict[str, list[float]] = {f"{metric}@{length}": [] for metric in metrics for length in lengths}
     with evaluating(chunks):
         whole = passes.run("of the whole model")
-        blocks = blocks_of(lengths, architecture.num_layers)
-        damage: dict[str, list[float]] = {f"{metric}@{length}": [] for metric in metrics for length in lengths}
         for done, block in enumerate(blocks, 1):
             with without_layers(chunks, block):
                 without = passes.run(f"without layers {block.start} to {block.stop - 1} (the first is 0)")
@@ -86,37 +86,29 @@ def measure_depth(
     return DepthTable({name: value for name, value in whole.items() if name not in LOGIT_METRICS}, values)
 
 
+@dataclass
 class _Passes:
     """Passes over the samples and the task, with the model in its current state; the first is of the whole model."""
 
-    def __init__(
-        self,
-        chunks: Sequence[LanguageModel],
-        batches: Sequence[Microbatch],
-        architecture: Architecture,
-        metrics: Sequence[str],
-        task: Task | None,
-        micro_batch_size: int,
-    ) -> None:
-        self.chunks, self.metrics, self.vocab_size = list(chunks), metrics, architecture.vocab_size
-        self.micro_batch_size, self.device = micro_batch_size, next(chunks[0].parameters()).device
-        in_turn = in_calls(batches, interleaved=len(chunks) > 1)
-        self.groups = list(in_turn) if _any(metrics, TEXT_METRICS) else []
-        self.compares = _any(metrics, LOGIT_METRICS)
-        self.kept: dict[Microbatch, torch.Tensor] = {}
-        self.task = task if _any(metrics, TASK_METRICS) else None
+    chunks: Sequence[LanguageModel]
+    batches: Sequence[Microbatch]
+    vocab_size: int
+    metrics: Sequence[str]
+    task: Task | None
+    micro_batch_size: int
+    kept: dict[Microbatch, torch.Tensor] = field(default_factory=dict)  # the whole model's final hidden states
 
     def run(self, words: str) -> dict[str, float]:
         """Every metric's value; the logit metrics compare with the first run's model, and are 0 in the first run."""
         values: dict[str, float] = {}
-        if self.groups:
+        if {*self.metrics} & {*TEXT_METRICS}:
             count, loss, difference, reference = self._text_sums().tolist()
             if not count:
                 raise InputError("", "the calibration samples", "have no token that counts: every loss mask is 0")
             values["lm_loss"] = loss / count
             values["logit_mse"] = difference / count / self.vocab_size
             values["normalized_logit_mse"] = difference / reference if difference else 0.0
-        if self.task is not None:
+        if self.task is not None and {*self.metrics} & {*TASK_METRICS}:
             likelihoods = log_likelihoods(self.chunks, self.task, self.vocab_size, self.micro_batch_size)
             if not numpy.isfinite(likelihoods).all():
                 raise _not_finite(f"log-likelihoods {words}")
@@ -129,26 +121,26 @@ class _Passes:
 
     def _text_sums(self) -> torch.Tensor:
         """Counted tokens, and over them the losses, Σ (whole − without)² and Σ whole²: float64 [4], global."""
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        device = next(self.chunks[0].parameters()).device
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
         whole: dict[Microbatch, torch.Tensor] = {}
-        first = self.compares and not self.kept
+        first = not self.kept and {*self.metrics} & {*LOGIT_METRICS}
 
         def visit(chunk: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> None:
             if microbatch.is_filler:
                 return
             if first:
                 whole[microbatch] = hidden_SBH.to("cpu", copy=True)
-            reference = self.kept[microbatch].to(self.device) if self.kept else None
+            reference = self.kept[microbatch].to(device) if self.kept else None
             mask_SB = microbatch.loss_mask.transpose(0, 1).double()
             values = token_values(
                 chunk, hidden_SBH, microbatch.labels, vocab_size=self.vocab_size, reference_SBH=reference
             )
             sums[0] += mask_SB.sum()
-            for place, each_SB in enumerate((values.loss, values.difference, values.reference), 1):
-                if each_SB is not None:
-                    sums[place] += (each_SB * mask_SB).sum()
+            for place, each_SB in enumerate(values, 1):
+                sums[place] += (each_SB * mask_SB).sum()
 
-        for group in self.groups:
+        for group in in_calls(self.batches, interleaved=len(self.chunks) > 1):
             visit_final_states(self.chunks, group, visit)
         self.kept = whole or self.kept
         return over_world(sums, self.chunks)
@@ -156,7 +148,3 @@ class _Passes:
 
 def _not_finite(what: str) -> InputError:
     return InputError("", what, "came out as NaN or Inf", "check the checkpoint's weights, and precision")
-
-
-def _any(metrics: Sequence[str], kind: Sequence[str]) -> bool:
-    return any(metric in kind for metric in metrics)

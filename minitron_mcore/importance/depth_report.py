@@ -25,8 +25,7 @@ def rows_of(scores: Scores, table: DepthTable) -> list[dict[str, Any]]:
     (larger is worse); and, where measured, the model's own numbers without the block: lm_loss_without,
     perplexity_without, accuracy_without, normalized_accuracy_without. The whole model has only the latter.
     """
-    names = list(dict.fromkeys(name.partition("@")[0] for name in table.damage))
-    lengths = list(dict.fromkeys(int(name.partition("@")[2]) for name in table.damage))
+    names, lengths = _names_and_lengths(table)
     rows = [{"length": 0, "first_layer": "", "last_layer": "", "block_influence": "", **dict.fromkeys(names, "")}]
     rows[0] |= _left(table, {name: 0.0 for name in names})
     for length in lengths:
@@ -36,6 +35,11 @@ def rows_of(scores: Scores, table: DepthTable) -> list[dict[str, Any]]:
             place = {"length": length, "first_layer": start, "last_layer": start + length - 1}
             rows.append({**place, "block_influence": float(influence[start]), **damage, **_left(table, damage)})
     return rows
+
+
+def _names_and_lengths(table: DepthTable) -> tuple[list[str], list[int]]:
+    names, lengths = zip(*(name.split("@") for name in table.damage), strict=True)
+    return [*dict.fromkeys(names)], [*dict.fromkeys(map(int, lengths))]
 
 
 def _left(table: DepthTable, damage: dict[str, float]) -> dict[str, float]:
@@ -67,11 +71,9 @@ def depth_text(scores: Scores, table: DepthTable) -> str:
 
 def write_csv(scores: Scores, table: DepthTable, path: Path) -> None:
     """All rows, with every digit; whole or not at all. One process calls."""
-    rows = rows_of(scores, table)
+    header, *_ = rows = rows_of(scores, table)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([header, *([row[name] for name in header] for row in rows)])
     write_whole(path, text.getvalue())
 
 
@@ -82,12 +84,11 @@ def write_plot(scores: Scores, table: DepthTable, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    names = ["block_influence", *dict.fromkeys(name.partition("@")[0] for name in table.damage)]
-    lengths = list(dict.fromkeys(int(name.partition("@")[2]) for name in table.damage))
+    names, lengths = _names_and_lengths(table)
     layers = scores.architecture.num_layers
     figure = Figure(figsize=(min(6 + 0.15 * layers, 20), 3.2 * len(lengths)), layout="constrained")
     for panel, length in zip(figure.subplots(len(lengths), squeeze=False)[:, 0], lengths, strict=True):
-        for name, marker in zip(names, "osv^Dx", strict=False):
+        for name, marker in zip(["block_influence", *names], "osv^Dx", strict=False):
             values = scores.depth_of(name, length) if name == "block_influence" else table.damage[f"{name}@{length}"]
             largest = float(numpy.abs(values).max())
             label = f"{name.replace('_', ' ')} (1 = {largest:.3g})"

@@ -45,8 +45,7 @@ def magnitude_scores(
     Every rank calls; each reads its share of the parameters, one at a time. Raises InputError, on every rank, if the
     checkpoint is damaged, is of another architecture, or holds NaN or Inf.
     """
-    many = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if many else (0, 1)
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def read_share() -> dict[str, torch.Tensor]:
         reader = TensorReader(folder, iteration)
@@ -54,12 +53,10 @@ def magnitude_scores(
         return squares(architecture, lambda p, layer: reader.read_part(p, architecture, layer, 0, 1), rank, size)
 
     sums = all_or_none(read_share)
-    if many:
-        device = torch.cuda.current_device() if torch.distributed.get_backend() == "nccl" else "cpu"
-        for axis, values in sums.items():
-            moved = values.to(device)
-            torch.distributed.all_reduce(moved)
-            sums[axis] = moved.cpu()
+    for axis, values in sums.items():
+        moved = values.to(torch.cuda.current_device())
+        torch.distributed.all_reduce(moved)
+        sums[axis] = moved.cpu()
     return from_squares(architecture, sums, settings)
 
 

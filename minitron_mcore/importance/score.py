@@ -10,10 +10,11 @@ aggregations.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy
@@ -64,11 +65,8 @@ def score_model(
     their block influence averaged over all tokens. `config.aggregations` and `config.neuron_sites` add variants from
     the same sums. `config.depth_metrics` need passes of their own and are not measured here.
 
-    Raises InputError for NaN or Inf in the activations, and for a method without activations.
+    Raises InputError for NaN or Inf in the activations.
     """
-    if config.method != "activation":
-        rule = "does not read activations, which score_model does"
-        raise InputError("importance.method", config.method, rule, "set importance.method=activation")
     primary, *others = variants = variant_names(config)
     sequence = list(dict.fromkeys(name.split("/")[1] for name in variants))
     sites = list(dict.fromkeys(name.split("/")[2] for name in variants))
@@ -112,17 +110,10 @@ def measure(
 
     Raises InputError, on every rank, if activations are NaN or Inf, naming the layer and the samples.
     """
-    if context_group().size() > 1:
-        raise InputError(
-            "parallel.context",
-            context_group().size(),
-            "does not work for scoring, which needs whole sequences on a rank",
-            "set parallel.context=1 and raise parallel.tensor",
-        )
+    assert context_group().size() == 1, "scoring needs whole sequences on a rank"
     collector = _Collector(chunks, architecture, wanted)
     done = 0
-    with evaluating(chunks), contextlib.closing(collector):
-        collector.attach()
+    with evaluating(chunks), collector.hooked():
         for group in in_calls(batches, interleaved=len(chunks) > 1):
             forward_only(list(chunks), group, lambda chunk, _, part: collector.finish_microbatch(chunk, part))
             collector.check_finite()
@@ -134,79 +125,66 @@ def measure(
     return collector.merge()
 
 
+@cache
+def _row_numbers(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, device=device)
+
+
 class _Collector:
     """The hooks on this rank's chunks, their records of the current microbatch, and the sums so far."""
 
     def __init__(self, chunks: Sequence[LanguageModel], architecture: Architecture, wanted: Wanted) -> None:
         self.chunks, self.architecture, self.wanted = chunks, architecture, wanted
-        self.tensor_rank = tensor_group().rank()
-        self.tensor_size = tensor_group().size()
-        self.data_rank = data_group().rank()
-        self.data_size = data_group().size()
-        self.split_sequence = chunks[0].config.sequence_parallel
+        self.tensor_rank, self.tensor_size = tensor_group().rank(), tensor_group().size()
         self.device = next(chunks[0].parameters()).device
-        self.sums: dict[str, SampleSums] = {}
+        self.sums: dict[Measure, SampleSums] = {}
         for each, sequence in wanted.items():
             rows, channels = each.shape(architecture)
             local = channels // self.tensor_size if each.sharded else channels
-            self.sums[each.name] = SampleSums(sequence, rows, local, self.device)
+            self.sums[each] = SampleSums(sequence, rows, local, self.device)
         self.num_samples = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.handles: list[Any] = []
-        self.recorded: dict[str, list[tuple[int, int, torch.Tensor]]] = {each.name: [] for each in wanted}
-        self.row_tensors: dict[tuple[int, ...], torch.Tensor] = {}
+        # Of the current microbatch: (row, tokens, sums [K, b, C]).
+        self.recorded: dict[Measure, list[tuple[int, int, torch.Tensor]]] = {each: [] for each in wanted}
         self.rounds = {id(chunk): 0 for chunk in chunks}
         self.micro_batch_size = 0
         self.bad: list[torch.Tensor] = []
 
-    def attach(self) -> None:
-        for each, sequence in self.wanted.items():
-            record = self._recorder(each, sums_for(sequence))
-            for chunk in self.chunks:
-                self.handles += each.attach(chunk, record)
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Within the `with` every wanted measure is recorded."""
+        with ExitStack() as hooks:
+            for each, sequence in self.wanted.items():
+                for chunk in self.chunks:
+                    for handle in each.attach(chunk, partial(self._record, each, sums_for(sequence))):
+                        hooks.callback(handle.remove)
+            yield
 
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-
-    def _recorder(self, each: Measure, names: Sequence[str]) -> Callable[[int, torch.Tensor], None]:
-        rows = self.recorded[each.name]
-
-        def record(row: int, values_SBC: torch.Tensor) -> None:
-            rows.append((row, values_SBC.shape[0], sequence_sums(values_SBC, names)))
-
-        return record
+    def _record(self, each: Measure, names: Sequence[str], row: int, values_SBC: torch.Tensor) -> None:
+        self.recorded[each].append((row, values_SBC.shape[0], sequence_sums(values_SBC, names)))
 
     def finish_microbatch(self, chunk: LanguageModel, microbatch: Microbatch) -> None:
         """Add what the hooks recorded while `chunk` ran `microbatch`. All tensor-parallel ranks are here at once."""
-        valid = microbatch.valid
-        if valid is None:
-            valid = torch.ones_like(microbatch.tokens[:, 0])
+        valid = torch.ones_like(microbatch.tokens[:, 0]) if microbatch.valid is None else microbatch.valid
         valid_B = valid.to(torch.float64)
         self.micro_batch_size = len(valid_B)
-        number = self.rounds[id(chunk)] * self.data_size + self.data_rank
+        number = self.rounds[id(chunk)] * data_group().size() + data_group().rank()
         self.rounds[id(chunk)] += 1
         if chunk is self.chunks[0]:
             self.num_samples += valid_B.sum()
         for index, (each, sequence) in enumerate(self.wanted.items()):
-            if not self.recorded[each.name]:
+            if not self.recorded[each]:
                 continue
-            rows, lengths, sums = zip(*self.recorded[each.name], strict=True)
-            self.recorded[each.name].clear()
+            rows, lengths, sums = zip(*self.recorded[each], strict=True)
+            self.recorded[each].clear()
             sums_KRBC, length = torch.stack(sums, dim=1).double(), lengths[0]
-            if self.split_sequence and not each.sharded:
+            if chunk.config.sequence_parallel and not each.sharded:
                 torch.distributed.all_reduce(sums_KRBC, group=tensor_group())
                 length *= self.tensor_size
             values_ARBC = over_sequence(sums_KRBC, sums_for(sequence), length, sequence)
-            row_numbers = self._row_numbers(rows)
-            self.sums[each.name].add(values_ARBC, valid_B, row_numbers)
+            row_numbers = _row_numbers(rows, self.device)
+            self.sums[each].add(values_ARBC, valid_B, row_numbers)
             bad_ARB = ~values_ARBC.isfinite().all(dim=-1) & (valid_B > 0)
             self._note_bad(bad_ARB.any(dim=-1).any(dim=0), row_numbers // each.rows_per_layer, index, number)
-
-    def _row_numbers(self, rows: tuple[int, ...]) -> torch.Tensor:
-        if rows not in self.row_tensors:
-            self.row_tensors[rows] = torch.tensor(rows, device=self.device)
-        return self.row_tensors[rows]
 
     def _note_bad(self, bad_R: torch.Tensor, layers_R: torch.Tensor, index: int, number: int) -> None:
         """Note on the device where values are NaN or Inf: microbatch, layer and measure as one number, so that the
@@ -236,7 +214,7 @@ class _Collector:
         answers = self.tensor_rank == 0
         merged = {}
         for each, sequence in self.wanted.items():
-            local = self.sums[each.name].totals
+            local = self.sums[each].totals
             whole = SampleSums(sequence, *each.shape(self.architecture), device=self.device)
             if each.sharded:
                 width = local.shape[-1]

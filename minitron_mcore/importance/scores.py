@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,30 +72,28 @@ class Scores:
     depth: dict[str, numpy.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        a, shapes = self.architecture, axis_shapes(self.architecture)
+        shapes = axis_shapes(self.architecture)
         for name, values in self.arrays():
-            kind, _, rest = name.partition("/")
-            if kind == "depth":
-                shape: tuple[int, ...] = (a.num_layers - _block_length(rest) + 1,)
-            else:
-                shape = shapes[name.rpartition("/")[2]]
+            above, _, axis = name.rpartition("/")
+            shape = self._depth_shape(axis) if above == "depth" else shapes[axis]
             if values.shape != shape:
                 raise refusal(f"have the shape {values.shape} in {name}, but the model needs {shape}")
             if not numpy.isfinite(values).all():
                 where = numpy.argwhere(~numpy.isfinite(values))[0]
                 raise refusal(f"hold NaN or Inf in {name} at index {where}")
 
+    def _depth_shape(self, name: str) -> tuple[int]:
+        if not (match := re.fullmatch(r".+@0*([1-9]\d*)", name)):
+            raise refusal(f"have a depth array {name!r}, whose name is not METRIC@LENGTH as in lm_loss@1")
+        return (self.architecture.num_layers - int(match[1]) + 1,)
+
     def arrays(self) -> Iterator[tuple[str, numpy.ndarray]]:
         """(name in the file, values) of every array: "hidden", "variants/l2/mean/SITE/hidden", "depth/lm_loss@1"."""
-        for axis in AXES:
+        for axis in (*AXES, "groups") if self.groups is not None else AXES:
             yield axis, getattr(self, axis)
-        if self.groups is not None:
-            yield "groups", self.groups
-        for variant, by_axis in self.variants.items():
-            for axis, values in by_axis.items():
-                yield f"variants/{variant}/{axis}", values
-        for name, values in self.depth.items():
-            yield f"depth/{name}", values
+        nested = {f"variants/{name}": by_axis for name, by_axis in self.variants.items()} | {"depth": self.depth}
+        for above, by_name in nested.items():
+            yield from ((f"{above}/{name}", values) for name, values in by_name.items())
 
     @property
     def primary(self) -> str:
@@ -114,15 +113,13 @@ class Scores:
             remedy = "choose one of them, or score again with it in importance.aggregations and importance.neuron_sites"
             raise InputError("prune.variant", name, f"is not among the scores' variants ({there})", remedy)
         batch, sequence, site = name.split("/")
-        settings = dict(self.settings)
         chosen = {"batch_aggregation": batch, "sequence_aggregation": sequence, "neuron_site": site}
-        settings["importance"] = {**settings.get("importance", {}), **chosen}
+        settings = {**self.settings, "importance": {**self.settings.get("importance", {}), **chosen}}
         if settings.get("precision") in TOLERANCE:
             settings["tolerance"] = tolerance_of(settings["precision"], batch, sequence)
         others = {other: axes for other, axes in self.variants.items() if other != name}
         if self.primary:
-            mine = {axis: getattr(self, axis) for axis in WIDTH_AXES}
-            others[self.primary] = {axis: values for axis, values in mine.items() if values is not None}
+            others[self.primary] = {axis: values for axis, values in self.arrays() if axis in WIDTH_AXES}
         arrays: dict[str, Any] = {**self.variants[name]}
         return replace(self, **arrays, variants=others, settings=settings)
 
@@ -143,16 +140,20 @@ class Scores:
         return self.depth[f"{metric}@{length}"]
 
 
-def _block_length(name: str) -> int:
-    metric, _, length = name.partition("@")
-    if not metric or not length.isdecimal() or int(length) < 1:
-        raise refusal(f"have a depth array {name!r}, whose name is not METRIC@LENGTH as in lm_loss@1")
-    return int(length)
-
-
 def refusal(rule: str, remedy: str = "score again") -> InputError:
     """Of scores as a whole; `load_scores` adds the file."""
     return InputError("scores", None, rule, remedy)
+
+
+def random_scores(architecture: Architecture, seed: int, settings: dict[str, Any] | None = None) -> Scores:
+    """The baseline that every scoring method has to beat: uniform in [0, 1), from `seed` alone, with a stream for each
+    axis. Any rank calls; all get the same."""
+    arrays: dict[str, Any] = {
+        axis: numpy.random.default_rng([abs(seed), place]).random(shape)
+        for place, (axis, shape) in enumerate(axis_shapes(architecture).items())
+    }
+    said = {"importance": {"method": "random"}, **(settings or {})}
+    return Scores(architecture=architecture, settings=said, **arrays)
 
 
 def save_scores(scores: Scores, path: Path) -> None:
@@ -201,12 +202,10 @@ def _further(arrays: Mapping[str, numpy.ndarray]) -> dict[str, Any]:
     """`groups`, `variants` and `depth` from the names in the file; files of earlier versions have none of them."""
     result: dict[str, Any] = {"groups": arrays.get("groups"), "variants": {}, "depth": {}}
     for name, values in sorted(arrays.items()):
-        kind, _, rest = name.partition("/")
-        variant, _, axis = rest.rpartition("/")
-        if kind == "variants" and axis in WIDTH_AXES and variant.count("/") == 2:
-            result["variants"].setdefault(variant, {})[axis] = values
-        elif kind == "depth" and rest:
-            result["depth"][rest] = values
+        if match := re.fullmatch(rf"variants/([^/]*/[^/]*/[^/]*)/({'|'.join(WIDTH_AXES)})", name):
+            result["variants"].setdefault(match[1], {})[match[2]] = values
+        elif name.startswith("depth/"):
+            result["depth"][name.removeprefix("depth/")] = values
         elif name != "groups":
             raise refusal(f"holds {name}, which scores do not have, so that it is damaged or of another version")
     return result

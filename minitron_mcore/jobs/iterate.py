@@ -23,8 +23,7 @@ from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
 from minitron_mcore.jobs.layouts import asked_shape
 from minitron_mcore.jobs.step import Step, with_baseline
 from minitron_mcore.pruning.config import StudentConfig
-from minitron_mcore.pruning.iterative import step_shapes
-from minitron_mcore.pruning.targets import TARGETS
+from minitron_mcore.pruning.targets import TARGETS, step_shapes
 from minitron_mcore.recipe import Recipe, with_keys
 
 

@@ -3,6 +3,10 @@
 A parameter is made from one *part* of the teacher's: of its sharded axis (of the first, where it has none) the rows
 that a rank of the student holds, of the other axes what the plan keeps.
 
+Head residuals are what kept query heads take up of the dropped ones (arXiv 2407.14679, section 2.3). A head is d rows
+of the query part of linear_qkv (weight and bias) and d columns of linear_proj; where each KV group has one head, its
+key and its value too.
+
 The axis names are those of layout.py's table. Legend: d head dimension (kv_channels), q query heads in a KV group.
 """
 
@@ -17,34 +21,16 @@ import torch
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.layout import Parameter, shard_slices
 from minitron_mcore.pruning.plan_file import PruningPlan
-from minitron_mcore.pruning.residual import add_residual, partner_rows
 from minitron_mcore.pruning.select import select
 
 # One axis: (plan, the teacher's layer) -> kept rows [n] of the teacher's global axis, int64, in the student's order.
 Rows = Callable[[PruningPlan, int], numpy.ndarray]
 
 
-def _vocab(plan: PruningPlan, layer: int) -> numpy.ndarray:
-    return numpy.arange(plan.teacher.padded_vocab_size)
-
-
-def _hidden(plan: PruningPlan, layer: int) -> numpy.ndarray:
-    return numpy.array(plan.hidden)
-
-
-def _ffn(plan: PruningPlan, layer: int) -> numpy.ndarray:
-    return numpy.array(plan.ffn[layer])
-
-
 def _gated_ffn(plan: PruningPlan, layer: int) -> numpy.ndarray:
     """[2f]: the gate's rows, then the up projection's."""
-    neurons = _ffn(plan, layer)
+    neurons = numpy.array(plan.ffn[layer])
     return numpy.concatenate([neurons, plan.teacher.ffn_hidden_size + neurons])
-
-
-def _heads(plan: PruningPlan, layer: int) -> numpy.ndarray:
-    """[heads * d]: the d columns of every kept query head."""
-    return _blocks(numpy.array(plan.heads[layer]), plan.teacher.kv_channels)
 
 
 def _qkv(plan: PruningPlan, layer: int) -> numpy.ndarray:
@@ -53,27 +39,22 @@ def _qkv(plan: PruningPlan, layer: int) -> numpy.ndarray:
     group, place = numpy.divmod(numpy.array(plan.heads[layer]), q)
     queries = (group * (q + 2) + place).reshape(plan.student.num_query_groups, -1)
     first = numpy.array(plan.groups[layer])[:, None] * (q + 2)
-    blocks = numpy.concatenate([queries, first + q, first + q + 1], axis=1)
-    return _blocks(blocks.reshape(-1), plan.teacher.kv_channels)
+    return _blocks(numpy.concatenate([queries, first + q, first + q + 1], axis=1), plan)
 
 
-def _head(plan: PruningPlan, layer: int) -> numpy.ndarray:
-    """[d]: the channels of a head are never pruned."""
-    return numpy.arange(plan.teacher.kv_channels)
-
-
-def _blocks(indices: numpy.ndarray, size: int) -> numpy.ndarray:
-    """Rows of the given blocks of `size` rows each."""
-    return (indices[:, None] * size + numpy.arange(size)).reshape(-1)
+def _blocks(indices: numpy.ndarray | list[int], plan: PruningPlan) -> numpy.ndarray:
+    """Rows of the given blocks of d rows each."""
+    d = plan.teacher.kv_channels
+    return (numpy.reshape(indices, (-1, 1)) * d + numpy.arange(d)).reshape(-1)
 
 
 AXES: dict[str, Rows] = {
-    "vocab": _vocab,
-    "hidden": _hidden,
-    "ffn": _ffn,
+    "vocab": lambda plan, layer: numpy.arange(plan.teacher.padded_vocab_size),
+    "hidden": lambda plan, layer: numpy.array(plan.hidden),
+    "ffn": lambda plan, layer: numpy.array(plan.ffn[layer]),
     "gated_ffn": _gated_ffn,
-    "heads": _heads,
-    "head": _head,
+    "heads": lambda plan, layer: _blocks(plan.heads[layer], plan),  # [heads * d]: the columns of every kept query head
+    "head": lambda plan, layer: numpy.arange(plan.teacher.kv_channels),  # the channels of a head are never pruned
     "qkv": _qkv,
 }
 
@@ -81,6 +62,29 @@ AXES: dict[str, Rows] = {
 def kept_rows(parameter: Parameter, plan: PruningPlan, layer: int | None) -> list[numpy.ndarray]:
     """For each axis of the global parameter (of the teacher's `layer`), the rows that stay, in the student's order."""
     return [AXES[axis](plan, -1 if layer is None else layer) for axis in parameter.axes]
+
+
+def _partner_rows(axis: str, plan: PruningPlan, layer: int) -> numpy.ndarray | None:
+    """[rows of the teacher's `axis`]: the dropped row that each row takes up, -1 for none; None where none does."""
+    if plan.residual is None or axis not in ("qkv", "heads") or not plan.residual.pairs[layer]:
+        return None
+    q, d = plan.teacher.heads_per_group, plan.teacher.kv_channels
+    blocks = plan.teacher.num_attention_heads + (2 * plan.teacher.num_query_groups if axis == "qkv" else 0)
+    partners = numpy.full((blocks, d), -1)
+    for kept, dropped in plan.residual.pairs[layer]:
+        for matrix in plan.residual.matrices:
+            if (matrix == "output") == (axis == "heads"):
+                block, partner = (_block_of(matrix, head, q) for head in (kept, dropped))
+                partners[block] = partner * d + numpy.arange(d)
+    return partners.reshape(-1)
+
+
+def _block_of(matrix: str, head: int, q: int) -> int:
+    """Which block of d rows of its axis a head has in `matrix`: a group is its query heads, then key, then value."""
+    if matrix == "output":
+        return head
+    group, place = divmod(head, q)
+    return group * (q + 2) + {"query": place, "key": q, "value": q + 1}[matrix]
 
 
 @dataclass(frozen=True)
@@ -106,21 +110,26 @@ class Part:
         return self.partners[self.partners >= 0]
 
     def made_from(self, needed: torch.Tensor, plan: PruningPlan) -> torch.Tensor:
-        """The part [n along `axis`] of what lies in the `needed` rows."""
+        """The part [n along `axis`] of what lies in the `needed` rows: kept + (kept - partner) in the rows that have a
+        partner, by "laco" kept + (partner - kept).
+
+        In float32 or better, row by row and rounded once, so that it gives the same bits wherever the rows lie.
+        """
         if self.partners is None or plan.residual is None:
             return needed
         kept, partner = needed.split([len(self.rows), len(self._there)], dim=self.axis)
-        (places,) = numpy.nonzero(self.partners >= 0)
-        return add_residual(kept, partner, self.axis, places, plan.residual.rule)
+        where = torch.from_numpy(numpy.nonzero(self.partners >= 0)[0]).to(kept.device)
+        wide = torch.promote_types(kept.dtype, torch.float32)
+        head, dropped = kept.index_select(self.axis, where).to(wide), partner.to(wide)
+        difference = head - dropped if plan.residual.rule == "paper" else dropped - head
+        return kept.index_copy(self.axis, where, (head + difference).to(kept.dtype))
 
 
 def part_of(parameter: Parameter, plan: PruningPlan, layer: int | None, rank: int = 0, size: int = 1) -> Part:
     """What tensor-parallel `rank` of `size` needs for its part of a student's parameter, of the teacher's `layer`."""
     axis = parameter.shard_axis or 0
     rows = kept_rows(parameter, plan, layer)[axis]
-    partners = None
-    if layer is not None and plan.residual is not None:
-        partners = partner_rows(parameter.axes[axis], plan, layer)
+    partners = None if layer is None else _partner_rows(parameter.axes[axis], plan, layer)
     if parameter.shard_axis is not None:
         mine = shard_rows(parameter, plan.student, rank, size)
         rows, partners = rows[mine], None if partners is None else partners[rows[mine]]

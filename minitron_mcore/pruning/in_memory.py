@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from minitron_mcore.layout import Parameter, local_shape, parameter_table, split_layers
+from minitron_mcore.layout import Parameter, local_shape, parameter_table, stage_of
 from minitron_mcore.model.gpt import LanguageModel, build_model, layout_of, unwrap
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.pruning.apply import prune_shard
@@ -34,8 +34,7 @@ def prune_chunks(
     parallel = layout_of(config)
     student = build_model(plan.student, parallel, "bf16" if config.bf16 else "fp32", trainable=trainable)
     held, wanted = _by_name(teacher), _by_name(student)
-    group = tensor_group()
-    stages = pipeline_group()
+    group, stages = tensor_group(), pipeline_group()
     device = next(teacher[0].parameters()).device
     for parameter, layer, source, target in _moves(plan, parallel):
         from_layer = None if layer is None else plan.layers[layer]
@@ -45,10 +44,12 @@ def prune_chunks(
         if local is not None:
             part = prune_shard(local, parameter, plan, from_layer, group=group, device=device)
             if not arrives:
-                _send(part, target, stages)
+                # As bytes: gloo does not know every dtype.
+                torch.distributed.send(part.contiguous().view(torch.uint8), group=stages, group_dst=target)
         elif arrives and layer is not None:
             shape = local_shape(parameter, plan.student, group.size())
-            part = _receive(torch.empty(shape, dtype=config.params_dtype, device=device), source, stages)
+            part = torch.empty(shape, dtype=config.params_dtype, device=device)
+            torch.distributed.recv(part.view(torch.uint8), group=stages, group_src=source)
         if part is not None and arrives:
             wanted.pop((parameter.key, layer)).copy_(part)
     assert not wanted, f"nothing was put into {sorted(map(str, wanted))}"
@@ -63,26 +64,10 @@ def _by_name(chunks: Sequence[LanguageModel]) -> dict[tuple[str, int | None], to
 def _moves(plan: PruningPlan, parallel: ParallelConfig) -> Iterator[tuple[Parameter, int | None, int, int]]:
     """(parameter, student's layer, stage it is on, stage it goes to), in one order for all ranks, so that sends and
     receives pair up. What belongs to no layer stays on its stage, whichever that is."""
-    before = _stage_of(plan.teacher.num_layers, parallel)
-    after = _stage_of(plan.student.num_layers, parallel)
+    layout = parallel.pipeline, parallel.virtual_pipeline
+    before = [stage_of(layer, plan.teacher.num_layers, *layout) for layer in plan.layers]
+    after = [stage_of(layer, plan.student.num_layers, *layout) for layer in range(plan.student.num_layers)]
+    layers = [*zip(range(plan.student.num_layers), before, after, strict=True)]
     for parameter in parameter_table(plan.student):
-        if not parameter.per_layer:
-            yield parameter, None, 0, 0
-            continue
-        for layer, of_teacher in enumerate(plan.layers):
-            yield parameter, layer, before[of_teacher], after[layer]
-
-
-def _stage_of(num_layers: int, parallel: ParallelConfig) -> dict[int, int]:
-    stages = split_layers(num_layers, parallel.pipeline, parallel.virtual_pipeline)
-    return {layer: stage for stage, of_chunks in enumerate(stages) for layers in of_chunks for layer in layers}
-
-
-def _send(part: torch.Tensor, stage: int, group: torch.distributed.ProcessGroup) -> None:
-    # As bytes: gloo does not know every dtype.
-    torch.distributed.send(part.contiguous().view(torch.uint8), group=group, group_dst=stage)
-
-
-def _receive(part: torch.Tensor, stage: int, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    torch.distributed.recv(part.view(torch.uint8), group=group, group_src=stage)
-    return part
+        for place in layers if parameter.per_layer else [(None, 0, 0)]:
+            yield parameter, *place

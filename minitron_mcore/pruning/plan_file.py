@@ -54,7 +54,7 @@ class HeadResidual:
     """
 
     rule: Annotated[str, OneOf(*RESIDUALS)]
-    matrices: list[str]
+    matrices: list[Annotated[str, OneOf(*RESIDUAL_MATRICES)]]
     pairs: dict[int, list[tuple[int, int]]]
 
 
@@ -207,8 +207,7 @@ def check_residual(teacher: Architecture, student: Architecture, rule: str, matr
     allowed = RESIDUAL_MATRICES if one_each else ("query", "output")
     for name in matrices:
         if name not in allowed:
-            shares = ", because the query heads of a KV group share its key and value"
-            why = f"holds {name}, which is not allowed{shares if name in RESIDUAL_MATRICES else ''}"
+            why = f"holds {name}, which is not allowed, because the query heads of a KV group share its key and value"
             raise InputError("prune.residual_matrices", list(matrices), why, f"choose from {', '.join(allowed)}")
     if rule == "none":
         return

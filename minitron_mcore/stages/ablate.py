@@ -18,9 +18,8 @@ from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.evaluation.held_out import held_out, held_out_batches
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import writing
-from minitron_mcore.importance.baselines import random_scores
 from minitron_mcore.importance.magnitude import magnitude_scores
-from minitron_mcore.importance.scores import Scores, load_scores
+from minitron_mcore.importance.scores import Scores, load_scores, random_scores
 from minitron_mcore.jobs.ablate import AblateJob, plan_of
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.microbatch import Microbatch

@@ -11,10 +11,9 @@ import numpy
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.data.dataset import batches_once, build_datasets, draw_samples
 from minitron_mcore.data.described import calibration_part
-from minitron_mcore.importance.baselines import random_scores
 from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.score import score_model
-from minitron_mcore.importance.scores import Scores, save_scores
+from minitron_mcore.importance.scores import Scores, random_scores, save_scores
 from minitron_mcore.jobs.score import ScoreJob
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.microbatch import Microbatch, to_device

@@ -233,6 +233,7 @@ def test_the_reference_can_tell_metrics_and_layers_apart(family: str) -> None:
 
 
 def identities_on_rank(parallel: dict[str, Any], world_size: int) -> dict[str, Any]:
+    from minitron_mcore.importance.config import ImportanceConfig
     from minitron_mcore.importance.depth import measure_depth
     from minitron_mcore.model.schedule import final_hidden_states
     from minitron_mcore.model.sites import without_layers
@@ -273,7 +274,7 @@ def identities_on_rank(parallel: dict[str, Any], world_size: int) -> dict[str, A
         "holds 4, but the model has": lambda: measure_depth(chunks, batch, architecture, ["lm_loss"], [4]),
         "holds 0": lambda: measure_depth(chunks, batch, architecture, ["lm_loss"], [0]),
         "block_lengths=[] is empty": lambda: measure_depth(chunks, batch, architecture, ["lm_loss"], []),
-        "holds perplexity, which is unknown": lambda: measure_depth(chunks, batch, architecture, ["perplexity"], [1]),
+        "depth_metrics[0]=perplexity must be one of": lambda: ImportanceConfig(depth_metrics=["perplexity"]),
         "accuracy needs its questions": lambda: measure_depth(chunks, batch, architecture, ["accuracy"], [1]),
         "every loss mask is 0": lambda: measure_depth(chunks, nan, architecture, ["lm_loss"], [1]),
     }.items():

@@ -11,9 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.importance.baselines import random_scores
 from minitron_mcore.importance.config import ImportanceConfig, variant_names
-from minitron_mcore.importance.scores import Scores, load_scores, save_scores, tolerance_of
+from minitron_mcore.importance.scores import Scores, load_scores, random_scores, save_scores, tolerance_of
 from tests.refusals import refuses
 
 L = 4

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitron_mcore.pruning.iterative import step_shapes
-from minitron_mcore.pruning.targets import TARGETS
+from minitron_mcore.pruning.config import PruneConfig
+from minitron_mcore.pruning.targets import TARGETS, step_shapes
 from tests.distributed.models import tiny
 from tests.refusals import refuses
 
@@ -45,10 +45,13 @@ def test_divisors() -> None:
     assert sizes(step_shapes(TEACHER, student, 2, divisors)[0])[:3] == (24, 3584, 12288)
 
 
-@pytest.mark.parametrize("steps", [0, -1, True, 1.5])
-def test_steps_that_are_none(steps: int) -> None:
-    with refuses("prune.steps", steps, "must be a whole number of at least 1"):
-        step_shapes(TEACHER, TEACHER, steps)
+@pytest.mark.parametrize(
+    ("steps", "rule"),
+    [(0, "at least 1"), (-1, "at least 1"), (True, "must be a whole number"), (1.5, "must be a whole number")],
+)
+def test_steps_that_are_none(steps: int, rule: str) -> None:
+    with refuses("steps", steps, rule):
+        PruneConfig(steps=steps)
 
 
 @given(data=st.data())
