@@ -34,46 +34,40 @@ from minitron_mcore.runtime.start import start as start_process
 quiet_libraries()  # Megatron warns while it is imported
 
 
-from minitron_mcore.architecture import Architecture, build_architecture  # noqa: E402
-from minitron_mcore.checkpoint.companions import carry_companions  # noqa: E402
-from minitron_mcore.checkpoint.folder import (  # noqa: E402
+from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.checkpoint.companions import carry_companions
+from minitron_mcore.checkpoint.folder import (
     find_checkpoint,
     read_architecture,
     read_lineage,
     tokenizer_folder,
     write_description,
 )
-from minitron_mcore.checkpoint.store import as_chunks, load_weights, model_state, save_state  # noqa: E402
-from minitron_mcore.distillation.logits.settings import LossSettings  # noqa: E402
-from minitron_mcore.distillation.objective import Objective  # noqa: E402
-from minitron_mcore.errors import InputError  # noqa: E402
-from minitron_mcore.evaluation.lm_loss import mean_loss  # noqa: E402
-from minitron_mcore.importance.config import ImportanceConfig  # noqa: E402
-from minitron_mcore.importance.depth import measure_depth  # noqa: E402
-from minitron_mcore.importance.hooks import Measure  # noqa: E402
-from minitron_mcore.importance.magnitude import from_squares, squares  # noqa: E402
-from minitron_mcore.importance.score import measure as measure_model  # noqa: E402
-from minitron_mcore.importance.score import score_model  # noqa: E402
-from minitron_mcore.importance.scores import (  # noqa: E402
-    Scores,
-    load_scores,
-    random_scores,
-    save_scores,
-    tolerance_of,
-)
-from minitron_mcore.keys import section_at  # noqa: E402
-from minitron_mcore.model.gpt import DTYPES, LanguageModel, build_model  # noqa: E402
-from minitron_mcore.model.initialize import initialize, named_parameters  # noqa: E402
-from minitron_mcore.model.microbatch import Microbatch  # noqa: E402
-from minitron_mcore.model.schedule import in_calls  # noqa: E402
-from minitron_mcore.pruning.config import PruneConfig, StudentConfig  # noqa: E402
-from minitron_mcore.pruning.in_memory import prune_chunks  # noqa: E402
-from minitron_mcore.pruning.plan import make_plan  # noqa: E402
-from minitron_mcore.pruning.plan_file import PruningPlan, check_same_model, load_plan, save_plan  # noqa: E402
-from minitron_mcore.pruning.targets import TARGETS  # noqa: E402
-from minitron_mcore.runtime.config import ParallelConfig  # noqa: E402
-from minitron_mcore.runtime.parallel import layout_stands, use_layout  # noqa: E402
-from minitron_mcore.runtime.whole_folder import whole_folder  # noqa: E402
+from minitron_mcore.checkpoint.store import as_chunks, load_weights, model_state, save_state
+from minitron_mcore.distillation.logits.settings import LossSettings
+from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.errors import InputError
+from minitron_mcore.evaluation.lm_loss import mean_loss
+from minitron_mcore.importance.config import ImportanceConfig
+from minitron_mcore.importance.depth import measure_depth
+from minitron_mcore.importance.hooks import Measure
+from minitron_mcore.importance.magnitude import from_squares, squares
+from minitron_mcore.importance.score import measure as measure_model
+from minitron_mcore.importance.score import score_model
+from minitron_mcore.importance.scores import Scores, load_scores, random_scores, save_scores, tolerance_of
+from minitron_mcore.keys import section_at
+from minitron_mcore.model.gpt import DTYPES, LanguageModel, build_model
+from minitron_mcore.model.initialize import initialize, named_parameters
+from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.schedule import in_calls
+from minitron_mcore.pruning.config import PruneConfig, StudentConfig
+from minitron_mcore.pruning.in_memory import prune_chunks
+from minitron_mcore.pruning.plan import make_plan
+from minitron_mcore.pruning.plan_file import PruningPlan, check_same_model, load_plan, save_plan
+from minitron_mcore.pruning.targets import TARGETS
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.parallel import layout_stands, use_layout
+from minitron_mcore.runtime.whole_folder import whole_folder
 
 __all__ = ["Measure", "Model", "build", "lm_loss", "load", "load_plan", "load_scores", "measure", "plan", "prune"]
 __all__ += ["save", "save_plan", "save_scores", "score", "start"]

@@ -18,16 +18,7 @@ from typing import Any
 import yaml
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.keys import (
-    choices_of,
-    is_path,
-    options_of,
-    plain_type,
-    refused_choice,
-    section_at,
-    section_of,
-    type_words,
-)
+from minitron_mcore.keys import choices_of, is_path, options_of, plain_type, section_at, section_of, type_words
 
 NULLS = ("", "null", "Null", "NULL", "~")
 BOOLEANS = {word: value for value in (True, False) for word in (f"{value}", f"{value}".lower(), f"{value}".upper())}
@@ -225,13 +216,9 @@ def _scalar(kind: Any, text: str, path: str) -> Any:
         return whole_number(text)
     if plain is float:
         return float(text)
-    if choices := choices_of(kind):
-        if text not in choices:
-            raise refused_choice(path, str(text), choices)
-        return str(text)
     if plain is str and is_path(kind):
         return expanded(str(text), path)
-    if plain is str and not (isinstance(text, Plain) and text in NULLS):
+    if plain is str and (choices_of(kind) or not (isinstance(text, Plain) and text in NULLS)):
         if (left := _REFERENCE.search(text)) is not None:
             raise InputError(path, str(text), f"refers to {left[1]}, which is not a key of a recipe")
         return str(text)

@@ -14,11 +14,10 @@ from minitron_mcore.recipe import entries
 
 @dataclass(frozen=True)
 class Verb:
-    """summary: in the table of README.md too. keys: of the recipe, or whole sections; `main` are those in the table.
-    road: what it reads → what it writes."""
+    """summary: in the table of README.md too. keys: of the recipe, or whole sections. road: what it reads → what it
+    writes."""
 
     summary: str
-    main: tuple[str, ...]
     keys: tuple[str, ...]
     road: str
     example: str
@@ -41,14 +40,12 @@ _ROAD = (
 VERBS = {
     "tokenizer": Verb(
         "train a SentencePiece model on text files",
-        ("tokenizer.*",),
         ("input", "seed", "tokenizer"),
         "text files → tokenizer.model",
         "minitron tokenizer input=corpus/ tokenizer.model=t.model tokenizer.vocab_size=32k",
     ),
     "preprocess": Verb(
         "text, JSON lines or Parquet, compressed or not → Megatron's `.bin` / `.idx` ([docs/data.md](docs/data.md))",
-        ("input=", "output_prefix="),
         ("input", "output_prefix", "seed", "allow", "preprocess", "tokenizer.model", "tokenizer.type"),
         "text files, tokenizer.model → output_prefix_text_document.bin and .idx, which data.train names without their "
         "ending",
@@ -56,14 +53,12 @@ VERBS = {
     ),
     "import": Verb(
         "Hugging Face folder → sharded checkpoint, streamed and checked",
-        ("hf=", "checkpoint=", "verify=true"),
         ("hf", "checkpoint", "verify", "tokenizer.model", *_MODEL),
         "the Hugging Face folder hf → the checkpoint folder checkpoint",
         "minitron import hf=Llama-3.1-8B checkpoint=teacher",
     ),
     "train": Verb(
         "next-token training, from scratch or on from a checkpoint",
-        ("train.*",),
         ("train", "model", *_TRAINS),
         "data.train, and train.load where it is given → train.checkpoint, from which the same command resumes",
         "minitron train --config recipe.yaml train.checkpoint=teacher train.tokens=2B",
@@ -71,49 +66,42 @@ VERBS = {
     "score": Verb(
         "importance of hidden channels, neurons, heads, KV groups and layers in one forward pass; what leaving "
         "out each layer or block costs",
-        ("teacher.checkpoint=", "importance.*", "scores="),
         ("teacher.checkpoint", "scores", "importance", "data", "tokenizer.model", *_MODEL),
         "teacher.checkpoint, data.calibration (or data.train) → the file scores",
         "minitron score teacher.checkpoint=teacher data.train=data/corpus_text_document scores=scores.safetensors",
     ),
     "plan": Verb(
         "scores and a target shape → `plan.json`, a readable list of what stays; touches no weights",
-        ("scores=", "student.*", "plan="),
         ("scores", "plan", "teacher.checkpoint", "student", "prune", "parallel", "trust"),
         "the file scores → the file plan",
         "minitron plan scores=scores.safetensors student.ffn_hidden_size=9216 plan=plan.json",
     ),
     "prune": Verb(
         "a plan carried out on a sharded checkpoint → the student's checkpoint",
-        ("teacher.checkpoint=", "plan=", "student.checkpoint="),
         ("teacher.checkpoint", "scores", "plan", "student", "prune", *_MODEL),
         "teacher.checkpoint, and plan or scores → student.checkpoint",
         "minitron prune teacher.checkpoint=teacher plan=plan.json student.checkpoint=student",
     ),
     "ablate": Verb(
         "a grid of importance settings, each pruned in memory and evaluated untrained: table, CSV, plot",
-        ("teacher.checkpoint=", "student.*", "ablate.*", "output="),
         ("output", "teacher.checkpoint", "student", "ablate", "importance", "evaluate", "data", *_MODEL),
         "teacher.checkpoint, data → output/ablation.csv and its plot",
         "torchrun --nproc-per-node 2 -m minitron_mcore ablate --config configs/ablate-quickstart.yaml",
     ),
     "correct": Verb(
         "fine-tune the teacher on the distillation's data, before it teaches",
-        ("teacher.checkpoint=", "correct.*"),
         ("teacher.checkpoint", "correct", *_TRAINS),
         "teacher.checkpoint, data.train → correct.checkpoint, from which the same command resumes",
         "minitron correct --config recipe.yaml correct.checkpoint=corrected correct.tokens=1B",
     ),
     "cache": Verb(
         "the teacher's targets for a data set, written once: sampled without bias, or its likeliest tokens",
-        ("teacher.checkpoint=", "cache.*"),
         ("teacher.checkpoint", "cache", "data", "tokenizer.model", "distill.tokens", "distill.temperature", *_MODEL),
         "teacher.checkpoint, data.train → cache.folder, which distill.teacher=cache:FOLDER reads",
         "minitron cache --config recipe.yaml cache.folder=targets",
     ),
     "distill": Verb(
         "train the student on the teacher's distribution, for a budget of tokens",
-        ("student.checkpoint=", "distill.*", "teacher.*"),
         ("student.checkpoint", "teacher", "distill", "correct", *_TRAINS),
         "student.checkpoint, teacher.checkpoint (or a cache), data.train → distill.checkpoint, from which the same "
         "command resumes",
@@ -121,42 +109,29 @@ VERBS = {
     ),
     "evaluate": Verb(
         "language-model loss and perplexity of any checkpoint at any layout → `results.json`",
-        ("checkpoint=", "results="),
         ("checkpoint", "results", "output", "evaluate", "data", "tokenizer.model", *_MODEL),
         "checkpoint, data.valid (or a part of data.train) → the file results",
         "minitron evaluate checkpoint=student data.valid=data/corpus_valid_text_document",
     ),
     "export": Verb(
         "checkpoint of any pruned shape → Hugging Face folder",
-        ("checkpoint=", "hf=", "max_shard_size="),
         ("checkpoint", "hf", "max_shard_size", "tokenizer.model", *_MODEL),
         "checkpoint → the Hugging Face folder hf",
         "minitron export checkpoint=distilled hf=Student-4B",
     ),
     "inspect": Verb(
         "what a checkpoint, Hugging Face folder, scores file, plan or run's folder is, and whether it is whole",
-        ("inspect PATH [--json] [--verify]",),
         ("path", "json", "verify", "trust"),
         "PATH → nothing",
         "minitron inspect student --verify",
     ),
     "run": Verb(
         "everything above, from one recipe",
-        ("the recipe",),
         (*_ROAD, *_MODEL),
         "what the recipe names → the folder output",
         "torchrun --nproc-per-node 2 -m minitron_mcore run --config configs/quickstart.yaml",
     ),
 }
-
-
-def table() -> list[str]:
-    """The rows of README.md's table of verbs."""
-    rows = []
-    for name, verb in VERBS.items():
-        words = (word if word == "the recipe" else f"`{word}`" for word in verb.main)
-        rows.append(f"| `{name}` | {verb.summary} | {' '.join(words)} |")
-    return rows
 
 
 def help_of(name: str, width: int = 110) -> str:

@@ -1,5 +1,6 @@
 """Recipe section `importance`."""
 
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Optional
 
 from pydantic import Field
@@ -14,7 +15,9 @@ METHODS = ("activation", "magnitude", "random")
 # Measured on the questions of `multiple_choice`.
 TASK_METRICS = ("accuracy", "normalized_accuracy")
 # block_influence comes with every pass; the others cost passes of their own.
-DEPTH_METRICS = ("block_influence", "lm_loss", "logit_mse", "normalized_logit_mse", *TASK_METRICS)
+LOGIT_METRICS = ("logit_mse", "normalized_logit_mse")
+TEXT_METRICS = ("lm_loss", *LOGIT_METRICS)
+DEPTH_METRICS = ("block_influence", *TEXT_METRICS, *TASK_METRICS)
 
 Aggregation = Annotated[str, OneOf(*AGGREGATIONS)]
 Pair = Annotated[str, OneOf(*PAIRS)]
@@ -74,3 +77,24 @@ def variant_names(config: ImportanceConfig) -> list[str]:
     pairs = [f"{config.batch_aggregation}/{config.sequence_aggregation}", *config.aggregations]
     sites = [config.neuron_site, *config.neuron_sites]
     return list(dict.fromkeys(f"{pair}/{site}" for site in dict.fromkeys(sites) for pair in pairs))
+
+
+def check_blocks(metrics: Sequence[str], lengths: Sequence[int], num_layers: int) -> None:
+    """Raise InputError for blocks that are empty or all of the model."""
+    key = "importance.block_lengths"
+    if metrics and not lengths:
+        raise InputError(key, [], "is empty", "name the lengths of the blocks to leave out, as in [1]")
+    for length in lengths if metrics else ():
+        if not 1 <= length < num_layers:
+            rule = f"holds {length}, but the model has {num_layers} layers"
+            raise InputError(key, list(lengths), rule, f"choose lengths from 1 to {num_layers - 1}")
+
+
+def measured(metrics: Iterable[str]) -> list[str]:
+    """The metrics that need passes of their own; block influence comes with the activations."""
+    return [metric for metric in metrics if metric != "block_influence"]
+
+
+def blocks_of(lengths: Sequence[int], num_layers: int) -> list[range]:
+    """Every block of every length, by length, then by first layer."""
+    return [range(start, start + length) for length in lengths for start in range(num_layers - length + 1)]

@@ -26,8 +26,14 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.multiple_choice import log_likelihoods
 from minitron_mcore.evaluation.questions import Task, accuracy
 from minitron_mcore.evaluation.token_values import over_world, token_values
-from minitron_mcore.importance.blocks import LOGIT_METRICS, TEXT_METRICS, blocks_of, check_blocks, measured
-from minitron_mcore.importance.config import TASK_METRICS
+from minitron_mcore.importance.config import (
+    LOGIT_METRICS,
+    TASK_METRICS,
+    TEXT_METRICS,
+    blocks_of,
+    check_blocks,
+    measured,
+)
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import evaluating, in_calls, visit_final_states

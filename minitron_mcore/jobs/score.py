@@ -15,7 +15,7 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.questions import Task, load_task, read_questions
 from minitron_mcore.files import kind_of
-from minitron_mcore.importance.blocks import check_blocks, measured
+from minitron_mcore.importance.config import check_blocks, measured
 from minitron_mcore.importance.scores import OF_WEIGHTS, load_scores, tolerance_of
 from minitron_mcore.jobs.inputs import TEXT, find_model, require
 from minitron_mcore.jobs.job import NOTHING, SCORES, Item, Job, Model, Promises

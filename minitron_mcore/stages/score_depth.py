@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
+from minitron_mcore.architecture import BYTES, Architecture
+from minitron_mcore.evaluation.questions import Task
 from minitron_mcore.files import writing
-from minitron_mcore.importance.blocks import costs, kept_bytes, measured
+from minitron_mcore.importance.config import LOGIT_METRICS, TASK_METRICS, TEXT_METRICS, blocks_of, measured
 from minitron_mcore.importance.depth import measure_depth
 from minitron_mcore.importance.depth_report import depth_text, write_csv, write_plot
 from minitron_mcore.importance.scores import Scores
@@ -63,3 +65,32 @@ def with_depth(
     runtime.on_main(write)
     runtime.print(f"{depth_text(scores, table)}\nscore: depth -> {as_csv}, {as_plot}")
     return scores
+
+
+def costs(
+    metrics: Sequence[str], lengths: Sequence[int], num_layers: int, num_samples: int, task: Task | None = None
+) -> list[str]:
+    """The number of passes, one line for all metrics that share them; printed before they run."""
+    passes = 1 + len(blocks_of(lengths, num_layers))
+    terms = ["1 whole"] + [f"{num_layers - length + 1} without {length}" for length in lengths]
+    shares: list[tuple[tuple[str, ...], int, str]] = [(TEXT_METRICS, num_samples, f"{num_samples:,} samples")]
+    if task is not None:
+        rows, questions = len(task.rows), len(task.questions)
+        shares.append((TASK_METRICS, rows, f"{rows:,} choices of {questions:,} questions"))
+    lines = []
+    for kind, number, words in shares:
+        if names := [metric for metric in metrics if metric in kind]:
+            lines.append(
+                f"{', '.join(names)}: {passes:,} passes ({' + '.join(terms)}) x {words} = {passes * number:,} forward "
+                "passes"
+            )
+    return lines
+
+
+def kept_bytes(
+    architecture: Architecture, metrics: Sequence[str], precision: str, num_samples: int, sequence_length: int
+) -> int:
+    """Host memory for the whole model's final hidden states, summed over data-parallel ranks and, under sequence
+    parallelism, over tensor-parallel ones: divide by their number for what a rank keeps."""
+    wanted = any(metric in LOGIT_METRICS for metric in metrics)
+    return wanted * num_samples * sequence_length * architecture.hidden_size * BYTES[precision]
