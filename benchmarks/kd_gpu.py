@@ -160,7 +160,7 @@ def draw_weights(model: torch.nn.Module) -> None:
 def forecast_bytes(step: Step, precision: str, on_cpu: bool) -> dict[str, int]:
     """What the forecast says of this step on one rank, by part."""
     from minitron_mcore.estimate.forecast import forecast
-    from minitron_mcore.estimate.setting import Setting
+    from minitron_mcore.estimate.model import Setting
     from minitron_mcore.runtime.config import ParallelConfig
 
     setting = Setting(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import importlib
 import os
 import re
 import select
@@ -122,8 +121,7 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
 
         overrides, taken = keys_of(options)
         recipe = load_recipe(options.config, overrides, **taken)
-        from minitron_mcore.jobs.job import module_of, resolve
-        from minitron_mcore.jobs.stated import reading_for
+        from minitron_mcore.jobs.job import reading_for, resolve
         from minitron_mcore.runtime.world import on_this_machine
 
         with reading_for(recipe):
@@ -140,11 +138,9 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
             from minitron_mcore.runtime.start import quiet_libraries, start, stop
 
             quiet_libraries()
-            stage = importlib.import_module(f"minitron_mcore.stages.{module_of(options.verb)}")
-            runtime = start()
-            for note in job.notes:
-                runtime.print(f"{options.verb}: WARNING: {note}")
-            stage.run(job, runtime)
+            from minitron_mcore.stages.run import act
+
+            act(options.verb, job, start())
         stop()
     except (InputError, OSError) as error:
         if ending.number:

@@ -15,14 +15,13 @@ import yaml
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
 from minitron_mcore.distillation.config import CacheConfig, DistillConfig
 from minitron_mcore.errors import InputError
-from minitron_mcore.estimate.config import ClusterConfig
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, key, section, section_of
 from minitron_mcore.megatron_names import SECTIONS, named_here
 from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.reading import filled, load_text, override_value, put, read
-from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.config import ClusterConfig, ParallelConfig
 from minitron_mcore.search.config import AblateConfig
 from minitron_mcore.training.config import CorrectConfig, LogConfig, TrainConfig
 

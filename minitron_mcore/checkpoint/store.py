@@ -35,9 +35,10 @@ from minitron_mcore.checkpoint.way_back import common_part, extra_states, write_
 from minitron_mcore.checkpoint.writer import explaining_disk, pieces_of, write_iteration
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import parameter_table
-from minitron_mcore.model.gpt import LanguageModel, unwrap
+from minitron_mcore.model.gpt import LanguageModel, build_model, unwrap
 from minitron_mcore.model.initialize import Rows, named_parameters
 from minitron_mcore.runtime.agree import all_or_none
+from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.repairs import load_optimizer_state, optimizer_state, save_without_helper, write_errors
 from minitron_mcore.runtime.start import Runtime
 
@@ -178,6 +179,15 @@ def load_weights(
                 reader.fill_part(tensor, table[key], architecture, layer, group.rank(), group.size())
 
     all_or_none(fill_here)
+
+
+def load_model(
+    place: tuple[Path, int], architecture: Architecture, parallel: ParallelConfig, precision: str
+) -> list[LanguageModel]:
+    """The model at `place`, (folder, iteration), to be read and not trained. Else as `load_weights`."""
+    chunks = build_model(architecture, parallel, precision, trainable=False)
+    load_weights(*place, as_chunks(chunks), architecture)
+    return chunks
 
 
 def fill_chunks(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:

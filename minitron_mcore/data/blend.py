@@ -36,7 +36,7 @@ def parse_blend(value: Union[str, Sequence[Any], None], key: str, promised: Coll
         items = [value] if value in promised or os.path.exists(value + ".idx") else value.split()
     else:
         items = [str(item).strip() for item in value]
-    numbers = [_number(item) for item in items]
+    numbers = [as_number(item) for item in items]
     if items and not any(number is not None for number in numbers):
         return Blend(tuple(map(_strip_ending, items)), None, key)
     weights, prefixes = numbers[::2], items[1::2]
@@ -50,7 +50,7 @@ def parse_blend(value: Union[str, Sequence[Any], None], key: str, promised: Coll
 
 def parse_split(split: str) -> list[Optional[Bounds]]:
     """`969,30,1` to the bounds of train, valid and test among the documents; None where a share is empty."""
-    shares = [_number(item.strip()) for item in str(split).split(",")]
+    shares = [as_number(item.strip()) for item in str(split).split(",")]
     values = [share or 0.0 for share in shares] + [0.0] * (3 - len(shares))
     is_valid = 1 <= len(shares) <= 3 and all(share is not None and 0 <= share < math.inf for share in shares)
     if not is_valid or not sum(values):
@@ -90,7 +90,7 @@ def surplus(blend: Blend, size: int) -> float:
     return max(0.005, len(blend.prefixes) / max(size, 1))
 
 
-def _number(item: str) -> Optional[float]:
+def as_number(item: str) -> Optional[float]:
     try:
         return float(item)
     except ValueError:

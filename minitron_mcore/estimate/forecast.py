@@ -10,17 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from minitron_mcore.architecture import BYTES
-from minitron_mcore.estimate.model import (
-    activations,
-    largest_layer_output,
-    local_parameters,
-    loss_buffers,
-    passes,
-    recomputed_activations,
-)
-from minitron_mcore.estimate.setting import Setting
-from minitron_mcore.estimate.states import state_memory
-from minitron_mcore.estimate.teacher import host_bytes, teacher_hidden_states, teacher_layers_at_work, teacher_weights
+from minitron_mcore.estimate import model, teacher
+from minitron_mcore.estimate.model import Setting
 from minitron_mcore.tables import table
 
 # Held from the first step to the last; the others come and go within a step.
@@ -68,7 +59,7 @@ def bytes_text(count: int) -> str:
 
 def forecast(setting: Setting) -> Forecast:
     """What the fullest pipeline stage needs, of a layout that can hold the models."""
-    host = host_bytes(setting)
+    host = teacher.host_bytes(setting)
     stages = [Forecast(stage_parts(setting, stage), stage, setting, host) for stage in range(setting.parallel.pipeline)]
     return max(stages, key=lambda stage: stage.total)
 
@@ -77,8 +68,8 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
     """Bytes by part on a rank of pipeline stage `stage`."""
     s, parallel = setting, setting.parallel
     element, last = BYTES[s.precision], stage == s.parallel.pipeline - 1
-    states = state_memory(s, stage)
-    count = local_parameters(s.student, parallel, stage) + states.projection
+    projection, targets, saved, working = teacher.state_memory(s, stage)
+    count = model.local_parameters(s.student, parallel, stage) + projection
     parts = {
         "weights": element * count,
         "gradients": 4 * count,
@@ -87,27 +78,27 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
         "batch": 28 * s.tokens * s.microbatches,
     }
     student_pass = {
-        "activations": activations(s, stage),
-        "layer at work": max(largest_layer_output(s.student, s, element), states.working),
+        "activations": model.activations(s, stage),
+        "layer at work": max(model.largest_layer_output(s.student, s, element), working),
     }
     phases = [  # one after another
-        student_pass | {"loss": loss_buffers(s) if last else 0},
-        student_pass | {"recomputed layers": recomputed_activations(s, stage)},
+        student_pass | {"loss": model.loss_buffers(s) if last else 0},
+        student_pass | {"recomputed layers": model.recomputed_activations(s, stage)},
     ]
     if not s.on_cpu:  # torch's Adam works on all weights at once there
         phases.append({"optimizer's step": 4 * -(-count // s.optimizer_shards)})
     if s.teacher is not None:
-        parts["teacher weights"] = teacher_weights(s, stage)
+        parts["teacher weights"] = teacher.teacher_weights(s, stage)
         if s.teacher_trained:
-            numbers = local_parameters(s.teacher, parallel, stage)
+            numbers = model.local_parameters(s.teacher, parallel, stage)
             parts["teacher's training"] = 4 * numbers + _optimizer_state(s, numbers)
             phases.append({"teacher's training pass": _correction_pass(s, stage)})
-        working = 2 * largest_layer_output(s.teacher, s, s.teacher_element)
-        phases.append({"teacher's forward": working + teacher_layers_at_work(s)})
+        widest = 2 * model.largest_layer_output(s.teacher, s, s.teacher_element)
+        phases.append({"teacher's forward": widest + teacher.teacher_layers_at_work(s)})
         if last:
-            parts["teacher hidden states"] = teacher_hidden_states(s)
-        parts["teacher's inner states"] = states.targets
-        parts["inner states' losses"] = states.saved * passes(s, stage)
+            parts["teacher hidden states"] = teacher.teacher_hidden_states(s)
+        parts["teacher's inner states"] = targets
+        parts["inner states' losses"] = saved * model.passes(s, stage)
     return parts | max(phases, key=lambda phase: sum(phase.values()))
 
 
@@ -118,11 +109,11 @@ def _optimizer_state(setting: Setting, count: int) -> int:
 
 def _correction_pass(setting: Setting, stage: int) -> int:
     """What the teacher's own training pass keeps: as any model of its shape, with the chunks of its own section."""
-    s, teacher = setting, setting.teacher
-    assert teacher is not None
+    s, shape = setting, setting.teacher
+    assert shape is not None
     alone = replace(
-        s, student=teacher, teacher=None, loss_chunk_tokens=s.teacher_chunk_tokens, recompute=s.teacher_recompute
+        s, student=shape, teacher=None, loss_chunk_tokens=s.teacher_chunk_tokens, recompute=s.teacher_recompute
     )
-    taught = activations(alone, stage) + largest_layer_output(teacher, s, BYTES[s.precision])
-    loss = loss_buffers(alone) if stage == s.parallel.pipeline - 1 else 0
-    return taught + max(loss, recomputed_activations(alone, stage))
+    taught = model.activations(alone, stage) + model.largest_layer_output(shape, s, BYTES[s.precision])
+    loss = model.loss_buffers(alone) if stage == s.parallel.pipeline - 1 else 0
+    return taught + max(loss, model.recomputed_activations(alone, stage))

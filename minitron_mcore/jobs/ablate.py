@@ -7,45 +7,35 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.described import describe, held_out_part
-from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
 from minitron_mcore.importance.scores import Scores
-from minitron_mcore.jobs.inputs import TEXT, find_model, output_folder, require
-from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
-from minitron_mcore.jobs.layouts import asked_shape, check_model, refuse_context
+from minitron_mcore.jobs import inputs
+from minitron_mcore.jobs.job import NOTHING, Item, Model, ModelJob, Promises
 from minitron_mcore.jobs.score import ScoreJob
 from minitron_mcore.jobs.score import resolve as resolve_score
-from minitron_mcore.jobs.tokenizers import model_tokenizer
-from minitron_mcore.jobs.training import data_items
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan
-from minitron_mcore.pruning.targets import TARGETS
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
-from minitron_mcore.search.ablation_grid import Setting, grid_of, shapes_of
-from minitron_mcore.search.ablation_results import Row, read_rows
+from minitron_mcore.search.ablation import Row, Setting, grid_of, read_rows, shapes_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblateJob(Job):
-    """A row of the table `path` for each setting of `grid`, whose shapes are `shapes`.
+class AblateJob(ModelJob):
+    """A row of the table `target` for each setting of `grid`, whose shapes are `shapes`.
 
     done: the rows that are there. made_with: fingerprint of what all rows share. scoring: the pass that serves every
     setting that needs one.
     """
 
-    teacher: Model
-    tokenizer: Tokenizer | None
     shapes: dict[str, Architecture]
     grid: tuple[Setting, ...]
-    path: Path
     made_with: str
     done: dict[Setting, Row]
     scoring: ScoreJob | None
@@ -53,36 +43,33 @@ class AblateJob(Job):
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> AblateJob:
     """`teacher.checkpoint`, `student.*` and `ablate.*` -> the folder `output`. Raises InputError."""
-    require(recipe, {"teacher.checkpoint": "the teacher's folder", "output": "the folder to write to"}, TEXT)
-    refuse_context(recipe, "ablate")
-    folder = output_folder(recipe.output, "output")
-    teacher = find_model(recipe.teacher.checkpoint, "teacher.checkpoint", promises)
-    check_model(teacher.architecture, recipe, world)
-    student = asked_shape(recipe, recipe.student, teacher.architecture)
+    needed = {"teacher.checkpoint": "the teacher's folder", "output": "the folder to write to"}
+    inputs.require(recipe, needed, inputs.TEXT)
+    folder = inputs.output_folder(recipe.output, "output")
+    teacher = inputs.find_reader(recipe, world, promises, "teacher.checkpoint", whole="ablate")
+    student = inputs.asked_shape(recipe, recipe.student, teacher.architecture)
     shapes = shapes_of(teacher.architecture, student, recipe.ablate.per_axis)
     for shape in shapes.values():
-        check_model(shape, recipe, world)
+        inputs.check_model(shape, recipe, world)
     given = recipe.student.layers is not None
     grid = grid_of(recipe.ablate, teacher.architecture, shapes, recipe.seed, layers_given=given)
-    tokenizer = model_tokenizer(recipe, teacher, promises)
     importance = importance_of(recipe, grid, teacher.architecture, shapes)
-    path, made_with = folder / "ablation.csv", fingerprint(recipe, teacher, tokenizer)
+    path, made_with = folder / "ablation.csv", fingerprint(recipe, teacher)
     done = {row.setting: row for row in read_rows(path, made_with)}
     scoring = None
     if any(setting.method == "activation" and setting not in done for setting in grid):
         named = dataclasses.replace(recipe, importance=importance, scores=str(folder / scores_name(importance)))
         scoring = resolve_score(named, world, promises)
     part = held_out_part(recipe.data, recipe.evaluate.samples, promises.prefixes)
-    held_out = describe(recipe.data, [part], tokenizer, promises.prefixes)
+    held_out = describe(recipe.data, [part], teacher.tokenizer, promises.prefixes)
     return AblateJob(
-        recipe=recipe,
-        reads=(*(scoring.reads if scoring else (teacher,)), *data_items(held_out)),
+        recipe,
+        reads=(*(scoring.reads if scoring else (teacher,)), *inputs.data_items(held_out)),
         makes=(Item("output", str(path), f"table of {len(grid)} students"),),
-        teacher=teacher,
-        tokenizer=tokenizer,
+        model=teacher,
+        target=path,
         shapes=shapes,
         grid=tuple(grid),
-        path=path,
         made_with=made_with,
         done=done,
         scoring=scoring,
@@ -126,17 +113,16 @@ def importance_of(
         raise error.under("ablate") from error
 
 
-def fingerprint(recipe: Recipe, teacher: Model, tokenizer: Tokenizer | None) -> str:
+def fingerprint(recipe: Recipe, teacher: Model) -> str:
     """Of everything that a row's loss depends on, except its own choices and the layout."""
-    importance = recipe.importance
+    importance, student = recipe.importance, recipe.student
     text = {name: getattr(recipe.data, name) for name in ("train", "valid", "calibration", "split", "sequence_length")}
-    student = {name: getattr(recipe.student, name) for name in (*TARGETS, "layers", "ratios")}
     said: dict[str, Any] = {
         "teacher": [str(teacher.folder.resolve()), teacher.iteration],
-        "student": student,
+        "student": {**inputs.sizes_of(student), "layers": student.layers, "ratios": student.ratios},
         "divisible_by": recipe.prune.divisible_by,
         "data": text,
-        "tokenizer": tokenizer.fingerprint if tokenizer else None,
+        "tokenizer": teacher.tokenizer and teacher.tokenizer.fingerprint,
         "num_samples": importance.num_samples,
         "multiple_choice": importance.multiple_choice,
         "evaluate": recipe.evaluate.samples,
@@ -153,12 +139,11 @@ def plan_of(recipe: Recipe, setting: Setting, scores: Scores, shape: Architectur
         wanted = [name for name in variants if name.startswith(f"{setting.aggregation}/{setting.neuron_site}")]
         scores = scores.variant(wanted[0])
     whole = shape.num_layers < scores.architecture.num_layers
-    sizes = {name: getattr(shape, name) for name in TARGETS}
     chosen: dict[str, Any] = {name: getattr(setting, name) for name in ("layers", "depth_metric", "head_residual")}
     chosen["residual_matrices"] = [*filter(None, setting.residual_matrices.split("+"))]
     return make_plan(
         scores,
-        StudentConfig(**sizes, layers=recipe.student.layers if whole else None),
+        StudentConfig(**inputs.sizes_of(shape), layers=recipe.student.layers if whole else None),
         PruneConfig(**{name: value for name, value in chosen.items() if value}),
         tensor=recipe.parallel.tensor,
         pipeline=recipe.parallel.pipeline,

@@ -15,11 +15,12 @@ from typing import Any
 import xxhash
 
 from minitron_mcore.checkpoint.folder import find_checkpoint, iteration_folder, latest_iteration, read_lineage
+from minitron_mcore.data.blend import as_number
 from minitron_mcore.distillation.cache.file import DESCRIPTION
 from minitron_mcore.distillation.config import CACHE
 from minitron_mcore.errors import InputError, shown
 from minitron_mcore.files import read_mapping
-from minitron_mcore.keys import default_of, entry_of, is_path, options_of, section_of
+from minitron_mcore.keys import entry_of, is_path, options_of, section_of
 from minitron_mcore.model.config import LEFT_OUT
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.training.config import PhaseConfig, TrainConfig
@@ -86,12 +87,12 @@ def sources(recipe: Recipe) -> dict[str, Any]:
             path = f"{section.name}.{entry.name}"
             if _names_files(entry) and not entry.metadata["may_change"]:
                 _, places = _places(path, getattr(value, entry.name))
-                if (held := [identity(place) for place in places]) and None not in held:
+                if (held := [mark_of(place) for place in places]) and None not in held:
                     found[path] = held
     return found
 
 
-def identity(place: str) -> str | None:
+def mark_of(place: str) -> str | None:
     """What tells the checkpoint, the data or the file at a path from another, wherever it lies; None: nothing there."""
     if os.path.isfile(place + ".idx") and os.path.isfile(place + ".bin"):
         return f"{_sampled(place + '.idx')}-{_sampled(place + '.bin')}"
@@ -122,23 +123,15 @@ def _values(entry: Any, there: Any, here: Any) -> list[tuple[Any, str, Any, Any]
         return [(entry, entry.name, there, here)]
     if not there:
         return []
-    now = dataclasses.asdict(here)
-    if entry.name == "model":
-        there, now = ({**said, **_meant(said)} for said in (there, now))
+    # A key that an older version did not have was then as it is by default now.
+    before, now = {**dataclasses.asdict(type(here)()), **there}, dataclasses.asdict(here)
+    for name, meant in LEFT_OUT.items() if entry.name == "model" else ():
+        # What a key that is left out means once stood there as its default.
+        before[name], now[name] = (meant if said[name] is None else said[name] for said in (before, now))
     return [
-        # A key that an older version did not have was then as it is by default now.
-        (each, f"{entry.name}.{each.name}", there.get(each.name, _plain(default_of(each))), now[each.name])
+        (each, f"{entry.name}.{each.name}", before[each.name], now[each.name])
         for each in sorted(dataclasses.fields(here), key=lambda each: each.name not in there)
     ]
-
-
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
-
-
-def _meant(model: dict[str, Any]) -> dict[str, Any]:
-    """What the keys that a recipe's section `model` leaves out mean, which once stood there as defaults."""
-    return {name: value for name, value in LEFT_OUT.items() if model.get(name) is None}
 
 
 def _is_same(entry: Any, path: str, there: Any, here: Any, recorded: dict[str, Any]) -> bool:
@@ -153,8 +146,8 @@ def _is_same(entry: Any, path: str, there: Any, here: Any, recorded: dict[str, A
         return False
     if places == others:
         return True
-    held = [identity(place) for place in others]
-    return None not in held and held == (recorded.get(path) or [identity(place) for place in places])
+    held = [mark_of(place) for place in others]
+    return None not in held and held == (recorded.get(path) or [mark_of(place) for place in places])
 
 
 def _names_files(entry: Any) -> bool:
@@ -168,19 +161,12 @@ def _places(path: str, value: Any) -> tuple[list[float], list[str]]:
         value = value.split() if is_data and not os.path.exists(value + ".idx") else [value]
     weights, places = [], []
     for item in value or []:
-        if is_data and (weight := _number(item)) is not None:
+        if is_data and (weight := as_number(str(item))) is not None:
             weights.append(weight)
-            continue
-        place = os.path.realpath(os.path.expanduser(str(item)))
-        places.append(place[:-4] if is_data and place.endswith((".bin", ".idx")) else place)
+        else:
+            place = os.path.realpath(os.path.expanduser(str(item)))
+            places.append(place[:-4] if is_data and place.endswith((".bin", ".idx")) else place)
     return weights, places
-
-
-def _number(item: Any) -> float | None:
-    try:
-        return float(item)
-    except ValueError:
-        return None
 
 
 def _settled(entry: Any, value: Any) -> Any:
@@ -189,7 +175,7 @@ def _settled(entry: Any, value: Any) -> Any:
     if not dataclasses.is_dataclass(inner) or not isinstance(value, list):
         return value
     kept = [each.name for each in dataclasses.fields(inner) if not each.metadata["may_change"]]
-    return [{name: part.get(name) for name in kept} for part in value]
+    return [[part.get(name) for name in kept] for part in value]
 
 
 def refuse_other_budget(folder: Path, recipe: Recipe, stored: dict[str, Any], section: str) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.inputs import budget_and_text, require
 from minitron_mcore.jobs.job import NOTHING, Promises
-from minitron_mcore.jobs.train import resolve_section
-from minitron_mcore.jobs.training import TrainingJob
+from minitron_mcore.jobs.train import TrainingJob, resolve_section
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 

@@ -1,80 +1,190 @@
-"""`distill`: train the pruned student from its teacher, for a token budget (arXiv 2407.14679, section 3). Pure."""
+"""`distill`: train the pruned student from its teacher, for a token budget (arXiv 2407.14679, section 3). Pure.
+
+Who teaches is a model beside the student, that model while it is itself corrected, or a cache of its targets.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from pathlib import Path
+from typing import Any
 
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.folder import iteration_folder, latest_iteration, read_lineage
+from minitron_mcore.checkpoint.identity import identity
 from minitron_mcore.distillation.cache.serving import cache_folder
 from minitron_mcore.distillation.states.map import check_hidden_states
 from minitron_mcore.errors import InputError
-from minitron_mcore.jobs.inputs import budget_and_text, find_model, require
-from minitron_mcore.jobs.job import NOTHING, Item, Model, Promises, absolute
-from minitron_mcore.jobs.teachers import Teaching, cache_teaching, check_teacher_keys, model_teaching
-from minitron_mcore.jobs.training import TrainingJob, resolve_training
+from minitron_mcore.jobs import inputs
+from minitron_mcore.jobs.cache import check_cache_serves, lineage_of
+from minitron_mcore.jobs.continuation import refuse_other_run
+from minitron_mcore.jobs.job import NOTHING, Model, Promises, absolute
+from minitron_mcore.jobs.train import Teaching, TrainingJob, resolve_training
+from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
+from minitron_mcore.training.budget import plan_timetable
+from minitron_mcore.training.learning_rate import check_learning_rate
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistillJob(TrainingJob):
-    """A training whose loss is of a teacher too. `source` is the pruned student."""
-
-    teaching: Teaching
-
-
-def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> DistillJob:
+def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> TrainingJob:
     """A distillation to `distill.tokens`; the same command goes on where it was cut off. Raises InputError.
 
     `distill.load` (by default `student.checkpoint`) is the pruned student, `distill.checkpoint` where it is trained.
     """
-    distill = recipe.distill
+    distill, teacher = recipe.distill, recipe.teacher.checkpoint
     key = "distill.load" if distill.load else "student.checkpoint"
     cache = cache_folder(distill.teacher)
     needed = {key: "the folder of the pruned student", "distill.checkpoint": "the folder to write to"}
     needed |= {} if cache else {"teacher.checkpoint": "the folder of the teacher"}
-    require(recipe, needed, budget_and_text("distill"))
+    inputs.require(recipe, needed, inputs.budget_and_text("distill"))
     check_teacher_keys(recipe)
-    student = find_model(distill.load or recipe.student.checkpoint, key, promises)
-    refuse_own_folder(recipe, student)
+    student = inputs.find_model(inputs.value_at(recipe, key), key, promises)
+    shape, folder = student.architecture, str(distill.checkpoint)
+    if absolute(folder) in [absolute(each) for each in (student.folder, teacher) if each]:
+        raise InputError("distill.checkpoint", folder, "is the student's or the teacher's own folder", "name another")
+    compared: tuple[str, ...] = ("data", "distill")
     if cache is not None:
-        teaching = cache_teaching(recipe, cache, promises, student)
+        tokenizer = inputs.model_tokenizer(recipe, student, promises)
+        settings = check_cache_serves(recipe, cache, tokenizer, shape)
+        asked = {"cache": str(cache), **lineage_of(settings)}
+        teaching = Teaching(tokenizer, asked, cache=cache, samples=settings["num_samples"])
     else:
         teaching = model_teaching(recipe, world, promises, student)
-        assert teaching.model is not None
-        check_hidden_states(distill.hidden_states, student.architecture, teaching.model.architecture, recipe.parallel)
-    if distill.top_k > (size := student.architecture.vocab_size):
-        raise InputError("distill.top_k", distill.top_k, f"is more than the student's vocab_size={size}", "lower it")
-    teacher = teaching.model or Item("distill.teacher", str(cache), f"{teaching.samples:,} samples' targets")
-    makes: tuple[Model, ...] = ()
-    if teaching.corrected and teaching.model:
-        makes = (Model("correct.checkpoint", teaching.corrected, teaching.model.architecture),)
+        compared = (*compared, "teacher", *(["correct"] if teaching.corrected else []))
+    if distill.top_k > shape.vocab_size:
+        rule = f"is more than the student's vocab_size={shape.vocab_size}"
+        raise InputError("distill.top_k", distill.top_k, rule, "lower it")
+    origin = {"checkpoint": str(student.folder), **student.lineage}
+    lineage = {"stage": "distill", "student": origin, "teacher": teaching.lineage}
     return resolve_training(
-        DistillJob,
-        recipe,
-        world,
-        promises,
-        section="distill",
-        source=student,
-        architecture=student.architecture,
-        tokenizer=teaching.tokenizer,
-        compared=teaching.compared,
-        lineage={
-            "stage": "distill",
-            "student": {"checkpoint": str(student.folder), **student.lineage},
-            "teacher": teaching.lineage,
-        },
-        teacher=teaching.architecture,
-        least_samples=teaching.samples,
-        beside=(teacher,),
-        makes=makes,
-        notes=teaching.notes,
-        teaching=teaching,
+        recipe, world, promises, "distill", student, shape, teaching.tokenizer, compared, lineage, teaching
     )
 
 
-def refuse_own_folder(recipe: Recipe, student: Model) -> None:
-    """Raise InputError where the output folder is the student's or the teacher's."""
-    folder = str(recipe.distill.checkpoint)
-    read = [str(student.folder), *([recipe.teacher.checkpoint] if recipe.teacher.checkpoint else [])]
-    if absolute(folder) in [absolute(each) for each in read]:
-        raise InputError("distill.checkpoint", folder, "is the student's or the teacher's own folder", "name another")
+def model_teaching(recipe: Recipe, world: World, promises: Promises, student: Model) -> Teaching:
+    """`teacher.checkpoint`, under its own layout, placement and precision if asked.
+
+    Raises InputError where it and `student` do not belong together.
+    """
+    model = inputs.find_model(recipe.teacher.checkpoint, "teacher.checkpoint", promises)
+    lineage: dict[str, Any] = {"checkpoint": str(model.folder)}
+    notes = []
+    if (newest := model.iteration) is not None:
+        began = taught_so_far(recipe.distill.checkpoint, model)
+        if began != newest:
+            notes.append(
+                f"goes on with iteration {began} of teacher.checkpoint={model.folder}, with which it began; the newest "
+                f"is {newest}"
+            )
+            model = dataclasses.replace(model, iteration=began)
+        lineage |= identity(model.folder, began)
+    check_vocabulary(model.architecture, student.architecture)
+    tokenizer = inputs.model_tokenizer(recipe, model, promises)
+    if tokenizer is not None:
+        tokenizer = inputs.fit_tokenizer(tokenizer, student.architecture, recipe)
+        if student.iteration is not None:
+            inputs.check_same_tokenizer(tokenizer, student)
+    layout = inputs.teacher_layout(recipe, model, world)
+    corrected = None
+    if recipe.distill.correct_teacher:
+        corrected = Model("correct.checkpoint", corrected_folder(recipe, model.folder), model.architecture)
+        lineage["corrected"] = str(corrected.folder)
+        check_recompute(recipe.correct, model.architecture, recipe.parallel, "correct")
+    if model.iteration is not None and is_itself(model, student):
+        notes.append(
+            f"{student.key}={student.folder} and teacher.checkpoint are iteration {model.iteration} of the same "
+            "checkpoint: the student starts as its teacher, at a divergence of 0 that training can only raise"
+        )
+    sites = recipe.distill.hidden_states
+    check_hidden_states(sites, student.architecture, model.architecture, recipe.parallel)
+    return Teaching(tokenizer, lineage, model, layout, corrected, notes=tuple(notes))
+
+
+def is_itself(teacher: Model, student: Model) -> bool:
+    return (absolute(teacher.folder), teacher.iteration) == (absolute(student.folder), student.iteration)
+
+
+def taught_so_far(student: str | None, teacher: Model) -> int:
+    """The teacher's iteration that the run in the folder `student` was distilled from so far; its newest for a new run.
+
+    Raises InputError where that is not there any more, or has changed.
+    """
+    _, newest = teacher.place
+    if student is None or latest_iteration(Path(student)) is None:
+        return newest
+    lineage = read_lineage(Path(student))
+    before = lineage.get("teacher", {})
+    if lineage.get("stage") != "distill" or "targets" in before or "iteration" not in before:
+        return newest
+    iteration, wrong = int(before["iteration"]), ""
+    if not iteration_folder(teacher.folder, iteration).is_dir():
+        wrong = f"is not in teacher.checkpoint={teacher.folder}, where the newest is {newest}"
+    elif before.get("weights") not in (None, identity(teacher.folder, iteration)["weights"]):
+        wrong = f"has other weights in teacher.checkpoint={teacher.folder}"
+    if wrong:
+        rule = f"was distilled so far from iteration {iteration} of its teacher, which {wrong}"
+        raise InputError("distill.checkpoint", student, rule, "name or restore that teacher, or name another folder")
+    return iteration
+
+
+def check_teacher_keys(recipe: Recipe) -> None:
+    """Raise InputError for keys about the teacher that do not go together."""
+    window, parallel, distill = recipe.distill.teacher_window, recipe.parallel, recipe.distill
+    if parallel.virtual_pipeline and window % parallel.pipeline:
+        multiples = f"of which the interleaved schedule takes multiples of {parallel.pipeline}"
+        rule = f"must be 0, for the whole global batch, or a number of microbatches, {multiples}"
+        raise InputError("distill.teacher_window", window, rule)
+    if not distill.correct_teacher:
+        return
+    # Key -> the values that go with it.
+    with_correction: dict[str, tuple[Any, ...]] = {
+        "teacher.placement": ("resident",),
+        "teacher.parallel": (None, parallel),
+        "teacher.precision": (None, recipe.precision),
+        "distill.teacher_window": (0,),
+        "distill.teacher": (None,),
+        "correct.tokens": (0,),
+        "correct.load": (None,),
+        "correct.phases": ([],),
+        "correct.rampup_batch_size": (None,),
+    }
+    for key, allowed in with_correction.items():
+        if (value := inputs.value_at(recipe, key)) not in allowed:
+            does = "trains the teacher beside the student in its layout and for its tokens"
+            rule = f"does not go with distill.correct_teacher=true, which {does}"
+            is_section = key in ("teacher.parallel", "correct.phases")
+            raise InputError(key, None if is_section else value, rule, "leave one of the two out")
+    timetable = plan_timetable(distill, recipe.data.sequence_length, "distill")
+    correct = dataclasses.replace(recipe.correct, tokens=distill.tokens)
+    check_learning_rate(correct, timetable, "correct", budget="distill")
+
+
+def corrected_folder(recipe: Recipe, teacher_folder: Path) -> Path:
+    """Where a teacher that is corrected as it teaches is kept. Raises InputError for a folder that cannot be it."""
+    key, student = "correct.checkpoint", Path(recipe.distill.checkpoint or "")
+    folder = inputs.output_folder(recipe.correct.checkpoint, key)
+    for other, taken in (("teacher.checkpoint", teacher_folder), ("distill.checkpoint", student)):
+        if absolute(folder) == absolute(taken):
+            raise InputError(key, folder, f"is {other}'s own folder", "name another")
+    # Its learning rate follows the budget of `distill`.
+    sections = ("data", "teacher", "correct", "distill")
+    refuse_other_run(folder, recipe, sections, key, "correct", keeps_budget=True)
+    stands_at = latest_iteration(student)
+    was_corrected = "corrected" in read_lineage(student).get("teacher", {})
+    if stands_at is not None and was_corrected and not iteration_folder(folder, stands_at).is_dir():
+        rule = f"has no iteration {stands_at}, at which distill.checkpoint={student} stands"
+        raise InputError(key, folder, rule, "name the folder that this run's teacher was saved to")
+    return folder
+
+
+def check_vocabulary(teacher: Architecture, student: Architecture) -> None:
+    """Raise InputError where the two output distributions are not over the same ids, or the teacher is the smaller."""
+    for field in ("vocab_size", "padded_vocab_size"):
+        ours, theirs = getattr(student, field), getattr(teacher, field)
+        if ours != theirs:
+            rule = f"is {ours} in student.checkpoint and {theirs} in teacher.checkpoint"
+            raise InputError(field, None, rule, "a student is distilled from a teacher of the same vocabulary")
+    if student.num_parameters > teacher.num_parameters:
+        rule = f"has {student.num_parameters:,} parameters and teacher.checkpoint {teacher.num_parameters:,}"
+        raise InputError("student.checkpoint", None, rule, "the teacher is the larger one; swap the two")

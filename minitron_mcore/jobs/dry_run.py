@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from minitron_mcore.estimate.config import ClusterConfig
 from minitron_mcore.estimate.forecast import bytes_text, stage_parts
 from minitron_mcore.estimate.run import forecast_words
 from minitron_mcore.jobs.job import Job, Model
 from minitron_mcore.jobs.run import RunJob
-from minitron_mcore.jobs.training import TrainingJob
+from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.config import ClusterConfig
 from minitron_mcore.runtime.world import Memory, World
 
 ENOUGH = 1 << 62  # bytes of a memory whose size is not given
@@ -34,9 +33,9 @@ def dry_run(verb: str, job: Job, world: World) -> str:
     ranks = "1 rank" if world.size == 1 else f"{world.size:,} ranks"
     lines = [f"minitron {verb} on {ranks}{layout_of(job.recipe, world)}"]
     if isinstance(job, RunJob):
-        for number, (step, each) in enumerate(zip(job.steps, job.jobs, strict=True), start=1):
+        for number, (step, each) in enumerate(job.steps, start=1):
             lines.append(f"[{number}/{len(job.steps)}] {step.title}{'' if each else ': done before'}")
-            lines += [f"  {line}" for line in (_lines(each, world) if each else ())]
+            lines += [f"  {line}" for line in _lines(each, world)] if each else []
     else:
         lines += _lines(job, world)
     return "\n".join([*lines, "dry run: nothing was written"])
@@ -44,9 +43,8 @@ def dry_run(verb: str, job: Job, world: World) -> str:
 
 def layout_of(recipe: Recipe, world: World) -> str:
     """The layout in words, with the data-parallel size that is left of the ranks; "" where nothing is sharded."""
-    parallel: ParallelConfig = recipe.parallel
-    sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context")}
-    sizes["data"] = world.size // parallel.replica_ranks
+    sizes = {name: getattr(recipe.parallel, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context")}
+    sizes["data"] = world.size // recipe.parallel.replica_ranks
     words = [f"{name} {size}" for name, size in sizes.items() if size and size > 1]
     return f": {' x '.join(words)}" if words else ""
 
@@ -62,13 +60,10 @@ def _lines(job: Job, world: World) -> Iterator[str]:
     if isinstance(job, TrainingJob):
         yield f"{'goes on' if job.resumes else 'trains'} {job.timetable}"
         yield from forecast_words(job.forecast, world.memory)
-        yield from stages_of(job)
+        setting, count = job.forecast.setting, job.recipe.parallel.pipeline
+        # The ranks of one pipeline stage need the same.
+        for stage in range(count if count > 1 else 0):
+            needed = bytes_text(sum(stage_parts(setting, stage).values()))
+            yield f"memory of a rank of pipeline stage {stage}: {needed}"
     for note in job.notes:
         yield f"WARNING: {note}"
-
-
-def stages_of(job: TrainingJob) -> Iterator[str]:
-    """The forecast of the ranks of each pipeline stage; those of one stage need the same."""
-    setting, count = job.forecast.setting, job.recipe.parallel.pipeline
-    for stage in range(count if count > 1 else 0):
-        yield f"memory of a rank of pipeline stage {stage}: {bytes_text(sum(stage_parts(setting, stage).values()))}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -17,21 +17,17 @@ from minitron_mcore.data.tokenizer_json import save_for_transformers
 from minitron_mcore.errors import InputError, StorageError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import config_of
-from minitron_mcore.jobs.inputs import find_model, output_folder, require
-from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
-from minitron_mcore.jobs.tokenizers import model_tokenizer
+from minitron_mcore.jobs.inputs import find_model, model_tokenizer, output_folder, require
+from minitron_mcore.jobs.job import NOTHING, Item, Model, ModelJob, Promises
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportJob(Job):
-    """`model` to the folder `target`. as_it_is: the SentencePiece model goes along unconverted."""
+class ExportJob(ModelJob):
+    """`model` to the Hugging Face folder `target`. as_it_is: the SentencePiece model goes along unconverted."""
 
-    model: Model
-    target: Path
     max_shard_bytes: int
-    tokenizer: Tokenizer | None
     as_it_is: bool
 
 
@@ -44,23 +40,16 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING, *, repla
         raise InputError("hf", target, "exists", "name a folder that does not, or move that one away")
     max_shard_bytes = parse_size(recipe.max_shard_size, "max_shard_size")
     config_of(find_family(model.architecture.family, f"checkpoint={model.folder}"), model.architecture, f"hf={target}")
-    is_promised = model.iteration is None
-    has_tokenizer = is_promised or recipe.tokenizer.model or tokenizer_folder(model.folder) is not None
+    has_tokenizer = model.iteration is None or recipe.tokenizer.model or tokenizer_folder(model.folder)
     tokenizer = model_tokenizer(recipe, model, promises) if has_tokenizer else None
     as_it_is = tokenizer is not None and tokenizer.type == SENTENCEPIECE and "unconverted_tokenizer" in recipe.allow
     if tokenizer is not None and not as_it_is:
         try_tokenizer(tokenizer, model, target)
     lacks = f"{model.folder} has no tokenizer, so {target} gets none: tokenizer.model names one"
+    makes, notes = (Item("hf", str(target), "Hugging Face folder"),), () if has_tokenizer else (lacks,)
+    model = replace(model, tokenizer=tokenizer)
     return ExportJob(
-        recipe=recipe,
-        reads=(model,),
-        makes=(Item("hf", str(target), "Hugging Face folder"),),
-        notes=() if has_tokenizer else (lacks,),
-        model=model,
-        target=target,
-        max_shard_bytes=max_shard_bytes,
-        tokenizer=tokenizer,
-        as_it_is=as_it_is,
+        recipe, (model,), makes, notes, model=model, target=target, max_shard_bytes=max_shard_bytes, as_it_is=as_it_is
     )
 
 
@@ -90,9 +79,8 @@ def parse_size(text: str, key: str) -> int:
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(?:([KMGT])(i?)B)?", str(text).strip())
     if not found or ("." in found[1] and not found[2]):
-        raise InputError(
-            key, text, "is not a size", "write a number of bytes, or one with a unit, as 500MB, 5GB or 2GiB"
-        )
+        remedy = "write a number of bytes, or one with a unit, as 500MB, 5GB or 2GiB"
+        raise InputError(key, text, "is not a size", remedy)
     unit = (1024 if found[3] else 1000) ** ("KMGT".index(found[2]) + 1) if found[2] else 1
     size = int(Decimal(found[1]) * unit)
     if size < 1:

@@ -8,14 +8,12 @@ from pathlib import Path
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.companions import refuse_adapter
 from minitron_mcore.checkpoint.hf_config import find_hugging_face, read_config
-from minitron_mcore.data.tokenizer import Tokenizer, cut_otherwise, load_tokenizer
+from minitron_mcore.data.tokenizer import cut_otherwise, load_tokenizer
 from minitron_mcore.data.tokenizer_files import has_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
-from minitron_mcore.jobs.inputs import output_folder, require
+from minitron_mcore.jobs.inputs import check_model, fit_tokenizer, output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
-from minitron_mcore.jobs.layouts import check_model
-from minitron_mcore.jobs.tokenizers import fit_tokenizer
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import check_layout
 from minitron_mcore.runtime.world import World
@@ -23,12 +21,10 @@ from minitron_mcore.runtime.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class ImportJob(Job):
-    """The folder `source` to the checkpoint `target`, iteration 0."""
+    """The folder `source` as the checkpoint `made`."""
 
     source: Path
-    target: Path
-    architecture: Architecture
-    tokenizer: Tokenizer | None
+    made: Model
 
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> ImportJob:
@@ -54,16 +50,9 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Impor
                 "tokenizer.model is read by transformers, because of the files beside it, and it cuts "
                 f"{others} of 10 texts differently from sentencepiece; a tokenizer_config.json would say which is right"
             )
-    return ImportJob(
-        recipe=recipe,
-        reads=(Item("hf", str(source), f"Hugging Face folder, {architecture.num_parameters:,} parameters"),),
-        makes=(Model("checkpoint", target, architecture, 0, tokenizer=tokenizer),),
-        notes=tuple(notes),
-        source=source,
-        target=target,
-        architecture=architecture,
-        tokenizer=tokenizer,
-    )
+    reads = (Item("hf", str(source), f"Hugging Face folder, {architecture.num_parameters:,} parameters"),)
+    made = Model("checkpoint", target, architecture, 0, tokenizer=tokenizer)
+    return ImportJob(recipe, reads, (made,), tuple(notes), source=source, made=made)
 
 
 def check_weights(source: Path, architecture: Architecture, recipe: Recipe) -> None:

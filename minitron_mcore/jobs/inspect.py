@@ -27,4 +27,4 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Inspe
     path = Path(str(recipe.path))
     if not path.exists():
         raise InputError("path", path, "is not there", f"name {ONE_OF}")
-    return InspectJob(recipe=recipe, reads=(Item("path", str(path), "what is inspected"),), path=path)
+    return InspectJob(recipe, (Item("path", str(path), "what is inspected"),), path=path)

@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
-from minitron_mcore.jobs.layouts import asked_shape
-from minitron_mcore.jobs.step import Step, with_baseline
+from minitron_mcore.jobs.inputs import asked_shape, sizes_of
+from minitron_mcore.jobs.job import Job, Promises, resolve
+from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import StudentConfig
-from minitron_mcore.pruning.targets import TARGETS, step_shapes
+from minitron_mcore.pruning.targets import step_shapes
 from minitron_mcore.recipe import Recipe, with_keys
+from minitron_mcore.runtime.world import World
+from minitron_mcore.training.config import TrainConfig
 
 
 def shapes_of(recipe: Recipe, teacher: Architecture, student: StudentConfig) -> list[Architecture]:
@@ -42,12 +46,13 @@ def shapes_of(recipe: Recipe, teacher: Architecture, student: StudentConfig) -> 
 def check_steps(recipe: Recipe, student: StudentConfig, section: str) -> None:
     """Raise InputError for keys that do not go with the number of steps. section: where the recipe has `student`."""
     prune = recipe.prune
-    if prune.steps > 1 and student.layers is not None:
-        rule = f"names the teacher's layers, but prune.steps={prune.steps} chooses again in every step"
-        raise InputError(f"{section}.layers", student.layers, rule, "leave one of them out")
-    if prune.steps > 1 and recipe.plan:
-        rule = f"is of one step, but prune.steps={prune.steps}"
-        raise InputError("plan", recipe.plan, rule, "leave one of them out")
+    of_one = {
+        f"{section}.layers": (student.layers, "names the teacher's layers", " chooses again in every step"),
+        "plan": (recipe.plan or None, "is of one step", ""),
+    }
+    for key, (value, what, why) in of_one.items():
+        if prune.steps > 1 and value is not None:
+            raise InputError(key, value, f"{what}, but prune.steps={prune.steps}{why}", "leave one of them out")
 
 
 def parts_of(recipe: Recipe, name: str, student: StudentConfig, teacher: Architecture, folder: Path) -> Iterator[Step]:
@@ -63,7 +68,7 @@ def parts_of(recipe: Recipe, name: str, student: StudentConfig, teacher: Archite
         told: dict[str, Any] = {
             "name": f"{recipe.name}-{mark}",
             "teacher.checkpoint": str(source),
-            "student": student if len(shapes) == 1 else sized(shape),
+            "student": student if len(shapes) == 1 else StudentConfig(**sizes_of(shape)),
             "student.checkpoint": str(where / "pruned"),
             "prune.overwrite": True,
             "prune.steps": 1,
@@ -81,10 +86,6 @@ def parts_of(recipe: Recipe, name: str, student: StudentConfig, teacher: Archite
             source = trained
 
 
-def sized(shape: Architecture) -> StudentConfig:
-    return StudentConfig(**{name: getattr(shape, name) for name in TARGETS})
-
-
 def _own_importance(recipe: Recipe, number: int, before: Architecture, after: Architecture) -> ImportanceConfig | None:
     """What to score in step `number`; None where the teacher's scores serve, as in the first step they mostly do."""
     metric, removed = recipe.prune.depth_metric, before.num_layers - after.num_layers
@@ -93,12 +94,8 @@ def _own_importance(recipe: Recipe, number: int, before: Architecture, after: Ar
     if number == 1 and (recipe.prune.steps == 1 or not measured or length in recipe.importance.block_lengths):
         return None
     asks = recipe.importance.multiple_choice if measured and metric in TASK_METRICS else None
-    return dataclasses.replace(
-        recipe.importance,
-        depth_metrics=[metric] if measured else [],
-        block_lengths=[length],
-        multiple_choice=asks,
-    )
+    metrics = [metric] if measured else []
+    return dataclasses.replace(recipe.importance, depth_metrics=metrics, block_lengths=[length], multiple_choice=asks)
 
 
 def _training(
@@ -113,9 +110,40 @@ def _training(
         "distill.load": None,
         "distill.checkpoint": str(target),
         "distill.correct_teacher": False,
+        "student": StudentConfig(checkpoint=str(source)),
     }
-    shared = with_keys(recipe, told)
-    mark, title = f"train-{name}-step-{number}", f"train {words}"
+    verb, trained = "distill", with_keys(recipe, told)
     if recipe.prune.step_loss == "next_token":
-        return Step(mark, title, "train", with_baseline(shared, "next_token", shape, source, target))
-    return Step(mark, title, "distill", with_keys(shared, {"student": StudentConfig(checkpoint=str(source))}))
+        verb, trained = "train", with_baseline(trained, "next_token", shape, source, target)
+    return Step(f"train-{name}-step-{number}", f"train {words}", verb, trained)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job of a run, skipped once it is done. name: of its mark in done/; title: for the console."""
+
+    name: str
+    title: str
+    verb: str
+    recipe: Recipe
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the verb's `resolve`
+
+    def mark(self, folder: Path) -> Path:
+        """The file that says that it is done, and what it gave."""
+        return folder / "done" / f"{self.name.replace(' ', '-')}.json"
+
+    def resolve(self, world: World, promises: Promises) -> Job:
+        return resolve(self.verb, self.recipe, world, promises, **self.options)
+
+
+def with_baseline(recipe: Recipe, baseline: str, shape: Architecture, pruned: Path, target: Path) -> Recipe:
+    """Next-token training of a student's shape with the distillation's own budget and schedule, from the pruned weights
+    (next_token) or random ones: what distillation is compared with, and what may stand between pruning steps."""
+    shared = {entry.name: getattr(recipe.distill, entry.name) for entry in dataclasses.fields(TrainConfig)}
+    shared |= {"checkpoint": str(target), "load": str(pruned) if baseline == "next_token" else None}
+    stored = shape.to_dict()
+    fields = {entry.name: stored[entry.name] for entry in dataclasses.fields(ModelConfig) if entry.name in stored}
+    # The student's own padding, whatever multiple the recipe names.
+    fields["make_vocab_size_divisible_by"] = stored["padded_vocab_size"]
+    name = f"{recipe.name}-{baseline}"
+    return dataclasses.replace(recipe, name=name, train=TrainConfig(**shared), model=ModelConfig(**fields))

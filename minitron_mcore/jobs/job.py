@@ -9,13 +9,17 @@ is resolved once more, so that a stage only ever sees inputs that are there.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.checkpoint.stated import ASKED, Stated, stating
+from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mcore.errors import InputError
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 
@@ -52,11 +56,13 @@ TOKENS, SCORES, PLAN = "tokens", "scores", "plan"
 
 @dataclass(frozen=True)
 class Item:
-    """Something else that a job reads or makes. `what`: TOKENS, SCORES, PLAN, or other words."""
+    """Something else that a job reads or makes. `what`: TOKENS, SCORES, PLAN, or other words. vocab_size: of a
+    tokenizer."""
 
     key: str
     path: str
     what: str
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,6 @@ class Promises:
 
     models: dict[Path, Model] = field(default_factory=dict)
     items: dict[Path, Item] = field(default_factory=dict)  # files and token prefixes
-    tokenizers: dict[Path, int] = field(default_factory=dict)  # a tokenizer's file -> its vocabulary's size
 
     @property
     def prefixes(self) -> frozenset[str]:
@@ -76,13 +81,18 @@ class Promises:
         """These, and what `job` makes."""
         models = {absolute(made.folder): replace(made, iteration=None) for made in job.makes if isinstance(made, Model)}
         items = {absolute(made.path): made for made in job.makes if isinstance(made, Item)}
-        return Promises(self.models | models, self.items | items, self.tokenizers | job.makes_tokenizers)
+        return Promises(self.models | models, self.items | items)
+
+    def vocab_size(self, tokenizer: str | None) -> int | None:
+        """That of a tokenizer that an earlier job will make; None where none will."""
+        item = self.items.get(absolute(tokenizer)) if tokenizer else None
+        return item.vocab_size if item else None
 
 
 NOTHING = Promises()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Job:
     """What every verb's job has; each verb adds what its stage needs.
 
@@ -93,7 +103,14 @@ class Job:
     reads: tuple[Model | Item, ...] = ()
     makes: tuple[Model | Item, ...] = ()
     notes: tuple[str, ...] = ()
-    makes_tokenizers: dict[Path, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelJob(Job):
+    """A job on the checkpoint `model`, which writes `target`."""
+
+    model: Model
+    target: Path
 
 
 def absolute(path: str | Path) -> Path:
@@ -110,3 +127,34 @@ def resolve(verb: str, recipe: Recipe, world: World, promises: Promises = NOTHIN
 def module_of(verb: str) -> str:
     """`import` is a word of Python."""
     return "import_" if verb == "import" else verb
+
+
+@contextmanager
+def reading_for(recipe: Recipe) -> Iterator[None]:
+    """While it lasts, checkpoints are described with `model.*` and the tokenizer, and read as `trust` says."""
+    with ExitStack() as stack:
+        if recipe.trust:  # imports torch
+            from minitron_mcore.checkpoint.unpickle import trusting
+
+            stack.enter_context(trusting(True))
+        stack.enter_context(stating(stated_by(recipe)))
+        yield
+
+
+def stated_by(recipe: Recipe) -> Stated:
+    """The keys `model.*` that may be asked for, and the tokenizers that are found: the recipe's, or one at a path."""
+
+    @cache
+    def count_ids(path: str | None) -> tuple[str, int] | None:
+        if path is None and not recipe.tokenizer.model:
+            return None
+        try:
+            tokenizer = load_tokenizer(path or recipe.tokenizer)
+        except (InputError, OSError):
+            if path is None:
+                raise
+            return None
+        return tokenizer.path, tokenizer.vocab_size
+
+    given = {name: value for name in ASKED if (value := getattr(recipe.model, name)) is not None}
+    return Stated(given, count_ids)

@@ -10,9 +10,8 @@ from minitron_mcore.data.corpus import check_file
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import variant_names
 from minitron_mcore.importance.scores import Scores, load_scores
-from minitron_mcore.jobs.inputs import find_model, require
+from minitron_mcore.jobs.inputs import asked_shape, find_model, require
 from minitron_mcore.jobs.job import NOTHING, PLAN, SCORES, Item, Job, Promises, absolute
-from minitron_mcore.jobs.layouts import asked_shape
 from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan, check_residual, check_same_model
 from minitron_mcore.pruning.targets import no_target
@@ -44,11 +43,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> PlanJ
     stands = target.exists() and not recipe.prune.overwrite
     if stands and plan and target.read_text(encoding="utf-8", errors="replace") != plan.to_json():
         raise InputError("plan", target, "holds another plan", "name another file, or set prune.overwrite=true")
-    scores = Item("scores", str(recipe.scores), SCORES)
-    made = Item("plan", str(target), PLAN)
-    return PlanJob(
-        recipe=recipe, reads=(model, scores) if model else (scores,), makes=(made,), target=target, plan=plan
-    )
+    scores, made = Item("scores", str(recipe.scores), SCORES), Item("plan", str(target), PLAN)
+    return PlanJob(recipe, (model, scores) if model else (scores,), (made,), target=target, plan=plan)
 
 
 def plan_from_scores(

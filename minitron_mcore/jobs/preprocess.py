@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from minitron_mcore.data.config import PreprocessConfig
 from minitron_mcore.data.texts import Texts, prefixes_of, texts_to_encode
 from minitron_mcore.data.tokenizer import Tokenizer
-from minitron_mcore.jobs.inputs import require
+from minitron_mcore.jobs.inputs import A_TOKENIZER, recipe_tokenizer, require, value_at
 from minitron_mcore.jobs.job import NOTHING, TOKENS, Item, Job, Promises
-from minitron_mcore.jobs.tokenizers import recipe_tokenizer
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 
@@ -27,30 +26,17 @@ class PreprocessJob(Job):
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> PreprocessJob:
     """`preprocess.input` -> token files under `preprocess.output_prefix`; the recipe's `input` and `output_prefix`
     stand in for keys that are not given. Raises InputError."""
-    given, keys = recipe.preprocess, {}
-    for name in ("input", "output_prefix"):
-        keys[name] = name if getattr(given, name) is None else f"preprocess.{name}"
-    require(
-        recipe,
-        {
-            keys["input"]: "the text to read",
-            keys["output_prefix"]: "the path that the files' names begin with",
-            "tokenizer.model": "a SentencePiece .model file or a Hugging Face folder",
-        },
+    given = recipe.preprocess
+    source, prefix = (
+        name if getattr(given, name) is None else f"preprocess.{name}" for name in ("input", "output_prefix")
     )
-    prefix = given.output_prefix or recipe.output_prefix
-    config = dataclasses.replace(given, input=given.input or recipe.input, output_prefix=prefix)
-    texts = texts_to_encode(config, keys["input"])
+    needed = {source: "the text to read", prefix: "the path that the files' names begin with"}
+    require(recipe, {**needed, "tokenizer.model": A_TOKENIZER})
+    config = dataclasses.replace(given, input=value_at(recipe, source), output_prefix=value_at(recipe, prefix))
+    texts = texts_to_encode(config, source)
     train, held_out = prefixes_of(config)
-    return PreprocessJob(
-        recipe=recipe,
-        reads=(Item(keys["input"], str(config.input), f"text, {len(texts.files):,} files"),),
-        makes=(
-            *(Item("data.train", each, TOKENS) for each in train),
-            *(Item("data.valid", each, TOKENS) for each in held_out),
-        ),
-        notes=texts.notes,
-        config=config,
-        texts=texts,
-        tokenizer=recipe_tokenizer(recipe, promises),
-    )
+    reads = (Item(source, str(config.input), f"text, {len(texts.files):,} files"),)
+    made = {"data.train": train, "data.valid": held_out}
+    makes = tuple(Item(key, each, TOKENS) for key, prefixes in made.items() for each in prefixes)
+    tokenizer = recipe_tokenizer(recipe, promises)
+    return PreprocessJob(recipe, reads, makes, texts.notes, config=config, texts=texts, tokenizer=tokenizer)

@@ -8,25 +8,22 @@ from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.jobs.inputs import find_model, output_folder, require
-from minitron_mcore.jobs.job import NOTHING, PLAN, SCORES, Item, Job, Model, Promises, absolute
+from minitron_mcore.jobs.inputs import find_model, output_folder, require, sizes_of, value_at
+from minitron_mcore.jobs.job import NOTHING, PLAN, SCORES, Item, Model, ModelJob, Promises, absolute
 from minitron_mcore.jobs.plan import NEEDED, plan_from_scores, promised_shape, read_scores
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.pruning.plan import scores_fingerprint
 from minitron_mcore.pruning.plan_file import PruningPlan, load_plan
-from minitron_mcore.pruning.targets import TARGETS
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ParallelConfig, check_layout
 from minitron_mcore.runtime.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneJob(Job):
-    """The student that `plan` cuts out of `teacher`, to the new folder `target`. plan: None if it is promised, or its
+class PruneJob(ModelJob):
+    """The student that `plan` cuts out of the teacher, to the new folder `target`. plan: None if it is promised, or its
     scores are."""
 
-    teacher: Model
-    target: Path
     plan: PruningPlan | None
 
 
@@ -47,15 +44,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Prune
     if plan is not None and teacher.iteration is not None:
         notes += other_teacher(plan, teacher.place)
     made_from = Item("plan", recipe.plan, PLAN) if recipe.plan else Item("scores", str(recipe.scores), SCORES)
-    return PruneJob(
-        recipe=recipe,
-        reads=(teacher, made_from),
-        makes=(Model("student.checkpoint", target, student, 0, tokenizer=teacher.tokenizer),),
-        notes=tuple(notes),
-        teacher=teacher,
-        target=target,
-        plan=plan,
-    )
+    makes = (Model("student.checkpoint", target, student, 0, tokenizer=teacher.tokenizer),)
+    return PruneJob(recipe, (teacher, made_from), makes, tuple(notes), model=teacher, target=target, plan=plan)
 
 
 def find_plan(recipe: Recipe, teacher: Architecture, promises: Promises) -> tuple[Architecture, PruningPlan | None]:
@@ -68,15 +58,16 @@ def find_plan(recipe: Recipe, teacher: Architecture, promises: Promises) -> tupl
         return plan_from_scores(recipe, teacher, promises)
     if absolute(recipe.plan) in promises.items:
         return promised_shape(recipe, teacher), None
-    plan, student = load_plan(recipe.plan, teacher), recipe.student
-    planned: dict[str, tuple[Any, Any, Any]]
-    planned = {f"student.{name}": (getattr(student, name), getattr(plan.student, name), None) for name in TARGETS}
-    planned["student.layers"] = (student.layers, plan.layers, None)
-    planned["student.ratios"] = (student.ratios, plan.settings.get("ratios"), {})
-    rule = plan.residual.rule if plan.residual else "none"
-    planned["prune.head_residual"] = (recipe.prune.head_residual, rule, "none")
-    for key, (asked, there, left_out) in planned.items():
-        if asked not in (there, left_out):
+    plan = load_plan(recipe.plan, teacher)
+    # What it was made with, and what stands for a key that is left out.
+    planned: dict[str, tuple[Any, Any]] = {
+        **{f"student.{name}": (size, None) for name, size in sizes_of(plan.student).items()},
+        "student.layers": (plan.layers, None),
+        "student.ratios": (plan.settings.get("ratios"), {}),
+        "prune.head_residual": (plan.residual.rule if plan.residual else "none", "none"),
+    }
+    for key, (there, left_out) in planned.items():
+        if (asked := value_at(recipe, key)) not in (there, left_out):
             why = f"is not what plan={recipe.plan} was made with, {there or 'none'}"
             raise InputError(key, asked, why, f"plan again, or leave {key} out")
     made_from = plan.settings.get("scores_fingerprint")

@@ -14,6 +14,7 @@ output/done/STEP.json                     what a finished step gave
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,45 +23,28 @@ from typing import Any
 from minitron_mcore.checkpoint.folder import find_checkpoint, tokenizer_folder
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.continuation import refuse_other_run
-from minitron_mcore.jobs.inputs import find_model, output_folder, require
-from minitron_mcore.jobs.iterate import check_steps, parts_of
+from minitron_mcore.jobs.inputs import find_model, output_folder, refuse_context, require
+from minitron_mcore.jobs.iterate import Step, check_steps, parts_of, with_baseline
 from minitron_mcore.jobs.job import NOTHING, Job, Promises
-from minitron_mcore.jobs.layouts import refuse_context
-from minitron_mcore.jobs.step import Step, with_baseline
-from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, with_keys
 from minitron_mcore.runtime.config import check_layout
 from minitron_mcore.runtime.world import World
 
 SECTIONS = (
-    "input",
-    "tokenizer",
-    "preprocess",
-    "data",
-    "model",
-    "teacher",
-    "student",
-    "importance",
-    "prune",
-    "train",
-    "correct",
-    "distill",
-    "evaluate",
-    "run",
+    *("input", "tokenizer", "preprocess", "data", "model", "teacher", "student", "importance"),
+    *("prune", "train", "correct", "distill", "evaluate", "run"),
 )
 EVALUATE = "evaluate "
-Told = dict[str, Any]
 BASELINE_TITLES = {"next_token": "next-token loss", "random": "random weights"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunJob(Job):
-    """`steps` in order, into `folder`. jobs: what each will do; None: it is done."""
+    """`steps` in order, into `folder`, each with what it will do; None: it is done."""
 
     folder: Path
     world: World
-    steps: tuple[Step, ...]
-    jobs: tuple[Job | None, ...]
+    steps: tuple[tuple[Step, Job | None], ...]
 
 
 @dataclass
@@ -70,24 +54,21 @@ class _Road:
     folder: Path
     world: World
     promises: Promises
-    steps: list[Step] = field(default_factory=list)
-    jobs: list[Job | None] = field(default_factory=list)
+    steps: list[tuple[Step, Job | None]] = field(default_factory=list)
 
     def lay(self, step: Step) -> None:
         job = None
         if not step.mark(self.folder).is_file():
             job = step.resolve(self.world, self.promises)
             self.promises = self.promises.after(job)
-        self.steps.append(step)
-        self.jobs.append(job)
+        self.steps.append((step, job))
 
-    def add(self, name: str, title: str, verb: str, recipe: Recipe, told: Told | None = None, **options: Any) -> None:
-        """A step of the recipe with other values at the keys `told`."""
-        self.lay(Step(name, title, verb, with_keys(recipe, told or {}), options))
+    def add(self, name: str, title: str, verb: str, recipe: Recipe, **options: Any) -> None:
+        self.lay(Step(name, title, verb, recipe, options))
 
     def evaluate(self, name: str, recipe: Recipe, checkpoint: Path | str, results: Path | None = None) -> None:
         told = {"checkpoint": str(checkpoint), "results": str(results) if results else None}
-        self.add(EVALUATE + name, f"evaluate {name}", "evaluate", recipe, told)
+        self.add(EVALUATE + name, f"evaluate {name}", "evaluate", with_keys(recipe, told))
 
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> RunJob:
@@ -103,14 +84,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> RunJo
     refuse_lost_tokenizer(recipe)
     road = _Road(folder, world, promises)
     lay_road(recipe, road)
-    return RunJob(
-        recipe=recipe,
-        makes=tuple(made for job in road.jobs if job for made in job.makes),
-        folder=folder,
-        world=world,
-        steps=tuple(road.steps),
-        jobs=tuple(road.jobs),
-    )
+    makes = tuple(made for _, job in road.steps if job for made in job.makes)
+    return RunJob(recipe, makes=makes, folder=folder, world=world, steps=tuple(road.steps))
 
 
 def lay_road(recipe: Recipe, road: _Road) -> None:
@@ -122,7 +97,7 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
     base = with_keys(base, {"teacher.checkpoint": teacher, "scores": scores})
     if not recipe.teacher.checkpoint:
         told = {"name": f"{recipe.name}-teacher", "train.checkpoint": teacher}
-        road.add("train-teacher", "train the teacher", "train", base, told)
+        road.add("train-teacher", "train the teacher", "train", with_keys(base, told))
     shape = find_model(teacher, "teacher.checkpoint", road.promises).architecture
     # Nothing is written into the folder of a teacher that the recipe names.
     results = folder / "teacher" / "results.json" if recipe.teacher.checkpoint else None
@@ -130,7 +105,7 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
     if recipe.correct.tokens:
         corrected = str(folder / "corrected")
         told = {"name": f"{recipe.name}-corrected", "correct.checkpoint": corrected}
-        road.add("correct-teacher", "correct the teacher", "correct", base, told)
+        road.add("correct-teacher", "correct the teacher", "correct", with_keys(base, told))
         road.evaluate("corrected teacher", base, corrected)
         base = with_keys(base, {"teacher.checkpoint": corrected})
     road.add("score", "score the teacher", "score", base)
@@ -144,32 +119,22 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
         for step in parts_of(base, name, student, shape, pruned.parent):
             road.lay(step)
         road.evaluate(f"{name} pruned", base, pruned)
-        told = distillation(recipe, student, pruned, distilled)
-        road.add(f"distill-{name}", f"distil {name}", "distill", base, told)
+        given = dataclasses.replace(student, checkpoint=str(pruned))
+        trained = {"student": given, "distill.load": None, "distill.checkpoint": str(distilled)}
+        if recipe.distill.correct_teacher:
+            trained["correct.checkpoint"] = str(pruned.parent / "corrected")
+        trained["name"] = f"{recipe.name}-{name}"
+        road.add(f"distill-{name}", f"distil {name}", "distill", with_keys(base, trained))
         road.evaluate(f"{name} distilled", base, distilled)
-        told = {"checkpoint": str(distilled), "hf": str(folder / "hf" / name)}
-        road.add(f"export-{name}", f"export {name}", "export", base, told, replaces=True)
+        exported = with_keys(base, {"checkpoint": str(distilled), "hf": str(folder / "hf" / name)})
+        road.add(f"export-{name}", f"export {name}", "export", exported, replaces=True)
     first = next(iter(students))
     pruned = folder / "students" / first / "pruned"
     for baseline in recipe.run.baselines:
         target, title = folder / "baselines" / baseline, f"{first} {BASELINE_TITLES[baseline]}"
         small = find_model(pruned, "student.checkpoint", road.promises).architecture
-        training = with_baseline(base, baseline, small, pruned, target)
-        road.add(f"baseline-{baseline}", title, "train", training)
+        road.add(f"baseline-{baseline}", title, "train", with_baseline(base, baseline, small, pruned, target))
         road.evaluate(title, base, target)
-
-
-def distillation(recipe: Recipe, student: StudentConfig, pruned: Path, distilled: Path) -> Told:
-    """The keys of the recipe by which `student` is distilled."""
-    told = {
-        "name": f"{recipe.name}-{pruned.parent.name}",
-        "student": student,
-        "student.checkpoint": str(pruned),
-        "distill.load": None,
-        "distill.checkpoint": str(distilled),
-    }
-    corrected = str(pruned.parent / "corrected")
-    return {**told, "correct.checkpoint": corrected} if recipe.distill.correct_teacher else told
 
 
 def with_data(recipe: Recipe, road: _Road) -> Recipe:

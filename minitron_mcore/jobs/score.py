@@ -11,17 +11,13 @@ from typing import Any
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.corpus import check_file
 from minitron_mcore.data.described import describe_calibration
-from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.questions import Task, load_task, read_questions
 from minitron_mcore.files import kind_of
 from minitron_mcore.importance.config import check_blocks, measured
 from minitron_mcore.importance.scores import OF_WEIGHTS, load_scores, tolerance_of
-from minitron_mcore.jobs.inputs import TEXT, find_model, require
-from minitron_mcore.jobs.job import NOTHING, SCORES, Item, Job, Model, Promises
-from minitron_mcore.jobs.layouts import check_model, refuse_context
-from minitron_mcore.jobs.tokenizers import model_tokenizer
-from minitron_mcore.jobs.training import data_items
+from minitron_mcore.jobs.inputs import TEXT, data_items, find_reader, require
+from minitron_mcore.jobs.job import NOTHING, SCORES, Item, Model, ModelJob, Promises
 from minitron_mcore.keys import flat
 from minitron_mcore.pruning.plan_file import check_same_model
 from minitron_mcore.recipe import Recipe
@@ -32,16 +28,13 @@ NO_MATTER = {"importance.micro_batch_size", "tolerance"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreJob(Job):
-    """The scores of `teacher`, to the file `target`.
+class ScoreJob(ModelJob):
+    """The scores of the teacher, to the file `target`.
 
-    tokenizer: None if no text is read. task: the questions, if any metric asks them. settings: how the scores are made.
-    is_there: `target` holds scores made in the same way.
+    task: the questions, if any metric asks them. settings: how the scores are made. is_there: `target` holds scores
+    made in the same way.
     """
 
-    teacher: Model
-    target: Path
-    tokenizer: Tokenizer | None
     task: Task | None
     settings: dict[str, Any]
     is_there: bool
@@ -54,34 +47,25 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Score
     scores = "the file to write, as in scores=scores.safetensors"
     needed = {"teacher.checkpoint": "the teacher's folder", "scores": scores}
     require(recipe, needed, TEXT if reads_text and not recipe.data.calibration else {})
-    teacher = find_model(recipe.teacher.checkpoint, "teacher.checkpoint", promises)
-    check_model(teacher.architecture, recipe, world, reads_text=reads_text)
-    if reads_text:
-        refuse_context(recipe, "score")
-    tokenizer = model_tokenizer(recipe, teacher, promises) if reads_text else None
+    teacher = find_reader(recipe, world, promises, "teacher.checkpoint", whole="score", reads_text=reads_text)
     metrics, target = measured(importance.depth_metrics), Path(str(recipe.scores))
     check_blocks(metrics, importance.block_lengths, teacher.architecture.num_layers)
     for path in (target, *(beside(target) if metrics else ())):
         check_file(str(path), "scores")
-    task = find_task(recipe, teacher.architecture, tokenizer)
-    settings = describe(recipe, teacher, tokenizer) | ({"multiple_choice": task.digest} if task else {})
-    is_promised = teacher.iteration is None or (reads_text and tokenizer is None)
+    task = None
+    if (questions := importance.multiple_choice) and teacher.tokenizer:
+        task = load_task(questions, teacher.tokenizer, teacher.architecture.max_position_embeddings)
+    elif questions:
+        read_questions(questions)
+    settings = describe(recipe, teacher) | ({"multiple_choice": task.digest} if task else {})
+    is_promised = teacher.iteration is None or (reads_text and teacher.tokenizer is None)
     is_there = not is_promised and is_made(target, teacher.architecture, settings)
-    data: tuple[Item, ...] = ()
+    reads: tuple[Model | Item, ...] = (teacher,)
     if reads_text and not is_there:
-        described = describe_calibration(recipe.data, tokenizer, importance.num_samples, promises.prefixes)
-        data = data_items(described)
-    return ScoreJob(
-        recipe=recipe,
-        reads=(teacher, *data),
-        makes=(Item("scores", str(target), SCORES),),
-        teacher=teacher,
-        target=target,
-        tokenizer=tokenizer,
-        task=task,
-        settings=settings,
-        is_there=is_there,
-    )
+        described = describe_calibration(recipe.data, teacher.tokenizer, importance.num_samples, promises.prefixes)
+        reads += data_items(described)
+    makes = (Item("scores", str(target), SCORES),)
+    return ScoreJob(recipe, reads, makes, model=teacher, target=target, task=task, settings=settings, is_there=is_there)
 
 
 def beside(scores: Path) -> tuple[Path, Path]:
@@ -89,38 +73,25 @@ def beside(scores: Path) -> tuple[Path, Path]:
     return scores.with_name(f"{scores.stem}.depth.csv"), scores.with_name(f"{scores.stem}.depth.png")
 
 
-def find_task(recipe: Recipe, teacher: Architecture, tokenizer: Tokenizer | None) -> Task | None:
-    """The questions of importance.multiple_choice; None if there are none, or their tokenizer is promised."""
-    file = recipe.importance.multiple_choice
-    if file is None:
-        return None
-    if tokenizer is None:
-        read_questions(file)
-        return None
-    return load_task(file, tokenizer, teacher.max_position_embeddings)
-
-
-def describe(recipe: Recipe, teacher: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def describe(recipe: Recipe, teacher: Model) -> dict[str, Any]:
     """How the scores are made, and their tolerance; the layout has no effect and is left out."""
-    data, importance = recipe.data, recipe.importance
-    method = importance.method
-    settings: dict[str, Any] = {"teacher": {"checkpoint": str(teacher.folder), "iteration": teacher.iteration}}
-    if method == "magnitude":
-        settings |= {"importance": {"method": method}, "tolerance": OF_WEIGHTS}
-    elif method == "random":
-        settings |= {"importance": {"method": method}, "seed": recipe.seed, "tolerance": 0.0}
-    else:
-        drawn_from = {"train": data.train, "valid": data.valid, "split": data.split}
-        settings |= {
+    data, importance, method = recipe.data, recipe.importance, recipe.importance.method
+    drawn_from = {"train": data.train, "valid": data.valid, "split": data.split}
+    own: dict[str, dict[str, Any]] = {
+        "magnitude": {"importance": {"method": method}, "tolerance": OF_WEIGHTS},
+        "random": {"importance": {"method": method}, "seed": recipe.seed, "tolerance": 0.0},
+        "activation": {
             "importance": dataclasses.asdict(importance),
             "data": drawn_from if data.calibration is None else {"calibration": data.calibration},
             "num_samples": importance.num_samples,
             "sequence_length": data.sequence_length,
             "precision": recipe.precision,
             "seed": recipe.seed,
-            "tokenizer": tokenizer.fingerprint if tokenizer else None,
+            "tokenizer": teacher.tokenizer and teacher.tokenizer.fingerprint,
             "tolerance": tolerance_of(recipe.precision, importance.batch_aggregation, importance.sequence_aggregation),
-        }
+        },
+    }
+    settings = {"teacher": {"checkpoint": str(teacher.folder), "iteration": teacher.iteration}, **own[method]}
     return json.loads(json.dumps(settings))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from minitron_mcore.data.config import TokenizerConfig
 from minitron_mcore.data.texts import Texts, texts_to_train_on
 from minitron_mcore.jobs.inputs import require
-from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises, absolute
+from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 
@@ -27,13 +27,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Token
     require(recipe, {key: "the text to train on", "tokenizer.model": "the file to write"})
     config = dataclasses.replace(recipe.tokenizer, input=recipe.tokenizer.input or recipe.input)
     texts = texts_to_train_on(config, key)
-    model = str(config.model)
-    return TokenizerJob(
-        recipe=recipe,
-        reads=(Item(key, str(config.input), f"text, {len(texts.files):,} files"),),
-        makes=(Item("tokenizer.model", model, f"SentencePiece model of {config.vocab_size:,} pieces"),),
-        makes_tokenizers={absolute(model): config.vocab_size},
-        notes=texts.notes,
-        config=config,
-        texts=texts,
-    )
+    reads = (Item(key, str(config.input), f"text, {len(texts.files):,} files"),)
+    pieces = config.vocab_size
+    makes = (Item("tokenizer.model", str(config.model), f"SentencePiece model of {pieces:,} pieces", pieces),)
+    return TokenizerJob(recipe, reads, makes, texts.notes, config=config, texts=texts)

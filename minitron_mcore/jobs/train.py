@@ -1,28 +1,102 @@
-"""`train`: next-token training, from random weights (`model.*`) or onward from a checkpoint (`train.load`). Pure."""
+"""`train`: next-token training, from random weights (`model.*`) or onward from a checkpoint (`train.load`); and what
+`train`, `correct` and `distill` resolve alike: layout, budget, data, memory, the folder to go on in. Pure."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.checkpoint.folder import check_architecture, latest_iteration
+from minitron_mcore.data.described import Described, describe_training
+from minitron_mcore.data.index_size import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.jobs.inputs import budget_and_text, find_model, require
-from minitron_mcore.jobs.job import NOTHING, Promises, absolute
-from minitron_mcore.jobs.tokenizers import fit_tokenizer, model_tokenizer, recipe_tokenizer
-from minitron_mcore.jobs.training import TrainingJob, resolve_training
+from minitron_mcore.estimate.forecast import Forecast
+from minitron_mcore.estimate.run import forecast_run
+from minitron_mcore.jobs import inputs
+from minitron_mcore.jobs.continuation import refuse_other_run, sources
+from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises, absolute
+from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.world import World
+from minitron_mcore.training.budget import Timetable, check_train, plan_timetable
+from minitron_mcore.training.config import TrainConfig
+from minitron_mcore.training.dashboard import check_wandb
+from minitron_mcore.training.learning_rate import check_learning_rate
 
 # What random weights need besides.
 NEW_MODEL = {
-    "tokenizer.model": "a SentencePiece .model file or a Hugging Face folder",
+    "tokenizer.model": inputs.A_TOKENIZER,
     "model.num_layers": "the number of layers",
     "model.hidden_size": "the width of the residual stream",
     "model.ffn_hidden_size": "the number of neurons of an MLP",
     "model.num_attention_heads": "the number of query heads",
 }
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """A teacher that is fit for the student of `distill`.
+
+    model: the one that runs beside the student, at the iteration that the run began with; None: none does.
+    layout: how it lies over the ranks.
+    corrected: what a model that is trained while it teaches becomes.
+    cache: the folder of its targets; samples: how many it was asked for.
+    """
+
+    tokenizer: Tokenizer | None
+    lineage: dict[str, Any]
+    model: Model | None = None
+    layout: ParallelConfig | None = None
+    corrected: Model | None = None
+    cache: Path | None = None
+    samples: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.model is None:
+            return str(self.cache)
+        corrected = f", corrected into {self.corrected.folder}," if self.corrected else ""
+        return f"teacher {self.model.architecture.num_parameters:,}{corrected}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob(Job):
+    """A training by the recipe's `section` into `folder`.
+
+    source: the checkpoint that the first weights come from, of `distill` the pruned student; None: they are drawn.
+    tokenizer: None: promised.
+    resumes: `folder` holds a checkpoint, from which the run goes on.
+    wanted: the sample sets to build.
+    lineage: what lineage.yaml says of where the weights come from.
+    teaching: of `distill`.
+    """
+
+    section: str
+    folder: Path
+    architecture: Architecture
+    source: Model | None
+    tokenizer: Tokenizer | None
+    timetable: Timetable
+    wanted: tuple[Wanted, ...]
+    forecast: Forecast
+    resumes: bool
+    lineage: dict[str, Any]
+    teaching: Teaching | None
+
+    @property
+    def config(self) -> TrainConfig:
+        return getattr(self.recipe, self.section)
+
+    @cached_property
+    def sources(self) -> dict[str, Any]:
+        """What the recipe reads, for lineage.yaml of every save: files are looked at once."""
+        return sources(self.recipe)
 
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> TrainingJob:
@@ -38,33 +112,20 @@ def resolve_section(
     load: the key of the checkpoint the weights come from; where it is not given, the model is the recipe's `model`,
     from random weights. compared: the sections in which a run that goes on must agree.
     """
-    own: str = getattr(recipe, section).checkpoint
-    given = recipe.train.load if load == "train.load" else recipe.teacher.checkpoint
-    later = budget_and_text(section) | ({} if given else NEW_MODEL)
-    require(recipe, {f"{section}.checkpoint": "the folder to write to"}, later)
-    source = find_model(given, load, promises) if given else None
+    own, given = getattr(recipe, section).checkpoint, inputs.value_at(recipe, load)
+    later = inputs.budget_and_text(section) | ({} if given else NEW_MODEL)
+    inputs.require(recipe, {f"{section}.checkpoint": "the folder to write to"}, later)
     lineage: dict[str, Any] = {"stage": section, "load": given}
-    if source is not None:
-        tokenizer, architecture = model_tokenizer(recipe, source, promises), source.architecture
+    if source := inputs.find_model(given, load, promises) if given else None:
+        model, tokenizer = source.architecture, inputs.model_tokenizer(recipe, source, promises)
         lineage["lineage"] = dict(source.lineage)
         if absolute(own) == absolute(source.folder):
             raise InputError(f"{section}.checkpoint", own, f"is {load}'s own folder", "name another")
     else:
-        tokenizer = recipe_tokenizer(recipe, promises)
-        architecture = new_architecture(recipe, tokenizer, promises)
-        tokenizer = tokenizer and fit_tokenizer(tokenizer, architecture, recipe)
-    return resolve_training(
-        TrainingJob,
-        recipe,
-        world,
-        promises,
-        section=section,
-        source=source,
-        architecture=architecture,
-        tokenizer=tokenizer,
-        compared=compared,
-        lineage=lineage,
-    )
+        tokenizer = inputs.recipe_tokenizer(recipe, promises)
+        model = new_architecture(recipe, tokenizer, promises)
+        tokenizer = tokenizer and inputs.fit_tokenizer(tokenizer, model, recipe)
+    return resolve_training(recipe, world, promises, section, source, model, tokenizer, compared, lineage)
 
 
 def new_architecture(recipe: Recipe, tokenizer: Tokenizer | None, promises: Promises) -> Architecture:
@@ -74,9 +135,92 @@ def new_architecture(recipe: Recipe, tokenizer: Tokenizer | None, promises: Prom
     """
     fields = dataclasses.asdict(recipe.model)
     if fields["vocab_size"] is None:
-        promised = tokenizer or promises.tokenizers[absolute(str(recipe.tokenizer.model))]
-        fields["vocab_size"] = promised if isinstance(promised, int) else promised.vocab_size
+        fields["vocab_size"] = tokenizer.vocab_size if tokenizer else promises.vocab_size(recipe.tokenizer.model)
     try:
         return build_architecture(fields)
     except InputError as error:
         raise error.under("model") from error
+
+
+def resolve_training(
+    recipe: Recipe,
+    world: World,
+    promises: Promises,
+    section: str,
+    source: Model | None,
+    architecture: Architecture,
+    tokenizer: Tokenizer | None,
+    compared: tuple[str, ...],
+    lineage: dict[str, Any],
+    teaching: Teaching | None = None,
+) -> TrainingJob:
+    """The job that follows from the recipe's `section`; raises InputError.
+
+    compared: the sections in which a run that goes on must agree with the one in the folder.
+    """
+    train: TrainConfig = getattr(recipe, section)
+    key = f"{section}.checkpoint"
+    folder = inputs.output_folder(train.checkpoint, key)
+    inputs.check_model(architecture, recipe, world, section)
+    check_recompute(train, architecture, recipe.parallel, section)
+    refuse_other_run(folder, recipe, compared, key, section)
+    resumes = latest_iteration(folder) is not None
+    if resumes:
+        check_architecture(folder, architecture)
+    check_wandb(recipe.log, world.rank)
+    timetable = plan_timetable(train, recipe.data.sequence_length, section)
+    check_train(train, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, section)
+    check_learning_rate(train, timetable, section)
+    wanted = wanted_samples(recipe, section, timetable, teaching.samples if teaching else 0)
+    described = describe_training(recipe.data, tokenizer, wanted, promises.prefixes)
+    teacher, corrected = (teaching.model, teaching.corrected) if teaching else (None, None)
+    reads: list[Model | Item] = [each for each in (source, teacher) if each]
+    if teaching and not teacher:
+        reads.append(Item("distill.teacher", str(teaching.cache), f"{teaching.samples:,} samples' targets"))
+    shape = teacher.architecture if teacher else None
+    return TrainingJob(
+        recipe,
+        reads=(*reads, *inputs.data_items(described)),
+        makes=tuple(filter(None, [Model(key, folder, architecture, None, tokenizer=tokenizer), corrected])),
+        notes=(*(teaching.notes if teaching else ()), *no_validation(recipe, section, described)),
+        section=section,
+        folder=folder,
+        architecture=architecture,
+        source=source,
+        tokenizer=tokenizer,
+        timetable=timetable,
+        wanted=wanted,
+        forecast=forecast_run(recipe, section, architecture, timetable, world, shape),
+        resumes=resumes,
+        lineage=lineage,
+        teaching=teaching,
+    )
+
+
+def wanted_samples(recipe: Recipe, section: str, timetable: Timetable, least: int) -> tuple[Wanted, ...]:
+    """A training set for each of the budget's sequence lengths, and what validates, of `data.sequence_length`.
+
+    least: Megatron shuffles all passes over a text at once, so that the order of samples depends on how many are asked
+    for: for the order of so many, which may be more than the budget takes.
+    """
+    train: TrainConfig = getattr(recipe, section)
+    wanted = [
+        Wanted(max(count, least), length, f"{section}.tokens", train.tokens)
+        for length, count in timetable.samples_needed().items()
+    ]
+    if samples := train.eval_iters * train.global_batch_size:
+        key, length = f"{section}.eval_iters", recipe.data.sequence_length
+        wanted.append(Wanted(samples, length, key, train.eval_iters, is_validation=True))
+    return tuple(wanted)
+
+
+def no_validation(recipe: Recipe, section: str, described: Described) -> tuple[str, ...]:
+    """A note where validation is asked for and there is no text for it."""
+    data = recipe.data
+    if not getattr(recipe, section).eval_iters or described.has_validation:
+        return ()
+    return (
+        f"there is no validation of the whole blend, because data.valid is not set and data.split={data.split} holds "
+        f"out less than one sample of {data.sequence_length + 1} tokens: preprocess.valid_fraction can hold out more, "
+        f"and {section}.eval_iters=0 says that none is wanted",
+    )

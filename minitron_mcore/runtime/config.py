@@ -32,6 +32,16 @@ class ParallelConfig:
         return self.tensor * self.pipeline * self.context
 
 
+@section
+class ClusterConfig:
+    """Section `cluster`: the machine that a dry run plans for, where the ranks are not those that were started."""
+
+    gpus: Optional[int] = key(None, "ranks, one for each GPU; null: those that were started", at_least=1)
+    gpus_per_node: int = key(8, "ranks of a node", at_least=1)
+    gpu_memory: Optional[int] = key(None, "bytes of a GPU, as 80Gi; null: not known", at_least=1)
+    host_memory: Optional[int] = key(None, "bytes of a node's host memory, as 2000Gi; null: not known", at_least=1)
+
+
 def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel") -> None:
     """Raise InputError, with the arithmetic, where `world_size` ranks cannot be laid out as the section `key` says."""
     ranks = parallel.replica_ranks

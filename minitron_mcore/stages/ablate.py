@@ -8,11 +8,10 @@ output/scores-DIGEST.safetensors     one scoring pass for all settings (by a fin
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from minitron_mcore.checkpoint.store import as_chunks, load_weights
+from minitron_mcore.checkpoint.store import as_chunks, load_model
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.evaluation.held_out import held_out, held_out_batches
@@ -21,27 +20,24 @@ from minitron_mcore.files import writing
 from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.scores import Scores, load_scores, random_scores
 from minitron_mcore.jobs.ablate import AblateJob, plan_of
-from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.pruning.in_memory import prune_chunks
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.search.ablation_grid import Setting
-from minitron_mcore.search.ablation_results import Row, squares, table, write_plot, write_rows
+from minitron_mcore.search.ablation import Row, Setting, squares, table, write_plot, write_rows
 from minitron_mcore.stages import score
 
 
 def run(job: AblateJob, runtime: Runtime) -> list[Row]:
     """Fill the table of `output`, print and plot it; every rank calls, and gets all rows."""
-    recipe, architecture, path = job.recipe, job.teacher.architecture, job.path
+    recipe, architecture, path, called = job.recipe, job.model.architecture, job.target, f"output={job.target.parent}"
     lay_out(recipe.parallel, recipe.seed, runtime.world_size)
     done = runtime.broadcast(dict(job.done))  # the first rank's: a later one may have looked at what that wrote since
     left = [setting for setting in job.grid if setting not in done]
     before = len(job.grid) - len(left)
-    runtime.print(f"ablate: {len(job.grid)} students of {job.teacher.folder}, {before} done before -> {path}")
+    runtime.print(f"ablate: {len(job.grid)} students of {job.model.folder}, {before} done before -> {path}")
     scores = find_scores(job, runtime, left)
-    chunks = as_chunks(build_model(architecture, recipe.parallel, recipe.precision, trainable=False))
-    load_weights(*job.teacher.place, chunks, architecture)
+    chunks = as_chunks(load_model(job.model.place, architecture, recipe.parallel, recipe.precision))
     groups = held_out_groups(job)
 
     def loss_of(model: list[torch.nn.Module]) -> dict[str, float]:
@@ -55,17 +51,12 @@ def run(job: AblateJob, runtime: Runtime) -> list[Row]:
         found = loss_of(student)
         done[setting] = Row(setting, found["lm loss"], found["ppl"], plan.student.num_parameters)
         del student
-        runtime.on_main(partial(save, list(done.values()), path, job.made_with))
+        runtime.on_main(writing(called)(partial(write_rows, list(done.values()), path, job.made_with)))
         runtime.print(f"ablate: [{number}/{len(left)}] {found['lm loss']:.4f}  {setting.label}")
     # Rows of earlier, larger grids stay in the file; shown are those of this one.
     rows = [done[setting] for setting in job.grid]
     picture = path.with_suffix(".png")
-
-    def draw() -> None:
-        with writing(f"output={path.parent}"):
-            write_plot(rows, whole, picture)
-
-    runtime.on_main(draw)
+    runtime.on_main(writing(called)(partial(write_plot, rows, whole, picture)))
     runtime.print("\n\n".join(["", table(rows, whole), *squares(rows), f"ablate: -> {path}, {picture}"]))
     return rows
 
@@ -75,9 +66,9 @@ def find_scores(job: AblateJob, runtime: Runtime, left: list[Setting]) -> dict[t
     found: dict[tuple[str, str], Scores] = {}
     for method, seed in dict.fromkeys((row.method, row.seed) for row in left):
         if method == "random":
-            found[method, seed] = random_scores(job.teacher.architecture, int(seed))
+            found[method, seed] = random_scores(job.model.architecture, int(seed))
         elif method == "magnitude":
-            found[method, seed] = magnitude_scores(*job.teacher.place, job.teacher.architecture)
+            found[method, seed] = magnitude_scores(*job.model.place, job.model.architecture)
         else:
             assert job.scoring is not None
             found[method, seed] = load_scores(score.run(job.scoring, runtime))
@@ -87,12 +78,6 @@ def find_scores(job: AblateJob, runtime: Runtime, left: list[Setting]) -> dict[t
 def held_out_groups(job: AblateJob) -> list[list[Microbatch]]:
     """The held-out sequences of this data-parallel rank, read once for all students."""
     recipe, config = job.recipe, job.recipe.evaluate
-    dataset = held_out(recipe.data, job.tokenizer, config.samples, seed=recipe.seed)
+    dataset = held_out(recipe.data, job.model.tokenizer, config.samples, seed=recipe.seed)
     samples, size = min(config.samples, len(dataset)), config.micro_batch_size
     return list(held_out_batches(dataset, samples, micro_batch_size=size, parallel=recipe.parallel))
-
-
-def save(rows: list[Row], path: Path, made_with: str) -> None:
-    with writing(f"output={path.parent}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(rows, path, made_with)

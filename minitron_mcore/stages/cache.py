@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from minitron_mcore.checkpoint.store import as_chunks, load_weights
+from minitron_mcore.checkpoint.store import load_model
 from minitron_mcore.data.dataset import batches_once, build_datasets
 from minitron_mcore.data.described import split_part
 from minitron_mcore.distillation.cache.claim import cache_lock, claim
@@ -14,7 +14,6 @@ from minitron_mcore.distillation.cache.file import CacheReader
 from minitron_mcore.distillation.cache.serving import find_cache
 from minitron_mcore.distillation.cache.write import check_order, write_missing
 from minitron_mcore.jobs.cache import CacheJob
-from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.model.schedule import in_calls
 from minitron_mcore.runtime.parallel import lay_out
@@ -22,25 +21,24 @@ from minitron_mcore.runtime.start import Runtime
 
 
 def run(job: CacheJob, runtime: Runtime) -> Path:
-    """Write what is missing of `job.folder` and return it; every rank calls."""
-    recipe, cache, folder = job.recipe, job.recipe.cache, job.folder
+    """Write what is missing of `job.target` and return it; every rank calls."""
+    recipe, cache, folder = job.recipe, job.recipe.cache, job.target
     lay_out(recipe.parallel, recipe.seed, runtime.world_size)
-    part = split_part(recipe.data, "train", job.num_samples)
-    (dataset,) = build_datasets(recipe.data, job.tokenizer, [part], seed=recipe.seed)
+    part = split_part(recipe.data, "train", job.samples)
+    (dataset,) = build_datasets(recipe.data, job.model.tokenizer, [part], seed=recipe.seed)
     assert dataset is not None
     there = runtime.on_main(lambda: find_cache(folder, job.settings))
-    if there is not None and there["num_samples"] < job.num_samples:
-        check_order(runtime, CacheReader(folder), dataset, job.num_samples)
+    if there is not None and there["num_samples"] < job.samples:
+        check_order(runtime, CacheReader(folder), dataset, job.samples)
     lock = cache_lock(folder)
     try:
         settings, missing = runtime.on_main(lambda: claim(folder, job.settings, lock))
         if not missing:
-            runtime.print(f"cache: {folder} holds all {job.num_samples:,} samples")
+            runtime.print(f"cache: {folder} holds all {job.samples:,} samples")
             return folder
-        chunks = build_model(job.teacher.architecture, recipe.parallel, job.precision, trainable=False)
-        load_weights(*job.teacher.place, as_chunks(chunks), job.teacher.architecture)
+        chunks = load_model(job.model.place, job.model.architecture, recipe.parallel, job.settings["precision"])
         runtime.print(
-            f"cache: {cache.method} targets of {job.teacher.folder}, {job.num_samples:,} samples of "
+            f"cache: {cache.method} targets of {job.model.folder}, {job.samples:,} samples of "
             f"{recipe.data.sequence_length:,} tokens, {len(missing)} shards to write -> {folder}"
         )
         drawing = Drawing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 from minitron_mcore.checkpoint.folder import read_lineage
 from minitron_mcore.distillation.cache.teacher import CachedTeacher
@@ -12,27 +13,25 @@ from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.states.loss import StateLosses
 from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.estimate.exhausted import explaining_memory
-from minitron_mcore.jobs.distill import DistillJob
+from minitron_mcore.jobs.train import Teaching, TrainingJob
 from minitron_mcore.model.recompute import KEEP_ALL, recompute_of
-from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages.train import describe, fit_model, forecast_here, load_or_initialize, read_data
+from minitron_mcore.stages.train import describe, fit_model, load_or_initialize, prepare
 from minitron_mcore.training.job import Progress
 from minitron_mcore.training.reader import TrainingData
 from minitron_mcore.training.teaching import TrainedTeacher
 
 
-def run(job: DistillJob, runtime: Runtime) -> Progress:
+def run(job: TrainingJob, runtime: Runtime) -> Progress:
     """Distil to `distill.tokens`; the same command goes on where it was cut off. Every rank calls."""
-    recipe, distill, student = job.recipe, job.recipe.distill, job.architecture
-    lay_out(recipe.parallel, recipe.seed, runtime.world_size)
-    data = read_data(job)
-    cached = cached_teacher(job, data, runtime) if job.teaching.cache else None
-    memory = forecast_here(job, runtime)
+    recipe, distill, student, teaching = job.recipe, job.recipe.distill, job.architecture, job.teaching
+    assert teaching is not None
+    data, memory = prepare(job, runtime)
+    cached = cached_teacher(job, teaching.cache, data, runtime) if teaching.cache else None
 
     # The teacher, the student, and the losses between them.
     with explaining_memory(memory, "while loading"):
-        teacher = cached or load_teacher(job)
+        teacher = cached or load_teacher(job, teaching)
         chunks = load_or_initialize(job)
     states = None
     if distill.hidden_states.sites and isinstance(teacher, Teacher):
@@ -40,20 +39,20 @@ def run(job: DistillJob, runtime: Runtime) -> Progress:
         states = StateLosses(chunks, distill.hidden_states, student, wide, recipe.parallel, seed=recipe.seed)
         teacher.want_states(states.pairs, student.num_layers)
     runtime.print(
-        f"distill: {job.teaching} -> student {student.num_parameters:,} parameters, {job.timetable} -> {job.folder}"
+        f"distill: {teaching} -> student {student.num_parameters:,} parameters, {job.timetable} -> {job.folder}"
     )
     settings = LossSettings.of(distill, student.vocab_size)
     objective = Objective(settings, teacher, states, window=distill.teacher_window)
     return fit_model(job, runtime, chunks, objective, data, memory)
 
 
-def load_teacher(job: DistillJob) -> Teacher:
+def load_teacher(job: TrainingJob, teaching: Teaching) -> Teacher:
     """The teacher in memory, in its own layout, placement and precision, trained or not; every rank calls."""
-    recipe, teaching = job.recipe, job.teaching
-    assert teaching.model is not None and teaching.layout is not None
+    recipe, source = job.recipe, teaching.model
+    assert source is not None and teaching.layout is not None
     teacher = Teacher.load(
-        *teaching.model.place,
-        teaching.model.architecture,
+        *source.place,
+        source.architecture,
         recipe.parallel,
         recipe.teacher.precision or recipe.precision,
         layout=teaching.layout,
@@ -62,19 +61,16 @@ def load_teacher(job: DistillJob) -> Teacher:
     )
     if teaching.corrected is None:
         return teacher
-    source = teaching.model
     lineage = {"stage": "correct", "load": str(source.folder), "lineage": read_lineage(source.folder)}
-    corrected = dataclasses.replace(
-        job, folder=teaching.corrected, architecture=source.architecture, source=source, lineage=lineage
-    )
-    said = partial(describe, corrected)
-    return TrainedTeacher(teacher, recipe.correct, job.timetable, teaching.corrected, said)
+    folder, shape = teaching.corrected.folder, source.architecture
+    corrected = dataclasses.replace(job, folder=folder, architecture=shape, source=source, lineage=lineage)
+    say = partial(describe, corrected)
+    return TrainedTeacher(teacher, recipe.correct, job.timetable, folder, say)
 
 
-def cached_teacher(job: DistillJob, data: TrainingData, runtime: Runtime) -> CachedTeacher:
+def cached_teacher(job: TrainingJob, cache: Path, data: TrainingData, runtime: Runtime) -> CachedTeacher:
     """The targets of the cache, once some of its samples were seen to have the tokens of `data`; every rank calls."""
-    assert job.teaching.cache is not None
-    teacher = CachedTeacher(job.teaching.cache, job.recipe.distill.temperature)
+    teacher = CachedTeacher(cache, job.recipe.distill.temperature)
     (dataset,) = data.datasets.values()
     runtime.on_main(lambda: teacher.check_dataset(dataset, job.timetable.samples))
     return teacher

@@ -6,19 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.checkpoint.store import as_chunks, load_weights
+from minitron_mcore.checkpoint.store import as_chunks, load_model
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.evaluation.held_out import held_out, held_out_batches
 from minitron_mcore.evaluation.lm_loss import mean_loss
 from minitron_mcore.files import write_whole
-from minitron_mcore.jobs.evaluate import EvaluateJob
-from minitron_mcore.model.gpt import build_model
+from minitron_mcore.jobs.job import ModelJob
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
 
 
-def run(job: EvaluateJob, runtime: Runtime) -> dict[str, Any]:
+def run(job: ModelJob, runtime: Runtime) -> dict[str, Any]:
     """Evaluate `job.model` over `evaluate.samples` held-out sequences and write the file; every rank calls.
 
     Returns `lm loss` (nats a token) and `ppl`; what was evaluated: `checkpoint`, `iteration`, `samples`,
@@ -27,14 +26,13 @@ def run(job: EvaluateJob, runtime: Runtime) -> dict[str, Any]:
     recipe, model, (folder, iteration) = job.recipe, job.model, job.model.place
     config, data = recipe.evaluate, recipe.data
     lay_out(recipe.parallel, recipe.seed, runtime.world_size)
-    dataset = held_out(data, job.tokenizer, config.samples, seed=recipe.seed)
+    dataset = held_out(data, model.tokenizer, config.samples, seed=recipe.seed)
     samples = min(config.samples, len(dataset))
     if samples < config.samples:
         runtime.print(
             f"evaluate: the held-out text has {samples} sequences, fewer than evaluate.samples={config.samples}"
         )
-    chunks = as_chunks(build_model(model.architecture, recipe.parallel, recipe.precision, trainable=False))
-    load_weights(folder, iteration, chunks, model.architecture)
+    chunks = as_chunks(load_model(model.place, model.architecture, recipe.parallel, recipe.precision))
     batches = held_out_batches(dataset, samples, micro_batch_size=config.micro_batch_size, parallel=recipe.parallel)
     losses = mean_loss(chunks, batches, Objective(LossSettings(model.architecture.vocab_size)))
     results = {

@@ -15,16 +15,12 @@ from minitron_mcore.runtime.start import Runtime
 
 def run(job: ExportJob, runtime: Runtime) -> Path:
     """Write the new folder `job.target`; every rank calls, at any layout. Returns the folder."""
-    (folder, iteration), target, tokenizer = job.model.place, job.target, job.tokenizer
+    (folder, iteration), target, tokenizer = job.model.place, job.target, job.model.tokenizer
     runtime.print(f"export: {folder}, iteration {iteration} -> {target}")
     beside: dict[str, Any] = {}
     if tokenizer is not None:
         save = tokenizer.save if job.as_it_is else partial(save_for_transformers, tokenizer)
-        beside = {
-            "bos": tokenizer.bos,
-            "eos": tokenizer.eos,
-            "save_tokenizer": lambda path: save(str(path)),
-        }
+        beside = {"bos": tokenizer.bos, "eos": tokenizer.eos, "save_tokenizer": lambda path: save(str(path))}
     export_checkpoint(
         folder,
         iteration,

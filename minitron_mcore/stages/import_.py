@@ -18,17 +18,12 @@ from minitron_mcore.runtime.whole_folder import whole_folder
 
 
 def run(job: ImportJob, runtime: Runtime) -> Path:
-    """Write `job.target`, iteration 0, and return it; it is whole, or not there.
+    """Write `job.made`, iteration 0, and return its folder; it is whole, or not there.
 
     With `verify`, the checkpoint's logits are compared with those of transformers' model first.
     """
-    recipe, source, target, architecture, tokenizer = (
-        job.recipe,
-        job.source,
-        job.target,
-        job.architecture,
-        job.tokenizer,
-    )
+    recipe, source, made = job.recipe, job.source, job.made
+    target, architecture, tokenizer = made.folder, made.architecture, made.tokenizer
     use_layout(recipe.parallel, runtime.world_size)
     runtime.print(f"import: {source}, {architecture.num_parameters:,} parameters -> {target}")
     called = f"checkpoint={target}"

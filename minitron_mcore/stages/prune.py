@@ -22,7 +22,7 @@ from minitron_mcore.stages.plan import describe
 
 def run(job: PruneJob, runtime: Runtime) -> Path:
     """Write `job.target`, iteration 0, and return it; it has a hidden name beside that until it is whole."""
-    recipe, source, target, plan = job.recipe, job.teacher.place, job.target, job.plan
+    recipe, source, target, plan = job.recipe, job.model.place, job.target, job.plan
     assert plan is not None, "the plan is promised: resolve the job again before it acts"
     use_layout(recipe.parallel, runtime.world_size)
     runtime.barrier()  # every rank has looked at the folder before the first one changes it
@@ -51,7 +51,7 @@ def run(job: PruneJob, runtime: Runtime) -> Path:
 
 def lineage(job: PruneJob, plan: PruningPlan) -> dict[str, Any]:
     """Where the student comes from; fingerprints are sha256."""
-    (folder, iteration), teacher = job.teacher.place, dict(job.teacher.lineage)
+    (folder, iteration), teacher = job.model.place, dict(job.model.lineage)
     return {
         "stage": "prune",
         "teacher": {"checkpoint": str(folder), "iteration": iteration, "lineage": teacher},

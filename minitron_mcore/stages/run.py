@@ -15,15 +15,14 @@ import yaml
 
 from minitron_mcore.files import write_whole
 from minitron_mcore.jobs.continuation import SOURCES, sources
-from minitron_mcore.jobs.job import NOTHING, module_of
+from minitron_mcore.jobs.iterate import Step
+from minitron_mcore.jobs.job import NOTHING, Job, module_of
 from minitron_mcore.jobs.run import EVALUATE, RunJob, resolve
-from minitron_mcore.jobs.step import Step
 from minitron_mcore.recipe import to_yaml
 from minitron_mcore.report.closing_table import closing_table
 from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.interrupt import exit_code, name_of
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.runtime.world import World
 from minitron_mcore.training.job import Progress
 
 # What these steps make was only promised: the others are looked at once more when it is there.
@@ -36,7 +35,7 @@ def run(job: RunJob, runtime: Runtime) -> dict[str, Any]:
     runtime.on_main(lambda: begin(job))
     started = time.perf_counter()
     results: dict[str, Any] = {}
-    for number, step in enumerate(job.steps, start=1):
+    for number, (step, _) in enumerate(job.steps, start=1):
         is_done = runtime.broadcast(step.mark(folder).is_file())
         results[step.name] = do(step, f"[{number}/{len(job.steps)}]", job, runtime)
         if step.verb in MAKE_DATA and not is_done:
@@ -62,7 +61,8 @@ def do(step: Step, number: str, job: RunJob, runtime: Runtime) -> Any:
         return runtime.broadcast(json.loads(done.read_text()) if runtime.is_main else None)
     runtime.print(f"\n{number} {step.title}")
     started = time.perf_counter()
-    result = _plain(act(step, job.world, runtime))
+    # Once more, now that all it needs is there.
+    result = _plain(act(step.verb, all_or_none(lambda: step.resolve(job.world, NOTHING)), runtime))
     gc.collect()
     torch.cuda.empty_cache()
     runtime.barrier()
@@ -74,13 +74,11 @@ def do(step: Step, number: str, job: RunJob, runtime: Runtime) -> Any:
     return result
 
 
-def act(step: Step, world: World, runtime: Runtime) -> Any:
-    """Resolve the step once more, now that all it needs is there, and carry it out; every rank calls."""
-    job = all_or_none(lambda: step.resolve(world, NOTHING))
+def act(verb: str, job: Job, runtime: Runtime) -> Any:
+    """Say what `job` warns of, and do it; every rank calls."""
     for note in job.notes:
-        runtime.print(f"{step.verb}: WARNING: {note}")
-    stage = importlib.import_module(f"minitron_mcore.stages.{module_of(step.verb)}")
-    return stage.run(job, runtime)
+        runtime.print(f"{verb}: WARNING: {note}")
+    return importlib.import_module(f"minitron_mcore.stages.{module_of(verb)}").run(job, runtime)
 
 
 def _plain(result: Any) -> Any:

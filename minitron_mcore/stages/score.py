@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy
 
-from minitron_mcore.checkpoint.store import as_chunks, load_weights
+from minitron_mcore.checkpoint.store import load_model
 from minitron_mcore.data.dataset import batches_once, build_datasets, draw_samples
 from minitron_mcore.data.described import calibration_part
 from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.score import score_model
 from minitron_mcore.importance.scores import Scores, random_scores, save_scores
 from minitron_mcore.jobs.score import ScoreJob
-from minitron_mcore.model.gpt import build_model
 from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.pace import Pace
@@ -29,7 +28,7 @@ SPREAD = (numpy.min, numpy.median, numpy.max)
 
 def run(job: ScoreJob, runtime: Runtime) -> Path:
     """Write `job.target` and return it; a file made in the same way stays as it is. Every rank calls."""
-    recipe, (folder, iteration), architecture = job.recipe, job.teacher.place, job.teacher.architecture
+    recipe, (folder, iteration), architecture = job.recipe, job.model.place, job.model.architecture
     lay_out(recipe.parallel, recipe.seed, runtime.world_size)
     # The first rank's answer counts: one that looked later would see what the first has written meanwhile.
     if runtime.broadcast(job.is_there):
@@ -40,8 +39,7 @@ def run(job: ScoreJob, runtime: Runtime) -> Path:
     subject = f"score: {architecture.num_parameters:,} parameters of {folder}"
     if importance.method == "activation":
         batches = read_calibration(job)
-        chunks = build_model(architecture, recipe.parallel, recipe.precision, trainable=False)
-        load_weights(folder, iteration, as_chunks(chunks), architecture)
+        chunks = load_model(job.model.place, architecture, recipe.parallel, recipe.precision)
         samples, length = importance.num_samples, recipe.data.sequence_length
         runtime.print(f"{subject}, {samples:,} samples of {length:,} tokens -> {job.target}")
         a_round = importance.micro_batch_size * data_group().size()
@@ -72,7 +70,7 @@ def read_calibration(job: ScoreJob) -> Callable[[], Iterator[Microbatch]]:
     """A function that reads the calibration samples once through: this rank's microbatches, on the device."""
     recipe, importance = job.recipe, job.recipe.importance
     part = calibration_part(recipe.data, importance.num_samples)
-    (dataset,) = build_datasets(recipe.data, job.tokenizer, [part], seed=recipe.seed)
+    (dataset,) = build_datasets(recipe.data, job.model.tokenizer, [part], seed=recipe.seed)
     assert dataset is not None
     samples = draw_samples(dataset, importance.num_samples, recipe.seed)
 

@@ -56,11 +56,11 @@ def with_depth(
     scores = dataclasses.replace(scores, depth={**scores.depth, **table.damage})
     as_csv, as_plot = beside(job.target)
 
+    @writing(f"scores={job.target}")
     def write() -> None:
-        with writing(f"scores={job.target}"):
-            job.target.parent.mkdir(parents=True, exist_ok=True)
-            write_csv(scores, table, as_csv)
-            write_plot(scores, table, as_plot)
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(scores, table, as_csv)
+        write_plot(scores, table, as_plot)
 
     runtime.on_main(write)
     runtime.print(f"{depth_text(scores, table)}\nscore: depth -> {as_csv}, {as_plot}")

@@ -13,7 +13,7 @@ from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.estimate.exhausted import explaining_memory
 from minitron_mcore.estimate.forecast import Forecast
 from minitron_mcore.estimate.run import forecast_run, forecast_words
-from minitron_mcore.jobs.training import TrainingJob
+from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import initialize
 from minitron_mcore.model.recompute import recompute_of
@@ -28,9 +28,7 @@ from minitron_mcore.training.teaching import TrainedTeacher
 
 def run(job: TrainingJob, runtime: Runtime) -> Progress:
     """Train to the token budget of `job.section`; the same command goes on where it was cut off."""
-    lay_out(job.recipe.parallel, job.recipe.seed, runtime.world_size)
-    data = read_data(job)
-    memory = forecast_here(job, runtime)
+    data, memory = prepare(job, runtime)
     with explaining_memory(memory, "while loading"):
         chunks = load_or_initialize(job)
     runtime.print(f"{job.section}: {job.architecture.num_parameters:,} parameters, {job.timetable} -> {job.folder}")
@@ -38,19 +36,17 @@ def run(job: TrainingJob, runtime: Runtime) -> Progress:
     return fit_model(job, runtime, chunks, Objective(settings), data, memory)
 
 
-def read_data(job: TrainingJob) -> TrainingData:
-    """The samples of `job`, as Megatron's datasets; every rank calls."""
+def prepare(job: TrainingJob, runtime: Runtime) -> tuple[TrainingData, Forecast]:
+    """The samples of `job`, as Megatron's datasets, and what the ranks will need of memory, printed beside what they
+    have, once they are laid out; every rank calls."""
+    recipe, setting = job.recipe, job.forecast.setting
     assert job.tokenizer is not None
-    train, data = job.config, job.recipe.data
-    return build_training_data(data, job.tokenizer, job.wanted, train, seed=job.recipe.seed)
-
-
-def forecast_here(job: TrainingJob, runtime: Runtime) -> Forecast:
-    """What the ranks will need of memory, printed beside what they have; every rank calls."""
-    world, setting = measured_world(runtime), job.forecast.setting
-    expected = forecast_run(job.recipe, job.section, job.architecture, job.timetable, world, setting.teacher)
+    lay_out(recipe.parallel, recipe.seed, runtime.world_size)
+    data = build_training_data(recipe.data, job.tokenizer, job.wanted, job.config, seed=recipe.seed)
+    world = measured_world(runtime)
+    expected = forecast_run(recipe, job.section, job.architecture, job.timetable, world, setting.teacher)
     runtime.print("\n".join(forecast_words(expected, world.memory)))
-    return expected
+    return data, expected
 
 
 def load_or_initialize(job: TrainingJob) -> list[LanguageModel]:
@@ -102,12 +98,7 @@ def fit_model(
 def describe(job: TrainingJob, tokens: int) -> None:
     """Write what lies beside the weights in `job.folder`, trained on `tokens` tokens; one rank calls."""
     assert job.tokenizer is not None
-    facts = {
-        **job.lineage,
-        "tokens": tokens,
-        "tokenizer": job.tokenizer.fingerprint,
-        "sources": job.sources,
-    }
+    facts = {**job.lineage, "tokens": tokens, "tokenizer": job.tokenizer.fingerprint, "sources": job.sources}
     recipe, save = to_yaml(job.recipe), job.tokenizer.save
     write_description(job.folder, job.architecture, lineage=facts, recipe=recipe, save_tokenizer=save)
     if job.source is not None:

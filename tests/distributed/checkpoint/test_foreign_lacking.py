@@ -21,7 +21,7 @@ from minitron_mcore.checkpoint.folder import read_architecture
 from minitron_mcore.checkpoint.stated import stating
 from minitron_mcore.cli import main
 from minitron_mcore.errors import InputError
-from minitron_mcore.jobs.stated import stated_by
+from minitron_mcore.jobs.job import stated_by
 from minitron_mcore.recipe import load_recipe
 from tests.distributed.foreign_models import (
     CASES,

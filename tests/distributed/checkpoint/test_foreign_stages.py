@@ -43,8 +43,7 @@ FOREIGN = f"@/foreign/iter_{ITERATION:07d}"
 
 def run_verb(verb: str, root: Path, *overrides: str) -> str:
     """What the first rank printed; `@` stands for the folder of the test."""
-    from minitron_mcore.jobs.job import resolve
-    from minitron_mcore.jobs.stated import reading_for
+    from minitron_mcore.jobs.job import reading_for, resolve
     from minitron_mcore.runtime.start import start
     from minitron_mcore.runtime.world import read_world
 

@@ -13,8 +13,7 @@ import torch
 
 from minitron_mcore.distillation.teacher.blocks import pinned_bytes
 from minitron_mcore.estimate.forecast import stage_parts
-from minitron_mcore.estimate.model import layer_activations, local_parameters
-from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.estimate.model import Setting, layer_activations, local_parameters
 from minitron_mcore.estimate.teacher import host_bytes, teacher_layers_at_work
 from minitron_mcore.layout import parameter_table
 from minitron_mcore.runtime.config import ParallelConfig

@@ -19,7 +19,7 @@ import torch
 
 from minitron_mcore.distillation.config import HiddenStatesConfig
 from minitron_mcore.estimate.forecast import stage_parts
-from minitron_mcore.estimate.setting import Setting
+from minitron_mcore.estimate.model import Setting
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.runtime.config import ParallelConfig
 from tests.distributed.models import LAYOUTS, start_layout, tiny

@@ -14,7 +14,7 @@ from minitron_mcore.checkpoint.folder import TRACKER
 from minitron_mcore.checkpoint.identity import identity
 from minitron_mcore.distillation.cache.file import CacheReader, write_settings
 from minitron_mcore.errors import InputError
-from minitron_mcore.jobs.cached import check_teacher, lineage_of, refuse_other_targets
+from minitron_mcore.jobs.cache import check_teacher, lineage_of, refuse_other_targets
 from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.recipe import Recipe, load_recipe
 from tests.distributed.models import tiny

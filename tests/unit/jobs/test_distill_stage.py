@@ -11,9 +11,9 @@ import pytest
 from minitron_mcore.distillation.config import CacheConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.cache import check_top_k
+from minitron_mcore.jobs.distill import is_itself
 from minitron_mcore.jobs.inputs import find_model
 from minitron_mcore.jobs.job import NOTHING
-from minitron_mcore.jobs.teachers import is_itself
 from minitron_mcore.recipe import load_recipe
 from tests.distributed.models import tiny
 from tests.unit.jobs.test_cached_stage import checkpoint

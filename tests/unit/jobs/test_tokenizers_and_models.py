@@ -18,7 +18,8 @@ from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.data.described import split_part
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.jobs.tokenizers import check_same_tokenizer, checkpoint_tokenizer, fit_tokenizer
+from minitron_mcore.jobs.inputs import check_same_tokenizer, fit_tokenizer, model_tokenizer
+from minitron_mcore.jobs.job import NOTHING, Model
 from minitron_mcore.recipe import Recipe, load_recipe
 from minitron_mcore.runtime import notice
 from tests.distributed.hf_cases import SHAPE
@@ -61,10 +62,16 @@ def model_of(rows: int) -> Any:
     return build_architecture({**SHAPE, "family": "llama", "vocab_size": rows})
 
 
-def checkpoint(path: Path, tokenizer: Tokenizer, rows: int = ROWS) -> Path:
+def checkpoint(path: Path, tokenizer: Tokenizer, rows: int = ROWS) -> Model:
     lineage = {"tokenizer": tokenizer.fingerprint}
     write_description(path, model_of(rows), lineage=lineage, recipe="", save_tokenizer=tokenizer.save)
-    return path
+    return Model("student.checkpoint", path, model_of(rows), 1, lineage)
+
+
+def tokenizer_of(recipe: Recipe, model: Model) -> Tokenizer:
+    tokenizer = model_tokenizer(recipe, model, NOTHING)
+    assert tokenizer is not None
+    return tokenizer
 
 
 def test_marks_beyond_the_vocabulary_are_said(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,11 +123,11 @@ def test_ids_that_agree_are_the_same_tokenizer(
     base, chat = of(folders, "base"), of(folders, "chat")
     assert difference(base, chat) is None and base.fingerprint != chat.fingerprint
     student = checkpoint(tmp_path / "student", chat, ROWS + 2)
-    check_same_tokenizer(base, student, "student.checkpoint")
+    check_same_tokenizer(base, student)
     assert "has another tokenizer than its teacher, of the same ids" in capsys.readouterr().err
     named = Recipe()
     named.tokenizer.model = str(folders / "base")
-    assert checkpoint_tokenizer(named, student).fingerprint == chat.fingerprint
+    assert tokenizer_of(named, student).fingerprint == chat.fingerprint
     assert "base has the same ids as far as the model goes, " in capsys.readouterr().err
     prefix = small_data(tmp_path / "text", chat, package=JSON_PACKAGE)
     assert build(prefix, base) is not None
@@ -132,12 +139,12 @@ def test_other_ids_want_a_yes(folders: Path, tmp_path: Path) -> None:
     assert "in the one and" in str(difference(base, other))
     student = checkpoint(tmp_path / "student", other)
     prefix = small_data(tmp_path / "text", other, package=JSON_PACKAGE)
-    for refused in (lambda: check_same_tokenizer(base, student, "x"), lambda: build(prefix, base)):
+    for refused in (lambda: check_same_tokenizer(base, student), lambda: build(prefix, base)):
         with pytest.raises(InputError, match=r"another tokenizer .*allow=\[other_tokenizer\]"):
             refused()
     teacher = checkpoint(tmp_path / "teacher", base)
-    yes = checkpoint_tokenizer(load_recipe(None, ["allow=[other_tokenizer]"]), teacher)
-    check_same_tokenizer(yes, student, "x")
+    yes = tokenizer_of(load_recipe(None, ["allow=[other_tokenizer]"]), teacher)
+    check_same_tokenizer(yes, student)
     assert build(prefix, yes) is not None
     with pytest.raises(InputError, match=r"allow.*=anything must be one of zero_tensors"):
         load_recipe(None, ["allow=[anything]"])

@@ -8,8 +8,18 @@ from typing import Any
 import pytest
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.search.ablation_grid import Setting, grid_of, shapes_of
-from minitron_mcore.search.ablation_results import Row, best_first, read_rows, squares, table, write_plot, write_rows
+from minitron_mcore.search.ablation import (
+    Row,
+    Setting,
+    best_first,
+    grid_of,
+    read_rows,
+    shapes_of,
+    squares,
+    table,
+    write_plot,
+    write_rows,
+)
 from minitron_mcore.search.config import AblateConfig
 from tests.distributed.models import tiny
 from tests.refusals import refuses
