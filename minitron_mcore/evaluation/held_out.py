@@ -11,7 +11,7 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.model.schedule import in_calls
 from minitron_mcore.runtime.config import ParallelConfig
-from minitron_mcore.runtime.groups import data_group
+from minitron_mcore.runtime.groups import data_place
 
 
 def held_out(data: DataConfig, tokenizer: Tokenizer | None, samples: int, *, seed: int) -> Dataset:
@@ -27,11 +27,5 @@ def held_out_batches(
 ) -> Iterator[list[Microbatch]]:
     """The first `samples` sequences of this data-parallel rank, a few pipelines' fill of microbatches at a time, on the
     device. The interleaved schedule needs a multiple of the stages: uncounted copies fill the last group."""
-    microbatches = batches_once(
-        dataset,
-        range(samples),
-        micro_batch_size=micro_batch_size,
-        data_parallel_rank=data_group().rank(),
-        data_parallel_size=data_group().size(),
-    )
+    microbatches = batches_once(dataset, range(samples), micro_batch_size=micro_batch_size, **data_place())
     return in_calls(map(to_device, microbatches), interleaved=parallel.virtual_pipeline is not None, each=4)

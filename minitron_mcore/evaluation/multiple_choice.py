@@ -16,7 +16,7 @@ from minitron_mcore.evaluation.token_values import over_world, token_values
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import GROUP, in_calls, visit_final_states
-from minitron_mcore.runtime.groups import data_group, pipeline_group, tensor_group
+from minitron_mcore.runtime.groups import data_place, pipeline_group, tensor_group
 
 
 def row_batches(
@@ -72,9 +72,8 @@ def log_likelihoods(
         task,
         micro_batch_size=micro_batch_size,
         group=GROUP * pipeline_group().size(),
-        data_parallel_rank=data_group().rank(),
-        data_parallel_size=data_group().size(),
         length_multiple=tensor_group().size() if chunks[0].config.sequence_parallel else 1,
+        **data_place(),
     )
     totals = torch.zeros(len(task.rows), dtype=torch.float64, device=device)
 

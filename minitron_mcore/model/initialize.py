@@ -26,17 +26,13 @@ def initialize(chunks: list[LanguageModel], architecture: Architecture, seed: in
 
 
 def fill(
-    chunks: list[LanguageModel],
-    architecture: Architecture,
-    whole: Callable[[Parameter, int | None], torch.Tensor],
-    rows: Rows | None = None,
+    chunks: list[LanguageModel], architecture: Architecture, whole: Callable[[Parameter, int | None], torch.Tensor]
 ) -> None:
-    """Copy this rank's part of `whole(parameter, layer)`, a global parameter, into every parameter of the chunks, or
-    into what `rows` gives for them."""
+    """Copy this rank's part of `whole(parameter, layer)`, a global parameter, into every parameter of the chunks."""
     table = {parameter.key: parameter for parameter in parameter_table(architecture)}
     for chunk in chunks:
         rank, size = chunk.tp_group.rank(), chunk.tp_group.size()
-        for key, layer, tensor in (rows or named_parameters)(chunk):
+        for key, layer, tensor in named_parameters(chunk):
             with torch.no_grad():
                 tensor.copy_(take_shard(whole(table[key], layer), table[key], architecture, rank, size))
 

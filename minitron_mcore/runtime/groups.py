@@ -35,6 +35,11 @@ def data_group(*, with_context: bool = False) -> ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=with_context)
 
 
+def data_place() -> dict[str, int]:
+    """Which data-parallel rank this is, and of how many, as what reads data takes it."""
+    return {"data_parallel_rank": data_group().rank(), "data_parallel_size": data_group().size()}
+
+
 def on_last_stage() -> bool:
     """Whether this rank's pipeline stage is the last one."""
     return parallel_state.is_pipeline_last_stage(ignore_virtual=True)

@@ -16,7 +16,7 @@ from minitron_mcore.importance.score import score_model
 from minitron_mcore.importance.scores import Scores, random_scores, save_scores
 from minitron_mcore.jobs.score import ScoreJob
 from minitron_mcore.model.microbatch import Microbatch, to_device
-from minitron_mcore.runtime.groups import data_group
+from minitron_mcore.runtime.groups import data_group, data_place
 from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
@@ -75,15 +75,8 @@ def read_calibration(job: ScoreJob) -> Callable[[], Iterator[Microbatch]]:
     samples = draw_samples(dataset, importance.num_samples, recipe.seed)
 
     def batches() -> Iterator[Microbatch]:
-        once = batches_once(
-            dataset,
-            samples,
-            micro_batch_size=importance.micro_batch_size,
-            data_parallel_rank=data_group().rank(),
-            data_parallel_size=data_group().size(),
-            num_workers=recipe.data.num_workers,
-        )
-        return map(to_device, once)
+        how = {"micro_batch_size": importance.micro_batch_size, "num_workers": recipe.data.num_workers}
+        return map(to_device, batches_once(dataset, samples, **how, **data_place()))
 
     return batches
 

@@ -45,14 +45,9 @@ class Step:
 
     def after(self, number: int) -> Step:
         """The step that comes after `number` of this shape, counted from this one."""
-        samples = number * self.shape.global_batch_size
-        return replace(
-            self,
-            iteration=self.iteration + number,
-            samples_before=self.samples_before + samples,
-            tokens_before=self.tokens_before + number * self.shape.tokens,
-            first_sample=self.first_sample + samples,
-        )
+        samples, tokens = number * self.shape.global_batch_size, number * self.shape.tokens
+        before = self.iteration + number, self.samples_before + samples, self.tokens_before + tokens
+        return Step(self.shape, *before, self.first_sample + samples)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from minitron_mcore.data.index_size import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache.file import token_checksum
 from minitron_mcore.model.microbatch import Microbatch, to_device
-from minitron_mcore.runtime.groups import data_group
+from minitron_mcore.runtime.groups import data_group, data_place
 from minitron_mcore.training.budget import Shape, Step, Timetable
 from minitron_mcore.training.config import TrainConfig
 
@@ -94,15 +94,8 @@ def data_order(datasets: dict[int, Any]) -> dict[int, str]:
 
 
 def _stream(dataset: Any, first_sample: int, shape: Shape, num_workers: int) -> Iterator[Batch]:
-    return batches(
-        dataset,
-        consumed_samples=first_sample,
-        micro_batch_size=shape.micro_batch_size,
-        data_parallel_rank=data_group().rank(),
-        data_parallel_size=data_group().size(),
-        global_batch_size=shape.global_batch_size,
-        num_workers=num_workers,
-    )
+    sizes = {"global_batch_size": shape.global_batch_size, "micro_batch_size": shape.micro_batch_size}
+    return batches(dataset, consumed_samples=first_sample, num_workers=num_workers, **sizes, **data_place())
 
 
 def _next_batch(stream: Iterator[Batch], shape: Shape) -> list[Microbatch]:
