@@ -120,11 +120,6 @@ def transformer_fields() -> dict[str, Any]:
     A pipeline output may be freed once its send is enqueued only where sends run in stream order: gloo reads the memory
     later, and would send what has been written over it.
     """
-    cuda = torch.cuda.is_available()
-    return {
-        "bias_dropout_fusion": cuda,
-        "bias_activation_fusion": False,
-        "masked_softmax_fusion": False,
-        "gradient_accumulation_fusion": False,
-        "deallocate_pipeline_outputs": cuda,
-    }
+    never = ("bias_activation_fusion", "masked_softmax_fusion", "gradient_accumulation_fusion")
+    on_cuda = ("bias_dropout_fusion", "deallocate_pipeline_outputs")
+    return {**dict.fromkeys(never, False), **dict.fromkeys(on_cuda, torch.cuda.is_available())}

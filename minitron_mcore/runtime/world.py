@@ -125,14 +125,11 @@ def host_memory() -> tuple[int, int]:
     """(free, total) bytes of this node's host memory, or of its container's, for all of its ranks."""
     memory = psutil.virtual_memory()
     free, total = memory.available, memory.total
-    limit, used = (_read(_CGROUP / f"memory.{name}") for name in ("max", "current"))
+    files = [_CGROUP / f"memory.{name}" for name in ("max", "current")]
+    limit, used = (file.read_text().strip() if file.is_file() else "" for file in files)
     if limit.isdigit() and used.isdigit() and int(limit) < total:
         free, total = min(free, int(limit) - int(used)), int(limit)
     return free, total
-
-
-def _read(file: Path) -> str:
-    return file.read_text().strip() if file.is_file() else ""
 
 
 def collective_timeout() -> timedelta:

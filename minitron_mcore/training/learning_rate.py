@@ -6,6 +6,7 @@ Warm-up to `lr`, then by `lr_decay_style`; the formulas are those of Megatron's 
 from __future__ import annotations
 
 import math
+from itertools import groupby
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.training.budget import Timetable, plan_timetable
@@ -78,10 +79,7 @@ def check_continuation(
 
 def _shapes(timetable: Timetable, iteration: int) -> list[tuple[int, int, int]]:
     """(first iteration, sequence length, global batch size) of every stretch that begins before `iteration`."""
-    shapes: list[tuple[int, int, int]] = []
-    for first in timetable.starts:
-        sizes = (first.shape.sequence_length, first.shape.global_batch_size)
-        # Phases may be split or joined where nothing changes.
-        if first.iteration < iteration and not (shapes and shapes[-1][1:] == sizes):
-            shapes.append((first.iteration, *sizes))
-    return shapes
+    before = (first for first in timetable.starts if first.iteration < iteration)
+    # Phases may be split or joined where nothing changes.
+    runs = groupby(before, lambda first: (first.shape.sequence_length, first.shape.global_batch_size))
+    return [(next(run).iteration, *sizes) for sizes, run in runs]
