@@ -26,8 +26,8 @@ from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.world import World
 from minitron_mcore.training.budget import Timetable, check_train, plan_timetable
 from minitron_mcore.training.config import TrainConfig
-from minitron_mcore.training.dashboard import check_wandb
 from minitron_mcore.training.learning_rate import check_learning_rate
+from minitron_mcore.training.metrics import check_wandb
 
 # What random weights need besides.
 NEW_MODEL = {

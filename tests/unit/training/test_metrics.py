@@ -14,8 +14,7 @@ import pytest
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.training.config import LogConfig
-from minitron_mcore.training.dashboard import check_wandb
-from minitron_mcore.training.metrics import WIDTH, MetricsLog, train_line, validation_line
+from minitron_mcore.training.metrics import WIDTH, MetricsLog, check_wandb, train_line, validation_line
 
 ROWS: list[tuple[int, dict[str, float], str]] = [
     (10, {"consumed samples": 80, "lm loss": 2.5, "learning-rate": 1e-3, "grad-norm": 0.25}, "train"),
