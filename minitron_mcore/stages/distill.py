@@ -17,8 +17,7 @@ from minitron_mcore.jobs.train import Teaching, TrainingJob
 from minitron_mcore.model.recompute import KEEP_ALL, recompute_of
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.train import describe, fit_model, load_or_initialize, prepare
-from minitron_mcore.training.job import Progress
-from minitron_mcore.training.reader import TrainingData
+from minitron_mcore.training.job import Progress, TrainingData
 from minitron_mcore.training.teaching import TrainedTeacher
 
 

@@ -20,9 +20,8 @@ from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.recipe import to_yaml
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime, measured_world
-from minitron_mcore.training.job import Job, Progress
+from minitron_mcore.training.job import Job, Progress, TrainingData, build_training_data
 from minitron_mcore.training.loop import fit
-from minitron_mcore.training.reader import TrainingData, build_training_data
 from minitron_mcore.training.teaching import TrainedTeacher
 
 

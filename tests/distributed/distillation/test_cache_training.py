@@ -45,7 +45,7 @@ def losses_on_rank(
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize, named_parameters
     from minitron_mcore.training.budget import Shape
-    from minitron_mcore.training.reader import batch_reader
+    from minitron_mcore.training.job import batch_reader
     from minitron_mcore.training.step import wrap_model
 
     layout = start_layout(parallel, world_size)

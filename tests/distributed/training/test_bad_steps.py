@@ -86,8 +86,7 @@ def fit_with_damage(
     from minitron_mcore.training import loop
     from minitron_mcore.training.budget import plan_timetable
     from minitron_mcore.training.config import LogConfig, TrainConfig
-    from minitron_mcore.training.job import Job
-    from minitron_mcore.training.reader import TrainingData
+    from minitron_mcore.training.job import Job, TrainingData
 
     layout = start_layout(parallel, world_size)
     architecture = tiny("llama")

@@ -37,9 +37,8 @@ def fit_on_rank(parallel: dict[str, Any], world_size: int, folder: str) -> dict[
     from minitron_mcore.model.initialize import named_parameters
     from minitron_mcore.runtime.start import start
     from minitron_mcore.training.config import LogConfig, TrainConfig
-    from minitron_mcore.training.job import Job
+    from minitron_mcore.training.job import Job, TrainingData
     from minitron_mcore.training.loop import fit
-    from minitron_mcore.training.reader import TrainingData
 
     layout = start_layout(parallel, world_size)
     models, objective = build(CASE, layout)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_mcore.training.job import Progress
+from minitron_mcore.training.job import Progress, data_order
 from minitron_mcore.training.loop import warn_of_other_data
-from minitron_mcore.training.reader import data_order
 
 
 def texts(order: list[int], length: int = 4) -> list[dict[str, torch.Tensor]]:
