@@ -59,8 +59,7 @@ class LanguageModel(GPTModel):
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Final hidden states [s, b, h] -> this rank's logits [s, b, V / TP]. Last stage only."""
-        weight = self.head_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_states, weight=weight)[0]
+        return self.output_layer(hidden_states, weight=self.head_weight())[0]
 
 
 def transformer_config(

@@ -118,12 +118,10 @@ def forward_only(
         return _call_schedule(chunks, batch, visit, begin, **how)
 
 
-def final_hidden_states(
-    chunks: Sequence[torch.nn.Module], batch: list[Microbatch], *, groups: ProcessGroupCollection | None = None
-) -> list[torch.Tensor]:
+def final_hidden_states(chunks: Sequence[torch.nn.Module], batch: list[Microbatch], **how: Any) -> list[torch.Tensor]:
     """The final hidden states [s, b, h] of every microbatch, this rank's part of s under sequence parallelism; on other
     stages than the last an empty list. As `forward_only`."""
-    return forward_only(chunks, batch, lambda chunk, hidden, microbatch: hidden, groups=groups)
+    return forward_only(chunks, batch, lambda chunk, hidden, microbatch: hidden, **how)
 
 
 def visit_final_states(chunks: Sequence[torch.nn.Module], batch: list[Microbatch], visit: Visit) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as get_gpt_layer_te_spec
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -78,13 +77,7 @@ class SDPACoreAttention(MegatronModule):
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        *,
-        attn_mask_type: AttnMaskType,
-        softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        **others: Any,
+        self, config: TransformerConfig, *, attn_mask_type: AttnMaskType, softmax_scale: Any = None, **others: Any
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal:
@@ -94,7 +87,7 @@ class SDPACoreAttention(MegatronModule):
         self.context_group: torch.distributed.ProcessGroup | None = None
         if config.context_parallel_size > 1:
             # Of this model: a teacher may have groups of its own.
-            self.context_group = getattr(pg_collection, "cp", None) or context_group()
+            self.context_group = getattr(others.get("pg_collection"), "cp", None) or context_group()
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask: Any, **others: Any

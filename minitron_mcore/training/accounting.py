@@ -55,10 +55,8 @@ PEAK_TFLOPS: dict[float, tuple[str, ...]] = {
 def peak_tflops(device_name: str) -> float | None:
     """Dense bf16 peak of a device by its name; None if the table lacks it."""
     words = {*device_name.replace("-", " ").split()}
-    asked = [
-        (len(name.split()), peak) for peak, names in PEAK_TFLOPS.items() for name in names if words >= {*name.split()}
-    ]
-    return max(asked)[1] if asked else None
+    known = {name: peak for peak, names in PEAK_TFLOPS.items() for name in names if words >= {*name.split()}}
+    return known[max(known, key=len)] if known else None
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,7 @@ class TrainConfig:
     eval_iters: int = key(4, "global batches of a validation", at_least=0, may_change=True)
     save_interval: Optional[int] = key(
         None,
-        "iterations between checkpoints, all of which stay; 0: one at the end; null: a tenth of the run, at most 500, "
-        "each checkpoint in place of the one before",
+        "iterations between checkpoints, all kept; 0: one at the end; null: a tenth of the run, at most 500; one kept",
         at_least=0,
         may_change=True,
     )

@@ -27,7 +27,7 @@ from minitron_mcore.model.gpt import LanguageModel, build_model, layout_of
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.microbatch import Microbatch, State, TeacherPart
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
-from minitron_mcore.model.schedule import forward_only
+from minitron_mcore.model.schedule import final_hidden_states
 from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import on_last_stage, tensor_group
@@ -178,7 +178,7 @@ class Teacher:
         """The final hidden states of every microbatch of `run`, on the teacher's last stage; elsewhere none."""
         begin = self._capture.begin if self._capture is not None else None
         with self.placed.passing(len(run)) if self.placed is not None else nullcontext():
-            return forward_only(self.chunks, run, lambda _, hidden, __: hidden, begin=begin, groups=self.groups)
+            return final_hidden_states(self.chunks, run, begin=begin, groups=self.groups)
 
     def _microbatches(self, batch: list[Microbatch], numbers: Sequence[int]) -> list[Microbatch]:
         """What this rank's replica of the teacher is to run. Only its first stage reads the token ids; to the others
