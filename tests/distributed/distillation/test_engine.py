@@ -1,8 +1,9 @@
 """The distillation engine does not depend on how it is run: layout, micro-batch, chunks, windows, where the teacher is.
 
-Everything starts from two checkpoints written by one rank. Against one rank with a resident teacher, fp32, ten steps:
-losses agree to 1e-5 and gradient norms to 1e-3 (relative); the first step's gradients to 1e-5 by relative Frobenius
-norm. The same numbers are summed in other orders, which leaves about 1e-6; a wrong factor leaves 0.5 or more.
+Everything starts from two checkpoints written by one rank. Against one rank with a resident teacher, fp32, over ten
+steps at every layout and over four of what is unlike otherwise: losses agree to 1e-5 and gradient norms to 1e-3
+(relative); the first step's gradients to 1e-5 by relative Frobenius norm. The same numbers are summed in other orders,
+which leaves about 1e-6; a wrong factor leaves 0.5 or more.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tests.distributed.models import (
 from tests.distributed.ranks import run_on_ranks
 
 STEPS, SAMPLES = 10, 8
+FEWER_STEPS = 4  # two of them after the warm-up
 TP2, PP2, SP = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "sequence": True}
 VPP = {"pipeline": 2, "virtual_pipeline": 2}
 
@@ -257,18 +259,19 @@ def assert_same_run(run: dict[str, Any], single: dict[str, Any]) -> None:
     for name, value in single["gradients"].items():
         assert float(value.norm()) > 0, name
         assert relative_error(run["gradients"][name], value) <= 1e-5, name
-    assert len(run["history"]) == len(single["history"])
-    for ours, theirs in zip(run["history"], single["history"], strict=True):
+    for ours, theirs in zip(run["history"], single["history"], strict=False):  # which may have more steps
         for name in ("lm loss", "logits distillation loss"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
         assert ours["grad-norm"] == pytest.approx(theirs["grad-norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ten_steps_are_those_of_one_rank(variant: str, checkpoints: str) -> None:
+def test_steps_are_those_of_one_rank(variant: str, checkpoints: str) -> None:
     world_size, parallel, options = VARIANTS[variant]
-    ranks = run_on_ranks(distil_on_rank, world_size, parallel, world_size, checkpoints, options, LOSS, STEPS)
-    assert_same_run(collect(ranks), base(checkpoints))
+    steps = FEWER_STEPS if options else STEPS
+    run = collect(run_on_ranks(distil_on_rank, world_size, parallel, world_size, checkpoints, options, LOSS, steps))
+    assert len(run["history"]) == steps <= len(base(checkpoints)["history"])
+    assert_same_run(run, base(checkpoints))
 
 
 def test_it_learns(checkpoints: str) -> None:
