@@ -86,10 +86,12 @@ def importance_of(
     recipe: Recipe, grid: Sequence[Setting], teacher: Architecture, shapes: dict[str, Architecture]
 ) -> ImportanceConfig:
     """The one scoring pass that serves every row of `grid`."""
-    pairs = list(dict.fromkeys(row.aggregation for row in grid if row.aggregation)) or ["l2/mean"]
-    sites = list(dict.fromkeys(row.neuron_site for row in grid if row.neuron_site)) or [recipe.importance.neuron_site]
-    metrics = dict.fromkeys(row.depth_metric for row in grid if row.depth_metric)
-    metrics.pop("block_influence", None)
+
+    def named(choice: str) -> list[str]:
+        return [*dict.fromkeys(filter(None, (getattr(row, choice) for row in grid)))]
+
+    pairs, sites = named("aggregation") or ["l2/mean"], named("neuron_site") or [recipe.importance.neuron_site]
+    metrics = [metric for metric in named("depth_metric") if metric != "block_influence"]
     lengths = {
         teacher.num_layers - shapes[row.shape].num_layers if row.layers == "contiguous" else 1
         for row in grid
@@ -105,7 +107,7 @@ def importance_of(
             neuron_site=sites[0],
             aggregations=pairs[1:],
             neuron_sites=sites[1:],
-            depth_metrics=list(metrics),
+            depth_metrics=metrics,
             block_lengths=sorted(lengths) or [1],
             multiple_choice=recipe.importance.multiple_choice if {*metrics} & {*TASK_METRICS} else None,
         )

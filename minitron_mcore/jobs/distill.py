@@ -117,15 +117,13 @@ def taught_so_far(student: str | None, teacher: Model) -> int:
     before = lineage.get("teacher", {})
     if lineage.get("stage") != "distill" or "targets" in before or "iteration" not in before:
         return newest
-    iteration, wrong = int(before["iteration"]), ""
-    if not iteration_folder(teacher.folder, iteration).is_dir():
-        wrong = f"is not in teacher.checkpoint={teacher.folder}, where the newest is {newest}"
-    elif before.get("weights") not in (None, identity(teacher.folder, iteration)["weights"]):
-        wrong = f"has other weights in teacher.checkpoint={teacher.folder}"
-    if wrong:
-        rule = f"was distilled so far from iteration {iteration} of its teacher, which {wrong}"
-        raise InputError("distill.checkpoint", student, rule, "name or restore that teacher, or name another folder")
-    return iteration
+    iteration, named = int(before["iteration"]), f"in teacher.checkpoint={teacher.folder}"
+    is_there = iteration_folder(teacher.folder, iteration).is_dir()
+    if is_there and before.get("weights") in (None, identity(teacher.folder, iteration)["weights"]):
+        return iteration
+    wrong = f"has other weights {named}" if is_there else f"is not {named}, where the newest is {newest}"
+    rule = f"was distilled so far from iteration {iteration} of its teacher, which {wrong}"
+    raise InputError("distill.checkpoint", student, rule, "name or restore that teacher, or name another folder")
 
 
 def check_teacher_keys(recipe: Recipe) -> None:

@@ -20,10 +20,8 @@ def planned_world(cluster: ClusterConfig, started: World) -> World:
     """The ranks that the recipe's `cluster` names; those that were started where it names none."""
     if cluster.gpus is None:
         return started
-    memory = None
-    if cluster.gpu_memory or cluster.host_memory:
-        device, host = cluster.gpu_memory or ENOUGH, cluster.host_memory or ENOUGH
-        memory = Memory(free=device, total=device, host_free=host, host_total=host)
+    device, host = cluster.gpu_memory or ENOUGH, cluster.host_memory or ENOUGH
+    memory = Memory(device, device, host, host) if cluster.gpu_memory or cluster.host_memory else None
     local = min(cluster.gpus, cluster.gpus_per_node)
     return World(size=cluster.gpus, local_size=local, device="cuda", memory=memory)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,9 @@ def require(recipe: Recipe, needed: dict[str, str], later: dict[str, str] | None
     """
     words = needed | (later or {})
     missing = [key for key in words if value_at(recipe, key) in (None, "", 0)]
-    if len(missing) == 1 and missing[0] not in needed:
-        return
-    if len(missing) == 1:
+    if len(missing) == 1 and missing[0] in needed:
         raise InputError(missing[0], None, "is not given", f"name {words[missing[0]]}")
-    if missing:
+    if len(missing) > 1:
         remedy = "; ".join(f"{key} is {words[key]}" for key in missing)
         raise InputError(", ".join(missing), None, "are not given", remedy)
 
@@ -57,9 +56,7 @@ def budget_and_text(section: str) -> dict[str, str]:
 
 def value_at(recipe: Any, key: str) -> Any:
     """The value at a key's full path."""
-    for part in key.split("."):
-        recipe = getattr(recipe, part)
-    return recipe
+    return attrgetter(key)(recipe)
 
 
 def find_model(folder: str | Path | None, key: str, promises: Promises) -> Model:

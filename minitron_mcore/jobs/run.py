@@ -81,7 +81,6 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> RunJo
     refuse_other_run(folder, recipe, SECTIONS, "output")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
         raise InputError("output", folder, "holds something other than a run", "name another folder")
-    refuse_lost_tokenizer(recipe)
     road = _Road(folder, world, promises)
     lay_road(recipe, road)
     makes = tuple(made for _, job in road.steps if job for made in job.makes)
@@ -112,8 +111,7 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
     students = recipe.run.students or {"student": recipe.student}
     for name, student in students.items():
         if not re.fullmatch(r"\w[\w.-]*", name):
-            remedy = "use letters, digits, dot, - and _"
-            raise InputError("run.students", name, "is to be a folder's name", remedy)
+            raise InputError("run.students", name, "is to be a folder's name", "use letters, digits, dot, - and _")
         check_steps(recipe, student, f"run.students.{name}" if recipe.run.students else "student")
         pruned, distilled = folder / "students" / name / "pruned", folder / "students" / name / "distilled"
         for step in parts_of(base, name, student, shape, pruned.parent):
@@ -140,6 +138,7 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
 def with_data(recipe: Recipe, road: _Road) -> Recipe:
     """The recipe with a tokenizer and data, and the steps that make them where the recipe names none."""
     if not recipe.tokenizer.model:
+        refuse_lost_tokenizer(recipe)
         model = str(road.folder / "tokenizer" / "tokenizer.model")
         recipe = with_keys(recipe, {"tokenizer.model": model, "tokenizer.overwrite": True})
         road.add("tokenizer", "train the tokenizer", "tokenizer", recipe)
@@ -154,9 +153,7 @@ def with_data(recipe: Recipe, road: _Road) -> Recipe:
 
 
 def refuse_lost_tokenizer(recipe: Recipe) -> None:
-    """Raise InputError where a teacher or tokens are given and their tokenizer is not."""
-    if recipe.tokenizer.model:
-        return
+    """Raise InputError where a teacher or tokens are given, which a tokenizer was for."""
     if recipe.teacher.checkpoint:
         given = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0]
         beside = tokenizer_folder(given)

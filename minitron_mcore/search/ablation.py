@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
@@ -101,24 +100,19 @@ def without_idle(setting: Setting, teacher: Architecture, shape: Architecture, *
     """`setting` with "" for every choice that this shape or method does not look at."""
     fewer = {name: getattr(shape, name) < getattr(teacher, name) for name in TARGETS}
     heads = fewer["num_attention_heads"] or fewer["num_query_groups"]
-    idle: dict[str, Any] = {}
-    if setting.method != "random":
-        idle["seed"] = ""
-    if setting.method != "activation" or not (fewer["hidden_size"] or fewer["ffn_hidden_size"] or heads):
-        idle |= {"aggregation": "", "neuron_site": ""}
-    if not fewer["ffn_hidden_size"]:
-        idle["neuron_site"] = ""
-    if setting.method != "activation":
-        idle["depth_metric"] = ""
-    if not fewer["num_layers"] or layers_given:
-        idle |= {"depth_metric": "", "layers": ""}
-    if teacher.num_layers - shape.num_layers == 1:  # a block of one
-        idle["layers"] = ""
-    if not heads:
-        idle |= {"head_residual": "", "residual_matrices": ""}
-    elif setting.head_residual == "none":
-        idle["residual_matrices"] = ""
-    return replace(setting, **idle)
+    by_activation = setting.method == "activation"
+    by_width = by_activation and (fewer["hidden_size"] or fewer["ffn_hidden_size"] or heads)
+    picks_layers = fewer["num_layers"] and not layers_given
+    is_looked_at = {
+        "aggregation": by_width,
+        "neuron_site": by_width and fewer["ffn_hidden_size"],
+        "depth_metric": by_activation and picks_layers,
+        "layers": picks_layers and teacher.num_layers - shape.num_layers > 1,  # or else a block of one
+        "head_residual": heads,
+        "residual_matrices": heads and setting.head_residual != "none",
+        "seed": setting.method == "random",
+    }
+    return replace(setting, **{name: "" for name, counts in is_looked_at.items() if not counts})
 
 
 CHOICES = [entry.name for entry in dataclasses.fields(Setting)]
