@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from minitron_mcore.errors import MemoryExhaustedError
-from minitron_mcore.estimate.forecast import Forecast
-from minitron_mcore.estimate.run import advice
+from minitron_mcore.estimate.forecast import Forecast, advice
 
 # Messages of the allocators (host, device, pinned memory) and, on a device that is nearly full, of cuBLAS and NCCL.
 _EXHAUSTED = (

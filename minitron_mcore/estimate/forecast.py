@@ -7,12 +7,22 @@ libraries, fragmentation, and the process itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from minitron_mcore.architecture import BYTES
+from minitron_mcore.architecture import BYTES, Architecture
+from minitron_mcore.distillation.config import LEAST_CHUNK, default_chunk_tokens
+from minitron_mcore.errors import InputError
 from minitron_mcore.estimate import model, teacher
 from minitron_mcore.estimate.model import Setting
+from minitron_mcore.layout import check_tensor_parallel, split_layers
+from minitron_mcore.model.recompute import Recompute, recompute_of
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.world import Memory, World
 from minitron_mcore.tables import table
+from minitron_mcore.training.budget import Timetable, size_keys
+from minitron_mcore.training.config import TrainConfig
 
 # Held from the first step to the last; the others come and go within a step.
 STATIC = ("weights", "gradients", "optimizer state", "teacher weights", "teacher's training")
@@ -117,3 +127,166 @@ def _correction_pass(setting: Setting, stage: int) -> int:
     taught = model.activations(alone, stage) + model.largest_layer_output(shape, s, BYTES[s.precision])
     loss = model.loss_buffers(alone) if stage == s.parallel.pipeline - 1 else 0
     return taught + max(loss, model.recomputed_activations(alone, stage))
+
+
+def forecast_run(
+    recipe: Recipe,
+    section: str,
+    architecture: Architecture,
+    timetable: Timetable,
+    world: World,
+    teacher: Architecture | None = None,
+) -> Forecast:
+    """The most that any shape in the `timetable` of the recipe's `section` needs on a rank.
+
+    teacher: the one that runs beside the student; None: none does. Raises InputError where what is held throughout
+    (weights, gradients, optimizer, teacher) exceeds a device's memory, or offloaded layers exceed a node's.
+    """
+    train: TrainConfig = getattr(recipe, section)
+    distill, shapes = recipe.distill, {start.shape for start in timetable.starts}
+    taught: dict[str, Any] = {
+        "teacher": teacher,
+        "teacher_parallel": recipe.teacher.parallel,
+        "teacher_precision": recipe.teacher.precision,
+        "teacher_placement": recipe.teacher.placement,
+        "teacher_window": distill.teacher_window,
+        "teacher_trained": distill.correct_teacher,
+        "teacher_chunk_tokens": recipe.correct.loss_chunk_tokens,
+        "teacher_recompute": recompute_of(recipe.correct),
+        "hidden_states": distill.hidden_states,
+    }
+    settings = [
+        Setting(
+            student=architecture,
+            parallel=recipe.parallel,
+            precision=recipe.precision,
+            data_parallel=world.size // recipe.parallel.replica_ranks,
+            sequence_length=shape.sequence_length,
+            global_batch_size=shape.global_batch_size,
+            micro_batch_size=shape.micro_batch_size,
+            loss_chunk_tokens=train.loss_chunk_tokens,
+            recompute=recompute_of(train),
+            on_cpu=world.device == "cpu",
+            section=section,
+            micro_batch_key=size_keys(train, shape, section)["micro_batch_size"],
+            local_ranks=world.local_size,
+            host_free=world.memory.host_free if world.memory else None,
+            **(taught if teacher else {}),
+        )
+        for shape in sorted(shapes, key=lambda shape: shape.global_batch_size)
+    ]
+    # Of a batch size that ramps up, the last is the largest.
+    largest = {(each.sequence_length, each.micro_batch_size, each.micro_batch_key): each for each in settings}
+    found = max(map(forecast, largest.values()), key=lambda found: found.total)
+    found = replace(found, beside=tuple(setting for setting in largest.values() if setting is not found.setting))
+    if world.memory is not None:
+        _refuse(found, world.memory)
+    return found
+
+
+def forecast_words(expected: Forecast, memory: Memory | None) -> list[str]:
+    """The lines a user sees: the forecast beside what is free, then a warning for each memory that falls short."""
+    said = f"memory of a rank: forecast {expected}"
+    if memory is None:
+        return [said]
+    said += f"; free {bytes_text(memory.free)} of {bytes_text(memory.total)}"
+    if expected.host:
+        there = f"free {bytes_text(memory.host_free)} of {bytes_text(memory.host_total)}"
+        said += f"; host memory of a node: forecast {bytes_text(expected.host)}, {there}"
+    lines = [said]
+    if expected.total > memory.free:
+        exceeds = f"WARNING: the forecast exceeds the free memory by {bytes_text(expected.total - memory.free)}"
+        lines.append(": ".join(filter(None, [exceeds, "; ".join(advice(expected))])))
+    if expected.host > memory.host_free:
+        lines.append(
+            f"WARNING: teacher.placement=offloaded needs {bytes_text(expected.host - memory.host_free)} more of a "
+            f"node's host memory than is free, {_copies(expected)}, and the system may kill the run without a message: "
+            f"{_HOST_REMEDY}"
+        )
+    return lines
+
+
+_HOST_REMEDY = "set teacher.placement=sharded, or a teacher.parallel with more shards"
+
+
+def _copies(expected: Forecast) -> str:
+    return f"with a copy on each of {expected.setting.local_ranks} ranks"
+
+
+def _refuse(expected: Forecast, memory: Memory) -> None:
+    if expected.static > memory.total:
+        held = ", ".join(f"{name} {bytes_text(expected.parts[name])}" for name in STATIC if expected.parts.get(name))
+        needs = f"needs {bytes_text(expected.static)} on a rank before a token is read ({held})"
+        remedy = "; ".join(["change parallel.*, teacher.placement or the number of ranks", *advice(expected)[:1]])
+        rule = f"{needs}, and a rank has {bytes_text(memory.total)}"
+        raise InputError(expected.setting.section, None, rule, remedy)
+    if expected.host > memory.host_total:
+        needs = f"needs {bytes_text(expected.host)} of host memory on a node, {_copies(expected)}"
+        rule = f"{needs}, and a node has {bytes_text(memory.host_total)}"
+        raise InputError("teacher.placement", "offloaded", rule, _HOST_REMEDY)
+
+
+def advice(found: Forecast, count: int = 3) -> list[str]:
+    """The `count` changes of a single key that save most, each with its saving over the whole run, in words."""
+    saved: dict[str, tuple[int, str]] = {}
+    for key, words, changes in _changes(found.setting):
+        changed = [replace(found.setting, **changes)]
+        for shape in found.beside:
+            is_elsewhere = key == "micro_batch_size" and shape.micro_batch_key != found.setting.micro_batch_key
+            changed.append(shape if is_elsewhere else replace(shape, **changes))
+        if not all(map(_holds, changed)):
+            continue
+        saving = found.total - max(forecast(shape).total for shape in changed)
+        if saving > max(saved.get(key, (0, ""))[0], found.total // 100):
+            saved[key] = (saving, f"{words} saves {bytes_text(saving)}")
+    return [words for _, words in sorted(saved.values(), reverse=True)[:count]]
+
+
+def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(key, what to set, the changed fields of Setting) for every change of one key that does not change results."""
+    s, section, parallel = setting, setting.section, setting.parallel
+    if s.micro_batch_size > 1:
+        yield "micro_batch_size", f"{s.micro_batch_key or f'{section}.micro_batch_size'}=1", {"micro_batch_size": 1}
+    if (s.loss_chunk_tokens or default_chunk_tokens(s.tokens)) > LEAST_CHUNK:
+        yield "chunk", f"{section}.loss_chunk_tokens={LEAST_CHUNK}", {"loss_chunk_tokens": LEAST_CHUNK}
+    again = "at the cost of one more forward pass,"
+    if s.recompute.granularity != "full":
+        yield "recompute", f"{section}.recompute_granularity=full, {again}", {"recompute": Recompute("full")}
+    if s.teacher_trained and s.teacher_recompute.granularity != "full":
+        yield "correct", f"correct.recompute_granularity=full, {again}", {"teacher_recompute": Recompute("full")}
+    if s.teacher_trained and (s.teacher_chunk_tokens or default_chunk_tokens(s.tokens)) > LEAST_CHUNK:
+        yield "correct chunk", f"correct.loss_chunk_tokens={LEAST_CHUNK}", {"teacher_chunk_tokens": LEAST_CHUNK}
+    if s.teacher is not None and not s.teacher_trained:  # a trained teacher takes neither key
+        if parallel.pipeline < (s.teacher_window or s.microbatches):
+            yield "window", f"{section}.teacher_window={parallel.pipeline}", {"teacher_window": parallel.pipeline}
+        if s.data_parallel > 1:
+            yield "placement", "teacher.placement=sharded", {"teacher_placement": "sharded"}
+        offloaded = replace(s, teacher_placement="offloaded")
+        if s.host_free is None or teacher.host_bytes(offloaded) <= s.host_free:
+            yield "placement", "teacher.placement=offloaded", {"teacher_placement": "offloaded"}
+    parts = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
+    if parallel.tensor > 1 and not parallel.sequence and s.sequence_length % parts == 0:
+        yield "sequence", "parallel.sequence=true", {"parallel": replace(parallel, sequence=True)}
+    if s.data_parallel == 1 or s.data_parallel % 2 == 0:
+        ranks = "" if s.data_parallel > 1 else " on twice the ranks"
+        for name in ("tensor", "pipeline"):
+            wider = replace(parallel, **{name: 2 * getattr(parallel, name)})
+            fields = {"parallel": wider, "data_parallel": s.data_parallel // 2 or 1}
+            yield name, f"parallel.{name}={getattr(wider, name)}{ranks}", fields
+    yield "data", "twice as many ranks at the same parallel.*", {"data_parallel": 2 * s.data_parallel}
+
+
+def _holds(setting: Setting) -> bool:
+    """Whether a run can have this setting."""
+    if setting.global_batch_size % (setting.micro_batch_size * setting.data_parallel):
+        return False
+    if setting.parallel.virtual_pipeline and setting.microbatches % setting.parallel.pipeline:
+        return False
+    try:
+        for shape, parallel in ((setting.student, setting.parallel), (setting.teacher, setting.teacher_layout)):
+            if shape is not None:
+                check_tensor_parallel(shape, parallel.tensor)
+                split_layers(shape.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+    except InputError:
+        return False
+    return True

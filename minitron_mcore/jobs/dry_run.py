@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from minitron_mcore.estimate.forecast import bytes_text, stage_parts
-from minitron_mcore.estimate.run import forecast_words
+from minitron_mcore.estimate.forecast import bytes_text, forecast_words, stage_parts
 from minitron_mcore.jobs.job import Job, Model
 from minitron_mcore.jobs.run import RunJob
 from minitron_mcore.jobs.train import TrainingJob

@@ -15,8 +15,7 @@ from minitron_mcore.data.described import Described, describe_training
 from minitron_mcore.data.index_size import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.estimate.forecast import Forecast
-from minitron_mcore.estimate.run import forecast_run
+from minitron_mcore.estimate.forecast import Forecast, forecast_run
 from minitron_mcore.jobs import inputs
 from minitron_mcore.jobs.continuation import refuse_other_run, sources
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises, absolute
@@ -65,6 +64,9 @@ class Teaching:
         return f"teacher {self.model.architecture.num_parameters:,}{corrected}"
 
 
+NOBODY = Teaching(None, {})
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob(Job):
     """A training by the recipe's `section` into `folder`.
@@ -87,7 +89,7 @@ class TrainingJob(Job):
     forecast: Forecast
     resumes: bool
     lineage: dict[str, Any]
-    teaching: Teaching | None
+    teaching: Teaching
 
     @property
     def config(self) -> TrainConfig:
@@ -152,7 +154,7 @@ def resolve_training(
     tokenizer: Tokenizer | None,
     compared: tuple[str, ...],
     lineage: dict[str, Any],
-    teaching: Teaching | None = None,
+    teaching: Teaching = NOBODY,
 ) -> TrainingJob:
     """The job that follows from the recipe's `section`; raises InputError.
 
@@ -171,18 +173,18 @@ def resolve_training(
     timetable = plan_timetable(train, recipe.data.sequence_length, section)
     check_train(train, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, section)
     check_learning_rate(train, timetable, section)
-    wanted = wanted_samples(recipe, section, timetable, teaching.samples if teaching else 0)
+    wanted = wanted_samples(recipe, section, timetable, teaching.samples)
     described = describe_training(recipe.data, tokenizer, wanted, promises.prefixes)
-    teacher, corrected = (teaching.model, teaching.corrected) if teaching else (None, None)
+    teacher = teaching.model
     reads: list[Model | Item] = [each for each in (source, teacher) if each]
-    if teaching and not teacher:
+    if teaching.cache:
         reads.append(Item("distill.teacher", str(teaching.cache), f"{teaching.samples:,} samples' targets"))
     shape = teacher.architecture if teacher else None
     return TrainingJob(
         recipe,
         reads=(*reads, *inputs.data_items(described)),
-        makes=tuple(filter(None, [Model(key, folder, architecture, None, tokenizer=tokenizer), corrected])),
-        notes=(*(teaching.notes if teaching else ()), *no_validation(recipe, section, described)),
+        makes=tuple(filter(None, [Model(key, folder, architecture, None, tokenizer=tokenizer), teaching.corrected])),
+        notes=(*teaching.notes, *no_validation(recipe, section, described)),
         section=section,
         folder=folder,
         architecture=architecture,

@@ -24,7 +24,6 @@ from minitron_mcore.training.teaching import TrainedTeacher
 def run(job: TrainingJob, runtime: Runtime) -> Progress:
     """Distil to `distill.tokens`; the same command goes on where it was cut off. Every rank calls."""
     recipe, distill, student, teaching = job.recipe, job.recipe.distill, job.architecture, job.teaching
-    assert teaching is not None
     data, memory = prepare(job, runtime)
     cached = cached_teacher(job, teaching.cache, data, runtime) if teaching.cache else None
 

@@ -9,9 +9,8 @@ import pytest
 
 from minitron_mcore.architecture import build_architecture
 from minitron_mcore.distillation.teacher.blocks import host_blocks, pinned_bytes
-from minitron_mcore.estimate.forecast import bytes_text, forecast, stage_parts
+from minitron_mcore.estimate.forecast import advice, bytes_text, forecast, stage_parts
 from minitron_mcore.estimate.model import Setting, passes_in_flight
-from minitron_mcore.estimate.run import advice
 from minitron_mcore.estimate.teacher import host_bytes
 from minitron_mcore.runtime.config import ParallelConfig
 

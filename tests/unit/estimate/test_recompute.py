@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.estimate.forecast import bytes_text, forecast, stage_parts
+from minitron_mcore.estimate.forecast import advice, bytes_text, forecast, stage_parts
 from minitron_mcore.estimate.model import activations, recomputed_activations
-from minitron_mcore.estimate.run import advice
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute, check_recompute, recompute_of
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.training.config import TrainConfig
