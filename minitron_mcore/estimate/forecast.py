@@ -1,4 +1,5 @@
-"""How many bytes of memory a rank needs for a step, by part, before anything is allocated. Pure.
+"""How many bytes of memory a rank needs for a step, by part, before anything is allocated; what helps where that is too
+much, and what is said where memory runs out after all. Pure.
 
 What is held for the whole run is exact except for the padding of Megatron's buffers; activations are what the layers
 save for backward, tensor by tensor (see `layer_activations`), or recompute. Not counted: buffers of communication
@@ -8,12 +9,13 @@ libraries, fragmentation, and the process itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.distillation.config import LEAST_CHUNK, default_chunk_tokens
-from minitron_mcore.errors import InputError
+from minitron_mcore.errors import InputError, MemoryExhaustedError
 from minitron_mcore.estimate import model, teacher
 from minitron_mcore.estimate.model import Setting
 from minitron_mcore.layout import check_tensor_parallel, split_layers
@@ -33,7 +35,6 @@ class Forecast:
     """Bytes by part, of the rank that needs most."""
 
     parts: dict[str, int]
-    stage: int  # its pipeline stage
     setting: Setting
     host: int = 0  # beside the devices, of a node's host memory
     beside: tuple[Setting, ...] = ()  # the run's other shapes, none of which needs more
@@ -70,7 +71,7 @@ def bytes_text(count: int) -> str:
 def forecast(setting: Setting) -> Forecast:
     """What the fullest pipeline stage needs, of a layout that can hold the models."""
     host = teacher.host_bytes(setting)
-    stages = [Forecast(stage_parts(setting, stage), stage, setting, host) for stage in range(setting.parallel.pipeline)]
+    stages = [Forecast(stage_parts(setting, stage), setting, host) for stage in range(setting.parallel.pipeline)]
     return max(stages, key=lambda stage: stage.total)
 
 
@@ -290,3 +291,41 @@ def _holds(setting: Setting) -> bool:
     except InputError:
         return False
     return True
+
+
+# Messages of the allocators (host, device, pinned memory) and, on a device that is nearly full, of cuBLAS and NCCL.
+_EXHAUSTED = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cuda failure 2 'out of memory'",
+    "Cuda failure 'out of memory'",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` means that a device, or the host, has no memory left."""
+    import torch  # takes seconds, which a forecast alone need not wait for
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _EXHAUSTED)
+
+
+@contextmanager
+def explaining_memory(expected: Forecast, when: str) -> Iterator[None]:
+    """Within the `with`, memory that runs out is raised as MemoryExhaustedError, with what was needed and what helps.
+
+    when: what was going on, in words.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryExhaustedError) or not is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        lines = [f"out of memory {when}: {said[:300]}", "the forecast of a rank:", expected.table()]
+        if helpful := advice(expected):
+            lines += ["what helps most:", *(f"  {line}" for line in helpful)]
+        raise MemoryExhaustedError("\n".join(lines)) from error

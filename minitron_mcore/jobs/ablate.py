@@ -16,10 +16,10 @@ from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.jobs import inputs
 from minitron_mcore.jobs.job import NOTHING, Item, Model, ModelJob, Promises
+from minitron_mcore.jobs.plan import plan_at
 from minitron_mcore.jobs.score import ScoreJob
 from minitron_mcore.jobs.score import resolve as resolve_score
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
-from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
@@ -143,11 +143,5 @@ def plan_of(recipe: Recipe, setting: Setting, scores: Scores, shape: Architectur
     whole = shape.num_layers < scores.architecture.num_layers
     chosen: dict[str, Any] = {name: getattr(setting, name) for name in ("layers", "depth_metric", "head_residual")}
     chosen["residual_matrices"] = [*filter(None, setting.residual_matrices.split("+"))]
-    return make_plan(
-        scores,
-        StudentConfig(**inputs.sizes_of(shape), layers=recipe.student.layers if whole else None),
-        PruneConfig(**{name: value for name, value in chosen.items() if value}),
-        tensor=recipe.parallel.tensor,
-        pipeline=recipe.parallel.pipeline,
-        sequence_length=recipe.data.sequence_length,
-    )
+    student = StudentConfig(**inputs.sizes_of(shape), layers=recipe.student.layers if whole else None)
+    return plan_at(recipe, scores, student, PruneConfig(**{name: value for name, value in chosen.items() if value}))

@@ -12,6 +12,7 @@ from minitron_mcore.importance.config import variant_names
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.jobs.inputs import asked_shape, find_model, require
 from minitron_mcore.jobs.job import NOTHING, PLAN, SCORES, Item, Job, Promises, absolute
+from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan, check_residual, check_same_model
 from minitron_mcore.pruning.targets import no_target
@@ -60,15 +61,14 @@ def plan_from_scores(
         raise InputError("prune.steps", prune.steps, rule, remedy)
     if absolute(str(recipe.scores)) in promises.items:
         return promised_shape(recipe, teacher), None
-    plan = make_plan(
-        read_scores(recipe, teacher),
-        recipe.student,
-        prune,
-        tensor=recipe.parallel.tensor,
-        pipeline=recipe.parallel.pipeline,
-        sequence_length=recipe.data.sequence_length,
-    )
+    plan = plan_at(recipe, read_scores(recipe, teacher), recipe.student, prune)
     return plan.student, plan
+
+
+def plan_at(recipe: Recipe, scores: Scores, student: StudentConfig, prune: PruneConfig) -> PruningPlan:
+    """The plan of `student` and `prune` for the recipe's layout and sequences. Raises InputError."""
+    layout, length = recipe.parallel, recipe.data.sequence_length
+    return make_plan(scores, student, prune, tensor=layout.tensor, pipeline=layout.pipeline, sequence_length=length)
 
 
 def promised_shape(recipe: Recipe, teacher: Architecture) -> Architecture:

@@ -12,7 +12,7 @@ from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.states.loss import StateLosses
 from minitron_mcore.distillation.teacher.ahead import Teacher
-from minitron_mcore.estimate.exhausted import explaining_memory
+from minitron_mcore.estimate.forecast import explaining_memory
 from minitron_mcore.jobs.train import Teaching, TrainingJob
 from minitron_mcore.model.recompute import KEEP_ALL, recompute_of
 from minitron_mcore.runtime.start import Runtime

@@ -27,15 +27,13 @@ def run(job: ImportJob, runtime: Runtime) -> Path:
     use_layout(recipe.parallel, runtime.world_size)
     runtime.print(f"import: {source}, {architecture.num_parameters:,} parameters -> {target}")
     called = f"checkpoint={target}"
-    notes: list[str] = []
 
-    def describe(unfinished: Path) -> None:
-        fingerprint = tokenizer.fingerprint if tokenizer else None
-        lineage = {"stage": "import", "hf": str(source), "tokens": 0, "tokenizer": fingerprint}
-        save = tokenizer.save if tokenizer else None
+    def describe(unfinished: Path) -> list[str]:
+        made_by, save = (tokenizer.fingerprint, tokenizer.save) if tokenizer else (None, None)
+        lineage = {"stage": "import", "hf": str(source), "tokens": 0, "tokenizer": made_by}
         with writing(called):
             write_description(unfinished, architecture, lineage=lineage, recipe=to_yaml(recipe), save_tokenizer=save)
-            notes.extend(keep_companions(source, unfinished))
+            return keep_companions(source, unfinished)
 
     with whole_folder(target, called) as unfinished:
         checked = import_checkpoint(
@@ -47,7 +45,7 @@ def run(job: ImportJob, runtime: Runtime) -> Path:
                 f"import: WARNING: {len(checked.allowed)} tensors are all zero or not finite, let through by "
                 f"allow={recipe.allow}: {', '.join(checked.allowed[:4])}{' …' if len(checked.allowed) > 4 else ''}"
             )
-        runtime.on_main(partial(describe, unfinished))
+        notes = runtime.on_main(partial(describe, unfinished))
         if recipe.verify:
             error = compare_with_transformers(source, unfinished, architecture, recipe.parallel, runtime)
             runtime.print(

@@ -77,14 +77,11 @@ def costs(
     if task is not None:
         rows, questions = len(task.rows), len(task.questions)
         shares.append((TASK_METRICS, rows, f"{rows:,} choices of {questions:,} questions"))
-    lines = []
-    for kind, number, words in shares:
-        if names := [metric for metric in metrics if metric in kind]:
-            lines.append(
-                f"{', '.join(names)}: {passes:,} passes ({' + '.join(terms)}) x {words} = {passes * number:,} forward "
-                "passes"
-            )
-    return lines
+    return [
+        f"{', '.join(names)}: {passes:,} passes ({' + '.join(terms)}) x {words} = {passes * number:,} forward passes"
+        for kind, number, words in shares
+        if (names := [metric for metric in metrics if metric in kind])
+    ]
 
 
 def kept_bytes(

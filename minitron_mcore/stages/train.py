@@ -10,8 +10,7 @@ from minitron_mcore.checkpoint.folder_lock import one_writer
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.estimate.exhausted import explaining_memory
-from minitron_mcore.estimate.forecast import Forecast, forecast_run, forecast_words
+from minitron_mcore.estimate.forecast import Forecast, explaining_memory, forecast_run, forecast_words
 from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import initialize

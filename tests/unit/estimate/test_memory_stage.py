@@ -11,8 +11,15 @@ import torch
 
 from minitron_mcore.architecture import build_architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.estimate.exhausted import is_out_of_memory
-from minitron_mcore.estimate.forecast import Forecast, advice, bytes_text, forecast, forecast_run, forecast_words
+from minitron_mcore.estimate.forecast import (
+    Forecast,
+    advice,
+    bytes_text,
+    forecast,
+    forecast_run,
+    forecast_words,
+    is_out_of_memory,
+)
 from minitron_mcore.recipe import Recipe, load_recipe
 from minitron_mcore.runtime import start, world
 from minitron_mcore.runtime.world import Memory, World
