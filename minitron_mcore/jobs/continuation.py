@@ -56,14 +56,12 @@ def refuse_other_run(
             raise InputError(key, folder, "holds a cache of a teacher's targets", "name another folder")
         return
     lineage = read_lineage(folder)
-    made_by = lineage.get("stage")
-    if stage and made_by and made_by != stage:
+    if stage and (made_by := lineage.get("stage") or stage) != stage:
         rule = f"holds a checkpoint that `{made_by}` made, not `{stage}`"
         raise InputError(key, folder, rule, "name another folder")
     stored = read_mapping(stored_file)
-    recorded = lineage.get("sources", {})
-    if (folder / SOURCES).is_file():
-        recorded = read_mapping(folder / SOURCES)
+    beside = folder / SOURCES
+    recorded = read_mapping(beside) if beside.is_file() else lineage.get("sources", {})
     entries = {entry.name: entry for entry in dataclasses.fields(Recipe)}
     for section in filter(stored.__contains__, (*sections, "seed", "precision")):
         for entry, path, there, here in _values(entries[section], stored[section], getattr(recipe, section)):
@@ -142,10 +140,8 @@ def _is_same(entry: Any, path: str, there: Any, here: Any, recorded: dict[str, A
     if path == "distill.teacher":  # a cache is known by what it holds, which is checked when it is opened
         return all(str(value).startswith(CACHE) for value in (there, here))
     (weights, places), (other_weights, others) = _places(path, there), _places(path, here)
-    if weights != other_weights or len(places) != len(others):
-        return False
-    if places == others:
-        return True
+    if weights != other_weights or places == others:
+        return weights == other_weights
     held = [mark_of(place) for place in others]
     return None not in held and held == (recorded.get(path) or [mark_of(place) for place in places])
 

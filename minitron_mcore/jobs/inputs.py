@@ -195,10 +195,8 @@ def model_tokenizer(recipe: Recipe, model: Model, promises: Promises) -> Tokeniz
         promised = model.tokenizer or recipe_tokenizer(recipe, promises)
         return fit_tokenizer(promised, model.architecture, recipe) if promised else None
     folder, beside, named = model.folder, tokenizer_folder(model.folder), recipe.tokenizer.model
-    given = load_tokenizer(recipe.tokenizer) if named or beside is None else None
-    tokenizer = load_tokenizer(str(beside)) if beside is not None else given
-    assert tokenizer is not None
-    if given is not None and given.fingerprint != tokenizer.fingerprint:
+    tokenizer = load_tokenizer(str(beside) if beside else recipe.tokenizer)
+    if named and beside and (given := load_tokenizer(recipe.tokenizer)).fingerprint != tokenizer.fingerprint:
         if difference(given, tokenizer, model.architecture.vocab_size):
             rule = f"is not the tokenizer that {folder} was trained with, which lies in {beside}"
             raise InputError("tokenizer.model", named, rule, "leave tokenizer.model out")

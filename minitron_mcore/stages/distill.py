@@ -6,7 +6,6 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
-from minitron_mcore.checkpoint.folder import read_lineage
 from minitron_mcore.distillation.cache.teacher import CachedTeacher
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
@@ -36,9 +35,8 @@ def run(job: TrainingJob, runtime: Runtime) -> Progress:
         wide = teacher.architecture
         states = StateLosses(chunks, distill.hidden_states, student, wide, recipe.parallel, seed=recipe.seed)
         teacher.want_states(states.pairs, student.num_layers)
-    runtime.print(
-        f"distill: {teaching} -> student {student.num_parameters:,} parameters, {job.timetable} -> {job.folder}"
-    )
+    trained = f"student {student.num_parameters:,} parameters, {job.timetable}"
+    runtime.print(f"distill: {teaching} -> {trained} -> {job.folder}")
     settings = LossSettings.of(distill, student.vocab_size)
     objective = Objective(settings, teacher, states, window=distill.teacher_window)
     return fit_model(job, runtime, chunks, objective, data, memory)
@@ -59,11 +57,10 @@ def load_teacher(job: TrainingJob, teaching: Teaching) -> Teacher:
     )
     if teaching.corrected is None:
         return teacher
-    lineage = {"stage": "correct", "load": str(source.folder), "lineage": read_lineage(source.folder)}
+    lineage = {"stage": "correct", "load": str(source.folder), "lineage": dict(source.lineage)}
     folder, shape = teaching.corrected.folder, source.architecture
     corrected = dataclasses.replace(job, folder=folder, architecture=shape, source=source, lineage=lineage)
-    say = partial(describe, corrected)
-    return TrainedTeacher(teacher, recipe.correct, job.timetable, folder, say)
+    return TrainedTeacher(teacher, recipe.correct, job.timetable, folder, partial(describe, corrected))
 
 
 def cached_teacher(job: TrainingJob, cache: Path, data: TrainingData, runtime: Runtime) -> CachedTeacher:

@@ -29,9 +29,8 @@ def run(job: ModelJob, runtime: Runtime) -> dict[str, Any]:
     dataset = held_out(data, model.tokenizer, config.samples, seed=recipe.seed)
     samples = min(config.samples, len(dataset))
     if samples < config.samples:
-        runtime.print(
-            f"evaluate: the held-out text has {samples} sequences, fewer than evaluate.samples={config.samples}"
-        )
+        fewer = f"{samples} sequences, fewer than evaluate.samples={config.samples}"
+        runtime.print(f"evaluate: the held-out text has {fewer}")
     chunks = as_chunks(load_model(model.place, model.architecture, recipe.parallel, recipe.precision))
     batches = held_out_batches(dataset, samples, micro_batch_size=config.micro_batch_size, parallel=recipe.parallel)
     losses = mean_loss(chunks, batches, Objective(LossSettings(model.architecture.vocab_size)))
