@@ -144,15 +144,12 @@ def block_submodules(
 
     `bare_layers`: as BareLayer, one after another, so that no more than one is ever whole.
     """
-    layer, final_norm = (
-        (get_gpt_layer_te_spec(qk_layernorm=config.qk_layernorm), LayerNormImpl)
-        if use_transformer_engine(config)
-        else (_local(config), Norm)
-    )
+    fused = use_transformer_engine(config)
+    layer = get_gpt_layer_te_spec(qk_layernorm=config.qk_layernorm) if fused else _local(config)
     if bare_layers:
         layer = replace(layer, module=BareLayer)
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LayerNormImpl if fused else Norm)
 
 
 def _local(config: TransformerConfig) -> ModuleSpec:

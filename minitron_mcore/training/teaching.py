@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -76,8 +75,7 @@ class TrainedTeacher(Teacher):
         progress = {"iteration": iteration}
         self.trained.save(self.folder, progress, runtime, self.architecture, lambda: self.tell(tokens))
 
-    def resume(self, iteration: int, tokens: int) -> dict[str, Any]:
+    def resume(self, iteration: int, tokens: int) -> None:
         """Resume from the checkpoint of `iteration`, after `tokens` tokens. All ranks call. Raises InputError."""
-        progress = load_training_state(self.folder, iteration, *self.trained)
+        load_training_state(self.folder, iteration, *self.trained)
         set_schedule(self.trained.scheduler, tokens)
-        return progress
