@@ -25,12 +25,12 @@ import json
 import os
 import socket
 import struct
-import threading
 import zlib
-from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import xxhash
@@ -44,22 +44,15 @@ FORMAT = 2  # 1 had no probability of the other ids, and the number of samples i
 MAGIC = b"MINITGT\x01"
 VALUE_TYPES = {"fp16": "<f2", "fp32": "<f4"}
 ANEW = "delete the folder and write it again with `cache`"
+_WRITE_MISSING = "delete it and run `cache` again, which writes what is missing"
 _PREFIX = struct.Struct("<8sQQ")
 _LENGTH = struct.Struct("<I")
 _OPEN_HEADERS = 16
+_NUMBER = (int, float)
 # What targets cannot be read without, and of what type; by method, besides.
-_SETTINGS: dict[str, type | tuple[type, ...]] = {
-    "vocab_size": int,
-    "temperature": (int, float),
-    "dtype": str,
-    "num_samples": int,
-    "shard_samples": int,
-    "teacher": dict,
-}
-_OF_METHOD: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "sampled": {"proposal_temperature": (int, float)},
-    "top_k": {"top_k": int},
-}
+_SETTINGS: dict[str, Any] = dict.fromkeys(("vocab_size", "num_samples", "shard_samples"), int)
+_SETTINGS |= {"temperature": _NUMBER, "dtype": str, "teacher": dict}
+_OF_METHOD: dict[str, dict[str, Any]] = {"sampled": {"proposal_temperature": _NUMBER}, "top_k": {"top_k": int}}
 
 
 @dataclass(frozen=True)
@@ -97,35 +90,29 @@ def encode_targets(targets: Targets, vocab_size: int, dtype: str) -> bytes:
     deltas = numpy.diff(targets.ids, prepend=0)
     starts = (numpy.cumsum(targets.num_ids) - targets.num_ids)[targets.num_ids > 0]
     deltas[starts] = targets.ids[starts]
-    planes = [*_planes(targets.num_ids, 4), *_planes(deltas, _id_bytes(vocab_size))]
+    columns = [(targets.num_ids, "<i8", 4), (deltas, "<i8", _id_bytes(vocab_size))]
     if targets.counts is not None:
-        planes += _planes(targets.counts - 1, 2)
-    for values, kind in ((targets.values, VALUE_TYPES[dtype]), (targets.tails, "<f4")):
-        if values is not None:
-            rounded = values.astype(kind)
-            planes += list(rounded.view(numpy.uint8).reshape(-1, rounded.itemsize).T)
-    streams = [_compress(plane.tobytes()) for plane in planes]
+        columns.append((targets.counts - 1, "<i8", 2))
+    fractions = ((targets.values, VALUE_TYPES[dtype]), (targets.tails, "<f4"))
+    columns += [(values, kind, 4) for values, kind in fractions if values is not None]
+    streams = [_compress(plane.tobytes()) for column in columns for plane in _planes(*column)]
     return b"".join([_LENGTH.pack(len(targets.num_ids)), *(_LENGTH.pack(len(s)) + s for s in streams)])
 
 
-def decode_targets(
-    block: bytes, vocab_size: int, dtype: str, *, has_counts: bool, has_values: bool, has_tails: bool = False
-) -> Targets:
-    """What `encode_targets` was given. Raises ValueError, struct.error or zlib.error where it is no such block."""
-    (tokens,) = _LENGTH.unpack_from(block)
-    place = _LENGTH.size
+def decode_targets(block: bytes, settings: dict[str, Any]) -> Targets:
+    """What `encode_targets` was given, by a cache of `settings`."""
+
+    def planes() -> Iterator[numpy.ndarray]:
+        place = _LENGTH.size
+        while place < len(block):
+            (length,) = _LENGTH.unpack_from(block, place)
+            place += _LENGTH.size + length
+            yield numpy.frombuffer(zlib.decompress(block[place - length : place]), numpy.uint8)
 
     def numbers(width: int) -> numpy.ndarray:
-        nonlocal place
-        result = numpy.zeros(0, dtype=numpy.int64)
-        for byte in range(width):
-            (length,) = _LENGTH.unpack_from(block, place)
-            place += _LENGTH.size
-            plane = numpy.frombuffer(zlib.decompress(block[place : place + length]), numpy.uint8)
-            place += length
-            if not byte:
-                result = plane.astype(numpy.int64)
-            elif plane.any():
+        result = next(stream).astype(numpy.int64)
+        for byte, plane in zip(range(1, width), stream, strict=False):
+            if plane.any():
                 result |= numpy.left_shift(plane, 8 * byte, dtype=numpy.int64)
         return result
 
@@ -133,18 +120,19 @@ def decode_targets(
         kind = numpy.dtype(name)
         return numbers(kind.itemsize).astype(f"<u{kind.itemsize}").view(kind).astype(numpy.float32)
 
+    stream, is_drawn = planes(), settings["method"] == "sampled"
     num_ids = numbers(4)
-    if len(num_ids) != tokens:
-        raise ValueError(f"{len(num_ids)} tokens where {tokens} are announced")
-    deltas = numbers(_id_bytes(vocab_size))
+    assert _LENGTH.unpack_from(block) == num_ids.shape
+    deltas = numbers(_id_bytes(settings["vocab_size"]))
     # A running sum over all tokens, less what it had reached where the token begins.
     reached = numpy.cumsum(deltas)
     starts = numpy.cumsum(num_ids) - num_ids
     before = numpy.concatenate([[0], reached])[starts]
     ids = reached - numpy.repeat(before, num_ids)
-    counts = numbers(2) + 1 if has_counts else None
-    values = fractions(VALUE_TYPES[dtype]) if has_values else None
-    return Targets(num_ids, ids, counts, values, fractions("<f4") if has_tails else None)
+    counts = numbers(2) + 1 if is_drawn else None
+    has_values = not is_drawn or settings["proposal_temperature"] != 1.0
+    values = fractions(VALUE_TYPES[settings["dtype"]]) if has_values else None
+    return Targets(num_ids, ids, counts, values, fractions("<f4") if has_tails(settings) else None)
 
 
 def _compress(content: bytes) -> bytes:
@@ -159,17 +147,17 @@ def _id_bytes(vocab_size: int) -> int:
     return max(1, ((vocab_size - 1).bit_length() + 7) // 8)
 
 
-def _planes(values: numpy.ndarray, width: int) -> list[numpy.ndarray]:
-    """The `width` lowest bytes of whole numbers [E], byte by byte."""
-    return list(values.astype("<i8").view(numpy.uint8).reshape(-1, 8)[:, :width].T)
+def _planes(values: numpy.ndarray, kind: str, width: int) -> numpy.ndarray:
+    """The `width` lowest bytes of numbers [E] as `kind`, byte by byte: [width, E], or as many as they have."""
+    return values.astype(kind)[:, None].view(numpy.uint8)[:, :width].T
 
 
 def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"targets-{shard:06d}.bin"
 
 
-def write_shard(path: Path, digest: str, first: int, blocks: list[tuple[bytes, str]]) -> int:
-    """Write the blocks of samples `first`, `first` + 1, …, each with the checksum of its tokens; returns the bytes.
+def write_shard(path: Path, digest: str, first: int, blocks: list[tuple[bytes, str]]) -> None:
+    """Write the blocks of samples `first`, `first` + 1, …, each with the checksum of its tokens.
 
     Whole or not at all. One process calls. Raises OSError.
     """
@@ -187,7 +175,6 @@ def write_shard(path: Path, digest: str, first: int, blocks: list[tuple[bytes, s
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    return path.stat().st_size
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -201,33 +188,30 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     with reading(f"distill.teacher=cache:{folder}"):
         if not path.is_file():
-            rule = f"holds no teacher's targets: {DESCRIPTION} is missing"
-            raise InputError(
-                "distill.teacher", f"cache:{folder}", rule, "write them with `cache`, or name another folder"
-            )
+            rule, remedy = f"holds no teacher's targets: {DESCRIPTION} is missing", "write them with `cache`"
+            raise InputError("distill.teacher", f"cache:{folder}", rule, f"{remedy}, or name another folder")
         text = path.read_bytes()
     try:
         content = json.loads(text.decode("utf-8"))
         found, settings = content["format"], dict(content["settings"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError("", path, "is damaged: it does not say how the targets were made", ANEW) from error
+        raise _damage(path, "it does not say how the targets were made") from error
     if found == 1:
         raise InputError("", path, "is of format 1, an older version's, without the probability of left-out ids", ANEW)
     if found != FORMAT:
         raise InputError("", path, f"is of format {found!r}, but this version reads format {FORMAT}", ANEW)
     method = settings.get("method")
     if method not in _OF_METHOD:
-        raise InputError("", path, f"is damaged: its method is {method!r}, not one of {', '.join(_OF_METHOD)}", ANEW)
+        raise _damage(path, f"its method is {method!r}, not one of {', '.join(_OF_METHOD)}")
     wanted = _SETTINGS | _OF_METHOD[method]
     require_settings(path, settings, tuple(wanted))
     require_settings(path, settings["teacher"] if isinstance(settings["teacher"], dict) else {}, ("architecture",))
     for name, kind in wanted.items():
         value = settings[name]
         if not isinstance(value, kind) or (isinstance(value, (int, float)) and not value > 0):
-            raise InputError("", path, f"is damaged: {name} cannot be {value!r}", ANEW)
+            raise _damage(path, f"{name} cannot be {value!r}")
     if settings["dtype"] not in VALUE_TYPES:
-        kinds = ", ".join(VALUE_TYPES)
-        raise InputError("", path, f"is damaged: its dtype is {settings['dtype']!r}, not one of {kinds}", ANEW)
+        raise _damage(path, f"its dtype is {settings['dtype']!r}, not one of {', '.join(VALUE_TYPES)}")
     return settings
 
 
@@ -235,11 +219,14 @@ def require_settings(path: Path, settings: dict[str, Any], names: tuple[str, ...
     """Raise InputError if the `settings` of the file `path` lack one of `names`."""
     for name in names:
         if name not in settings:
-            raise InputError("", path, f"is damaged: it does not say {name}", ANEW)
+            raise _damage(path, f"it does not say {name}")
 
 
-@dataclass(frozen=True)
-class _Block:
+def _damage(path: Path, what: str, remedy: str = ANEW) -> InputError:
+    return InputError("", path, f"is damaged: {what}", remedy)
+
+
+class _Block(NamedTuple):
     """Where the targets of a sample lie in their shard."""
 
     offset: int
@@ -255,9 +242,7 @@ class CacheReader:
         """Raises InputError if `folder` holds no cache."""
         self.folder = folder
         self.settings = read_settings(folder)
-        self._digest = settings_digest(self.settings)
-        self._headers: OrderedDict[int, list[_Block]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._blocks = lru_cache(_OPEN_HEADERS)(self._read_header)
 
     def missing_shards(self, num_samples: int) -> list[int]:
         """Which shards do not hold their part of the first `num_samples` samples.
@@ -283,17 +268,7 @@ class CacheReader:
 
     def read(self, sample: int) -> Targets:
         """The targets of one sample. Raises InputError if they are missing or damaged."""
-        block = self._bytes(sample)
-        kind = self.settings
-        sampled = kind["method"] == "sampled"
-        return decode_targets(
-            block,
-            kind["vocab_size"],
-            kind["dtype"],
-            has_counts=sampled,
-            has_values=not sampled or kind["proposal_temperature"] != 1.0,
-            has_tails=has_tails(kind),
-        )
+        return decode_targets(self._bytes(sample), self.settings)
 
     def _bytes(self, sample: int) -> bytes:
         shard = sample // self.settings["shard_samples"]
@@ -301,17 +276,13 @@ class CacheReader:
         # A shard that has grown since its header was read is another file: its header is then read once more.
         for _ in range(2):
             place = self._block(sample)
-            try:
-                with path.open("rb") as stream:
-                    stream.seek(place.offset)
-                    block = stream.read(place.length)
-            except OSError as error:
-                raise InputError("", path, f"cannot be read: {error}") from error
+            with reading(str(path)), path.open("rb") as stream:
+                stream.seek(place.offset)
+                block = stream.read(place.length)
             if xxhash.xxh3_64_hexdigest(block) == place.checksum:
                 return block
-            with self._lock:
-                self._headers.pop(shard, None)
-        raise self._damage(path, f"the checksum of sample {sample} differs")
+            self._blocks.cache_clear()
+        raise _damage(path, f"the checksum of sample {sample} differs", _WRITE_MISSING)
 
     def _block(self, sample: int) -> _Block:
         shard, place = divmod(sample, self.settings["shard_samples"])
@@ -321,42 +292,24 @@ class CacheReader:
             raise InputError("", self.folder, f"has no targets of sample {sample}, only of the first {count:,}")
         return blocks[place]
 
-    def _blocks(self, shard: int) -> list[_Block]:
-        with self._lock:
-            if shard not in self._headers:
-                self._headers[shard] = self._read_header(shard)
-                while len(self._headers) > _OPEN_HEADERS:
-                    self._headers.popitem(last=False)
-            return self._headers[shard]
-
     def _read_header(self, shard: int) -> list[_Block]:
         path = shard_file(self.folder, shard)
-        try:
-            with path.open("rb") as stream:
-                prefix = stream.read(_PREFIX.size)
-                magic, length, checksum = _PREFIX.unpack(prefix) if len(prefix) == _PREFIX.size else (b"", 0, 0)
-                end = os.fstat(stream.fileno()).st_size
-                is_whole = magic == MAGIC and length <= end
-                text = stream.read(length) if is_whole else b""
-        except OSError as error:
-            raise InputError(
-                "", path, f"cannot be read: {error}", "run `cache` again to write what is missing"
-            ) from error
+        with reading(str(path)), path.open("rb") as stream:
+            prefix = stream.read(_PREFIX.size)
+            magic, length, checksum = _PREFIX.unpack(prefix) if len(prefix) == _PREFIX.size else (b"", 0, 0)
+            end = os.fstat(stream.fileno()).st_size
+            text = stream.read(length) if magic == MAGIC and length <= end else b""
         if xxhash.xxh3_64_intdigest(text) != checksum or not text:
-            raise self._damage(path, "its header has changed or is missing")
+            raise _damage(path, "its header has changed or is missing", _WRITE_MISSING)
         header = json.loads(text)
-        size, rows = self.settings["shard_samples"], header["blocks"]
-        if header["settings"] != self._digest or header["first"] != shard * size or len(rows) > size:
+        size, rows, digest = self.settings["shard_samples"], header["blocks"], settings_digest(self.settings)
+        if header["settings"] != digest or header["first"] != shard * size or len(rows) > size:
             rule = f"belongs to another cache than the {DESCRIPTION} beside it"
             raise InputError("", path, rule, "delete it and run `cache` again")
         blocks, offset = [], len(prefix) + length
-        for count, sum_of_block, tokens in rows:
-            blocks.append(_Block(offset, count, sum_of_block, tokens))
-            offset += count
+        for row in rows:
+            blocks.append(_Block(offset, *row))
+            offset += blocks[-1].length
         if offset != end:
-            raise self._damage(path, "its length is not what its header says")
+            raise _damage(path, "its length is not what its header says", _WRITE_MISSING)
         return blocks
-
-    def _damage(self, path: Path, what: str) -> InputError:
-        remedy = "delete it and run `cache` again, which writes what is missing"
-        return InputError("", path, f"is damaged: {what}", remedy)
