@@ -8,11 +8,9 @@ from pathlib import Path
 from minitron_mcore.checkpoint.store import load_model
 from minitron_mcore.data.dataset import batches_once, build_datasets
 from minitron_mcore.data.described import split_part
-from minitron_mcore.distillation.cache.claim import cache_lock, claim
-from minitron_mcore.distillation.cache.draw import Drawing
 from minitron_mcore.distillation.cache.file import CacheReader
 from minitron_mcore.distillation.cache.serving import find_cache
-from minitron_mcore.distillation.cache.write import check_order, write_missing
+from minitron_mcore.distillation.cache.write import cache_lock, check_order, claim, write_missing
 from minitron_mcore.jobs.cache import CacheJob
 from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.model.schedule import in_calls
@@ -41,16 +39,6 @@ def run(job: CacheJob, runtime: Runtime) -> Path:
             f"cache: {cache.method} targets of {job.model.folder}, {job.samples:,} samples of "
             f"{recipe.data.sequence_length:,} tokens, {len(missing)} shards to write -> {folder}"
         )
-        drawing = Drawing(
-            method=cache.method,
-            vocab_size=settings["vocab_size"],
-            temperature=settings["temperature"],
-            draws=cache.draws,
-            proposal_temperature=cache.proposal_temperature,
-            top_k=settings.get("top_k", 0),
-            seed=recipe.seed,
-            chunk_tokens=cache.chunk_tokens,
-        )
 
         def read(samples: list[int]) -> Iterator[list[Microbatch]]:
             stream = batches_once(
@@ -63,7 +51,7 @@ def run(job: CacheJob, runtime: Runtime) -> Path:
             )
             return in_calls(map(to_device, stream), interleaved=len(chunks) > 1)
 
-        write_missing(chunks, read, drawing, folder, settings, missing, runtime)
+        write_missing(chunks, read, cache.chunk_tokens, folder, settings, missing, runtime)
     finally:
         lock.release()
     return folder

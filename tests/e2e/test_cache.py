@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from minitron_mcore.distillation.cache.file import CacheReader, settings_digest, shard_file, write_shard
+from minitron_mcore.distillation.cache.file import CacheReader, shard_file, write_shard
 from tests import warm
 from tests.distributed.models import save_teacher
 from tests.distributed.ranks import run_on_ranks
@@ -103,7 +103,7 @@ def test_refusals(root: Path) -> None:
     # The same samples in another order.
     shutil.copytree(root / "sampled", root / "reversed")
     reader = CacheReader(root / "reversed")
-    write_shard(shard_file(root / "reversed", 0), settings_digest(reader.settings), 0, reader.stored(0, 5)[::-1])
+    write_shard(root / "reversed", reader.settings, 0, reader.stored(0, 5)[::-1])
     shutil.copytree(root / "sampled", root / "nameless")
     description = root / "nameless" / "cache.json"
     description.write_text(description.read_text().replace('"tokenizer"', '"other"'))

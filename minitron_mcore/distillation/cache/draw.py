@@ -14,34 +14,23 @@ rank's vocabulary shard, K ids a token, E ids of several tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import numpy
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from minitron_mcore.distillation.cache.file import Targets
+from minitron_mcore.distillation.cache.file import Targets, has_tails
+from minitron_mcore.distillation.logits.chunk import offer_top
+from minitron_mcore.distillation.logits.outcomes import top_of_all
 from minitron_mcore.model.vocab_parallel import ABSENT, VocabularyShard, product_, product_operand
 
 _MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # the multipliers of splitmix64's finaliser, as signed numbers
 _STEP = -0x61C8864680B583EB  # 2^64 / golden ratio
 _FRACTION = float(2**53)
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """What to keep of a distribution."""
-
-    method: str  # sampled or top_k
-    vocab_size: int
-    temperature: float = 1.0
-    draws: int = 0  # sampled: mean number of draws a token
-    proposal_temperature: float = 1.0  # sampled: of the proposal, relative to the distribution
-    top_k: int = 0
-    seed: int = 0
-    chunk_tokens: int = 128  # tokens whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -58,45 +47,45 @@ def make_targets(
     hidden_SBH: Tensor,
     weight_VH: Tensor,
     samples_B: Tensor,
-    drawing: Drawing,
+    settings: Mapping[str, Any],
     *,
     tp_group: dist.ProcessGroup,
-    sequence_parallel: bool,
+    sequence_parallel: bool = False,
+    chunk_tokens: int = 128,
 ) -> tuple[list[Targets], Tensor]:
     """(targets of each of the B samples, on the host, the same on every rank; bool [B]: whether all its logits are
     finite).
 
     hidden_SBH: final hidden states, under `sequence_parallel` this rank's part of the sequence; weight_VH: this rank's
-    shard of the output head; samples_B: numbers of the samples. Called by every rank of `tp_group`, on the last stage.
+    shard of the output head; samples_B: numbers of the samples; settings: the cache's, of which these decide: method,
+    vocab_size, temperature, top_k or draws, proposal_temperature and seed; chunk_tokens: tokens whose logits exist at a
+    time. Called by every rank of `tp_group`, on the last stage.
     """
     if sequence_parallel:
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH.detach(), group=tp_group)
-    shard = VocabularyShard.of(weight_VH.shape[0], drawing.vocab_size, tp_group)
+    shard = VocabularyShard.of(weight_VH.shape[0], settings["vocab_size"], tp_group)
     head_VH = product_operand(weight_VH.detach()[: shard.width])
     length = hidden_SBH.shape[0]
-    logits_CV = torch.empty(min(drawing.chunk_tokens, length), shard.width, device=hidden_SBH.device)
+    logits_CV = torch.empty(min(chunk_tokens, length), shard.width, device=hidden_SBH.device)
     targets, finite = [], []
     for column, sample in enumerate(samples_B.tolist()):
         hidden_SH = hidden_SBH[:, column].to(weight_VH.dtype)
         kept, is_finite = [], []
-        for start in range(0, length, drawing.chunk_tokens):
-            hidden_CH = product_operand(hidden_SH[start : start + drawing.chunk_tokens].contiguous())
+        for start in range(0, length, chunk_tokens):
+            hidden_CH = product_operand(hidden_SH[start : start + chunk_tokens].contiguous())
             chunk_CV = product_(logits_CV[: len(hidden_CH)], hidden_CH, head_VH.t())
             if shard.absent:
                 chunk_CV.fill_(ABSENT)
-            chunk_CV.div_(drawing.temperature)
+            chunk_CV.div_(settings["temperature"])
             is_finite.append(shard_logsumexp(chunk_CV, shard).isfinite().all())
-            keys_C = token_keys(drawing.seed, sample, start, len(chunk_CV), chunk_CV.device)
-            kept.append(_keep(chunk_CV, shard, drawing, keys_C))
+            if settings["method"] == "top_k":
+                kept.append(most_probable(chunk_CV, shard, settings["top_k"], with_tail=has_tails(settings)))
+            else:
+                keys_C = token_keys(settings["seed"], sample, start, len(chunk_CV), chunk_CV.device)
+                kept.append(draw(chunk_CV, shard, settings["draws"], settings["proposal_temperature"], keys_C))
         targets.append(_on_host(kept))
         finite.append(torch.stack(is_finite).all())
     return targets, torch.stack(finite)
-
-
-def _keep(logits_CV: Tensor, shard: VocabularyShard, drawing: Drawing, keys_C: Tensor) -> _Kept:
-    if drawing.method == "top_k":
-        return most_probable(logits_CV, shard, drawing.top_k, with_tail=drawing.top_k < drawing.vocab_size)
-    return draw(logits_CV, shard, drawing.draws, drawing.proposal_temperature, keys_C)
 
 
 def shard_logsumexp(logits_CV: Tensor, shard: VocabularyShard) -> Tensor:
@@ -108,15 +97,9 @@ def most_probable(logits_CV: Tensor, shard: VocabularyShard, k: int, *, with_tai
     """The `k` most probable ids of the vocabulary and their log-probabilities; `with_tail` that of all others together,
     from their own logits: what the k leave of 1 would be rounding where they are nearly all."""
     logsumexp_C1 = shard_logsumexp(logits_CV, shard).unsqueeze(1)
-    # Every rank offers as many, so that they can be gathered: those without an id at minus infinity.
-    widest = min(k, shard.rows)
-    values_CK, columns_CK = logits_CV.topk(min(k, shard.width), dim=-1)
-    missing = widest - values_CK.shape[1]
-    values_CK = torch.nn.functional.pad(values_CK, (0, missing), value=-torch.inf)
-    ids_CK = torch.nn.functional.pad(columns_CK + shard.start, (0, missing), value=-1)
-    values_CK, ids_CK = _side_by_side(values_CK, shard), _side_by_side(ids_CK, shard)
-    best_CK, places_CK = values_CK.topk(k, dim=-1)
-    ids_CK, order_CK = ids_CK.gather(1, places_CK).sort(dim=-1)
+    offered = offer_top(logits_CV, k, shard)
+    best_CK, ids_CK = top_of_all(shard.gather(offered["values"]), shard.gather(offered["ids"]), k)
+    ids_CK, order_CK = ids_CK.sort(dim=-1)
     log_probs_CK = best_CK.gather(1, order_CK).double() - logsumexp_C1
     tails_C = None
     if with_tail:
@@ -152,7 +135,7 @@ def draw(logits_CV: Tensor, shard: VocabularyShard, draws: int, proposal_tempera
 
     in_row_C = torch.bincount(rows_E, minlength=len(means_CV))
     slots_E = torch.arange(len(rows_E), device=rows_E.device) - (in_row_C.cumsum(0) - in_row_C)[rows_E]
-    widest = _largest(int(in_row_C.max()), shard)
+    widest = int(shard.gather(in_row_C.amax().view(1, 1)).amax())
 
     def padded(values_E: Tensor, filler: int) -> Tensor:
         values_CK = values_E.new_full((len(means_CV), widest), filler)
@@ -209,15 +192,6 @@ def _shifted(bits: Tensor, by: int) -> Tensor:
     return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
-def _largest(number: int, shard: VocabularyShard) -> int:
-    """The largest of the ranks' numbers."""
-    if shard.group is None:
-        return number
-    box = torch.tensor([number], device=torch.cuda.current_device())
-    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=shard.group)
-    return int(box)
-
-
 def _side_by_side(values_CK: Tensor, shard: VocabularyShard) -> Tensor:
     """Every rank's [C, K], all of one width, in the order of the ranks."""
     return shard.gather(values_CK.t()).permute(2, 0, 1).flatten(1)
@@ -225,16 +199,10 @@ def _side_by_side(values_CK: Tensor, shard: VocabularyShard) -> Tensor:
 
 def _on_host(kept: list[_Kept]) -> Targets:
     """The chunks of one sample, one after another."""
-    used = [part.ids >= 0 for part in kept]
-
-    def flat(name: str) -> numpy.ndarray | None:
-        if getattr(kept[0], name) is None:
-            return None
-        return torch.cat([getattr(part, name)[mask] for part, mask in zip(kept, used, strict=True)]).cpu().numpy()
-
-    ids = flat("ids")
-    assert ids is not None
-    num_ids = torch.cat([mask.sum(dim=1) for mask in used]).cpu().numpy()
-    tails_C = [part.tails for part in kept if part.tails is not None]
-    tails = torch.cat(tails_C).cpu().numpy() if tails_C else None
-    return Targets(num_ids, ids, flat("counts"), flat("values"), tails)
+    rows = []
+    for part in kept:
+        used_CK = part.ids >= 0
+        flat = (None if whole is None else whole[used_CK] for whole in (part.ids, part.counts, part.values))
+        rows.append((used_CK.sum(dim=1), *flat, part.tails))
+    columns = (None if column[0] is None else torch.cat(column).cpu().numpy() for column in zip(*rows, strict=True))
+    return Targets(*columns)  # type: ignore[arg-type]

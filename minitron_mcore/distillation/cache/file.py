@@ -36,7 +36,7 @@ import numpy
 import xxhash
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import reading, write_whole
+from minitron_mcore.files import reading, write_whole, writing
 
 DESCRIPTION = "cache.json"
 LOCK = "cache.lock"
@@ -85,22 +85,22 @@ def settings_digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def encode_targets(targets: Targets, vocab_size: int, dtype: str) -> bytes:
-    """A block; `dtype`, of VALUE_TYPES, is what values (but not tails) are rounded to."""
+def encode_targets(targets: Targets, settings: dict[str, Any]) -> bytes:
+    """A block; the settings' `dtype`, of VALUE_TYPES, is what values (but not tails) are rounded to."""
     deltas = numpy.diff(targets.ids, prepend=0)
     starts = (numpy.cumsum(targets.num_ids) - targets.num_ids)[targets.num_ids > 0]
     deltas[starts] = targets.ids[starts]
-    columns = [(targets.num_ids, "<i8", 4), (deltas, "<i8", _id_bytes(vocab_size))]
+    columns = [(targets.num_ids, "<i8", 4), (deltas, "<i8", _id_bytes(settings["vocab_size"]))]
     if targets.counts is not None:
         columns.append((targets.counts - 1, "<i8", 2))
-    fractions = ((targets.values, VALUE_TYPES[dtype]), (targets.tails, "<f4"))
+    fractions = ((targets.values, VALUE_TYPES[settings["dtype"]]), (targets.tails, "<f4"))
     columns += [(values, kind, 4) for values, kind in fractions if values is not None]
     streams = [_compress(plane.tobytes()) for column in columns for plane in _planes(*column)]
     return b"".join([_LENGTH.pack(len(targets.num_ids)), *(_LENGTH.pack(len(s)) + s for s in streams)])
 
 
 def decode_targets(block: bytes, settings: dict[str, Any]) -> Targets:
-    """What `encode_targets` was given, by a cache of `settings`."""
+    """What `encode_targets` was given."""
 
     def planes() -> Iterator[numpy.ndarray]:
         place = _LENGTH.size
@@ -156,25 +156,26 @@ def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"targets-{shard:06d}.bin"
 
 
-def write_shard(path: Path, digest: str, first: int, blocks: list[tuple[bytes, str]]) -> None:
-    """Write the blocks of samples `first`, `first` + 1, …, each with the checksum of its tokens.
+def write_shard(folder: Path, settings: dict[str, Any], shard: int, blocks: list[tuple[bytes, str]]) -> None:
+    """Write the blocks of a shard's first samples, each with the checksum of its tokens.
 
-    Whole or not at all. One process calls. Raises OSError.
+    Whole or not at all. One process calls. Raises InputError.
     """
+    path, first = shard_file(folder, shard), shard * settings["shard_samples"]
     rows = [[len(block), xxhash.xxh3_64_hexdigest(block), tokens] for block, tokens in blocks]
-    header = json.dumps({"settings": digest, "first": first, "blocks": rows}, separators=(",", ":")).encode()
+    said = {"settings": settings_digest(settings), "first": first, "blocks": rows}
+    header = json.dumps(said, separators=(",", ":")).encode()
     partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(_PREFIX.pack(MAGIC, len(header), xxhash.xxh3_64_intdigest(header)) + header)
-            for block, _ in blocks:
-                stream.write(block)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with writing(str(path)):
+        try:
+            with partial.open("wb") as stream:
+                stream.write(_PREFIX.pack(MAGIC, len(header), xxhash.xxh3_64_intdigest(header)) + header)
+                stream.writelines(block for block, _ in blocks)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ Legend: S sequence (this rank's part of it under context parallelism), b micro-b
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -56,36 +55,29 @@ class CachedTeacher:
 
     def _read(self, batch: list[Microbatch]) -> None:
         numbers = [microbatch.samples.tolist() for microbatch in batch if microbatch.samples is not None]
-        rank, size = context_group().rank(), context_group().size()
+        rank, size, device = context_group().rank(), context_group().size(), batch[0].tokens.device
+
+        def here(whole: Tensor) -> Tensor:
+            return context_part(whole, 0, rank, size).contiguous().to(device, non_blocking=True)
+
         found = self._load(list(itertools.chain(*numbers)))
         for microbatch, samples in zip(batch, numbers, strict=True):
             if size == 1:
                 self._check_tokens(samples, microbatch.tokens)
             target = self.stack([future.result() for future in itertools.islice(found, len(samples))])
-            device = microbatch.tokens.device
-            ids, log_probs, log_tail = (
-                None if whole is None else context_part(whole, 0, rank, size).contiguous().to(device, non_blocking=True)
-                for whole in (target.ids, target.log_probs, target.log_tail)
-            )
-            assert ids is not None and log_probs is not None
-            here = dataclasses.replace(target, ids=ids, log_probs=log_probs, log_tail=log_tail)
-            microbatch.teacher = TeacherPart(here)
+            microbatch.teacher = TeacherPart(target.each(here))
 
     def _load(self, samples: list[int]) -> Iterator[Future[Targets]]:
         """The targets of `samples`, in order. Also starts to decode what the student will want next: as many samples,
         as far ahead of these as these are of the previous ones."""
-        found = [
-            self._ahead.pop(sample) if sample in self._ahead else self._threads.submit(self._decode, sample)
-            for sample in samples
-        ]
+        found = [self._ahead.pop(sample, None) or self._threads.submit(self._decode, sample) for sample in samples]
         for future in self._ahead.values():
             future.cancel()
         distance = samples[0] - self._last_first if self._last_first is not None else 0
         self._last_first = samples[0]
-        coming = [
-            sample + distance for sample in samples if 0 <= sample + distance < self.reader.settings["num_samples"]
-        ]
-        self._ahead = {sample: self._threads.submit(self._decode, sample) for sample in coming if distance}
+        held = range(self.reader.settings["num_samples"])
+        coming = [sample + distance for sample in samples if distance and sample + distance in held]
+        self._ahead = {sample: self._threads.submit(self._decode, sample) for sample in coming}
         return iter(found)
 
     def _decode(self, sample: int) -> Targets:

@@ -1,30 +1,33 @@
-"""A teacher asked for its targets, shard after shard."""
+"""The right to write a cache; a teacher asked for the targets that it lacks, shard after shard."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
+from minitron_mcore.checkpoint.folder_lock import FolderLock
 from minitron_mcore.data.dataset import Dataset
-from minitron_mcore.distillation.cache.draw import Drawing, make_targets
+from minitron_mcore.distillation.cache.draw import make_targets
 from minitron_mcore.distillation.cache.file import (
+    LOCK,
     CacheReader,
     encode_targets,
-    settings_digest,
-    shard_file,
     token_checksum,
+    write_settings,
     write_shard,
 )
+from minitron_mcore.distillation.cache.serving import find_cache
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import visit_final_states
-from minitron_mcore.runtime.agree import all_or_none, raise_together
+from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.groups import data_group, on_last_stage, tensor_group
 from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.start import Runtime
@@ -33,10 +36,38 @@ from minitron_mcore.runtime.start import Runtime
 Reader = Callable[[list[int]], Iterable[list[Microbatch]]]
 
 
+def cache_lock(folder: Path) -> FolderLock:
+    """The right to write the cache in `folder`, not yet taken."""
+    rule, remedy = "is being written by another `cache`", "wait for it, or name another folder"
+    return FolderLock(folder / LOCK, InputError("cache.folder", folder, rule, remedy))
+
+
+def claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+    """(the settings in the folder from now on, the shards that are to be written and how many samples each holds).
+
+    The first rank calls; `lock` is taken where there is something to write. Raises InputError where another process
+    writes there, and as `find_cache`.
+    """
+    there, wanted = find_cache(folder, settings), settings["num_samples"]
+    if there and there["num_samples"] == wanted and not CacheReader(folder).missing_shards(wanted):
+        return there, []
+    with writing(str(folder)):
+        lock.take()
+        there = find_cache(folder, settings)
+        settings = {**(there or settings), "num_samples": wanted}
+        if settings != there:
+            write_settings(folder, settings)
+        if lock.is_sure:
+            for unfinished in folder.glob("*.tmp"):
+                unfinished.unlink()
+    reader = CacheReader(folder)
+    return settings, [(shard, reader.held(shard)) for shard in reader.missing_shards(wanted)]
+
+
 def write_missing(
     chunks: list[LanguageModel],
     read: Reader,
-    drawing: Drawing,
+    chunk_tokens: int,
     folder: Path,
     settings: dict[str, Any],
     missing: list[tuple[int, int]],
@@ -48,25 +79,19 @@ def write_missing(
     """
     total, size, reader = settings["num_samples"], settings["shard_samples"], CacheReader(folder)
     replica, replicas = data_group().rank(), data_group().size()
-    writes = on_last_stage() and tensor_group().rank() == 0
     pace, written = Pace(), torch.zeros(2, dtype=torch.float64, device=runtime.device)
+
+    def write(mine: list[tuple[int, int]]) -> None:
+        for shard, held in mine:
+            samples = list(range(shard * size + held, min((shard + 1) * size, total)))
+            blocks = ask_teacher(chunks, read, samples, chunk_tokens, settings)
+            if on_last_stage() and tensor_group().rank() == 0:
+                write_shard(folder, settings, shard, [*reader.stored(shard, held), *blocks])
+                in_bytes = sum(len(block) for block, _ in blocks)
+                written.add_(torch.tensor([len(samples), in_bytes], device=written.device))
+
     for turn in range(0, len(missing), replicas):
-        failure: InputError | None = None
-        if turn + replica < len(missing):
-            shard, held = missing[turn + replica]
-            first = shard * size
-            samples = list(range(first + held, min(first + size, total)))
-            try:
-                blocks = ask_teacher(chunks, read, samples, drawing, settings)
-                if writes:
-                    path = shard_file(folder, shard)
-                    with writing(str(path)):
-                        write_shard(path, settings_digest(settings), first, [*reader.stored(shard, held), *blocks])
-                    in_bytes = sum(len(block) for block, _ in blocks)
-                    written += torch.tensor([len(samples), in_bytes], device=written.device)
-            except InputError as error:
-                failure = error
-        raise_together(failure)
+        all_or_none(partial(write, missing[turn + replica : turn + replica + 1]))
         so_far = written.clone()
         torch.distributed.all_reduce(so_far)
         tokens = so_far[0].item() * settings["data.sequence_length"]
@@ -77,7 +102,7 @@ def write_missing(
 
 
 def ask_teacher(
-    chunks: list[LanguageModel], read: Reader, samples: list[int], drawing: Drawing, settings: dict[str, Any]
+    chunks: list[LanguageModel], read: Reader, samples: list[int], chunk_tokens: int, settings: dict[str, Any]
 ) -> list[tuple[bytes, str]]:
     """(block, checksum of its tokens) of each of `samples`, on the first tensor-parallel rank of the last stage.
 
@@ -93,29 +118,22 @@ def ask_teacher(
         numbers = microbatch.samples[real]
         if not len(numbers):
             return
-        targets, finite = make_targets(
-            hidden_SBH[:, real],
-            chunk.head_weight(),
-            numbers,
-            drawing,
-            tp_group=group,
-            sequence_parallel=chunk.config.sequence_parallel,
-        )
+        how: Any = {"sequence_parallel": chunk.config.sequence_parallel, "chunk_tokens": chunk_tokens}
+        given = hidden_SBH[:, real], chunk.head_weight(), numbers, settings
+        targets, finite = make_targets(*given, tp_group=group, **how)
         bad.extend(numbers[~finite].tolist())
         if group.rank() > 0:
             return
         tokens = microbatch.tokens[real].cpu().numpy()
         for number, tokens_S, of_sample in zip(numbers.tolist(), tokens, targets, strict=True):
-            block = encode_targets(of_sample, settings["vocab_size"], settings["dtype"])
-            blocks[number] = (block, token_checksum(tokens_S))
+            blocks[number] = encode_targets(of_sample, settings), token_checksum(tokens_S)
 
     for part in read(samples):
         visit_final_states(chunks, part, visit)
     if bad:
         rule = f"gives logits that are NaN or Inf in sample {min(bad)} of the training data"
-        raise InputError(
-            "teacher.checkpoint", settings["teacher"]["checkpoint"], rule, "check its weights and the precision"
-        )
+        checkpoint = settings["teacher"]["checkpoint"]
+        raise InputError("teacher.checkpoint", checkpoint, rule, "check its weights and the precision")
     return [blocks[number] for number in samples if number in blocks]
 
 
@@ -128,12 +146,9 @@ def check_order(runtime: Runtime, reader: CacheReader, dataset: Dataset, num_sam
         for shard in range(runtime.rank, -(-count // size), runtime.world_size):
             for sample in range(shard * size, shard * size + reader.held(shard)):
                 if token_checksum(numpy.asarray(dataset[sample]["tokens"])) != reader.tokens_of(sample):
-                    raise InputError(
-                        "cache.folder",
-                        reader.folder,
-                        f"cannot grow from {count} samples to {num_samples}: sample {sample} would have other tokens, "
-                        "since the order depends on the number of passes through the text",
-                        "ask for no more passes than it was made with, or name another folder",
-                    )
+                    rule = f"cannot grow from {count} samples to {num_samples}: sample {sample} would have other tokens"
+                    why = "since the order depends on the number of passes through the text"
+                    remedy = "ask for no more passes than it was made with, or name another folder"
+                    raise InputError("cache.folder", reader.folder, f"{rule}, {why}", remedy)
 
     all_or_none(check_mine)

@@ -48,7 +48,7 @@ def losses_and_gradient(
     if shard.absent:
         local |= {name: local[name].zero_() for name in ("cross", "square", "teacher_square") if name in local}
     if few and y_CV is not None:
-        local |= _top_of_shard(y_CV, min(settings.top_k, shard.rows), shard)
+        local |= offer_top(y_CV, settings.top_k, shard)
     gathered = _gather(shard, local)
     found = _over_vocabulary(gathered, settings)
     losses = {"lm": found["plain_logsumexp"] - found["label"]}
@@ -117,10 +117,10 @@ def _mixture(
     return {name: value.sum(0) for name, value in _gather(shard, local).items()}
 
 
-def _top_of_shard(y_CV: Tensor, count: int, shard: VocabularyShard) -> dict[str, Tensor]:
-    """`values` and `ids`, [count, C] each: the same number on every shard, so that they can be gathered."""
+def offer_top(y_CV: Tensor, count: int, shard: VocabularyShard) -> dict[str, Tensor]:
+    """`values` and `ids` of this shard for `top_of_all`, [K, C] each: K is the same on every shard, to be gathered."""
     found = by_rows(top_of_shard, y_CV, count=min(count, shard.width))
-    missing = (0, count - found["values"].shape[1])
+    missing = (0, min(count, shard.rows) - found["values"].shape[1])
     values_CK = torch.nn.functional.pad(found["values"], missing, value=float("-inf"))
     ids_CK = torch.nn.functional.pad(found["columns"].float() + shard.start, missing)
     return {"values": values_CK.t(), "ids": ids_CK.t()}

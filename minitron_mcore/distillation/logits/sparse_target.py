@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,15 +54,18 @@ class SparseTarget:
         if settings.divergence == "reverse_kl" and not self.tail:
             raise InputError("divergence", "reverse_kl", "is infinite where the target has weight 0", "give it a tail")
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> SparseTarget:
+        """With `change` applied to every tensor, along the tokens' axes."""
+        log_tail = None if self.log_tail is None else change(self.log_tail)
+        return replace(self, ids=change(self.ids), log_probs=change(self.log_probs), log_tail=log_tail)
+
     def flat(self) -> SparseTarget:
         """The tokens along one axis: [N, K] and [N]."""
-        log_tail_N = None if self.log_tail is None else self.log_tail.flatten()
-        return replace(self, ids=self.ids.flatten(0, 1), log_probs=self.log_probs.flatten(0, 1), log_tail=log_tail_N)
+        return self.each(lambda whole: whole.flatten(0, 1))
 
     def rows(self, rows: slice) -> SparseTarget:
         """Some tokens of a flat target."""
-        log_tail_C = None if self.log_tail is None else self.log_tail[rows]
-        return replace(self, ids=self.ids[rows], log_probs=self.log_probs[rows], log_tail=log_tail_C)
+        return self.each(lambda flat: flat[rows])
 
     def log_tail_probability(self, vocab_size: int) -> Tensor:
         """Of the ids in no used slot, fp64 [N]; minus infinity where there are none, or without a tail."""

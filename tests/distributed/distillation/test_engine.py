@@ -101,15 +101,8 @@ def cache_on_rank(folder: str) -> None:
     from megatron.core import parallel_state
 
     from minitron_mcore.checkpoint.store import as_chunks
-    from minitron_mcore.distillation.cache.draw import Drawing, make_targets
-    from minitron_mcore.distillation.cache.file import (
-        encode_targets,
-        settings_digest,
-        shard_file,
-        token_checksum,
-        write_settings,
-        write_shard,
-    )
+    from minitron_mcore.distillation.cache.draw import make_targets
+    from minitron_mcore.distillation.cache.file import encode_targets, token_checksum, write_settings, write_shard
     from minitron_mcore.distillation.teacher.ahead import Teacher
     from minitron_mcore.model.schedule import final_hidden_states
 
@@ -130,20 +123,15 @@ def cache_on_rank(folder: str) -> None:
     }
     target = Path(folder) / "cache"
     write_settings(target, settings)
-    drawing = Drawing(
-        method="top_k", vocab_size=vocab, temperature=1.0, draws=1, proposal_temperature=1.0, top_k=vocab, seed=0
-    )
     for step in range(STEPS):
         (batch,) = read_batch(vocab, step, SAMPLES)
         (hidden,) = final_hidden_states(as_chunks(teacher.chunks), [batch])
-        targets, _ = make_targets(
-            hidden, teacher.head_weight(), batch.samples, drawing, tp_group=group, sequence_parallel=False
-        )
+        targets, _ = make_targets(hidden, teacher.head_weight(), batch.samples, settings, tp_group=group)
         blocks = [
-            (encode_targets(of_sample, vocab, "fp32"), token_checksum(tokens.numpy()))
+            (encode_targets(of_sample, settings), token_checksum(tokens.numpy()))
             for of_sample, tokens in zip(targets, batch.tokens.cpu(), strict=True)
         ]
-        write_shard(shard_file(target, step), settings_digest(settings), step * SAMPLES, blocks)
+        write_shard(target, settings, step, blocks)
 
 
 @pytest.fixture(scope="module")

@@ -51,11 +51,11 @@ def some_targets(seed: int, vocab_size: int, tokens: int = 40, values: bool = Fa
 )
 def test_round_trip(seed: int, vocab_size: int, dtype: str | None) -> None:
     written = some_targets(seed, vocab_size, values=dtype is not None)
-    block = encode_targets(written, vocab_size, dtype or "fp16")
     how: dict[str, Any] = {"method": "sampled", "proposal_temperature": 1.0}
     if dtype is not None:
         how = {"method": "top_k", "top_k": vocab_size - (written.tails is not None)}
-    read = decode_targets(block, {**how, "vocab_size": vocab_size, "dtype": dtype or "fp16"})
+    how |= {"vocab_size": vocab_size, "dtype": dtype or "fp16"}
+    read = decode_targets(encode_targets(written, how), how)
     assert numpy.array_equal(read.num_ids, written.num_ids) and numpy.array_equal(read.ids, written.ids)
     if written.counts is not None:
         assert read.counts is not None and numpy.array_equal(read.counts, written.counts)
@@ -69,12 +69,12 @@ def test_round_trip(seed: int, vocab_size: int, dtype: str | None) -> None:
 def write_cache(folder: Path) -> list[Targets]:
     samples = [some_targets(seed, SETTINGS["vocab_size"]) for seed in range(5)]
     blocks = [
-        (encode_targets(targets, SETTINGS["vocab_size"], "fp16"), token_checksum(numpy.arange(sample, sample + 40)))
+        (encode_targets(targets, SETTINGS), token_checksum(numpy.arange(sample, sample + 40)))
         for sample, targets in enumerate(samples)
     ]
     write_settings(folder, SETTINGS)
     for shard, part in enumerate((blocks[:3], blocks[3:])):
-        write_shard(shard_file(folder, shard), settings_digest(SETTINGS), shard * 3, part)
+        write_shard(folder, SETTINGS, shard, part)
     return samples
 
 
@@ -117,8 +117,8 @@ def test_a_full_disk_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_shard(shard_file(tmp_path, 2), "", 6, [(b"block", "")])
+    with pytest.raises(InputError, match="No space"):
+        write_shard(tmp_path, SETTINGS, 2, [(b"block", "")])
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
@@ -157,7 +157,7 @@ def test_a_cache_that_grows_while_it_is_read(tmp_path: Path) -> None:
     assert settings_digest(grown) == settings_digest(SETTINGS)
     write_settings(tmp_path, grown)
     blocks = reader.stored(1, 2)
-    write_shard(shard_file(tmp_path, 1), settings_digest(grown), 3, [*blocks, blocks[0]])
+    write_shard(tmp_path, grown, 1, [*blocks, blocks[0]])
     assert numpy.array_equal(reader.read(4).ids, samples[4].ids)
     assert CacheReader(tmp_path).missing_shards(6) == []
 
@@ -185,4 +185,4 @@ def test_what_a_token_costs() -> None:
         rows.append(numpy.unique(kept))
     ids = numpy.concatenate(rows)
     targets = Targets(numpy.array([len(row) for row in rows]), ids, random.geometric(0.4, len(ids)), None)
-    assert len(encode_targets(targets, 128_256, "fp16")) / len(ids) < 2.5
+    assert len(encode_targets(targets, {"vocab_size": 128_256, "dtype": "fp16"})) / len(ids) < 2.5

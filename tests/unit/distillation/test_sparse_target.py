@@ -9,14 +9,8 @@ import numpy
 import pytest
 import torch
 
-from minitron_mcore.distillation.cache.draw import Drawing, make_targets
-from minitron_mcore.distillation.cache.file import (
-    encode_targets,
-    settings_digest,
-    shard_file,
-    write_settings,
-    write_shard,
-)
+from minitron_mcore.distillation.cache.draw import make_targets
+from minitron_mcore.distillation.cache.file import encode_targets, write_settings, write_shard
 from minitron_mcore.distillation.cache.teacher import CachedTeacher
 from minitron_mcore.distillation.logits.loss import logit_loss
 from minitron_mcore.distillation.logits.settings import LossSettings
@@ -44,14 +38,13 @@ def targets_on_rank(folder: Path, dtype: str) -> SparseTarget:
     group = parallel_state.get_tensor_model_parallel_group()
     settings: dict[str, Any] = {"method": "top_k", "top_k": K, "temperature": 1.0, "vocab_size": V, "dtype": dtype}
     settings |= {"num_samples": 1, "shard_samples": 1, "teacher": {"architecture": tiny("llama").to_dict()}}
-    drawing = Drawing(method="top_k", vocab_size=V, top_k=K, chunk_tokens=10)
     hidden = peaked_logits(1, 18.0).unsqueeze(1)
     (targets,), finite = make_targets(
-        hidden, torch.eye(V), torch.tensor([0]), drawing, tp_group=group, sequence_parallel=False
+        hidden, torch.eye(V), torch.tensor([0]), settings, tp_group=group, chunk_tokens=10
     )
     assert finite.all() and targets.tails is not None
     write_settings(folder, settings)
-    write_shard(shard_file(folder, 0), settings_digest(settings), 0, [(encode_targets(targets, V, dtype), "")])
+    write_shard(folder, settings, 0, [(encode_targets(targets, settings), "")])
     teacher = CachedTeacher(folder, 1.0)
     return teacher.stack([teacher.reader.read(0)])
 
