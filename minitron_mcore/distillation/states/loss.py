@@ -21,16 +21,10 @@ from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.distillation.config import HiddenStatesConfig
+from minitron_mcore.distillation.config import SITES, HiddenStatesConfig
 from minitron_mcore.distillation.states.capture import Visit, watch
-from minitron_mcore.distillation.states.map import (
-    WIDE_SITES,
-    Pair,
-    check_hidden_states,
-    needs_projection,
-    relation_heads,
-)
-from minitron_mcore.distillation.states.projection import Projection, attach_projection
+from minitron_mcore.distillation.states.map import WIDE_SITES, Pair, check_hidden_states, needs_projection
+from minitron_mcore.distillation.states.projection import attach_projection
 from minitron_mcore.distillation.states.relation import relation_loss
 from minitron_mcore.distillation.states.token_loss import TOKEN_LOSSES, dynamic_weight, masked_sum
 from minitron_mcore.model.gpt import LanguageModel
@@ -38,13 +32,8 @@ from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import tensor_group
 
-# Site -> the metric's name.
-METRICS = {
-    "embedding": "embedding loss",
-    "block_output": "block output loss",
-    "mlp_input": "mlp input loss",
-    "attention_relation": "attention relation loss",
-}
+# Site -> the metric's name, such as "block output loss".
+METRICS = {site: f"{site.replace('_', ' ')} loss" for site in SITES}
 ALPHA = "hidden states alpha"
 DIFFERENCE = "hidden states difference"
 _SIZE = "hidden states size"  # among a pass's means until `update`
@@ -95,7 +84,7 @@ class StateLosses:
         Every rank calls, before `wrap_model` and after the student's own weights are in place. Raises InputError as
         map.check_hidden_states.
         """
-        self.pairs = check_hidden_states(config, student, teacher, parallel)
+        self.pairs, self._relation_heads = check_hidden_states(config, student, teacher, parallel)
         assert self.pairs, "no sites, no losses: leave the object out"
         self.sites = list(dict.fromkeys(pair.site for pair in self.pairs))
         self.weight, self.dynamic = config.weight, config.weighting == "dynamic"
@@ -103,17 +92,11 @@ class StateLosses:
         self._config, self._models = chunks[0].config, (student, teacher)
         self._token_loss = TOKEN_LOSSES[config.loss]
         self._scaled = [pair for pair in self.pairs if pair.site in WIDE_SITES and config.loss == "mse"]
-        self._relation_heads = 0
-        if "attention_relation" in self.sites:
-            self._relation_heads = relation_heads(config.relation_heads, student, teacher, parallel.tensor)
-        self._projection: Projection | None = None
-        if needs_projection(self.sites, student, teacher):
-            self._projection = attach_projection(chunks, teacher.hidden_size, seed)
-        self._microbatch: Microbatch | None = None
+        lifts = needs_projection(self.sites, student, teacher)
+        self._projection = attach_projection(chunks, teacher.hidden_size, seed) if lifts else None
         self._trains = False
         # Pair -> the microbatches whose state was computed without gradients, to be computed again in backward.
         self._later: defaultdict[Pair, deque[Microbatch]] = defaultdict(deque)
-        self._sums: dict[str, Tensor] = {}
         self._clear()
         # The pairs whose student state this rank has, by the teacher's state that they use.
         self._uses = Counter(
@@ -131,16 +114,14 @@ class StateLosses:
     def take_sums(self) -> dict[str, Tensor]:
         """Each site's loss, and the states' size, summed over the counted tokens that this pipeline stage has seen
         since the last call; zero where it has no pair. Every rank calls."""
-        names = [METRICS.get(key, key) for key in self._sums]
-        total = torch.stack(list(self._sums.values()))
+        names, total = [METRICS.get(key, key) for key in self._sums], torch.stack(list(self._sums.values()))
         # Without sequence parallelism a rank's sum is the whole one; of attention relations it has its heads' alone.
-        shared = [self._config.sequence_parallel or key == "attention_relation" for key in self._sums]
-        parts = torch.where(torch.tensor(shared, device=total.device), total, total.new_zeros(()))
+        is_shared = [self._config.sequence_parallel or key == "attention_relation" for key in self._sums]
+        shared = torch.tensor(is_shared, device=total.device)
+        parts = torch.where(shared, total, total.new_zeros(()))
         torch.distributed.all_reduce(parts, group=tensor_group())
         self._clear()
-        self._microbatch = None
-        values = [parts[index] if is_shared else total[index] for index, is_shared in enumerate(shared)]
-        return dict(zip(names, values, strict=True))
+        return dict(zip(names, torch.where(shared, parts, total), strict=True))
 
     def resume(self, alpha: float | None) -> None:
         """Go on with the dynamic weight that a run before this one had worked out; a fixed one is the recipe's."""
@@ -165,6 +146,7 @@ class StateLosses:
 
     def _clear(self) -> None:
         device = torch.cuda.current_device()
+        self._microbatch: Microbatch | None = None
         self._sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key in (*self.sites, _SIZE)}
 
     def _visit(self, pair: Pair) -> Visit:
@@ -195,14 +177,7 @@ class StateLosses:
         target = microbatch.teacher.take_state(key, self._uses[key])
         mask_SB = microbatch.loss_mask.transpose(0, 1).float()
         if pair.site not in WIDE_SITES:
-            return relation_loss(
-                state,
-                target,
-                mask_SB,
-                models=self._models,
-                heads=self._relation_heads,
-                local_heads=self._relation_heads // group.size(),
-            )
+            return relation_loss(state, target, mask_SB, self._models, self._relation_heads, group.size())
         if self._config.sequence_parallel:
             mask_SB = mask_SB.chunk(group.size())[group.rank()]
         if self.dynamic and pair in self._scaled:

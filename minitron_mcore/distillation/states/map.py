@@ -50,23 +50,14 @@ def pairs(
     layer of a model that has fewer than three. At equal depth, width pruning, that is one and the same layer. The
     embedding is one pair, whatever `layers`. Raises InputError for a map that the models do not have.
     """
-    default = _default_map(student_layers, teacher_layers)
-    chosen = default if layers is None else [(teacher, student) for teacher, student in layers]
+    distance = min(_DEFAULT_DISTANCE, student_layers - 1, teacher_layers - 1)
+    chosen = [(teacher_layers - 1 - distance, student_layers - 1 - distance)] if layers is None else layers
     for teacher, student in chosen:
         for model, layer, count in (("teacher", teacher, teacher_layers), ("student", student, student_layers)):
             if not 0 <= layer < count:
                 rule = f"pairs teacher layer {teacher} with student layer {student}, but the {model} has layers 0 to"
                 raise InputError(f"{KEY}.layers", None, f"{rule} {count - 1}")
-    found = []
-    for site in sites:
-        places = [(0, 0)] if site == "embedding" else chosen
-        found += [Pair(site, teacher, student) for teacher, student in places]
-    return found
-
-
-def _default_map(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
-    distance = min(_DEFAULT_DISTANCE, student_layers - 1, teacher_layers - 1)
-    return [(teacher_layers - 1 - distance, student_layers - 1 - distance)]
+    return [Pair(site, *place) for site in sites for place in ([(0, 0)] if site == "embedding" else chosen)]
 
 
 def needs_projection(sites: Sequence[str], student: Architecture, teacher: Architecture) -> bool:
@@ -102,13 +93,13 @@ def relation_heads(wanted: int, student: Architecture, teacher: Architecture, te
 
 def check_hidden_states(
     config: HiddenStatesConfig, student: Architecture, teacher: Architecture, parallel: ParallelConfig
-) -> list[Pair]:
-    """The pairs of a section `distill.hidden_states` for two models. Raises InputError, naming the key, for what these
-    do not allow."""
+) -> tuple[list[Pair], int]:
+    """The pairs of a section `distill.hidden_states` for two models, and how many relation heads they have. Raises
+    InputError, naming the key, for what these do not allow."""
+    heads = 0
     if "attention_relation" in config.sites:
         if parallel.context > 1:
-            rule = "compares every token with all before it, of which a rank has only a part with "
-            rule += f"parallel.context={parallel.context}"
+            rule = f"needs whole sequences, of which a rank has only a part with parallel.context={parallel.context}"
             raise InputError(f"{KEY}.sites", "attention_relation", rule, "leave one of the two out")
-        relation_heads(config.relation_heads, student, teacher, parallel.tensor)
-    return pairs(config.sites, config.layers, student.num_layers, teacher.num_layers)
+        heads = relation_heads(config.relation_heads, student, teacher, parallel.tensor)
+    return pairs(config.sites, config.layers, student.num_layers, teacher.num_layers), heads

@@ -47,11 +47,7 @@ class Projection(torch.nn.Module):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
         """One stored tensor, of which every rank's copy is a replica."""
-        replica = (
-            pipeline_group().rank(),
-            tensor_group().rank(),
-            data_group(with_context=True).rank(),
-        )
+        replica = tuple(group.rank() for group in (pipeline_group(), tensor_group(), data_group(with_context=True)))
         key = f"{prefix}weight"
         return {key: ShardedTensor.from_rank_offsets(key, self.weight, replica_id=replica)}
 

@@ -16,14 +16,15 @@ Legend: s sequence, b batch, A relation heads of this tensor-parallel rank, d wi
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.distillation.config import RELATION_BUFFER
+from minitron_mcore.distillation.states.token_loss import WithGradient
 
 _ABSENT = -1e30
 
@@ -34,30 +35,25 @@ def split_qkv(mixed_SBC: Tensor, architecture: Architecture) -> tuple[Tensor, Te
     """
     per_group = architecture.num_attention_heads // architecture.num_query_groups
     groups = mixed_SBC.unflatten(-1, (-1, per_group + 2, architecture.kv_channels))
-    parts = groups[..., :per_group, :], groups[..., per_group, :], groups[..., per_group + 1, :]
-    return parts[0].flatten(2), parts[1].flatten(2), parts[2].flatten(2)
+    queries, keys, values = (part.flatten(2) for part in groups.split((per_group, 1, 1), dim=-2))
+    return queries, keys, values
 
 
 def relation_loss(
-    student_SBC: Tensor,
-    teacher_SBC: Tensor,
-    mask_SB: Tensor,
-    *,
-    models: tuple[Architecture, Architecture],
-    heads: int,
-    local_heads: int,
+    student_SBC: Tensor, teacher_SBC: Tensor, mask_SB: Tensor, models: Sequence[Architecture], heads: int, ranks: int
 ) -> Tensor:
     """This tensor-parallel rank's share of the loss, fp32: its tokens' losses, times `mask_SB`, added up.
 
     student_SBC, teacher_SBC: outputs of linear_qkv for the whole sequence, this rank's contiguous part of the channels;
-    `models`: student and teacher; `heads` relation heads in all, `local_heads` of them on this rank. The shares of
-    all ranks add up to the loss; the gradient, of the student alone, is that of the rank's own channels.
+    `models`: student and teacher; `heads` relation heads in all, shared out over so many tensor-parallel `ranks`. The
+    shares of all ranks add up to the loss; the gradient, of the student alone, is that of the rank's own channels.
     """
     mask_BS = mask_SB.transpose(0, 1).float()
     total = student_SBC.new_zeros((), dtype=torch.float32)
     sides = [split_qkv(part, model) for part, model in zip((student_SBC, teacher_SBC), models, strict=True)]
     for student, teacher in zip(*sides, strict=True):
-        total = total + _RelationKL.apply(_cut(student, local_heads), _cut(teacher, local_heads), mask_BS)
+        work = partial(_sweep, teacher_BASD=_cut(teacher, heads // ranks), mask_BS=mask_BS)
+        total = total + WithGradient.apply(_cut(student, heads // ranks), work)
     return total / (3 * heads)
 
 
@@ -66,30 +62,14 @@ def _cut(part_SBC: Tensor, heads: int) -> Tensor:
     return part_SBC.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
 
 
-class _RelationKL(torch.autograd.Function):
-    """Sum over b, A and s of the rows' KL, each times its token's mask; the gradient in the same sweep over rows."""
-
-    @staticmethod
-    def forward(ctx: Any, student_BASD: Tensor, teacher_BASD: Tensor, mask_BS: Tensor) -> Tensor:
-        loss, gradient = _sweep(student_BASD.float(), teacher_BASD.float(), mask_BS, ctx.needs_input_grad[0])
-        if gradient is not None:
-            ctx.save_for_backward(gradient.to(student_BASD.dtype))
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        (gradient_BASD,) = ctx.saved_tensors
-        return (gradient_BASD * grad_loss).to(gradient_BASD.dtype), None, None
-
-
 def _sweep(
-    student_BASD: Tensor, teacher_BASD: Tensor, mask_BS: Tensor, needs_gradient: bool
+    student_BASD: Tensor, wants_gradient: bool, teacher_BASD: Tensor, mask_BS: Tensor
 ) -> tuple[Tensor, Tensor | None]:
+    """Sum over b, A and s of the rows' KL, each times its token's mask; the gradient in the same sweep over rows."""
     batch, heads, length, width = student_BASD.shape
-    student_BASD, teacher_BASD = student_BASD.contiguous(), teacher_BASD.contiguous()
+    student_BASD, teacher_BASD = student_BASD.float().contiguous(), teacher_BASD.float().contiguous()
     scale, teacher_scale = 1 / math.sqrt(width), 1 / math.sqrt(teacher_BASD.shape[-1])
-    gradient = torch.zeros_like(student_BASD) if needs_gradient else None
+    gradient = torch.zeros_like(student_BASD) if wants_gradient else None
     loss = mask_BS.new_zeros(())
     rows = max(1, min(length, RELATION_BUFFER // (batch * heads * length)))
     for start in range(0, length, rows):

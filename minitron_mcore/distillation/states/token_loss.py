@@ -64,21 +64,28 @@ def dynamic_weight(weight: float, logits: float, states: float, size: float) -> 
 
 def masked_sum(state_SBH: Tensor, target_SBH: Tensor, mask_SB: Tensor, token_loss: TokenLoss) -> Tensor:
     """The tokens' losses, each times its mask, added up: fp32, differentiable in the state."""
-    return _MaskedSum.apply(state_SBH, target_SBH, mask_SB, token_loss)
+
+    def work(state_SBH: Tensor, wants_gradient: bool) -> tuple[Tensor, Tensor]:
+        loss_SB, gradient_SBH = token_loss(state_SBH, target_SBH)
+        return torch.dot(loss_SB.flatten(), mask_SB.flatten()), gradient_SBH.mul_(mask_SB.unsqueeze(-1))
+
+    return WithGradient.apply(state_SBH, work)
 
 
-class _MaskedSum(torch.autograd.Function):
-    """Keeps for backward the gradient alone, in the state's type; autograd would keep several fp32 tensors."""
+class WithGradient(torch.autograd.Function):
+    """The loss of a state whose gradient is worked out with it: `work(state, whether the gradient is wanted)` -> both.
+
+    Keeps for backward the gradient alone, in the state's type; autograd would keep several fp32 tensors."""
 
     @staticmethod
-    def forward(ctx: Any, state_SBH: Tensor, target_SBH: Tensor, mask_SB: Tensor, token_loss: TokenLoss) -> Tensor:
-        loss_SB, gradient_SBH = token_loss(state_SBH, target_SBH)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(gradient_SBH.mul_(mask_SB.unsqueeze(-1)).to(state_SBH.dtype))
-        return torch.dot(loss_SB.flatten(), mask_SB.flatten())
+    def forward(ctx: Any, state: Tensor, work: Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]) -> Tensor:
+        loss, gradient = work(state, ctx.needs_input_grad[0])
+        if ctx.needs_input_grad[0] and gradient is not None:
+            ctx.save_for_backward(gradient.to(state.dtype))
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient_SBH,) = ctx.saved_tensors
-        return (gradient_SBH * grad_loss).to(gradient_SBH.dtype), None, None, None
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_loss).to(gradient.dtype), None

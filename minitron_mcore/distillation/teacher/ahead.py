@@ -61,8 +61,8 @@ class Teacher:
         self.groups = groups
         self._head = head
         self._capture: Capture | None = None
-        # (site, teacher's layer, the teacher's stage that has the state, a student's stage that needs it)
-        self._states: list[tuple[str, int, int, int]] = []
+        # (site, teacher's layer, (the teacher's stage that has the state, a student's stage that needs it))
+        self._states: list[tuple[str, int, tuple[int, int]]] = []
 
     @classmethod
     def load(
@@ -117,19 +117,15 @@ class Teacher:
             rule = f"does not divide the teacher's num_query_groups={groups}, as the site attention_relation needs"
             remedy = "choose a divisor of it, or another site in distill.hidden_states.sites"
             raise InputError("parallel.tensor", tensor, rule, remedy)
-        wanted = dict.fromkeys(
-            (
-                pair.site,
-                pair.teacher_layer,
-                self.grid.stage_of(
-                    holder(pair.site, pair.teacher_layer, self.architecture.num_layers), self.architecture.num_layers
-                ),
-                self.student.stage_of(holder(pair.site, pair.student_layer, student_layers), student_layers),
-            )
-            for pair in pairs
-        )
-        self._states = list(wanted)
-        names = list(dict.fromkeys((site, layer) for site, layer, _, _ in wanted))
+
+        layers = self.architecture.num_layers
+
+        def stages(pair: Pair) -> tuple[int, int]:
+            here = self.grid.stage_of(holder(pair.site, pair.teacher_layer, layers), layers)
+            return here, self.student.stage_of(holder(pair.site, pair.student_layer, student_layers), student_layers)
+
+        self._states = list(dict.fromkeys((pair.site, pair.teacher_layer, stages(pair)) for pair in pairs))
+        names = [(site, layer) for site, layer, _ in self._states]
         self._capture = Capture(as_chunks(self.chunks), names) if names else None
 
     def run_ahead(self, batch: list[Microbatch], *, train: bool = False) -> None:
@@ -156,7 +152,7 @@ class Teacher:
         counted = numbers[: runs.counted[replica]]
         held = dict(zip(counted, self._forward(run, train=False), strict=False))
         stages = grid.pipeline - 1, student.pipeline - 1
-        moves = state_moves(student, grid, count, *stages, grid.sequence, student.sequence)
+        moves = state_moves(student, grid, count, stages, (grid.sequence, student.sequence))
         for number, tensor in carry(moves, held, self._shape(batch), self._dtype).items():
             batch[number // student.data].teacher.final = tensor
         if self._capture is not None:
@@ -165,10 +161,10 @@ class Teacher:
     def _deliver_states(self, batch: list[Microbatch], captured: dict[int, dict[State, torch.Tensor]]) -> None:
         """From the stages that have the inner states to the student's that need them. captured: by microbatch."""
         grid, student, shape = self.grid, self.student, self._shape(batch)
-        for site, layer, stage, student_stage in self._states:
+        for site, layer, stages in self._states:
             wide = site in WIDE_SITES
             split = (grid.sequence, student.sequence) if wide else (grid.tensor > 1, student.tensor > 1)
-            moves = state_moves(student, grid, len(batch), stage, student_stage, *split)
+            moves = state_moves(student, grid, len(batch), stages, split)
             held = {number: states[site, layer] for number, states in captured.items() if (site, layer) in states}
             whole = shape if wide else (*shape[:2], axis_sizes(self.architecture)["qkv"])
             for number, tensor in carry(moves, held, whole, self._dtype, axis=0 if wide else 2).items():

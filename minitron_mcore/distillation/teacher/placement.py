@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
@@ -36,21 +36,22 @@ from minitron_mcore.runtime.groups import data_group
 
 @dataclass
 class FlatLayer:
-    """A layer's parameters in one flat buffer: where each of them lies, in bytes."""
+    """A layer's parameters in one flat buffer, to be cut into `cuts`: where each of them lies, in bytes."""
 
     layer: BareLayer
     chunk: int
+    cuts: int
     nbytes: int = 0
     places: list[tuple[torch.nn.Parameter, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, parameter in self.layer.named_parameters():
             self.places.append((parameter, self.nbytes))
-            used = self.layer.parameter_shapes[name].numel() * parameter.element_size()
-            self.nbytes += aligned(used)
+            self.nbytes += aligned(self.layer.parameter_shapes[name].numel() * parameter.element_size())
+        self.nbytes = aligned(self.nbytes, self.cuts)
 
     def views(self, flat: torch.Tensor) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """Every parameter, and its place in `flat` [nbytes, uint8 or more]."""
+        """Every parameter, and its place in `flat`, [nbytes] or more of uint8."""
         found = []
         for (parameter, start), shape in zip(self.places, self.layer.parameter_shapes.values(), strict=True):
             stop = start + shape.numel() * parameter.element_size()
@@ -67,57 +68,39 @@ class FlatLayer:
             parameter.data = parameter.data.new_empty(0)
 
 
-class Source(Protocol):
-    """Keeps the layers, and brings one into a buffer on the device."""
-
-    def padded(self, nbytes: int) -> int:
-        """The size of a buffer that a layer of `nbytes` is fetched into."""
-        ...
-
-    def keep(self, index: int, flat: torch.Tensor) -> None:
-        """flat: a layer in host memory, [padded(nbytes)]."""
-        ...
-
-    def fetch(self, index: int, target: torch.Tensor) -> Callable[[], Any]:
-        """Start to bring layer `index` into `target`; what it returns makes the device wait until it is there."""
-        ...
+# Two sources that keep the layers: `keep` gets one in host memory, and `fetch` starts to bring it into `target` on the
+# device; what it returns makes the device wait until it is there. A layer's size can be cut into `cuts`.
 
 
 class ShardedSource:
     """Every rank of `group` keeps its part of every layer, on the device. All of them fetch in the same order."""
 
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
-        self.group = group
+        self.group, self.cuts = group, group.size()
         self.parts: dict[int, torch.Tensor] = {}
 
-    def padded(self, nbytes: int) -> int:
-        return aligned(nbytes, self.group.size())
-
     def keep(self, index: int, flat: torch.Tensor) -> None:
-        part = flat.chunk(self.group.size())[self.group.rank()]
+        part = flat.chunk(self.cuts)[self.group.rank()]
         self.parts[index] = part.to(torch.cuda.current_device(), copy=True)
 
     def fetch(self, index: int, target: torch.Tensor) -> Callable[[], Any]:
         part = self.parts[index]
-        whole = target[: part.numel() * self.group.size()]
+        whole = target[: part.numel() * self.cuts]
         return torch.distributed.all_gather_into_tensor(whole, part, group=self.group, async_op=True).wait
 
 
 class OffloadedSource:
     """Every rank keeps its layers whole in its own host memory, each in a few blocks (see blocks.py)."""
 
+    cuts = 1
+
     def __init__(self) -> None:
         self.parts: dict[int, list[torch.Tensor]] = {}
         self.stream = torch.cuda.Stream()
 
-    def padded(self, nbytes: int) -> int:
-        return nbytes
-
     def keep(self, index: int, flat: torch.Tensor) -> None:
-        self.parts[index] = []
-        for block in flat.split(host_blocks(flat.numel())):
-            pinned = torch.empty(block.numel(), dtype=torch.uint8, pin_memory=True)
-            self.parts[index].append(pinned.copy_(block))
+        blocks = flat.split(host_blocks(len(flat)))
+        self.parts[index] = [torch.empty(len(each), dtype=each.dtype, pin_memory=True).copy_(each) for each in blocks]
 
     def fetch(self, index: int, target: torch.Tensor) -> Callable[[], Any]:
         # The layer whose buffer this was may still be running.
@@ -125,8 +108,8 @@ class OffloadedSource:
         with torch.cuda.stream(self.stream):
             start = 0
             for block in self.parts[index]:
-                target[start : start + block.numel()].copy_(block, non_blocking=True)
-                start += block.numel()
+                target[start : start + len(block)].copy_(block, non_blocking=True)
+                start += len(block)
         return lambda: torch.cuda.current_stream().wait_stream(self.stream)
 
 
@@ -147,11 +130,10 @@ class Placement:
     communicates needs every rank of its group to run the same layers in the same order, as data-parallel replicas do.
     """
 
-    def __init__(self, chunks: list[LanguageModel], source: Source) -> None:
+    def __init__(self, chunks: list[LanguageModel], source: ShardedSource | OffloadedSource) -> None:
         self.chunks, self.source = chunks, source
-        self.layers = [
-            FlatLayer(layer, number) for number, chunk in enumerate(chunks) for layer in chunk.decoder.layers
-        ]
+        layers = ((layer, number) for number, chunk in enumerate(chunks) for layer in chunk.decoder.layers)
+        self.layers = [FlatLayer(layer, number, source.cuts) for layer, number in layers]
         self._owner = {id(p): index for index, flat in enumerate(self.layers) for p, _ in flat.places}
         firsts = itertools.groupby(range(len(self.layers)), key=lambda index: self.layers[index].chunk)
         self._first = {chunk: next(indices) for chunk, indices in firsts}
@@ -164,20 +146,16 @@ class Placement:
     def rows(self, chunk: LanguageModel) -> Iterator[tuple[str, int | None, torch.Tensor]]:
         """`named_parameters` of a chunk, to be filled one after another: a layer's lie in host memory, and go to the
         source when the next layer's turn comes. So no more than one layer is ever whole."""
-        index, flat = None, torch.empty(0)
-        views: dict[int, torch.Tensor] = {}
-        for key, layer, parameter in named_parameters(chunk):
-            owner = self._owner.get(id(parameter))
-            if owner != index:
-                if index is not None:
-                    self.source.keep(index, flat)
-                index, views = owner, {}
-                if index is not None:
-                    flat = torch.empty(self.source.padded(self.layers[index].nbytes), dtype=torch.uint8)
-                    views = {id(p): view for p, view in self.layers[index].views(flat)}
-            yield key, layer, views.get(id(parameter), parameter)
-        if index is not None:
-            self.source.keep(index, flat)
+        rows = named_parameters(chunk)
+        for owner, of_owner in itertools.groupby(rows, key=lambda row: self._owner.get(id(row[2]))):
+            if owner is None:  # stays on the device
+                yield from of_owner
+                continue
+            flat = torch.empty(self.layers[owner].nbytes, dtype=torch.uint8)
+            views = {id(parameter): view for parameter, view in self.layers[owner].views(flat)}
+            for key, layer, parameter in of_owner:
+                yield key, layer, views[id(parameter)]
+            self.source.keep(owner, flat)
 
     @contextmanager
     def passing(self, num_microbatches: int) -> Iterator[None]:
@@ -206,8 +184,7 @@ class Placement:
     def _before(self, index: int, layer: torch.nn.Module, args: Any) -> None:
         """A layer is about to run: have its weights there, and start to fetch those of the next one."""
         if not self._slots:
-            size = max(self.source.padded(flat.nbytes) for flat in self.layers)
-            device = torch.cuda.current_device()
+            size, device = max(flat.nbytes for flat in self.layers), torch.cuda.current_device()
             self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(2)]
         slot, other = self._slots if self._slots[0].index == index else reversed(self._slots)
         if slot.index != index:
@@ -256,6 +233,5 @@ def place(
     """
     if placement == "resident":
         return None
-    if placement == "offloaded":
-        return Placement(chunks, OffloadedSource())
-    return Placement(chunks, ShardedSource(group or data_group(with_context=True)))
+    sharded = placement == "sharded"
+    return Placement(chunks, ShardedSource(group or data_group(with_context=True)) if sharded else OffloadedSource())

@@ -13,9 +13,9 @@ sides' shards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import lcm
 from typing import NamedTuple
 
@@ -59,29 +59,12 @@ class Grid:
         pipeline, data = divmod(rank, self.data)
         return Place(tensor, context, data, pipeline)
 
-    def rank(self, tensor: int, context: int, data: int, pipeline: int) -> int:
-        return ((pipeline * self.data + data) * self.context + context) * self.tensor + tensor
-
-    def ranks(
-        self,
-        *,
-        tensor: int | None = None,
-        context: int | None = None,
-        data: int | None = None,
-        pipeline: int | None = None,
-    ) -> list[int]:
+    def ranks(self, *, context: int | None = None, data: int | None = None, pipeline: int | None = None) -> list[int]:
         """Ranks, in order, whose coordinates are the given ones."""
-
-        def span(given: int | None, size: int) -> Sequence[int]:
-            return range(size) if given is None else (given,)
-
-        return [
-            self.rank(t, c, d, p)
-            for p in span(pipeline, self.pipeline)
-            for d in span(data, self.data)
-            for c in span(context, self.context)
-            for t in span(tensor, self.tensor)
-        ]
+        given = ((pipeline, self.pipeline), (data, self.data), (context, self.context))
+        spans = [range(size) if at is None else (at,) for at, size in given]
+        rows = [(p * self.data + d) * self.context + c for p, d, c in product(*spans)]
+        return [row * self.tensor + tensor for row in rows for tensor in range(self.tensor)]
 
     def stage_of(self, layer: int, num_layers: int) -> int:
         """The pipeline stage that has a layer of a model of `num_layers`."""
@@ -117,9 +100,8 @@ def assign(student: Grid, teacher: Grid, microbatches: int) -> Runs:
     """
     numbers = [k * student.data + r for r in range(student.data) for k in range(microbatches)]
     share = -(-len(numbers) // teacher.data)
-    length = share
-    if teacher.virtual_pipeline is not None:
-        length = -(-share // teacher.pipeline) * teacher.pipeline
+    multiple = 1 if teacher.virtual_pipeline is None else teacher.pipeline
+    length = -(-share // multiple) * multiple
     by_replica, counted = [], []
     for replica in range(teacher.data):
         mine = numbers[replica * share : (replica + 1) * share]
@@ -147,15 +129,11 @@ class Move(NamedTuple):
         return self.source == self.destination
 
 
-@dataclass(frozen=True)
-class Moves:
+class Moves(NamedTuple):
     """Everything that travels, in one order for all ranks. `units`: into how many parts the axis is cut."""
 
     units: int
     moves: tuple[Move, ...]
-
-    def of_rank(self, rank: int) -> tuple[Move, ...]:
-        return tuple(move for move in self.moves if rank in (move.source, move.destination))
 
 
 @lru_cache(maxsize=64)
@@ -174,19 +152,14 @@ def token_moves(student: Grid, teacher: Grid, microbatches: int) -> Moves:
 
 @lru_cache(maxsize=64)
 def state_moves(
-    student: Grid,
-    teacher: Grid,
-    microbatches: int,
-    teacher_stage: int,
-    student_stage: int,
-    teacher_split: bool,
-    student_split: bool,
+    student: Grid, teacher: Grid, microbatches: int, stages: tuple[int, int], split: tuple[bool, bool]
 ) -> Moves:
     """A tensor of every microbatch from the teacher's stage that makes it to all ranks of a student's stage.
 
-    `teacher_split`, `student_split`: whether a tensor-parallel rank holds (is to hold) its own contiguous part of the
-    cut axis, or all of it.
+    `stages`: the teacher's and the student's. `split`: whether a tensor-parallel rank of the teacher holds, and one of
+    the student is to hold, its own contiguous part of the cut axis, or all of it.
     """
+    (teacher_stage, student_stage), (teacher_split, student_split) = stages, split
     has, wants = (teacher.tensor if teacher_split else 1), (student.tensor if student_split else 1)
     units = lcm(has, wants)
     homes = assign(student, teacher, microbatches).homes()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
-from minitron_mcore.distillation.teacher.routes import Move, Moves
+from minitron_mcore.distillation.teacher.routes import Moves
 
 
 def carry(
@@ -20,30 +21,29 @@ def carry(
 
     Returns what this rank is to get, by microbatch: its part, or all of it. What it holds already is not copied.
     """
-    rank = dist.get_rank()
-    unit = shape[axis] // moves.units
-    arriving: dict[int, list[Move]] = {}
-    for move in moves.of_rank(rank):
+    rank, unit = dist.get_rank(), shape[axis] // moves.units
+    mine = [move for move in moves.moves if rank in (move.source, move.destination)]
+    arriving = defaultdict(list)
+    for move in mine:
         if move.destination == rank:
-            arriving.setdefault(move.microbatch, []).append(move)
+            arriving[move.microbatch].append(move)
     results, ops, landed = {}, [], []
     for number, parts in arriving.items():
-        whole = _whole_here(parts, held, unit, axis, dtype)
-        if whole is None:
-            size = list(shape)
-            size[axis] = sum(part.stop - part.start for part in parts) * unit
-            whole = torch.empty(size, dtype=dtype, device=torch.cuda.current_device())
-        results[number] = whole
-    for move in moves.of_rank(rank):
+        size = list(shape)
+        size[axis] = sum(part.stop - part.start for part in parts) * unit
+        here = held[number] if len(parts) == 1 and parts[0].is_local else None
+        if here is None or list(here.shape) != size or here.dtype != dtype:
+            here = torch.empty(size, dtype=dtype, device=torch.cuda.current_device())
+        results[number] = here
+    for move in mine:
         start, length = move.start * unit, (move.stop - move.start) * unit
+        if move.destination == rank:
+            target = results[move.microbatch].narrow(axis, start - move.wanted * unit, length)
         if move.source == rank:
             part = held[move.microbatch].narrow(axis, start - move.held * unit, length).to(dtype)
             if move.destination != rank:
                 ops.append(dist.P2POp(dist.isend, part.contiguous(), move.destination))
-                continue
-        target = results[move.microbatch].narrow(axis, start - move.wanted * unit, length)
-        if move.source == rank:
-            if target.data_ptr() != part.data_ptr():
+            elif target.data_ptr() != part.data_ptr():
                 target.copy_(part)
             continue
         # Across another axis than the first, a part is no contiguous piece of memory.
@@ -57,15 +57,3 @@ def carry(
     for target, buffer in landed:
         target.copy_(buffer)
     return results
-
-
-def _whole_here(
-    parts: list[Move], held: Mapping[int, torch.Tensor], unit: int, axis: int, dtype: torch.dtype
-) -> torch.Tensor | None:
-    """The tensor that this rank holds itself, where it is all that the rank is to get, and no more."""
-    only = parts[0]
-    if len(parts) > 1 or not only.is_local:
-        return None
-    tensor = held[only.microbatch]
-    fits = only.held == only.start and tensor.shape[axis] == (only.stop - only.start) * unit
-    return tensor if fits and tensor.dtype == dtype else None

@@ -46,7 +46,9 @@ def test_places_are_megatrons(world_size: int) -> None:
             for index, axis in enumerate(("tp", "cp", "dp", "pp")):
                 for ranks in generator.get_ranks(axis):
                     assert [grid.place(rank)[index] for rank in ranks] == list(range(len(ranks)))
-            assert [grid.rank(*grid.place(rank)) for rank in range(world_size)] == list(range(world_size))
+            for rank in range(world_size):
+                tensor, context_place, data, pipeline = grid.place(rank)
+                assert grid.ranks(context=context_place, data=data, pipeline=pipeline)[tensor] == rank
             assert grid.ranks() == list(range(world_size))
 
 
@@ -113,7 +115,7 @@ def test_states_reach_every_rank_that_needs_them(case: tuple[Grid, Grid, int], d
     # Hidden states follow sequence parallelism; an attention relation's channels are shared out at any TP.
     wide = data.draw(st.booleans())
     split = (teacher.sequence, student.sequence) if wide else (teacher.tensor > 1, student.tensor > 1)
-    moves = state_moves(student, teacher, count, *stages, *split)
+    moves = state_moves(student, teacher, count, stages, split)
     got = carried_out(moves, student, teacher, count, stages, split[0])
     wanted = {
         (rank, k * student.data + student.place(rank).data)
@@ -135,13 +137,13 @@ def test_nothing_is_sent_that_is_there(case: tuple[Grid, Grid, int], data: st.Da
     grid, other, count = case
     stage = data.draw(st.integers(0, grid.pipeline - 1))
     for split in (False, True):
-        assert all(move.is_local for move in state_moves(grid, grid, count, stage, stage, split, split).moves)
+        assert all(move.is_local for move in state_moves(grid, grid, count, (stage, stage), (split, split)).moves)
     assert all(move.is_local for move in token_moves(grid, grid, count).moves)
     assert assign(grid, grid, count).by_replica == tuple(
         tuple(k * grid.data + r for k in range(count)) + assign(grid, grid, count).by_replica[r][count:]
         for r in range(grid.data)
     ), "with equal layouts every replica runs its own, in order"
-    for move in state_moves(other, grid, count, stage, 0, False, False).moves:
+    for move in state_moves(other, grid, count, (stage, 0), (False, False)).moves:
         place = grid.place(move.destination)
         runs = assign(other, grid, count)
         ran = runs.by_replica[place.data][: runs.counted[place.data]]
@@ -152,10 +154,10 @@ def test_nothing_is_sent_that_is_there(case: tuple[Grid, Grid, int], data: st.Da
 def test_sources_take_turns() -> None:
     """Student DP4, teacher TP4: each of four ranks that hold the same states sends to others as much as the rest."""
     student, teacher = Grid(1, 1, 4, 1), Grid(4, 1, 1, 1)
-    sent = Counter(move.source for move in state_moves(student, teacher, 4, 0, 0, False, False).moves)
+    sent = Counter(move.source for move in state_moves(student, teacher, 4, (0, 0), (False, False)).moves)
     assert set(sent.values()) == {4}
     # Student TP4 without, teacher TP4 with sequence parallelism: three quarters of it travel, all from their holders.
-    gathered = state_moves(Grid(4, 1, 1, 1), Grid(4, 1, 1, 1, None, True), 1, 0, 0, True, False)
+    gathered = state_moves(Grid(4, 1, 1, 1), Grid(4, 1, 1, 1, None, True), 1, (0, 0), (True, False))
     assert gathered.units == 4
     assert len([move for move in gathered.moves if not move.is_local]) == 12
 
@@ -164,7 +166,7 @@ def test_drawn_example() -> None:
     """The module's own picture: student TP2 x DP2, teacher TP1 x DP4, two microbatches a replica."""
     runs = assign(Grid(2, 1, 2, 1), Grid(1, 1, 4, 1), 2)
     assert runs.by_replica == ((0,), (2,), (1,), (3,))
-    moves = state_moves(Grid(2, 1, 2, 1), Grid(1, 1, 4, 1), 2, 0, 0, False, False).moves
+    moves = state_moves(Grid(2, 1, 2, 1), Grid(1, 1, 4, 1), 2, (0, 0), (False, False)).moves
     assert [(m.source, m.destination, m.microbatch) for m in moves] == [
         *((0, 0, 0), (1, 0, 2)),
         *((0, 1, 0), (1, 1, 2)),
@@ -174,7 +176,7 @@ def test_drawn_example() -> None:
 
 
 def test_units_divide_both_shards() -> None:
-    moves = state_moves(Grid(2, 1, 3, 1, None, True), Grid(3, 1, 2, 1, None, True), 1, 0, 0, True, True)
+    moves = state_moves(Grid(2, 1, 3, 1, None, True), Grid(3, 1, 2, 1, None, True), 1, (0, 0), (True, True))
     assert moves.units == 6
     for rank in range(6):
         parts = [move for move in moves.moves if move.destination == rank]

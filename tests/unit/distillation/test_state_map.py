@@ -117,4 +117,4 @@ def test_attention_relations_need_the_whole_sequence() -> None:
     config = HiddenStatesConfig(sites=["attention_relation"])
     with pytest.raises(InputError, match=r"parallel\.context=2"):
         check_hidden_states(config, model(), model(), ParallelConfig(context=2))
-    assert check_hidden_states(config, model(), model(), ParallelConfig()) == [Pair("attention_relation", 13, 13)]
+    assert check_hidden_states(config, model(), model(), ParallelConfig()) == ([Pair("attention_relation", 13, 13)], 2)
