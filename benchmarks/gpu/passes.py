@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -49,15 +50,16 @@ def logits(options: argparse.Namespace) -> list[Tensor]:
 
 def variants(
     options: argparse.Namespace,
-) -> Iterator[tuple[str, Callable[..., Any], tuple[Tensor, ...], dict[str, Any]]]:
+) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:
+    from minitron_mcore.distillation.config import DIVERGENCES, PROBABILISTIC
     from minitron_mcore.distillation.logits.divergences import mixture_statistics
     from minitron_mcore.distillation.logits.outcomes import tail_statistics, top_of_shard
     from minitron_mcore.distillation.logits.passes import logit_gradient_, logit_statistics
-    from minitron_mcore.distillation.logits.settings import DIVERGENCES, PROBABILISTIC, LossSettings
+    from minitron_mcore.distillation.logits.settings import LossSettings
 
     rows = torch.arange(1, options.tokens + 1, device=options.device).double() / options.tokens
     # Of the second pass any positive numbers will do.
-    values = tuple(0.5 + rows * (1 + 0.1 * number) for number in range(len(NAMES)))
+    values = {name: 0.5 + rows * (1 + 0.1 * number) for number, name in enumerate(NAMES)}
     every = [(name, 1.0, lm_share) for name in DIVERGENCES for lm_share in (0.0, 0.5)]
     every += [(name, 2.0, 0.5) for name in PROBABILISTIC]
     for name, temperature, lm_share in [("forward_kl", 2.0, 0.5)] if options.small else every:
@@ -74,17 +76,16 @@ def variants(
         settings: dict[str, Any] = {"settings": loss, "cross": True, "report": True, "keep": False}
         if lm_share:
             yield f"statistics, {told}", logit_statistics, (), settings
-        settings = {"names": NAMES, "settings": loss}
-        yield f"gradient, {told}, next token {lm_share}", logit_gradient_, values, settings
-    normalizers = tuple(value.log1p() for value in values[:4])
-    yield "mixture", mixture_statistics, normalizers, {"mix": 0.3}
+        yield f"gradient, {told}, next token {lm_share}", logit_gradient_, (values,), {"settings": loss}
+    normalizers = {name: value.log1p() for name, value in values.items()}
+    yield "mixture", mixture_statistics, (normalizers,), {"mix": 0.3}
     columns = torch.randperm(options.vocabulary, generator=torch.Generator().manual_seed(2))[:8].to(options.device)
     columns = columns.expand(options.tokens, 8).contiguous()
     yield "tail", tail_statistics, (columns, columns % 2 == 0), {}
     yield "largest", top_of_shard, (), {"count": 8}
 
 
-def check_pass(function: Callable[..., Any], given: list[Tensor], others: tuple[Tensor, ...], settings: Any) -> float:
+def check_pass(function: Callable[..., Any], given: list[Tensor], others: tuple[Any, ...], settings: Any) -> float:
     """The largest error of the compiled pass, over its results and over the logits as it leaves them."""
     from minitron_mcore.distillation.logits import passes
 
@@ -92,7 +93,7 @@ def check_pass(function: Callable[..., Any], given: list[Tensor], others: tuple[
     found = []
     for through, dtype in ((passes._compiled, torch.float32), (lambda same: same, torch.float64)):
         x, y = (tensor.to(dtype, copy=True) for tensor in given)
-        casted = [other.to(dtype) if other.is_floating_point() else other for other in others]
+        casted = tree_map(lambda other, to=dtype: other.to(to) if other.is_floating_point() else other, others)
         if function.__name__ == "top_of_shard":
             x = x.float()  # its keys are the bits of fp32
         results = through(function)(x, *([y] if both else []), *casted, **settings)

@@ -8,6 +8,7 @@ from minitron_mcore.training.config import TrainConfig
 
 # Divergences of two distributions; the other losses compare logits.
 PROBABILISTIC = ("forward_kl", "reverse_kl", "jensen_shannon")
+DIVERGENCES = (*PROBABILISTIC, "mse", "cosine")
 SITES = ("embedding", "block_output", "mlp_input", "attention_relation")
 # Two fp32 buffers of a 16th of the tokens are 0.5 bytes for each token and vocabulary entry (0.75 where the CPU copies
 # one). Larger chunks read and write the head and its gradient fewer times.
@@ -17,11 +18,8 @@ RELATION_BUFFER = 1 << 24
 # The loss is T^2 times a divergence that shrinks as 1 / T^2, so that its rounding in fp32 grows as T^2: some 1e-8 T^2
 # in the mean of 64 tokens of 300 ids: at T = 100 a few percent of a loss of 0.001. Far below 1 the logits over T leave
 # fp32's range.
-_TEMPERATURE: dict[str, Any] = {
-    "at_least": 1e-3,
-    "at_most": 100,
-    "remedy": "beyond, fp32 cannot tell the distributions apart",
-}
+_TEMPERATURE: Any = {"at_least": 1e-3, "at_most": 100, "remedy": "beyond, fp32 cannot tell the distributions apart"}
+_MIX: Any = {"above": 0, "below": 1, "remedy": "for the limits set distill.logit_loss=forward_kl or reverse_kl"}
 # What distill.teacher begins with where it names a cache.
 CACHE = "cache:"
 
@@ -39,12 +37,8 @@ class HiddenStatesConfig:
     layers: Optional[list[list[int]]] = key(
         None, "[[teacher layer, student layer], …], from 0; null: the papers' default, from both depths"
     )
-    loss: Annotated[str, OneOf("mse", "cosine")] = key(
-        "mse", "loss of all sites but attention relations, which are compared by KL"
-    )
-    relation_heads: int = key(
-        0, "heads of the attention relations; 0: what divides both models' query groups", at_least=0
-    )
+    loss: Annotated[str, OneOf("mse", "cosine")] = key("mse", "of all sites but attention relations, compared by KL")
+    relation_heads: int = key(0, "of the attention relations; 0: what divides both models' query groups", at_least=0)
     weighting: Annotated[str, OneOf("fixed", "dynamic")] = key(
         "dynamic", "dynamic: weight * L_logits / L_states, bounded, at each step; fixed: weight"
     )
@@ -83,41 +77,27 @@ class DistillConfig(TrainConfig):
     teacher: Optional[PathName] = key(
         None, "null: the model teacher.checkpoint, in memory; cache:DIR: what `cache` wrote in DIR"
     )
-    logit_loss: Annotated[str, OneOf(*PROBABILISTIC, "mse", "cosine")] = key(
-        "forward_kl", "how teacher's and student's logits are compared"
-    )
-    jensen_shannon_mix: float = key(
-        0.5,
-        "beta: the mixture is beta teacher + (1 - beta) student",
-        above=0,
-        below=1,
-        remedy="for the limits set distill.logit_loss=forward_kl or reverse_kl",
-    )
+    logit_loss: Annotated[str, OneOf(*DIVERGENCES)] = key("forward_kl", "how both models' logits are compared")
+    jensen_shannon_mix: float = key(0.5, "beta: the mixture is beta teacher + (1 - beta) student", **_MIX)
     temperature: float = key(1.0, "of both distributions; the papers' best of {0.1, 0.5, 1, 3}", **_TEMPERATURE)
     kd_weight: float = key(1.0, "weight of the logit loss, times temperature squared", at_least=0)
     lm_weight: float = key(0.0, "weight of the next-token loss; logged at every step whatever its weight", at_least=0)
-    top_k: int = key(
-        0,
-        "how many of the teacher's logits are compared, the rest as one tail bucket; 0: the whole vocabulary",
-        at_least=0,
-    )
+    top_k: int = key(0, "of the teacher's logits compared, the rest as one bucket; 0: the whole vocabulary", at_least=0)
     recompute_loss: bool = key(
         False, "sweep over the loss once more in backward, storing nothing between", may_change=True
     )
     teacher_window: int = key(
         0,
-        "microbatches the teacher runs ahead, for a bound on memory; 0: the whole global batch",
+        "microbatches the teacher runs ahead, to bound memory; 0: the global batch",
         at_least=0,
         may_change=True,
     )
     check_teacher: bool = key(
         True,
-        "check the teacher before the first step, by a microbatch: weights, loss, loss from itself",
+        "check the teacher by a microbatch before the first step: weights, loss, loss to itself",
         may_change=True,
     )
-    correct_teacher: bool = key(
-        False, "train the teacher on the same data in the same job (arXiv 2408.11796, section 4)"
-    )
+    correct_teacher: bool = key(False, "train the teacher on this data in the same job (arXiv 2408.11796, section 4)")
     hidden_states: HiddenStatesConfig = key(HiddenStatesConfig, "losses between inner states")
 
     def __post_init__(self) -> None:
@@ -149,19 +129,14 @@ class CacheConfig:
         "sampled", "sampled: ids drawn at random, unbiased; top_k: the most probable ids"
     )
     draws: int = key(
-        50,
-        "with sampled: mean number of draws a token; some 12 different ids do (arXiv 2503.16870)",
-        at_least=1,
-        at_most=10_000,
+        50, "with sampled: mean draws a token; some 12 different ids do (arXiv 2503.16870)", at_least=1, at_most=10_000
     )
     proposal_temperature: float = key(
         1.0, "with sampled: draws are from softmax(logits / (temperature * this))", **_TEMPERATURE
     )
     top_k: int = key(100, "with top_k: ids a token, the rest as one tail bucket; 0: the whole vocabulary", at_least=0)
     temperature: Optional[float] = key(None, "of the teacher's distribution; null: distill.temperature", **_TEMPERATURE)
-    dtype: Annotated[str, OneOf("fp16", "fp32")] = key(
-        "fp16", "type of the stored log-probabilities; counts of draws are exact"
-    )
+    dtype: Annotated[str, OneOf("fp16", "fp32")] = key("fp16", "of stored log-probabilities; counts of draws are exact")
     num_samples: Optional[int] = key(None, "samples to cache; null: as many as distill.tokens takes", at_least=1)
     micro_batch_size: int = key(1, "samples at a time", at_least=1, may_change=True)
     chunk_tokens: int = key(128, "tokens whose logits exist at a time", at_least=1)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from minitron_mcore.distillation.logits.divergences import divergence_value, inverse_norms, mixture_statistics
 from minitron_mcore.distillation.logits.outcomes import (
-    LOWEST,
     outcome_divergence,
     selected_logits,
     tail_statistics,
@@ -26,11 +25,13 @@ from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.model.vocab_parallel import VocabularyShard, combine
 
 Target = Tensor | SparseTarget | None  # the teacher's logits [C, V], or few of its outcomes
+Found = dict[str, Tensor]  # statistics of the tokens by name
+NORMALIZERS = ("maximum", "log_sum", "teacher_maximum", "teacher_log_sum")
 
 
 def losses_and_gradient(
     x_CV: Tensor, target: Target, labels_C: Tensor, settings: LossSettings, shard: VocabularyShard, wants_gradient: bool
-) -> tuple[dict[str, Tensor], Tensor | None]:
+) -> tuple[Found, Tensor | None]:
     """The losses by name, fp64 [C] each: `lm`; with a teacher `kd`; if reported `teacher_lm` and `agreement`. And the
     gradient in x, the student's raw logits, divided by `LossSettings.scale`, where x was. All in fp32. All shards call.
     """
@@ -52,12 +53,14 @@ def losses_and_gradient(
     gathered = _gather(shard, local)
     found = _over_vocabulary(gathered, settings)
     losses = {"lm": found["plain_logsumexp"] - found["label"]}
-    outcomes: tuple[Tensor, ...] = ()
+    outcomes: Found = {}
     if few:
         losses["kd"], outcomes = _few_outcomes(x_CV, target, gathered, found, settings, shard)
     elif y_CV is not None:
         if settings.divergence == "jensen_shannon":
-            found |= _mixture(x_CV, y_CV, found, settings, shard)
+            normalizers = {name: found[name].float() for name in NORMALIZERS}
+            parts = by_rows(mixture_statistics, x_CV, y_CV, normalizers, mix=settings.jensen_shannon_mix)
+            found |= {name: value.sum(0) for name, value in _gather(shard, parts).items()}
         losses["kd"] = divergence_value(found, settings)
     if "teacher_label" in found:
         losses["teacher_lm"] = found["teacher_plain_logsumexp"] - found["teacher_label"]
@@ -66,16 +69,16 @@ def losses_and_gradient(
     if not wants_gradient:
         return losses, None
     if keep:
-        second, values = kept_gradient_, found | {f"shard_{name}": local[name] for name in local if "maximum" in name}
+        second, found = kept_gradient_, found | {f"shard_{name}": local[name] for name in local if "maximum" in name}
     else:
-        second, values = logit_gradient_, {name: value.float() for name, value in found.items()}
-    by_rows(second, x_CV, y_CV, *values.values(), *outcomes, names=tuple(values), settings=settings)
+        second, found = logit_gradient_, {name: value.float() for name, value in found.items()} | outcomes
+    by_rows(second, x_CV, y_CV, found, settings=settings)
     if settings.lm_share:  # the next-token loss's part at the label
         x_CV.scatter_add_(1, column_C1, here_C1.float().mul_(-settings.lm_share))
     return losses, x_CV.zero_() if shard.absent else x_CV
 
 
-def _gather(shard: VocabularyShard, local: dict[str, Tensor]) -> dict[str, Tensor]:
+def _gather(shard: VocabularyShard, local: Found) -> Found:
     """Every shard's statistics, [R, C] of [C] and [R, K, C] of a block [K, C], in fp64: what is left of their sums
     after cancelling is small."""
     blocks = [value.unsqueeze(0) if value.dim() == 1 else value for value in local.values()]
@@ -84,7 +87,7 @@ def _gather(shard: VocabularyShard, local: dict[str, Tensor]) -> dict[str, Tenso
     return {name: part.squeeze(1) if value.dim() == 1 else part for (name, value), part in parts}
 
 
-def _over_vocabulary(gathered: dict[str, Tensor], settings: LossSettings) -> dict[str, Tensor]:
+def _over_vocabulary(gathered: Found, settings: LossSettings) -> Found:
     """From every shard's statistics [R, C] to those of the vocabulary [C], fp64."""
     sums = ("cross", "square", "teacher_square", "label", "teacher_label")
     found = {name: gathered[name].sum(0) for name in sums if name in gathered}
@@ -107,17 +110,7 @@ def _over_vocabulary(gathered: dict[str, Tensor], settings: LossSettings) -> dic
     return found
 
 
-def _mixture(
-    x_CV: Tensor, y_CV: Tensor, found: dict[str, Tensor], settings: LossSettings, shard: VocabularyShard
-) -> dict[str, Tensor]:
-    """Jensen-Shannon's two divergences from the mixture, [C] each."""
-    names = ("maximum", "log_sum", "teacher_maximum", "teacher_log_sum")
-    normalizers = [found[name].float() for name in names]
-    local = by_rows(mixture_statistics, x_CV, y_CV, *normalizers, mix=settings.jensen_shannon_mix)
-    return {name: value.sum(0) for name, value in _gather(shard, local).items()}
-
-
-def offer_top(y_CV: Tensor, count: int, shard: VocabularyShard) -> dict[str, Tensor]:
+def offer_top(y_CV: Tensor, count: int, shard: VocabularyShard) -> Found:
     """`values` and `ids` of this shard for `top_of_all`, [K, C] each: K is the same on every shard, to be gathered."""
     found = by_rows(top_of_shard, y_CV, count=min(count, shard.width))
     missing = (0, min(count, shard.rows) - found["values"].shape[1])
@@ -127,15 +120,10 @@ def offer_top(y_CV: Tensor, count: int, shard: VocabularyShard) -> dict[str, Ten
 
 
 def _few_outcomes(
-    x_CV: Tensor,
-    target: Target,
-    first: dict[str, Tensor],
-    found: dict[str, Tensor],
-    settings: LossSettings,
-    shard: VocabularyShard,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The divergence over the K + 1 outcomes, fp64 [C]; and the last arguments of `outcome_gradient_`: its gradient in
-    the outcomes' logits, fp32 [C, K], and where they lie here. first: what was gathered; `found` gets the tail's
+    x_CV: Tensor, target: Target, first: Found, found: Found, settings: LossSettings, shard: VocabularyShard
+) -> tuple[Tensor, Found]:
+    """The divergence over the K + 1 outcomes, fp64 [C]; and for `outcome_gradient_` its gradient in the `selected`
+    outcomes' logits, fp32 [C, K], and where they lie here. first: what was gathered; `found` gets the tail's
     quantities too."""
     if isinstance(target, SparseTarget):
         ids_CK = target.ids
@@ -147,7 +135,7 @@ def _few_outcomes(
         if isinstance(logits_CV, Tensor):
             tail = by_rows(tail_statistics, logits_CV, *columns)
             if shard.absent:
-                tail = {"tail_maximum": tail["tail_maximum"].fill_(LOWEST), "tail_sum": tail["tail_sum"].zero_()}
+                tail["tail_sum"].zero_()
             local |= {f"{of}{name}": value for name, value in tail.items()}
     gathered = _gather(shard, local)
     log_q = gathered["logits"].sum(0).t().contiguous() - found["logsumexp"].unsqueeze(1)
@@ -161,8 +149,6 @@ def _few_outcomes(
         log_p = top_CK - found["teacher_logsumexp"].unsqueeze(1)
         teacher_tail_C, _ = combine(gathered["teacher_tail_maximum"], gathered["teacher_tail_sum"])
         log_p_tail = teacher_tail_C - found["teacher_logsumexp"]
-    log_q_tail = tail_C - found["logsumexp"]
-    value_C, found["outcome_tail"], gradient_CK = outcome_divergence(
-        log_p, log_q, log_p_tail, log_q_tail, ids_CK >= 0, settings
-    )
-    return value_C, (gradient_CK.float(), *columns)
+    tails = log_p_tail, tail_C - found["logsumexp"]
+    value_C, found["outcome_tail"], gradient_CK = outcome_divergence(log_p, log_q, *tails, ids_CK >= 0, settings)
+    return value_C, {"selected": gradient_CK.float(), "column": columns[0], "here": columns[1]}

@@ -97,19 +97,10 @@ def log_mixture_ratios(r: Tensor, mix: float) -> tuple[Tensor, Tensor]:
     return r.clamp_min(0.0).add_(bent), r.neg().clamp_min_(0.0).add_(bent)
 
 
-def mixture_statistics(
-    x_CV: Tensor,
-    y_CV: Tensor,
-    maximum_C: Tensor,
-    log_sum_C: Tensor,
-    teacher_maximum_C: Tensor,
-    teacher_log_sum_C: Tensor,
-    *,
-    mix: float,
-) -> dict[str, Tensor]:
-    """This shard's part of KL(p || m) and KL(q || m), [C] each."""
-    log_q_CV = log_softmax(x_CV, maximum_C.unsqueeze(1), log_sum_C.unsqueeze(1))
-    log_p_CV = log_softmax(y_CV, teacher_maximum_C.unsqueeze(1), teacher_log_sum_C.unsqueeze(1))
+def mixture_statistics(x_CV: Tensor, y_CV: Tensor, found: dict[str, Tensor], *, mix: float) -> dict[str, Tensor]:
+    """This shard's part of KL(p || m) and KL(q || m), [C] each. found: as `gradient_` takes it, but [C] each."""
+    log_q_CV = log_softmax(x_CV, found["maximum"].unsqueeze(1), found["log_sum"].unsqueeze(1))
+    log_p_CV = log_softmax(y_CV, found["teacher_maximum"].unsqueeze(1), found["teacher_log_sum"].unsqueeze(1))
     over_q_CV, over_p_CV = log_mixture_ratios(log_p_CV - log_q_CV, mix)
     return {
         "teacher_to_mixture": -(over_p_CV.mul_(log_p_CV.exp_())).sum(-1),

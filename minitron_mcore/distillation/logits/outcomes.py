@@ -59,22 +59,16 @@ def tail_statistics(x_CV: Tensor, column_CK: Tensor, here_CK: Tensor) -> dict[st
     return {"tail_maximum": maximum_C, "tail_sum": others_CV.sub_(maximum_C.unsqueeze(1)).exp_().sum(-1)}
 
 
-def outcome_gradient_(
-    x_CV: Tensor,
-    tail_maximum_C: Tensor,
-    tail_log_sum_C: Tensor,
-    tail_C: Tensor,
-    selected_CK: Tensor,
-    column_CK: Tensor,
-    here_CK: Tensor,
-) -> None:
-    """Overwrite x, the student's logits over T, with the gradient in them: `selected` at the selected ids, elsewhere
-    `tail`, shared out by the student's softmax over the tail's ids."""
-    exponent_CV = log_softmax_(x_CV, tail_maximum_C.unsqueeze(1), tail_log_sum_C.unsqueeze(1))
-    exponent_CV.clamp_max_(0.0).exp_().mul_(tail_C.unsqueeze(1))  # above 0: selected ids, which are set below
+def outcome_gradient_(x_CV: Tensor, found: dict[str, Tensor]) -> None:
+    """Overwrite x, the student's logits over T, with the gradient in them: `selected` [C, K] at the ids that lie `here`
+    in `column`, elsewhere `outcome_tail` [C], shared out by the student's softmax over the tail's ids."""
+    column_CK, here_CK = found["column"], found["here"]
+    exponent_CV = log_softmax_(x_CV, found["tail_maximum"].unsqueeze(1), found["tail_log_sum"].unsqueeze(1))
+    # Above 0: selected ids, which are set below.
+    exponent_CV.clamp_max_(0.0).exp_().mul_(found["outcome_tail"].unsqueeze(1))
     # A plain scatter would hit column 0 for the ids elsewhere.
     x_CV.scatter_add_(1, column_CK, -selected_logits(x_CV, column_CK, here_CK))
-    x_CV.scatter_add_(1, column_CK, selected_CK.masked_fill(~here_CK, 0.0))
+    x_CV.scatter_add_(1, column_CK, found["selected"].masked_fill(~here_CK, 0.0))
 
 
 def outcome_divergence(

@@ -25,6 +25,7 @@ CACHED_ENTRIES = 1 << 17
 # Compiled variants of one function: by its settings, by shapes, with gradients on or off. Beyond its limit, 8 by
 # default, torch.compile silently runs uncompiled: slower, and with several more buffers of logits.
 VARIANTS = 64
+Rows = Tensor | dict[str, Tensor] | None  # what is cut into blocks of rows together with the logits
 
 
 @cache
@@ -34,17 +35,20 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def by_rows(function: Callable[..., Any], x_CV: Tensor, *others: Tensor | None, **settings: Any) -> dict[str, Tensor]:
+def by_rows(function: Callable[..., Any], x_CV: Tensor, *others: Rows, **settings: Any) -> dict[str, Tensor]:
     """`function(x, *others, **settings)` over the rows of all, in one kernel on CUDA, by cached blocks on the CPU."""
     if x_CV.is_cuda and has_triton():
         function = _compiled(function)
     rows = x_CV.shape[0] if x_CV.is_cuda else max(1, CACHED_ENTRIES * torch.get_num_threads() // x_CV.shape[1])
-    blocks = (
-        [None if tensor is None else tensor[start : start + rows] for tensor in (x_CV, *others)]
-        for start in range(0, x_CV.shape[0], rows)
-    )
-    found = [function(*block, **settings) for block in blocks]
+    blocks = (slice(start, start + rows) for start in range(0, x_CV.shape[0], rows))
+    found = [function(x_CV[block], *(_part(each, block) for each in others), **settings) for block in blocks]
     return found[0] if len(found) == 1 else {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+
+def _part(whole: Rows, block: slice) -> Rows:
+    if isinstance(whole, dict):
+        return {name: value[block] for name, value in whole.items()}
+    return None if whole is None else whole[block]
 
 
 def logit_statistics(
@@ -73,11 +77,10 @@ def logit_statistics(
 
 
 def kept_gradient_(
-    x_CV: Tensor, y_CV: Tensor | None, *values: Tensor, names: tuple[str, ...], settings: LossSettings
+    x_CV: Tensor, y_CV: Tensor | None, found: dict[str, Tensor], settings: LossSettings
 ) -> dict[str, Tensor]:
     """Second pass after one that kept exponentials over this shard's maxima, in x and, with forward_kl, in y; with
-    reverse_kl y holds x - y. values: quantities over the vocabulary, and those maxima, by `names`."""
-    found = dict(zip(names, values, strict=True))
+    reverse_kl y holds x - y. found: quantities over the vocabulary, and those maxima."""
     x_CV.mul_(_to_probabilities(found, ""))
     if y_CV is not None and settings.divergence == "reverse_kl":
         x_CV.mul_(y_CV.sub_((found["cross"] - settings.lm_share).float().unsqueeze(1)))
@@ -98,20 +101,18 @@ def _next_token_softmax(x_CV: Tensor, plain_logsumexp_C: Tensor, temperature: fl
 
 
 def logit_gradient_(
-    x_CV: Tensor, y_CV: Tensor | None, *values: Tensor, names: tuple[str, ...], settings: LossSettings
+    x_CV: Tensor, y_CV: Tensor | None, found: dict[str, Tensor], settings: LossSettings
 ) -> dict[str, Tensor]:
     """Second pass: x becomes the gradient, in units of `LossSettings.scale`, without the label's part.
 
-    values: quantities over the vocabulary, [C] each, by `names`; then, for few outcomes, the last arguments of
-    `outcome_gradient_`. Without them and without y: the next-token loss alone.
+    found: quantities over the vocabulary, [C] each, and for few outcomes what `outcome_gradient_` takes. Without these
+    and without y: the next-token loss alone.
     """
-    found = dict(zip(names, values, strict=False))
-    outcomes = values[len(names) :] if settings.kd_weight else ()
     next_token_CV = None
     if settings.lm_share:
         next_token_CV = _next_token_softmax(x_CV, found["plain_logsumexp"], settings.divisor)
-    if outcomes:
-        outcome_gradient_(x_CV, found["tail_maximum"], found["tail_log_sum"], found["outcome_tail"], *outcomes)
+    if "selected" in found and settings.kd_weight:
+        outcome_gradient_(x_CV, found)
     elif y_CV is not None and settings.kd_weight:
         gradient_(x_CV, y_CV, {name: value.unsqueeze(1) for name, value in found.items()}, settings)
     elif next_token_CV is not None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minitron_mcore.distillation.config import PROBABILISTIC, DistillConfig
+from minitron_mcore.distillation.config import DIVERGENCES, PROBABILISTIC, DistillConfig
 from minitron_mcore.errors import InputError
-
-DIVERGENCES = (*PROBABILISTIC, "mse", "cosine")
 
 
 @dataclass(frozen=True)

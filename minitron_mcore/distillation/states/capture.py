@@ -37,22 +37,18 @@ def watch(chunk: LanguageModel, site: str, layer: int, visit: Visit) -> list[Rem
 
 
 def _on_output(module: torch.nn.Module, visit: Visit) -> RemovableHandle:
-    def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
-        """`output`: a tensor, or (tensor, bias) as Megatron's linears answer."""
-        if isinstance(output, torch.Tensor):
-            return visit(output, output)
-        changed = visit(output[0], output[0])
-        return None if changed is None else (changed, *output[1:])
-
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(lambda module, args, output: _visited(output, visit))
 
 
 def _on_input(module: torch.nn.Module, values: Callable[[torch.Tensor], torch.Tensor], visit: Visit) -> RemovableHandle:
-    def hook(module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
-        changed = visit(values(args[0]), args[0])
-        return None if changed is None else (changed, *args[1:])
+    return module.register_forward_pre_hook(lambda module, args: _visited(args, visit, values))
 
-    return module.register_forward_pre_hook(hook)
+
+def _visited(given: Any, visit: Visit, values: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Any:
+    """What goes on in the place of `given`, a tensor or a tuple that begins with one; None: the same."""
+    first, *rest = given if isinstance(given, tuple) else (given,)
+    changed = visit(first if values is None else values(first), first)
+    return (changed, *rest) if isinstance(given, tuple) and changed is not None else changed
 
 
 class Capture:

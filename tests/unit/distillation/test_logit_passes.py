@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from minitron_mcore.distillation.config import DIVERGENCES
 from minitron_mcore.distillation.logits import passes
 from minitron_mcore.distillation.logits.divergences import maximum_and_column
 from minitron_mcore.distillation.logits.passes import logit_gradient_, logit_statistics
-from minitron_mcore.distillation.logits.settings import DIVERGENCES, LossSettings
+from minitron_mcore.distillation.logits.settings import LossSettings
 
 NAMES = (
     *("maximum", "log_sum", "plain_logsumexp", "teacher_maximum", "teacher_log_sum"),
@@ -28,7 +29,7 @@ def test_passes_can_be_traced_whole(name: str) -> None:
     # 0.5 of the next-token loss in units of the divergence's.
     settings = LossSettings(600, 1.0, 1.0, divergence=name, temperature=2.0, jensen_shannon_mix=0.3)
     # Of the second pass any positive numbers will do.
-    values = [torch.rand(6) + 0.5 for _ in NAMES]
+    values = {name: torch.rand(6) + 0.5 for name in NAMES}
     found = []
     for through in (
         lambda function: function,
@@ -36,7 +37,7 @@ def test_passes_can_be_traced_whole(name: str) -> None:
     ):
         x_copy, y_copy = x.clone(), y.clone()
         first = through(logit_statistics)(x_copy, y_copy, settings=settings, cross=True, report=True, keep=False)
-        through(logit_gradient_)(x_copy, y_copy, *values, names=NAMES, settings=settings)
+        through(logit_gradient_)(x_copy, y_copy, values, settings=settings)
         found.append(first | {"gradient": x_copy})
     assert found[0].keys() == found[1].keys()
     for key, expected in found[0].items():
