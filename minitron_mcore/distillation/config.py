@@ -48,9 +48,8 @@ class HiddenStatesConfig:
         self._check_layers()
         section, sites = "distill.hidden_states", f"with distill.hidden_states.sites=[{', '.join(self.sites)}]"
         if not self.sites:
-            idle = dict.fromkeys(
-                ("layers", "loss", "relation_heads", "weighting", "weight"), f"without {section}.sites"
-            )
+            others = ("layers", "loss", "relation_heads", "weighting", "weight")
+            idle = dict.fromkeys(others, f"without {section}.sites")
             refuse_idle(self, idle, "leave it out, or name the sites that are compared")
         elif "attention_relation" not in self.sites:
             refuse_idle(self, {"relation_heads": sites}, "leave it out, or add attention_relation")
@@ -74,28 +73,19 @@ class HiddenStatesConfig:
 class DistillConfig(TrainConfig):
     """Training of the student from the teacher's output distribution (arXiv 2407.14679, section 3)."""
 
-    teacher: Optional[PathName] = key(
-        None, "null: the model teacher.checkpoint, in memory; cache:DIR: what `cache` wrote in DIR"
-    )
+    teacher: Optional[PathName] = key(None, "null: the model teacher.checkpoint; cache:DIR: what `cache` wrote in DIR")
     logit_loss: Annotated[str, OneOf(*DIVERGENCES)] = key("forward_kl", "how both models' logits are compared")
     jensen_shannon_mix: float = key(0.5, "beta: the mixture is beta teacher + (1 - beta) student", **_MIX)
     temperature: float = key(1.0, "of both distributions; the papers' best of {0.1, 0.5, 1, 3}", **_TEMPERATURE)
     kd_weight: float = key(1.0, "weight of the logit loss, times temperature squared", at_least=0)
     lm_weight: float = key(0.0, "weight of the next-token loss; logged at every step whatever its weight", at_least=0)
     top_k: int = key(0, "of the teacher's logits compared, the rest as one bucket; 0: the whole vocabulary", at_least=0)
-    recompute_loss: bool = key(
-        False, "sweep over the loss once more in backward, storing nothing between", may_change=True
-    )
+    recompute_loss: bool = key(False, "sweep over the loss again in backward, storing nothing between", may_change=True)
     teacher_window: int = key(
-        0,
-        "microbatches the teacher runs ahead, to bound memory; 0: the global batch",
-        at_least=0,
-        may_change=True,
+        0, "microbatches the teacher runs ahead, to bound memory; 0: the global batch", at_least=0, may_change=True
     )
     check_teacher: bool = key(
-        True,
-        "check the teacher by a microbatch before the first step: weights, loss, loss to itself",
-        may_change=True,
+        True, "check the teacher by a microbatch before the first step: weights, loss, loss to itself", may_change=True
     )
     correct_teacher: bool = key(False, "train the teacher on this data in the same job (arXiv 2408.11796, section 4)")
     hidden_states: HiddenStatesConfig = key(HiddenStatesConfig, "losses between inner states")
@@ -143,8 +133,8 @@ class CacheConfig:
     shard_samples: int = key(1024, "samples of a file, which a killed run may lose", at_least=1)
 
     def __post_init__(self) -> None:
-        if self.method == "sampled":
-            refuse_idle(self, {"top_k": "with cache.method=sampled"}, "leave it out, or set cache.method=top_k")
-        else:
-            idle = dict.fromkeys(("draws", "proposal_temperature"), "with cache.method=top_k")
-            refuse_idle(self, idle, "leave it out, or set cache.method=sampled")
+        drawn = self.method == "sampled"
+        idle = dict.fromkeys(
+            ("top_k",) if drawn else ("draws", "proposal_temperature"), f"with cache.method={self.method}"
+        )
+        refuse_idle(self, idle, f"leave it out, or set cache.method={'top_k' if drawn else 'sampled'}")

@@ -9,8 +9,8 @@ from minitron_mcore.checkpoint.store import load_model
 from minitron_mcore.data.dataset import batches_once, build_datasets
 from minitron_mcore.data.described import split_part
 from minitron_mcore.distillation.cache.file import CacheReader
-from minitron_mcore.distillation.cache.serving import find_cache
-from minitron_mcore.distillation.cache.write import cache_lock, check_order, claim, write_missing
+from minitron_mcore.distillation.cache.serving import cache_lock, claim, find_cache
+from minitron_mcore.distillation.cache.write import check_order, write_missing
 from minitron_mcore.jobs.cache import CacheJob
 from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.model.schedule import in_calls
@@ -30,7 +30,7 @@ def run(job: CacheJob, runtime: Runtime) -> Path:
         check_order(runtime, CacheReader(folder), dataset, job.samples)
     lock = cache_lock(folder)
     try:
-        settings, missing = runtime.on_main(lambda: claim(folder, job.settings, lock))
+        missing = runtime.on_main(lambda: claim(folder, job.settings, lock))
         if not missing:
             runtime.print(f"cache: {folder} holds all {job.samples:,} samples")
             return folder
@@ -51,7 +51,7 @@ def run(job: CacheJob, runtime: Runtime) -> Path:
             )
             return in_calls(map(to_device, stream), interleaved=len(chunks) > 1)
 
-        write_missing(chunks, read, cache.chunk_tokens, folder, settings, missing, runtime)
+        write_missing(chunks, read, cache.chunk_tokens, folder, missing, runtime)
     finally:
         lock.release()
     return folder

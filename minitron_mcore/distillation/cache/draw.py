@@ -14,7 +14,6 @@ rank's vocabulary shard, K ids a token, E ids of several tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +46,7 @@ def make_targets(
     hidden_SBH: Tensor,
     weight_VH: Tensor,
     samples_B: Tensor,
-    settings: Mapping[str, Any],
+    settings: dict[str, Any],
     *,
     tp_group: dist.ProcessGroup,
     sequence_parallel: bool = False,

@@ -1,14 +1,19 @@
-"""Which targets a folder holds, and whether they serve the loss of a recipe. Pure."""
+"""Which targets a folder holds, whether they serve a loss, and the right to write what is missing. Pure."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.distillation.cache.file import DESCRIPTION, LOCK, CacheReader, has_tails
+from minitron_mcore.checkpoint.folder_lock import FolderLock
+from minitron_mcore.distillation.cache.file import DESCRIPTION, LOCK, CacheReader, has_tails, write_settings
 from minitron_mcore.distillation.config import CACHE, DistillConfig
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import writing
 from minitron_mcore.keys import flat
+
+# Shards that lack samples, and how many samples each holds.
+Missing = list[tuple[int, int]]
 
 # Any other divergence of sampled targets would be biased.
 DIVERGENCES = {"sampled": ("forward_kl",), "top_k": ("forward_kl", "reverse_kl", "jensen_shannon")}
@@ -37,9 +42,8 @@ def check_served(settings: dict[str, Any], distill: DistillConfig, key: str) -> 
     allowed = DIVERGENCES[settings["method"]]
     if distill.logit_loss not in allowed:
         rule = f"needs more of the teacher than {key} holds, which serves {' and '.join(allowed)}"
-        raise InputError(
-            "distill.logit_loss", distill.logit_loss, rule, "choose of these, or leave distill.teacher out"
-        )
+        remedy = "choose of these, or leave distill.teacher out"
+        raise InputError("distill.logit_loss", distill.logit_loss, rule, remedy)
     if distill.top_k:
         rule = f"is for a teacher in memory: what {key} holds was chosen when it was made"
         raise InputError("distill.top_k", distill.top_k, rule, "set distill.top_k=0")
@@ -67,9 +71,34 @@ def find_cache(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
             rule = f"holds another cache: {name} is {there.get(name)!r} there and {here.get(name)!r} here"
             raise InputError(key, folder, rule, "name another folder, or delete that one")
     if there["num_samples"] > here["num_samples"]:
-        rule = (
-            f"holds {there['num_samples']} samples, and cache.num_samples or distill.tokens asks for "
-            f"{here['num_samples']}; a cache may grow, not shrink"
-        )
-        raise InputError(key, folder, rule, "ask for as many, or name another folder")
+        rule = f"holds {there['num_samples']} samples, and cache.num_samples or distill.tokens asks for"
+        remedy = "a cache may grow, not shrink: ask for as many, or name another folder"
+        raise InputError(key, folder, f"{rule} {here['num_samples']}", remedy)
     return stored
+
+
+def cache_lock(folder: Path) -> FolderLock:
+    """The right to write the cache in `folder`, not yet taken."""
+    rule, remedy = "is being written by another `cache`", "wait for it, or name another folder"
+    return FolderLock(folder / LOCK, InputError("cache.folder", folder, rule, remedy))
+
+
+def claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> Missing:
+    """The shards that are to be written, once the folder's settings ask for them.
+
+    The first rank calls; `lock` is taken where there is something to write. Raises InputError where another process
+    writes there, and as `find_cache`.
+    """
+    there, wanted = find_cache(folder, settings), settings["num_samples"]
+    if there and there["num_samples"] == wanted and not CacheReader(folder).missing_shards(wanted):
+        return []
+    with writing(str(folder)):
+        lock.take()
+        there = find_cache(folder, settings)
+        if there is None or there["num_samples"] != wanted:
+            write_settings(folder, {**(there or settings), "num_samples": wanted})
+        if lock.is_sure:
+            for unfinished in folder.glob("*.tmp"):
+                unfinished.unlink()
+    reader = CacheReader(folder)
+    return [(shard, reader.held(shard)) for shard in reader.missing_shards(wanted)]

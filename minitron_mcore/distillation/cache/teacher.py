@@ -70,9 +70,10 @@ class CachedTeacher:
     def _load(self, samples: list[int]) -> Iterator[Future[Targets]]:
         """The targets of `samples`, in order. Also starts to decode what the student will want next: as many samples,
         as far ahead of these as these are of the previous ones."""
-        found = [self._ahead.pop(sample, None) or self._threads.submit(self._decode, sample) for sample in samples]
-        for future in self._ahead.values():
-            future.cancel()
+        begun, self._ahead = self._ahead, {}
+        found = [begun.get(sample) or self._threads.submit(self._decode, sample) for sample in samples]
+        for sample in begun.keys() - set(samples):
+            begun[sample].cancel()
         distance = samples[0] - self._last_first if self._last_first is not None else 0
         self._last_first = samples[0]
         held = range(self.reader.settings["num_samples"])

@@ -1,4 +1,4 @@
-"""The right to write a cache; a teacher asked for the targets that it lacks, shard after shard."""
+"""A teacher asked for its targets, shard after shard."""
 
 from __future__ import annotations
 
@@ -10,20 +10,11 @@ from typing import Any
 import numpy
 import torch
 
-from minitron_mcore.checkpoint.folder_lock import FolderLock
 from minitron_mcore.data.dataset import Dataset
 from minitron_mcore.distillation.cache.draw import make_targets
-from minitron_mcore.distillation.cache.file import (
-    LOCK,
-    CacheReader,
-    encode_targets,
-    token_checksum,
-    write_settings,
-    write_shard,
-)
-from minitron_mcore.distillation.cache.serving import find_cache
+from minitron_mcore.distillation.cache.file import CacheReader, encode_targets, token_checksum, write_shard
+from minitron_mcore.distillation.cache.serving import Missing
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import writing
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import visit_final_states
@@ -36,52 +27,20 @@ from minitron_mcore.runtime.start import Runtime
 Reader = Callable[[list[int]], Iterable[list[Microbatch]]]
 
 
-def cache_lock(folder: Path) -> FolderLock:
-    """The right to write the cache in `folder`, not yet taken."""
-    rule, remedy = "is being written by another `cache`", "wait for it, or name another folder"
-    return FolderLock(folder / LOCK, InputError("cache.folder", folder, rule, remedy))
-
-
-def claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> tuple[dict[str, Any], list[tuple[int, int]]]:
-    """(the settings in the folder from now on, the shards that are to be written and how many samples each holds).
-
-    The first rank calls; `lock` is taken where there is something to write. Raises InputError where another process
-    writes there, and as `find_cache`.
-    """
-    there, wanted = find_cache(folder, settings), settings["num_samples"]
-    if there and there["num_samples"] == wanted and not CacheReader(folder).missing_shards(wanted):
-        return there, []
-    with writing(str(folder)):
-        lock.take()
-        there = find_cache(folder, settings)
-        settings = {**(there or settings), "num_samples": wanted}
-        if settings != there:
-            write_settings(folder, settings)
-        if lock.is_sure:
-            for unfinished in folder.glob("*.tmp"):
-                unfinished.unlink()
-    reader = CacheReader(folder)
-    return settings, [(shard, reader.held(shard)) for shard in reader.missing_shards(wanted)]
-
-
 def write_missing(
-    chunks: list[LanguageModel],
-    read: Reader,
-    chunk_tokens: int,
-    folder: Path,
-    settings: dict[str, Any],
-    missing: list[tuple[int, int]],
-    runtime: Runtime,
+    chunks: list[LanguageModel], read: Reader, chunk_tokens: int, folder: Path, missing: Missing, runtime: Runtime
 ) -> None:
     """Shard after shard, each by one data-parallel replica; the replicas meet after each. Every rank calls.
 
-    missing: the shards, with how many samples are in each already, which stay as they are.
+    missing: of the cache in `folder`; what is in them already stays as it is.
     """
-    total, size, reader = settings["num_samples"], settings["shard_samples"], CacheReader(folder)
+    reader = CacheReader(folder)
+    settings = reader.settings
+    total, size = settings["num_samples"], settings["shard_samples"]
     replica, replicas = data_group().rank(), data_group().size()
     pace, written = Pace(), torch.zeros(2, dtype=torch.float64, device=runtime.device)
 
-    def write(mine: list[tuple[int, int]]) -> None:
+    def write(mine: Missing) -> None:
         for shard, held in mine:
             samples = list(range(shard * size + held, min((shard + 1) * size, total)))
             blocks = ask_teacher(chunks, read, samples, chunk_tokens, settings)

@@ -76,7 +76,13 @@ def logit_loss(
     teacher: a model of any width, sharded alike, which gets no gradient; or few of its outcomes for the full sequence.
 
     Raises InputError for shapes, settings and teachers that do not go together."""
-    _check_teacher(settings, teacher, weight_VH)
+    if teacher is None and settings.kd_weight:
+        raise InputError("kd_weight", settings.kd_weight, "must be 0 without a teacher")
+    if isinstance(teacher, SparseTarget):
+        teacher.check_loss(settings)
+    if isinstance(teacher, Model) and len(teacher.weight) != len(weight_VH):
+        rule = f"are not the student's {len(weight_VH)}: both models need one padded vocabulary"
+        raise InputError("rows of the teacher's head on a rank", len(teacher.weight), rule)
     if tp_group is not None and tp_group.size() > 1:
         split = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
         hidden_SBH = split(hidden_SBH, group=tp_group)
@@ -143,13 +149,3 @@ _ADDED = (
     "logit_loss has added the head's gradient to main_grad already, so its loss must go into the trained loss with "
     "factor 1; with recompute=True any factor will do"
 )
-
-
-def _check_teacher(settings: LossSettings, teacher: Model | SparseTarget | None, weight_VH: Tensor) -> None:
-    if teacher is None and settings.kd_weight:
-        raise InputError("kd_weight", settings.kd_weight, "must be 0 without a teacher")
-    if isinstance(teacher, Model) and len(teacher.weight) != len(weight_VH):
-        rule = f"are not the student's {len(weight_VH)}: both models need one padded vocabulary"
-        raise InputError("rows of the teacher's head on a rank", len(teacher.weight), rule)
-    if isinstance(teacher, SparseTarget):
-        teacher.check_loss(settings)

@@ -37,18 +37,18 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def by_rows(function: Callable[..., Any], x_CV: Tensor, *others: Rows, **settings: Any) -> dict[str, Tensor]:
     """`function(x, *others, **settings)` over the rows of all, in one kernel on CUDA, by cached blocks on the CPU."""
+
+    def part(whole: Rows, block: slice) -> Rows:
+        if isinstance(whole, dict):
+            return {name: value[block] for name, value in whole.items()}
+        return None if whole is None else whole[block]
+
     if x_CV.is_cuda and has_triton():
         function = _compiled(function)
     rows = x_CV.shape[0] if x_CV.is_cuda else max(1, CACHED_ENTRIES * torch.get_num_threads() // x_CV.shape[1])
     blocks = (slice(start, start + rows) for start in range(0, x_CV.shape[0], rows))
-    found = [function(x_CV[block], *(_part(each, block) for each in others), **settings) for block in blocks]
+    found = [function(x_CV[block], *(part(each, block) for each in others), **settings) for block in blocks]
     return found[0] if len(found) == 1 else {name: torch.cat([part[name] for part in found]) for name in found[0]}
-
-
-def _part(whole: Rows, block: slice) -> Rows:
-    if isinstance(whole, dict):
-        return {name: value[block] for name, value in whole.items()}
-    return None if whole is None else whole[block]
 
 
 def logit_statistics(
@@ -95,11 +95,6 @@ def _to_probabilities(found: dict[str, Tensor], of: str) -> Tensor:
     return (found[f"shard_{of}maximum"] - found[f"{of}logsumexp"]).exp_().float().unsqueeze(1)
 
 
-def _next_token_softmax(x_CV: Tensor, plain_logsumexp_C: Tensor, temperature: float) -> Tensor:
-    exponent_CV = x_CV * temperature if temperature != 1.0 else x_CV
-    return (exponent_CV - plain_logsumexp_C.unsqueeze(1)).exp_()
-
-
 def logit_gradient_(
     x_CV: Tensor, y_CV: Tensor | None, found: dict[str, Tensor], settings: LossSettings
 ) -> dict[str, Tensor]:
@@ -110,7 +105,8 @@ def logit_gradient_(
     """
     next_token_CV = None
     if settings.lm_share:
-        next_token_CV = _next_token_softmax(x_CV, found["plain_logsumexp"], settings.divisor)
+        exponent_CV = x_CV * settings.divisor if settings.divisor != 1.0 else x_CV
+        next_token_CV = (exponent_CV - found["plain_logsumexp"].unsqueeze(1)).exp_()
     if "selected" in found and settings.kd_weight:
         outcome_gradient_(x_CV, found)
     elif y_CV is not None and settings.kd_weight:

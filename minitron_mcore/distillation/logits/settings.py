@@ -41,23 +41,13 @@ class LossSettings:
     @classmethod
     def of(cls, distill: DistillConfig, vocab_size: int) -> LossSettings:
         """As the recipe's section has them."""
-        return cls(
-            vocab_size,
-            lm_weight=distill.lm_weight,
-            kd_weight=distill.kd_weight,
-            divergence=distill.logit_loss,
-            temperature=distill.temperature,
-            jensen_shannon_mix=distill.jensen_shannon_mix,
-            top_k=distill.top_k,
-            recompute=distill.recompute_loss,
-            chunk_tokens=distill.loss_chunk_tokens,
-        )
+        weights = distill.lm_weight, distill.kd_weight
+        compared = distill.logit_loss, distill.temperature, distill.jensen_shannon_mix, distill.top_k
+        return cls(vocab_size, *weights, *compared, distill.recompute_loss, distill.loss_chunk_tokens)
 
     def without_teacher(self) -> LossSettings:
         """The next-token loss alone, as where a batch has no teacher."""
-        return LossSettings(
-            self.vocab_size, lm_weight=self.lm_weight, recompute=self.recompute, chunk_tokens=self.chunk_tokens
-        )
+        return LossSettings(self.vocab_size, self.lm_weight, recompute=self.recompute, chunk_tokens=self.chunk_tokens)
 
     @property
     def divisor(self) -> float:

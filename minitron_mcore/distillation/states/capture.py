@@ -25,30 +25,28 @@ def watch(chunk: LanguageModel, site: str, layer: int, visit: Visit) -> list[Rem
     States as map.py has them: [s, b, h], under sequence parallelism this rank's part of s; for an attention
     relation the output of linear_qkv [s, b, G (q + 2) d / TP] for the whole sequence.
     """
+
+    def visited(given: Any, values: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> Any:
+        """What goes on in the place of `given`, a tensor or a tuple that begins with one; None: the same."""
+        first, *rest = given if isinstance(given, tuple) else (given,)
+        changed = visit(values(first), first)
+        return (changed, *rest) if isinstance(given, tuple) and changed is not None else changed
+
+    def on_output(module: torch.nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(lambda module, args, output: visited(output))
+
+    def on_input(module: torch.nn.Module, values: Callable[[torch.Tensor], torch.Tensor]) -> RemovableHandle:
+        return module.register_forward_pre_hook(lambda module, args: visited(args, values))
+
     if site not in WIDE_SITES:
-        return [_on_output(part.self_attention.linear_qkv, visit) for index, part in layers_of(chunk) if index == layer]
+        return [on_output(part.self_attention.linear_qkv) for index, part in layers_of(chunk) if index == layer]
     wanted = {"embedding": 0, "mlp_input": 2 * layer + 1, "block_output": 2 * layer + 2}[site]
     handles = []
     for row, norm, linear in norm_sites(chunk):
         if row == wanted:
             fused = fused_norm(linear, chunk.config)
-            handles.append(_on_output(norm, visit) if fused is None else _on_input(linear, fused, visit))
+            handles.append(on_output(norm) if fused is None else on_input(linear, fused))
     return handles
-
-
-def _on_output(module: torch.nn.Module, visit: Visit) -> RemovableHandle:
-    return module.register_forward_hook(lambda module, args, output: _visited(output, visit))
-
-
-def _on_input(module: torch.nn.Module, values: Callable[[torch.Tensor], torch.Tensor], visit: Visit) -> RemovableHandle:
-    return module.register_forward_pre_hook(lambda module, args: _visited(args, visit, values))
-
-
-def _visited(given: Any, visit: Visit, values: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Any:
-    """What goes on in the place of `given`, a tensor or a tuple that begins with one; None: the same."""
-    first, *rest = given if isinstance(given, tuple) else (given,)
-    changed = visit(first if values is None else values(first), first)
-    return (changed, *rest) if isinstance(given, tuple) and changed is not None else changed
 
 
 class Capture:

@@ -94,6 +94,7 @@ class StateLosses:
         self._scaled = [pair for pair in self.pairs if pair.site in WIDE_SITES and config.loss == "mse"]
         lifts = needs_projection(self.sites, student, teacher)
         self._projection = attach_projection(chunks, teacher.hidden_size, seed) if lifts else None
+        self._microbatch: Microbatch | None = None
         self._trains = False
         # Pair -> the microbatches whose state was computed without gradients, to be computed again in backward.
         self._later: defaultdict[Pair, deque[Microbatch]] = defaultdict(deque)
@@ -121,6 +122,7 @@ class StateLosses:
         parts = torch.where(shared, total, total.new_zeros(()))
         torch.distributed.all_reduce(parts, group=tensor_group())
         self._clear()
+        self._microbatch = None
         return dict(zip(names, torch.where(shared, parts, total), strict=True))
 
     def resume(self, alpha: float | None) -> None:
@@ -146,7 +148,6 @@ class StateLosses:
 
     def _clear(self) -> None:
         device = torch.cuda.current_device()
-        self._microbatch: Microbatch | None = None
         self._sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key in (*self.sites, _SIZE)}
 
     def _visit(self, pair: Pair) -> Visit:

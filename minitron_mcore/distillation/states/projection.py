@@ -43,9 +43,7 @@ class Projection(torch.nn.Module):
         """[..., h_s] -> [..., h_t]."""
         return torch.nn.functional.linear(state, self.weight)
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> ShardedStateDict:
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> ShardedStateDict:
         """One stored tensor, of which every rank's copy is a replica."""
         replica = tuple(group.rank() for group in (pipeline_group(), tensor_group(), data_group(with_context=True)))
         key = f"{prefix}weight"

@@ -29,14 +29,14 @@ from minitron_mcore.distillation.states.token_loss import WithGradient
 _ABSENT = -1e30
 
 
-def split_qkv(mixed_SBC: Tensor, architecture: Architecture) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_qkv's output [s, b, g (q + 2) d], groups side by side -> queries [s, b, g q d], keys and values
-    [s, b, g d]; g query groups of this rank, q query heads in each.
+def _split_qkv(mixed_SBC: Tensor, architecture: Architecture, heads: int) -> list[Tensor]:
+    """linear_qkv's output [s, b, g (q + 2) e], groups side by side -> queries, keys and values, of g q e, g e and g e
+    channels, cut into relation heads: [b, A, s, d] each; g query groups of this rank, q query heads in each.
     """
     per_group = architecture.num_attention_heads // architecture.num_query_groups
     groups = mixed_SBC.unflatten(-1, (-1, per_group + 2, architecture.kv_channels))
-    queries, keys, values = (part.flatten(2) for part in groups.split((per_group, 1, 1), dim=-2))
-    return queries, keys, values
+    parts = groups.split((per_group, 1, 1), dim=-2)
+    return [part.flatten(2).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for part in parts]
 
 
 def relation_loss(
@@ -50,16 +50,12 @@ def relation_loss(
     """
     mask_BS = mask_SB.transpose(0, 1).float()
     total = student_SBC.new_zeros((), dtype=torch.float32)
-    sides = [split_qkv(part, model) for part, model in zip((student_SBC, teacher_SBC), models, strict=True)]
-    for student, teacher in zip(*sides, strict=True):
-        work = partial(_sweep, teacher_BASD=_cut(teacher, heads // ranks), mask_BS=mask_BS)
-        total = total + WithGradient.apply(_cut(student, heads // ranks), work)
+    given = zip((student_SBC, teacher_SBC), models, strict=True)
+    sides = [_split_qkv(mixed_SBC, model, heads // ranks) for mixed_SBC, model in given]
+    for student_BASD, teacher_BASD in zip(*sides, strict=True):
+        work = partial(_sweep, teacher_BASD=teacher_BASD, mask_BS=mask_BS)
+        total = total + WithGradient.apply(student_BASD, work)
     return total / (3 * heads)
-
-
-def _cut(part_SBC: Tensor, heads: int) -> Tensor:
-    """[s, b, A d] -> [b, A, s, d]"""
-    return part_SBC.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
 
 
 def _sweep(

@@ -6,7 +6,7 @@ the teacher may be laid over the ranks in its own way: only these states then tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.layout import axis_sizes, local_shape, parameter_table
 from minitron_mcore.model.gpt import LanguageModel, build_model, layout_of
 from minitron_mcore.model.initialize import named_parameters
-from minitron_mcore.model.microbatch import Microbatch, State, TeacherPart
+from minitron_mcore.model.microbatch import Microbatch, TeacherPart
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.model.schedule import final_hidden_states
 from minitron_mcore.runtime.agree import all_or_none
@@ -117,7 +117,6 @@ class Teacher:
             rule = f"does not divide the teacher's num_query_groups={groups}, as the site attention_relation needs"
             remedy = "choose a divisor of it, or another site in distill.hidden_states.sites"
             raise InputError("parallel.tensor", tensor, rule, remedy)
-
         layers = self.architecture.num_layers
 
         def stages(pair: Pair) -> tuple[int, int]:
@@ -134,41 +133,52 @@ class Teacher:
         Every rank of the world calls, each with as many. train: for a TrainedTeacher alone."""
         for microbatch in batch:
             microbatch.teacher = TeacherPart()
-        if self.student != self.grid:
-            self._run_elsewhere(batch)
-            return
-        for microbatch, hidden in zip(batch, self._forward(batch, train), strict=False):  # none before the last stage
+        grid, numbers, run = self.grid, None, batch
+        if self.student != grid:
+            run, numbers = self._shared_out(batch)
+        final, last = self._forward(run, train), (grid.pipeline - 1, self.student.pipeline - 1)
+        # Before the last stage there are none.
+        arrived: Iterable[tuple[Microbatch, torch.Tensor]] = zip(batch, final, strict=False)
+        if numbers is not None:
+            arrived = self._delivered(batch, dict(zip(numbers, final, strict=False)), last, True)
+        for microbatch, hidden in arrived:
             microbatch.teacher.final = hidden
-        if self._capture is not None:
-            numbers = range(self._replica(self.grid), len(batch) * self.grid.data, self.grid.data)
-            self._deliver_states(batch, dict(zip(numbers, self._capture.take(batch), strict=True)))
+        if self._capture is None:
+            return
+        numbers = numbers or range(self._replica(grid), len(batch) * grid.data, grid.data)
+        captured = dict(zip(numbers, self._capture.take(run), strict=False))
+        for site, layer, stages in self._states:
+            held = {number: states[site, layer] for number, states in captured.items() if (site, layer) in states}
+            for microbatch, state in self._delivered(batch, held, stages, site in WIDE_SITES):
+                microbatch.teacher.states[site, layer] = state
 
-    def _run_elsewhere(self, batch: list[Microbatch]) -> None:
-        """In a layout of the teacher's own: token ids travel there and states back, as routes.py has it."""
+    def _shared_out(self, batch: list[Microbatch]) -> tuple[list[Microbatch], Sequence[int]]:
+        """What this rank's replica of the teacher, in a layout of its own, is to run, and the numbers of those that
+        count. Token ids travel there, but only its first stage reads them: to the others they are no more than the
+        shape."""
         grid, student, count = self.grid, self.student, len(batch)
         runs, replica = assign(student, grid, count), self._replica(grid)
         numbers = runs.by_replica[replica]
-        run = self._microbatches(batch, numbers)
-        counted = numbers[: runs.counted[replica]]
-        held = dict(zip(counted, self._forward(run, train=False), strict=False))
-        stages = grid.pipeline - 1, student.pipeline - 1
-        moves = state_moves(student, grid, count, stages, (grid.sequence, student.sequence))
-        for number, tensor in carry(moves, held, self._shape(batch), self._dtype).items():
-            batch[number // student.data].teacher.final = tensor
-        if self._capture is not None:
-            self._deliver_states(batch, dict(zip(counted, self._capture.take(run), strict=False)))
+        mine = {
+            k * student.data + self._replica(student): torch.stack((microbatch.tokens, microbatch.position_ids))
+            for k, microbatch in enumerate(batch)
+        }
+        first = next(iter(mine.values()))
+        got = carry(token_moves(student, grid, count), mine, tuple(first.shape), first.dtype)
+        run = [Microbatch.unlabelled(*got.get(number, first)) for number in numbers]
+        return run, numbers[: runs.counted[replica]]
 
-    def _deliver_states(self, batch: list[Microbatch], captured: dict[int, dict[State, torch.Tensor]]) -> None:
-        """From the stages that have the inner states to the student's that need them. captured: by microbatch."""
-        grid, student, shape = self.grid, self.student, self._shape(batch)
-        for site, layer, stages in self._states:
-            wide = site in WIDE_SITES
-            split = (grid.sequence, student.sequence) if wide else (grid.tensor > 1, student.tensor > 1)
-            moves = state_moves(student, grid, len(batch), stages, split)
-            held = {number: states[site, layer] for number, states in captured.items() if (site, layer) in states}
-            whole = shape if wide else (*shape[:2], axis_sizes(self.architecture)["qkv"])
-            for number, tensor in carry(moves, held, whole, self._dtype, axis=0 if wide else 2).items():
-                batch[number // student.data].teacher.states[site, layer] = tensor
+    def _delivered(
+        self, batch: list[Microbatch], held: dict[int, torch.Tensor], stages: tuple[int, int], is_wide: bool
+    ) -> Iterator[tuple[Microbatch, torch.Tensor]]:
+        """A state of every microbatch, brought from the teacher's stage that has it to the student's that needs it, as
+        routes.py has it. held: what this rank has, by the microbatch's number."""
+        grid, student, (micro_batch, sequence) = self.grid, self.student, batch[0].tokens.shape
+        split = (grid.sequence, student.sequence) if is_wide else (grid.tensor > 1, student.tensor > 1)
+        shape = sequence, micro_batch, axis_sizes(self.architecture)["hidden" if is_wide else "qkv"]
+        moves, dtype = state_moves(student, grid, len(batch), stages, split), self.chunks[0].config.params_dtype
+        for number, tensor in carry(moves, held, shape, dtype, axis=0 if is_wide else 2).items():
+            yield batch[number // student.data], tensor
 
     def _forward(self, run: list[Microbatch], train: bool) -> list[torch.Tensor]:
         """The final hidden states of every microbatch of `run`, on the teacher's last stage; elsewhere none."""
@@ -176,29 +186,9 @@ class Teacher:
         with self.placed.passing(len(run)) if self.placed is not None else nullcontext():
             return final_hidden_states(self.chunks, run, begin=begin, groups=self.groups)
 
-    def _microbatches(self, batch: list[Microbatch], numbers: Sequence[int]) -> list[Microbatch]:
-        """What this rank's replica of the teacher is to run. Only its first stage reads the token ids; to the others
-        they say no more than the shape."""
-        replica = self._replica(self.student)
-        mine = {
-            k * self.student.data + replica: torch.stack((microbatch.tokens, microbatch.position_ids))
-            for k, microbatch in enumerate(batch)
-        }
-        first = next(iter(mine.values()))
-        got = carry(token_moves(self.student, self.grid, len(batch)), mine, tuple(first.shape), first.dtype)
-        return [Microbatch.unlabelled(*got.get(number, first)) for number in numbers]
-
     def _replica(self, grid: Grid) -> int:
         """This rank's data-parallel place in a layout."""
         return grid.place(torch.distributed.get_rank()).data
-
-    def _shape(self, batch: list[Microbatch]) -> tuple[int, int, int]:
-        micro_batch, sequence = batch[0].tokens.shape
-        return sequence, micro_batch, self.architecture.hidden_size
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.chunks[0].config.params_dtype
 
     def head_weight(self) -> torch.Tensor:
         """This rank's shard of the teacher's head [V / TP, h], cut as the student's; the student's last stage only."""

@@ -163,12 +163,9 @@ class Placement:
 
         Afterwards no layer lies whole on the device.
         """
-        if len(self.chunks) == 1:
-            self._coming = deque([0] * num_microbatches)
-        else:
-            group_size = self.chunks[0].config.microbatch_group_size_per_vp_stage
-            table = get_schedule_table(num_microbatches, len(self.chunks), group_size)
-            self._coming = deque(chunk for _, chunk in table)
+        group_size = self.chunks[0].config.microbatch_group_size_per_vp_stage or 1  # None without virtual stages
+        table = get_schedule_table(num_microbatches, len(self.chunks), group_size)
+        self._coming = deque(chunk for _, chunk in table)
         try:
             yield
         finally:

@@ -49,10 +49,6 @@ class Grid:
         sizes = (parallel.tensor, parallel.context, data, parallel.pipeline)
         return cls(*sizes, parallel.virtual_pipeline, parallel.sequence)
 
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.context * self.data * self.pipeline
-
     def place(self, rank: int) -> Place:
         rank, tensor = divmod(rank, self.tensor)
         rank, context = divmod(rank, self.context)

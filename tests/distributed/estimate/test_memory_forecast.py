@@ -141,7 +141,7 @@ def placed_on_rank(parallel: dict[str, Any], world_size: int, placement: str) ->
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
         "blocks": [[block.numel() for block in layer] for layer in blocks],
         "kept": kept,
-        "buffers": 2 * max(placed.source.padded(flat.nbytes) for flat in placed.layers),
+        "buffers": 2 * max(flat.nbytes for flat in placed.layers),
         "copies stay": not chunks[0].config.disable_parameter_transpose_cache,
     }
 

@@ -76,7 +76,7 @@ def test_tokens_reach_who_embeds_them(case: tuple[Grid, Grid, int]) -> None:
     got = Counter((move.destination, move.microbatch) for move in moves.moves)
     assert set(got.values()) == {1}
     runs = assign(student, teacher, count)
-    for rank in range(teacher.world_size):
+    for rank in teacher.ranks():
         place = teacher.place(rank)
         wanted = set(runs.by_replica[place.data]) if place.pipeline == 0 else set()
         assert {number for other, number in got if other == rank} == wanted
@@ -119,7 +119,7 @@ def test_states_reach_every_rank_that_needs_them(case: tuple[Grid, Grid, int], d
     got = carried_out(moves, student, teacher, count, stages, split[0])
     wanted = {
         (rank, k * student.data + student.place(rank).data)
-        for rank in range(student.world_size)
+        for rank in student.ranks()
         if student.place(rank).pipeline == stages[1]
         for k in range(count)
     }
