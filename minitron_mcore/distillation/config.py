@@ -133,8 +133,6 @@ class CacheConfig:
     shard_samples: int = key(1024, "samples of a file, which a killed run may lose", at_least=1)
 
     def __post_init__(self) -> None:
-        drawn = self.method == "sampled"
-        idle = dict.fromkeys(
-            ("top_k",) if drawn else ("draws", "proposal_temperature"), f"with cache.method={self.method}"
-        )
-        refuse_idle(self, idle, f"leave it out, or set cache.method={'top_k' if drawn else 'sampled'}")
+        is_drawn, why = self.method == "sampled", f"with cache.method={self.method}"
+        idle = dict.fromkeys(("top_k",) if is_drawn else ("draws", "proposal_temperature"), why)
+        refuse_idle(self, idle, f"leave it out, or set cache.method={'top_k' if is_drawn else 'sampled'}")

@@ -9,8 +9,8 @@ from minitron_mcore.checkpoint.store import load_model
 from minitron_mcore.data.dataset import batches_once, build_datasets
 from minitron_mcore.data.described import split_part
 from minitron_mcore.distillation.cache.file import CacheReader
-from minitron_mcore.distillation.cache.serving import cache_lock, claim, find_cache
-from minitron_mcore.distillation.cache.write import check_order, write_missing
+from minitron_mcore.distillation.cache.serving import claim, find_cache
+from minitron_mcore.distillation.cache.write import cache_lock, check_order, write_missing
 from minitron_mcore.jobs.cache import CacheJob
 from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.model.schedule import in_calls

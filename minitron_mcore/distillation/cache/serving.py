@@ -1,16 +1,18 @@
-"""Which targets a folder holds, whether they serve a loss, and the right to write what is missing. Pure."""
+"""Which targets a folder holds, whether they serve a loss, and what is missing. Pure."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minitron_mcore.checkpoint.folder_lock import FolderLock
 from minitron_mcore.distillation.cache.file import DESCRIPTION, LOCK, CacheReader, has_tails, write_settings
 from minitron_mcore.distillation.config import CACHE, DistillConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
 from minitron_mcore.keys import flat
+
+if TYPE_CHECKING:
+    from minitron_mcore.checkpoint.folder_lock import FolderLock
 
 # Shards that lack samples, and how many samples each holds.
 Missing = list[tuple[int, int]]
@@ -75,12 +77,6 @@ def find_cache(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         remedy = "a cache may grow, not shrink: ask for as many, or name another folder"
         raise InputError(key, folder, f"{rule} {here['num_samples']}", remedy)
     return stored
-
-
-def cache_lock(folder: Path) -> FolderLock:
-    """The right to write the cache in `folder`, not yet taken."""
-    rule, remedy = "is being written by another `cache`", "wait for it, or name another folder"
-    return FolderLock(folder / LOCK, InputError("cache.folder", folder, rule, remedy))
 
 
 def claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> Missing:

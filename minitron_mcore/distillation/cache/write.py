@@ -1,4 +1,4 @@
-"""A teacher asked for its targets, shard after shard."""
+"""The right to write a cache; a teacher asked for its targets, shard after shard."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 import numpy
 import torch
 
+from minitron_mcore.checkpoint.folder_lock import FolderLock
 from minitron_mcore.data.dataset import Dataset
 from minitron_mcore.distillation.cache.draw import make_targets
-from minitron_mcore.distillation.cache.file import CacheReader, encode_targets, token_checksum, write_shard
+from minitron_mcore.distillation.cache.file import LOCK, CacheReader, encode_targets, token_checksum, write_shard
 from minitron_mcore.distillation.cache.serving import Missing
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.gpt import LanguageModel
@@ -25,6 +26,12 @@ from minitron_mcore.runtime.start import Runtime
 
 # Sample numbers -> their microbatches, for one call of the schedule after another.
 Reader = Callable[[list[int]], Iterable[list[Microbatch]]]
+
+
+def cache_lock(folder: Path) -> FolderLock:
+    """The right to write the cache in `folder`, not yet taken."""
+    rule, remedy = "is being written by another `cache`", "wait for it, or name another folder"
+    return FolderLock(folder / LOCK, InputError("cache.folder", folder, rule, remedy))
 
 
 def write_missing(

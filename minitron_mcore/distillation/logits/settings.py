@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from minitron_mcore.distillation.config import DIVERGENCES, PROBABILISTIC, DistillConfig
 from minitron_mcore.errors import InputError
@@ -41,9 +42,10 @@ class LossSettings:
     @classmethod
     def of(cls, distill: DistillConfig, vocab_size: int) -> LossSettings:
         """As the recipe's section has them."""
-        weights = distill.lm_weight, distill.kd_weight
-        compared = distill.logit_loss, distill.temperature, distill.jensen_shannon_mix, distill.top_k
-        return cls(vocab_size, *weights, *compared, distill.recompute_loss, distill.loss_chunk_tokens)
+        d = distill
+        how: Any = {"temperature": d.temperature, "jensen_shannon_mix": d.jensen_shannon_mix, "top_k": d.top_k}
+        how |= {"recompute": d.recompute_loss, "chunk_tokens": d.loss_chunk_tokens}
+        return cls(vocab_size, d.lm_weight, d.kd_weight, d.logit_loss, **how)
 
     def without_teacher(self) -> LossSettings:
         """The next-token loss alone, as where a batch has no teacher."""

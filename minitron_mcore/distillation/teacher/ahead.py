@@ -6,7 +6,7 @@ the teacher may be laid over the ranks in its own way: only these states then tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -133,40 +133,42 @@ class Teacher:
         Every rank of the world calls, each with as many. train: for a TrainedTeacher alone."""
         for microbatch in batch:
             microbatch.teacher = TeacherPart()
-        grid, numbers, run = self.grid, None, batch
-        if self.student != grid:
-            run, numbers = self._shared_out(batch)
-        final, last = self._forward(run, train), (grid.pipeline - 1, self.student.pipeline - 1)
-        # Before the last stage there are none.
-        arrived: Iterable[tuple[Microbatch, torch.Tensor]] = zip(batch, final, strict=False)
-        if numbers is not None:
-            arrived = self._delivered(batch, dict(zip(numbers, final, strict=False)), last, True)
-        for microbatch, hidden in arrived:
-            microbatch.teacher.final = hidden
-        if self._capture is None:
+        if self.student != self.grid:
+            self._run_elsewhere(batch)
             return
-        numbers = numbers or range(self._replica(grid), len(batch) * grid.data, grid.data)
-        captured = dict(zip(numbers, self._capture.take(run), strict=False))
-        for site, layer, stages in self._states:
-            held = {number: states[site, layer] for number, states in captured.items() if (site, layer) in states}
-            for microbatch, state in self._delivered(batch, held, stages, site in WIDE_SITES):
-                microbatch.teacher.states[site, layer] = state
+        for microbatch, hidden in zip(batch, self._forward(batch, train), strict=False):  # none before the last stage
+            microbatch.teacher.final = hidden
+        if self._capture is not None:
+            numbers = range(self._replica(self.grid), len(batch) * self.grid.data, self.grid.data)
+            self._deliver_states(self._capture, batch, dict(zip(batch, numbers, strict=True)))
 
-    def _shared_out(self, batch: list[Microbatch]) -> tuple[list[Microbatch], Sequence[int]]:
-        """What this rank's replica of the teacher, in a layout of its own, is to run, and the numbers of those that
-        count. Token ids travel there, but only its first stage reads them: to the others they are no more than the
-        shape."""
+    def _run_elsewhere(self, batch: list[Microbatch]) -> None:
+        """In a layout of the teacher's own: token ids travel there and states back, as routes.py has it. Only its first
+        stage reads the token ids; to the others they say no more than the shape."""
         grid, student, count = self.grid, self.student, len(batch)
         runs, replica = assign(student, grid, count), self._replica(grid)
-        numbers = runs.by_replica[replica]
         mine = {
             k * student.data + self._replica(student): torch.stack((microbatch.tokens, microbatch.position_ids))
             for k, microbatch in enumerate(batch)
         }
         first = next(iter(mine.values()))
         got = carry(token_moves(student, grid, count), mine, tuple(first.shape), first.dtype)
-        run = [Microbatch.unlabelled(*got.get(number, first)) for number in numbers]
-        return run, numbers[: runs.counted[replica]]
+        run = [Microbatch.unlabelled(*got.get(number, first)) for number in runs.by_replica[replica]]
+        counted = dict(zip(run, runs.by_replica[replica][: runs.counted[replica]], strict=False))
+        held = dict(zip(counted.values(), self._forward(run, train=False), strict=False))
+        last = grid.pipeline - 1, student.pipeline - 1
+        for microbatch, hidden in self._delivered(batch, held, last, is_wide=True):
+            microbatch.teacher.final = hidden
+        if self._capture is not None:
+            self._deliver_states(self._capture, batch, counted)
+
+    def _deliver_states(self, capture: Capture, batch: list[Microbatch], ran: dict[Microbatch, int]) -> None:
+        """Leave the inner states in `batch`. ran: what this rank's replica ran of it, and the numbers."""
+        captured = dict(zip(ran.values(), capture.take(list(ran)), strict=True))
+        for site, layer, stages in self._states:
+            held = {number: states[site, layer] for number, states in captured.items() if (site, layer) in states}
+            for microbatch, state in self._delivered(batch, held, stages, site in WIDE_SITES):
+                microbatch.teacher.states[site, layer] = state
 
     def _delivered(
         self, batch: list[Microbatch], held: dict[int, torch.Tensor], stages: tuple[int, int], is_wide: bool

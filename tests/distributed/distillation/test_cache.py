@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from minitron_mcore.distillation.cache.file import CacheReader, Targets, shard_file, token_checksum
-from minitron_mcore.distillation.cache.serving import cache_lock
+from minitron_mcore.distillation.cache.write import cache_lock
 from tests.distributed.dense_reference import DenseModel
 from tests.distributed.models import save_teacher, tiny
 from tests.distributed.ranks import run_on_ranks

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from minitron_mcore.checkpoint.folder_lock import FolderLock, one_writer
-from minitron_mcore.distillation.cache.serving import cache_lock
+from minitron_mcore.distillation.cache.write import cache_lock
 from minitron_mcore.errors import InputError
 
 SECOND = """
