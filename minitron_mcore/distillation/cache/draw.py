@@ -139,7 +139,7 @@ def draw(logits_CV: Tensor, shard: VocabularyShard, draws: int, proposal_tempera
     def padded(values_E: Tensor, filler: int) -> Tensor:
         values_CK = values_E.new_full((len(means_CV), widest), filler)
         values_CK[rows_E, slots_E] = values_E
-        return _side_by_side(values_CK, shard)
+        return shard.gather(values_CK.t()).permute(2, 0, 1).flatten(1)  # the ranks' side by side
 
     values_CK = None
     if proposal_temperature != 1.0:
@@ -173,8 +173,7 @@ def poisson(means_RV: Tensor, keys_R: Tensor, start: int, *, most: float) -> tup
 
 def token_keys(seed: int, sample: int, start: int, count: int, device: torch.device) -> Tensor:
     """Keys int64 [count] of the positions from `start` on of a sample; well mixed, so that none resembles another."""
-    key = _mix(torch.tensor([seed % 2**62], device=device))
-    key = _mix(key + sample)
+    key = _mix(_mix(torch.tensor([seed % 2**62], device=device)) + sample)
     return _mix(key + torch.arange(start, start + count, device=device))
 
 
@@ -189,11 +188,6 @@ def _mix(bits: Tensor) -> Tensor:
 def _shifted(bits: Tensor, by: int) -> Tensor:
     """To the right, zeros coming in at the left."""
     return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
-
-
-def _side_by_side(values_CK: Tensor, shard: VocabularyShard) -> Tensor:
-    """Every rank's [C, K], all of one width, in the order of the ranks."""
-    return shard.gather(values_CK.t()).permute(2, 0, 1).flatten(1)
 
 
 def _on_host(kept: list[_Kept]) -> Targets:

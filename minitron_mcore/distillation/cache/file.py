@@ -27,7 +27,7 @@ import socket
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,8 +61,8 @@ class Targets:
 
     num_ids: numpy.ndarray  # int64 [s]: ids of each token
     ids: numpy.ndarray  # int64 [E]
-    counts: numpy.ndarray | None  # int64 [E], at least 1: how often each was drawn
-    values: numpy.ndarray | None  # fp32 [E]
+    counts: numpy.ndarray | None = None  # int64 [E], at least 1: how often each was drawn
+    values: numpy.ndarray | None = None  # fp32 [E]
     tails: numpy.ndarray | None = None  # fp32 [s]: logarithm of the probability of all other ids together
 
 
@@ -85,17 +85,28 @@ def settings_digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _columns(settings: dict[str, Any]) -> dict[str, tuple[str, int]]:
+    """What a block holds, in order: of each field of `Targets` the numbers' type, and how many bytes of it at most."""
+    id_bytes = max(1, ((settings["vocab_size"] - 1).bit_length() + 7) // 8)  # the fewest that hold every id
+    columns = {"num_ids": ("<i8", 4), "ids": ("<i8", id_bytes)}
+    if settings["method"] == "sampled":
+        columns["counts"] = ("<i8", 2)
+    if settings["method"] == "top_k" or settings["proposal_temperature"] != 1.0:
+        columns["values"] = (VALUE_TYPES[settings["dtype"]], 4)
+    if has_tails(settings):
+        columns["tails"] = ("<f4", 4)
+    return columns
+
+
 def encode_targets(targets: Targets, settings: dict[str, Any]) -> bytes:
     """A block; the settings' `dtype`, of VALUE_TYPES, is what values (but not tails) are rounded to."""
     deltas = numpy.diff(targets.ids, prepend=0)
     starts = (numpy.cumsum(targets.num_ids) - targets.num_ids)[targets.num_ids > 0]
     deltas[starts] = targets.ids[starts]
-    columns = [(targets.num_ids, "<i8", 4), (deltas, "<i8", _id_bytes(settings["vocab_size"]))]
-    if targets.counts is not None:
-        columns.append((targets.counts - 1, "<i8", 2))
-    fractions = ((targets.values, VALUE_TYPES[settings["dtype"]]), (targets.tails, "<f4"))
-    columns += [(values, kind, 4) for values, kind in fractions if values is not None]
-    streams = [_compress(plane.tobytes()) for column in columns for plane in _planes(*column)]
+    stored = replace(targets, ids=deltas, counts=None if targets.counts is None else targets.counts - 1)
+    columns = [(getattr(stored, name).astype(kind), width) for name, (kind, width) in _columns(settings).items()]
+    planes = [plane for values, width in columns for plane in values[:, None].view(numpy.uint8)[:, :width].T]
+    streams = [_compress(plane.tobytes()) for plane in planes]
     return b"".join([_LENGTH.pack(len(targets.num_ids)), *(_LENGTH.pack(len(s)) + s for s in streams)])
 
 
@@ -109,30 +120,26 @@ def decode_targets(block: bytes, settings: dict[str, Any]) -> Targets:
             place += _LENGTH.size + length
             yield numpy.frombuffer(zlib.decompress(block[place - length : place]), numpy.uint8)
 
-    def numbers(width: int) -> numpy.ndarray:
+    def numbers(kind: str, width: int) -> numpy.ndarray:
+        width = min(width, numpy.dtype(kind).itemsize)
         result = next(stream).astype(numpy.int64)
         for byte, plane in zip(range(1, width), stream, strict=False):
             if plane.any():
                 result |= numpy.left_shift(plane, 8 * byte, dtype=numpy.int64)
-        return result
+        return result if kind == "<i8" else result.astype(f"<u{width}").view(kind).astype(numpy.float32)
 
-    def fractions(name: str) -> numpy.ndarray:
-        kind = numpy.dtype(name)
-        return numbers(kind.itemsize).astype(f"<u{kind.itemsize}").view(kind).astype(numpy.float32)
-
-    stream, is_drawn = planes(), settings["method"] == "sampled"
-    num_ids = numbers(4)
+    stream = planes()
+    found = {name: numbers(*column) for name, column in _columns(settings).items()}
+    num_ids = found["num_ids"]
     assert _LENGTH.unpack_from(block) == num_ids.shape
-    deltas = numbers(_id_bytes(settings["vocab_size"]))
     # A running sum over all tokens, less what it had reached where the token begins.
-    reached = numpy.cumsum(deltas)
+    reached = numpy.cumsum(found["ids"])
     starts = numpy.cumsum(num_ids) - num_ids
     before = numpy.concatenate([[0], reached])[starts]
-    ids = reached - numpy.repeat(before, num_ids)
-    counts = numbers(2) + 1 if is_drawn else None
-    has_values = not is_drawn or settings["proposal_temperature"] != 1.0
-    values = fractions(VALUE_TYPES[settings["dtype"]]) if has_values else None
-    return Targets(num_ids, ids, counts, values, fractions("<f4") if has_tails(settings) else None)
+    found["ids"] = reached - numpy.repeat(before, num_ids)
+    if "counts" in found:
+        found["counts"] += 1
+    return Targets(**found)
 
 
 def _compress(content: bytes) -> bytes:
@@ -140,16 +147,6 @@ def _compress(content: bytes) -> bytes:
     makes the file up to a fifth longer."""
     stream = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     return stream.compress(content) + stream.flush()
-
-
-def _id_bytes(vocab_size: int) -> int:
-    """The fewest bytes that hold every id."""
-    return max(1, ((vocab_size - 1).bit_length() + 7) // 8)
-
-
-def _planes(values: numpy.ndarray, kind: str, width: int) -> numpy.ndarray:
-    """The `width` lowest bytes of numbers [E] as `kind`, byte by byte: [width, E], or as many as they have."""
-    return values.astype(kind)[:, None].view(numpy.uint8)[:, :width].T
 
 
 def shard_file(folder: Path, shard: int) -> Path:
@@ -206,11 +203,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise _damage(path, f"its method is {method!r}, not one of {', '.join(_OF_METHOD)}")
     wanted = _SETTINGS | _OF_METHOD[method]
     require_settings(path, settings, tuple(wanted))
-    require_settings(path, settings["teacher"] if isinstance(settings["teacher"], dict) else {}, ("architecture",))
     for name, kind in wanted.items():
         value = settings[name]
         if not isinstance(value, kind) or (isinstance(value, (int, float)) and not value > 0):
             raise _damage(path, f"{name} cannot be {value!r}")
+    require_settings(path, settings["teacher"], ("architecture",))
     if settings["dtype"] not in VALUE_TYPES:
         raise _damage(path, f"its dtype is {settings['dtype']!r}, not one of {', '.join(VALUE_TYPES)}")
     return settings

@@ -95,8 +95,7 @@ class CachedTeacher:
     def check_dataset(self, dataset: Any, needed: int) -> None:
         """Raise InputError if samples among the first `needed` of `dataset` have other tokens. Any rank calls."""
         for sample in sorted({round(i * (needed - 1) / max(PROBES - 1, 1)) for i in range(PROBES)}):
-            tokens = torch.as_tensor(dataset[sample]["tokens"]).unsqueeze(0)
-            self._check_tokens([sample], tokens)
+            self._check_tokens([sample], torch.as_tensor(dataset[sample]["tokens"]).unsqueeze(0))
 
     def stack(self, samples: Sequence[Targets]) -> SparseTarget:
         """The targets of b samples side by side, [S, b, K], on the host; K: the most ids of a token.
@@ -104,8 +103,7 @@ class CachedTeacher:
         Log-probabilities that were rounded are shifted, a tail's too, so that they are of a distribution again.
         """
         settings = self.reader.settings
-        most = max(int(targets.num_ids.max()) for targets in samples)
-        shape = (len(samples), len(samples[0].num_ids), max(most, 1))
+        shape = (len(samples), len(samples[0].num_ids), max(1, *(int(targets.num_ids.max()) for targets in samples)))
         ids = numpy.full(shape, -1, dtype=numpy.int64)
         log_probs = numpy.zeros(shape, dtype=numpy.float32)
         for row, targets in enumerate(samples):

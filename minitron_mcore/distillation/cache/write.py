@@ -53,8 +53,8 @@ def write_missing(
             blocks = ask_teacher(chunks, read, samples, chunk_tokens, settings)
             if on_last_stage() and tensor_group().rank() == 0:
                 write_shard(folder, settings, shard, [*reader.stored(shard, held), *blocks])
-                in_bytes = sum(len(block) for block, _ in blocks)
-                written.add_(torch.tensor([len(samples), in_bytes], device=written.device))
+                sizes = [len(samples), sum(len(block) for block, _ in blocks)]
+                written.add_(torch.tensor(sizes, device=written.device))
 
     for turn in range(0, len(missing), replicas):
         all_or_none(partial(write, missing[turn + replica : turn + replica + 1]))

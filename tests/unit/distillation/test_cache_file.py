@@ -185,4 +185,4 @@ def test_what_a_token_costs() -> None:
         rows.append(numpy.unique(kept))
     ids = numpy.concatenate(rows)
     targets = Targets(numpy.array([len(row) for row in rows]), ids, random.geometric(0.4, len(ids)), None)
-    assert len(encode_targets(targets, {"vocab_size": 128_256, "dtype": "fp16"})) / len(ids) < 2.5
+    assert len(encode_targets(targets, {**SETTINGS, "vocab_size": 128_256})) / len(ids) < 2.5
