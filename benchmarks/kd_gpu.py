@@ -223,9 +223,8 @@ def measure_step(options: argparse.Namespace, sequence: int, rate: float, device
 
 def measure_loss(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The loss with all its gradients against the four products it cannot do without, and against Liger-Kernel."""
-    from minitron_mcore.distillation.logits.loss import logit_loss
+    from minitron_mcore.distillation.logits.loss import Model, logit_loss
     from minitron_mcore.distillation.logits.settings import LossSettings
-    from minitron_mcore.distillation.logits.sweep import Model
     from minitron_mcore.model.gpt import DTYPES
 
     shared, wide, _ = shapes(options)

@@ -68,9 +68,8 @@ def ours(problem: Problem, options: argparse.Namespace) -> dict[str, Callable[..
 
     from minitron_mcore.distillation.config import default_chunk_tokens
     from minitron_mcore.distillation.logits.chunk import losses_and_gradient
-    from minitron_mcore.distillation.logits.loss import logit_loss
+    from minitron_mcore.distillation.logits.loss import Model, logit_loss
     from minitron_mcore.distillation.logits.settings import LossSettings
-    from minitron_mcore.distillation.logits.sweep import Model
     from minitron_mcore.model.vocab_parallel import VocabularyShard
 
     group = parallel_state.get_tensor_model_parallel_group()

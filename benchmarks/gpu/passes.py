@@ -106,9 +106,8 @@ def check_pass(function: Callable[..., Any], given: list[Tensor], others: tuple[
 
 def check_loss(options: argparse.Namespace, dtype: torch.dtype, name: str) -> float:
     """The largest error of value and gradients of the whole loss against dense float64 autograd."""
-    from minitron_mcore.distillation.logits.loss import logit_loss
+    from minitron_mcore.distillation.logits.loss import Model, logit_loss
     from minitron_mcore.distillation.logits.settings import LossSettings
-    from minitron_mcore.distillation.logits.sweep import Model
 
     generator = torch.Generator().manual_seed(3)
     tokens, hidden, wide, vocabulary = options.tokens, options.hidden, 2 * options.hidden, options.vocabulary

@@ -45,7 +45,14 @@ class HiddenStatesConfig:
     weight: float = key(1.0, "weight of the states' loss", at_least=0)
 
     def __post_init__(self) -> None:
-        self._check_layers()
+        pair = "[teacher layer, student layer]"
+        for place, layers in enumerate(self.layers or []):
+            if len(layers) != 2:
+                raise InputError(f"layers[{place}]", layers, f"must be a pair {pair}, counted from 0")
+            if layers in (self.layers or [])[:place]:
+                raise InputError("layers", self.layers, f"holds the pair {layers} twice", "name each once")
+        if self.layers == []:
+            raise InputError("layers", [], "is empty", f"give pairs {pair}, or null for the default")
         section, sites = "distill.hidden_states", f"with distill.hidden_states.sites=[{', '.join(self.sites)}]"
         if not self.sites:
             others = ("layers", "loss", "relation_heads", "weighting", "weight")
@@ -57,16 +64,6 @@ class HiddenStatesConfig:
             refuse_idle(self, {"loss": f"{sites}, which is compared by KL"}, "leave it out, or add another site")
         if self.sites == ["embedding"]:
             refuse_idle(self, {"layers": f"{sites}, which is one pair"}, "leave it out, or add another site")
-
-    def _check_layers(self) -> None:
-        pair = "[teacher layer, student layer]"
-        for place, layers in enumerate(self.layers or []):
-            if len(layers) != 2:
-                raise InputError(f"layers[{place}]", layers, f"must be a pair {pair}, counted from 0")
-            if layers in (self.layers or [])[:place]:
-                raise InputError("layers", self.layers, f"holds the pair {layers} twice", "name each once")
-        if self.layers == []:
-            raise InputError("layers", [], "is empty", f"give pairs {pair}, or null for the default")
 
 
 @section

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from minitron_mcore.distillation.cache.teacher import CachedTeacher
-from minitron_mcore.distillation.logits.loss import logit_loss
+from minitron_mcore.distillation.logits.loss import Model, logit_loss
 from minitron_mcore.distillation.logits.settings import LossSettings
-from minitron_mcore.distillation.logits.sweep import Model
 from minitron_mcore.distillation.states.loss import StateLosses
 from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.model.gpt import LanguageModel
@@ -23,12 +22,8 @@ from minitron_mcore.runtime.groups import tensor_group
 from minitron_mcore.runtime.pace import timed
 
 # Of the loss between logits -> the metric's name.
-METRICS = {
-    "lm": "lm loss",
-    "kd": "logits distillation loss",
-    "teacher_lm": "teacher lm loss",
-    "agreement": "top-1 agreement",
-}
+METRICS = {"lm": "lm loss", "kd": "logits distillation loss"}
+METRICS |= {"teacher_lm": "teacher lm loss", "agreement": "top-1 agreement"}
 
 
 @dataclass

@@ -7,10 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minitron_mcore.distillation.logits.loss import LogitLossOutput, logit_loss
+from minitron_mcore.distillation.logits.loss import LogitLossOutput, Model, logit_loss
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
-from minitron_mcore.distillation.logits.sweep import Model
 
 SCALE = 0.37  # of the loss before backward, as a schedule's gradient scale would be
 

@@ -59,12 +59,9 @@ class Capture:
     def __init__(self, chunks: list[torch.nn.Module], wanted: list[State]) -> None:
         self._microbatch: Microbatch | None = None
         self._kept: defaultdict[Microbatch, dict[State, torch.Tensor]] = defaultdict(dict)
-        self._handles = [
-            handle
-            for chunk in chunks
-            for site, layer in dict.fromkeys(wanted)
-            for handle in watch(unwrap(chunk), site, layer, self._keep(site, layer))
-        ]
+        places = [(unwrap(chunk), site, layer) for chunk in chunks for site, layer in dict.fromkeys(wanted)]
+        watched = [watch(chunk, site, layer, self._keep(site, layer)) for chunk, site, layer in places]
+        self._handles = [handle for handles in watched for handle in handles]
 
     def begin(self, chunk: LanguageModel, microbatch: Microbatch) -> None:
         """What the next forward pass of a chunk computes belongs to `microbatch`; to be given to `run_schedule` or

@@ -24,7 +24,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.distillation.config import SITES, HiddenStatesConfig
 from minitron_mcore.distillation.states.capture import Visit, watch
 from minitron_mcore.distillation.states.map import WIDE_SITES, Pair, check_hidden_states, needs_projection
-from minitron_mcore.distillation.states.projection import attach_projection
+from minitron_mcore.distillation.states.projection import Projection
 from minitron_mcore.distillation.states.relation import relation_loss
 from minitron_mcore.distillation.states.token_loss import TOKEN_LOSSES, dynamic_weight, masked_sum
 from minitron_mcore.model.gpt import LanguageModel
@@ -93,7 +93,7 @@ class StateLosses:
         self._token_loss = TOKEN_LOSSES[config.loss]
         self._scaled = [pair for pair in self.pairs if pair.site in WIDE_SITES and config.loss == "mse"]
         lifts = needs_projection(self.sites, student, teacher)
-        self._projection = attach_projection(chunks, teacher.hidden_size, seed) if lifts else None
+        self._projection = Projection(chunks[0], teacher.hidden_size, seed) if lifts else None
         self._microbatch: Microbatch | None = None
         self._trains = False
         # Pair -> the microbatches whose state was computed without gradients, to be computed again in backward.

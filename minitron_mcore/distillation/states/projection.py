@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_mcore.layout import BESIDE_THE_MODEL
 from minitron_mcore.model.gpt import LanguageModel, unwrap
@@ -28,9 +27,12 @@ assert f"{NAME}.".startswith(BESIDE_THE_MODEL)
 class Projection(torch.nn.Module):
     """h_s -> h_t of the last axis, without a bias."""
 
-    def __init__(self, config: TransformerConfig, teacher_hidden_size: int, seed: int) -> None:
-        """Normal with variance 1 / h_s, from (seed, name): states keep their scale, and every layout the values."""
+    def __init__(self, chunk: LanguageModel, teacher_hidden_size: int, seed: int) -> None:
+        """Normal with variance 1 / h_s, from (seed, name): states keep their scale, and every layout the values. To be
+        trained and stored with `chunk`, this rank's first. Every rank calls, before `wrap_model` and after the model's
+        own weights are in place."""
         super().__init__()
+        config = chunk.config
         shape = (teacher_hidden_size, config.hidden_size)
         weight = draw_normal(f"{NAME}.weight", shape, 1 / math.sqrt(config.hidden_size), seed)
         self.weight = torch.nn.Parameter(weight.to(device=torch.cuda.current_device(), dtype=config.params_dtype))
@@ -38,6 +40,7 @@ class Projection(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         # Megatron's gradient norm counts a parameter that is marked so on no rank, and this one on the first stage.
         self.weight.shared = pipeline_group().rank() > 0  # type: ignore[attr-defined]
+        chunk.add_module(NAME, self)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         """[..., h_s] -> [..., h_t]."""
@@ -48,14 +51,6 @@ class Projection(torch.nn.Module):
         replica = tuple(group.rank() for group in (pipeline_group(), tensor_group(), data_group(with_context=True)))
         key = f"{prefix}weight"
         return {key: ShardedTensor.from_rank_offsets(key, self.weight, replica_id=replica)}
-
-
-def attach_projection(chunks: list[LanguageModel], teacher_hidden_size: int, seed: int) -> Projection:
-    """Give this rank's chunks a projection, to be trained and stored with them. Every rank calls, before `wrap_model`
-    and after the model's own weights are in place."""
-    projection = Projection(chunks[0].config, teacher_hidden_size, seed)
-    chunks[0].add_module(NAME, projection)
-    return projection
 
 
 def finalize_gradients(models: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:

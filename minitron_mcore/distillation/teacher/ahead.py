@@ -6,11 +6,13 @@ the teacher may be laid over the ranks in its own way: only these states then tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_mcore.architecture import Architecture
@@ -19,8 +21,7 @@ from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.distillation.states.capture import Capture
 from minitron_mcore.distillation.states.map import WIDE_SITES, Pair, holder
 from minitron_mcore.distillation.teacher.placement import Placement, place
-from minitron_mcore.distillation.teacher.routes import Grid, assign, state_moves, token_moves
-from minitron_mcore.distillation.teacher.transfer import carry
+from minitron_mcore.distillation.teacher.routes import Grid, Moves, assign, state_moves, token_moves
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import axis_sizes, local_shape, parameter_table
 from minitron_mcore.model.gpt import LanguageModel, build_model, layout_of
@@ -88,7 +89,7 @@ class Teacher:
         architecture or damaged.
         """
         layout = layout or parallel
-        world_size = torch.distributed.get_world_size()
+        world_size = dist.get_world_size()
         groups = teacher_groups(layout, world_size) if layout != parallel else None
         bare = placement != "resident"
         chunks = build_model(
@@ -97,12 +98,10 @@ class Teacher:
         if groups is not None and chunks[-1].post_process:
             del chunks[-1].output_layer  # the loss takes the head in the student's shards
         placed = place(chunks, placement, groups.dp_cp if groups is not None else None)
-        rows = placed.rows if placed else named_parameters
-        load_weights(folder, iteration, as_chunks(chunks), architecture, rows)
+        load_weights(folder, iteration, as_chunks(chunks), architecture, placed.rows if placed else named_parameters)
         if groups is None:
             return cls(chunks, architecture, placed=placed)
-        dtype = chunks[0].config.params_dtype
-        head = all_or_none(lambda: read_head(folder, iteration, architecture, dtype))
+        head = all_or_none(lambda: read_head(folder, iteration, architecture, chunks[0].config.params_dtype))
         return cls(chunks, architecture, student=Grid.of(parallel, world_size), groups=groups, head=head, placed=placed)
 
     def want_states(self, pairs: Sequence[Pair], student_layers: int) -> None:
@@ -190,11 +189,59 @@ class Teacher:
 
     def _replica(self, grid: Grid) -> int:
         """This rank's data-parallel place in a layout."""
-        return grid.place(torch.distributed.get_rank()).data
+        return grid.place(dist.get_rank()).data
 
     def head_weight(self) -> torch.Tensor:
         """This rank's shard of the teacher's head [V / TP, h], cut as the student's; the student's last stage only."""
         return self.chunks[-1].head_weight() if self._head is None else self._head
+
+
+def carry(
+    moves: Moves, held: Mapping[int, torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, axis: int = 0
+) -> dict[int, torch.Tensor]:
+    """Carry out `moves`, as routes.py plans them; every rank that has a part in them calls, all with the same `moves`.
+
+    held: microbatch -> this rank's part of its tensor, for what this rank is the source of.
+    shape, dtype: of a whole tensor, cut along `axis`; the parts travel in `dtype`.
+
+    Returns what this rank is to get, by microbatch: its part, or all of it. What it holds already is not copied.
+    """
+    rank, unit = dist.get_rank(), shape[axis] // moves.units
+    mine = [move for move in moves.moves if rank in (move.source, move.destination)]
+    arriving = defaultdict(list)
+    for move in mine:
+        if move.destination == rank:
+            arriving[move.microbatch].append(move)
+    results, ops, landed = {}, [], []
+    for number, parts in arriving.items():
+        size = list(shape)
+        size[axis] = sum(part.stop - part.start for part in parts) * unit
+        here = held[number] if len(parts) == 1 and parts[0].is_local else None
+        if here is None or list(here.shape) != size or here.dtype != dtype:
+            here = torch.empty(size, dtype=dtype, device=torch.cuda.current_device())
+        results[number] = here
+    for move in mine:
+        start, length = move.start * unit, (move.stop - move.start) * unit
+        if move.destination == rank:
+            target = results[move.microbatch].narrow(axis, start - move.wanted * unit, length)
+        if move.source == rank:
+            part = held[move.microbatch].narrow(axis, start - move.held * unit, length).to(dtype)
+            if move.destination != rank:
+                ops.append(dist.P2POp(dist.isend, part.contiguous(), move.destination))
+            elif target.data_ptr() != part.data_ptr():
+                target.copy_(part)
+            continue
+        # Across another axis than the first, a part is no contiguous piece of memory.
+        buffer = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
+        ops.append(dist.P2POp(dist.irecv, buffer, move.source))
+        if buffer is not target:
+            landed.append((target, buffer))
+    if ops:
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+    for target, buffer in landed:
+        target.copy_(buffer)
+    return results
 
 
 def read_head(folder: Path, iteration: int, architecture: Architecture, dtype: torch.dtype) -> torch.Tensor | None:

@@ -135,8 +135,7 @@ class Placement:
         layers = ((layer, number) for number, chunk in enumerate(chunks) for layer in chunk.decoder.layers)
         self.layers = [FlatLayer(layer, number, source.cuts) for layer, number in layers]
         self._owner = {id(p): index for index, flat in enumerate(self.layers) for p, _ in flat.places}
-        firsts = itertools.groupby(range(len(self.layers)), key=lambda index: self.layers[index].chunk)
-        self._first = {chunk: next(indices) for chunk, indices in firsts}
+        self._first = {flat.chunk: index for index, flat in reversed(list(enumerate(self.layers)))}
         self._slots: list[_Slot] = []
         self._ran: int | None = None  # the layer that ran last, or runs
         self._coming: deque[int] = deque()  # chunks that the schedule will run, in order

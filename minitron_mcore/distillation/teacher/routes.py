@@ -45,8 +45,7 @@ class Grid:
 
     @classmethod
     def of(cls, parallel: ParallelConfig, world_size: int) -> Grid:
-        data = world_size // (parallel.tensor * parallel.context * parallel.pipeline)
-        sizes = (parallel.tensor, parallel.context, data, parallel.pipeline)
+        sizes = parallel.tensor, parallel.context, world_size // parallel.replica_ranks, parallel.pipeline
         return cls(*sizes, parallel.virtual_pipeline, parallel.sequence)
 
     def place(self, rank: int) -> Place:
@@ -80,11 +79,8 @@ class Runs:
 
     def homes(self) -> dict[int, int]:
         """Microbatch -> the teacher replica that runs it."""
-        return {
-            number: replica
-            for replica, (numbers, count) in enumerate(zip(self.by_replica, self.counted, strict=True))
-            for number in numbers[:count]
-        }
+        runs = enumerate(zip(self.by_replica, self.counted, strict=True))
+        return {number: replica for replica, (numbers, count) in runs for number in numbers[:count]}
 
 
 @lru_cache(maxsize=64)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minitron_mcore.distillation.logits.loss import Model
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
-from minitron_mcore.distillation.logits.sweep import Model
 from tests.distributed.distillation.test_logit_loss import BF16_TOLERANCE, TOLERANCE, equal_models, worst
 from tests.distributed.logit_loss_problem import Case, Problem, part, run
 from tests.distributed.ranks import run_on_ranks

@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_mcore.distillation.logits.loss import LogitLossOutput, logit_loss
+from minitron_mcore.distillation.logits.loss import LogitLossOutput, Model, logit_loss
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
-from minitron_mcore.distillation.logits.sweep import Model
 
 
 def call(
