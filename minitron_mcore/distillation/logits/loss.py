@@ -125,8 +125,8 @@ def logit_loss(
         shard=VocabularyShard.of(weight_VH.shape[0], settings.vocab_size, tp_group),
     )
     loss, *by_token = _LogitLoss.apply(hidden_SBH.flatten(0, 1), weight_VH, mask_N, settings, wanted, run)
-    token_losses = zip(REPORTED, by_token, strict=True)
-    sums = {name: torch.dot(loss_N, mask_N) for name, loss_N in token_losses if loss_N is not None}
+    losses = dict(zip(REPORTED, by_token, strict=True))
+    sums = {name: torch.dot(loss_N, mask_N) for name, loss_N in losses.items() if loss_N is not None}
     return LogitLossOutput(loss, sums, mask_N.sum(), by_token[0].view(labels_SB.shape))
 
 

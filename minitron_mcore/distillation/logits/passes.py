@@ -48,7 +48,7 @@ def by_rows(function: Callable[..., Any], x_CV: Tensor, *others: Rows, **setting
     rows = x_CV.shape[0] if x_CV.is_cuda else max(1, CACHED_ENTRIES * torch.get_num_threads() // x_CV.shape[1])
     blocks = (slice(start, start + rows) for start in range(0, x_CV.shape[0], rows))
     found = [function(x_CV[block], *(part(each, block) for each in others), **settings) for block in blocks]
-    return found[0] if len(found) == 1 else {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    return found[0] if len(found) == 1 else {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
 
 def logit_statistics(

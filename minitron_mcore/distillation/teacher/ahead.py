@@ -57,7 +57,7 @@ class Teacher:
         self.chunks = chunks
         self.placed = placed
         self.architecture = architecture
-        self.grid = Grid.of(layout_of(chunks[0].config), torch.distributed.get_world_size())
+        self.grid = Grid.of(layout_of(chunks[0].config), dist.get_world_size())
         self.student = student or self.grid
         self.groups = groups
         self._head = head
