@@ -28,9 +28,10 @@ def dry_run(arguments: list[str]) -> tuple[int, str]:
 
 if __name__ == "__main__":
     root, results = Path(sys.argv[1]), []
+    before = snapshot(root)
     for words in json.load(sys.stdin):
-        before = snapshot(root)
-        results.append([*dry_run(words), snapshot(root) == before])
+        results.append([*dry_run(words), (after := snapshot(root)) == before])
+        before = after
     heavy: list[str] = [name for name in ("megatron", "wandb") if name in sys.modules]
     if torch := sys.modules.get("torch"):
         heavy += ["process group"] if torch.distributed.is_initialized() else []

@@ -90,8 +90,8 @@ def typed(arguments: list[str]) -> tuple[int, str]:
 def all_typed(commands: list[list[str]], root: Path) -> list[tuple[int, str, bool]]:
     """Each command's exit code, its stderr, and whether it left everything below `root` as it was."""
     results = []
+    before = snapshot(root)
     for words in commands:
-        before = snapshot(root)
         wait_for_all()
         try:
             with one_process_group():
@@ -99,8 +99,9 @@ def all_typed(commands: list[list[str]], root: Path) -> list[tuple[int, str, boo
         except BaseException:
             code, shown = 1, traceback.format_exc()
         wait_for_all()
-        results.append((code, shown, snapshot(root) == before))
-        wait_for_all()
+        after = snapshot(root)
+        results.append((code, shown, after == before))
+        before = after
     return results
 
 
@@ -112,6 +113,10 @@ def wait_for_all() -> None:
 
 
 def snapshot(root: Path) -> dict[str, tuple[int, int]]:
-    """Names, sizes and times of everything below; a folder's time tells of names made and gone again."""
-    found = {path.relative_to(root): path.lstat() for path in sorted(root.rglob("*"))}
-    return {str(path): (state.st_mtime_ns, state.st_size) for path, state in found.items()}
+    """Sizes and times of everything below, by path; a folder's time tells of names made and gone again."""
+    found = {}
+    for folder, folders, files in os.walk(root):  # several times as quick as Path.rglob
+        for path in (os.path.join(folder, name) for name in (*folders, *files)):
+            state = os.lstat(path)
+            found[path] = (state.st_mtime_ns, state.st_size)
+    return found
