@@ -15,11 +15,13 @@ otherwise. Whatever is converted is held against sentencepiece on texts before i
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
 from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
 from minitron_mcore.data.tokenizer_files import CONFIG_FILES, SETTINGS_FILES, VOCABULARY_FILES, copy_files, files_of
@@ -49,53 +51,34 @@ def save_for_transformers(tokenizer: Tokenizer, folder: str) -> None:
         copy_files(tokenizer.path, folder, FILES)
         return
     with open(tokenizer.path, "rb") as stream:
-        model, settings = convert_sentencepiece(stream.read(), tokenizer.path)
+        fast, settings = convert_sentencepiece(stream.read(), tokenizer.path)
     tokenizer.save(folder)
-    for name, content in (("tokenizer.json", model), ("tokenizer_config.json", settings)):
+    for name, content in (("tokenizer.json", json.loads(fast.to_str())), ("tokenizer_config.json", settings)):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as stream_out:
             json.dump(content, stream_out, ensure_ascii=False, indent=1)
 
 
-def convert_sentencepiece(proto: bytes, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def convert_sentencepiece(proto: bytes, path: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """A serialized SentencePiece model -> (tokenizer.json, tokenizer_config.json). `path` is for messages."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]  # made at import
     _check(model, path)
-    pieces = [piece.piece for piece in model.pieces]
-    special = [i for i, piece in enumerate(model.pieces) if piece.type in (UNKNOWN, CONTROL)]
-    marks = {
-        name: pieces[index]
-        for name, index in (
-            ("bos_token", model.trainer_spec.bos_id),
-            ("eos_token", model.trainer_spec.eos_id),
-            ("unk_token", model.trainer_spec.unk_id),
-            ("pad_token", model.trainer_spec.pad_id),
-        )
-        if 0 <= index < len(pieces)
-    }
+    ids = {f"{mark}_token": getattr(model.trainer_spec, f"{mark}_id") for mark in ("bos", "eos", "unk", "pad")}
+    marks = {name: model.pieces[index].piece for name, index in ids.items() if 0 <= index < len(model.pieces)}
     prefix, trimmed = model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.remove_extra_whitespaces
-    symbols = [i for i, piece in enumerate(model.pieces) if piece.type == USER_DEFINED]
+    symbols = _of_type(model, USER_DEFINED)
     # An added token ends the text before it, which would be trimmed and the text behind it prefixed anew.
     is_split = bool(symbols) and (prefix or trimmed or _is_unigram(model))
-    added = special if is_split else sorted(special + symbols)
-    decoders: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-        *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix or trimmed else []),
-    ]
-    tokenizer_json = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [_added(i, pieces[i], special=i in special) for i in added],
-        "normalizer": {"type": "Sequence", "normalizers": _normalizers(model)},
-        "pre_tokenizer": _pre_tokenizer(model, [pieces[i] for i in symbols] if is_split else []),
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": _unigram(model) if _is_unigram(model) else _bpe(model, marks.get("unk_token"), whole=is_split),
-    }
+    fast = tokenizers.Tokenizer(_unigram(model) if _is_unigram(model) else _bpe(model, marks, whole=is_split))
+    fast.normalizer = normalizers.Sequence(_normalizers(model))
+    if steps := _splits(model, symbols if is_split else []):
+        splits = [pre_tokenizers.Split(Regex(step), "isolated") for step in steps]
+        fast.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    strip = [decoders.Strip(" ", 1, 0)] if prefix or trimmed else []
+    fast.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    fast.add_special_tokens([AddedToken(mark, normalized=False) for mark in _of_type(model, UNKNOWN, CONTROL)])
+    fast.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols if not is_split])
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **marks,
@@ -106,44 +89,41 @@ def convert_sentencepiece(proto: bytes, path: str) -> tuple[dict[str, Any], dict
         "add_bos_token": False,
         "add_eos_token": False,
     }
-    return tokenizer_json, settings
+    return fast, settings
 
 
-def _normalizers(model: Any) -> list[dict[str, Any]]:
+def _normalizers(model: Any) -> list[normalizers.Normalizer]:
     """What SentencePiece does before it cuts: a table of characters, then spaces, then the space put before a text."""
     spec = model.normalizer_spec
-    steps: list[dict[str, Any]] = []
+    replace = normalizers.Replace
+    steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         # `Precompiled` looks at characters one by one, but for two of few bytes, of which a line end's are one.
         normalize = _processor(model).normalize
         if normalize("a\rb") == normalize("a\nb"):
-            steps.append(_replace("\r\n", "\n\n"))
-        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
-        table = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+            steps.append(replace("\r\n", "\n\n"))
+        table = normalizers.Precompiled(spec.precompiled_charsmap)
         composes = all(normalize(f"a{text}").endswith(composed) for text, composed in COMPOSED.items())
-        steps += [{"type": "NFC"}, table, {"type": "NFC"}] if composes else [table]
+        steps += [normalizers.NFC(), table, normalizers.NFC()] if composes else [table]
     if spec.remove_extra_whitespaces:
-        steps += [_replace(" {2,}", " ", kind="Regex"), _replace("\\A +", "", kind="Regex")]
-    steps.append(_replace(" ", SPACE))
+        steps += [replace(Regex(" {2,}"), " "), replace(Regex("\\A +"), "")]
+    steps.append(replace(" ", SPACE))
     if spec.remove_extra_whitespaces:
-        steps.append(_replace(f"{SPACE}+\\z", "", kind="Regex"))  # a U+2581 of the text counts
+        steps.append(replace(Regex(f"{SPACE}+\\z"), ""))  # a U+2581 of the text counts
     if spec.add_dummy_prefix:
-        steps.append({"type": "Prepend", "prepend": SPACE})
+        steps.append(normalizers.Prepend(SPACE))
     if _is_unigram(model) and not _has_bytes(model) and (unknown := _unknown_in_names(model)):
         # Whatever stands for an unknown character is as unknown, and no mark's name is in the text any more.
-        steps.append(_replace("|".join(unknown), NONCHARACTER, kind="Regex"))
+        steps.append(replace(Regex("|".join(unknown)), NONCHARACTER))
     return steps
 
 
-def _pre_tokenizer(model: Any, symbols: list[str]) -> dict[str, Any] | None:
+def _splits(model: Any, symbols: list[str]) -> list[str]:
     """The model's own symbols are cut out, the longest first; so is what is unknown in a mark's or byte's name."""
     alone = _unknown_in_names(model) if _is_unigram(model) and _has_bytes(model) else []
     patterns = [*map(_quoted, sorted(symbols, key=lambda text: -len(text))), *alone]
     steps = ["|".join(patterns)] if patterns else []
-    if symbols and not _is_unigram(model):
-        steps += ["|".join(_cuts_of_names(model))]
-    splits = [{"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False} for step in steps]
-    return {"type": "Sequence", "pretokenizers": splits} if splits else None
+    return [*steps, "|".join(_cuts_of_names(model))] if symbols and not _is_unigram(model) else steps
 
 
 def _cuts_of_names(model: Any) -> list[str]:
@@ -156,9 +136,13 @@ def _cuts_of_names(model: Any) -> list[str]:
     return [f"\\A{_quoted(name[:size])}(?={_quoted(name[size:])}\\z)" for name, size in sizes.items()]
 
 
+def _of_type(model: Any, *types: int) -> list[str]:
+    return [piece.piece for piece in model.pieces if piece.type in types]
+
+
 def _names(model: Any) -> list[str]:
     """Of pieces that no text is cut into by their names: marks and bytes."""
-    return [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL, BYTE)]
+    return _of_type(model, UNKNOWN, CONTROL, BYTE)
 
 
 def _unknown_in_names(model: Any) -> list[str]:
@@ -184,10 +168,6 @@ def _processor(model: Any) -> Any:
     return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
-def _replace(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
-
-
 def _is_unigram(model: Any) -> bool:
     return model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
 
@@ -196,41 +176,32 @@ def _has_bytes(model: Any) -> bool:
     return any(piece.type == BYTE for piece in model.pieces)
 
 
-def _bpe(model: Any, unk_token: str | None, *, whole: bool) -> dict[str, Any]:
+def _bpe(model: Any, marks: dict[str, str], *, whole: bool) -> models.BPE:
     """whole: a cut-out text that is a piece is that piece, as the model's own symbols are, to which no merge leads."""
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": unk_token,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,  # a run of unknown characters is one unk to SentencePiece
-        "byte_fallback": _has_bytes(model),
-        "ignore_merges": whole,
-        "vocab": {piece.piece: index for index, piece in enumerate(model.pieces)},
-        "merges": _merges(model),
-    }
+    return models.BPE(
+        vocab={piece.piece: index for index, piece in enumerate(model.pieces)},
+        merges=_merges(model),
+        unk_token=marks.get("unk_token"),
+        fuse_unk=True,  # a run of unknown characters is one unk to SentencePiece
+        byte_fallback=_has_bytes(model),
+        ignore_merges=whole,
+    )
 
 
-def _unigram(model: Any) -> dict[str, Any]:
+def _unigram(model: Any) -> models.Unigram:
     """Marks and bytes get a score so low that their names in a text (`</s>`, `<0x0A>`) are cut as any other text; the
     model's own symbols, which are cut out, one that is better than any."""
     lowest = min(piece.score for piece in model.pieces) - NEVER
     scores = {NORMAL: lambda piece: piece.score, USER_DEFINED: lambda piece: 0.0}
-    return {
-        "type": "Unigram",
-        "unk_id": model.trainer_spec.unk_id,
-        "vocab": [[piece.piece, scores.get(piece.type, lambda _: lowest)(piece)] for piece in model.pieces],
-        "byte_fallback": _has_bytes(model),
-    }
+    vocab = [(piece.piece, scores.get(piece.type, lambda _: lowest)(piece)) for piece in model.pieces]
+    return models.Unigram(vocab, model.trainer_spec.unk_id, _has_bytes(model))
 
 
 def _check(model: Any, path: str) -> None:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    user_defined = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
-    spaced = [symbol for symbol in user_defined if SPACE in symbol or " " in symbol]
+    spaced = [symbol for symbol in _of_type(model, USER_DEFINED) if SPACE in symbol or " " in symbol]
     # What an unknown character costs differs between the libraries: it must not decide between two cuts.
-    normal = {piece.piece for piece in model.pieces if piece.type == NORMAL}
+    normal = set(_of_type(model, NORMAL))
     missing = sorted(set("".join(normal)) - normal) if _is_unigram(model) else []
     reason = ""
     if trainer.model_type not in (trainer.BPE, trainer.UNIGRAM):
@@ -245,7 +216,7 @@ def _check(model: Any, path: str) -> None:
         raise InputError("tokenizer.model", path, f"cannot be written for transformers, because {reason}")
 
 
-def _merges(model: Any) -> list[list[str]]:
+def _merges(model: Any) -> list[tuple[str, str]]:
     """Every cut of every piece into two pieces: best piece first, and of one piece's cuts the lowest ids first."""
     joinable = {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type == NORMAL}
     ranked = sorted(joinable, key=lambda piece: (-model.pieces[joinable[piece]].score, joinable[piece]))
@@ -253,10 +224,5 @@ def _merges(model: Any) -> list[list[str]]:
     for piece in ranked:
         cuts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
         cuts = [cut for cut in cuts if cut[0] in joinable and cut[1] in joinable]
-        merges += [list(cut) for cut in sorted(cuts, key=lambda cut: (joinable[cut[0]], joinable[cut[1]]))]
+        merges += sorted(cuts, key=lambda cut: (joinable[cut[0]], joinable[cut[1]]))
     return merges
-
-
-def _added(index: int, content: str, *, special: bool) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": index, "content": content, **flags, "special": special}
