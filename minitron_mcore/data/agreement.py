@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from typing import Optional
 
 from minitron_mcore.data.fingerprint import PROBES
@@ -14,15 +15,8 @@ from minitron_mcore.errors import InputError
 EDGES = (
     *("", " ", "a", "  x ", "\t\n x", "\n", "a\r\n b ", "x" * 40, " " * 9, "\u2581", "\u2581 x", "a\0b", "\ufeffa"),
     *("</s>", "a</s>b", "<s>", "<unk>x", "<0x0A>", "[INST] a [/INST]", "\ufb01\u2460\uff21  \u00bd", "e\u0301"),
-    *(
-        "é漢🙂",
-        "漢</s>é",
-        "\u3000a\u00a0b\u200bc\u00add",
-        "한국어 한글",
-        "\u1112\u1161\u11ab \uff76\uff9e",
-        "हिन्दी",
-        "🙂" * 5,
-    ),
+    *("é漢🙂", "漢</s>é", "\u3000a\u00a0b\u200bc\u00add", "한국어 한글", "\u1112\u1161\u11ab \uff76\uff9e", "हिन्दी"),
+    "🙂" * 5,
 )
 
 
@@ -36,9 +30,8 @@ def difference(one: Tokenizer, other: Tokenizer, rows: Optional[int] = None) -> 
     for number in sorted(pieces.keys() & others.keys()):
         if (rows is None or number < rows) and pieces[number] != others[number]:
             return f"id {number} is {pieces[number]!r} in the one and {others[number]!r} in the other"
-    for text in (*PROBES, *EDGES):
-        cuts = one.encode(text), other.encode(text)
-        if cuts[0] != cuts[1] and (rows is None or max(map(max, filter(None, cuts)), default=0) < rows):
+    for text, *cuts in _unlike_cuts(one, other):
+        if rows is None or max(map(max, filter(None, cuts)), default=0) < rows:
             return f"{text[:40]!r} is {shown(cuts[0])} in the one and {shown(cuts[1])} in the other"
     return None
 
@@ -48,25 +41,29 @@ def check_saved(tokenizer: Tokenizer, folder: str) -> None:
 
     Compares ids, marks and texts. Two cuts that are equally good to a unigram model count as one.
     """
-    saved = load_tokenizer(folder)
+    if unlike := next(_unlike(tokenizer, load_tokenizer(folder), _scores(folder)), None):
+        rule = f"cannot be written for transformers, which would read it otherwise ({unlike})"
+        raise InputError("tokenizer.model", tokenizer.path, rule)
+
+
+def _unlike(tokenizer: Tokenizer, saved: Tokenizer, scores: list[float]) -> Iterator[str]:
+    """The differences in words."""
     marks, others = ((each.bos, each.eos) for each in (tokenizer, saved))
     if marks != others:
-        raise _read_otherwise(tokenizer, f"bos and eos are {marks} here and {others} there")
-    pieces, theirs = tokenizer.pieces(), saved.pieces()
-    if unlike := sorted(number for number in pieces.keys() | theirs.keys() if pieces.get(number) != theirs.get(number)):
-        number = unlike[0]
-        raise _read_otherwise(tokenizer, f"id {number} is {pieces.get(number)!r} here and {theirs.get(number)!r} there")
-    scores = _scores(folder)
-    for text in (*PROBES, *EDGES):
-        ids, there = tokenizer.encode(text), saved.encode(text)
-        if ids == there or (scores and abs(sum(scores[i] for i in ids) - sum(scores[i] for i in there)) < 1e-3):
-            continue
-        raise _read_otherwise(tokenizer, f"{text[:40]!r} is {shown(ids)} here and {shown(there)} there")
+        yield f"bos and eos are {marks} here and {others} there"
+    here, there = tokenizer.pieces(), saved.pieces()
+    for number in sorted(here.keys() | there.keys()):
+        if here.get(number) != there.get(number):
+            yield f"id {number} is {here.get(number)!r} here and {there.get(number)!r} there"
+    for text, ids, theirs in _unlike_cuts(tokenizer, saved):
+        if not scores or abs(sum(scores[i] for i in ids) - sum(scores[i] for i in theirs)) >= 1e-3:
+            yield f"{text[:40]!r} is {shown(ids)} here and {shown(theirs)} there"
 
 
-def _read_otherwise(tokenizer: Tokenizer, difference: str) -> InputError:
-    rule = f"cannot be written for transformers, which would read it otherwise ({difference})"
-    return InputError("tokenizer.model", tokenizer.path, rule)
+def _unlike_cuts(one: Tokenizer, other: Tokenizer) -> Iterator[tuple[str, list[int], list[int]]]:
+    """(text, ids of the one, ids of the other) of each text that the two cut otherwise."""
+    cuts = ((text, one.encode(text), other.encode(text)) for text in (*PROBES, *EDGES))
+    return (cut for cut in cuts if cut[1] != cut[2])
 
 
 def _scores(folder: str) -> list[float]:

@@ -6,8 +6,8 @@ A SentencePiece model and the tokenizer.json made from it share no byte, yet dat
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Optional
 
 # Texts whose cutting tells one set of merges, scores or normalization from another. Each begins with a letter, since
@@ -27,19 +27,15 @@ PROBES = (
 )
 
 
-def fingerprint(
-    pieces: Iterable[tuple[int, str]],
-    marks: dict[str, Optional[int]],
-    encode: Callable[[str], list[int]],
-) -> str:
+def fingerprint(pieces: dict[int, str], marks: dict[str, Optional[int]], encode: Callable[[str], list[int]]) -> str:
     """sha256 in hex, of what each id stands for, which ids are the marks, and how `encode` cuts PROBES.
 
-    `pieces` are (id, piece) in any order, with a SentencePiece model's signs: U+2581 for a space, <0x0A> for a byte.
+    `pieces` by their ids, with a SentencePiece model's signs: U+2581 for a space, <0x0A> for a byte.
     Ids of a probe count without their order: two cuts of one run of spaces, equally good to a unigram model, may come
     in either order by a rounding.
     """
     digest = hashlib.sha256()
-    for number, piece in sorted(pieces):
+    for number, piece in sorted(pieces.items()):
         text = piece.encode("utf-8", errors="surrogatepass")
         digest.update(b"%d %d " % (number, len(text)) + text)
     digest.update(repr(sorted(marks.items())).encode())
@@ -48,19 +44,11 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def sentencepiece_file_fingerprint(path: str) -> Optional[str]:
-    """What data and checkpoints named a SentencePiece model by before fingerprints were of ids; None without a file."""
-    if not os.path.isfile(path):
-        return None
-    with open(path, "rb") as stream:
-        return hashlib.sha256(stream.read()).hexdigest()
-
-
-def hugging_face_files_fingerprint(folder: str, eos: int) -> str:
-    """What data and checkpoints named a Hugging Face tokenizer by before fingerprints were of ids."""
-    digest = hashlib.sha256(str(eos).encode())
-    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"):
-        if os.path.isfile(os.path.join(folder, name)):
-            with open(os.path.join(folder, name), "rb") as stream:
-                digest.update(stream.read())
+def files_fingerprint(folder: str, names: Iterable[str], begins: str = "") -> str:
+    """sha256 in hex of the files of these names that are in `folder`, end to end, behind `begins`: what data and
+    checkpoints named a tokenizer by before fingerprints were of ids."""
+    digest = hashlib.sha256(begins.encode())
+    for path in (Path(folder, name) for name in names):
+        if path.is_file():
+            digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -10,18 +10,13 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from minitron_mcore.data.config import TokenizerConfig
-from minitron_mcore.data.fingerprint import (
-    PROBES,
-    fingerprint,
-    hugging_face_files_fingerprint,
-    sentencepiece_file_fingerprint,
-)
+from minitron_mcore.data.fingerprint import PROBES, files_fingerprint, fingerprint
 from minitron_mcore.data.long_text import encode_long
 from minitron_mcore.data.tokenizer_files import (
-    CONFIG_FILES,
+    FILES,
     MODEL,
     SETTINGS_FILES,
     SPECIAL,
@@ -30,6 +25,7 @@ from minitron_mcore.data.tokenizer_files import (
     check_added,
     copy_files,
     is_hugging_face,
+    parse_model,
 )
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import copy_file
@@ -96,14 +92,12 @@ class Tokenizer:
         if self.stands_in or recorded == self.fingerprint:
             return True
         if self.type == SENTENCEPIECE:
-            return recorded == sentencepiece_file_fingerprint(self.path)
-        if recorded == hugging_face_files_fingerprint(self.path, self.eod):
+            return recorded == files_fingerprint("", [self.path])
+        if recorded == files_fingerprint(self.path, VOCABULARY_FILES, str(self.eod)):
             return True
-        model = os.path.join(self.path, "tokenizer.model")
-        return (
-            recorded == sentencepiece_file_fingerprint(model)
-            and _load_sentencepiece(model).fingerprint == self.fingerprint
-        )
+        model = os.path.join(self.path, MODEL)
+        is_its_model = os.path.isfile(model) and recorded == files_fingerprint(self.path, [MODEL])
+        return is_its_model and _load_sentencepiece(model).fingerprint == self.fingerprint
 
     def save(self, folder: str) -> None:
         """Copy the tokenizer's files into `folder`, byte for byte, so that `load_tokenizer(folder)` gives the same."""
@@ -115,7 +109,7 @@ class Tokenizer:
                 copy_files(os.path.dirname(self.path) or ".", folder, SETTINGS_FILES)
             return
         # AutoTokenizer looks into the model's config.json for what tokenizer_config.json leaves open.
-        copy_files(self.path, folder, (*VOCABULARY_FILES, *SETTINGS_FILES, *CONFIG_FILES, "config.json"))
+        copy_files(self.path, folder, (*FILES, "config.json"))
 
 
 def load_tokenizer(source: Union[str, TokenizerConfig]) -> Tokenizer:
@@ -125,19 +119,16 @@ def load_tokenizer(source: Union[str, TokenizerConfig]) -> Tokenizer:
     """
     path, kind = (source, None) if isinstance(source, str) else (source.model, source.type)
     if not path:
-        raise InputError(
-            "tokenizer.model", None, "is not set", "name a SentencePiece .model file or a Hugging Face folder"
-        )
+        remedy = "name a SentencePiece .model file or a Hugging Face folder"
+        raise InputError("tokenizer.model", None, "is not set", remedy)
     if not os.path.exists(path):
         raise InputError("tokenizer.model", path, "does not exist", "train it with `tokenizer`, or name another")
     if os.path.basename(path) in ("tokenizer.json", "tokenizer_config.json"):
         path = os.path.dirname(path) or "."
     if os.path.isfile(path) and (changes := changed_by(path)):
         if kind == SENTENCEPIECE:
-            rule = (
-                f"does not suit tokenizer.model={path}, because {' and '.join(changes)} beside it give ids or marks "
-                "that a SentencePiece model lacks"
-            )
+            reason = f"{' and '.join(changes)} beside it give ids or marks that a SentencePiece model lacks"
+            rule = f"does not suit tokenizer.model={path}, because {reason}"
             remedy = "leave tokenizer.type out, or copy the model into a folder of its own"
             raise InputError("tokenizer.type", kind, rule, remedy)
         path = os.path.dirname(path) or "."
@@ -145,9 +136,8 @@ def load_tokenizer(source: Union[str, TokenizerConfig]) -> Tokenizer:
         if kind == HUGGING_FACE or (kind is None and is_hugging_face(path)):
             return _load_hugging_face(path)
         if not os.path.isfile(os.path.join(path, MODEL)):
-            raise InputError(
-                "tokenizer.model", path, "holds neither tokenizer.json nor tokenizer.model", "name another"
-            )
+            rule = "holds neither tokenizer.json nor tokenizer.model"
+            raise InputError("tokenizer.model", path, rule, "name another")
         return load_tokenizer(TokenizerConfig(type=kind, model=os.path.join(path, MODEL)))
     if kind == HUGGING_FACE:
         raise InputError("tokenizer.model", path, f"is a file, and tokenizer.type={kind} needs a folder", "name it")
@@ -176,31 +166,41 @@ def _load_sentencepiece(path: str) -> Tokenizer:
         raise InputError("tokenizer.model", path, "is not a SentencePiece model", "name another") from error
     if processor.eos_id() < 0:
         raise InputError("tokenizer.model", path, NO_END, f"name a piece of it as eos_token in {SPECIAL} beside it")
-    bos, eos, unk = (
-        index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id(), processor.unk_id())
-    )
+    marks = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id()}
     ids = list(range(processor.get_piece_size()))
-    pieces = dict(zip(ids, processor.id_to_piece(ids), strict=True))
-    return Tokenizer(
-        type=SENTENCEPIECE,
-        path=path,
-        vocab_size=len(ids),
-        bos=bos,
-        eod=processor.eos_id(),
-        fingerprint=fingerprint(pieces.items(), {"bos": bos, "eos": eos, "unk": unk}, processor.encode),
+    trainer = parse_model(model).trainer_spec
+    return _tokenizer(
+        SENTENCEPIECE,
+        path,
+        dict(zip(ids, processor.id_to_piece(ids), strict=True)),
+        {name: index if index >= 0 else None for name, index in marks.items()},
         encode=processor.encode,
         decode=processor.decode,
         added=frozenset(number for number in ids if processor.is_control(number) or processor.is_unused(number)),
-        pieces=lambda: pieces,
-        is_unigram=_is_unigram(model),
+        is_unigram=trainer.model_type == trainer.UNIGRAM,
     )
 
 
-def _is_unigram(proto: bytes) -> bool:
-    from sentencepiece import sentencepiece_model_pb2
-
-    trainer = sentencepiece_model_pb2.ModelProto.FromString(proto).trainer_spec  # type: ignore[attr-defined]
-    return trainer.model_type == trainer.UNIGRAM
+def _tokenizer(
+    kind: str,
+    path: str,
+    pieces: dict[int, str],
+    marks: dict[str, Any],
+    *,
+    encode: Callable[[str], list[int]],
+    **rest: Any,
+) -> Tokenizer:
+    return Tokenizer(
+        type=kind,
+        path=path,
+        vocab_size=max(pieces) + 1,  # ids may have gaps
+        bos=marks["bos"],
+        eod=marks["eos"],
+        fingerprint=fingerprint(pieces, marks, encode),
+        encode=encode,
+        pieces=lambda: pieces,
+        **rest,
+    )
 
 
 def _load_hugging_face(folder: str) -> Tokenizer:
@@ -226,19 +226,14 @@ def _load_hugging_face(folder: str) -> Tokenizer:
     def encode(text: str) -> list[int]:
         return list(model.encode(text, add_special_tokens=False))
 
-    vocabulary = {index: piece for piece, index in model.get_vocab().items()}
-    marks = {"bos": model.bos_token_id, "eos": model.eos_token_id, "unk": model.unk_token_id}
-    return Tokenizer(
-        type=HUGGING_FACE,
-        path=folder,
-        vocab_size=max(vocabulary) + 1,  # ids may have gaps
-        bos=model.bos_token_id,
-        eod=model.eos_token_id,
-        fingerprint=fingerprint(vocabulary.items(), marks, encode),
+    return _tokenizer(
+        HUGGING_FACE,
+        folder,
+        {index: piece for piece, index in model.get_vocab().items()},
+        {"bos": model.bos_token_id, "eos": model.eos_token_id, "unk": model.unk_token_id},
         encode=encode,
         decode=lambda ids: str(model.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
         added=frozenset(model.added_tokens_decoder),
-        pieces=lambda: vocabulary,
         is_unigram=type(getattr(getattr(model, "backend_tokenizer", None), "model", None)).__name__ == "Unigram",
     )
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, Optional
 
 from minitron_mcore.errors import InputError
@@ -18,12 +17,13 @@ from minitron_mcore.files import copy_file
 
 MODEL = "tokenizer.model"
 ADDED, SPECIAL = "added_tokens.json", "special_tokens_map.json"
-# Any of these makes a folder one with a tokenizer; the others say how it is used.
+# Any of these makes a folder one with a tokenizer; the others say how it is used. Old fingerprints take this order.
 VOCABULARY_FILES = ("tokenizer.json", MODEL, "vocab.json", "merges.txt", "vocab.txt")
 TEMPLATES = "additional_chat_templates/*.jinja"  # of a tokenizer with several, by name
 SETTINGS_FILES = (SPECIAL, ADDED, "chat_template.jinja", "chat_template.json", "tekken.json", TEMPLATES)
 # What transformers alone reads.
 CONFIG_FILES = ("tokenizer_config.json", "tokenizer.*.json")
+FILES = VOCABULARY_FILES + SETTINGS_FILES + CONFIG_FILES
 
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
@@ -50,12 +50,8 @@ def changed_by(model: str) -> tuple[str, ...]:
     added, special = read_names(folder, ADDED), read_names(folder, SPECIAL)
     if os.path.basename(model) != MODEL or not (added or special):
         return ()
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at import
     try:
-        with open(model, "rb") as stream:
-            proto.ParseFromString(stream.read())
+        proto = parse_model(Path(model).read_bytes())
     except Exception:  # no SentencePiece model: who loads it says so
         return ()
     whole = {
@@ -73,6 +69,13 @@ def changed_by(model: str) -> tuple[str, ...]:
         ),
     }
     return tuple(name for name, is_change in changes.items() if is_change)
+
+
+def parse_model(proto: bytes) -> Any:
+    """A serialized SentencePiece model, taken apart."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]  # made at import
 
 
 def read_names(folder: str, file: str) -> dict[str, Any]:
@@ -98,15 +101,10 @@ def _contents(value: Any) -> list[str]:
     return [content] if isinstance(content, str) and content else []
 
 
-def files_of(folder: str, patterns: tuple[str, ...]) -> Iterator[str]:
-    """The paths in `folder` of the files that any of `patterns` names; a pattern goes one folder deep at most."""
-    for place in sorted({os.path.dirname(pattern) for pattern in patterns}):
-        inner = os.path.join(folder, place)
-        for name in sorted(os.listdir(inner)) if os.path.isdir(inner) else []:
-            path = os.path.join(place, name)
-            wanted = any(os.path.dirname(each) == place and fnmatch(path, each) for each in patterns)
-            if wanted and os.path.isfile(os.path.join(folder, path)):
-                yield path
+def files_of(folder: str, patterns: tuple[str, ...]) -> list[str]:
+    """The paths in `folder` of the files that any of `patterns` names."""
+    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def copy_files(source: str, target: str, patterns: tuple[str, ...]) -> None:

@@ -24,11 +24,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
-from minitron_mcore.data.tokenizer_files import CONFIG_FILES, SETTINGS_FILES, VOCABULARY_FILES, copy_files, files_of
+from minitron_mcore.data.tokenizer_files import FILES, copy_files, files_of, parse_model
 from minitron_mcore.errors import InputError
 
-# All that a tokenizer consists of in a folder for transformers.
-FILES = VOCABULARY_FILES + SETTINGS_FILES + CONFIG_FILES
 SPACE = "\u2581"  # SentencePiece's sign for a space
 # ModelProto.SentencePiece.Type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -45,7 +43,7 @@ def save_for_transformers(tokenizer: Tokenizer, folder: str) -> None:
     tokenizer.model lies beside them. As in `Tokenizer`, no mark is added to a text, and the marks' names in a text
     (`</s>`) are ordinary characters. Raises InputError for a SentencePiece model of a kind that has no equal there.
     """
-    for name in list(files_of(folder, FILES)):  # what lay beside the source's weights may be of another one
+    for name in files_of(folder, FILES):  # what lay beside the source's weights may be of another one
         os.remove(os.path.join(folder, name))
     if tokenizer.type != SENTENCEPIECE:
         copy_files(tokenizer.path, folder, FILES)
@@ -60,9 +58,7 @@ def save_for_transformers(tokenizer: Tokenizer, folder: str) -> None:
 
 def convert_sentencepiece(proto: bytes, path: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """A serialized SentencePiece model -> (tokenizer.json, tokenizer_config.json). `path` is for messages."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]  # made at import
+    model = parse_model(proto)
     _check(model, path)
     ids = {f"{mark}_token": getattr(model.trainer_spec, f"{mark}_id") for mark in ("bos", "eos", "unk", "pad")}
     marks = {name: model.pieces[index].piece for name, index in ids.items() if 0 <= index < len(model.pieces)}
