@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeVar
 
-T = TypeVar("T")
+
+class Part(Protocol):
+    """Documents."""
+
+    def sizes(self) -> list[int]:
+        """Tokens of each."""
+
+
+T = TypeVar("T", bound=Part)
 
 WAITING_TOKENS = 1 << 26  # of documents that are kept in memory until both sides have one
 
@@ -22,14 +30,9 @@ def is_held_out(document: int, fraction: float, seed: int) -> bool:
 
 
 def assign(
-    parts: Iterable[T],
-    sizes: Callable[[T], Sequence[int]],
-    *,
-    fraction: float,
-    seed: int,
-    report: Callable[[str], None],
+    parts: Iterable[T], *, fraction: float, seed: int, report: Callable[[str], None]
 ) -> Iterator[tuple[T, list[bool]]]:
-    """Each of `parts` with, for each of its documents, whether it is held out. `sizes`: their tokens.
+    """Each of `parts` with, for each of its documents, whether it is held out.
 
     With few documents the draw may leave one side without any. That side then gets the document whose draw came
     nearest, and `report` a line about it. Empty documents do not count.
@@ -39,7 +42,7 @@ def assign(
     sides: set[bool] = set()
     settled = not fraction
     for part in parts:
-        lengths = sizes(part)
+        lengths = part.sizes()
         marks = [is_held_out(number + i, fraction, seed) for i in range(len(lengths))]
         number += len(lengths)
         if settled:
@@ -53,19 +56,13 @@ def assign(
             yield from waiting
             waiting = []
     if waiting and len(sides) == 1:
-        _move_one(waiting, sizes, sides.pop(), seed, report)
+        _move_one(waiting, sides.pop(), seed, report)
     yield from waiting
 
 
-def _move_one(
-    waiting: list[tuple[T, list[bool]]],
-    sizes: Callable[[T], Sequence[int]],
-    side: bool,
-    seed: int,
-    report: Callable[[str], None],
-) -> None:
+def _move_one(waiting: list[tuple[T, list[bool]]], side: bool, seed: int, report: Callable[[str], None]) -> None:
     """Where all documents are on one `side`, put the one whose draw is nearest to the other side there."""
-    places = [(marks, i, length) for part, marks in waiting for i, length in enumerate(sizes(part))]
+    places = [(marks, i, length) for part, marks in waiting for i, length in enumerate(part.sizes())]
     draws = [(draw(number, seed), number) for number, (_, _, length) in enumerate(places) if length]
     if len(draws) > 1:
         marks, i, _ = places[(max if side else min)(draws)[1]]

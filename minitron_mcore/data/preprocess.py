@@ -41,27 +41,12 @@ TASK_BYTES = 1 << 18  # text handed to a worker at a time
 RECORD_BYTES = 64  # what a document weighs beside its text
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Documents of one file."""
+@dataclass
+class Task:
+    """Documents, each with its file's path and form, and the bytes that they take of the files on the disk."""
 
-    path: str
-    form: str
-    records: list[Record]
-    read: int  # bytes of the file on the disk that they take
-
-
-Task = list[Batch]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What a worker needs to know; small, because it is sent with each task."""
-
-    tokenizer_type: str
-    tokenizer_path: str
-    keys: tuple[str, ...]
-    append_eod: bool
+    documents: list[tuple[str, str, Record]] = field(default_factory=list)
+    read: int = 0
 
 
 @dataclass
@@ -94,18 +79,22 @@ def preprocess(
     keys, files, (names, held_out_names) = config.json_keys, texts.files, prefixes_of(config)
     made = make_parent(names[0], "preprocess.output_prefix")
 
-    encoding = Encoding(tokenizer.type, tokenizer.path, tuple(keys), config.append_eod)
+    work = functools.partial(
+        encode, kind=tokenizer.type, path=tokenizer.path, keys=tuple(keys), append_eod=config.append_eod
+    )
     writers = [TokenWriter(name, tokenizer, config.append_eod) for name in names + held_out_names]
     progress = _Progress(sum(file.size for file in files), config.log_interval, report)
     replacements = Replacements()
     cut: dict[str, int] = {}
     tasks = _tasks(files, keys, config.document_bytes, cut)
     try:
-        parts = _encode_all(tasks, encoding, config.workers or len(os.sched_getaffinity(0)))
-        assigned = assign(parts, Encoded.sizes, fraction=config.valid_fraction, seed=seed, report=report)
-        for encoded, held_out in assigned:
+        parts = _encode_all(tasks, work, config.workers or len(os.sched_getaffinity(0)))
+        for encoded, held_out in assign(parts, fraction=config.valid_fraction, seed=seed, report=report):
             for k, key in enumerate(keys):
-                _write(encoded.tokens[key], encoded.lengths[key], held_out, writers[k :: len(keys)])
+                sides = writers[k :: len(keys)]
+                documents = numpy.split(encoded.tokens[key], numpy.cumsum(encoded.lengths[key])[:-1])
+                for document, is_held_out in zip(documents, held_out, strict=True):
+                    sides[is_held_out].add(document)
             replacements.add(encoded.replacements)
             progress.add(len(held_out), encoded.bytes)
         for writer in writers:
@@ -135,36 +124,33 @@ def _tasks(
     files: Iterable[TextFile], keys: Sequence[str], document_bytes: int | None, cut: dict[str, int]
 ) -> Iterator[Task]:
     """The work, in order, in parts of about TASK_BYTES. `cut` is told how many documents a text file was cut into."""
-    task: Task = []
-    size = 0
+    task, size = Task(), 0
     for file in files:
-        records: list[Record] = []
         read = 0
         for count, record in enumerate(read_records(file, keys, document_bytes), start=1):
             if count > 1 and file.form == TEXT:
                 cut[file.path] = count
-            records.append(record)
+            task.documents.append((file.path, file.form, record))
+            task.read, read = task.read + record.read - read, record.read
             size += record.size + RECORD_BYTES
             if size >= TASK_BYTES:
-                yield [*task, Batch(file.path, file.form, records, record.read - read)]
-                task, records, size, read = [], [], 0, record.read
-        if records:
-            task.append(Batch(file.path, file.form, records, records[-1].read - read))
-    if task:
+                yield task
+                task, size = Task(), 0
+    if task.documents:
         yield task
 
 
-def _encode_all(tasks: Iterator[Task], encoding: Encoding, workers: int) -> Iterator[Encoded]:
-    """`encode` of each task, in the tasks' order, a few tasks ahead of the writer."""
+def _encode_all(tasks: Iterator[Task], work: Callable[[Task], Encoded], workers: int) -> Iterator[Encoded]:
+    """What `work` makes of each task, in the tasks' order, a few tasks ahead of the writer."""
     if workers == 1:
-        yield from (encode(task, encoding) for task in tasks)
+        yield from map(work, tasks)
         return
     with _pool(workers) as pool:
         pending: deque = deque()
         try:
             for task in tasks:
                 with held_back():  # the first tasks start the workers
-                    pending.append(pool.submit(encode, task, encoding))
+                    pending.append(pool.submit(work, task))
                 # bounded, so that a corpus larger than memory streams through
                 if len(pending) >= 4 * workers:
                     yield pending.popleft().result()
@@ -200,22 +186,19 @@ def _worker_tokenizer(kind: str, path: str) -> Tokenizer:
     return tokenizer
 
 
-def encode(task: Task, encoding: Encoding) -> Encoded:
-    """Token ids of one task's documents; runs in a worker process. Raises InputError with file and line."""
-    tokenizer = _worker_tokenizer(encoding.tokenizer_type, encoding.tokenizer_path)
+def encode(task: Task, kind: str, path: str, keys: tuple[str, ...], append_eod: bool) -> Encoded:
+    """Token ids of one task's documents, by the tokenizer of `kind` at `path`; runs in a worker process. Raises
+    InputError with file and line."""
+    tokenizer = _worker_tokenizer(kind, path)
     dtype = token_dtype(tokenizer.vocab_size)
-    encoded = Encoded()
-    rows: list[list[str]] = []  # for each document its text under each key
-    for batch in task:
-        rows += [
-            texts_of(record, batch.form, batch.path, encoding.keys, encoded.replacements) for record in batch.records
-        ]
-        encoded.bytes += batch.read
-    for column, key in enumerate(encoding.keys):
+    encoded = Encoded(bytes=task.read)
+    # For each document its text under each key.
+    rows = [texts_of(record, form, file, keys, encoded.replacements) for file, form, record in task.documents]
+    for column, key in enumerate(keys):
         pieces = []
         for row in rows:
             ids = tokenizer.tokenize(row[column])
-            if ids and encoding.append_eod:
+            if ids and append_eod:
                 ids.append(tokenizer.eod)
             pieces.append(numpy.array(ids, dtype=dtype))
         encoded.tokens[key] = numpy.concatenate(pieces)
@@ -223,24 +206,16 @@ def encode(task: Task, encoding: Encoding) -> Encoded:
     return encoded
 
 
-def _write(tokens: numpy.ndarray, lengths: numpy.ndarray, held_out: list[bool], writers: list[TokenWriter]) -> None:
-    start = 0
-    for length, out in zip(lengths.tolist(), held_out, strict=True):
-        writers[out].add(tokens[start : start + length])
-        start += length
-
-
 def _refuse_empty(writers: list[TokenWriter], config: PreprocessConfig, key: str) -> None:
+    empty = next((writer.prefix for writer in writers if not writer.tokens), None)
     if not any(writer.tokens for writer in writers):
         raise InputError(key, config.input, "holds no text", "name other files")
-    for writer in writers:
-        if not writer.tokens and config.valid_fraction:
-            rule = f"leaves no document for {writer.prefix}"
-            remedy = "give more documents, another fraction, or preprocess.document_bytes, which cuts files up"
-            raise InputError("preprocess.valid_fraction", config.valid_fraction, rule, remedy)
-        if not writer.tokens:
-            rule = f"names a key without any text, so that {writer.prefix} would be empty"
-            raise InputError("preprocess.json_keys", config.json_keys, rule, "leave that key out")
+    if empty and config.valid_fraction:
+        remedy = "give more documents, another fraction, or preprocess.document_bytes, which cuts files up"
+        raise InputError("preprocess.valid_fraction", config.valid_fraction, f"leaves no document for {empty}", remedy)
+    if empty:
+        rule = f"names a key without any text, so that {empty} would be empty"
+        raise InputError("preprocess.json_keys", config.json_keys, rule, "leave that key out")
 
 
 class _Progress:

@@ -24,10 +24,9 @@ class TokenWriter:
 
         self.prefix, self.tokenizer, self.append_eod = prefix, tokenizer, append_eod
         self.documents = self.tokens = 0
-        dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        assert dtype is token_dtype(tokenizer.vocab_size), "Megatron's rule for the token type has changed"
-        self.dtype = dtype
-        self.builder = IndexedDatasetBuilder(prefix + ".bin.tmp", dtype=dtype)
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        assert self.dtype is DType.optimal_dtype(tokenizer.vocab_size), "Megatron's rule has changed"
+        self.builder = IndexedDatasetBuilder(prefix + ".bin.tmp", dtype=self.dtype)
 
     def add(self, tokens: numpy.ndarray) -> None:
         """A document. One without tokens is a boundary in the index and no sequence, as of Megatron-LM's own tool."""

@@ -102,6 +102,13 @@ def test_of_few_documents_each_side_gets_one(fraction, counts, tokenizer, tmp_pa
     assert [alone] in sides and "because they are few" in said[0]
 
 
+class Lengths(list):
+    """Documents by their lengths."""
+
+    def sizes(self) -> list[int]:
+        return self
+
+
 def test_what_waits_for_a_held_out_document_is_bounded(monkeypatch):
     monkeypatch.setattr(held_out, "WAITING_TOKENS", 100)
     taken: list[int] = []
@@ -109,9 +116,9 @@ def test_what_waits_for_a_held_out_document_is_bounded(monkeypatch):
     def documents():
         for number in range(50):
             taken.append(number)
-            yield [10]
+            yield Lengths([10])
 
-    found = held_out.assign(documents(), lambda part: part, fraction=1e-9, seed=0, report=silent)
+    found = held_out.assign(documents(), fraction=1e-9, seed=0, report=silent)
     assert next(found) == ([10], [False]) and len(taken) == 11
     assert [marks for _, marks in found] == [[False]] * 49
 
