@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Collection, Sequence
@@ -56,10 +57,8 @@ def parse_split(split: str) -> list[Optional[Bounds]]:
     if not is_valid or not sum(values):
         rule = "must be one to three shares of at least 0, one of them above 0"
         raise InputError("data.split", split, rule, "write the shares of train, valid and test, such as 969,30,1")
-    bounds: list[Optional[Bounds]] = []
-    for i, value in enumerate(values):
-        bounds.append((sum(values[:i]) / sum(values), sum(values[: i + 1]) / sum(values)) if value else None)
-    return bounds
+    ends = [sum(values[:count]) / sum(values) for count in range(len(values) + 1)]
+    return [bounds if value else None for value, bounds in zip(values, itertools.pairwise(ends), strict=True)]
 
 
 def check_prefixes(blend: Blend, promised: Collection[str] = ()) -> None:

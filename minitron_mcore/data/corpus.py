@@ -8,29 +8,16 @@ import tempfile
 from collections.abc import Callable, Iterable
 
 from minitron_mcore.data.compression import without_ending
-from minitron_mcore.data.folders import files_below
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import not_written
+from minitron_mcore.files import writing
 from minitron_mcore.keys import Sources
 
 NO_FILE = "is a pipe, a socket or a device, not a file"
 MEND_PATH = "name what is there"
 
 
-def as_list(value: Sources, key: str) -> list[str]:
-    """One string or a list of strings, as a list. Raises InputError, naming `key`, for anything else."""
-    items = [value] if isinstance(value, str) else list(value or ())
-    if not items or not all(items):
-        raise InputError(key, value, "must be a path or a list of paths")
-    return items
-
-
 def find_files(
-    inputs: Sources,
-    extensions: Iterable[str],
-    key: str,
-    exclude: Iterable[str] = (),
-    report: Callable[[str], None] | None = None,
+    inputs: Sources, extensions: Iterable[str], key: str, exclude: Iterable[str], report: Callable[[str], None]
 ) -> list[str]:
     """The files that `inputs` names, each once, in an order that depends on names alone.
 
@@ -39,11 +26,13 @@ def find_files(
     `report` gets a line on what is left out: links that lead nowhere, pipes and the like. Raises InputError, naming
     `key`, for a path that is missing or is not a file, for a folder that is closed, and where no file is left.
     """
+    paths = [inputs] if isinstance(inputs, str) else list(inputs or ())
+    if not paths or not all(paths):
+        raise InputError(key, inputs, "must be a path or a list of paths")
     endings = tuple((e if e.startswith(".") else "." + e).lower() for e in extensions)
-    skipped = set(exclude)
     files: list[str] = []
     left_out: list[str] = []
-    for path in as_list(inputs, key):
+    for path in paths:
         if os.path.islink(path) and not os.path.exists(path):
             raise InputError(key, path, f"is a link to {os.readlink(path)}, which does not exist", MEND_PATH)
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
@@ -53,12 +42,11 @@ def find_files(
             raise InputError(key, path, NO_FILE, "write the text, which is read twice, to a file first")
         for match in matches:
             if os.path.isdir(match):
-                found, lost = files_below(match, lambda name: _is_asked_for(name, endings), skipped, key)
-                files += found
-                left_out += lost
+                found, lost = _files_below(match, endings, set(exclude), key)
+                files, left_out = files + found, left_out + lost
             else:
                 (files if os.path.isfile(match) else left_out).append(match)
-    if left_out and report is not None:
+    if left_out:
         path, more = left_out[0], f" and {len(left_out) - 1:,} more" if len(left_out) > 1 else ""
         reason = NO_FILE if os.path.exists(path) else f"is a link to {os.readlink(path)}, which does not exist"
         report(f"{key}: {path}{more} left out: it {reason}")
@@ -68,9 +56,51 @@ def find_files(
     return _each_once(files)
 
 
-def _is_asked_for(name: str, endings: tuple[str, ...]) -> bool:
-    name = name.lower()
-    return name.endswith(endings) or without_ending(name).endswith(endings)
+def _files_below(folder: str, endings: tuple[str, ...], exclude: set[str], key: str) -> tuple[list[str], list[str]]:
+    """(files with one of `endings`, what is left out) below `folder`, to the bottom; each folder is entered once.
+
+    Left out are links that lead nowhere, and whatever of such a name is not a file, such as a named pipe, which would
+    block for ever. Of each folder first come its files, by name, then its folders, by name, except those whose name is
+    in `exclude`. A link to a folder is entered too, unless that folder is read without it, as one above the link is.
+    Raises InputError, naming `key`, for a folder that is closed to this user.
+    """
+    files: list[str] = []
+    left_out: list[str] = []
+    entered: set[str] = set()
+    links: list[str] = []  # to folders; followed last, so that what lies here is found under its own name
+    waiting = [folder]
+    while waiting or links:
+        if not waiting:
+            links.sort(key=lambda path: path.split(os.sep), reverse=True)
+        parent = (waiting or links).pop()
+        place = os.path.realpath(parent)
+        if place in entered:
+            continue
+        entered.add(place)
+        for entry in _entries(parent, key):
+            if os.path.isdir(entry.path):
+                if entry.name not in exclude:
+                    (links if entry.is_symlink() else waiting).append(entry.path)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                left_out.append(entry.path)
+            elif any(name.endswith(endings) for name in (entry.name.lower(), without_ending(entry.name.lower()))):
+                (files if entry.is_file() else left_out).append(entry.path)
+    return sorted(files, key=_walk_order), sorted(left_out, key=_walk_order)
+
+
+def _entries(folder: str, key: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        remedy = "open it to this user, or leave it out with exclude"
+        raise InputError(key, folder, f"cannot be read ({error.strerror})", remedy) from error
+
+
+def _walk_order(path: str) -> list[tuple[bool, str]]:
+    """Where a walk that lists a folder's files before it enters its folders meets the file `path`."""
+    *folders, name = path.split(os.sep)
+    return [*((True, part) for part in folders), (False, name)]
 
 
 def _each_once(files: list[str]) -> list[str]:
@@ -92,11 +122,11 @@ def check_folder(path: str, key: str, given: str | None = None) -> None:
     folder = os.path.abspath(path)
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
-    remedy = "name another, or open it to this user"
     if not os.path.isdir(folder):
         raise InputError(key, named, f"cannot be written, because {folder} is not a folder", "name another")
     if not os.access(folder, os.W_OK):
-        raise InputError(key, named, f"cannot be written, because {folder} is closed to this user", remedy)
+        rule = f"cannot be written, because {folder} is closed to this user"
+        raise InputError(key, named, rule, "name another, or open it to this user")
     if not os.statvfs(folder).f_blocks:
         # Without a disk below, as in /proc, root seems to have a right that does not help: it is tried.
         try:
@@ -124,8 +154,6 @@ def make_parent(path: str, key: str) -> list[str]:
     while not os.path.isdir(folder):
         made.append(folder)
         folder = os.path.dirname(folder)
-    try:
+    with writing(f"{key}={path}"):
         os.makedirs(parent, exist_ok=True)
-    except OSError as error:
-        raise not_written(f"{key}={path}", error) from error
     return made

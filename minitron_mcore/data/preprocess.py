@@ -26,9 +26,8 @@ import numpy
 
 from minitron_mcore.data.config import PreprocessConfig
 from minitron_mcore.data.corpus import make_parent
-from minitron_mcore.data.decoding import Replacements
 from minitron_mcore.data.held_out import assign
-from minitron_mcore.data.records import Record, read_records, texts_of
+from minitron_mcore.data.records import Record, Replacements, read_records, texts_of
 from minitron_mcore.data.text_file import TEXT, TextFile
 from minitron_mcore.data.texts import Texts, prefixes_of
 from minitron_mcore.data.token_files import TokenWriter, token_dtype

@@ -9,29 +9,68 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from minitron_mcore.data.compression import damaged, reading_text
-from minitron_mcore.data.decoding import Replacements
 from minitron_mcore.data.passages import passages
-from minitron_mcore.data.text_file import (
-    JSON_LINES,
-    JSON_LIST,
-    PARQUET,
-    TEXT,
-    TextFile,
-    open_text,
-)
+from minitron_mcore.data.text_file import JSON_LINES, JSON_LIST, PARQUET, TEXT, TextFile, open_text
 from minitron_mcore.errors import InputError
 
 BLOCK_BYTES = 1 << 20
+REPLACEMENT = "\ufffd"  # of bytes that are not UTF-8
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 MOST_ITEM_CHARACTERS = 1 << 28  # of an item in a JSON list: what is longer is no list
 PARQUET_ROWS = 256  # decoded at a time
 MEND_JSON = "mend it or leave it out"
 SET_KEYS = "name the key of the text as tokenizer.json_key or in preprocess.json_keys"
 UNITS = {TEXT: "line", JSON_LINES: "line", JSON_LIST: "item", PARQUET: "row"}
+
+
+@dataclass
+class Replacements:
+    """How many characters were replaced, of which files, and where the first of each stands."""
+
+    characters: int = 0
+    first: dict[str, str] = field(default_factory=dict)  # path -> where its first one is: "line 3"
+
+    def decode(self, raw: bytes, path: str, unit: str, number: int) -> str:
+        """`raw` as text. Of plain text (`unit` is line) that begins in line `number` the line is counted on."""
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = number + raw.count(b"\n", 0, error.start)
+        text = raw.decode("utf-8", errors="replace")
+        # Those that were there before are bytes of UTF-8 like any others.
+        self._add(text.count(REPLACEMENT) - raw.count(REPLACEMENT.encode()), path, f"{unit} {line:,}")
+        return text
+
+    def without_surrogates(self, text: str, path: str, where: str) -> str:
+        """`text` that JSON spelled: half of a surrogate pair is no character, and no tokenizer accepts it."""
+        text, count = LONE_SURROGATE.subn(REPLACEMENT, text)
+        if count:
+            self._add(count, path, where)
+        return text
+
+    def add(self, other: Replacements) -> None:
+        """Those of text that comes after."""
+        self.characters += other.characters
+        for path, where in other.first.items():
+            self.first.setdefault(path, where)
+
+    def __str__(self) -> str:
+        """A warning; empty without any."""
+        if not self.characters:
+            return ""
+        path, where = next(iter(self.first.items()))
+        count = f"{self.characters:,} (files: {len(self.first):,})"
+        return f"WARNING: characters that are not UTF-8, replaced by U+FFFD: {count}, the first in {path}, {where}"
+
+    def _add(self, count: int, path: str, where: str) -> None:
+        self.characters += count
+        self.first.setdefault(path, where)
 
 
 @dataclass(frozen=True)
@@ -58,8 +97,10 @@ def read_records(file: TextFile, keys: Sequence[str], document_bytes: int | None
     with open_text(file) as (stream, raw):
         if file.form == TEXT:
             found = passages(stream, file.path, document_bytes)
+        elif file.form == JSON_LIST:
+            found = _items(stream, file.path)
         else:
-            found = (_items if file.form == JSON_LIST else _lines)(stream, file.path)
+            found = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
         for number, content in found:
             yield Record(number, (content,), raw.tell())
 
@@ -67,9 +108,13 @@ def read_records(file: TextFile, keys: Sequence[str], document_bytes: int | None
 def texts_of(record: Record, form: str, path: str, keys: Sequence[str], replacements: Replacements) -> list[str]:
     """A document's text under each of `keys` (plain text has one). Raises InputError with file and line."""
     unit = UNITS[form]
+    texts = [replacements.decode(value, path, unit, record.number) for value in record.content]
     if form in (TEXT, PARQUET):
-        return [replacements.decode(value, path, unit, record.number) for value in record.content]
-    return _json_texts(record, unit, path, keys, replacements)
+        return texts
+    where = f"{unit} {record.number:,}"
+    fields = _fields(texts[0].lstrip("\ufeff"), unit, f"{path}, {where},")  # the mark of a file put behind another
+    strings = [_string(fields, key, f"{path}, {where},") for key in keys]
+    return [replacements.without_surrogates(text, path, where) for text in strings]
 
 
 def documents(files: Iterable[TextFile], json_key: str, replacements: Replacements) -> Iterator[str]:
@@ -77,12 +122,6 @@ def documents(files: Iterable[TextFile], json_key: str, replacements: Replacemen
     for file in files:
         for record in read_records(file, [json_key]):
             yield texts_of(record, file.form, file.path, [json_key], replacements)[0]
-
-
-def _lines(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
-            yield number, line
 
 
 def _items(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
@@ -101,7 +140,7 @@ def _items(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
         try:
             _, end = scan(buffer)
         except RecursionError as error:
-            raise _too_deep(path, "item", number) from error
+            raise _too_deep(f"{path}, item {number:,},") from error
         except ValueError as error:
             fault = getattr(error, "msg", str(error))
         after = buffer[end:].lstrip()
@@ -118,36 +157,33 @@ def _items(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
         raise InputError("", path, rule, "write one object a line (.jsonl)")
 
 
-def _json_texts(record: Record, unit: str, path: str, keys: Sequence[str], replacements: Replacements) -> list[str]:
-    number = record.number
-    line = replacements.decode(record.content[0], path, unit, number).lstrip("\ufeff")  # of files put end to end
-    where = f"{path}, {unit} {number},"
+def _fields(line: str, unit: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
-        hint = "; a file of JSON lines has a whole object on each line" if number == 1 else ""
+        hint = "; a file of JSON lines has a whole object on each line" if where.endswith(" 1,") else ""
         rule = f"is not JSON ({error.msg} at column {error.colno})"
         raise InputError("", where, rule, MEND_JSON + hint) from error
     except RecursionError as error:
-        raise _too_deep(path, unit, number) from error
+        raise _too_deep(where) from error
     except ValueError as error:  # a number of thousands of digits
         raise InputError("", where, f"cannot be read as JSON ({error})", MEND_JSON) from error
     if not isinstance(fields, dict):
         raise InputError("", where, f"holds a {type(fields).__name__}", f"make each {unit} an object")
-    texts = []
-    for key in keys:
-        if key not in fields:
-            raise InputError("", where, f"has no key {key!r}, only {sorted(fields)}", SET_KEYS)
-        if not isinstance(fields[key], str):
-            rule = f"has a {key!r} of type {type(fields[key]).__name__}, not a string"
-            raise InputError("", where, rule, "make it one, or leave the line out")
-        texts.append(replacements.without_surrogates(fields[key], path, f"{unit} {number:,}"))
-    return texts
+    return fields
 
 
-def _too_deep(path: str, unit: str, number: int) -> InputError:
-    rule = "holds lists or objects nested too deeply to be read"
-    return InputError("", f"{path}, {unit} {number},", rule, "leave it out, or flatten it")
+def _string(fields: dict[str, Any], key: str, where: str) -> str:
+    if key not in fields:
+        raise InputError("", where, f"has no key {key!r}, only {sorted(fields)}", SET_KEYS)
+    if not isinstance(fields[key], str):
+        rule = f"has a {key!r} of type {type(fields[key]).__name__}, not a string"
+        raise InputError("", where, rule, "make it one, or leave the line out")
+    return fields[key]
+
+
+def _too_deep(where: str) -> InputError:
+    return InputError("", where, "holds lists or objects nested too deeply to be read", "leave it out, or flatten it")
 
 
 def _rows(file: TextFile, keys: Sequence[str]) -> Iterator[Record]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
@@ -38,7 +37,10 @@ def texts_to_encode(config: PreprocessConfig, key: str = "preprocess.input") -> 
     """The files of `config.input`, named by `key`, for token files under `config.output_prefix`. Raises InputError."""
     train, held_out = prefixes_of(config)
     texts = _texts(config, key)
-    _check_plain(texts.files, config.json_keys)
+    plain = next((file.path for file in texts.files if file.form == TEXT), None)
+    if plain and config.json_keys != ["text"]:
+        rule = f"cannot be read from plain text such as {plain}, whose only key is text"
+        raise InputError("preprocess.json_keys", config.json_keys, rule, "preprocess text and JSON lines apart")
     for prefix in train + held_out:
         if os.path.exists(prefix + ".idx") and not config.overwrite:
             remedy = "give another output_prefix, or set preprocess.overwrite=true"
@@ -59,10 +61,3 @@ def _texts(config: TokenizerConfig | PreprocessConfig, key: str) -> Texts:
     notes: list[str] = []
     paths = find_files(config.input, config.extensions, key, config.exclude, notes.append)
     return Texts(key, tuple(inspect_files(paths, notes.append)), tuple(notes))
-
-
-def _check_plain(files: Iterable[TextFile], keys: list[str]) -> None:
-    plain = next((file.path for file in files if file.form == TEXT), None)
-    if plain and keys != ["text"]:
-        rule = f"cannot be read from plain text such as {plain}, whose only key is text"
-        raise InputError("preprocess.json_keys", keys, rule, "preprocess text and JSON lines apart")

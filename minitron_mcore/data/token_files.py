@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -48,9 +49,7 @@ class TokenWriter:
             "documents": self.documents,
             "tokens": self.tokens,
         }
-        with open(self.prefix + ".json.tmp", "w", encoding="utf-8") as stream:
-            json.dump(description, stream, indent=2)
-            stream.write("\n")
+        Path(self.prefix + ".json.tmp").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     def publish(self) -> None:
         if os.path.exists(self.prefix + ".idx"):  # an overwrite: the old index must not meet the new tokens

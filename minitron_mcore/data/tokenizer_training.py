@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from minitron_mcore.data.config import TokenizerConfig
 from minitron_mcore.data.corpus import make_parent
-from minitron_mcore.data.decoding import Replacements
-from minitron_mcore.data.records import documents
+from minitron_mcore.data.records import Replacements, documents
 from minitron_mcore.data.texts import Texts
 from minitron_mcore.data.tokenizer import Tokenizer, first_line, load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import whole_file
 
 PASSAGE_CHARACTERS = 2_000  # a training "sentence": whole lines, so that pieces may span a line end
+
+# What SentencePiece says of a number of pieces that cannot be, as a rule and a remedy.
+_LARGE = "is too large for this text, which has {} pieces"
+_SMALL = "is too small, because bytes and characters alone are {}"
+SIZES = (
+    (r"value <= (\d+)", _LARGE, "set it to that or less, or give more text"),
+    (r"required_chars\. \d+ vs (\d+)", _SMALL, "raise it, or lower tokenizer.character_coverage"),
+)
 
 
 def train_tokenizer(
@@ -32,9 +40,8 @@ def train_tokenizer(
     assert config.model, "tokenizer.model names the file to write"
     replacements = Replacements()
     files = texts.files
-    passages, read = _sample(
-        _passages(documents(files, config.json_key, replacements)), config.input_sentence_size, seed
-    )
+    texts_read = documents(files, config.json_key, replacements)
+    passages, read = _sample(_passages(texts_read), config.input_sentence_size, seed)
     if not passages:
         rule = f"holds no text, because its {len(files)} files are empty"
         raise InputError(texts.key, config.input, rule, "name others")
@@ -46,12 +53,11 @@ def train_tokenizer(
     if warning := str(replacements):
         report(warning)
     started = time.perf_counter()
-    with _Heartbeat(report, started):
+    with _heartbeat(report, started):
         model = _train_sentencepiece(passages, config, texts.key)
     make_parent(config.model, "tokenizer.model")
-    with open(config.model + ".tmp", "wb") as stream:
-        stream.write(model)
-    os.replace(config.model + ".tmp", config.model)
+    with whole_file(config.model) as partial:
+        partial.write_bytes(model)
     report(f"tokenizer: {config.model} written after {time.perf_counter() - started:.1f} s")
     return load_tokenizer(config.model)
 
@@ -82,15 +88,10 @@ def _train_sentencepiece(passages: list[str], config: TokenizerConfig, key: str)
             minloglevel=2,
         )
     except RuntimeError as error:
-        message = str(error)
-        if most := re.search(r"value <= (\d+)", message):
-            rule = f"is too large for this text, which has {most[1]} pieces"
-            remedy = "set it to that or less, or give more text"
-            raise InputError("tokenizer.vocab_size", config.vocab_size, rule, remedy) from error
-        if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
-            rule = f"is too small, because bytes and characters alone are {least[1]}"
-            remedy = "raise it, or lower tokenizer.character_coverage"
-            raise InputError("tokenizer.vocab_size", config.vocab_size, rule, remedy) from error
+        for pattern, rule, remedy in SIZES:
+            if found := re.search(pattern, str(error)):
+                rule = rule.format(found[1])
+                raise InputError("tokenizer.vocab_size", config.vocab_size, rule, remedy) from error
         rule = f"cannot be trained on by SentencePiece ({first_line(error)})"
         raise InputError(key, config.input, rule, "name other text") from error
     return model.getvalue()
@@ -127,20 +128,19 @@ def _sample(passages: Iterable[str], limit: int, seed: int) -> tuple[list[str], 
     return kept, characters
 
 
-class _Heartbeat:
+@contextmanager
+def _heartbeat(report: Callable[[str], None], started: float) -> Iterator[None]:
     """A line every ten seconds while SentencePiece, which reports nothing readable, trains."""
+    done = threading.Event()
 
-    def __init__(self, report: Callable[[str], None], started: float) -> None:
-        self.report, self.started, self.done = report, started, threading.Event()
-        self.thread = threading.Thread(target=self._beat, daemon=True)
+    def beat() -> None:
+        while not done.wait(10.0):
+            report(f"tokenizer: training, {time.perf_counter() - started:.0f} s")
 
-    def _beat(self) -> None:
-        while not self.done.wait(10.0):
-            self.report(f"tokenizer: training, {time.perf_counter() - self.started:.0f} s")
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -9,6 +9,7 @@ import pytest
 
 from minitron_mcore.data.corpus import find_files
 from minitron_mcore.errors import InputError
+from tests.unit.text_data import silent
 
 
 def write(root: Path, *names: str) -> None:
@@ -20,7 +21,7 @@ def write(root: Path, *names: str) -> None:
 def found(
     root: Path, inputs: str | None = None, said: list[str] | None = None, exclude: tuple[str, ...] = ()
 ) -> list[str]:
-    report = None if said is None else said.append
+    report = silent if said is None else said.append
     files = find_files(inputs or str(root / "in"), [".txt"], "input", exclude, report)
     assert len(set(files)) == len(files)
     return [os.path.relpath(path, root) for path in files]
