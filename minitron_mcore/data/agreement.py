@@ -7,8 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Optional
 
-from minitron_mcore.data.fingerprint import PROBES
-from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from minitron_mcore.data.tokenizer import PROBES, Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 
 # Beside PROBES: what tokenizers trip over at a text's edges, and in names of marks and bytes.

@@ -31,8 +31,10 @@ def passages(stream: IO[bytes], path: str, document_bytes: int | None) -> Iterat
     if document_bytes is None:
         is_prose = os.path.splitext(without_ending(path).lower())[1] in PROSE_ENDINGS
         longest, limit = (LONG_BYTES, PASSAGE_BYTES) if is_prose else (0, 0)
-    rest, line = bytearray(), 1
-    for block in _blocks(stream, path):
+    rest, line, size = bytearray(), 1, 0
+    while block := stream.read(BLOCK_BYTES):
+        refuse_zero_bytes(path, block, size)
+        size += len(block)
         rest += block
         if not longest or not limit or len(rest) <= longest:
             continue
@@ -44,14 +46,6 @@ def passages(stream: IO[bytes], path: str, document_bytes: int | None) -> Iterat
             start = end
         del rest[:start]
     yield line, bytes(rest)
-
-
-def _blocks(stream: IO[bytes], path: str) -> Iterator[bytes]:
-    size = 0
-    while block := stream.read(BLOCK_BYTES):
-        refuse_zero_bytes(path, block, size)
-        size += len(block)
-        yield block
 
 
 def _end(text: bytearray, start: int, limit: int) -> int:

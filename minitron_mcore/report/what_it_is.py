@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.checkpoint.folder import (
-    is_hugging_face,
-    is_iteration,
-    released,
-    tokenizer_folder,
-)
+from minitron_mcore.checkpoint.folder import is_hugging_face, is_iteration, released, tokenizer_folder
 from minitron_mcore.checkpoint.inspection import (
     describe_architecture,
     inspect_checkpoint,

@@ -12,8 +12,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from minitron_mcore.data.agreement import check_saved
-from minitron_mcore.data.fingerprint import PROBES
-from minitron_mcore.data.tokenizer import load_tokenizer
+from minitron_mcore.data.tokenizer import PROBES, load_tokenizer
 from minitron_mcore.data.tokenizer_json import save_for_transformers
 from minitron_mcore.errors import InputError
 from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, python_files
