@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -61,18 +61,17 @@ def parse_split(split: str) -> list[Optional[Bounds]]:
     return [bounds if value else None for value, bounds in zip(values, itertools.pairwise(ends), strict=True)]
 
 
-def check_prefixes(blend: Blend, promised: Collection[str] = ()) -> None:
-    """Raise InputError where files of a blend, but for those `promised`, are missing or closed to this user."""
-    for prefix in blend.prefixes:
-        if prefix in promised:
-            continue
+def check_prefixes(blends: Iterable[Blend], promised: Collection[str] = ()) -> None:
+    """Raise InputError where files of blends, but for those `promised`, are missing or closed to this user."""
+    named = [(blend.key, prefix) for blend in blends for prefix in blend.prefixes if prefix not in promised]
+    for key, prefix in named:
         for ending in (".idx", ".bin"):
-            refuse_closed(f"{blend.key}: {prefix}{ending}", prefix + ending)
+            refuse_closed(f"{key}: {prefix}{ending}", prefix + ending)
         if not (os.path.isfile(prefix + ".idx") and os.path.isfile(prefix + ".bin")):
             longer = prefix + "_text_document"
             is_short = os.path.isfile(longer + ".idx")
             remedy = f"did you mean {longer}?" if is_short else "write them with `preprocess`, or name others"
-            raise InputError(blend.key, prefix, "lacks its .bin or its .idx", remedy)
+            raise InputError(key, prefix, "lacks its .bin or its .idx", remedy)
 
 
 def source_names(prefixes: Sequence[str]) -> list[str]:

@@ -6,6 +6,9 @@ import glob
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
+from os.path import join
+from typing import NoReturn
 
 from minitron_mcore.data.compression import without_ending
 from minitron_mcore.errors import InputError
@@ -67,34 +70,29 @@ def _files_below(folder: str, endings: tuple[str, ...], exclude: set[str], key: 
     files: list[str] = []
     left_out: list[str] = []
     entered: set[str] = set()
-    links: list[str] = []  # to folders; followed last, so that what lies here is found under its own name
-    waiting = [folder]
-    while waiting or links:
-        if not waiting:
-            links.sort(key=lambda path: path.split(os.sep), reverse=True)
-        parent = (waiting or links).pop()
-        place = os.path.realpath(parent)
-        if place in entered:
-            continue
-        entered.add(place)
-        for entry in _entries(parent, key):
-            if os.path.isdir(entry.path):
-                if entry.name not in exclude:
-                    (links if entry.is_symlink() else waiting).append(entry.path)
-            elif entry.is_symlink() and not os.path.exists(entry.path):
-                left_out.append(entry.path)
-            elif any(name.endswith(endings) for name in (entry.name.lower(), without_ending(entry.name.lower()))):
-                (files if entry.is_file() else left_out).append(entry.path)
+    starts = [folder]  # and links to folders; followed last, so that what lies here is found under its own name
+    while starts:
+        starts.sort(key=lambda path: path.split(os.sep), reverse=True)
+        for parent, folders, names in os.walk(starts.pop(), onerror=partial(_refuse_closed, key)):
+            place = os.path.realpath(parent)
+            if place in entered:
+                folders.clear()
+                continue
+            entered.add(place)
+            starts += [path for name in folders if name not in exclude and os.path.islink(path := join(parent, name))]
+            folders[:] = [name for name in folders if name not in exclude]
+            for path in (join(parent, name) for name in names):
+                is_asked_for = any(each.endswith(endings) for each in (path.lower(), without_ending(path.lower())))
+                if is_asked_for and os.path.isfile(path):
+                    files.append(path)
+                elif is_asked_for or not os.path.exists(path):
+                    left_out.append(path)
     return sorted(files, key=_walk_order), sorted(left_out, key=_walk_order)
 
 
-def _entries(folder: str, key: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        remedy = "open it to this user, or leave it out with exclude"
-        raise InputError(key, folder, f"cannot be read ({error.strerror})", remedy) from error
+def _refuse_closed(key: str, error: OSError) -> NoReturn:
+    remedy = "open it to this user, or leave it out with exclude"
+    raise InputError(key, error.filename, f"cannot be read ({error.strerror})", remedy) from error
 
 
 def _walk_order(path: str) -> list[tuple[bool, str]]:

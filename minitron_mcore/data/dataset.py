@@ -27,7 +27,7 @@ from minitron_mcore.data.index import digest_of
 from minitron_mcore.data.index_size import cache_folder
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.runtime.agree import all_or_none, broadcast, is_main
+from minitron_mcore.runtime.agree import all_or_none, on_main
 from minitron_mcore.runtime.interrupt import held_back, outlive_signals
 
 Batch = dict[str, torch.Tensor]
@@ -56,21 +56,16 @@ def build_datasets(
     """
     assert tokenizer is not None, "the tokenizer is promised: resolve the job again before it acts"
 
-    def check() -> tuple[Described, str] | None:
-        """The first rank looks thoroughly, since that reads whole indices; the others see that the files are there."""
-        if not is_main():
-            for part in parts:
-                check_prefixes(part.blend)
-            return None
+    def check() -> tuple[Described, str]:
         described = describe(data, parts, tokenizer)
         # Megatron keys its cache by the files' names; the digest keeps the indices of overwritten files apart.
         cache = os.path.join(cache_folder(data, parts[0].blend), digest_of(described.sources)[:16])
         _prepare_cache(cache)
         return described, cache
 
-    found = broadcast(all_or_none(check))
-    assert found is not None
-    described, cache = found
+    # Every rank sees that the files are there; the first looks thoroughly, since that reads whole indices.
+    all_or_none(lambda: check_prefixes([part.blend for part in parts]))
+    described, cache = on_main(check)
     return [None if part.tokens is None else _build(data, tokenizer, part, seed, cache) for part in described.parts]
 
 

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn, Optional
+from typing import Optional
 
 import numpy
 
@@ -96,17 +96,15 @@ def training_parts(data: DataConfig, wanted: Sequence[Wanted], promised: Collect
     parts = []
     for each in sorted(wanted, key=lambda each: each.is_validation):
         name = "valid" if each.is_validation else "train"
-        blend, share = source_of(data, name, promised)
-        if name == "valid" and not (share and each.samples):
+        if each.is_validation and not (each.samples and source_of(data, name, promised)[1]):
             continue
+        is_asked_for = not each.is_validation or data.valid is not None or data.split != DataConfig.split
         part = replace(split_part(data, name, each.samples, promised), sequence_length=each.sequence_length)
-        if name == "valid":
-            part = replace(part, is_asked_for=data.valid is not None or data.split != DataConfig.split)
-        parts.append(part)
-        prefixes = list(dict.fromkeys(blend.prefixes))
-        if name == "valid" and len(prefixes) > 1:
+        parts.append(part := replace(part, is_asked_for=is_asked_for))
+        prefixes, key = list(dict.fromkeys(part.blend.prefixes)), part.blend.key
+        if each.is_validation and len(prefixes) > 1:
             alone = zip(source_names(prefixes), prefixes, strict=True)
-            parts += [replace(part, blend=Blend((prefix,), None, blend.key), source=source) for source, prefix in alone]
+            parts += [replace(part, blend=Blend((prefix,), None, key), source=source) for source, prefix in alone]
     return parts
 
 
@@ -124,7 +122,10 @@ def calibration_part(data: DataConfig, num_samples: int, promised: Collection[st
 def split_part(data: DataConfig, name: str, size: Optional[int], promised: Collection[str] = ()) -> Part:
     """`size` samples of train, valid or test; None: one pass."""
     blend, share = source_of(data, name, promised)
-    return Part(name, blend, share or _none_left(data, name), size, data.sequence_length)
+    if share is None:
+        remedy = f"give {name} a share" + (", or set data.valid" if name == "valid" else "")
+        raise InputError("data.split", data.split, f"leaves no documents for {name}", remedy)
+    return Part(name, blend, share, size, data.sequence_length)
 
 
 def held_out_part(data: DataConfig, samples: int, promised: Collection[str] = ()) -> Part:
@@ -137,8 +138,7 @@ def describe(
     data: DataConfig, parts: Sequence[Part], tokenizer: Optional[Tokenizer], promised: Collection[str] = ()
 ) -> Described:
     """Raise InputError unless each of `parts` can be built, by all that is known."""
-    for part in parts:
-        check_prefixes(part.blend, promised)
+    check_prefixes([part.blend for part in parts], promised)
     check_folder(cache_folder(data, parts[0].blend), "data.cache_path")
     indices: dict[str, Index] = {}
     for part in parts:
@@ -157,11 +157,6 @@ def check_num_samples(num_samples: int, available: int | None = None) -> None:
         rule = f"is more than the {available:,} calibration samples there are"
         remedy = "lower it, give more text (data.calibration), or lower data.sequence_length"
         raise InputError(key, num_samples, rule, remedy)
-
-
-def _none_left(data: DataConfig, name: str) -> NoReturn:
-    remedy = f"give {name} a share" + (", or set data.valid" if name == "valid" else "")
-    raise InputError("data.split", data.split, f"leaves no documents for {name}", remedy)
 
 
 def _count_share(part: Part, indices: dict[str, Index]) -> Optional[tuple[int, ...]]:

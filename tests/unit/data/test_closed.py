@@ -98,7 +98,7 @@ def test_a_closed_cache(root: Path, closed: str) -> None:
 def test_closed_tokens(root: Path, closed: str) -> None:
     prefix = str(root / "inner" / "tokens")
     (root / "inner" / closed).chmod(0)
-    said = refusal(lambda: check_prefixes(parse_blend(prefix, "data.train")))
+    said = refusal(lambda: check_prefixes([parse_blend(prefix, "data.train")]))
     name = closed or "tokens.idx"
     assert said.startswith(f"data.train: {root}/inner/{name} cannot be read: permission denied at {root}/inner/{name}:")
 
