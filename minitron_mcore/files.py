@@ -33,6 +33,11 @@ def writing(what: str) -> Iterator[None]:
         raise not_written(what, error) from error
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def not_written(what: str, error: OSError, hint: str = "") -> InputError:
     """The user's view of `error`, met while `what` was written; `hint` follows where the disk failed."""
     if error.errno in FULL:

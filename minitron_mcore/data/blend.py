@@ -38,15 +38,14 @@ def parse_blend(value: Union[str, Sequence[Any], None], key: str, promised: Coll
     else:
         items = [str(item).strip() for item in value]
     numbers = [as_number(item) for item in items]
-    if items and not any(number is not None for number in numbers):
+    if items and set(numbers) == {None}:
         return Blend(tuple(map(_strip_ending, items)), None, key)
-    weights, prefixes = numbers[::2], items[1::2]
-    is_alternating = None not in weights and all(number is None for number in numbers[1::2])
-    if not items or len(items) % 2 or not is_alternating:
+    weights, prefixes = [number for number in numbers[::2] if number is not None], items[1::2]
+    if not items or not len(weights) == len(prefixes) == numbers[1::2].count(None) == len(items) / 2:
         raise InputError(key, value, "must be prefixes alone, or a weight before each prefix", FORMS)
-    if not all(weight is not None and math.isfinite(weight) and weight > 0 for weight in weights):
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise InputError(key, value, "must have weights above 0", "leave out the prefix that is not to be read")
-    return Blend(tuple(map(_strip_ending, prefixes)), tuple(w for w in weights if w is not None), key)
+    return Blend(tuple(map(_strip_ending, prefixes)), tuple(weights), key)
 
 
 def parse_split(split: str) -> list[Optional[Bounds]]:

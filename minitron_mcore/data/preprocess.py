@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import multiprocessing
 import os
 import threading
@@ -21,16 +22,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy
 
 from minitron_mcore.data.config import PreprocessConfig
-from minitron_mcore.data.corpus import make_parent
+from minitron_mcore.data.corpus import Texts, make_parent, prefixes_of
 from minitron_mcore.data.held_out import assign
 from minitron_mcore.data.records import Record, Replacements, read_records, texts_of
 from minitron_mcore.data.text_file import TEXT, TextFile
-from minitron_mcore.data.texts import Texts, prefixes_of
-from minitron_mcore.data.token_files import TokenWriter, token_dtype
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.interrupt import held_back
@@ -215,6 +216,58 @@ def _refuse_empty(writers: list[TokenWriter], config: PreprocessConfig, key: str
     if empty:
         rule = f"names a key without any text, so that {empty} would be empty"
         raise InputError("preprocess.json_keys", config.json_keys, rule, "leave that key out")
+
+
+def token_dtype(vocab_size: int) -> Any:
+    """The integer type of the .bin file: Megatron's own rule (`DType.optimal_dtype`), without importing it."""
+    return numpy.uint16 if vocab_size < 65500 else numpy.int32
+
+
+class TokenWriter:
+    """One .bin/.idx pair under temporary names until `publish`."""
+
+    def __init__(self, prefix: str, tokenizer: Tokenizer, append_eod: bool) -> None:
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self.prefix, self.tokenizer, self.append_eod = prefix, tokenizer, append_eod
+        self.documents = self.tokens = 0
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        assert self.dtype is DType.optimal_dtype(tokenizer.vocab_size), "Megatron's rule has changed"
+        self.builder = IndexedDatasetBuilder(prefix + ".bin.tmp", dtype=self.dtype)
+
+    def add(self, tokens: numpy.ndarray) -> None:
+        """A document. One without tokens is a boundary in the index and no sequence, as of Megatron-LM's own tool."""
+        self.builder.add_document(tokens, [len(tokens)] if len(tokens) else [])
+        self.documents += 1
+        self.tokens += len(tokens)
+
+    def finish(self) -> None:
+        self.builder.finalize(self.prefix + ".idx.tmp")
+        description = {
+            "tokenizer": {
+                "type": self.tokenizer.type,
+                "model": self.tokenizer.path,
+                "fingerprint": self.tokenizer.fingerprint,
+                "vocab_size": self.tokenizer.vocab_size,
+            },
+            "append_eod": self.append_eod,
+            "dtype": numpy.dtype(self.dtype).name,
+            "documents": self.documents,
+            "tokens": self.tokens,
+        }
+        Path(self.prefix + ".json.tmp").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+    def publish(self) -> None:
+        if os.path.exists(self.prefix + ".idx"):  # an overwrite: the old index must not meet the new tokens
+            os.remove(self.prefix + ".idx")
+        for ending in (".json", ".bin", ".idx"):
+            os.replace(self.prefix + ending + ".tmp", self.prefix + ending)
+
+    def discard(self) -> None:
+        self.builder.data_file.close()
+        for ending in (".json.tmp", ".bin.tmp", ".idx.tmp"):
+            if os.path.exists(self.prefix + ending):
+                os.remove(self.prefix + ending)
 
 
 class _Progress:

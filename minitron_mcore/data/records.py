@@ -2,21 +2,31 @@
 
 A document is a plain text file or a passage of a long one, a line of a JSON lines file, an item of a list in a .json
 file, or a row of a Parquet file. Whatever the size of a file, few of its documents are in memory at a time. Reading and
-decoding are apart, since one process reads and many decode.
+decoding are apart, since one process reads and many decode. Documents are what is held out and shuffled: a text corpus
+that is one file would be all training text, in one order, so long plain text is several documents.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from minitron_mcore.data.compression import damaged, reading_text
-from minitron_mcore.data.passages import passages
-from minitron_mcore.data.text_file import JSON_LINES, JSON_LIST, PARQUET, TEXT, TextFile, open_text
+from minitron_mcore.data.text_file import (
+    JSON_LINES,
+    JSON_LIST,
+    PARQUET,
+    TEXT,
+    TextFile,
+    open_text,
+    reading_text,
+    refuse_zero_bytes,
+    without_ending,
+)
 from minitron_mcore.errors import InputError
 
 BLOCK_BYTES = 1 << 20
@@ -26,6 +36,12 @@ MOST_ITEM_CHARACTERS = 1 << 28  # of an item in a JSON list: what is longer is n
 PARQUET_ROWS = 256  # decoded at a time
 MEND_JSON = "mend it or leave it out"
 SET_KEYS = "name the key of the text as tokenizer.json_key or in preprocess.json_keys"
+# Of these endings a long file is a corpus; of others, such as source code, every file is one document.
+PROSE_ENDINGS = ("", ".txt", ".text", ".raw", ".tokens")
+LONG_BYTES, PASSAGE_BYTES = 1 << 16, 1 << 14  # what is longer is cut into passages of at most so many
+
+# Where a passage may end, the best first: behind a blank line, a line, a space.
+SEPARATORS = (b"\n\n", b"\n\r\n", b"\n", b"\r", b" ")
 UNITS = {TEXT: "line", JSON_LINES: "line", JSON_LIST: "item", PARQUET: "row"}
 
 
@@ -87,7 +103,7 @@ class Record:
 
 
 def read_records(file: TextFile, keys: Sequence[str], document_bytes: int | None = None) -> Iterator[Record]:
-    """The documents of `file`, in order; of plain text as `passages.passages` cuts it by `document_bytes`.
+    """The documents of `file`, in order; of plain text as `passages` cuts it by `document_bytes`.
 
     Raises InputError with the file, and the place in it where there is one.
     """
@@ -111,10 +127,10 @@ def texts_of(record: Record, form: str, path: str, keys: Sequence[str], replacem
     texts = [replacements.decode(value, path, unit, record.number) for value in record.content]
     if form in (TEXT, PARQUET):
         return texts
-    where = f"{unit} {record.number:,}"
-    fields = _fields(texts[0].lstrip("\ufeff"), unit, f"{path}, {where},")  # the mark of a file put behind another
-    strings = [_string(fields, key, f"{path}, {where},") for key in keys]
-    return [replacements.without_surrogates(text, path, where) for text in strings]
+    where = f"{path}, {unit} {record.number},"
+    fields = _fields(texts[0].lstrip("\ufeff"), unit, where)  # the mark of a file put behind another
+    strings = [_string(fields, key, where) for key in keys]
+    return [replacements.without_surrogates(text, path, f"{unit} {record.number:,}") for text in strings]
 
 
 def documents(files: Iterable[TextFile], json_key: str, replacements: Replacements) -> Iterator[str]:
@@ -122,6 +138,45 @@ def documents(files: Iterable[TextFile], json_key: str, replacements: Replacemen
     for file in files:
         for record in read_records(file, [json_key]):
             yield texts_of(record, file.form, file.path, [json_key], replacements)[0]
+
+
+def passages(stream: IO[bytes], path: str, document_bytes: int | None) -> Iterator[tuple[int, bytes]]:
+    """(number of its first line, text) of each document in the plain text `stream`; put together they are the text.
+
+    document_bytes: text that is longer is cut into documents of at most so many bytes; 0: one document, however long;
+    None: text longer than LONG_BYTES into PASSAGE_BYTES, in files with PROSE_ENDINGS alone.
+    """
+    longest = limit = document_bytes
+    if document_bytes is None:
+        is_prose = os.path.splitext(without_ending(path).lower())[1] in PROSE_ENDINGS
+        longest, limit = (LONG_BYTES, PASSAGE_BYTES) if is_prose else (0, 0)
+    rest, line, size = bytearray(), 1, 0
+    while block := stream.read(BLOCK_BYTES):
+        refuse_zero_bytes(path, block, size)
+        size += len(block)
+        rest += block
+        if not longest or not limit or len(rest) <= longest:
+            continue
+        longest, start = limit, 0  # it is long
+        while len(rest) - start > limit:
+            end = _end(rest, start, limit)
+            yield line, bytes(rest[start:end])
+            line += rest.count(b"\n", start, end)
+            start = end
+        del rest[:start]
+    yield line, bytes(rest)
+
+
+def _end(text: bytearray, start: int, limit: int) -> int:
+    """Where the passage that begins at `start` ends."""
+    for separator in SEPARATORS:
+        place = text.rfind(separator, start, start + limit)
+        if place >= start + limit // 4:
+            return place + len(separator)
+    end = start + limit
+    while end > start + limit - 3 and text[end] & 0xC0 == 0x80:  # not within a character
+        end -= 1
+    return end
 
 
 def _items(stream: IO[bytes], path: str) -> Iterator[tuple[int, bytes]]:
@@ -194,21 +249,18 @@ def _rows(file: TextFile, keys: Sequence[str]) -> Iterator[Record]:
     except ImportError as error:
         rule = "is a Parquet file, which needs the package pyarrow"
         raise InputError("", file.path, rule, "pip install 'minitron-mcore[parquet]'") from error
-    try:
-        with reading_text(file.path), parquet.ParquetFile(file.path) as table:
-            _check_columns(table.schema_arrow, keys, file.path)
-            size, rows, number = file.size, table.metadata.num_rows, 0
-            for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=list(keys)):
-                columns = [batch.column(key).cast(pyarrow.large_binary()).to_pylist() for key in keys]
-                for values in zip(*columns, strict=True):
-                    number += 1
-                    if None in values:
-                        key = keys[values.index(None)]
-                        rule = f"has null as {key!r}, not a string"
-                        raise InputError("", f"{file.path}, row {number},", rule, "fill it in, or leave the row out")
-                    yield Record(number, values, size * number // rows)
-    except pyarrow.ArrowException as error:
-        raise damaged(file.path, error) from error
+    with reading_text(file.path), parquet.ParquetFile(file.path) as table:
+        _check_columns(table.schema_arrow, keys, file.path)
+        size, rows, number = file.size, table.metadata.num_rows, 0
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=list(keys)):
+            columns = [batch.column(key).cast(pyarrow.large_binary()).to_pylist() for key in keys]
+            for values in zip(*columns, strict=True):
+                number += 1
+                if None in values:
+                    key = keys[values.index(None)]
+                    rule = f"has null as {key!r}, not a string"
+                    raise InputError("", f"{file.path}, row {number},", rule, "fill it in, or leave the row out")
+                yield Record(number, values, size * number // rows)
 
 
 def _check_columns(schema: Any, keys: Sequence[str], path: str) -> None:

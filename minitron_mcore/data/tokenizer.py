@@ -32,7 +32,7 @@ from minitron_mcore.data.tokenizer_files import (
     parse_model,
 )
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import copy_file
+from minitron_mcore.files import copy_file, first_line
 
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE = "HuggingFaceTokenizer"
@@ -274,7 +274,3 @@ def _load_hugging_face(folder: str) -> Tokenizer:
         added=frozenset(model.added_tokens_decoder),
         is_unigram=type(getattr(getattr(model, "backend_tokenizer", None), "model", None)).__name__ == "Unigram",
     )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

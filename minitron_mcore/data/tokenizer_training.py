@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from minitron_mcore.data.config import TokenizerConfig
-from minitron_mcore.data.corpus import make_parent
+from minitron_mcore.data.corpus import Texts, make_parent
 from minitron_mcore.data.records import Replacements, documents
-from minitron_mcore.data.texts import Texts
-from minitron_mcore.data.tokenizer import Tokenizer, first_line, load_tokenizer
+from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import whole_file
+from minitron_mcore.files import first_line, whole_file
 
 PASSAGE_CHARACTERS = 2_000  # a training "sentence": whole lines, so that pieces may span a line end
 

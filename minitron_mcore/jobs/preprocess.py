@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from minitron_mcore.data.config import PreprocessConfig
-from minitron_mcore.data.texts import Texts, prefixes_of, texts_to_encode
+from minitron_mcore.data.corpus import Texts, prefixes_of, texts_to_encode
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.jobs.inputs import A_TOKENIZER, recipe_tokenizer, require, value_at
 from minitron_mcore.jobs.job import NOTHING, TOKENS, Item, Job, Promises

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from minitron_mcore.data.config import TokenizerConfig
-from minitron_mcore.data.texts import Texts, texts_to_train_on
+from minitron_mcore.data.corpus import Texts, texts_to_train_on
 from minitron_mcore.jobs.inputs import require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises
 from minitron_mcore.recipe import Recipe

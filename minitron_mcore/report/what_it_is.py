@@ -55,12 +55,8 @@ def describe(path: Path) -> dict[str, Any]:
             return _scores(path)
         if head.lstrip().startswith(b"{"):
             return _plan(path)
-    raise InputError(
-        "path",
-        path,
-        "is not recognised",
-        "name a checkpoint, a Hugging Face folder, a scores file, a plan, or the folder of a run",
-    )
+    remedy = "name a checkpoint, a Hugging Face folder, a scores file, a plan, or the folder of a run"
+    raise InputError("path", path, "is not recognised", remedy)
 
 
 def verify_weights(found: dict[str, Any], path: Path) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from minitron_mcore.data.corpus import prefixes_of
 from minitron_mcore.data.preprocess import preprocess
-from minitron_mcore.data.texts import prefixes_of
 from minitron_mcore.errors import shown
 from minitron_mcore.jobs.preprocess import PreprocessJob
 from minitron_mcore.runtime.start import Runtime

@@ -10,7 +10,7 @@ from pathlib import Path
 from minitron_mcore.data import preprocess as preprocessing
 from minitron_mcore.data import tokenizer_training
 from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
-from minitron_mcore.data.texts import texts_to_encode, texts_to_train_on
+from minitron_mcore.data.corpus import texts_to_encode, texts_to_train_on
 from minitron_mcore.data.tokenizer import Tokenizer
 
 JSON_PACKAGE = str(Path(json.__file__).parent)

@@ -10,7 +10,7 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from minitron_mcore.data import held_out, passages
+from minitron_mcore.data import held_out, records
 from minitron_mcore.data.config import DataConfig, PreprocessConfig
 from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.data.described import split_part
@@ -22,7 +22,7 @@ PROSE = "".join(f"Paragraph {i} says\nthat {i} is {'a' * (i % 90)} number.\n\n" 
 
 
 def parts(text: bytes, path: str = "a.txt", document_bytes: int | None = None) -> list[bytes]:
-    found = list(passages.passages(io.BytesIO(text), path, document_bytes))
+    found = list(records.passages(io.BytesIO(text), path, document_bytes))
     pieces = [piece for _, piece in found]
     assert b"".join(pieces) == text
     starts = [1 + b"".join(pieces[:i]).count(b"\n") for i in range(len(pieces))]
@@ -35,7 +35,7 @@ def test_at_blank_lines(ending):
     pieces = parts(PROSE.replace(b"\n\n", ending))
     assert len(pieces) > 8
     assert all(piece.endswith(b"\n") and piece.startswith(b"Paragraph") for piece in pieces)
-    assert all(4096 < len(piece) <= passages.PASSAGE_BYTES + 4 for piece in pieces[:-1])
+    assert all(4096 < len(piece) <= records.PASSAGE_BYTES + 4 for piece in pieces[:-1])
 
 
 @pytest.mark.parametrize(
@@ -49,16 +49,16 @@ def test_at_blank_lines(ending):
     ],
 )
 def test_without_blank_lines_by_lines_words_or_size(text, ends, monkeypatch):
-    monkeypatch.setattr(passages, "BLOCK_BYTES", 5000)  # what is read at a time does not matter
+    monkeypatch.setattr(records, "BLOCK_BYTES", 5000)  # what is read at a time does not matter
     pieces = parts(text)
     assert len(pieces) > 4 and all(piece.endswith(ends) for piece in pieces[:-1])
-    assert all(0 < len(piece) <= passages.PASSAGE_BYTES for piece in pieces)
+    assert all(0 < len(piece) <= records.PASSAGE_BYTES for piece in pieces)
     if b"\x80\xbf" not in text:
         assert all(piece.decode() for piece in pieces), "no character is cut in two"
 
 
 def test_which_files_are_cut():
-    long, short = PROSE[: passages.LONG_BYTES + 1], PROSE[: passages.LONG_BYTES]
+    long, short = PROSE[: records.LONG_BYTES + 1], PROSE[: records.LONG_BYTES]
     for name in ("a.txt", "a.TXT", "enwik", "a.txt.gz", "wiki.train.raw", "/b.c/part-0"):
         assert len(parts(short, name)) == 1 and len(parts(long, name)) > 4
     for name in ("a.py", "a.md", "a.tex.gz"):
