@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from os.path import join
+from pathlib import Path
 from typing import NoReturn
 
 from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
@@ -171,9 +172,8 @@ def check_folder(path: str, key: str, given: str | None = None) -> None:
     given: the path that the recipe names, where that is a file in the folder.
     """
     named = given or path
-    folder = os.path.abspath(path)
-    while not os.path.lexists(folder):
-        folder = os.path.dirname(folder)
+    whole = Path(os.path.abspath(path))
+    folder = next(each for each in (whole, *whole.parents) if os.path.lexists(each))
     if not os.path.isdir(folder):
         raise InputError(key, named, f"cannot be written, because {folder} is not a folder", "name another")
     if not os.access(folder, os.W_OK):
@@ -195,17 +195,14 @@ def check_file(path: str, key: str) -> None:
     check_folder(os.path.dirname(path) or ".", key, given=path)
 
 
-def make_parent(path: str, key: str) -> list[str]:
+def make_parent(path: str, key: str) -> list[Path]:
     """Make the folder that `path` will lie in; returns the folders that were not there before, innermost first.
 
     Raises InputError, naming `key`, where that cannot be.
     """
     check_file(path, key)
-    folder = parent = os.path.dirname(os.path.abspath(path))
-    made = []
-    while not os.path.isdir(folder):
-        made.append(folder)
-        folder = os.path.dirname(folder)
+    folders = Path(os.path.abspath(path)).parents
+    made = [folder for folder in folders if not folder.is_dir()]
     with writing(f"{key}={path}"):
-        os.makedirs(parent, exist_ok=True)
+        folders[0].mkdir(parents=True, exist_ok=True)
     return made

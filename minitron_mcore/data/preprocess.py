@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy
 
-from minitron_mcore.data.config import PreprocessConfig
+from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
 from minitron_mcore.data.corpus import Texts, make_parent, prefixes_of
 from minitron_mcore.data.held_out import assign
 from minitron_mcore.data.records import Record, Replacements, read_records, texts_of
@@ -181,9 +181,7 @@ def _end_with_parent() -> None:
 
 @functools.lru_cache(maxsize=1)
 def _worker_tokenizer(kind: str, path: str) -> Tokenizer:
-    tokenizer = load_tokenizer(path)
-    assert tokenizer.type == kind, f"{path} was read as {tokenizer.type}, not {kind}"
-    return tokenizer
+    return load_tokenizer(TokenizerConfig(type=kind, model=path))
 
 
 def encode(task: Task, kind: str, path: str, keys: tuple[str, ...], append_eod: bool) -> Encoded:

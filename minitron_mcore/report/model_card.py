@@ -97,14 +97,10 @@ def _ranges(numbers: list[int]) -> str:
 
 def _results(folder: Path, iteration: int) -> dict[str, Any]:
     """Numbers that `evaluate` left beside the weights, if they are this iteration's."""
-    path = beside(folder, "results.json")
-    if not path.is_file():
-        return {}
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        results = json.loads(beside(folder, "results.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return {}
-    if not isinstance(results, dict) or results.pop("iteration", None) != iteration:
+    if not isinstance(results, dict) or results.get("iteration") != iteration:
         return {}
-    results.pop("checkpoint", None)
-    return results
+    return {name: value for name, value in results.items() if name not in ("iteration", "checkpoint")}

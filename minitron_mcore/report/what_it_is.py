@@ -62,8 +62,7 @@ def describe(path: Path) -> dict[str, Any]:
 def verify_weights(found: dict[str, Any], path: Path) -> list[str]:
     """Read every tensor of a folder of weights; adds to `found` what was read and returns the faults."""
     if found["kind"] in ("scores", "plan", "run"):
-        note = "verify=true has no effect: only folders of weights have checksums"
-        found["warnings"] = [*found["warnings"], note]
+        found["warnings"] = [*found["warnings"], "verify=true has no effect: only folders of weights have checksums"]
         return []
     result = verify(path)
     found["warnings"] = [*found["warnings"], *result.notes]
