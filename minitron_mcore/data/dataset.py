@@ -23,8 +23,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from minitron_mcore.data.blend import check_prefixes, surplus
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.described import Described, Part, check_num_samples, describe
-from minitron_mcore.data.index import digest_of
-from minitron_mcore.data.index_size import cache_folder
+from minitron_mcore.data.index import cache_folder, digest_of
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.agree import all_or_none, on_main

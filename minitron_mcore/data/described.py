@@ -19,8 +19,7 @@ from minitron_mcore.data.agreement import difference
 from minitron_mcore.data.blend import Blend, Bounds, check_prefixes, parse_blend, source_names, surplus
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.corpus import check_folder
-from minitron_mcore.data.index import Index, read_index
-from minitron_mcore.data.index_size import Wanted, cache_folder, check_index_size, source_of
+from minitron_mcore.data.index import Index, Wanted, cache_folder, check_index_size, read_index, source_of
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.notice import warn

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -29,7 +30,6 @@ import numpy
 
 from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
 from minitron_mcore.data.corpus import Texts, make_parent, prefixes_of
-from minitron_mcore.data.held_out import assign
 from minitron_mcore.data.records import Record, Replacements, read_records, texts_of
 from minitron_mcore.data.text_file import TEXT, TextFile
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,6 +38,7 @@ from minitron_mcore.runtime.interrupt import held_back
 from minitron_mcore.runtime.pace import Pace
 
 TASK_BYTES = 1 << 18  # text handed to a worker at a time
+WAITING_TOKENS = 1 << 26  # of documents that are kept in memory until both sides have one
 RECORD_BYTES = 64  # what a document weighs beside its text
 
 
@@ -202,6 +203,60 @@ def encode(task: Task, kind: str, path: str, keys: tuple[str, ...], append_eod: 
         encoded.tokens[key] = numpy.concatenate(pieces)
         encoded.lengths[key] = numpy.array([len(piece) for piece in pieces], dtype=numpy.int64)
     return encoded
+
+
+def draw(document: int, seed: int) -> int:
+    """A number below 2**64 for a document by its own number and the seed, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{document}".encode()).digest()[:8], "little")
+
+
+def is_held_out(document: int, fraction: float, seed: int) -> bool:
+    """Whether a document goes to the held-out files: `fraction` of all draws do."""
+    return bool(fraction) and draw(document, seed) < fraction * 2.0**64
+
+
+def assign(
+    parts: Iterable[Encoded], *, fraction: float, seed: int, report: Callable[[str], None]
+) -> Iterator[tuple[Encoded, list[bool]]]:
+    """Each of `parts` with, for each of its documents, whether it is held out.
+
+    With few documents the draw may leave one side without any. That side then gets the document whose draw came
+    nearest, and `report` a line about it. Empty documents do not count.
+    """
+    waiting: list[tuple[Encoded, list[bool]]] = []
+    tokens = number = 0
+    sides: set[bool] = set()
+    settled = not fraction
+    for part in parts:
+        lengths = part.sizes()
+        marks = [is_held_out(number + i, fraction, seed) for i in range(len(lengths))]
+        number += len(lengths)
+        if settled:
+            yield part, marks
+            continue
+        waiting.append((part, marks))
+        tokens += sum(lengths)
+        sides |= {mark for mark, length in zip(marks, lengths, strict=True) if length}
+        settled = len(sides) == 2 or tokens > WAITING_TOKENS
+        if settled:
+            yield from waiting
+            waiting = []
+    if waiting and len(sides) == 1:
+        _move_one(waiting, sides.pop(), seed, report)
+    yield from waiting
+
+
+def _move_one(waiting: list[tuple[Encoded, list[bool]]], side: bool, seed: int, report: Callable[[str], None]) -> None:
+    """Where all documents are on one `side`, put the one whose draw is nearest to the other side there."""
+    places = [(marks, i, length) for part, marks in waiting for i, length in enumerate(part.sizes())]
+    draws = [(draw(number, seed), number) for number, (_, _, length) in enumerate(places) if length]
+    if len(draws) > 1:
+        marks, i, _ = places[(max if side else min)(draws)[1]]
+        marks[i] = not side
+        report(
+            f"preprocess: the draw holds out {'all' if side else 'none'} of the {len(draws)} documents, because they "
+            f"are few; one of them {'is kept for training' if side else 'is held out'} all the same"
+        )
 
 
 def _refuse_empty(writers: list[TokenWriter], config: PreprocessConfig, key: str) -> None:

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -131,13 +131,6 @@ def texts_of(record: Record, form: str, path: str, keys: Sequence[str], replacem
     fields = _fields(texts[0].lstrip("\ufeff"), unit, where)  # the mark of a file put behind another
     strings = [_string(fields, key, where) for key in keys]
     return [replacements.without_surrogates(text, path, f"{unit} {record.number:,}") for text in strings]
-
-
-def documents(files: Iterable[TextFile], json_key: str, replacements: Replacements) -> Iterator[str]:
-    """The text of every document of `files`, in order."""
-    for file in files:
-        for record in read_records(file, [json_key]):
-            yield texts_of(record, file.form, file.path, [json_key], replacements)[0]
 
 
 def passages(stream: IO[bytes], path: str, document_bytes: int | None) -> Iterator[tuple[int, bytes]]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from minitron_mcore.data.config import TokenizerConfig
 from minitron_mcore.data.corpus import Texts, make_parent
-from minitron_mcore.data.records import Replacements, documents
+from minitron_mcore.data.records import Replacements, read_records, texts_of
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import first_line, whole_file
@@ -39,8 +39,12 @@ def train_tokenizer(
     assert config.model, "tokenizer.model names the file to write"
     replacements = Replacements()
     files = texts.files
-    texts_read = documents(files, config.json_key, replacements)
-    passages, read = _sample(_passages(texts_read), config.input_sentence_size, seed)
+    documents = (
+        texts_of(record, file.form, file.path, [config.json_key], replacements)[0]
+        for file in files
+        for record in read_records(file, [config.json_key])
+    )
+    passages, read = _sample(_passages(documents), config.input_sentence_size, seed)
     if not passages:
         rule = f"holds no text, because its {len(files)} files are empty"
         raise InputError(texts.key, config.input, rule, "name others")

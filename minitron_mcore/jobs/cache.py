@@ -11,8 +11,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, read_lineage
 from minitron_mcore.checkpoint.identity import identity
 from minitron_mcore.data.described import describe, describe_training, split_part
-from minitron_mcore.data.index import digest_of
-from minitron_mcore.data.index_size import Wanted
+from minitron_mcore.data.index import Wanted, digest_of
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache.file import DESCRIPTION, CacheReader, require_settings, settings_digest
 from minitron_mcore.distillation.cache.serving import check_served, find_cache

@@ -12,7 +12,7 @@ from typing import Any
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.folder import check_architecture, latest_iteration
 from minitron_mcore.data.described import Described, describe_training
-from minitron_mcore.data.index_size import Wanted
+from minitron_mcore.data.index import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.forecast import Forecast, forecast_run

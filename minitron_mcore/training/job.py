@@ -17,7 +17,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import Batch, batches, build_datasets
 from minitron_mcore.data.described import training_parts
-from minitron_mcore.data.index_size import Wanted
+from minitron_mcore.data.index import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache.file import token_checksum
 from minitron_mcore.distillation.objective import Objective

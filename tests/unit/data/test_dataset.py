@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import batches, batches_once, build_datasets
 from minitron_mcore.data.described import calibration_part, split_part, training_parts
-from minitron_mcore.data.index_size import Wanted
+from minitron_mcore.data.index import Wanted
 from minitron_mcore.errors import InputError
 from tests.unit.data.conftest import LENGTH
 from tests.unit.text_data import JSON_PACKAGE, small_data

@@ -11,7 +11,7 @@ import numpy
 import pytest
 
 from minitron_mcore.data.config import DataConfig
-from minitron_mcore.data.index_size import MOST_SAMPLES, Wanted, check_index_size
+from minitron_mcore.data.index import MOST_SAMPLES, Wanted, check_index_size
 from minitron_mcore.errors import InputError
 
 

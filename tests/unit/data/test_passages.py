@@ -10,7 +10,8 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from minitron_mcore.data import held_out, records
+from minitron_mcore.data import preprocess as preprocessing
+from minitron_mcore.data import records
 from minitron_mcore.data.config import DataConfig, PreprocessConfig
 from minitron_mcore.data.dataset import build_datasets
 from minitron_mcore.data.described import split_part
@@ -93,7 +94,7 @@ def test_of_few_documents_each_side_gets_one(fraction, counts, tokenizer, tmp_pa
     (tmp_path / "in").mkdir()
     texts = ["", "one", "two", "", "three", "four"]
     write_jsonl(tmp_path / "in" / "a.jsonl", [{"text": text} for text in texts])
-    draws = {text: held_out.draw(number, 0) for number, text in enumerate(texts) if text}
+    draws = {text: preprocessing.draw(number, 0) for number, text in enumerate(texts) if text}
     said: list[str] = []
     prefixes = run(tmp_path, tokenizer, said, valid_fraction=fraction)
     sides = [[tokenizer.detokenize(d[:-1]) for d in stored(prefix) if d] for prefix in prefixes]
@@ -110,7 +111,7 @@ class Lengths(list):
 
 
 def test_what_waits_for_a_held_out_document_is_bounded(monkeypatch):
-    monkeypatch.setattr(held_out, "WAITING_TOKENS", 100)
+    monkeypatch.setattr(preprocessing, "WAITING_TOKENS", 100)
     taken: list[int] = []
 
     def documents():
@@ -118,7 +119,7 @@ def test_what_waits_for_a_held_out_document_is_bounded(monkeypatch):
             taken.append(number)
             yield Lengths([10])
 
-    found = held_out.assign(documents(), fraction=1e-9, seed=0, report=silent)
+    found = preprocessing.assign(documents(), fraction=1e-9, seed=0, report=silent)
     assert next(found) == ([10], [False]) and len(taken) == 11
     assert [marks for _, marks in found] == [[False]] * 49
 

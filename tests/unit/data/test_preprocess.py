@@ -16,7 +16,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from minitron_mcore.data.config import PreprocessConfig
-from minitron_mcore.data.held_out import is_held_out
+from minitron_mcore.data.preprocess import is_held_out
 from minitron_mcore.errors import InputError
 from tests.e2e.launchers import ROOT
 from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, preprocess, python_files, silent, small_data
