@@ -128,9 +128,6 @@ class _Samples:
     def __init__(self, dataset: Dataset, samples: Sequence[int]) -> None:
         self.dataset, self.samples = dataset, samples
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     def __getitem__(self, position: int) -> dict[str, Any]:
         is_sample = position < len(self.samples)
         number = self.samples[position if is_sample else 0]

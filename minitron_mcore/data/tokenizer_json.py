@@ -30,6 +30,7 @@ from minitron_mcore.errors import InputError
 SPACE = "\u2581"  # SentencePiece's sign for a space
 # ModelProto.SentencePiece.Type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NAMED = (UNKNOWN, CONTROL, BYTE)  # of pieces that no text is cut into by their names: marks and bytes
 NONCHARACTER = "\ufffe"  # in no text that is one
 # What a rule that composes makes of a letter and its accent, of Korean letters, and of half-width Japanese.
 COMPOSED = {"e\u0301": "\u00e9", "\u1112\u1161\u11ab": "\ud55c", "\uff76\uff9e": "\u30ac"}
@@ -127,7 +128,7 @@ def _cuts_of_names(model: Any) -> list[str]:
     bare = type(model).FromString(model.SerializeToString())
     bare.normalizer_spec.add_dummy_prefix = bare.normalizer_spec.remove_extra_whitespaces = False
     encode = _processor(bare).encode
-    cuts = {name: encode(name, out_type=str)[0] for name in _names(model)}
+    cuts = {name: encode(name, out_type=str)[0] for name in _of_type(model, *NAMED)}
     sizes = {name: len(first) if name.startswith(first) else 1 for name, first in cuts.items()}
     return [f"\\A{_quoted(name[:size])}(?={_quoted(name[size:])}\\z)" for name, size in sizes.items()]
 
@@ -136,16 +137,11 @@ def _of_type(model: Any, *types: int) -> list[str]:
     return [piece.piece for piece in model.pieces if piece.type in types]
 
 
-def _names(model: Any) -> list[str]:
-    """Of pieces that no text is cut into by their names: marks and bytes."""
-    return _of_type(model, UNKNOWN, CONTROL, BYTE)
-
-
 def _unknown_in_names(model: Any) -> list[str]:
     """Patterns of a character that no piece has alone, where it stands in a name that pieces could not spell."""
     alone = {piece.piece for piece in model.pieces if piece.type == NORMAL and len(piece.piece) == 1}
     patterns = []
-    for name in _names(model):
+    for name in _of_type(model, *NAMED):
         if place := next((i for i, character in enumerate(name) if character not in alone), None):
             patterns.append(f"(?<={_quoted(name[:place])}){_quoted(name[place])}(?={_quoted(name[place + 1 :])})")
         elif place == 0:

@@ -20,10 +20,9 @@ from minitron_mcore.files import first_line, whole_file
 PASSAGE_CHARACTERS = 2_000  # a training "sentence": whole lines, so that pieces may span a line end
 
 # What SentencePiece says of a number of pieces that cannot be, as a rule and a remedy.
-_LARGE = "is too large for this text, which has {} pieces"
 _SMALL = "is too small, because bytes and characters alone are {}"
 SIZES = (
-    (r"value <= (\d+)", _LARGE, "set it to that or less, or give more text"),
+    (r"value <= (\d+)", "is too large for this text, which has {} pieces", "set it to that or less, or give more text"),
     (r"required_chars\. \d+ vs (\d+)", _SMALL, "raise it, or lower tokenizer.character_coverage"),
 )
 

@@ -6,6 +6,7 @@ Nothing is guessed: what neither the checkpoint nor the folder it was imported f
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,9 @@ def _shape_table(architecture: Architecture, plan: PruningPlan | None) -> str:
 
 def _ranges(numbers: list[int]) -> str:
     """[0, 1, 2, 5] -> "0–2, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
+    # In a run every number is as far from its place in the list.
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
 def _results(folder: Path, iteration: int) -> dict[str, Any]:
