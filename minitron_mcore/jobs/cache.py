@@ -113,7 +113,16 @@ def check_cache_serves(
     if recipe.distill.checkpoint:
         refuse_other_targets(Path(recipe.distill.checkpoint), settings, given)
     if tokenizer is not None:
-        check_text(recipe, settings, tokenizer)
+        if not tokenizer.is_named_by(maker := settings["tokenizer"]):
+            named = f"{tokenizer.path}, {tokenizer.fingerprint[:12]}"
+            rule = f"was made with another tokenizer ({maker[:12]}) than the student's ({named})"
+            remedy = "make it anew from the student's data (allow=[other_tokenizer] takes its ids as they are)"
+            raise unfit(recipe, rule, remedy)
+        stored = flat(settings)
+        for name, value in flat(describe_data(recipe, tokenizer)).items():
+            if stored.get(name) != value:
+                rule = f"was made from other data: {name} is {stored.get(name)!r} there and {value!r} here"
+                raise unfit(recipe, rule, "give the data it was made from, or make it anew")
     needed, there = samples_needed(recipe), settings["num_samples"]
     if there < needed:
         rule = f"holds the first {there:,} samples, and distill.tokens={recipe.distill.tokens} takes {needed:,}"
@@ -127,20 +136,6 @@ def check_cache_serves(
 def unfit(recipe: Recipe, rule: str, remedy: str) -> InputError:
     """For a cache that does not serve `distill`."""
     return InputError(KEY, recipe.distill.teacher, rule, remedy)
-
-
-def check_text(recipe: Recipe, settings: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Raise InputError where the targets are of other tokens than the recipe's data, tokenizer and seed give."""
-    if not tokenizer.is_named_by(theirs := settings["tokenizer"]):
-        ours = f"{tokenizer.path}, {tokenizer.fingerprint[:12]}"
-        rule = f"was made with another tokenizer ({theirs[:12]}) than the student's ({ours})"
-        remedy = "make it anew from the student's data (allow=[other_tokenizer] takes its ids as they are)"
-        raise unfit(recipe, rule, remedy)
-    there, here = flat(settings), flat(describe_data(recipe, tokenizer))
-    for name, value in here.items():
-        if there.get(name) != value:
-            rule = f"was made from other data: {name} is {there.get(name)!r} there and {value!r} here"
-            raise unfit(recipe, rule, "give the data it was made from, or make it anew")
 
 
 def check_teacher(recipe: Recipe, settings: dict[str, Any]) -> None:

@@ -136,9 +136,19 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
 
 
 def with_data(recipe: Recipe, road: _Road) -> Recipe:
-    """The recipe with a tokenizer and data, and the steps that make them where the recipe names none."""
+    """The recipe with a tokenizer and data, and the steps that make them where the recipe names none.
+
+    Raises InputError where a teacher or tokens are given and their tokenizer is not.
+    """
     if not recipe.tokenizer.model:
-        refuse_lost_tokenizer(recipe)
+        if recipe.teacher.checkpoint:
+            given = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0]
+            beside = tokenizer_folder(given)
+            remedy = "name it as tokenizer.model" + (f", as in tokenizer.model={beside}" if beside else "")
+            raise InputError("teacher.checkpoint", given, "was trained with a tokenizer", remedy)
+        if recipe.data.train is not None:
+            remedy = "name the tokenizer's tokenizer.model too"
+            raise InputError("data.train", recipe.data.train, "holds token ids", remedy)
         model = str(road.folder / "tokenizer" / "tokenizer.model")
         recipe = with_keys(recipe, {"tokenizer.model": model, "tokenizer.overwrite": True})
         road.add("tokenizer", "train the tokenizer", "tokenizer", recipe)
@@ -150,15 +160,3 @@ def with_data(recipe: Recipe, road: _Road) -> Recipe:
         valid = recipe.data.valid or held_out
         recipe = with_keys(recipe, {"data.train": f"{prefix}_{key}_document", "data.valid": valid})
     return recipe
-
-
-def refuse_lost_tokenizer(recipe: Recipe) -> None:
-    """Raise InputError where a teacher or tokens are given, which a tokenizer was for."""
-    if recipe.teacher.checkpoint:
-        given = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0]
-        beside = tokenizer_folder(given)
-        remedy = "name it as tokenizer.model" + (f", as in tokenizer.model={beside}" if beside else "")
-        raise InputError("teacher.checkpoint", given, "was trained with a tokenizer", remedy)
-    if recipe.data.train is not None:
-        remedy = "name the tokenizer's tokenizer.model too"
-        raise InputError("data.train", recipe.data.train, "holds token ids", remedy)

@@ -20,7 +20,6 @@ from minitron_mcore.files import writing
 from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.scores import Scores, load_scores, random_scores
 from minitron_mcore.jobs.ablate import AblateJob, plan_of
-from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.pruning.in_memory import prune_chunks
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
@@ -38,7 +37,11 @@ def run(job: AblateJob, runtime: Runtime) -> list[Row]:
     runtime.print(f"ablate: {len(job.grid)} students of {job.model.folder}, {before} done before -> {path}")
     scores = find_scores(job, runtime, left)
     chunks = as_chunks(load_model(job.model.place, architecture, recipe.parallel, recipe.precision))
-    groups = held_out_groups(job)
+    config = recipe.evaluate
+    dataset = held_out(recipe.data, job.model.tokenizer, config.samples, seed=recipe.seed)
+    samples, size = min(config.samples, len(dataset)), config.micro_batch_size
+    # Read once for all students.
+    groups = list(held_out_batches(dataset, samples, micro_batch_size=size, parallel=recipe.parallel))
 
     def loss_of(model: list[torch.nn.Module]) -> dict[str, float]:
         return mean_loss(model, groups, Objective(LossSettings(architecture.vocab_size)))
@@ -73,11 +76,3 @@ def find_scores(job: AblateJob, runtime: Runtime, left: list[Setting]) -> dict[t
             assert job.scoring is not None
             found[method, seed] = load_scores(score.run(job.scoring, runtime))
     return found
-
-
-def held_out_groups(job: AblateJob) -> list[list[Microbatch]]:
-    """The held-out sequences of this data-parallel rank, read once for all students."""
-    recipe, config = job.recipe, job.recipe.evaluate
-    dataset = held_out(recipe.data, job.model.tokenizer, config.samples, seed=recipe.seed)
-    samples, size = min(config.samples, len(dataset)), config.micro_batch_size
-    return list(held_out_batches(dataset, samples, micro_batch_size=size, parallel=recipe.parallel))

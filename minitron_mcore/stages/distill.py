@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 from minitron_mcore.distillation.cache.teacher import CachedTeacher
 from minitron_mcore.distillation.logits.settings import LossSettings
@@ -16,7 +15,7 @@ from minitron_mcore.jobs.train import Teaching, TrainingJob
 from minitron_mcore.model.recompute import KEEP_ALL, recompute_of
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.train import describe, fit_model, load_or_initialize, prepare
-from minitron_mcore.training.job import Progress, TrainingData
+from minitron_mcore.training.job import Progress
 from minitron_mcore.training.teaching import TrainedTeacher
 
 
@@ -24,7 +23,10 @@ def run(job: TrainingJob, runtime: Runtime) -> Progress:
     """Distil to `distill.tokens`; the same command goes on where it was cut off. Every rank calls."""
     recipe, distill, student, teaching = job.recipe, job.recipe.distill, job.architecture, job.teaching
     data, memory = prepare(job, runtime)
-    cached = cached_teacher(job, teaching.cache, data, runtime) if teaching.cache else None
+    cached = CachedTeacher(teaching.cache, distill.temperature) if teaching.cache else None
+    if cached:  # some of its samples must have the tokens of `data`
+        (dataset,) = data.datasets.values()
+        runtime.on_main(partial(cached.check_dataset, dataset, job.timetable.samples))
 
     # The teacher, the student, and the losses between them.
     with explaining_memory(memory, "while loading"):
@@ -61,11 +63,3 @@ def load_teacher(job: TrainingJob, teaching: Teaching) -> Teacher:
     folder, shape = teaching.corrected.folder, source.architecture
     corrected = dataclasses.replace(job, folder=folder, architecture=shape, source=source, lineage=lineage)
     return TrainedTeacher(teacher, recipe.correct, job.timetable, folder, partial(describe, corrected))
-
-
-def cached_teacher(job: TrainingJob, cache: Path, data: TrainingData, runtime: Runtime) -> CachedTeacher:
-    """The targets of the cache, once some of its samples were seen to have the tokens of `data`; every rank calls."""
-    teacher = CachedTeacher(cache, job.recipe.distill.temperature)
-    (dataset,) = data.datasets.values()
-    runtime.on_main(lambda: teacher.check_dataset(dataset, job.timetable.samples))
-    return teacher
