@@ -15,11 +15,20 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from minitron_mcore.data.config import PreprocessConfig
+from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
 from minitron_mcore.data.preprocess import is_held_out
+from minitron_mcore.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, load_tokenizer
 from minitron_mcore.errors import InputError
 from tests.e2e.launchers import ROOT
-from tests.unit.text_data import EMAIL_PACKAGE, JSON_PACKAGE, preprocess, python_files, silent, small_data
+from tests.unit.text_data import (
+    EMAIL_PACKAGE,
+    JSON_PACKAGE,
+    preprocess,
+    python_files,
+    silent,
+    small_data,
+    small_tokenizer,
+)
 
 
 def stored(prefix: str) -> list[list[int]]:
@@ -226,3 +235,15 @@ def test_workers_end_with_a_process_that_was_killed(tmp_path):
 def is_alive(process: int) -> bool:
     status = Path(f"/proc/{process}/stat")
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_worker_reads_the_tokenizer_as_the_type_asked_for(tmp_path):
+    """A bare tokenizer.model is a SentencePiece model, unless tokenizer.type says that transformers is to read it."""
+    model = tmp_path / "llama" / "tokenizer.model"
+    model.parent.mkdir()
+    small_tokenizer(model)
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(TokenizerConfig(type=HUGGING_FACE, model=str(tmp_path / "llama")))
+    assert (tokenizer.type, load_tokenizer(str(tmp_path / "llama")).type) == (HUGGING_FACE, SENTENCEPIECE)
+    prefix = small_data(tmp_path / "data", tokenizer, package=JSON_PACKAGE)
+    assert json.loads(Path(prefix + ".json").read_text())["tokenizer"]["type"] == HUGGING_FACE
