@@ -76,6 +76,7 @@ def plan_of(shape: dict[str, Any]) -> Any:
     from minitron_mcore.importance.scores import Scores
     from minitron_mcore.pruning.config import PruneConfig, StudentConfig
     from minitron_mcore.pruning.plan import make_plan
+    from minitron_mcore.runtime.config import ParallelConfig
 
     a, draw = build_architecture(shape), numpy.random.default_rng(5)
     sizes: dict[str, tuple[int, ...]] = {
@@ -86,7 +87,9 @@ def plan_of(shape: dict[str, Any]) -> Any:
         "layers": (a.num_layers,),
     }
     arrays: dict[str, Any] = {axis: draw.random(size) + 1 for axis, size in sizes.items()}
-    return make_plan(Scores(a, **arrays), StudentConfig(ratios=RATIOS), PruneConfig(divisible_by=8), tensor=2)
+    return make_plan(
+        Scores(a, **arrays), StudentConfig(ratios=RATIOS), PruneConfig(divisible_by=8), ParallelConfig(tensor=2)
+    )
 
 
 def layers_of(parameter: Any, architecture: Any) -> Any:

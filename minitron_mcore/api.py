@@ -47,7 +47,7 @@ from minitron_mcore.checkpoint.store import as_chunks, load_weights, model_state
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
-from minitron_mcore.evaluation.lm_loss import mean_loss
+from minitron_mcore.evaluation.held_out import mean_loss
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.importance.depth import measure_depth
 from minitron_mcore.importance.hooks import Measure
@@ -60,8 +60,8 @@ from minitron_mcore.model.gpt import DTYPES, LanguageModel, build_model
 from minitron_mcore.model.initialize import initialize, named_parameters
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import in_calls
+from minitron_mcore.pruning.apply import prune_chunks
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
-from minitron_mcore.pruning.in_memory import prune_chunks
 from minitron_mcore.pruning.plan import make_plan
 from minitron_mcore.pruning.plan_file import PruningPlan, check_same_model, load_plan, save_plan
 from minitron_mcore.pruning.targets import TARGETS
@@ -179,8 +179,8 @@ def measure(
     """
     batch, _, sequence = aggregation.partition("/")
     ImportanceConfig(batch_aggregation=batch, sequence_aggregation=sequence)  # refuses what is no aggregation
-    statistics = measure_model(model.chunks, _microbatches(model, batches), model.architecture, {what: [sequence]})
-    return statistics.aggregate(what, batch, sequence)
+    aggregate = measure_model(model.chunks, _microbatches(model, batches), model.architecture, {what: [sequence]})
+    return aggregate(what, batch, sequence)
 
 
 def plan(
@@ -201,15 +201,10 @@ def plan(
     """
     of_student = {name: choices.pop(name) for name in (*TARGETS, "ratios") if name in choices}
     layers = None if keep_layers is None else [*keep_layers]
+    student = section_at("student", StudentConfig, {**of_student, "layers": layers})
     _, layout = _standing or (None, ParallelConfig())
-    return make_plan(
-        scores,
-        section_at("student", StudentConfig, {**of_student, "layers": layers}),
-        section_at("prune", PruneConfig, choices),
-        tensor=tensor or layout.tensor,
-        pipeline=pipeline or layout.pipeline,
-        sequence_length=sequence_length,
-    )
+    layout = ParallelConfig(tensor=tensor or layout.tensor, pipeline=pipeline or layout.pipeline)
+    return make_plan(scores, student, section_at("prune", PruneConfig, choices), layout, sequence_length)
 
 
 def prune(model: Model, plan: PruningPlan, *, trainable: bool = False) -> Model:

@@ -107,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not ending.number or isinstance(error, SystemExit):
                 raise
         if rank_told() == 0:
-            say_at_once(f"\nminitron {options.verb}: {stopped(ending.number)}")
+            # A training that has saved says more, and is none of them.
+            left = "what was finished stays, and the same command goes on from there"
+            say_at_once(f"\nminitron {options.verb}: stopped by {name_of(ending.number)}; {left}")
         print_no_more()
         return exit_code(ending.number)
 
@@ -163,11 +165,6 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
         say_failure(f"minitron {options.verb}: {error}")
         return 1
     return 0
-
-
-def stopped(number: int) -> str:
-    """What is said of a verb that a signal ended; a training that has saved says more, and is none of them."""
-    return f"stopped by {name_of(number)}; what was finished stays, and the same command goes on from there"
 
 
 def rank_told() -> int:

@@ -28,8 +28,7 @@ class Verb:
         return self.summary.partition(" ([")[0].replace("`", "")
 
 
-_RANKS = ("precision", "seed", "parallel", "cluster")
-_MODEL = (*_RANKS, "trust", "allow")
+_MODEL = ("precision", "seed", "parallel", "cluster", "trust", "allow")
 _TRAINS = (*_MODEL, "name", "data", "tokenizer.model", "log")
 
 _ROAD = (

@@ -15,6 +15,7 @@ from minitron_mcore.pruning import plan, targets
 from minitron_mcore.pruning.axes import part_of, take_kept
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.pruning.plan_file import PruningPlan
+from minitron_mcore.runtime.config import ParallelConfig
 
 
 def make_plan(
@@ -30,7 +31,7 @@ def make_plan(
 ) -> PruningPlan:
     """`minitron_mcore.pruning.plan.make_plan` of sizes and choices by name."""
     student, prune = student_of(sizes, keep_layers, ratios), section_at("prune", PruneConfig, choices)
-    return plan.make_plan(scores, student, prune, tensor=tensor, pipeline=pipeline, sequence_length=sequence_length)
+    return plan.make_plan(scores, student, prune, ParallelConfig(tensor=tensor, pipeline=pipeline), sequence_length)
 
 
 def student_shape(
@@ -45,7 +46,8 @@ def student_shape(
 ) -> Architecture:
     """`minitron_mcore.pruning.targets.student_shape` of sizes by name."""
     divisor = section_at("prune", PruneConfig, {"divisible_by": divisible_by}).divisible_by
-    return targets.student_shape(teacher, student_of(sizes, layers, ratios), divisor, tensor, pipeline)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    return targets.student_shape(teacher, student_of(sizes, layers, ratios), divisor, parallel)
 
 
 def student_of(

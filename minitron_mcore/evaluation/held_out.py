@@ -1,17 +1,25 @@
-"""Held-out text: which sequences, and their microbatches, each counted once."""
+"""Held-out text: which sequences, their microbatches, each counted once, and a model's loss on them at any layout, from
+its final hidden states; full logits never exist."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
 
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.dataset import Dataset, batches_once, build_datasets
 from minitron_mcore.data.described import held_out_part
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.model.microbatch import Microbatch, to_device
-from minitron_mcore.model.schedule import in_calls
+from minitron_mcore.model.schedule import evaluating, in_calls
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import data_place
+
+if TYPE_CHECKING:
+    from minitron_mcore.distillation.objective import Objective
 
 
 def held_out(data: DataConfig, tokenizer: Tokenizer | None, samples: int, *, seed: int) -> Dataset:
@@ -29,3 +37,24 @@ def held_out_batches(
     device. The interleaved schedule needs a multiple of the stages: uncounted copies fill the last group."""
     microbatches = batches_once(dataset, range(samples), micro_batch_size=micro_batch_size, **data_place())
     return in_calls(map(to_device, microbatches), interleaved=parallel.virtual_pipeline is not None, each=4)
+
+
+def mean_loss(
+    chunks: list[torch.nn.Module], batches: Iterable[list[Microbatch]], objective: Objective
+) -> dict[str, float]:
+    """Mean of each of the objective's losses over all counted tokens of `batches`, and the perplexity (`ppl`).
+
+    Nothing is trained: modules in evaluation mode, no gradients. Every rank calls; the same result on every rank.
+    """
+    totals: dict[str, float] = {}
+    count, objective = 0.0, objective.held_out()
+    with evaluating(chunks):
+        for batch in batches:
+            means = objective.run(chunks, batch, forward_only=True)
+            tokens = means.pop("num_tokens")
+            count += tokens
+            for name, value in means.items():
+                totals[name] = totals.get(name, 0.0) + value * tokens
+    result = {name: value / (count or 1.0) for name, value in totals.items()}
+    result["ppl"] = math.exp(min(result["lm loss"], 20.0))
+    return result

@@ -20,15 +20,10 @@ from minitron_mcore.runtime.groups import data_place, pipeline_group, tensor_gro
 
 
 def row_batches(
-    task: Task,
-    *,
-    micro_batch_size: int,
-    group: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-    length_multiple: int = 1,
+    task: Task, micro_batch_size: int, group: int, length_multiple: int = 1, **place: int
 ) -> Iterator[Iterator[Microbatch]]:
-    """This data-parallel rank's microbatches of all rows, at most `group` at a time for one call of a schedule.
+    """The microbatches of all rows for the data-parallel rank at `place` (data_parallel_rank, data_parallel_size),
+    at most `group` at a time for one call of a schedule.
 
     Rows are sorted by length, the longest first, because those of one call are padded to one length (a multiple of
     `length_multiple`: tensor-parallel ranks, under sequence parallelism). Every rank gets equally many microbatches;
@@ -36,19 +31,13 @@ def row_batches(
     """
     rows = task.rows
     order = sorted(range(len(rows)), key=lambda number: (-len(rows[number][0]), number))
-    together = group * micro_batch_size * data_parallel_size
+    together = group * micro_batch_size * place["data_parallel_size"]
     for begin in range(0, len(order), together):
         numbers = order[begin : begin + together]
         length = len(rows[numbers[0]][0]) - 1
         length += -length % length_multiple
-        once = batches_once(
-            {number: _padded(*rows[number], length) for number in numbers},
-            numbers,
-            micro_batch_size=micro_batch_size,
-            data_parallel_rank=data_parallel_rank,
-            data_parallel_size=data_parallel_size,
-        )
-        yield map(Microbatch.of, once)
+        padded = {number: _padded(*rows[number], length) for number in numbers}
+        yield map(Microbatch.of, batches_once(padded, numbers, micro_batch_size=micro_batch_size, **place))
 
 
 def _padded(sequence: Sequence[int], given: int, length: int) -> dict[str, torch.Tensor]:
@@ -68,13 +57,8 @@ def log_likelihoods(
     One forward pass over all rows. Every rank calls; the same on every rank.
     """
     device = next(chunks[0].parameters()).device
-    groups = row_batches(
-        task,
-        micro_batch_size=micro_batch_size,
-        group=GROUP * pipeline_group().size(),
-        length_multiple=tensor_group().size() if chunks[0].config.sequence_parallel else 1,
-        **data_place(),
-    )
+    group = GROUP * pipeline_group().size()
+    multiple = tensor_group().size() if chunks[0].config.sequence_parallel else 1
     totals = torch.zeros(len(task.rows), dtype=torch.float64, device=device)
 
     def visit(chunk: LanguageModel, hidden_SBH: torch.Tensor, microbatch: Microbatch) -> None:
@@ -83,7 +67,7 @@ def log_likelihoods(
         assert microbatch.samples is not None
         totals.index_add_(0, microbatch.samples, -(loss_SB * mask_SB).sum(0))
 
-    for group in groups:
-        for call in in_calls((microbatch.to(device) for microbatch in group), interleaved=len(chunks) > 1):
+    for rows in row_batches(task, micro_batch_size, group, multiple, **data_place()):
+        for call in in_calls((microbatch.to(device) for microbatch in rows), interleaved=len(chunks) > 1):
             visit_final_states(list(chunks), call, visit)
     return over_world(totals, chunks).cpu().numpy()

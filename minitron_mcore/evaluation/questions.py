@@ -27,7 +27,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 
@@ -50,7 +49,6 @@ class Question:
 class Task:
     """The questions of a file, and the file's sha256."""
 
-    path: str
     questions: tuple[Question, ...]
     digest: str
 
@@ -74,7 +72,7 @@ def load_task(path: str | Path, tokenizer: Tokenizer, max_positions: int) -> Tas
             rule = f"has {read} tokens of context and choice, more than max_position_embeddings={max_positions}"
             raise refusal(where, rule, "shorten the context")
         questions.append(question)
-    return Task(str(path), tuple(questions), hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    return Task(tuple(questions), hashlib.sha256(Path(path).read_bytes()).hexdigest())
 
 
 def read_questions(path: str | Path) -> list[tuple[str, list[str], list[str], int]]:
@@ -112,17 +110,17 @@ def _parse(line: str, where: str) -> tuple[list[str], list[str], int]:
         raise refusal(where, "is not a question", f"write {FORM}")
     context, choices, answer = (fields[name] for name in ("context", "choices", "answer"))
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
-        raise refusal(where, f"has choices={_shown(choices)}, which must be a list of two or more texts")
+        raise refusal(where, f"has choices={choices!r:.60}, which must be a list of two or more texts")
     contexts = context if isinstance(context, list) and len(context) == len(choices) else [context]
     if not all(isinstance(each, str) for each in contexts):
-        rule = f"has context={_shown(context)}, which must be text, or a list of as many texts as there are choices"
+        rule = f"has context={context!r:.60}, which must be text, or a list of as many texts as there are choices"
         raise refusal(where, rule)
     if len(set(_joined(contexts, choices))) < len(choices):
         raise refusal(where, "has two choices of the same text, between which no model could choose")
     if isinstance(answer, str) and choices.count(answer) == 1:
         return contexts, choices, choices.index(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        rule = f"has answer={_shown(answer)}, which must be an index from 0 to {len(choices) - 1} or one of the choices"
+        rule = f"has answer={answer!r:.60}, which must be an index from 0 to {len(choices) - 1} or one of the choices"
         raise refusal(where, rule)
     return contexts, choices, answer
 
@@ -130,11 +128,6 @@ def _parse(line: str, where: str) -> tuple[list[str], list[str], int]:
 def _joined(contexts: Sequence[str], choices: Sequence[str]) -> list[str]:
     own = contexts if len(contexts) == len(choices) else list(contexts) * len(choices)
     return [context + choice for context, choice in zip(own, choices, strict=True)]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _tokenise(
@@ -148,7 +141,7 @@ def _tokenise(
         given = [_common(context, whole) for context, whole in zip(alone, wholes, strict=True)]
     for choice, whole, count in zip(choices, wholes, given, strict=True):
         if len(whole) == count:
-            raise refusal(where, f"has the choice {_shown(choice)}, which has no tokens to score", "give it text")
+            raise refusal(where, f"has the choice {choice!r:.60}, which has no tokens to score", "give it text")
     return Question(tuple((tokenizer.eod, *whole) for whole in wholes), tuple(count + 1 for count in given), answer)
 
 

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from minitron_mcore.importance.config import AGGREGATIONS as AGGREGATIONS
-
 # Which sums each aggregation is made from: abs = Σ|S|, sum = ΣS, square = ΣS².
 SUMS = {"mean": ("abs",), "l2": ("square",), "var": ("sum", "square")}
 

@@ -9,21 +9,17 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.keys import OneOf, PathName, key, refuse_idle, section
 
 AGGREGATIONS = ("mean", "l2", "var")
-PAIRS = tuple(f"{batch}/{sequence}" for batch in AGGREGATIONS for sequence in AGGREGATIONS)
 NEURON_SITES = ("pre_activation", "down_projection_input")
-METHODS = ("activation", "magnitude", "random")
 # Measured on the questions of `multiple_choice`.
 TASK_METRICS = ("accuracy", "normalized_accuracy")
-# block_influence comes with every pass; the others cost passes of their own.
 LOGIT_METRICS = ("logit_mse", "normalized_logit_mse")
 TEXT_METRICS = ("lm_loss", *LOGIT_METRICS)
-DEPTH_METRICS = ("block_influence", *TEXT_METRICS, *TASK_METRICS)
 
 Aggregation = Annotated[str, OneOf(*AGGREGATIONS)]
-Pair = Annotated[str, OneOf(*PAIRS)]
+Pair = Annotated[str, OneOf(*(f"{batch}/{sequence}" for batch in AGGREGATIONS for sequence in AGGREGATIONS))]
 NeuronSite = Annotated[str, OneOf(*NEURON_SITES)]
-Method = Annotated[str, OneOf(*METHODS)]
-DepthMetric = Annotated[str, OneOf(*DEPTH_METRICS)]
+Method = Annotated[str, OneOf("activation", "magnitude", "random")]
+DepthMetric = Annotated[str, OneOf("block_influence", *TEXT_METRICS, *TASK_METRICS)]
 
 
 @section
@@ -79,22 +75,21 @@ def variant_names(config: ImportanceConfig) -> list[str]:
     return list(dict.fromkeys(f"{pair}/{site}" for site in dict.fromkeys(sites) for pair in pairs))
 
 
-def check_blocks(metrics: Sequence[str], lengths: Sequence[int], num_layers: int) -> None:
-    """Raise InputError for blocks that are empty or all of the model."""
-    key = "importance.block_lengths"
-    if metrics and not lengths:
-        raise InputError(key, [], "is empty", "name the lengths of the blocks to leave out, as in [1]")
-    for length in lengths if metrics else ():
-        if not 1 <= length < num_layers:
-            rule = f"holds {length}, but the model has {num_layers} layers"
-            raise InputError(key, list(lengths), rule, f"choose lengths from 1 to {num_layers - 1}")
-
-
 def measured(metrics: Iterable[str]) -> list[str]:
     """The metrics that need passes of their own; block influence comes with the activations."""
     return [metric for metric in metrics if metric != "block_influence"]
 
 
-def blocks_of(lengths: Sequence[int], num_layers: int) -> list[range]:
-    """Every block of every length, by length, then by first layer."""
+def blocks_of(metrics: Sequence[str], lengths: Sequence[int], num_layers: int) -> list[range]:
+    """Every block of every length to leave out, by length, then by first layer; none where no metric asks.
+
+    Raises InputError for blocks that are empty or all of the model.
+    """
+    key, lengths = "importance.block_lengths", [*lengths] if metrics else []
+    if metrics and not lengths:
+        raise InputError(key, [], "is empty", "name the lengths of the blocks to leave out, as in [1]")
+    for length in lengths:
+        if not 1 <= length < num_layers:
+            rule = f"holds {length}, but the model has {num_layers} layers"
+            raise InputError(key, lengths, rule, f"choose lengths from 1 to {num_layers - 1}")
     return [range(start, start + length) for length in lengths for start in range(num_layers - length + 1)]

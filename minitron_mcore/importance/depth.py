@@ -26,14 +26,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.multiple_choice import log_likelihoods
 from minitron_mcore.evaluation.questions import Task, accuracy
 from minitron_mcore.evaluation.token_values import over_world, token_values
-from minitron_mcore.importance.config import (
-    LOGIT_METRICS,
-    TASK_METRICS,
-    TEXT_METRICS,
-    blocks_of,
-    check_blocks,
-    measured,
-)
+from minitron_mcore.importance.config import LOGIT_METRICS, TASK_METRICS, TEXT_METRICS, blocks_of, measured
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import evaluating, in_calls, visit_final_states
@@ -72,11 +65,10 @@ def measure_depth(
     metrics = measured(metrics)
     if not metrics:
         return DepthTable()
-    check_blocks(metrics, lengths, architecture.num_layers)
+    blocks = blocks_of(metrics, lengths, architecture.num_layers)
     if task is None and (needs := [metric for metric in metrics if metric in TASK_METRICS]):
         raise InputError("task", None, f"is missing, and {needs[0]} needs its questions", "read it with `load_task`")
     passes = _Passes(chunks, batches, architecture.vocab_size, metrics, task, micro_batch_size)
-    blocks = blocks_of(lengths, architecture.num_layers)
     damage: dict[str, list[float]] = {f"{metric}@{length}": [] for metric in metrics for length in lengths}
     with evaluating(chunks):
         whole = passes.run("of the whole model")

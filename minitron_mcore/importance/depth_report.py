@@ -26,8 +26,8 @@ def rows_of(scores: Scores, table: DepthTable) -> list[dict[str, Any]]:
     perplexity_without, accuracy_without, normalized_accuracy_without. The whole model has only the latter.
     """
     names, lengths = _names_and_lengths(table)
-    rows = [{"length": 0, "first_layer": "", "last_layer": "", "block_influence": "", **dict.fromkeys(names, "")}]
-    rows[0] |= _left(table, {name: 0.0 for name in names})
+    blank = dict.fromkeys(("first_layer", "last_layer", "block_influence", *names), "")
+    rows: list[dict[str, Any]] = [{"length": 0, **blank, **_left(table, dict.fromkeys(names, 0.0))}]
     for length in lengths:
         influence = scores.depth_of("block_influence", length)
         for start in range(len(influence)):

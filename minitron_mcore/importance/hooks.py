@@ -12,7 +12,8 @@ to the group what a head's is to the head. (The papers keep every KV group and g
 heads' scores it is formed token by token, so that a head that is strong where the others are weak counts fully; unlike
 the norm of the group's key and value it includes what attention makes of them.
 
-A custom measure is one more `Measure`: a shape, and a function that hooks a chunk and records values.
+A custom measure is one more `Measure`: a shape, and a function that hooks a chunk and records values. A pass keeps no
+gradients.
 
 Legend: s sequence, b micro-batch, C channels on this rank, h hidden, n heads on this rank, d head dimension, q query
 heads in a KV group.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,20 +56,14 @@ class Measure:
 
 def on_input(module: torch.nn.Module, row: int, record: Record, values: Values) -> RemovableHandle:
     """Record `values(x)` at every `module(x)`."""
-
-    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        with torch.no_grad():
-            record(row, values(args[0]))
-
-    return module.register_forward_pre_hook(hook)
+    return module.register_forward_pre_hook(lambda module, args: record(row, values(args[0])))
 
 
 def on_output(module: torch.nn.Module, row: int, record: Record, values: Values) -> RemovableHandle:
     """Record `values(y)` at every `module(x)` -> y, or (y, bias) as Megatron's linears answer."""
 
     def hook(module: torch.nn.Module, args: Any, output: torch.Tensor | tuple[torch.Tensor, Any]) -> None:
-        with torch.no_grad():
-            record(row, values(output[0] if isinstance(output, tuple) else output))
+        record(row, values(output[0] if isinstance(output, tuple) else output))
 
     return module.register_forward_hook(hook)
 
@@ -124,16 +120,11 @@ def _attach_down_projection_input(chunk: LanguageModel, record: Record) -> Itera
 
 
 def _attach_layers(chunk: LanguageModel, record: Record) -> Iterator[RemovableHandle]:
+    def influence(index: int, module: Any, args: Any, given: dict[str, Any], output: tuple[torch.Tensor, Any]) -> None:
+        record(index, block_influence(given["hidden_states"] if "hidden_states" in given else args[0], output[0]))
+
     for index, layer in layers_of(chunk):
-        yield _on_layer(layer, index, record)
-
-
-def _on_layer(layer: Any, index: int, record: Record) -> RemovableHandle:
-    def hook(module: Any, args: Any, given: dict[str, Any], output: tuple[torch.Tensor, Any]) -> None:
-        with torch.no_grad():
-            record(index, block_influence(given["hidden_states"] if "hidden_states" in given else args[0], output[0]))
-
-    return layer.register_forward_hook(hook, with_kwargs=True)
+        yield layer.register_forward_hook(partial(influence, index), with_kwargs=True)
 
 
 HIDDEN = Measure("hidden", lambda a: (2 * a.num_layers + 1, a.hidden_size), False, _attach_hidden, rows_per_layer=2)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -37,16 +36,9 @@ _NONE = torch.iinfo(torch.int64).max
 Wanted = Mapping[Measure, Sequence[str]]
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """What a pass leaves: sums over the samples, of the global model, the same on every rank."""
-
-    num_samples: float
-    sums: dict[str, SampleSums]  # by the measure's name
-
-    def aggregate(self, measure: Measure, batch: str, sequence: str) -> numpy.ndarray:
-        """Scores float64 [rows, channels] of a measure, for one pair of aggregations."""
-        return self.sums[measure.name].over_batch(batch, sequence, self.num_samples).cpu().numpy()
+# What a pass leaves: (measure, aggregation over the batch, over the sequence) -> scores float64 [rows, channels] of the
+# global model, the same on every rank.
+Aggregate = Callable[[Measure, str, str], numpy.ndarray]
 
 
 def score_model(
@@ -72,25 +64,25 @@ def score_model(
     sites = list(dict.fromkeys(name.split("/")[2] for name in variants))
     shared = (HIDDEN, HEADS, GROUPS, *(NEURON_SITES[site] for site in sites))
     wanted = {**dict.fromkeys(shared, sequence), LAYERS: ["mean"]}
-    statistics = measure(chunks, batches, architecture, wanted, report=report)
+    aggregate = measure(chunks, batches, architecture, wanted, report=report)
     said = {"importance": dataclasses.asdict(config), **(settings or {})}
     return Scores(
         architecture=architecture,
-        **width_scores(statistics, primary),
-        layers=statistics.aggregate(LAYERS, "mean", "mean")[:, 0],
+        **width_scores(aggregate, primary),
+        layers=aggregate(LAYERS, "mean", "mean")[:, 0],
         settings=said,
-        variants={name: width_scores(statistics, name) for name in others},
+        variants={name: width_scores(aggregate, name) for name in others},
     )
 
 
-def width_scores(statistics: Statistics, variant: str) -> dict[str, Any]:
+def width_scores(aggregate: Aggregate, variant: str) -> dict[str, Any]:
     """hidden, ffn, heads and groups of one choice "BATCH/SEQUENCE/SITE"."""
     batch, sequence, site = variant.split("/")
     return {
-        "hidden": statistics.aggregate(HIDDEN, batch, sequence).sum(axis=0),
-        "ffn": statistics.aggregate(NEURON_SITES[site], batch, sequence),
-        "heads": statistics.aggregate(HEADS, batch, sequence),
-        "groups": statistics.aggregate(GROUPS, batch, sequence),
+        "hidden": aggregate(HIDDEN, batch, sequence).sum(axis=0),
+        "ffn": aggregate(NEURON_SITES[site], batch, sequence),
+        "heads": aggregate(HEADS, batch, sequence),
+        "groups": aggregate(GROUPS, batch, sequence),
     }
 
 
@@ -101,7 +93,7 @@ def measure(
     wanted: Wanted,
     *,
     report: Callable[[int], None] | None = None,
-) -> Statistics:
+) -> Aggregate:
     """One forward pass over `batches`, keeping the sums of every wanted measure.
 
     `batches`: microbatches on the device, as many on every rank and all of one size, `tokens` and `position_ids`
@@ -184,14 +176,11 @@ class _Collector:
             row_numbers = _row_numbers(rows, self.device)
             self.sums[each].add(values_ARBC, valid_B, row_numbers)
             bad_ARB = ~values_ARBC.isfinite().all(dim=-1) & (valid_B > 0)
-            self._note_bad(bad_ARB.any(dim=-1).any(dim=0), row_numbers // each.rows_per_layer, index, number)
-
-    def _note_bad(self, bad_R: torch.Tensor, layers_R: torch.Tensor, index: int, number: int) -> None:
-        """Note on the device where values are NaN or Inf: microbatch, layer and measure as one number, so that the
-        smallest is the earliest place in the earliest microbatch.
-        """
-        places_R = number * (self.architecture.num_layers + 1) + layers_R
-        self.bad.append(torch.where(bad_R, places_R * len(self.wanted) + index, _NONE).min())
+            # Noted on the device: microbatch, layer and measure as one number, so that the smallest is the earliest
+            # place in the earliest microbatch.
+            places_R = number * (self.architecture.num_layers + 1) + row_numbers // each.rows_per_layer
+            bad_R = bad_ARB.any(dim=-1).any(dim=0)
+            self.bad.append(torch.where(bad_R, places_R * len(self.wanted) + index, _NONE).min())
 
     def check_finite(self) -> None:
         """Raise InputError, on every rank, if any rank has seen NaN or Inf since the last call."""
@@ -209,7 +198,7 @@ class _Collector:
         rule = f"are NaN or Inf ({name}) in microbatch {number}, calibration samples {samples}"
         raise InputError("", f"activations of {where}", rule, "check the checkpoint's weights, and precision")
 
-    def merge(self) -> Statistics:
+    def merge(self) -> Aggregate:
         """Sums of the global model, on every rank: each contributes the part it owns, and zeros elsewhere."""
         answers = self.tensor_rank == 0
         merged = {}
@@ -222,7 +211,8 @@ class _Collector:
             elif answers:
                 whole.totals.copy_(local)
             torch.distributed.all_reduce(whole.totals)
-            merged[each.name] = whole
+            merged[each] = whole
         count = self.num_samples * float(answers and pipeline_group().rank() == 0)
         torch.distributed.all_reduce(count)
-        return Statistics(num_samples=float(count), sums=merged)
+        num_samples = float(count)
+        return lambda what, batch, sequence: merged[what].over_batch(batch, sequence, num_samples).cpu().numpy()

@@ -121,7 +121,7 @@ def sizes_of(shape: StudentConfig | Architecture) -> dict[str, Any]:
 
 def asked_shape(recipe: Recipe, student: StudentConfig, teacher: Architecture) -> Architecture:
     """The teacher cut to what `student`, a section, asks for. Raises InputError naming student.<field>."""
-    return student_shape(teacher, student, recipe.prune.divisible_by, recipe.parallel.tensor, recipe.parallel.pipeline)
+    return student_shape(teacher, student, recipe.prune.divisible_by, recipe.parallel)
 
 
 def check_model(

@@ -67,8 +67,7 @@ def plan_from_scores(
 
 def plan_at(recipe: Recipe, scores: Scores, student: StudentConfig, prune: PruneConfig) -> PruningPlan:
     """The plan of `student` and `prune` for the recipe's layout and sequences. Raises InputError."""
-    layout, length = recipe.parallel, recipe.data.sequence_length
-    return make_plan(scores, student, prune, tensor=layout.tensor, pipeline=layout.pipeline, sequence_length=length)
+    return make_plan(scores, student, prune, recipe.parallel, recipe.data.sequence_length)
 
 
 def promised_shape(recipe: Recipe, teacher: Architecture) -> Architecture:

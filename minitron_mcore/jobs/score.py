@@ -14,7 +14,7 @@ from minitron_mcore.data.described import describe_calibration
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.questions import Task, load_task, read_questions
 from minitron_mcore.files import kind_of
-from minitron_mcore.importance.config import check_blocks, measured
+from minitron_mcore.importance.config import blocks_of, measured
 from minitron_mcore.importance.scores import OF_WEIGHTS, load_scores, tolerance_of
 from minitron_mcore.jobs.inputs import TEXT, data_items, find_reader, require
 from minitron_mcore.jobs.job import NOTHING, SCORES, Item, Model, ModelJob, Promises
@@ -49,7 +49,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Score
     require(recipe, needed, TEXT if reads_text and not recipe.data.calibration else {})
     teacher = find_reader(recipe, world, promises, "teacher.checkpoint", whole="score", reads_text=reads_text)
     metrics, target = measured(importance.depth_metrics), Path(str(recipe.scores))
-    check_blocks(metrics, importance.block_lengths, teacher.architecture.num_layers)
+    blocks_of(metrics, importance.block_lengths, teacher.architecture.num_layers)
     for path in (target, *(beside(target) if metrics else ())):
         check_file(str(path), "scores")
     task = None

@@ -7,12 +7,14 @@ Head residuals are what kept query heads take up of the dropped ones (arXiv 2407
 of the query part of linear_qkv (weight and bias) and d columns of linear_proj; where each KV group has one head, its
 key and its value too.
 
+Rows are copied as fast as the host can: in time, pruning is little else.
+
 The axis names are those of layout.py's table. Legend: d head dimension (kv_channels), q query heads in a KV group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -21,8 +23,10 @@ import torch
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.layout import Parameter, shard_slices
 from minitron_mcore.pruning.plan_file import PruningPlan
-from minitron_mcore.pruning.select import select
 
+# NumPy takes rows two to three times as fast as torch does on a host, and knows bfloat16 as bits alone.
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BLOCK_BYTES = 1 << 17  # stays in a processor's cache between the two axes
 # One axis: (plan, the teacher's layer) -> kept rows [n] of the teacher's global axis, int64, in the student's order.
 Rows = Callable[[PruningPlan, int], numpy.ndarray]
 
@@ -156,3 +160,41 @@ def shard_rows(parameter: Parameter, architecture: Architecture, rank: int, size
     """Global rows of the sharded axis that tensor-parallel `rank` of `size` holds, in its local order."""
     slices = shard_slices(parameter, architecture, rank, size)
     return numpy.concatenate([numpy.arange(part.start, part.stop) for part in slices])
+
+
+def take(tensor: torch.Tensor, axis: int, rows: numpy.ndarray) -> torch.Tensor:
+    """`rows` of `axis`, copied; the tensor itself where they are all of it in order."""
+    return select(tensor, [rows if other == axis else None for other in range(tensor.ndim)])
+
+
+def select(tensor: torch.Tensor, rows: Sequence[numpy.ndarray | None]) -> torch.Tensor:
+    """Of each axis its `rows`, None for all of it; copied, but the tensor itself where all are all of it in order."""
+    wanted = [
+        None if kept is None or numpy.array_equal(kept, numpy.arange(size)) else kept
+        for kept, size in zip(rows, tensor.shape, strict=True)
+    ]
+    if tensor.device.type == "cpu" and len(wanted) == 2 and wanted[1] is not None:
+        return _select_columns(tensor, wanted[0], wanted[1])
+    for axis, kept in enumerate(wanted):
+        if kept is not None and tensor.device.type == "cpu":
+            tensor = torch.from_numpy(_bits(tensor).take(kept, axis=axis)).view(tensor.dtype)
+        elif kept is not None:
+            tensor = tensor.index_select(axis, torch.from_numpy(kept).to(tensor.device))
+    return tensor
+
+
+def _bits(tensor: torch.Tensor) -> numpy.ndarray:
+    return tensor.detach().view(BITS[tensor.element_size()]).numpy()
+
+
+def _select_columns(tensor: torch.Tensor, rows: numpy.ndarray | None, columns: numpy.ndarray) -> torch.Tensor:
+    """A block of rows after the other, so that no copy of all of them is made on the way."""
+    source = _bits(tensor)
+    result = torch.empty((len(source) if rows is None else len(rows), len(columns)), dtype=tensor.dtype)
+    target = _bits(result)
+    count = max(1, BLOCK_BYTES // (source.itemsize * source.shape[1]))
+    for start in range(0, len(target), count):
+        place = slice(start, start + count)
+        # With another mode than clip, NumPy fills `out` by way of a buffer; the indices are known to be good.
+        numpy.take(source[place if rows is None else rows[place]], columns, axis=1, out=target[place], mode="clip")
+    return result

@@ -6,12 +6,11 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import DepthMetric
 from minitron_mcore.keys import OneOf, PathName, key, section
 
-LAYER_CHOICES = ("scattered", "contiguous")
 # How kept heads take up dropped ones, and in which rows of linear_qkv (weight, bias) and columns of linear_proj.
 RESIDUALS = ("paper", "laco")
 RESIDUAL_MATRICES = ("query", "key", "value", "output")
 
-LayerChoice = Annotated[str, OneOf(*LAYER_CHOICES)]
+LayerChoice = Annotated[str, OneOf("scattered", "contiguous")]
 HeadResidual = Annotated[str, OneOf("none", *RESIDUALS)]
 _SIZE = "null: the teacher's"
 

@@ -17,6 +17,7 @@ from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.pruning.plan_file import HeadResidual, PruningPlan, check_residual
 from minitron_mcore.pruning.ranking import Cut, best, narrowest, residual_pairs, without_cheapest
 from minitron_mcore.pruning.targets import DIVIDED, student_shape
+from minitron_mcore.runtime.config import ParallelConfig
 
 if TYPE_CHECKING:
     from minitron_mcore.importance.scores import Scores
@@ -29,14 +30,12 @@ def make_plan(
     scores: Scores,
     student: StudentConfig,
     prune: PruneConfig,
-    *,
-    tensor: int = 1,
-    pipeline: int = 1,
+    parallel: ParallelConfig,
     sequence_length: int | None = None,
 ) -> PruningPlan:
     """Keep the most important indices of every axis; ties keep the lower index.
 
-    `student`, `tensor`, `pipeline`: see `student_shape`. KV groups are ranked within their layer; heads within their
+    `student`, `parallel`: see `student_shape`. KV groups are ranked within their layer; heads within their
     group, with equally many kept in each group that stays; neurons within their layer; hidden channels once for the
     whole network. `prune.layers`: "scattered" drops the layers that cost least to leave out, one by one; "contiguous"
     drops the block that costs least; `student.layers` names the layers instead. `prune.depth_metric` is that cost:
@@ -48,7 +47,7 @@ def make_plan(
     section 2.
     """
     teacher = scores.architecture
-    target = student_shape(teacher, student, prune.divisible_by, tensor, pipeline)
+    target = student_shape(teacher, student, prune.divisible_by, parallel)
     check_residual(teacher, target, prune.head_residual, prune.residual_matrices)
     chosen = scores if prune.variant is None else scores.variant(prune.variant)
     of_groups = _group_scores(chosen, target)

@@ -11,6 +11,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import check_tensor_parallel
 from minitron_mcore.pruning.config import StudentConfig
+from minitron_mcore.runtime.config import ParallelConfig
 
 TARGETS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 # Dimensions of the matrix products, to which prune.divisible_by applies.
@@ -18,19 +19,19 @@ DIVIDED = ("hidden_size", "ffn_hidden_size")
 
 
 def student_shape(
-    teacher: Architecture, student: StudentConfig, divisible_by: int = 1, tensor: int = 1, pipeline: int = 1
+    teacher: Architecture, student: StudentConfig, divisible_by: int, parallel: ParallelConfig
 ) -> Architecture:
     """The teacher cut to the sizes asked for.
 
     A size of `student` that is not given stays the teacher's. If only KV groups are given, each keeps all of its query
     heads; if each group has a single head, groups and heads shrink together. A ratio is rounded to the nearest multiple
     of what must divide the size, at least one such multiple and at most the teacher's size. `divisible_by`: what must
-    divide hidden_size and ffn_hidden_size where they shrink. `tensor` and `pipeline`: the student's layout.
+    divide hidden_size and ffn_hidden_size where they shrink. `parallel`: the student's layout.
 
     Raises InputError, naming student.<field>, prune.divisible_by or parallel.<field>.
     """
     wanted = {name: size for name in TARGETS if (size := getattr(student, name)) is not None}
-    ratios = student.ratios
+    ratios, tensor, pipeline = student.ratios, parallel.tensor, parallel.pipeline
     _check_sizes(teacher, wanted, divisible_by)
     _check_ratios(ratios, wanted)
     if student.layers is not None:

@@ -14,13 +14,12 @@ import torch
 from minitron_mcore.checkpoint.store import as_chunks, load_model
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.evaluation.held_out import held_out, held_out_batches
-from minitron_mcore.evaluation.lm_loss import mean_loss
+from minitron_mcore.evaluation.held_out import held_out, held_out_batches, mean_loss
 from minitron_mcore.files import writing
 from minitron_mcore.importance.magnitude import magnitude_scores
 from minitron_mcore.importance.scores import Scores, load_scores, random_scores
 from minitron_mcore.jobs.ablate import AblateJob, plan_of
-from minitron_mcore.pruning.in_memory import prune_chunks
+from minitron_mcore.pruning.apply import prune_chunks
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.search.ablation import Row, Setting, squares, table, write_plot, write_rows

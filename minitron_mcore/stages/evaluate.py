@@ -9,8 +9,7 @@ from typing import Any
 from minitron_mcore.checkpoint.store import as_chunks, load_model
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.evaluation.held_out import held_out, held_out_batches
-from minitron_mcore.evaluation.lm_loss import mean_loss
+from minitron_mcore.evaluation.held_out import held_out, held_out_batches, mean_loss
 from minitron_mcore.files import write_whole
 from minitron_mcore.jobs.job import ModelJob
 from minitron_mcore.runtime.parallel import lay_out

@@ -71,7 +71,7 @@ def costs(
     metrics: Sequence[str], lengths: Sequence[int], num_layers: int, num_samples: int, task: Task | None = None
 ) -> list[str]:
     """The number of passes, one line for all metrics that share them; printed before they run."""
-    passes = 1 + len(blocks_of(lengths, num_layers))
+    passes = 1 + len(blocks_of(metrics, lengths, num_layers))
     terms = ["1 whole"] + [f"{num_layers - length + 1} without {length}" for length in lengths]
     shares: list[tuple[tuple[str, ...], int, str]] = [(TEXT_METRICS, num_samples, f"{num_samples:,} samples")]
     if task is not None:

@@ -14,7 +14,7 @@ import torch
 from minitron_mcore.checkpoint.folder import drop_iteration, latest_iteration, read_lineage
 from minitron_mcore.checkpoint.store import load_training_state
 from minitron_mcore.errors import DivergedError, InputError
-from minitron_mcore.evaluation.lm_loss import mean_loss
+from minitron_mcore.evaluation.held_out import mean_loss
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.runtime.agree import gathered
 from minitron_mcore.runtime.groups import data_group

@@ -75,7 +75,7 @@ def task_of(vocab_size: int) -> Any:
         contexts = [given + draw(number // 10 * choice) for choice in range(2 + number % 4 // 3)]
         sequences = tuple(each + draw(2 + number % 2 * choice) for choice, each in enumerate(contexts))
         questions.append(Question(sequences, tuple(map(len, contexts)), number % 2))
-    return Task("task", tuple(questions), "")
+    return Task(tuple(questions), "")
 
 
 def batches_of(vocab_size: int, size: int) -> Any:
@@ -320,7 +320,7 @@ def counting_on_rank(parallel: dict[str, Any], world_size: int) -> Any:
     found = {}
     for name, given in {"right": answers, "one wrong": (0, 1, 0), "all wrong": (1, 2, 0)}.items():
         questions = [Question(each, (1,) * len(each), answer) for each, answer in zip(counts, given, strict=True)]
-        task = Task("counting", tuple(questions), "")
+        task = Task(tuple(questions), "")
         table = measure_depth(chunks, [], architecture, ["accuracy"], [1], task=task, micro_batch_size=2)
         found[name] = (table.whole, table.damage["accuracy@1"].tolist())
     return found

@@ -67,7 +67,7 @@ def prune_here(world_size: int) -> list[dict[str, Any]]:
     """For every layout of the world and every model: this rank's part of the student, and how the teacher fared."""
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import fill, named_parameters
-    from minitron_mcore.pruning.in_memory import prune_chunks
+    from minitron_mcore.pruning.apply import prune_chunks
 
     found = []
     for parallel in LAYOUTS[world_size]:
@@ -109,7 +109,7 @@ def test_the_bits_are_those_of_plain_slicing(world_size: int) -> None:
 def refused(world_size: int) -> str:
     from minitron_mcore.errors import InputError
     from minitron_mcore.model.gpt import build_model
-    from minitron_mcore.pruning.in_memory import prune_chunks
+    from minitron_mcore.pruning.apply import prune_chunks
 
     config = start_layout(VPP2, world_size)
     a = tiny("llama", num_layers=8)

@@ -148,7 +148,6 @@ def test_as_many_tokens_as_the_model_has_positions_are_allowed(tmp_path: Path) -
 
 
 TASK = Task(
-    "",
     (
         Question(((1, 2, 3), (1, 2, 4, 5, 6)), (2, 2), 0),
         Question(((1, 7), (1, 8), (1, 9)), (1, 1, 1), 2),
@@ -173,9 +172,8 @@ def test_by_the_token_a_long_choice_is_at_no_disadvantage() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize(("size", "group"), [(1, 2), (2, 1), (4, 16)])
 def test_every_row_goes_to_one_rank_once(ranks: int, size: int, group: int) -> None:
-    options = {"micro_batch_size": size, "group": group, "data_parallel_size": ranks}
     by_rank = [
-        [[*batch] for batch in row_batches(TASK, data_parallel_rank=rank, length_multiple=4, **options)]
+        [[*batch] for batch in row_batches(TASK, size, group, 4, data_parallel_rank=rank, data_parallel_size=ranks)]
         for rank in range(ranks)
     ]
     seen = []

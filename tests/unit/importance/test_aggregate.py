@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minitron_mcore.importance import aggregate
-from minitron_mcore.importance.aggregate import AGGREGATIONS, SampleSums, over_sequence, sequence_sums, sums_for
+from minitron_mcore.importance.aggregate import SampleSums, over_sequence, sequence_sums, sums_for
+from minitron_mcore.importance.config import AGGREGATIONS
 
 PAIRS = list(itertools.product(AGGREGATIONS, AGGREGATIONS))
 

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.layout import Parameter, parameter_table
 from minitron_mcore.model.initialize import take_shard
-from minitron_mcore.pruning.axes import kept_rows, part_of, take_kept
+from minitron_mcore.pruning.axes import kept_rows, part_of, select, take, take_kept
 from minitron_mcore.pruning.plan_file import HeadResidual, PruningPlan
-from minitron_mcore.pruning.select import select, take
 from tests.plans import prune_dense
 
 
