@@ -74,7 +74,7 @@ def make_source(folder: Path, shape: dict[str, Any], max_shard_bytes: int) -> di
 
     architecture = build_architecture(shape)
     family = find_family("llama", "benchmark")
-    rows = units(family, architecture)
+    rows = units(architecture)
     entries = [
         Entry(name, size, torch.bfloat16)
         for unit in rows

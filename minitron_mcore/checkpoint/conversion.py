@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.families.table import Family
+from minitron_mcore.families.find import known_families
 from minitron_mcore.layout import Parameter, parameter_table
 
 
@@ -62,9 +62,9 @@ class Unit:
         return [tuple(part.shape) for part in self.layout.split(whole, architecture)]
 
 
-def units(family: Family, architecture: Architecture) -> list[Unit]:
+def units(architecture: Architecture) -> list[Unit]:
     """Everything to convert, in the model's order: embedding, layer after layer, final norm, output head."""
-    rows = {row.key: row for row in family.tensors}
+    rows = {row.key: row for row in known_families()[architecture.family].tensors}
     parameters = parameter_table(architecture)
 
     def unit(parameter: Parameter, layer: int | None) -> Unit:

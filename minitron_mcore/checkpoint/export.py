@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,8 @@ import torch
 from minitron_mcore.checkpoint.companions import token_ids, tokenizer_class, write_companions
 from minitron_mcore.checkpoint.conversion import units
 from minitron_mcore.checkpoint.folder import read_architecture
-from minitron_mcore.checkpoint.manifest import StoredPiece, write_manifest
+from minitron_mcore.checkpoint.hf_config import INDEX, SINGLE
+from minitron_mcore.checkpoint.manifest import StoredPiece, type_name, write_manifest
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.safetensors_file import Entry, split_files, write_safetensors
 from minitron_mcore.errors import InputError
@@ -63,13 +65,15 @@ def export_checkpoint(
         runtime.on_main(partial(job.finish, place, card, bos, eos, save_tokenizer))
 
 
+@dataclass
 class _Export:
     """The first rank's work; `export_checkpoint` calls its methods in order."""
 
-    def __init__(self, folder: Path, iteration: int, target: Path, max_shard_bytes: int) -> None:
-        self.folder, self.iteration, self.target = folder, iteration, target
-        self.max_shard_bytes = max_shard_bytes
-        self.stored: list[StoredPiece] = []
+    folder: Path
+    iteration: int
+    target: Path
+    max_shard_bytes: int
+    stored: list[StoredPiece] = field(default_factory=list)
 
     def begin(self) -> int:
         """Refuse what cannot be exported; returns the number of weight files."""
@@ -78,7 +82,7 @@ class _Export:
         self.config = config_of(family, self.architecture, f"hf={self.target}")
         _ask_transformers(self.config, self.target)
         self.reader = TensorReader(self.folder, self.iteration)
-        self.units = units(family, self.architecture)
+        self.units = units(self.architecture)
         entries = [
             Entry(name, shape, self.reader.dtype(unit.parameter.key))
             for unit in self.units
@@ -90,16 +94,9 @@ class _Export:
 
     def write_weights(self, place: Path, number: int) -> None:
         """One safetensors file. One parameter makes several tensors, so the stream continues across files."""
-        entries = self.files[number]
-        path = place / self._file_name(number)
-
-        def write() -> None:
-            checksums = write_safetensors(path, entries, islice(self.stream, len(entries)))
-            for entry, checksum in zip(entries, checksums, strict=True):
-                dtype = str(entry.dtype).removeprefix("torch.")
-                self.stored.append(StoredPiece(entry.name, (), entry.shape, dtype, checksum))
-
-        self._guard(write)
+        entries, path = self.files[number], place / self._file_name(number)
+        with writing(f"hf={self.target}"):
+            self.stored += write_safetensors(path, entries, islice(self.stream, len(entries)))
 
     def finish(
         self,
@@ -113,21 +110,13 @@ class _Export:
         has_marks = save_tokenizer is not None or (bos, eos) != (None, None)
         own = {"bos_token_id": bos, "eos_token_id": eos} if has_marks else {}
         marks = token_ids(self.folder, own)
-        dtype = str(self.files[0][0].dtype).removeprefix("torch.")
-        documents: dict[str, dict[str, Any]] = {
-            "config.json": {
-                **self.config,
-                **marks,
-                **tokenizer_class(self.folder),
-                "torch_dtype": dtype,
-                "use_cache": True,
-            },
+        dtype = {"torch_dtype": type_name(self.files[0][0].dtype)}
+        documents = {
+            "config.json": {**self.config, **marks, **tokenizer_class(self.folder), **dtype, "use_cache": True},
+            INDEX: self._index(),
         }
-        if len(self.files) > 1:
-            documents["model.safetensors.index.json"] = self._index()
-
-        def write() -> None:
-            for name, content in documents.items():
+        with writing(f"hf={self.target}"):
+            for name, content in list(documents.items())[: len(self.files)]:  # one file needs no index
                 (place / name).write_text(json.dumps(content, indent=2) + "\n")
             if card is not None:
                 (place / "README.md").write_text(card(), encoding="utf-8")
@@ -136,8 +125,6 @@ class _Export:
                 save_tokenizer(place)
             write_manifest(place, self.stored)
 
-        self._guard(write)
-
     def _tensors(self) -> Iterator[torch.Tensor]:
         for unit in self.units:
             key, shape = unit.parameter.key, unit.parameter.shape(self.architecture)
@@ -145,17 +132,13 @@ class _Export:
 
     def _file_name(self, number: int) -> str:
         if len(self.files) == 1:
-            return "model.safetensors"
+            return SINGLE
         return f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
 
     def _index(self) -> dict[str, Any]:
         size = sum(entry.num_bytes for entries in self.files for entry in entries)
         places = {entry.name: self._file_name(i) for i, entries in enumerate(self.files) for entry in entries}
         return {"metadata": {"total_size": size}, "weight_map": places}
-
-    def _guard(self, write: Callable[[], None]) -> None:
-        with writing(f"hf={self.target}"):
-            write()
 
 
 def _ask_transformers(config: dict[str, Any], target: Path) -> None:

@@ -11,7 +11,6 @@ from minitron_mcore.checkpoint.conversion import Unit, units
 from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
 from minitron_mcore.checkpoint.weight_checks import CheckedWeights, WeightChecks
 from minitron_mcore.checkpoint.writer import Source, save_stream, shard_pieces
-from minitron_mcore.families.find import find_family
 from minitron_mcore.layout import check_tensor_parallel, stage_parameters
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import data_group, pipeline_group, tensor_group
@@ -37,7 +36,7 @@ def import_checkpoint(
     """
     check_tensor_parallel(architecture, parallel.tensor)
     here = stage_parameters(architecture, parallel.pipeline, pipeline_group().rank())
-    wanted = units(find_family(architecture.family, f"hf={source}"), architecture)
+    wanted = units(architecture)
     checks = WeightChecks()
     folder = SafetensorsFolder(source, checks.look)
     for note in folder.check(wanted, architecture, allow_extra="extra_tensors" in allow):

@@ -10,7 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from minitron_mcore.architecture import Architecture
@@ -30,10 +29,10 @@ from minitron_mcore.checkpoint.folder import (
 )
 from minitron_mcore.checkpoint.hf_config import read_config
 from minitron_mcore.checkpoint.integrity import Verification, verify_checkpoint, verify_hugging_face
+from minitron_mcore.checkpoint.manifest import type_name
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
 from minitron_mcore.errors import InputError
-from minitron_mcore.families.find import find_family
 from minitron_mcore.files import read_mapping
 from minitron_mcore.layout import parameter_table
 
@@ -136,7 +135,7 @@ def check_iteration(folder: Path, iteration: int, architecture: Architecture) ->
             rule = f"is damaged: the stored parts of {key} do not add up to its shape {tuple(entry.size)}"
             raise InputError("", place, rule)
     return {
-        "dtypes": sorted({_name(reader.dtype(parameter.key)) for parameter in parameter_table(architecture)}),
+        "dtypes": sorted({type_name(reader.dtype(parameter.key)) for parameter in parameter_table(architecture)}),
         "optimizer": any(key.startswith("optimizer.") for key in reader.tensors),
         "stored_bytes": _check_files(place, reader),
     }
@@ -168,12 +167,12 @@ def inspect_hugging_face(folder: Path) -> dict[str, Any]:
     try:
         # The files have no padding rows, so none are shown.
         architecture = read_config(folder, make_vocab_size_divisible_by=1)
-        wanted = units(find_family(architecture.family, str(folder)), architecture)
+        wanted = units(architecture)
         files = SafetensorsFolder(folder)
         notes = files.check(wanted, architecture, allow_extra=True)
     except InputError as error:
         raise InputError("path" if error.key == "hf" else error.key, error.value, error.rule, error.remedy) from error
-    dtypes = {_name(files.dtype(name)) for unit in wanted for name in unit.names}
+    dtypes = {type_name(files.dtype(name)) for unit in wanted for name in unit.names}
     used = sorted(set(files.places.values()))
     other = sorted({path.name for path in folder.glob("*.safetensors")} - set(used))
     return {
@@ -211,7 +210,3 @@ def _card_lineage(card: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}  # somebody else's model card
     return lineage if isinstance(lineage, dict) and "stage" in lineage else {}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -44,13 +44,14 @@ class StoredPiece:
 
 def stored_piece(key: str, offsets: Iterable[int], tensor: torch.Tensor) -> StoredPiece:
     """`tensor`, on any device, as it is about to be stored."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return StoredPiece(key, tuple(offsets), tuple(tensor.shape), dtype, tensor_checksum(tensor))
+    # About 10 GB/s from the host's memory.
+    checksum = xxhash.xxh3_128_hexdigest(tensor_bytes(tensor))
+    return StoredPiece(key, tuple(offsets), tuple(tensor.shape), type_name(tensor.dtype), checksum)
 
 
-def tensor_checksum(tensor: torch.Tensor) -> str:
-    """Hexadecimal xxh3_128 of the elements in row-major order; about 10 GB/s from the host's memory."""
-    return xxhash.xxh3_128_hexdigest(tensor_bytes(tensor))
+def type_name(dtype: torch.dtype) -> str:
+    """`bfloat16`"""
+    return str(dtype).removeprefix("torch.")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

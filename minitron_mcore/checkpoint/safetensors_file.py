@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from minitron_mcore.checkpoint.manifest import tensor_bytes, tensor_checksum
+from minitron_mcore.checkpoint.manifest import StoredPiece, stored_piece, tensor_bytes
 from minitron_mcore.errors import InputError
 
 TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -55,8 +55,8 @@ def split_files(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
     return files
 
 
-def write_safetensors(path: Path, entries: list[Entry], tensors: Iterable[torch.Tensor]) -> list[str]:
-    """Write `tensors`, which come in the order of `entries` with their shapes and dtypes; returns their checksums.
+def write_safetensors(path: Path, entries: list[Entry], tensors: Iterable[torch.Tensor]) -> list[StoredPiece]:
+    """Write `tensors`, which come in the order of `entries` with their shapes and dtypes; returns what was stored.
 
     One process calls.
     """
@@ -64,26 +64,23 @@ def write_safetensors(path: Path, entries: list[Entry], tensors: Iterable[torch.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for entry in entries:
         start, end = end, end + entry.num_bytes
-        header[entry.name] = {
-            "dtype": TYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [start, end],
-        }
+        dtype, shape = TYPE_NAMES[entry.dtype], list(entry.shape)
+        header[entry.name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
-    checksums = []
+    stored = []
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         coming = iter(tensors)
         for entry in entries:  # not zipped: zip holds a tensor until it has the next one
             tensor = next(coming).contiguous()
             assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry
-            checksums.append(tensor_checksum(tensor))
+            stored.append(stored_piece(entry.name, (), tensor))
             write_in_blocks(stream, tensor_bytes(tensor))
             del tensor
         stream.flush()
         os.fsync(stream.fileno())
-    return checksums
+    return stored
 
 
 def write_in_blocks(stream: BinaryIO, content: memoryview) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -30,9 +30,8 @@ from minitron_mcore.checkpoint.folder import check_architecture, iteration_folde
 from minitron_mcore.checkpoint.manifest import StoredPiece, stored_piece
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, refuse_objects
-from minitron_mcore.checkpoint.versions import save_common
-from minitron_mcore.checkpoint.way_back import common_part, extra_states, write_beside
-from minitron_mcore.checkpoint.writer import explaining_disk, pieces_of, write_iteration
+from minitron_mcore.checkpoint.way_back import extra_states
+from minitron_mcore.checkpoint.writer import pieces_of, write_iteration
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import parameter_table
 from minitron_mcore.model.gpt import LanguageModel, build_model, unwrap
@@ -67,36 +66,26 @@ def save_state(
     Written to a temporary folder, which is renamed when every rank is done, with a manifest of the tensors' checksums.
     Raises StorageError, on every rank, if the disk is full: the unfinished iteration is gone then, the others whole.
     """
-    hint = "; what was saved before is whole: make room, and the same command goes on from there"
+    save_without_helper()
+    logging.getLogger(FileSystemWriterAsync.__module__).setLevel(logging.CRITICAL)  # what it logs is raised, too
+    if architecture is not None and runtime.is_main:
+        state["extra_states"] = {value.unique_key: value for value in extra_states(architecture)}
+    sharded, common = save_preprocess(state)
+    tensors = [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
 
     def write(temporary: Path) -> list[StoredPiece]:
-        save_without_helper()
-        logging.getLogger(FileSystemWriterAsync.__module__).setLevel(logging.CRITICAL)  # what it logs is raised, too
-        state["content_metadata"] = {"iteration": iteration}
-        if architecture is not None:
-            state.update(common_part(architecture, iteration))
-            if runtime.is_main:
-                state["extra_states"] = {value.unique_key: value for value in extra_states(architecture)}
-        sharded, common = save_preprocess(state)
-
-        def write_common() -> None:
-            with explaining_disk(folder, str(folder), hint):
-                save_common(common, temporary)
-                if architecture is not None:
-                    weights = [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
-                    write_beside(temporary, architecture, weights[0].dtype)
-
-        def write_config() -> None:
-            with explaining_disk(folder, str(folder), hint):
-                save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
-
-        runtime.on_main(write_common)
         with write_errors() as met:
             _SaveOrTell(met).save(sharded, temporary)
-        runtime.on_main(write_config)
-        return _stored_pieces(state)
+        # Those of which this rank is the main replica, optimizer included.
+        return [
+            stored_piece(piece.key, piece.offsets, part.data.reshape(piece.shape))
+            for part in tensors
+            for piece in pieces_of([part])
+        ]
 
-    write_iteration(folder, iteration, runtime, write, hint=hint)
+    dtype = tensors[0].dtype if tensors else torch.float32
+    hint = "; what was saved before is whole: make room, and the same command goes on from there"
+    write_iteration(folder, iteration, runtime, write, common, architecture, dtype, hint=hint)
 
 
 class _SaveOrTell(TorchDistSaveShardedStrategy):
@@ -124,16 +113,6 @@ class _SaveOrTell(TorchDistSaveShardedStrategy):
             ranks.all_reduce("write", written, lambda results: writer.finish(metadata, results))
 
         return request._replace(finalize_fns=[finish])
-
-
-def _stored_pieces(state: ShardedStateDict) -> list[StoredPiece]:
-    """What this rank stored of a saved `state`: the tensors of which it is the main replica, optimizer included."""
-    return [
-        stored_piece(piece.key, piece.offsets, part.data.reshape(piece.shape))
-        for part in nested_values(state)
-        if isinstance(part, ShardedTensor)
-        for piece in pieces_of([part])
-    ]
 
 
 def load_state(folder: Path, iteration: int, state: ShardedStateDict) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,9 +21,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from torch.distributed.checkpoint import (
-    BytesStorageMetadata,
     DefaultSavePlanner,
-    FileSystemReader,
     FileSystemWriter,
     SavePlan,
     SavePlanner,
@@ -43,7 +40,8 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import finish_iteration, unfinished_folder
 from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, stored_piece, write_manifest
 from minitron_mcore.checkpoint.safetensors_file import write_in_blocks
-from minitron_mcore.checkpoint.versions import save_common
+from minitron_mcore.checkpoint.unpickle import read_metadata
+from minitron_mcore.checkpoint.versions import is_object, save_common
 from minitron_mcore.checkpoint.way_back import common_part, extra_states, stored_object, write_beside
 from minitron_mcore.errors import InputError, Interrupted, StorageError
 from minitron_mcore.files import nearest_folder, not_written
@@ -133,28 +131,19 @@ def save_stream(
     may refuse it. Every error is raised on every rank, and nothing of the iteration is left behind. An InputError of
     `read` passes unchanged; a full or forbidden disk becomes one, which calls the folder `called`.
     """
-    chosen, called = list(sources), called or str(folder)
+    chosen = list(sources)
     objects = extra_states(architecture) if architecture is not None and runtime.is_main else []
-
-    def write_common(temporary: Path) -> None:
-        with explaining_disk(folder, called):
-            common: dict[str, Any] = {"content_metadata": {"iteration": iteration}}
-            if architecture is not None:
-                common |= common_part(architecture, iteration)
-                write_beside(temporary, architecture, chosen[0].pieces[0].dtype if chosen else torch.float32)
-            save_common(common, temporary)
-            save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
 
     def write(temporary: Path) -> list[StoredPiece]:
         writer = _StreamWriter(temporary, chosen, objects)
         # A stored tensor's own checksum is in the manifest; torch.load never reads the CRC-32, which takes longer.
         with _without_crc32():
             save({}, storage_writer=writer, planner=_StreamPlanner(chosen, objects))
-        runtime.on_main(partial(write_common, temporary))
         before_finish()
         return writer.stored
 
-    write_iteration(folder, iteration, runtime, write, called)
+    dtype = chosen[0].pieces[0].dtype if chosen else torch.float32
+    write_iteration(folder, iteration, runtime, write, {}, architecture, dtype, called)
 
 
 def write_iteration(
@@ -162,14 +151,18 @@ def write_iteration(
     iteration: int,
     runtime: Runtime,
     write: Callable[[Path], list[StoredPiece]],
+    common: dict[str, Any],
+    architecture: Architecture | None,
+    dtype: torch.dtype,
     called: str | None = None,
     hint: str = "",
 ) -> None:
     """Have `write` fill a temporary folder, on every rank, and make it the finished `iteration` of `folder`.
 
-    `write` returns the pieces that this rank stored, and raises on every rank if it does on one. All ranks call. After
-    an error nothing of the iteration is left behind. Raises InputError, which calls the folder `called`, if it cannot
-    be made, and StorageError, ending with `hint`, if the disk is full.
+    `write` returns the pieces that this rank stored, and raises on every rank if it does on one. `common` is stored
+    beside them, and for an `architecture`, with weights of `dtype`, what other projects on megatron-core need (see
+    way_back.py). All ranks call. After an error nothing of the iteration is left behind. Raises InputError, which calls
+    the folder `called`, if it cannot be made, and StorageError, ending with `hint`, if the disk is full.
     """
     existed, called, temporary = folder.exists(), called or str(folder), unfinished_folder(folder, iteration)
 
@@ -180,6 +173,12 @@ def write_iteration(
 
     def finish() -> None:
         with explaining_disk(folder, called, hint):
+            common["content_metadata"] = {"iteration": iteration}
+            if architecture is not None:
+                common.update(common_part(architecture, iteration))
+                write_beside(temporary, architecture, dtype)
+            save_common(common, temporary)
+            save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
             write_manifest(temporary, (piece for pieces in ranks for piece in pieces), _objects(temporary))
             finish_iteration(folder, temporary, iteration)
 
@@ -202,11 +201,11 @@ def write_iteration(
 
 def _objects(place: Path) -> dict[str, str]:
     """Checksums of the objects stored beside tensors, by key."""
-    metadata = FileSystemReader(place).read_metadata()
+    metadata = read_metadata(place)
     return {
         index.fqn: bytes_checksum(place / info.relative_path, info.offset, info.length)
-        for index, info in (metadata.storage_data or {}).items()
-        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata)
+        for index, info in metadata.storage_data.items()
+        if is_object(metadata.state_dict_metadata[index.fqn])
     }
 
 
@@ -225,13 +224,11 @@ def explaining_disk(folder: Path, called: str, hint: str = "") -> Iterator[None]
 
 def _told(error: BaseException, folder: Path, called: str, hint: str) -> BaseException:
     """What the user sees of an error that torch gathered from the ranks: the first sentence meant for a user."""
-    causes = [error]
-    if isinstance(error, CheckpointException):
-        causes = [failure[0] for failure in error.failures.values()]
-    for cause in causes:
+    failures = error.failures.values() if isinstance(error, CheckpointException) else [[error]]
+    causes = [failure[0] for failure in failures]
+    for cause in sorted(causes, key=lambda cause: not isinstance(cause, InputError)):
         if isinstance(cause, InputError):
             return cause
-    for cause in causes:
         if isinstance(cause, OSError):
             return not_written(called, cause, hint)
     for cause in causes:
@@ -293,41 +290,38 @@ class _StreamWriter(FileSystemWriter):
         return str(self.path)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results: list[WriteResult] = []
         done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        if not plan.items:
-            return done
-        name = f"{plan.storage_data.prefix}0.distcp"
-        items = iter(plan.items)
-        with (Path(self.path) / name).open("wb") as stream:
-            for source in self.sources:
-                self._write_source(source, items, stream, name, results)
-            for value in self.objects:
-                start, length = stream.tell(), _InBlocks(stream).write(stored_object(value))
-                index = next(items).index
-                results.append(WriteResult(index, length, _StorageInfo(name, start, length)))
-            stream.flush()
-            os.fsync(stream.fileno())
+        done.set_result(self._written(plan) if plan.items else [])
         return done
 
-    def _write_source(
-        self, source: Source, items: Iterator[WriteItem], stream: Any, name: str, results: list[WriteResult]
-    ) -> None:
-        for piece, tensor in zip(source.pieces, source.read(), strict=True):
-            item = next(items)
-            assert (item.index.fqn, item.index.offset) == (piece.key, torch.Size(piece.offsets)), (item, piece)
-            assert tensor.dtype == piece.dtype, piece
-            # torch.save stores the whole storage that a view refers to.
-            whole = tensor.detach().cpu().contiguous().view(piece.shape)
-            whole = whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
-            self.stored.append(stored_piece(piece.key, piece.offsets, whole))
-            start = stream.tell()
-            _save_tensor(whole, stream)
-            length = stream.tell() - start
-            results.append(
-                WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, start, length))
-            )
+    def _written(self, plan: SavePlan) -> list[WriteResult]:
+        name, items = f"{plan.storage_data.prefix}0.distcp", iter(plan.items)
+        results: list[WriteResult] = []
+        with (Path(self.path) / name).open("wb") as stream:
+            for source in self.sources:
+                for piece, tensor in zip(source.pieces, source.read(), strict=True):
+                    item = next(items)
+                    assert item.index == MetadataIndex(piece.key, piece.offsets), (item, piece)
+                    assert tensor.dtype == piece.dtype, piece
+                    # torch.save stores the whole storage that a view refers to.
+                    whole = tensor.detach().cpu().contiguous().view(piece.shape)
+                    whole = whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
+                    self.stored.append(stored_piece(piece.key, piece.offsets, whole))
+                    start = stream.tell()
+                    _save_tensor(whole, stream)
+                    results.append(_result(item, name, start, stream))
+            for value in self.objects:
+                start = stream.tell()
+                _InBlocks(stream).write(stored_object(value))
+                results.append(_result(next(items), name, start, stream))
+            stream.flush()
+            os.fsync(stream.fileno())
+        return results
+
+
+def _result(item: WriteItem, name: str, start: int, stream: BinaryIO) -> WriteResult:
+    length = stream.tell() - start
+    return WriteResult(item.index, length, _StorageInfo(name, start, length))
 
 
 def _save_tensor(tensor: torch.Tensor, stream: BinaryIO) -> None:

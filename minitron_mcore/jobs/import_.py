@@ -11,7 +11,6 @@ from minitron_mcore.checkpoint.hf_config import find_hugging_face, read_config
 from minitron_mcore.data.tokenizer import cut_otherwise, load_tokenizer
 from minitron_mcore.data.tokenizer_files import has_tokenizer
 from minitron_mcore.errors import InputError
-from minitron_mcore.families.find import find_family
 from minitron_mcore.jobs.inputs import check_model, fit_tokenizer, output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.recipe import Recipe
@@ -61,5 +60,4 @@ def check_weights(source: Path, architecture: Architecture, recipe: Recipe) -> N
     from minitron_mcore.checkpoint.conversion import units
     from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
 
-    wanted = units(find_family(architecture.family, f"hf={source}"), architecture)
-    SafetensorsFolder(source).check(wanted, architecture, allow_extra="extra_tensors" in recipe.allow)
+    SafetensorsFolder(source).check(units(architecture), architecture, allow_extra="extra_tensors" in recipe.allow)

@@ -18,7 +18,6 @@ from minitron_mcore.checkpoint.export import export_checkpoint
 from minitron_mcore.checkpoint.hf_config import read_config
 from minitron_mcore.checkpoint.import_hf import SafetensorsFolder, import_checkpoint
 from minitron_mcore.errors import InputError
-from minitron_mcore.families.find import known_families
 from minitron_mcore.runtime.config import ParallelConfig
 from tests.distributed.hf_cases import SHAPE, alone, architecture_of, save_with_transformers, tensors_of
 from tests.distributed.models import start_layout
@@ -173,7 +172,7 @@ def test_a_rank_whose_vocabulary_is_padding_alone(tmp_path: Path) -> None:
     a = build_architecture({**SHAPE, "vocab_size": 100, "make_vocab_size_divisible_by": 256})
     table = torch.randn(100, 96)
     save_file({"model.embed_tokens.weight": table}, tmp_path / "model.safetensors")
-    unit = units(known_families()["llama"], a)[0]
+    unit = units(a)[0]
     source = SafetensorsFolder(tmp_path)
     whole = torch.cat([source.read_part(unit, a, rank, 4) for rank in range(4)])
     assert torch.equal(whole, torch.cat([table, torch.zeros(156, 96)]))
