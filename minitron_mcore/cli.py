@@ -123,10 +123,11 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
 
         overrides, taken = keys_of(options)
         recipe = load_recipe(options.config, overrides, **taken)
-        from minitron_mcore.jobs.job import reading_for, resolve
+        from minitron_mcore.checkpoint.stated import stating
+        from minitron_mcore.jobs.job import resolve, stated_by
         from minitron_mcore.runtime.world import on_this_machine
 
-        with reading_for(recipe):
+        with stating(stated_by(recipe)):
             world = on_this_machine(read_world(os.environ))
             if options.dry_run:
                 from minitron_mcore.jobs.dry_run import dry_run, planned_world

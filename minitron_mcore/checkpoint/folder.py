@@ -26,6 +26,7 @@ import yaml
 
 from minitron_mcore.architecture import Architecture, load_architecture, save_architecture
 from minitron_mcore.checkpoint.foreign import description_file, infer_architecture
+from minitron_mcore.checkpoint.manifest import MANIFEST, bytes_checksum
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import read_mapping, reading, refuse_closed, write_whole
 
@@ -200,6 +201,13 @@ def finish_iteration(folder: Path, temporary: Path, iteration: int) -> None:
         shutil.rmtree(target)
     os.replace(temporary, target)
     write_whole(folder / TRACKER, str(iteration))
+
+
+def identify_weights(folder: Path, iteration: int) -> dict[str, Any]:
+    """Which weights an iteration holds, wherever it lies: its number, and the checksum of the manifest of its tensors;
+    None where there is no manifest."""
+    manifest = iteration_folder(folder, iteration) / MANIFEST
+    return {"iteration": iteration, "weights": bytes_checksum(manifest) if manifest.is_file() else None}
 
 
 def drop_iteration(folder: Path, iteration: int) -> None:

@@ -9,6 +9,7 @@ refused by name, and every size is compared with the stored tensors. Pure.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.completion import FLOATS, UNSCALED, Fields, complete
 from minitron_mcore.checkpoint.hybrid import as_gpt
-from minitron_mcore.checkpoint.stated import refuse_contradictions, said_by_user
+from minitron_mcore.checkpoint.stated import said_by_user
 from minitron_mcore.checkpoint.stored import StoredTensors
-from minitron_mcore.checkpoint.unpickle import find_common
+from minitron_mcore.checkpoint.unpickle import read_metadata
+from minitron_mcore.checkpoint.versions import locate_common
 from minitron_mcore.errors import InputError, shown
 from minitron_mcore.files import read_mapping
 
@@ -107,11 +109,25 @@ def infer_architecture(place: Path) -> Architecture:
     return architecture
 
 
+def refuse_contradictions(described: Fields, source: Any) -> None:
+    """Raise InputError where the user contradicts the description in the file `source`."""
+    for name, value in said_by_user().fields.items():
+        if name == "family" or (there := described.get(name)) is None:
+            continue
+        pairs = {name: (value, there)}
+        if isinstance(value, Mapping) and isinstance(there, Mapping):
+            pairs = {f"{name}.{inner}": (value[inner], there.get(inner)) for inner in value}
+        for path, (here, said) in pairs.items():
+            if said is not None and here != said:
+                rule = f"contradicts {source}, which says {said}"
+                raise InputError(f"model.{path}", here, rule, "leave it out: it is only for what a description lacks")
+
+
 def description_file(place: Path) -> Path:
     """The file that describes the model in `place`. Raises InputError where there is none."""
     if (config := place / "run_config.yaml").is_file():
         return config
-    if (common := find_common(place)) is not None:
+    if (common := locate_common(place, read_metadata(place))) is not None:
         return common.path
     raise InputError(
         "",
@@ -164,7 +180,7 @@ def read_arguments(stored: StoredTensors) -> Fields:
             return {}
         raise InputError(
             "",
-            find_common(stored.folder, stored.metadata),
+            locate_common(stored.folder, stored.metadata),
             "holds no args of Megatron-LM, and there is neither architecture.yaml nor run_config.yaml, so that nothing "
             "says what the model is",
             "give model.family (as model.family=llama), and then the keys asked for, which the tensors do not show",

@@ -14,9 +14,6 @@ import io
 import pickle
 import re
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy
 
+from minitron_mcore.checkpoint.stated import said_by_user
 from minitron_mcore.checkpoint.versions import (
     ANY_VERSION,
     ARRAYS,
@@ -34,7 +32,7 @@ from minitron_mcore.checkpoint.versions import (
     Unknown,
     is_object,
     locate_common,
-    stand_ins,
+    stand_in,
 )
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import not_read
@@ -43,41 +41,26 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
 EXTRA_STATE = re.compile(r"_extra_state/shard_\d+_\d+$")
-_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 _METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
-_SHARDED_TENSOR = "torch.distributed._shard.sharded_tensor.metadata"  # where torch 2.2 and older kept the properties
 _TORCH_DIST = "megatron.core.dist_checkpointing.strategies.torch"
 # megatron-core's subclasses of torch's classes, which add nothing that is read here -> torch's.
 OF_MEGATRON = {
     (_TORCH_DIST, "MCoreMetadata"): (_METADATA, "Metadata"),
     (_TORCH_DIST, "MCoreSavePlan"): (_PLANNER, "SavePlan"),
 }
-# What `.metadata` is made of. megatron-core's writer keeps the plans it saved by in it.
+# What `.metadata` is made of, by module. megatron-core's writer keeps the plans it saved by in it.
 METADATA_CLASSES = {
-    *(
-        (_METADATA, name)
-        for name in (
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-    *((_PLANNER, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    (_SHARDED_TENSOR, "TensorProperties"),
-    (_SHARDED_TENSOR, "MEM_FORMAT_ENCODING"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
-    ("builtins", "frozenset"),
+    _METADATA: "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
+    "TensorProperties StorageMeta _MEM_FORMAT_ENCODING",
+    _PLANNER: "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
+    # Where torch 2.2 and older kept the properties.
+    "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING",
+    "torch": "Size",
+    "torch.serialization": "_get_layout",
+    "collections": "OrderedDict",
+    "builtins": "set frozenset",
 }
 
 
@@ -110,16 +93,6 @@ COMMON_CLASSES: list[Any] = [
 ]
 
 
-@contextmanager
-def trusting(trust: bool) -> Iterator[None]:
-    """Within, if `trust`, checkpoints are trusted: their pickles may run code."""
-    token = _trusted.set(trust)
-    try:
-        yield
-    finally:
-        _trusted.reset(token)
-
-
 def refuse(path: Path | CommonPart, asked: str) -> InputError:
     rule = f"asks for {asked}, which no checkpoint needs and which may run code"
     return InputError("", path, rule, "set trust=true if you trust where it comes from")
@@ -135,7 +108,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) in PATHS:
             return PATHS[module, name]
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in METADATA_CLASSES:
+        if is_dtype or name in METADATA_CLASSES.get(module, "").split():
             return super().find_class(module, name)
         raise _RefusedError(f"{module}.{name}")
 
@@ -148,7 +121,7 @@ def read_metadata(place: Path) -> Metadata:
     path = place / ".metadata"
     try:
         with path.open("rb") as stream:
-            metadata = (AnyVersion if _trusted.get() else _MetadataUnpickler)(stream).load()
+            metadata = (AnyVersion if said_by_user().trust else _MetadataUnpickler)(stream).load()
         is_metadata = _is_whole(metadata)
     except _RefusedError as error:
         raise refuse(path, str(error)) from error
@@ -168,11 +141,10 @@ def _is_whole(metadata: Any) -> bool:
     entries, places = metadata.state_dict_metadata, metadata.storage_data
     if not (isinstance(entries, dict) and isinstance(places, dict)):
         return False
-    for name, entry in entries.items():
-        if not isinstance(name, str) or not (is_object(entry) or is_tensor(entry)):
-            return False
     numbers = [number for info in places.values() for number in (info.offset, info.length)]
-    return all(isinstance(number, int) and number >= 0 for number in numbers)
+    return all(isinstance(number, int) and number >= 0 for number in numbers) and all(
+        isinstance(name, str) and (is_object(entry) or is_tensor(entry)) for name, entry in entries.items()
+    )
 
 
 def is_tensor(entry: Any) -> bool:
@@ -193,7 +165,7 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
     """
     import torch
 
-    part = find_common(place, metadata)
+    part = locate_common(place, metadata or read_metadata(place))
     if part is None:
         raise InputError("", place / COMMON_FILE, f"is missing: {place} is not a whole torch_dist checkpoint")
     strangers: list[str] = []
@@ -204,10 +176,12 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
         with torch.serialization.safe_globals(ours), part.open() as stream:
             asked = _not_admitted(stream)
             stream.seek(0)
-            unknown = stand_ins(asked)
-            strangers = [name for name in asked if name not in unknown]
-            with torch.serialization.safe_globals([(kind, name) for name, kind in unknown.items()]):
-                content = torch.load(stream, map_location="cpu", **_how())
+            unknown: list[Any] = [(stand_in(name), name) for name in asked if name.startswith("megatron.")]
+            strangers = [name for name in asked if not name.startswith("megatron.")]
+            trusted = {"weights_only": False, "pickle_module": ANY_VERSION}
+            how: dict[str, Any] = trusted if said_by_user().trust else {"weights_only": True}
+            with torch.serialization.safe_globals(unknown):
+                content = torch.load(stream, map_location="cpu", **how)
     except _RefusedError as error:
         raise refuse(part, str(error)) from error
     except OSError as error:
@@ -224,24 +198,11 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
     return common
 
 
-def find_common(place: Path, metadata: Metadata | None = None) -> CommonPart | None:
-    """Where the iteration in the folder `place` keeps its common part, whichever version wrote it; None if it has none.
-
-    Raises InputError if its `.metadata`, which says where, cannot be read.
-    """
-    return locate_common(place, read_metadata(place) if metadata is None else metadata)
-
-
-def _how() -> dict[str, Any]:
-    """The arguments of torch.load that depend on trust."""
-    return {"weights_only": False, "pickle_module": ANY_VERSION} if _trusted.get() else {"weights_only": True}
-
-
 def _not_admitted(stream: BinaryIO) -> list[str]:
     """Names of the classes in a torch.save that torch does not admit; none if it is damaged, as loading will report."""
     import torch
 
-    if _trusted.get():
+    if said_by_user().trust:
         return []
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(stream)
@@ -257,5 +218,5 @@ def refuse_objects(place: Path, metadata: Metadata) -> None:
     """
     for key, entry in metadata.state_dict_metadata.items():
         is_asked_for = not EXTRA_STATE.search(key)
-        if is_object(entry) and is_asked_for and not _trusted.get():
+        if is_object(entry) and is_asked_for and not said_by_user().trust:
             raise refuse(place / ".metadata", f"the pickled object {key}")

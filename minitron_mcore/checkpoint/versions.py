@@ -113,11 +113,6 @@ def stand_in(name: str) -> type[Unknown]:
     return cast("type[Unknown]", type(name.rpartition(".")[2], (Unknown,), {}))
 
 
-def stand_ins(asked: list[str]) -> dict[str, type[Unknown]]:
-    """An Unknown for each of the classes `asked` for that is Megatron's; nothing is imported by name."""
-    return {name: stand_in(name) for name in asked if name.startswith("megatron.")}
-
-
 class AnyVersion(pickle.Unpickler):
     """Reads everything, under any version's names; only for trusted files."""
 

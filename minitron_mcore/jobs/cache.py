@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import find_checkpoint, read_architecture, read_lineage
-from minitron_mcore.checkpoint.identity import identity
+from minitron_mcore.checkpoint.folder import find_checkpoint, identify_weights, read_architecture, read_lineage
 from minitron_mcore.data.described import describe, describe_training, split_part
 from minitron_mcore.data.index import Wanted, digest_of
 from minitron_mcore.data.tokenizer import Tokenizer
@@ -88,7 +87,7 @@ def settings_of(recipe: Recipe, teacher: Model, tokenizer: Tokenizer, num_sample
         "precision": recipe.teacher.precision or recipe.precision,
         "tokenizer": tokenizer.fingerprint,
         **describe_data(recipe, tokenizer),
-        "teacher": {"checkpoint": str(folder), "architecture": architecture, **identity(folder, iteration)},
+        "teacher": {"checkpoint": str(folder), "architecture": architecture, **identify_weights(folder, iteration)},
     }
     return json.loads(json.dumps(said))
 
@@ -144,7 +143,7 @@ def check_teacher(recipe: Recipe, settings: dict[str, Any]) -> None:
     if not named or not Path(named).is_dir():
         return
     folder, iteration = find_checkpoint(named, "teacher.checkpoint")
-    there, here = settings["teacher"], identity(folder, iteration)
+    there, here = settings["teacher"], identify_weights(folder, iteration)
     same = all(there[name] == here[name] for name in here)
     if here["weights"] is None:
         # Nothing says what is in the files but where they lie.

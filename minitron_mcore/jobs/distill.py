@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import iteration_folder, latest_iteration, read_lineage
-from minitron_mcore.checkpoint.identity import identity
+from minitron_mcore.checkpoint.folder import identify_weights, iteration_folder, latest_iteration, read_lineage
 from minitron_mcore.distillation.cache.serving import cache_folder
 from minitron_mcore.distillation.states.map import check_hidden_states
 from minitron_mcore.errors import InputError
@@ -78,7 +77,7 @@ def model_teaching(recipe: Recipe, world: World, promises: Promises, student: Mo
                 f"is {newest}"
             )
             model = dataclasses.replace(model, iteration=began)
-        lineage |= identity(model.folder, began)
+        lineage |= identify_weights(model.folder, began)
     check_vocabulary(model.architecture, student.architecture)
     tokenizer = inputs.model_tokenizer(recipe, model, promises)
     if tokenizer is not None:
@@ -119,7 +118,7 @@ def taught_so_far(student: str | None, teacher: Model) -> int:
         return newest
     iteration, named = int(before["iteration"]), f"in teacher.checkpoint={teacher.folder}"
     is_there = iteration_folder(teacher.folder, iteration).is_dir()
-    if is_there and before.get("weights") in (None, identity(teacher.folder, iteration)["weights"]):
+    if is_there and before.get("weights") in (None, identify_weights(teacher.folder, iteration)["weights"]):
         return iteration
     wrong = f"has other weights {named}" if is_there else f"is not {named}, where the newest is {newest}"
     rule = f"was distilled so far from iteration {iteration} of its teacher, which {wrong}"

@@ -9,15 +9,14 @@ is resolved once more, so that a stage only ever sees inputs that are there.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.stated import ASKED, Stated, stating
+from minitron_mcore.checkpoint.stated import ASKED, Stated
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.recipe import Recipe
@@ -129,20 +128,8 @@ def module_of(verb: str) -> str:
     return "import_" if verb == "import" else verb
 
 
-@contextmanager
-def reading_for(recipe: Recipe) -> Iterator[None]:
-    """While it lasts, checkpoints are described with `model.*` and the tokenizer, and read as `trust` says."""
-    with ExitStack() as stack:
-        if recipe.trust:  # imports torch
-            from minitron_mcore.checkpoint.unpickle import trusting
-
-            stack.enter_context(trusting(True))
-        stack.enter_context(stating(stated_by(recipe)))
-        yield
-
-
 def stated_by(recipe: Recipe) -> Stated:
-    """The keys `model.*` that may be asked for, and the tokenizers that are found: the recipe's, or one at a path."""
+    """Which keys `model.*` are given, what the tokenizers found (the recipe's, or one at a path) count, and trust."""
 
     @cache
     def count_ids(path: str | None) -> tuple[str, int] | None:
@@ -157,4 +144,4 @@ def stated_by(recipe: Recipe) -> Stated:
         return tokenizer.path, tokenizer.vocab_size
 
     given = {name: value for name in ASKED if (value := getattr(recipe.model, name)) is not None}
-    return Stated(given, count_ids)
+    return Stated(given, count_ids, recipe.trust)

@@ -43,13 +43,14 @@ FOREIGN = f"@/foreign/iter_{ITERATION:07d}"
 
 def run_verb(verb: str, root: Path, *overrides: str) -> str:
     """What the first rank printed; `@` stands for the folder of the test."""
-    from minitron_mcore.jobs.job import reading_for, resolve
+    from minitron_mcore.checkpoint.stated import stating
+    from minitron_mcore.jobs.job import resolve, stated_by
     from minitron_mcore.runtime.start import start
     from minitron_mcore.runtime.world import read_world
 
     recipe = recipe_of(root, *overrides)
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), reading_for(recipe):
+    with contextlib.redirect_stdout(printed), stating(stated_by(recipe)):
         job = resolve(verb, recipe, read_world(os.environ))
         importlib.import_module(f"minitron_mcore.stages.{verb}").run(job, start())
     return printed.getvalue()

@@ -36,8 +36,9 @@ from minitron_mcore.checkpoint.folder import (
 )
 from minitron_mcore.checkpoint.inspection import inspect_checkpoint
 from minitron_mcore.checkpoint.reader import TensorReader
+from minitron_mcore.checkpoint.stated import Stated, stating
 from minitron_mcore.checkpoint.store import load_state, load_weights
-from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, trusting
+from minitron_mcore.checkpoint.unpickle import read_common, read_metadata
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.inputs import output_folder
 from minitron_mcore.layout import parameter_table
@@ -163,10 +164,10 @@ def test_trusted_files_are_read(folder: Path, tmp_path: Path, name: str) -> None
     """And run what lies in them: the Evil above is one."""
     marker = tmp_path / "marker"
     put_evil(folder, name, marker)
-    with trusting(True):
+    with stating(Stated(trust=True)):
         part = read_all(folder)["output_layer.weight", None]
     assert marker.is_dir() and torch.equal(part, tensors()["output_layer.weight"][64:])
-    with pytest.raises(InputError, match="set trust=true"), trusting(False):
+    with pytest.raises(InputError, match="set trust=true"), stating(Stated(trust=False)):
         read_all(folder)
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, trusting
+from minitron_mcore.checkpoint.stated import Stated, stating
+from minitron_mcore.checkpoint.unpickle import read_common, read_metadata
 from minitron_mcore.checkpoint.versions import COMMON_OBJECT, Unknown
 from minitron_mcore.errors import InputError
 from tests.unit.checkpoint.test_unpickle import save_plainly
@@ -74,10 +75,10 @@ def test_a_path_of_every_python(place: Path, module: bytes, trust: bool) -> None
     metadata = pickle.loads((place / ".metadata").read_bytes())
     metadata.storage_meta.checkpoint_id = Path("/a/b")
     (place / ".metadata").write_bytes(renamed(metadata, names))
-    with trusting(trust):
+    with stating(Stated(trust=trust)):
         assert getattr(read_metadata(place).storage_meta, "checkpoint_id", None) == Path("/a/b")
     save_renamed({"where": Path("/a/b")}, place / "common.pt", names)
-    with trusting(trust):
+    with stating(Stated(trust=trust)):
         assert read_common(place)["where"] == Path("/a/b")
 
 
@@ -105,7 +106,7 @@ def test_classes_of_another_megatron_are_kept_and_never_called(place: Path) -> N
 def test_classes_of_another_megatron_where_the_file_is_trusted(place: Path) -> None:
     names = {f"c{__name__}\nOneOf\n".encode(): b"cmegatron.core.transformer.enums\nLater\n"}
     save_renamed({"args": Later(OneOf, (3,)), "module": signal.SIGTERM}, place / "common.pt", names)
-    with trusting(True):
+    with stating(Stated(trust=True)):
         common = read_common(place)
     assert isinstance(common["args"], Unknown) and common["args"].arguments == (3,)
     assert common["module"] is signal.SIGTERM

@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from minitron_mcore.architecture import Architecture, save_architecture
-from minitron_mcore.checkpoint.folder import TRACKER
-from minitron_mcore.checkpoint.identity import identity
+from minitron_mcore.checkpoint.folder import TRACKER, identify_weights
 from minitron_mcore.distillation.cache.file import CacheReader, write_settings
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.cache import check_teacher, lineage_of, refuse_other_targets
@@ -35,7 +34,7 @@ def checkpoint(folder: Path, architecture: Architecture, manifest: str | None = 
 
 def made_by(folder: Path, architecture: Architecture) -> dict[str, Any]:
     """The settings of a cache by the teacher in `folder`."""
-    asked = {"checkpoint": str(folder), "architecture": architecture.to_dict(), **identity(folder, 3)}
+    asked = {"checkpoint": str(folder), "architecture": architecture.to_dict(), **identify_weights(folder, 3)}
     settings = {"method": "sampled", "draws": 50, "proposal_temperature": 1.0, "temperature": 1.0, "vocab_size": 1003}
     settings |= {"dtype": "fp16", "precision": "fp32", "num_samples": 16, "shard_samples": 4, "tokenizer": "abc"}
     return json.loads(json.dumps({**settings, "teacher": asked}))
