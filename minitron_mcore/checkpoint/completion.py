@@ -16,11 +16,13 @@ Pure.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.stated import said_by_user
 from minitron_mcore.checkpoint.stored import StoredTensors, shown_fields, shown_heads
 from minitron_mcore.errors import InputError, shown
@@ -29,31 +31,9 @@ from minitron_mcore.runtime.notice import say, warn
 
 Fields = dict[str, Any]
 
-# Fields that Megatron-LM, Megatron-Bridge and an Architecture all call the same.
-SAME = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "normalization",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "rotary_percent",
-    "init_method_std",
-)
-# Those that a description has under these names once it is read (foreign.py).
-DESCRIBED = (
-    *SAME,
-    "max_position_embeddings",
-    "layernorm_zero_centered_gamma",
-    "layernorm_epsilon",
-    "gated_linear_unit",
-    "activation",
-    "rotary_base",
-    "untie_embeddings_and_output_weights",
-)
+# Those fields that a description has under our names once it is read (foreign.py).
+DESCRIBED = {entry.name for entry in dataclasses.fields(Architecture)}
+DESCRIBED -= {"family", "vocab_size", "padded_vocab_size", "rope_scaling"}
 # The writer's own names of fields that it may leave out.
 RUN_CONFIG = {
     "activation": "activation_func",
@@ -112,24 +92,21 @@ def complete(said: Fields, stored: StoredTensors, source: Path) -> Fields:
     for name in ("rotary_percent", "rotary_base", "layernorm_epsilon", "max_position_embeddings"):
         if name not in fields:
             missing.add(name)
-    unscaled = False
-    if "rope_scaling" not in fields and "rope_scaling" not in missing.keys:
-        if "rotary_base" not in missing.keys and said.get("rotary_base") is not None:
-            fields["rope_scaling"], unscaled = None, True
-        else:
-            missing.add("rope_scaling", "model.rope_scaling (as model.rope_scaling={factor: 8}; a factor of 1 is none)")
-    fields["vocab_size"] = said.get("vocab_size") or user.get("vocab_size")
-    if fields["vocab_size"] is None:
-        fields["vocab_size"] = count_vocabulary(said, stored.folder, shown["padded_vocab_size"], missing)
+    is_said = "rope_scaling" in fields or "rope_scaling" in missing.keys
+    if not is_said and said.get("rotary_base") is None:
+        missing.add("rope_scaling", "model.rope_scaling (as model.rope_scaling={factor: 8}; a factor of 1 is none)")
+    rows = shown["padded_vocab_size"]
+    if (size := said.get("vocab_size") or user.get("vocab_size")) is None:
+        size = count_vocabulary(said, stored.folder, rows, missing)
     missing.refuse()
-    if unscaled:
+    if not is_said:
         warn(
             f"{source} does not mention rope_scaling: rotary frequencies are taken as not scaled; if they are, give "
             "model.rope_scaling"
         )
     fields.pop("position_embedding_type", None)
     fields |= {name: float(fields[name]) for name in FLOATS}
-    return {**fields, "family": family, "padded_vocab_size": shown["padded_vocab_size"]}
+    return {"rope_scaling": None, **fields, "family": family, "vocab_size": size, "padded_vocab_size": rows}
 
 
 def _known(fields: Mapping[str, Any]) -> Fields:

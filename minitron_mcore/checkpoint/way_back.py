@@ -23,10 +23,23 @@ import yaml
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from minitron_mcore.architecture import Architecture, RopeScaling, save_architecture
-from minitron_mcore.checkpoint.completion import SAME
 from minitron_mcore.files import write_whole
 from minitron_mcore.layout import LAYERS
 
+# Fields that Megatron-LM, Megatron-Bridge and an Architecture all call the same.
+SAME = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "normalization",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "rotary_percent",
+    "init_method_std",
+)
 # Modules of a layer that have an `_extra_state`: the linear ones everywhere, attention and norms in some versions of
 # Transformer Engine, where the norm before a linear module is named after it (see layout.py).
 LINEAR = ("self_attention.linear_qkv.", "self_attention.linear_proj.", "mlp.linear_fc1.", "mlp.linear_fc2.")
