@@ -129,6 +129,13 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def difference(self, stored: Architecture) -> str:
+        """How the model `stored` somewhere is another one, by the first field: "FIELD is X there and Y here"; "" where
+        it is not. Random weights' deviation is no part of a model."""
+        there, here = stored.to_dict(), self.to_dict()
+        names = (name for name in here if there[name] != here[name] and name != "init_method_std")
+        return next((f"{name} is {there[name]} there and {here[name]} here" for name in names), "")
+
 
 def _family(name: str) -> Family:
     if name not in (known := known_families()):

@@ -44,13 +44,9 @@ def refuse_adapter(source: Path) -> None:
     """Raise InputError if there is an adapter beside the weights of `source`, which would silently be left out."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if (source / name).is_file():
-            raise InputError(
-                "hf",
-                source,
-                f"holds {name}, an adapter whose weights are not merged into the model's",
-                "merge it first (PEFT: merge_and_unload, then save_pretrained), or move its files away to import the "
-                "model without it",
-            )
+            rule = f"holds {name}, an adapter whose weights are not merged into the model's"
+            way = "merge it first (PEFT: merge_and_unload, then save_pretrained), or move its files away to import the "
+            raise InputError("hf", source, rule, f"{way}model without it")
 
 
 def keep_companions(source: Path, checkpoint: Path) -> list[str]:
@@ -62,7 +58,7 @@ def keep_companions(source: Path, checkpoint: Path) -> list[str]:
     other, large, nowhere, named_alike = [], [], [], []
     shards = _json(source / INDEX).get("weight_map")
     imported = {SINGLE, INDEX, *(map(str, shards.values()) if isinstance(shards, dict) else ())}
-    for name in _paths_below(source):
+    for name in paths_below(source):
         if not (source / name).is_file():
             nowhere.append(name)
         elif (checkpoint / "tokenizer" / name).is_file() and name != "config.json":
@@ -95,13 +91,13 @@ def carry_companions(source: Path, target: Path) -> None:
 
 def token_ids(checkpoint: Path, ids: dict[str, Any]) -> dict[str, Any]:
     """The marks for config.json: the source's if it has them (one id, several, or null), else `ids`."""
-    config = _json(beside(checkpoint, FOLDER) / "config.json")
+    config = _source_config(checkpoint)
     return {**ids, **{name: config[name] for name in MARKS if name in config}}
 
 
 def tokenizer_class(checkpoint: Path) -> dict[str, str]:
     """The source's `tokenizer_class` in config.json, which transformers uses if the tokenizer names none itself."""
-    named = _json(beside(checkpoint, FOLDER) / "config.json").get("tokenizer_class")
+    named = _source_config(checkpoint).get("tokenizer_class")
     return {"tokenizer_class": named} if isinstance(named, str) else {}
 
 
@@ -132,7 +128,7 @@ def _source_name(checkpoint: Path) -> str | None:
     imported = str(_find(read_lineage(checkpoint), "hf") or "")
     if cached := re.search(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)(?:/|$)", imported):
         return f"{cached[1]}/{cached[2]}"
-    stated = str(_json(beside(checkpoint, FOLDER) / "config.json").get("_name_or_path") or "")
+    stated = str(_source_config(checkpoint).get("_name_or_path") or "")
     # A path on somebody's machine is not a name, though a relative one may look like it.
     is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", stated) and not Path(stated).exists()
     return stated if is_name else None
@@ -156,6 +152,10 @@ def _front_matter(card: Path) -> dict[str, Any]:
         return {}
 
 
+def _source_config(checkpoint: Path) -> dict[str, Any]:
+    return _json(beside(checkpoint, FOLDER) / "config.json")
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -165,21 +165,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _copy_all(source: Path, target: Path, without: tuple[str, ...] = ()) -> None:
-    for name in files_below(source):
-        if name not in without:
+    for name in paths_below(source):
+        if name not in without and (source / name).is_file():
             copy_file(source / name, target / name)
 
 
-def files_below(folder: Path) -> Iterator[str]:
-    """Paths in `folder` of its files and those of its sub-folders, linked ones included, each once; sorted.
+def paths_below(folder: Path) -> Iterator[str]:
+    """Paths in `folder` of its files and those of its sub-folders, linked ones and broken links included; sorted.
 
-    Hidden folders, caches, and a checkpoint that was put there are skipped.
+    Each comes once. Hidden folders, caches, and a checkpoint that was put there are skipped.
     """
-    return (name for name in _paths_below(folder) if (folder / name).is_file())
-
-
-def _paths_below(folder: Path) -> Iterator[str]:
-    """Those of `files_below`, and broken links."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         inner = Path(place)

@@ -145,11 +145,8 @@ def read_architecture(folder: Path) -> Architecture:
 
 def check_architecture(folder: Path, architecture: Architecture) -> None:
     """Raise InputError, naming the first field, where the checkpoint in `folder` is of another architecture."""
-    stored = read_architecture(folder).to_dict()
-    for field, value in architecture.to_dict().items():
-        if stored[field] != value and field != "init_method_std":
-            rule = f"is a checkpoint of another architecture: {field} is {stored[field]} there and {value} here"
-            raise InputError("", folder, rule, "name another folder")
+    if difference := architecture.difference(read_architecture(folder)):
+        raise InputError("", folder, f"is a checkpoint of another architecture: {difference}", "name another folder")
 
 
 def said_by(folder: Path) -> str:

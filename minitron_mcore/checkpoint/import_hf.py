@@ -51,17 +51,8 @@ def import_checkpoint(
         if works and (unit.parameter, unit.layer) in here
         for found in _sources(folder, unit, architecture, tensor_group().rank(), parallel.tensor)
     ]
-    result: list[CheckedWeights] = []
-    save_stream(
-        target,
-        0,
-        sources,
-        runtime,
-        architecture=architecture,
-        called=called,
-        before_finish=lambda: result.append(checks.judge(wanted, architecture, folder.path, allow)),
-    )
-    return result[0]
+    judge = partial(checks.judge, wanted, architecture, folder.path, allow)
+    return save_stream(target, 0, sources, runtime, judge, architecture=architecture, called=called)
 
 
 def _sources(folder: SafetensorsFolder, unit: Unit, architecture: Architecture, rank: int, size: int) -> list[Source]:

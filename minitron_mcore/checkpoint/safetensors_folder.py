@@ -19,10 +19,6 @@ HEAD = "lm_head.weight"
 ROWS = 4096  # of two embeddings that are compared
 
 
-def _unseen(name: str, tensor: torch.Tensor) -> None:
-    """Nobody looks at what is read."""
-
-
 def _read_index(path: Path) -> dict[str, str]:
     """File names by tensor name."""
     try:
@@ -37,7 +33,7 @@ def _read_index(path: Path) -> dict[str, str]:
 class SafetensorsFolder:
     """`look(name, part)` is called with every part of a tensor that is read, before it is joined with others."""
 
-    def __init__(self, source: Path, look: Callable[[str, torch.Tensor], None] = _unseen) -> None:
+    def __init__(self, source: Path, look: Callable[[str, torch.Tensor], None] = lambda name, part: None) -> None:
         self.source = source
         self.look = look
         self.files: dict[str, SafetensorsFile] = {}
@@ -82,11 +78,9 @@ class SafetensorsFolder:
         all their values exactly. With `allow_extra`, tensors that nothing needs are left out.
         """
         kinds: dict[str, torch.dtype] = {}  # by checkpoint key
-        shapes = {
-            name: shape for unit in wanted for name, shape in zip(unit.names, unit.shapes(architecture), strict=True)
-        }
         keys = {name: unit.parameter.key for unit in wanted for name in unit.names}
-        for name, shape in shapes.items():
+        shapes = [shape for unit in wanted for shape in unit.shapes(architecture)]
+        for name, shape in zip(keys, shapes, strict=True):
             if name not in self.places:
                 raise InputError("hf", self.source, f"holds no tensor {name}, which its config.json asks for")
             if (found := self._file(name).shape(name)) != shape:
@@ -97,25 +91,21 @@ class SafetensorsFolder:
         self.widened = {name: kinds[key] for name, key in keys.items() if self._file(name).dtype(name) != kinds[key]}
         notes = []
         if self.widened:
-            name, dtype = next(iter(self.widened.items()))
-            notes.append(
-                f"tensors of one kind have several types: {len(self.widened)} are widened, which is exact; {name} to "
-                f"{dtype}"
-            )
+            count, (name, dtype) = len(self.widened), next(iter(self.widened.items()))
+            widened = f"{count} are widened, which is exact; {name} to {dtype}"
+            notes.append(f"tensors of one kind have several types: {widened}")
         # transformers loads tensors that the index leaves out as well.
         for file, opened in self.files.items():
             self.places = {**dict.fromkeys(opened.tensors, file), **self.places}
         # Older Llama folders carry their rotary frequencies, and a tied head may be stored twice; both are fine.
-        known = {*shapes, *([] if architecture.untie_embeddings_and_output_weights else [HEAD])}
+        known = {*keys, *([] if architecture.untie_embeddings_and_output_weights else [HEAD])}
         extra = [name for name in self.places if name not in known and not name.endswith("rotary_emb.inv_freq")]
+        not_there = f"a {architecture.family} model does not have"
         if extra and not allow_extra:
-            rule = f"holds a tensor {extra[0]}, which a {architecture.family} model does not have"
             remedy = "allow=[extra_tensors] leaves it out, as transformers does"
-            raise InputError("", self.path(extra[0]), rule, remedy)
+            raise InputError("", self.path(extra[0]), f"holds a tensor {extra[0]}, which {not_there}", remedy)
         if extra:
-            notes.append(
-                f"{len(extra)} tensors that a {architecture.family} model does not have are left out: {extra[0]}"
-            )
+            notes.append(f"{len(extra)} tensors that {not_there} are left out: {extra[0]}")
         return notes
 
     def check_tied_head(self, embedding: str) -> None:
@@ -149,18 +139,16 @@ class SafetensorsFolder:
 
         Only the part is read.
         """
-        name, axis = unit.names[index], unit.parameter.shard_axis
+        name, axis = unit.names[index], unit.parameter.shard_axis or 0
         file, shape = self._file(name), list(unit.shapes(architecture)[index])
-        start = 0
-        held = shape
-        if axis is not None:
-            full = architecture.padded_vocab_size if "vocab" in unit.parameter.axes else shape[axis]
-            start, stop = (min(edge * full // size, shape[axis]) for edge in (rank, rank + 1))
-            shape = [*shape[:axis], full // size, *shape[axis + 1 :]]
-            held = [*shape[:axis], stop - start, *shape[axis + 1 :]]
-        # Padding is rows, hence at the end of the buffer.
-        local = (torch.empty if held == shape else torch.zeros)(shape, dtype=file.dtype(name))
-        part = local if held == shape else local[: held[0]]
-        file.read_into(name, part, axis or 0, start)
+        if unit.parameter.shard_axis is None:
+            rank, size = 0, 1
+        full = architecture.padded_vocab_size if "vocab" in unit.parameter.axes else shape[axis]
+        start, stop = (min(edge * full // size, shape[axis]) for edge in (rank, rank + 1))
+        shape[axis] = full // size
+        make = torch.empty if stop - start == shape[axis] else torch.zeros
+        local = make(shape, dtype=file.dtype(name))
+        part = local.narrow(axis, 0, stop - start)
+        file.read_into(name, part, axis, start)
         self.look(name, part)
         return local.to(self.dtype(name))

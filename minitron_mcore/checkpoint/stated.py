@@ -13,16 +13,8 @@ from typing import Any
 
 # Fields that the stored tensors may leave open: the keys of the section `model` that are read for foreign checkpoints.
 ASKED = (
-    "family",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "vocab_size",
-    "max_position_embeddings",
-    "rotary_base",
-    "rotary_percent",
-    "rope_scaling",
-    "layernorm_epsilon",
+    *("family", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings"),
+    *("rotary_base", "rotary_percent", "rope_scaling", "layernorm_epsilon"),
 )
 
 

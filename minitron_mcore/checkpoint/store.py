@@ -169,13 +169,6 @@ def load_model(
     return chunks
 
 
-def fill_chunks(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    for name, chunk in zip(model_state(chunks), chunks, strict=True):
-        missing, unexpected = unwrap(chunk).load_state_dict(loaded[name], strict=False)
-        missing = [key for key in missing if not key.endswith("_extra_state")]
-        assert not missing and not unexpected, (missing, unexpected)
-
-
 def training_state(
     chunks: list[torch.nn.Module],
     optimizer: MegatronOptimizer,
@@ -205,7 +198,10 @@ def load_training_state(
     """Resume in place from a checkpoint saved at any layout; returns its `progress`. All ranks call."""
     state = training_state(chunks, optimizer, scheduler, {}, is_loading=True)
     loaded = load_state(folder, iteration, state)
-    fill_chunks(chunks, loaded)
+    for name, chunk in zip(model_state(chunks), chunks, strict=True):
+        missing, unexpected = unwrap(chunk).load_state_dict(loaded[name], strict=False)
+        missing = [key for key in missing if not key.endswith("_extra_state")]
+        assert not missing and not unexpected, (missing, unexpected)
     load_optimizer_state(optimizer, loaded["optimizer"])
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     return loaded["progress"]

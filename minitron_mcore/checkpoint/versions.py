@@ -42,16 +42,15 @@ ARRAYS: dict[tuple[str, str], Any] = {
 
 @dataclass(frozen=True)
 class CommonPart:
-    """Where an iteration keeps what is stored beside its tensors: `length` bytes of `path` from `offset` on, or the
-    whole file; boxed: inside a list of one."""
+    """Where an iteration keeps what is stored beside its tensors: the whole file `path`, or `length` bytes of it from
+    `offset` on, which hold a list of one."""
 
     path: Path
     offset: int = 0
     length: int | None = None
-    boxed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.path} ({COMMON_OBJECT})" if self.boxed else str(self.path)
+        return str(self.path) if self.length is None else f"{self.path} ({COMMON_OBJECT})"
 
     def open(self) -> BinaryIO:
         """The bytes, as a file. Raises OSError."""
@@ -62,7 +61,8 @@ class CommonPart:
             return io.BytesIO(stream.read(self.length))
 
     def unboxed(self, content: Any) -> Any:
-        return content[0] if self.boxed and isinstance(content, list) and len(content) == 1 else content
+        is_boxed = self.length is not None and isinstance(content, list) and len(content) == 1
+        return content[0] if is_boxed else content
 
 
 def locate_common(place: Path, metadata: Metadata) -> CommonPart | None:
@@ -74,7 +74,7 @@ def locate_common(place: Path, metadata: Metadata) -> CommonPart | None:
         return None
     for index, info in (metadata.storage_data or {}).items():
         if getattr(index, "fqn", None) == COMMON_OBJECT:
-            found = CommonPart(place / info.relative_path, info.offset, info.length, boxed=True)
+            found = CommonPart(place / info.relative_path, info.offset, info.length)
             if getattr(info, "transform_descriptors", None):
                 rule = f"is compressed ({', '.join(info.transform_descriptors)})"
                 raise InputError("", found, rule, "save it uncompressed")

@@ -28,17 +28,8 @@ from minitron_mcore.layout import LAYERS
 
 # Fields that Megatron-LM, Megatron-Bridge and an Architecture all call the same.
 SAME = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "normalization",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "rotary_percent",
-    "init_method_std",
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("normalization", "add_qkv_bias", "qk_layernorm", "rotary_percent", "init_method_std"),
 )
 # Modules of a layer that have an `_extra_state`: the linear ones everywhere, attention and norms in some versions of
 # Transformer Engine, where the norm before a linear module is named after it (see layout.py).

@@ -118,32 +118,36 @@ def save_stream(
     iteration: int,
     sources: Iterable[Source],
     runtime: Runtime,
+    judge: Callable[[], Any] = lambda: None,
     *,
     architecture: Architecture | None = None,
     called: str | None = None,
-    before_finish: Callable[[], None] = lambda: None,
-) -> None:
+) -> Any:
     """Write each rank's `sources` as a whole iteration of `folder`; all ranks call, each with its own, possibly none.
 
     With an `architecture`, what other projects on megatron-core need to load it is written too (way_back.py).
 
-    The tensors of one source are in memory at a time. `before_finish` is called on every rank when all is written, and
-    may refuse it. Every error is raised on every rank, and nothing of the iteration is left behind. An InputError of
-    `read` passes unchanged; a full or forbidden disk becomes one, which calls the folder `called`.
+    The tensors of one source are in memory at a time. `judge` is called on every rank when all is written, and may
+    refuse it; what it gives is returned. Every error is raised on every rank, and nothing of the iteration is left
+    behind. An InputError of `read` passes unchanged; a full or forbidden disk becomes one, which calls the folder
+    `called`.
     """
     chosen = list(sources)
     objects = extra_states(architecture) if architecture is not None and runtime.is_main else []
+
+    judged: list[Any] = []
 
     def write(temporary: Path) -> list[StoredPiece]:
         writer = _StreamWriter(temporary, chosen, objects)
         # A stored tensor's own checksum is in the manifest; torch.load never reads the CRC-32, which takes longer.
         with _without_crc32():
             save({}, storage_writer=writer, planner=_StreamPlanner(chosen, objects))
-        before_finish()
+        judged.append(judge())
         return writer.stored
 
     dtype = chosen[0].pieces[0].dtype if chosen else torch.float32
     write_iteration(folder, iteration, runtime, write, {}, architecture, dtype, called)
+    return judged[0]
 
 
 def write_iteration(

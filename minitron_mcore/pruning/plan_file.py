@@ -248,10 +248,9 @@ def load_plan(path: str | Path, teacher: Architecture | None = None) -> PruningP
 
 def check_same_model(stated: Architecture, teacher: Architecture, key: str, value: object = None) -> None:
     """Raise InputError, naming `key`, where a plan or scores are of another model than `teacher`."""
-    for name, wanted in teacher.to_dict().items():
-        if name != "init_method_std" and (there := stated.to_dict()[name]) != wanted:
-            rule = f"was made for another model than this teacher: {name} is {there} there and {wanted} here"
-            raise InputError(key, value, rule, f"make the {key} again from this teacher")
+    if difference := teacher.difference(stated):
+        rule = f"was made for another model than this teacher: {difference}"
+        raise InputError(key, value, rule, f"make the {key} again from this teacher")
 
 
 def _check_indices(name: str, indices: list[int], count: int, size: int) -> None:

@@ -13,8 +13,8 @@ import yaml
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.companions import (
     carry_companions,
-    files_below,
     keep_companions,
+    paths_below,
     refuse_adapter,
     source_card,
     token_ids,
@@ -113,7 +113,7 @@ def test_every_file_but_weights_travels(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(name in notes[0] for name in LEFT[1:]) and " model.safetensors" not in notes[0]
     carry_companions(tmp_path / "checkpoint", tmp_path / "student")
     write_companions(tmp_path / "student", written(tmp_path / "out"), {})
-    kept = {name: (tmp_path / "out" / name).read_text() for name in files_below(tmp_path / "out")}
+    kept = {name: (tmp_path / "out" / name).read_text() for name in paths_below(tmp_path / "out")}
     assert kept == {name: name for name in CARRIED}
     assert (tmp_path / "checkpoint" / "hugging_face" / "config.json").read_text() == "config.json"
 
