@@ -57,12 +57,13 @@ def export_checkpoint(
     groups are needed. A `target` that is there is replaced. Raises InputError, on every rank and with nothing written,
     if it cannot be written, or if transformers refuses the shape.
     """
-    job = _Export(folder, iteration, target, max_shard_bytes)
+    marks = {} if (bos, eos, save_tokenizer) == (None, None, None) else {"bos_token_id": bos, "eos_token_id": eos}
+    job = _Export(folder, iteration, target, max_shard_bytes, marks)
     num_files = runtime.on_main(job.begin)
     with whole_folder(target, f"hf={target}") as place:
         for number in range(num_files):
             runtime.on_main(partial(job.write_weights, place, number))
-        runtime.on_main(partial(job.finish, place, card, bos, eos, save_tokenizer))
+        runtime.on_main(partial(job.finish, place, card, save_tokenizer))
 
 
 @dataclass
@@ -73,6 +74,7 @@ class _Export:
     iteration: int
     target: Path
     max_shard_bytes: int
+    marks: dict[str, int | None]  # of the tokenizer's own
     stored: list[StoredPiece] = field(default_factory=list)
 
     def begin(self) -> int:
@@ -99,17 +101,10 @@ class _Export:
             self.stored += write_safetensors(path, entries, islice(self.stream, len(entries)))
 
     def finish(
-        self,
-        place: Path,
-        card: Callable[[], str] | None,
-        bos: int | None,
-        eos: int | None,
-        save_tokenizer: Callable[[Path], None] | None,
+        self, place: Path, card: Callable[[], str] | None, save_tokenizer: Callable[[Path], None] | None
     ) -> None:
         """Write what lies beside the weights."""
-        has_marks = save_tokenizer is not None or (bos, eos) != (None, None)
-        own = {"bos_token_id": bos, "eos_token_id": eos} if has_marks else {}
-        marks = token_ids(self.folder, own)
+        marks = token_ids(self.folder, self.marks)
         dtype = {"torch_dtype": type_name(self.files[0][0].dtype)}
         documents = {
             "config.json": {**self.config, **marks, **tokenizer_class(self.folder), **dtype, "use_cache": True},

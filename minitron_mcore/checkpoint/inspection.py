@@ -6,6 +6,7 @@ Every function returns a mapping that JSON can hold, or raises InputError naming
 
 from __future__ import annotations
 
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,13 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         raise InputError("", folder, f"holds no finished checkpoint: {TRACKER} is missing{there}")
     stored = check_iteration(folder, newest, architecture)
     warnings = []
-    for iteration in iterations:
-        if iteration > newest:
-            warnings.append(f"iteration {iteration} is ignored: {TRACKER} names {newest} as the newest finished one")
-        elif iteration < newest:
-            try:
-                check_iteration(folder, iteration, architecture)
-            except InputError as error:
-                warnings.append(str(error))
+    for iteration in (number for number in iterations if number < newest):
+        try:
+            check_iteration(folder, iteration, architecture)
+        except InputError as error:
+            warnings.append(str(error))
+    ignored = f"is ignored: {TRACKER} names {newest} as the newest finished one"
+    warnings += [f"iteration {iteration} {ignored}" for iteration in iterations if iteration > newest]
     warnings += [f"{name} is left over from an interrupted save: it may be deleted" for name in leftovers]
     recipe = beside(folder, "recipe.yaml")
     is_ours = beside(folder, "architecture.yaml").is_file()
@@ -128,8 +128,7 @@ def check_iteration(folder: Path, iteration: int, architecture: Architecture) ->
     place = iteration_folder(folder, iteration)
     if not (place / "metadata.json").is_file():
         raise InputError("", place, "is not a finished checkpoint: metadata.json is missing")
-    reader = TensorReader(folder, iteration)
-    reader.check(architecture, said_by(folder))
+    reader = TensorReader(folder, iteration, architecture)
     for key, entry in reader.tensors.items():
         if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
             rule = f"is damaged: the stored parts of {key} do not add up to its shape {tuple(entry.size)}"
@@ -143,9 +142,9 @@ def check_iteration(folder: Path, iteration: int, architecture: Architecture) ->
 
 def _check_files(place: Path, reader: TensorReader) -> int:
     """Bytes of the files that `.metadata` names, each of which must be long enough for its last part."""
-    ends: dict[str, int] = {}
+    ends: Counter[str] = Counter()
     for info in reader.metadata.storage_data.values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
     total = 0
     for name, end in ends.items():
         path = place / name

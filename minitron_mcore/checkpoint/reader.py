@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.resharding import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import iteration_folder
+from minitron_mcore.checkpoint.folder import iteration_folder, said_by
 from minitron_mcore.checkpoint.stored import StoredTensors
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import Parameter, local_shape, shard_slices
@@ -30,8 +30,11 @@ from minitron_mcore.layout import Parameter, local_shape, shard_slices
 class TensorReader(StoredTensors):
     """Reads tensors of one finished iteration, whatever layout it was saved at. No collective."""
 
-    def __init__(self, folder: Path, iteration: int) -> None:
+    def __init__(self, folder: Path, iteration: int, architecture: Architecture | None = None) -> None:
+        """Raises InputError if the stored parameters are not those of `architecture`, where it is given."""
         super().__init__(iteration_folder(folder, iteration))
+        if architecture is not None:
+            self.check(architecture, said_by(folder))
 
     def read(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor:
         """The global tensor `key` (layer `layer` of it, where it has layers), of `shape`, in the stored dtype.

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.storage import WriteResult
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import check_architecture, iteration_folder, said_by
+from minitron_mcore.checkpoint.folder import check_architecture, iteration_folder
 from minitron_mcore.checkpoint.manifest import StoredPiece, stored_piece
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.unpickle import read_common, read_metadata, refuse_objects
@@ -149,8 +149,7 @@ def load_weights(
 
     def fill_here() -> None:
         check_architecture(folder, architecture)
-        reader = TensorReader(folder, iteration)
-        reader.check(architecture, said_by(folder))
+        reader = TensorReader(folder, iteration, architecture)
         table = {parameter.key: parameter for parameter in parameter_table(architecture)}
         for model in map(unwrap, chunks):
             group = model.tp_group  # of this model: a teacher may have groups of its own

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
-from torch.serialization import get_crc32_options, set_crc32_options
+from torch.utils.serialization import config
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import finish_iteration, unfinished_folder
@@ -140,7 +140,7 @@ def save_stream(
     def write(temporary: Path) -> list[StoredPiece]:
         writer = _StreamWriter(temporary, chosen, objects)
         # A stored tensor's own checksum is in the manifest; torch.load never reads the CRC-32, which takes longer.
-        with _without_crc32():
+        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # given at import
             save({}, storage_writer=writer, planner=_StreamPlanner(chosen, objects))
         judged.append(judge())
         return writer.stored
@@ -241,16 +241,6 @@ def _told(error: BaseException, folder: Path, called: str, hint: str) -> BaseExc
             free = f"{shutil.disk_usage(nearest_folder(folder)).free / 1e6:,.1f} MB"
             return StorageError("", called, f"cannot be written: {words[:200]}, with {free} free on its disk{hint}")
     return error
-
-
-@contextmanager
-def _without_crc32() -> Iterator[None]:
-    before = get_crc32_options()
-    set_crc32_options(False)
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
 
 
 class _StreamPlanner(DefaultSavePlanner):

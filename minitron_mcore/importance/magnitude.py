@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import said_by
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import OF_WEIGHTS, Scores, axis_shapes
@@ -48,8 +47,7 @@ def magnitude_scores(
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def read_share() -> dict[str, torch.Tensor]:
-        reader = TensorReader(folder, iteration)
-        reader.check(architecture, said_by(folder))
+        reader = TensorReader(folder, iteration, architecture)
         return squares(architecture, lambda p, layer: reader.read_part(p, architecture, layer, 0, 1), rank, size)
 
     sums = all_or_none(read_share)

@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy
 import torch
 
-from minitron_mcore.checkpoint.folder import said_by
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.writer import Source, save_stream, shard_pieces
 from minitron_mcore.layout import Parameter, check_tensor_parallel, parameter_table, stage_of, stage_parameters
@@ -57,8 +56,7 @@ def prune_checkpoint(
     works = data_group(with_context=True).rank() == 0
 
     def open_teacher() -> list[Source]:
-        reader = TensorReader(*source)
-        reader.check(plan.teacher, said_by(source[0]))
+        reader = TensorReader(*source, plan.teacher)
         return [
             found
             for parameter, layer in (here if works else ())
