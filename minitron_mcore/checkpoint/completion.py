@@ -100,10 +100,8 @@ def complete(said: Fields, stored: StoredTensors, source: Path) -> Fields:
         size = count_vocabulary(said, stored.folder, rows, missing)
     missing.refuse()
     if not is_said:
-        warn(
-            f"{source} does not mention rope_scaling: rotary frequencies are taken as not scaled; if they are, give "
-            "model.rope_scaling"
-        )
+        taken = "rotary frequencies are taken as not scaled; if they are, give model.rope_scaling"
+        warn(f"{source} does not mention rope_scaling: {taken}")
     fields.pop("position_embedding_type", None)
     fields |= {name: float(fields[name]) for name in FLOATS}
     return {"rope_scaling": None, **fields, "family": family, "vocab_size": size, "padded_vocab_size": rows}
@@ -176,10 +174,8 @@ def count_vocabulary(said: Fields, place: Path, rows: int, missing: Missing) -> 
             continue
         name, ids = found
         if any(-(-ids // (unit * size)) * unit * size == rows for size in layouts):
-            say(
-                f"{missing.source} does not say vocab_size: the {ids:,} ids of {name} count, the other {rows - ids:,} "
-                f"of {rows:,} stored rows are padding"
-            )
+            padding = f"the other {rows - ids:,} of {rows:,} stored rows are padding"
+            say(f"{missing.source} does not say vocab_size: the {ids:,} ids of {name} count, {padding}")
             return ids
         missing.hints.append(f"{name} has {ids:,} ids, which no padding turns into the {rows:,} stored rows")
     if named and not missing.hints:

@@ -137,10 +137,8 @@ def read_architecture(folder: Path) -> Architecture:
     Raises InputError if nothing describes it, if the stored tensors contradict it, or if this user may not read it.
     """
     with reading(str(folder)):
-        if (described := beside(folder, "architecture.yaml")).is_file():
-            return load_architecture(described)
-        place = _newest(folder)
-        return load_architecture(described) if place is None else infer_architecture(place)
+        described, foreign = _description(folder)
+        return load_architecture(described) if foreign is None else infer_architecture(foreign)
 
 
 def check_architecture(folder: Path, architecture: Architecture) -> None:
@@ -151,16 +149,16 @@ def check_architecture(folder: Path, architecture: Architecture) -> None:
 
 def said_by(folder: Path) -> str:
     """The file that `read_architecture` reads, for messages."""
+    described, foreign = _description(folder)
+    return str(described if foreign is None else description_file(foreign))
+
+
+def _description(folder: Path) -> tuple[Path, Path | None]:
+    """architecture.yaml, and, where it is missing, the iteration whose own files count instead, if there is one."""
     described = beside(folder, "architecture.yaml")
-    place = None if described.is_file() else _newest(folder)
-    return str(described if place is None else description_file(place))
-
-
-def _newest(folder: Path) -> Path | None:
-    if is_iteration(folder):
-        return folder
-    newest = latest_iteration(folder)
-    return None if newest is None else iteration_folder(folder, newest)
+    if described.is_file() or (newest := 0 if is_iteration(folder) else latest_iteration(folder)) is None:
+        return described, None
+    return described, iteration_folder(folder, newest)
 
 
 def write_description(

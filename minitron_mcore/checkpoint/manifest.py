@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,15 +87,10 @@ def write_manifest(folder: Path, pieces: Iterable[StoredPiece], objects: dict[st
             files[name]["checksum"] = bytes_checksum(path)
     tensors: dict[str, list[dict[str, Any]]] = {}
     for piece in sorted(pieces, key=lambda piece: (piece.key, piece.offsets)):
-        entry = {"offsets": piece.offsets, "shape": piece.shape, "dtype": piece.dtype, "checksum": piece.checksum}
-        tensors.setdefault(piece.key, []).append(entry)
-    content = {
-        "format": FORMAT,
-        "checksum": ALGORITHM,
-        "files": files,
-        "tensors": tensors,
-        "objects": dict(sorted((objects or {}).items())),
-    }
+        entry = asdict(piece)
+        tensors.setdefault(entry.pop("key"), []).append(entry)
+    stored = {"files": files, "tensors": tensors, "objects": dict(sorted((objects or {}).items()))}
+    content = {"format": FORMAT, "checksum": ALGORITHM, **stored}
     write_whole(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 

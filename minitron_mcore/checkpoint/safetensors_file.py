@@ -120,9 +120,8 @@ class SafetensorsFile:
         """Raises InputError for a type that is not supported."""
         found = self.tensors[name][1]
         if found not in DTYPES:
-            raise InputError(
-                "", self.path, f"holds {name} of type {found}, which is not supported: {', '.join(DTYPES)} are"
-            )
+            rule = f"holds {name} of type {found}, which is not supported: {', '.join(DTYPES)} are"
+            raise InputError("", self.path, rule)
         return DTYPES[found]
 
     def read(self, name: str) -> torch.Tensor:

@@ -60,10 +60,8 @@ def compare_with_transformers(
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     error = float(largest) / float(expected.abs().max())
     if not error <= TOLERANCE:
-        rule = (
-            f"was imported wrongly: the logits differ from transformers' by {error:.1e} of the largest, more than "
-            f"{TOLERANCE:.0e}"
-        )
+        much = f"{error:.1e} of the largest, more than {TOLERANCE:.0e}"
+        rule = f"was imported wrongly: the logits differ from transformers' by {much}"
         raise InputError("hf", source, rule, "nothing is kept; please report it")
     return error
 

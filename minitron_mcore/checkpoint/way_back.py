@@ -14,7 +14,6 @@ case the iteration is moved alone. docs/checkpoints.md has the flags to give the
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +55,6 @@ def extra_states(architecture: Architecture) -> list[ShardedObject]:
             for module in (*LINEAR, *NORMS, *heads, ATTENTION)
         ),
     ]
-
-
-def stored_object(value: ShardedObject) -> bytes:
-    """As megatron-core stores it: a torch.save of the list of its parts."""
-    stream = io.BytesIO()
-    torch.save([value.data], stream)
-    return stream.getvalue()
 
 
 def common_part(architecture: Architecture, iteration: int) -> dict[str, Any]:

@@ -47,9 +47,8 @@ class CheckedWeights:
     allowed: tuple[str, ...] = ()  # matrices of zeros, and tensors that hold NaN or Inf, which were let through
 
     def __str__(self) -> str:
-        zeros = (
-            f"; all zero, as in a fresh model: {self.num_zero} biases or zero-centred norms" if self.num_zero else ""
-        )
+        fresh = f"; all zero, as in a fresh model: {self.num_zero} biases or zero-centred norms"
+        zeros = fresh if self.num_zero else ""
         none = f"let through: {len(self.allowed)} tensors" if self.allowed else "no NaN, no Inf, no matrix all zero"
         return f"{self.num_parameters:,} parameters in {self.num_tensors:,} tensors, as the config says; {none}{zeros}"
 

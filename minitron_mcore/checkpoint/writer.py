@@ -42,7 +42,7 @@ from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, stor
 from minitron_mcore.checkpoint.safetensors_file import write_in_blocks
 from minitron_mcore.checkpoint.unpickle import read_metadata
 from minitron_mcore.checkpoint.versions import is_object, save_common
-from minitron_mcore.checkpoint.way_back import common_part, extra_states, stored_object, write_beside
+from minitron_mcore.checkpoint.way_back import common_part, extra_states, write_beside
 from minitron_mcore.errors import InputError, Interrupted, StorageError
 from minitron_mcore.files import nearest_folder, not_written
 from minitron_mcore.layout import Parameter, shard_slices
@@ -292,35 +292,33 @@ class _StreamWriter(FileSystemWriter):
         name, items = f"{plan.storage_data.prefix}0.distcp", iter(plan.items)
         results: list[WriteResult] = []
         with (Path(self.path) / name).open("wb") as stream:
+
+            def put(index: MetadataIndex, content: Any) -> None:
+                assert next(items).index == index, index
+                start = stream.tell()
+                _save(content, stream)
+                length = stream.tell() - start
+                results.append(WriteResult(index, length, _StorageInfo(name, start, length)))
+
             for source in self.sources:
                 for piece, tensor in zip(source.pieces, source.read(), strict=True):
-                    item = next(items)
-                    assert item.index == MetadataIndex(piece.key, piece.offsets), (item, piece)
                     assert tensor.dtype == piece.dtype, piece
                     # torch.save stores the whole storage that a view refers to.
                     whole = tensor.detach().cpu().contiguous().view(piece.shape)
                     whole = whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
                     self.stored.append(stored_piece(piece.key, piece.offsets, whole))
-                    start = stream.tell()
-                    _save_tensor(whole, stream)
-                    results.append(_result(item, name, start, stream))
-            for value in self.objects:
-                start = stream.tell()
-                _InBlocks(stream).write(stored_object(value))
-                results.append(_result(next(items), name, start, stream))
+                    put(MetadataIndex(piece.key, torch.Size(piece.offsets)), whole)
+                    del tensor, whole  # or they would be in memory beside the next ones
+            for value in self.objects:  # as megatron-core stores them: the list of their parts
+                put(MetadataIndex(value.unique_key), [value.data])
             stream.flush()
             os.fsync(stream.fileno())
         return results
 
 
-def _result(item: WriteItem, name: str, start: int, stream: BinaryIO) -> WriteResult:
-    length = stream.tell() - start
-    return WriteResult(item.index, length, _StorageInfo(name, start, length))
-
-
-def _save_tensor(tensor: torch.Tensor, stream: BinaryIO) -> None:
+def _save(content: Any, stream: BinaryIO) -> None:
     try:
-        torch.save(tensor, _InBlocks(stream))  # type: ignore[arg-type]
+        torch.save(content, _InBlocks(stream))  # type: ignore[arg-type]
     except RuntimeError as error:
         # On a full disk torch, closing its archive, reports only that the archive is broken.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
