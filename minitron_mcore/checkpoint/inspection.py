@@ -1,6 +1,6 @@
 """What a folder of weights, or of a run, is, and whether it is whole.
 
-Judged by names, shapes and sizes; only `verify` reads the tensors. Nothing here is a collective, and nothing writes.
+Judged by names, shapes and sizes; integrity.py reads the tensors. Nothing here is a collective, and nothing writes.
 Every function returns a mapping that JSON can hold, or raises InputError naming the file and tensor that are wrong.
 """
 
@@ -20,7 +20,6 @@ from minitron_mcore.checkpoint.folder import (
     beside,
     checkpoints_within,
     find_checkpoint,
-    is_hugging_face,
     is_iteration,
     iteration_folder,
     latest_iteration,
@@ -29,7 +28,6 @@ from minitron_mcore.checkpoint.folder import (
     said_by,
 )
 from minitron_mcore.checkpoint.hf_config import read_config
-from minitron_mcore.checkpoint.integrity import Verification, verify_checkpoint, verify_hugging_face
 from minitron_mcore.checkpoint.manifest import type_name
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
@@ -184,19 +182,6 @@ def inspect_hugging_face(folder: Path) -> dict[str, Any]:
         "lineage": _card_lineage(folder / "README.md"),
         "warnings": [*(f"{name} is in no index: it is not read" for name in other), *notes],
     }
-
-
-def verify(path: Path) -> Verification:
-    """Read every tensor of a checkpoint (its newest finished iteration) or of a Hugging Face folder, whatever wrote it.
-
-    They are compared with the manifest's checksums, sizes and names, if there is one. One process calls; one stored
-    piece is in memory at a time. Raises InputError if `path` is a checkpoint without a finished iteration, or neither.
-    """
-    if is_iteration(path) or is_checkpoint(path):
-        return verify_checkpoint(path)
-    if is_hugging_face(path):
-        return verify_hugging_face(path)
-    raise InputError("path", path, "is not a folder of weights", "name a checkpoint or a Hugging Face folder")
 
 
 def _card_lineage(card: Path) -> dict[str, Any]:

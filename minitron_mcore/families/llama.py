@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
+from minitron_mcore.families.table import Family, Row, layer_row
 
 if TYPE_CHECKING:
     from minitron_mcore.architecture import Architecture
@@ -27,20 +27,14 @@ FAMILY = Family(
     hugging_face_class="LlamaForCausalLM",
     tensors=(
         Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-        Row(LAYER + "self_attention.linear_qkv.layer_norm_weight", (THEIRS + "input_layernorm.weight",)),
-        Row(
-            LAYER + "self_attention.linear_qkv.weight",
-            tuple(f"{THEIRS}self_attn.{part}_proj.weight" for part in "qkv"),
-            "qkv",
+        layer_row("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        layer_row(
+            "self_attention.linear_qkv.weight", *(f"self_attn.{part}_proj.weight" for part in "qkv"), layout="qkv"
         ),
-        Row(LAYER + "self_attention.linear_proj.weight", (THEIRS + "self_attn.o_proj.weight",)),
-        Row(LAYER + "mlp.linear_fc1.layer_norm_weight", (THEIRS + "post_attention_layernorm.weight",)),
-        Row(
-            LAYER + "mlp.linear_fc1.weight",
-            (THEIRS + "mlp.gate_proj.weight", THEIRS + "mlp.up_proj.weight"),
-            "gate_up",
-        ),
-        Row(LAYER + "mlp.linear_fc2.weight", (THEIRS + "mlp.down_proj.weight",)),
+        layer_row("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
+        layer_row("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"),
+        layer_row("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", layout="gate_up"),
+        layer_row("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
         Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
         Row("output_layer.weight", ("lm_head.weight",), "vocab"),
     ),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from minitron_mcore.families import llama
-from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
+from minitron_mcore.families.table import Family, Row, layer_row
 
 FAMILY = Family(
     model_type="nemotron",
     hugging_face_class="NemotronForCausalLM",
     tensors=(
         *(row for row in llama.FAMILY.tensors if row.layout != "gate_up"),
-        Row(LAYER + "mlp.linear_fc1.weight", (THEIRS + "mlp.up_proj.weight",)),
-        Row(LAYER + "self_attention.linear_qkv.layer_norm_bias", (THEIRS + "input_layernorm.bias",)),
-        Row(LAYER + "mlp.linear_fc1.layer_norm_bias", (THEIRS + "post_attention_layernorm.bias",)),
+        layer_row("mlp.linear_fc1.weight", "mlp.up_proj.weight"),
+        layer_row("self_attention.linear_qkv.layer_norm_bias", "input_layernorm.bias"),
+        layer_row("mlp.linear_fc1.layer_norm_bias", "post_attention_layernorm.bias"),
         Row("decoder.final_layernorm.bias", ("model.norm.bias",)),
     ),
     fields={**llama.FAMILY.fields, "layernorm_epsilon": "norm_eps", "rotary_percent": "partial_rotary_factor"},

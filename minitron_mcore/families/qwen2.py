@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from minitron_mcore.families import llama
-from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
+from minitron_mcore.families.table import Family, layer_row
 
 FAMILY = Family(
     model_type="qwen2",
     hugging_face_class="Qwen2ForCausalLM",
     tensors=(
         *llama.FAMILY.tensors,
-        Row(
-            LAYER + "self_attention.linear_qkv.bias",
-            tuple(f"{THEIRS}self_attn.{part}_proj.bias" for part in "qkv"),
-            "qkv",
-        ),
+        layer_row("self_attention.linear_qkv.bias", *(f"self_attn.{part}_proj.bias" for part in "qkv"), layout="qkv"),
     ),
     fields=llama.FAMILY.fields,
     fixed={**llama.FAMILY.fixed, "rope_scaling": None, "add_qkv_bias": True},

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from minitron_mcore.families import llama
-from minitron_mcore.families.table import LAYER, THEIRS, Family, Row
+from minitron_mcore.families.table import Family, layer_row
 
 FAMILY = Family(
     model_type="qwen3",
     hugging_face_class="Qwen3ForCausalLM",
     tensors=(
         *llama.FAMILY.tensors,
-        Row(LAYER + "self_attention.q_layernorm.weight", (THEIRS + "self_attn.q_norm.weight",)),
-        Row(LAYER + "self_attention.k_layernorm.weight", (THEIRS + "self_attn.k_norm.weight",)),
+        layer_row("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
+        layer_row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
     ),
     fields=llama.FAMILY.fields,
     fixed={**llama.FAMILY.fixed, "rope_scaling": None, "qk_layernorm": True},

@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minitron_mcore.errors import InputError
+from minitron_mcore.layout import LAYERS
 
 if TYPE_CHECKING:
     from minitron_mcore.architecture import Architecture
 
 
-LAYER = "decoder.layers."  # of checkpoint keys
-THEIRS = "model.layers.{layer}."  # of Hugging Face names
 # Llama-3.1's frequency scaling: its `rope_type`, and its keys in a config, which are an Architecture's fields of it.
 SCALED = "llama3"
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -34,6 +33,11 @@ class Row:
     key: str
     names: tuple[str, ...]
     layout: str = "same"
+
+
+def layer_row(key: str, *names: str, layout: str = "same") -> Row:
+    """A row of every layer, by its names inside the layer."""
+    return Row(LAYERS + key, tuple(f"model.layers.{{layer}}.{name}" for name in names), layout)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from minitron_mcore.checkpoint.inspection import (
     inspect_run,
     is_checkpoint,
     is_run,
-    verify,
 )
+from minitron_mcore.checkpoint.integrity import verify_checkpoint, verify_hugging_face
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.data.tokenizer_files import has_tokenizer
 from minitron_mcore.errors import InputError
@@ -64,7 +64,7 @@ def verify_weights(found: dict[str, Any], path: Path) -> list[str]:
     if found["kind"] in ("scores", "plan", "run"):
         found["warnings"] = [*found["warnings"], "verify=true has no effect: only folders of weights have checksums"]
         return []
-    result = verify(path)
+    result = verify_hugging_face(path) if found["kind"] == "hugging_face" else verify_checkpoint(path)
     found["warnings"] = [*found["warnings"], *result.notes]
     found["verified"] = {"tensors": result.tensors, "bytes": result.num_bytes, "faults": result.faults}
     return result.faults

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from minitron_mcore.checkpoint.export import export_checkpoint
 from minitron_mcore.checkpoint.hf_config import read_config
 from minitron_mcore.checkpoint.import_hf import import_checkpoint
-from minitron_mcore.checkpoint.inspection import verify
+from minitron_mcore.checkpoint.integrity import Verification, verify_checkpoint, verify_hugging_face
 from minitron_mcore.checkpoint.manifest import MANIFEST
 from minitron_mcore.errors import InputError
 from tests.distributed.hf_cases import alone, architecture_of, save_with_transformers
@@ -27,6 +27,10 @@ from tests.e2e.verbs import minitron
 
 CASE = "llama-scaled"
 KINDS = ["imported", "trained", "exported"]
+
+
+def verify(folder: Path) -> Verification:
+    return verify_hugging_face(folder) if (folder / "config.json").is_file() else verify_checkpoint(folder)
 
 
 def import_on_rank(source: str, target: str) -> None:

@@ -126,7 +126,8 @@ def read_as_a_model(parallel: dict[str, Any], world_size: int, folder: str, targ
     from safetensors.torch import load_file
 
     from minitron_mcore.checkpoint.export import export_checkpoint
-    from minitron_mcore.checkpoint.inspection import inspect_checkpoint, verify
+    from minitron_mcore.checkpoint.inspection import inspect_checkpoint
+    from minitron_mcore.checkpoint.integrity import verify_checkpoint
     from minitron_mcore.checkpoint.store import as_chunks, load_weights
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import named_parameters
@@ -138,7 +139,7 @@ def read_as_a_model(parallel: dict[str, Any], world_size: int, folder: str, targ
     runtime = start()
     export_checkpoint(Path(folder), STEPS, Path(target), runtime)
     description = runtime.on_main(partial(inspect_checkpoint, Path(folder)))
-    verify(Path(folder))
+    verify_checkpoint(Path(folder))
     return {
         "weights": gather_named([row for model in models for row in named_parameters(model)]),
         "description": description,
