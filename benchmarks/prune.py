@@ -107,9 +107,9 @@ def make_teacher(folder: Path, shape: dict[str, Any]) -> None:
     a, runtime = build_architecture(shape), start()
     noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
 
-    def tensor(number: int, size: tuple[int, ...]) -> list[torch.Tensor]:
+    def tensor(number: int, size: tuple[int, ...]) -> torch.Tensor:
         count = prod(size)
-        return [noise.roll(7919 * number).repeat(-(-count // len(noise)))[:count].view(size)]
+        return noise.roll(7919 * number).repeat(-(-count // len(noise)))[:count].view(size)
 
     sources: list[Source] = []
     for parameter in parameter_table(a):
@@ -118,7 +118,7 @@ def make_teacher(folder: Path, shape: dict[str, Any]) -> None:
             whole = size if layer is None else (a.num_layers, *size)
             offsets = (0,) * len(size) if layer is None else (layer, *(0,) * len(size))
             part = Piece(parameter.key, whole, offsets, size if layer is None else (1, *size), torch.bfloat16)
-            sources.append(Source((part,), partial(tensor, len(sources), size)))
+            sources.append(Source(part, partial(tensor, len(sources), size)))
     save_stream(folder, 0, sources, runtime)
     write_description(folder, a, lineage={}, recipe="", save_tokenizer=None)
 
@@ -140,7 +140,7 @@ def plain(teacher: Path, target: Path, plan: Any, runtime: Any) -> float:
 
     rank, size = runtime.rank, runtime.world_size
     sources = [
-        Source((piece,), partial(list, [torch.zeros(piece.shape, dtype=piece.dtype).fill_(0.5)]))
+        Source(piece, partial(torch.full, piece.shape, 0.5, dtype=piece.dtype))
         for _, _, pieces in shard(plan.student, rank, size)
         for piece in pieces
     ]

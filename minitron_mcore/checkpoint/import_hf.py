@@ -59,8 +59,7 @@ def _sources(folder: SafetensorsFolder, unit: Unit, architecture: Architecture, 
     """What tensor-parallel `rank` stores of `unit`; nothing of a replicated parameter that another rank stores."""
     pieces = shard_pieces(unit.parameter, architecture, folder.dtype(unit.names[0]), unit.layer, rank, size)
     if unit.parameter.gated:  # gate and up are stored one after the other: no need to hold both
-        return [
-            Source((piece,), partial(lambda index: [folder.read_slice(unit, index, architecture, rank, size)], index))
-            for index, piece in enumerate(pieces)
-        ]
-    return [Source(pieces, lambda: [folder.read_part(unit, architecture, rank, size)])] if pieces else []
+        reads = [partial(folder.read_slice, unit, index, architecture, rank, size) for index in range(2)]
+    else:
+        reads = [partial(folder.read_part, unit, architecture, rank, size)]
+    return [Source(piece, read) for piece, read in zip(pieces, reads, strict=False)]

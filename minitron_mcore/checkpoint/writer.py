@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +66,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """Pieces that come from one read: `read()` gives their tensors, each with the number of elements of its piece, when
-    it is their turn to be written. It may run collectives if all ranks concerned order their sources alike."""
+    """A piece, and `read`, which gives its tensor, of as many elements, when it is its turn to be written. It may run
+    collectives if all ranks concerned order their sources alike."""
 
-    pieces: tuple[Piece, ...]
-    read: Callable[[], Sequence[torch.Tensor]]
+    piece: Piece
+    read: Callable[[], torch.Tensor]
 
 
 def shard_pieces(
@@ -127,7 +127,7 @@ def save_stream(
 
     With an `architecture`, what other projects on megatron-core need to load it is written too (way_back.py).
 
-    The tensors of one source are in memory at a time. `judge` is called on every rank when all is written, and may
+    One source's tensor is in memory at a time. `judge` is called on every rank when all is written, and may
     refuse it; what it gives is returned. Every error is raised on every rank, and nothing of the iteration is left
     behind. An InputError of `read` passes unchanged; a full or forbidden disk becomes one, which calls the folder
     `called`.
@@ -145,7 +145,7 @@ def save_stream(
         judged.append(judge())
         return writer.stored
 
-    dtype = chosen[0].pieces[0].dtype if chosen else torch.float32
+    dtype = chosen[0].piece.dtype if chosen else torch.float32
     write_iteration(folder, iteration, runtime, write, {}, architecture, dtype, called)
     return judged[0]
 
@@ -251,7 +251,7 @@ class _StreamPlanner(DefaultSavePlanner):
         self.sources, self.objects = sources, objects
 
     def create_local_plan(self) -> SavePlan:
-        pieces = [_write_item(piece) for source in self.sources for piece in source.pieces]
+        pieces = [_write_item(source.piece) for source in self.sources]
         objects = [WriteItem(MetadataIndex(value.unique_key), WriteItemType.BYTE_IO) for value in self.objects]
         self.plan = SavePlan(pieces + objects)
         return self.plan
@@ -301,14 +301,14 @@ class _StreamWriter(FileSystemWriter):
                 results.append(WriteResult(index, length, _StorageInfo(name, start, length)))
 
             for source in self.sources:
-                for piece, tensor in zip(source.pieces, source.read(), strict=True):
-                    assert tensor.dtype == piece.dtype, piece
-                    # torch.save stores the whole storage that a view refers to.
-                    whole = tensor.detach().cpu().contiguous().view(piece.shape)
-                    whole = whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
-                    self.stored.append(stored_piece(piece.key, piece.offsets, whole))
-                    put(MetadataIndex(piece.key, torch.Size(piece.offsets)), whole)
-                    del tensor, whole  # or they would be in memory beside the next ones
+                piece, tensor = source.piece, source.read()
+                assert tensor.dtype == piece.dtype, piece
+                # torch.save stores the whole storage that a view refers to.
+                whole = tensor.detach().cpu().contiguous().view(piece.shape)
+                whole = whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
+                self.stored.append(stored_piece(piece.key, piece.offsets, whole))
+                put(MetadataIndex(piece.key, torch.Size(piece.offsets)), whole)
+                del tensor, whole  # or they would be in memory beside the next ones
             for value in self.objects:  # as megatron-core stores them: the list of their parts
                 put(MetadataIndex(value.unique_key), [value.data])
             stream.flush()

@@ -78,17 +78,17 @@ def _sources(
     part = part_of(parameter, plan, teacher_layer, rank, size)
     halves = [Part(part.axis, rows) for rows in numpy.split(part.rows, 2)] if parameter.gated else [part]
     for piece, half in zip(shard_pieces(parameter, plan.student, dtype, layer, rank, size), halves, strict=False):
-        yield Source((piece,), partial(_read, reader, plan, parameter, teacher_layer, half, dtype))
+        yield Source(piece, partial(_read, reader, plan, parameter, teacher_layer, half, dtype))
 
 
 def _read(
     reader: TensorReader, plan: PruningPlan, parameter: Parameter, layer: int | None, part: Part, dtype: torch.dtype
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     needed, shape = part.needed, parameter.shape(plan.teacher)
     first, last = int(needed.min()), int(needed.max()) + 1
     span = torch.empty((*shape[: part.axis], last - first, *shape[part.axis + 1 :]), dtype=dtype)
     reader.fill(span, parameter.key, layer, shape, part.axis, [slice(first, last)])
-    return [part.made_from(take_kept(span, parameter, plan, layer, part.axis, needed - first), plan)]
+    return part.made_from(take_kept(span, parameter, plan, layer, part.axis, needed - first), plan)
 
 
 def prune_chunks(
