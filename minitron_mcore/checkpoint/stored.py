@@ -6,20 +6,30 @@ They show, whoever wrote them, sizes, tying, biases and norms of their model:
     linear_fc1.weight [L, f or 2f, h] linear_proj.weight [L, h, heads d]
     linear_fc2.weight [L, h, f]       q_layernorm.weight [L, d]
 
-Of heads, groups and the head dimension d one must be known; the two others follow. Pure.
+Of heads, groups and the head dimension d one must be known; the two others follow. Names, whoever wrote them:
+
+    ours, of layer 7                                  stored as
+    decoder.layers.mlp.linear_fc2.weight   decoder.layers.mlp.linear_fc2.weight      [L, …], its 8th part
+                                           decoder.layers.7.mlp.linear_fc2.weight    layers saved one by one
+    decoder.layers.self_attention.linear_qkv.layer_norm_weight
+                                           decoder.layers.7.input_layernorm.weight   the local layers' own name
+
+and each of them behind `module.` or `model.`, as wrappers add it; a hybrid model's as in hybrid.py. Optimizer, random
+states, Transformer Engine's `_extra_state` and what was trained beside the model are not part of the model. Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.stored_names import stored_names
+from minitron_mcore.checkpoint.hybrid import gpt_names
 from minitron_mcore.checkpoint.unpickle import is_tensor, read_common, read_metadata
 from minitron_mcore.errors import InputError
-from minitron_mcore.layout import LAYERS, parameter_table
+from minitron_mcore.layout import BESIDE_THE_MODEL, LAYERS, checkpoint_key, parameter_table
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +48,10 @@ FIELDS = {
 QKV, PROJ = LAYERS + "self_attention.linear_qkv.weight", LAYERS + "self_attention.linear_proj.weight"
 FC1, FC2 = LAYERS + "mlp.linear_fc1.weight", LAYERS + "mlp.linear_fc2.weight"
 HEADS = ("num_attention_heads", "num_query_groups", "kv_channels")
+_PREFIX = re.compile(r"^(?:(?:module|model)\.)*")
+_NOT_THE_MODEL = re.compile(
+    r"(^|\.)(optimizer|chained_\d+|rng_state|rerun_state_machine_state|opt_param_scheduler)(\.|$)|_extra_state$"
+)
 
 
 class StoredTensors:
@@ -108,6 +122,28 @@ class StoredTensors:
                 raise InputError("", self.folder, rule)
         if other := sorted(self.names.keys() - {parameter.key for parameter in table}):
             raise InputError("", self.folder, f"holds {other[0]}, which the model in {said_by} does not have")
+
+
+def stored_names(stored: Iterable[str]) -> dict[str, dict[int | None, str]]:
+    """Checkpoint key -> layer -> the name, among `stored`, of the tensor that holds it.
+
+    The layer is None for all layers in one tensor, and for a parameter without layers.
+
+    Raises InputError if two tensors are the same parameter, or if they belong to a hybrid model that is not a GPT.
+    """
+    names: dict[str, dict[int | None, str]] = {}
+    of_model = {name: _PREFIX.sub("", name) for name in stored if not _NOT_THE_MODEL.search(name)}
+    gpt = gpt_names(of_model.values())
+    for name, plain in of_model.items():
+        if plain.startswith(BESIDE_THE_MODEL):
+            continue
+        plain = gpt[plain]
+        stacked = plain.startswith(LAYERS) and not plain.removeprefix(LAYERS)[:1].isdigit()
+        key, layer = checkpoint_key(plain.replace(LAYERS, LAYERS + "0.", 1) if stacked else plain)
+        other = names.setdefault(key, {}).setdefault(None if stacked else layer, name)
+        if other != name:
+            raise InputError("", f"{name} and {other}", "are the same parameter, stored twice")
+    return names
 
 
 def shown_fields(stored: StoredTensors) -> dict[str, Any]:

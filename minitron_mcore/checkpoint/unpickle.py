@@ -14,10 +14,11 @@ import io
 import pickle
 import re
 import signal
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy
 
@@ -80,12 +81,7 @@ def enum_member(kind: Any, name: Any) -> Enum | Unknown:
 # What the common part holds, Megatron-LM's parsed arguments among it, beside what torch itself admits.
 # Python up to 3.11.3 pickles a signal (`exit_signal`) as the name signal.SIGTERM, later ones as signal.Signals(15).
 COMMON_CLASSES: list[Any] = [
-    argparse.Namespace,
-    SimpleNamespace,
-    io.BytesIO,
-    numpy.ndarray,
-    numpy.dtype,
-    numpy.dtypes.UInt32DType,
+    *(argparse.Namespace, SimpleNamespace, io.BytesIO, numpy.ndarray, numpy.dtype, numpy.dtypes.UInt32DType),
     signal.Signals,
     *((member, f"signal.{member.name}") for member in signal.Signals),
     (enum_member, "builtins.getattr"),
@@ -168,18 +164,19 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
     part = locate_common(place, metadata or read_metadata(place))
     if part is None:
         raise InputError("", place / COMMON_FILE, f"is missing: {place} is not a whole torch_dist checkpoint")
-    strangers: list[str] = []
+    asked: list[str] = []  # classes that torch does not admit
     try:
         # When it ends, the context removes all that it was given, even what had been admitted before.
         admitted = torch.serialization.get_safe_globals()
         ours = [entry for entry in COMMON_CLASSES if entry not in admitted]
         with torch.serialization.safe_globals(ours), part.open() as stream:
-            asked = _not_admitted(stream)
+            how: dict[str, Any] = {"weights_only": False, "pickle_module": ANY_VERSION}
+            if not said_by_user().trust:
+                how = {"weights_only": True}
+                with suppress(Exception):  # whatever the damage led to, which loading will report
+                    asked = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
             stream.seek(0)
             unknown: list[Any] = [(stand_in(name), name) for name in asked if name.startswith("megatron.")]
-            strangers = [name for name in asked if not name.startswith("megatron.")]
-            trusted = {"weights_only": False, "pickle_module": ANY_VERSION}
-            how: dict[str, Any] = trusted if said_by_user().trust else {"weights_only": True}
             with torch.serialization.safe_globals(unknown):
                 content = torch.load(stream, map_location="cpu", **how)
     except _RefusedError as error:
@@ -189,25 +186,14 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
     except Exception as error:  # torch.load raises whatever the damage led to
         words = " ".join(str(error).split())
         named = re.search(r"(?:GLOBAL|[Uu]nsupported class|global) ([\w.]+\.\w+)", words)
-        if strangers or named:
-            raise refuse(part, named.group(1) if named else strangers[0]) from error
+        strangers = [named[1]] if named else [name for name in asked if not name.startswith("megatron.")]
+        if strangers:
+            raise refuse(part, strangers[0]) from error
         raise InputError("", part, f"is damaged and cannot be read: {words[:200]}") from error
     common = part.unboxed(content)
     if not isinstance(common, dict):
         raise InputError("", part, f"holds a {type(common).__name__} where a checkpoint has a mapping")
     return common
-
-
-def _not_admitted(stream: BinaryIO) -> list[str]:
-    """Names of the classes in a torch.save that torch does not admit; none if it is damaged, as loading will report."""
-    import torch
-
-    if said_by_user().trust:
-        return []
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(stream)
-    except Exception:  # raises whatever the damage led to
-        return []
 
 
 def refuse_objects(place: Path, metadata: Metadata) -> None:

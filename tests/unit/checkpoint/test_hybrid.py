@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from minitron_mcore.checkpoint.hybrid import as_gpt, gpt_names
-from minitron_mcore.checkpoint.stored_names import stored_names
+from minitron_mcore.checkpoint.stored import stored_names
 from minitron_mcore.errors import InputError
 from tests.refusals import refuses
 

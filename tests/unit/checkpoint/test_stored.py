@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minitron_mcore.checkpoint.stored_names import stored_names
+from minitron_mcore.checkpoint.stored import stored_names
 from minitron_mcore.errors import InputError
 
 QKV, NORM = "decoder.layers.self_attention.linear_qkv.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
