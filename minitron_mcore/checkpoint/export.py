@@ -28,7 +28,7 @@ from minitron_mcore.checkpoint.manifest import StoredPiece, type_name, write_man
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.safetensors_file import Entry, split_files, write_safetensors
 from minitron_mcore.errors import InputError
-from minitron_mcore.families.find import find_family
+from minitron_mcore.families.find import known_families
 from minitron_mcore.families.table import config_of
 from minitron_mcore.files import writing
 from minitron_mcore.runtime.start import Runtime
@@ -80,8 +80,7 @@ class _Export:
     def begin(self) -> int:
         """Refuse what cannot be exported; returns the number of weight files."""
         self.architecture = read_architecture(self.folder)
-        family = find_family(self.architecture.family, f"checkpoint={self.folder}")
-        self.config = config_of(family, self.architecture, f"hf={self.target}")
+        self.config = config_of(known_families()[self.architecture.family], self.architecture, f"hf={self.target}")
         _ask_transformers(self.config, self.target)
         self.reader = TensorReader(self.folder, self.iteration)
         self.units = units(self.architecture)
@@ -91,12 +90,15 @@ class _Export:
             for name, shape in zip(unit.names, unit.shapes(self.architecture), strict=True)
         ]
         self.files = split_files(entries, self.max_shard_bytes)
+        count = len(self.files)
+        numbered = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+        self.names = numbered if count > 1 else [SINGLE]
         self.stream = self._tensors()
         return len(self.files)
 
     def write_weights(self, place: Path, number: int) -> None:
         """One safetensors file. One parameter makes several tensors, so the stream continues across files."""
-        entries, path = self.files[number], place / self._file_name(number)
+        entries, path = self.files[number], place / self.names[number]
         with writing(f"hf={self.target}"):
             self.stored += write_safetensors(path, entries, islice(self.stream, len(entries)))
 
@@ -106,12 +108,14 @@ class _Export:
         """Write what lies beside the weights."""
         marks = token_ids(self.folder, self.marks)
         dtype = {"torch_dtype": type_name(self.files[0][0].dtype)}
-        documents = {
-            "config.json": {**self.config, **marks, **tokenizer_class(self.folder), **dtype, "use_cache": True},
-            INDEX: self._index(),
-        }
+        size = sum(entry.num_bytes for entries in self.files for entry in entries)
+        places = {entry.name: name for name, entries in zip(self.names, self.files, strict=True) for entry in entries}
+        config = {**self.config, **marks, **tokenizer_class(self.folder), **dtype, "use_cache": True}
+        documents: dict[str, Any] = {"config.json": config}
+        if len(self.files) > 1:
+            documents[INDEX] = {"metadata": {"total_size": size}, "weight_map": places}
         with writing(f"hf={self.target}"):
-            for name, content in list(documents.items())[: len(self.files)]:  # one file needs no index
+            for name, content in documents.items():
                 (place / name).write_text(json.dumps(content, indent=2) + "\n")
             if card is not None:
                 (place / "README.md").write_text(card(), encoding="utf-8")
@@ -124,16 +128,6 @@ class _Export:
         for unit in self.units:
             key, shape = unit.parameter.key, unit.parameter.shape(self.architecture)
             yield from unit.layout.split(self.reader.read(key, unit.layer, shape), self.architecture)
-
-    def _file_name(self, number: int) -> str:
-        if len(self.files) == 1:
-            return SINGLE
-        return f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
-
-    def _index(self) -> dict[str, Any]:
-        size = sum(entry.num_bytes for entries in self.files for entry in entries)
-        places = {entry.name: self._file_name(i) for i, entries in enumerate(self.files) for entry in entries}
-        return {"metadata": {"total_size": size}, "weight_map": places}
 
 
 def _ask_transformers(config: dict[str, Any], target: Path) -> None:

@@ -55,9 +55,8 @@ def read_config(source: Path, make_vocab_size_divisible_by: int = 128) -> Archit
         config = AutoConfig.from_pretrained(source, local_files_only=True).to_dict()
     except Exception as error:
         raise InputError("", path, f"is refused by transformers: {' '.join(str(error).split())}") from error
-    fields = fields_of(family, config, str(path))
     divisor = {"make_vocab_size_divisible_by": make_vocab_size_divisible_by}
     try:
-        return build_architecture({"family": family.model_type, **fields, **divisor})
+        return build_architecture({"family": family.model_type, **fields_of(family, config), **divisor})
     except InputError as error:
         raise error.found_in(path) from error

@@ -83,9 +83,8 @@ def save_state(
             for piece in pieces_of([part])
         ]
 
-    dtype = tensors[0].dtype if tensors else torch.float32
     hint = "; what was saved before is whole: make room, and the same command goes on from there"
-    write_iteration(folder, iteration, runtime, write, common, architecture, dtype, hint=hint)
+    write_iteration(folder, iteration, runtime, write, common, architecture, hint=hint)
 
 
 class _SaveOrTell(TorchDistSaveShardedStrategy):

@@ -17,7 +17,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -92,7 +91,7 @@ def arguments(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def run_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
+def run_config(architecture: Architecture, dtype: str) -> dict[str, Any]:
     """The architecture as Megatron-Bridge's provider, with weights of `dtype`.
 
     Its vocabulary is the padded one, because the provider would pad differently at each tensor parallelism.
@@ -108,10 +107,10 @@ def run_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]
         "share_embeddings_and_output_weights": not a.untie_embeddings_and_output_weights,
         "vocab_size": a.padded_vocab_size,
         "should_pad_vocab": False,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "params_dtype": _named(str(dtype)),
-        "pipeline_dtype": _named(str(dtype)),
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "params_dtype": _named(f"torch.{dtype}"),
+        "pipeline_dtype": _named(f"torch.{dtype}"),
         **_scaling(a.rope_scaling),
     }
     return {"model": model, "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": False}}
@@ -147,7 +146,7 @@ def _scaling(scaling: RopeScaling | None) -> dict[str, Any]:
     }
 
 
-def write_beside(place: Path, architecture: Architecture, dtype: torch.dtype) -> None:
+def write_beside(place: Path, architecture: Architecture, dtype: str) -> None:
     """What lies in an iteration's folder beside the weights. One rank calls."""
     save_architecture(architecture, place / "architecture.yaml")
     write_whole(place / "run_config.yaml", yaml.safe_dump(run_config(architecture, dtype), sort_keys=False))

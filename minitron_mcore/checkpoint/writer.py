@@ -145,8 +145,7 @@ def save_stream(
         judged.append(judge())
         return writer.stored
 
-    dtype = chosen[0].piece.dtype if chosen else torch.float32
-    write_iteration(folder, iteration, runtime, write, {}, architecture, dtype, called)
+    write_iteration(folder, iteration, runtime, write, {}, architecture, called)
     return judged[0]
 
 
@@ -157,14 +156,13 @@ def write_iteration(
     write: Callable[[Path], list[StoredPiece]],
     common: dict[str, Any],
     architecture: Architecture | None,
-    dtype: torch.dtype,
     called: str | None = None,
     hint: str = "",
 ) -> None:
     """Have `write` fill a temporary folder, on every rank, and make it the finished `iteration` of `folder`.
 
-    `write` returns the pieces that this rank stored, and raises on every rank if it does on one. `common` is stored
-    beside them, and for an `architecture`, with weights of `dtype`, what other projects on megatron-core need (see
+    `write` returns the pieces that this rank stored, the first of them weights, and raises on every rank if it does on
+    one. `common` is stored beside them, and for an `architecture` what other projects on megatron-core need (see
     way_back.py). All ranks call. After an error nothing of the iteration is left behind. Raises InputError, which calls
     the folder `called`, if it cannot be made, and StorageError, ending with `hint`, if the disk is full.
     """
@@ -180,7 +178,7 @@ def write_iteration(
             common["content_metadata"] = {"iteration": iteration}
             if architecture is not None:
                 common.update(common_part(architecture, iteration))
-                write_beside(temporary, architecture, dtype)
+                write_beside(temporary, architecture, stored[0].dtype if stored else "float32")
             save_common(common, temporary)
             save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
             write_manifest(temporary, (piece for pieces in ranks for piece in pieces), _objects(temporary))

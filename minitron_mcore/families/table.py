@@ -47,8 +47,8 @@ class Family:
     `fields` maps Architecture fields to config keys of the same meaning. `fixed` are Architecture fields that the
     config cannot express, so they must have the family's values; `defaults` are those it can, for recipes that leave
     them out. `constants` are config keys without a field here, so they must hold these values. `refuse` raises
-    InputError for a shape that transformers does not accept; `read` turns a config into one of which these tables hold,
-    or raises it. Their second argument says which model or file that is, for messages.
+    InputError for a shape that transformers does not accept; its second argument says which model that is, for
+    messages. `read` turns a config into one of which these tables hold, or raises InputError.
     """
 
     model_type: str
@@ -59,7 +59,7 @@ class Family:
     defaults: dict[str, Any]
     constants: dict[str, Any]
     refuse: Callable[[Architecture, str], None] = field(default=lambda architecture, where: None)
-    read: Callable[[dict[str, Any], str], dict[str, Any]] = field(default=lambda config, where: config)
+    read: Callable[[dict[str, Any]], dict[str, Any]] = field(default=lambda config: config)
 
 
 def config_of(family: Family, architecture: Architecture, where: str) -> dict[str, Any]:
@@ -85,20 +85,19 @@ def config_of(family: Family, architecture: Architecture, where: str) -> dict[st
     }
 
 
-def fields_of(family: Family, config: dict[str, Any], where: str) -> dict[str, Any]:
+def fields_of(family: Family, config: dict[str, Any]) -> dict[str, Any]:
     """Architecture fields from a whole Hugging Face config (defaults filled in).
 
-    Raises InputError, naming the file `where`, for a config that asks for what these models do not have.
+    Raises InputError for a config that asks for what these models do not have.
     """
     # In transformers 5's `rope_parameters` are the older keys of the rotary embedding too.
-    config = family.read({**config, **config["rope_parameters"]}, where)
+    config = family.read({**config, **config["rope_parameters"]})
     allowed = {name: [needed] for name, needed in family.constants.items()}
     allowed["rope_type"] = ["default"] if "rope_scaling" in family.fixed else ["default", SCALED]
     for name, values in allowed.items():
         if (value := config.get(name, values[0])) not in values:
             only = " or ".join(map(str, values))
-            rule = f"in {where} is not supported for model_type={family.model_type}, only {only} is"
-            raise InputError(name, value, rule)
+            raise InputError(name, value, f"is not supported for model_type={family.model_type}, only {only} is")
     return {
         **{ours: config.get(theirs) for ours, theirs in family.fields.items()},
         "rope_scaling": {name: config[name] for name in SCALING} if config["rope_type"] == SCALED else None,
