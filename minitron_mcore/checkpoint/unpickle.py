@@ -22,19 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from minitron_mcore.checkpoint import versions
 from minitron_mcore.checkpoint.stated import said_by_user
-from minitron_mcore.checkpoint.versions import (
-    ANY_VERSION,
-    ARRAYS,
-    COMMON_FILE,
-    PATHS,
-    AnyVersion,
-    CommonPart,
-    Unknown,
-    is_object,
-    locate_common,
-    stand_in,
-)
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import not_read
 
@@ -69,11 +58,11 @@ class _RefusedError(Exception):
     """The pickle asks for a class that is not admitted."""
 
 
-def enum_member(kind: Any, name: Any) -> Enum | Unknown:
+def enum_member(kind: Any, name: Any) -> Enum | versions.Unknown:
     """What pickles of Python 3.11.0 to 3.11.3 call `builtins.getattr` for: a member of an enum, and nothing else."""
     if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(name, str) and name in kind.__members__:
         return kind[name]
-    if isinstance(kind, type) and issubclass(kind, Unknown):
+    if isinstance(kind, type) and issubclass(kind, versions.Unknown):
         return kind(name)
     raise _RefusedError("builtins.getattr")
 
@@ -85,11 +74,11 @@ COMMON_CLASSES: list[Any] = [
     signal.Signals,
     *((member, f"signal.{member.name}") for member in signal.Signals),
     (enum_member, "builtins.getattr"),
-    *((made, ".".join(name)) for name, made in (PATHS | ARRAYS).items()),
+    *((made, ".".join(name)) for name, made in (versions.PATHS | versions.ARRAYS).items()),
 ]
 
 
-def refuse(path: Path | CommonPart, asked: str) -> InputError:
+def refuse(path: Path | versions.CommonPart, asked: str) -> InputError:
     rule = f"asks for {asked}, which no checkpoint needs and which may run code"
     return InputError("", path, rule, "set trust=true if you trust where it comes from")
 
@@ -101,8 +90,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         module, name = OF_MEGATRON.get((module, name), (module, name))
         if (module, name) == ("builtins", "getattr"):
             return enum_member
-        if (module, name) in PATHS:
-            return PATHS[module, name]
+        if (module, name) in versions.PATHS:
+            return versions.PATHS[module, name]
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in METADATA_CLASSES.get(module, "").split():
             return super().find_class(module, name)
@@ -117,7 +106,7 @@ def read_metadata(place: Path) -> Metadata:
     path = place / ".metadata"
     try:
         with path.open("rb") as stream:
-            metadata = (AnyVersion if said_by_user().trust else _MetadataUnpickler)(stream).load()
+            metadata = (versions.AnyVersion if said_by_user().trust else _MetadataUnpickler)(stream).load()
         is_metadata = _is_whole(metadata)
     except _RefusedError as error:
         raise refuse(path, str(error)) from error
@@ -139,7 +128,7 @@ def _is_whole(metadata: Any) -> bool:
         return False
     numbers = [number for info in places.values() for number in (info.offset, info.length)]
     return all(isinstance(number, int) and number >= 0 for number in numbers) and all(
-        isinstance(name, str) and (is_object(entry) or is_tensor(entry)) for name, entry in entries.items()
+        isinstance(name, str) and (versions.is_object(entry) or is_tensor(entry)) for name, entry in entries.items()
     )
 
 
@@ -161,22 +150,22 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
     """
     import torch
 
-    part = locate_common(place, metadata or read_metadata(place))
+    part = versions.locate_common(place, metadata or read_metadata(place))
     if part is None:
-        raise InputError("", place / COMMON_FILE, f"is missing: {place} is not a whole torch_dist checkpoint")
+        raise InputError("", place / versions.COMMON_FILE, f"is missing: {place} is not a whole torch_dist checkpoint")
     asked: list[str] = []  # classes that torch does not admit
     try:
         # When it ends, the context removes all that it was given, even what had been admitted before.
         admitted = torch.serialization.get_safe_globals()
         ours = [entry for entry in COMMON_CLASSES if entry not in admitted]
         with torch.serialization.safe_globals(ours), part.open() as stream:
-            how: dict[str, Any] = {"weights_only": False, "pickle_module": ANY_VERSION}
+            how: dict[str, Any] = {"weights_only": False, "pickle_module": versions.ANY_VERSION}
             if not said_by_user().trust:
                 how = {"weights_only": True}
                 with suppress(Exception):  # whatever the damage led to, which loading will report
                     asked = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
             stream.seek(0)
-            unknown: list[Any] = [(stand_in(name), name) for name in asked if name.startswith("megatron.")]
+            unknown: list[Any] = [(versions.stand_in(name), name) for name in asked if name.startswith("megatron.")]
             with torch.serialization.safe_globals(unknown):
                 content = torch.load(stream, map_location="cpu", **how)
     except _RefusedError as error:
@@ -204,5 +193,5 @@ def refuse_objects(place: Path, metadata: Metadata) -> None:
     """
     for key, entry in metadata.state_dict_metadata.items():
         is_asked_for = not EXTRA_STATE.search(key)
-        if is_object(entry) and is_asked_for and not said_by_user().trust:
+        if versions.is_object(entry) and is_asked_for and not said_by_user().trust:
             raise refuse(place / ".metadata", f"the pickled object {key}")

@@ -18,16 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
-from torch.distributed.checkpoint import (
-    DefaultSavePlanner,
-    FileSystemWriter,
-    SavePlan,
-    SavePlanner,
-    WriteItem,
-    save,
-)
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -141,7 +134,7 @@ def save_stream(
         writer = _StreamWriter(temporary, chosen, objects)
         # A stored tensor's own checksum is in the manifest; torch.load never reads the CRC-32, which takes longer.
         with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # given at import
-            save({}, storage_writer=writer, planner=_StreamPlanner(chosen, objects))
+            dcp.save({}, storage_writer=writer, planner=_StreamPlanner(chosen, objects))
         judged.append(judge())
         return writer.stored
 
@@ -241,23 +234,23 @@ def _told(error: BaseException, folder: Path, called: str, hint: str) -> BaseExc
     return error
 
 
-class _StreamPlanner(DefaultSavePlanner):
+class _StreamPlanner(dcp.DefaultSavePlanner):
     """Plans from shapes only; the tensors come later."""
 
     def __init__(self, sources: list[Source], objects: list[ShardedObject]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.sources, self.objects = sources, objects
 
-    def create_local_plan(self) -> SavePlan:
+    def create_local_plan(self) -> dcp.SavePlan:
         pieces = [_write_item(source.piece) for source in self.sources]
-        objects = [WriteItem(MetadataIndex(value.unique_key), WriteItemType.BYTE_IO) for value in self.objects]
-        self.plan = SavePlan(pieces + objects)
+        objects = [dcp.WriteItem(MetadataIndex(value.unique_key), WriteItemType.BYTE_IO) for value in self.objects]
+        self.plan = dcp.SavePlan(pieces + objects)
         return self.plan
 
 
-def _write_item(piece: Piece) -> WriteItem:
+def _write_item(piece: Piece) -> dcp.WriteItem:
     offsets = torch.Size(piece.offsets)
-    return WriteItem(
+    return dcp.WriteItem(
         index=MetadataIndex(piece.key, offsets),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
@@ -268,7 +261,7 @@ def _write_item(piece: Piece) -> WriteItem:
     )
 
 
-class _StreamWriter(FileSystemWriter):
+class _StreamWriter(dcp.FileSystemWriter):
     """Reads one source after another, and writes its tensors, when torch asks for the rank's data; then `objects`."""
 
     def __init__(self, path: Path, sources: list[Source], objects: list[ShardedObject]) -> None:
@@ -281,12 +274,12 @@ class _StreamWriter(FileSystemWriter):
         """A string: a pickled Path has another name in Python 3.13."""
         return str(self.path)
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         done: Future[list[WriteResult]] = Future()
         done.set_result(self._written(plan) if plan.items else [])
         return done
 
-    def _written(self, plan: SavePlan) -> list[WriteResult]:
+    def _written(self, plan: dcp.SavePlan) -> list[WriteResult]:
         name, items = f"{plan.storage_data.prefix}0.distcp", iter(plan.items)
         results: list[WriteResult] = []
         with (Path(self.path) / name).open("wb") as stream:
