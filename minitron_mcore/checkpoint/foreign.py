@@ -129,12 +129,9 @@ def description_file(place: Path) -> Path:
         return config
     if (common := locate_common(place, read_metadata(place))) is not None:
         return common.path
-    raise InputError(
-        "",
-        place,
-        "holds neither run_config.yaml (Megatron-Bridge) nor common.pt or its successor common_state (Megatron-LM), "
-        f"and {place.parent / 'architecture.yaml'} is missing: nothing describes the model",
-    )
+    theirs = "neither run_config.yaml (Megatron-Bridge) nor common.pt or its successor common_state (Megatron-LM)"
+    ours = f"{place.parent / 'architecture.yaml'} is missing"
+    raise InputError("", place, f"holds {theirs}, and {ours}: nothing describes the model")
 
 
 def read_run_config(path: Path) -> Fields:
@@ -178,13 +175,10 @@ def read_arguments(stored: StoredTensors) -> Fields:
     if not isinstance(args, argparse.Namespace):
         if said_by_user().fields:  # which may be all that is needed; if not, the rest is asked for
             return {}
-        raise InputError(
-            "",
-            locate_common(stored.folder, stored.metadata),
-            "holds no args of Megatron-LM, and there is neither architecture.yaml nor run_config.yaml, so that nothing "
-            "says what the model is",
-            "give model.family (as model.family=llama), and then the keys asked for, which the tensors do not show",
-        )
+        others = "there is neither architecture.yaml nor run_config.yaml, so that nothing says what the model is"
+        remedy = "give model.family (as model.family=llama), and then the keys asked for, which the tensors do not show"
+        common = locate_common(stored.folder, stored.metadata)
+        raise InputError("", common, f"holds no args of Megatron-LM, and {others}", remedy)
     # No option takes an array: as text it can be compared, and shown if it stands for an option that matters.
     words = {name: repr(value) if hasattr(value, "shape") else value for name, value in vars(args).items()}
     fields: Fields = {OPTIONS.get(name, name): value for name, value in words.items()}

@@ -13,13 +13,10 @@ if TYPE_CHECKING:
 
 def refuse(a: Architecture, where: str) -> None:
     if a.hidden_size % a.num_attention_heads:
-        raise InputError(
-            "hidden_size",
-            a.hidden_size,
-            f"of {where} is not a multiple of num_attention_heads={a.num_attention_heads}, which transformers refuses "
-            "in a Llama config even with head_dim",
-            "choose another student.hidden_size or student.num_attention_heads",
-        )
+        rule = f"of {where} is not a multiple of num_attention_heads={a.num_attention_heads}"
+        why = "which transformers refuses in a Llama config even with head_dim"
+        remedy = "choose another student.hidden_size or student.num_attention_heads"
+        raise InputError("hidden_size", a.hidden_size, f"{rule}, {why}", remedy)
 
 
 FAMILY = Family(

@@ -69,10 +69,8 @@ def config_of(family: Family, architecture: Architecture, where: str) -> dict[st
     """
     for name, needed in family.fixed.items():
         if (value := getattr(architecture, name)) != needed:
-            rule = (
-                f"of {where} cannot be written into a {family.hugging_face_class} config, where it is always {needed}"
-            )
-            raise InputError(name, value, rule)
+            rule = f"cannot be written into a {family.hugging_face_class} config, where it is always {needed}"
+            raise InputError(name, value, f"of {where} {rule}")
     family.refuse(architecture, where)
     scaling = architecture.rope_scaling and {"rope_type": SCALED, **dataclasses.asdict(architecture.rope_scaling)}
     return {

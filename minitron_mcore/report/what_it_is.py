@@ -66,7 +66,7 @@ def verify_weights(found: dict[str, Any], path: Path) -> list[str]:
         return []
     result = verify_hugging_face(path) if found["kind"] == "hugging_face" else verify_checkpoint(path)
     found["warnings"] = [*found["warnings"], *result.notes]
-    found["verified"] = {"tensors": result.tensors, "bytes": result.num_bytes, "faults": result.faults}
+    found["verified"] = {"tensors": len(result.keys), "bytes": result.num_bytes, "faults": result.faults}
     return result.faults
 
 
