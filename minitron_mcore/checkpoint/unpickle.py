@@ -179,7 +179,8 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
         if strangers:
             raise refuse(part, strangers[0]) from error
         raise InputError("", part, f"is damaged and cannot be read: {words[:200]}") from error
-    common = part.unboxed(content)
+    is_boxed = part.length is not None and isinstance(content, list) and len(content) == 1
+    common = content[0] if is_boxed else content
     if not isinstance(common, dict):
         raise InputError("", part, f"holds a {type(common).__name__} where a checkpoint has a mapping")
     return common

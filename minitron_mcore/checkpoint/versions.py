@@ -60,10 +60,6 @@ class CommonPart:
             stream.seek(self.offset)
             return io.BytesIO(stream.read(self.length))
 
-    def unboxed(self, content: Any) -> Any:
-        is_boxed = self.length is not None and isinstance(content, list) and len(content) == 1
-        return content[0] if is_boxed else content
-
 
 def locate_common(place: Path, metadata: Metadata) -> CommonPart | None:
     """Where the iteration in the folder `place` keeps its common part; if both forms are there, the older counts, as

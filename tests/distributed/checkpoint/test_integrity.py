@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from minitron_mcore.checkpoint.export import export_checkpoint
+from minitron_mcore.checkpoint.folder import is_hugging_face
 from minitron_mcore.checkpoint.hf_config import read_config
 from minitron_mcore.checkpoint.import_hf import import_checkpoint
 from minitron_mcore.checkpoint.integrity import Verification, verify_checkpoint, verify_hugging_face
@@ -30,7 +31,7 @@ KINDS = ["imported", "trained", "exported"]
 
 
 def verify(folder: Path) -> Verification:
-    return verify_hugging_face(folder) if (folder / "config.json").is_file() else verify_checkpoint(folder)
+    return verify_hugging_face(folder) if is_hugging_face(folder) else verify_checkpoint(folder)
 
 
 def import_on_rank(source: str, target: str) -> None:
