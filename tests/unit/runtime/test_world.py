@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.world import World, read_world
+from tests import warm
 from tests.e2e.launchers import ROOT, environment, write_tool
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -161,9 +160,9 @@ def test_a_notebook_in_another_jobs_shell(tmp_path: Path) -> None:
         shell = {"MASTER_ADDR": "gpu-017.invalid", "MASTER_PORT": str(taken.getsockname()[1]), **SALLOC}
         env = environment(**shell, SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_TASKS="1", GLOO_SOCKET_IFNAME="ib7")
         env |= {"CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(tmp_path / "notebook.py")]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+        process = warm.start("notebook", [], output=tmp_path / "shown", env=env, cwd=tmp_path)
+        code, shown = process.wait(timeout=100), (tmp_path / "shown").read_text()
+    assert code == 0, shown
+    told = json.loads(next(line for line in shown.splitlines() if line.startswith("{")))
     assert len(set(told["losses"])) == 1 and isinstance(told["losses"][0], float), told["losses"]
     assert told["left"] == told["gone"] == []
