@@ -300,7 +300,7 @@ CHECKPOINTS: list[Case] = [
     ("plan", ["scores=@/none"], "scores=@/none does not exist"),
     ("plan", ["scores=@/file"], "scores=@/file cannot be read"),
     ("plan", ["student.num_layers=3"], "student.num_layers=3 is larger than the teacher's 2"),
-    ("plan", ["student.hidden_size=0"], "student.hidden_size=0 must be a whole number of at least 1"),
+    ("plan", ["student.hidden_size=0"], "student.hidden_size=0 must be at least 1"),
     ("prune", ["student.ffn_hidden_size=65"], "student.ffn_hidden_size=65 is larger than the teacher's 64"),
     ("prune", ["student.checkpoint=@/student"], "student.checkpoint=@/student exists already"),
     ("prune", ["student.checkpoint=@/papers", "prune.overwrite=true"], "holds something other than a checkpoint"),
