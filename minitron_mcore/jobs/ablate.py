@@ -58,7 +58,10 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Ablat
     done = {row.setting: row for row in read_rows(path, made_with)}
     scoring = None
     if any(setting.method == "activation" and setting not in done for setting in grid):
-        named = dataclasses.replace(recipe, importance=importance, scores=str(folder / scores_name(importance)))
+        # A scores file of its own for every way of scoring.
+        said = json.dumps(dataclasses.asdict(importance), sort_keys=True)
+        scores = folder / f"scores-{hashlib.sha256(said.encode()).hexdigest()[:8]}.safetensors"
+        named = dataclasses.replace(recipe, importance=importance, scores=str(scores))
         scoring = resolve_score(named, world, promises)
     part = held_out_part(recipe.data, recipe.evaluate.samples, promises.prefixes)
     held_out = describe(recipe.data, [part], teacher.tokenizer, promises.prefixes)
@@ -74,12 +77,6 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Ablat
         done=done,
         scoring=scoring,
     )
-
-
-def scores_name(importance: ImportanceConfig) -> str:
-    """A scores file of its own for every way of scoring."""
-    said = json.dumps(dataclasses.asdict(importance), sort_keys=True)
-    return f"scores-{hashlib.sha256(said.encode()).hexdigest()[:8]}.safetensors"
 
 
 def importance_of(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.companions import refuse_adapter
 from minitron_mcore.checkpoint.hf_config import find_hugging_face, read_config
 from minitron_mcore.data.tokenizer import cut_otherwise, load_tokenizer
@@ -37,7 +36,11 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Impor
     refuse_adapter(source)
     architecture = read_config(source, recipe.model.make_vocab_size_divisible_by)
     check_model(architecture, recipe, world, reads_text=False)
-    check_weights(source, architecture, recipe)
+    # Reading tensors' types takes torch; a folder whose config is refused need not wait for it.
+    from minitron_mcore.checkpoint.conversion import units
+    from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
+
+    SafetensorsFolder(source).check(units(architecture), architecture, allow_extra="extra_tensors" in recipe.allow)
     notes = []
     tokenizer = load_tokenizer(str(source)) if has_tokenizer(source) else None
     if tokenizer is None:
@@ -52,12 +55,3 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Impor
     reads = (Item("hf", str(source), f"Hugging Face folder, {architecture.num_parameters:,} parameters"),)
     made = Model("checkpoint", target, architecture, 0, tokenizer=tokenizer)
     return ImportJob(recipe, reads, (made,), tuple(notes), source=source, made=made)
-
-
-def check_weights(source: Path, architecture: Architecture, recipe: Recipe) -> None:
-    """Raise InputError where the headers of the weight files do not make the model."""
-    # Reading tensors' types takes torch; a folder whose config says enough need not wait for it.
-    from minitron_mcore.checkpoint.conversion import units
-    from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
-
-    SafetensorsFolder(source).check(units(architecture), architecture, allow_extra="extra_tensors" in recipe.allow)

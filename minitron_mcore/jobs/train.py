@@ -11,7 +11,7 @@ from typing import Any
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.folder import check_architecture, latest_iteration
-from minitron_mcore.data.described import Described, describe_training
+from minitron_mcore.data.described import describe_training
 from minitron_mcore.data.index import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
@@ -175,7 +175,13 @@ def resolve_training(
     check_learning_rate(train, timetable, section)
     wanted = wanted_samples(recipe, section, timetable, teaching.samples)
     described = describe_training(recipe.data, tokenizer, wanted, promises.prefixes)
-    teacher = teaching.model
+    data, notes, teacher = recipe.data, [*teaching.notes], teaching.model
+    if train.eval_iters and not described.has_validation:
+        notes.append(
+            f"there is no validation of the whole blend, because data.valid is not set and data.split={data.split} "
+            f"holds out less than one sample of {data.sequence_length + 1} tokens: preprocess.valid_fraction can hold "
+            f"out more, and {section}.eval_iters=0 says that none is wanted"
+        )
     reads: list[Model | Item] = [each for each in (source, teacher) if each]
     if teaching.cache:
         reads.append(Item("distill.teacher", str(teaching.cache), f"{teaching.samples:,} samples' targets"))
@@ -184,7 +190,7 @@ def resolve_training(
         recipe,
         reads=(*reads, *inputs.data_items(described)),
         makes=tuple(filter(None, [Model(key, folder, architecture, None, tokenizer=tokenizer), teaching.corrected])),
-        notes=(*teaching.notes, *no_validation(recipe, section, described)),
+        notes=tuple(notes),
         section=section,
         folder=folder,
         architecture=architecture,
@@ -214,15 +220,3 @@ def wanted_samples(recipe: Recipe, section: str, timetable: Timetable, least: in
         key, length = f"{section}.eval_iters", recipe.data.sequence_length
         wanted.append(Wanted(samples, length, key, train.eval_iters, is_validation=True))
     return tuple(wanted)
-
-
-def no_validation(recipe: Recipe, section: str, described: Described) -> tuple[str, ...]:
-    """A note where validation is asked for and there is no text for it."""
-    data = recipe.data
-    if not getattr(recipe, section).eval_iters or described.has_validation:
-        return ()
-    return (
-        f"there is no validation of the whole blend, because data.valid is not set and data.split={data.split} holds "
-        f"out less than one sample of {data.sequence_length + 1} tokens: preprocess.valid_fraction can hold out more, "
-        f"and {section}.eval_iters=0 says that none is wanted",
-    )
