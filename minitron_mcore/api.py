@@ -113,10 +113,9 @@ def _started() -> tuple[Runtime, ParallelConfig]:
     return _standing
 
 
-def _frozen(architecture: Architecture, precision: str) -> list[LanguageModel]:
+def _check_precision(precision: str) -> None:
     if precision not in DTYPES:
         raise InputError("precision", precision, "is not allowed", f"choose one of {', '.join(DTYPES)}")
-    return build_model(architecture, _started()[1], precision, trainable=False)
 
 
 def load(folder: str | Path, precision: str = "fp32") -> Model:
@@ -124,9 +123,10 @@ def load(folder: str | Path, precision: str = "fp32") -> Model:
 
     The model is frozen and in evaluation mode. Every rank calls.
     """
+    _check_precision(precision)
     path, iteration = find_checkpoint(folder, "folder")
     architecture = read_architecture(path)
-    chunks = _frozen(architecture, precision)
+    chunks = build_model(architecture, _started()[1], precision, trainable=False)
     load_weights(path, iteration, as_chunks(chunks), architecture)
     lineage = {"checkpoint": str(path), "iteration": iteration, "lineage": read_lineage(path)}
     return Model(chunks, architecture, precision, path, lineage)
@@ -135,9 +135,10 @@ def load(folder: str | Path, precision: str = "fp32") -> Model:
 def build(architecture: Architecture | Mapping[str, Any], seed: int = 1234, precision: str = "fp32") -> Model:
     """A model of random weights, the same at every layout. `architecture`: Megatron's field names, as in
     {"family": "llama", "num_layers": 4, "hidden_size": 64, …}; what the family fixes may be left out."""
+    _check_precision(precision)
     if not isinstance(architecture, Architecture):
         architecture = build_architecture(dict(architecture))
-    chunks = _frozen(architecture, precision)
+    chunks = build_model(architecture, _started()[1], precision, trainable=False)
     initialize(chunks, architecture, seed)
     return Model(chunks, architecture, precision, None, {"seed": seed})
 

@@ -253,10 +253,15 @@ def assert_same_run(run: dict[str, Any], single: dict[str, Any]) -> None:
         assert ours["grad-norm"] == pytest.approx(theirs["grad-norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_steps_are_those_of_one_rank(variant: str, checkpoints: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "steps"),
+    [
+        *((name, FEWER_STEPS if options else STEPS) for name, (_, _, options) in VARIANTS.items()),
+        *(pytest.param(name, STEPS, marks=pytest.mark.slow) for name, (_, _, options) in VARIANTS.items() if options),
+    ],
+)
+def test_steps_are_those_of_one_rank(variant: str, steps: int, checkpoints: str) -> None:
     world_size, parallel, options = VARIANTS[variant]
-    steps = FEWER_STEPS if options else STEPS
     run = collect(run_on_ranks(distil_on_rank, world_size, parallel, world_size, checkpoints, options, LOSS, steps))
     assert len(run["history"]) == steps <= len(base(checkpoints)["history"])
     assert_same_run(run, base(checkpoints))

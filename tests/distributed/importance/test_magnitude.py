@@ -117,7 +117,7 @@ def test_against_norms_of_slices_on_one_two_and_four_ranks(root: Path) -> None:
 
 
 def test_they_make_a_plan_and_broken_weights_are_named(root: Path) -> None:
-    scores = score(root, ["llama"])["llama"]
+    scores = run_on_ranks(score, 1, root, ["llama"])[0]["llama"]
     plan = make_plan(scores, {"hidden_size": 32, "ffn_hidden_size": 64, "num_layers": 3})
     assert plan.hidden == sorted(numpy.argsort(-scores.hidden, kind="stable")[:32].tolist())
     assert plan.settings["scores"]["importance"]["method"] == "magnitude"

@@ -31,13 +31,27 @@ from tests.distributed.ranks import run_on_ranks
 
 FAMILIES = ("llama", "nemotron", "qwen", "llama-tied", "llama-distill", "nemotron-distill")
 OTHERS = [name for name in LAYOUTS if name != "1"]
+STEPS, FEWER_STEPS = 10, 4
+
+
+def quick_steps(family: str) -> int:
+    return STEPS if family == "llama" else FEWER_STEPS
+
+
 # 5 layers: 3 + 2 over two stages, 2, 1, 1, 1 over two stages of two chunks each.
-PAIRS = [
+QUICK = [
     *((family, name) for family in FAMILIES if not family.endswith("-distill") for name in OTHERS),
     ("nemotron-distill", "TP2-PP2"),
-    # test_engine.py distils at every layout, and those above train this family so.
-    *(pytest.param("nemotron-distill", name, marks=pytest.mark.slow) for name in OTHERS if name != "TP2-PP2"),
     *(("llama-uneven", f"PP2{v}") for v in ("", "-VPP2")),
+]
+# test_engine.py distils at every layout, and QUICK trains this family so.
+SLOW = [
+    *(("nemotron-distill", name) for name in OTHERS if name != "TP2-PP2"),
+    *(pair for pair in QUICK if pair[0] != "llama"),
+]
+CASES = [
+    *((family, name, quick_steps(family)) for family, name in QUICK),
+    *(pytest.param(*pair, STEPS, marks=pytest.mark.slow) for pair in SLOW),
 ]
 
 
@@ -156,9 +170,8 @@ def train_on_rank(family: str, parallel: dict[str, Any], world_size: int, steps:
 
 
 @cache
-def trained(family: str, layout: str) -> dict[str, Any]:
+def trained(family: str, layout: str, steps: int) -> dict[str, Any]:
     world_size, parallel = LAYOUTS[layout]
-    steps = 10 if family == "llama" else 4
     ranks = run_on_ranks(train_on_rank, world_size, family, parallel, world_size, steps)
     architecture = architecture_of(family)
     for rank in ranks:
@@ -171,10 +184,10 @@ def trained(family: str, layout: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("family", "layout"), PAIRS)
-def test_layout_does_not_matter(family: str, layout: str) -> None:
-    single, other = trained(family, "1"), trained(family, layout)
-    assert len(other["history"]) == len(single["history"]) >= 4
+@pytest.mark.parametrize(("family", "layout", "steps"), CASES)
+def test_layout_does_not_matter(family: str, layout: str, steps: int) -> None:
+    single, other = trained(family, "1", steps), trained(family, layout, steps)
+    assert len(other["history"]) == len(single["history"]) == steps
     for name, value in single["weights"].items():
         torch.testing.assert_close(other["weights"][name], value, rtol=0, atol=0, msg=f"initial {name}")
 
@@ -200,7 +213,7 @@ def test_layout_does_not_matter(family: str, layout: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_against_dense_float64(family: str) -> None:
     """Loss and every gradient of the first step against formulas written out on the global weights, in float64."""
-    single, student = trained(family, "1"), architecture_of(family)
+    single, student = trained(family, "1", quick_steps(family)), architecture_of(family)
     model = DenseModel(student, single["weights"]).requires_grad()
     teacher = None
     if family.endswith("-distill"):
@@ -242,6 +255,6 @@ def test_against_dense_float64(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_learns(family: str) -> None:
     """A test above that compares nothing with nothing would pass on a model that does not train."""
-    history = trained(family, "1")["history"]
-    assert all(norm > 0 for norm in (row["grad-norm"] for row in history))
-    assert all(float(value.norm()) > 0 for value in trained(family, "1")["gradients"].values())
+    single = trained(family, "1", quick_steps(family))
+    assert all(row["grad-norm"] > 0 for row in single["history"])
+    assert all(float(value.norm()) > 0 for value in single["gradients"].values())
