@@ -1,9 +1,9 @@
 """The distillation engine does not depend on how it is run: layout, micro-batch, chunks, windows, where the teacher is.
 
 Everything starts from two checkpoints written by one rank. Against one rank with a resident teacher, fp32, over ten
-steps at every layout and over four of what is unlike otherwise: losses agree to 1e-5 and gradient norms to 1e-3
-(relative); the first step's gradients to 1e-5 by relative Frobenius norm. The same numbers are summed in other orders,
-which leaves about 1e-6; a wrong factor leaves 0.5 or more.
+steps at every layout and four of what is unlike otherwise (ten in the slow suite): losses agree to 1e-5 and gradient
+norms to 1e-3 (relative); the first step's gradients to 1e-5 by relative Frobenius norm. The same numbers are summed in
+other orders, which leaves about 1e-6; a wrong factor leaves 0.5 or more.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The trained model does not depend on the layout: loss, every gradient, the optimizer, training.
 
 From one model (same seed, same global parameters), fp32, at seven layouts, for every kind of block; ten steps of one
-kind, four of the others, two of them after the warm-up. Tolerances: layouts sum the same numbers in another order,
-which in fp32 leaves about 1e-7 in a loss and 1e-6 in a gradient's norm; a wrong factor of TP, PP or DP leaves 0.5 or
-more. Elementwise comparison of gradients is meaningless near zero.
+kind, and four of the others, two of them after the warm-up (ten in the slow suite). Tolerances: layouts sum the same
+numbers in another order, which in fp32 leaves about 1e-7 in a loss and 1e-6 in a gradient's norm; a wrong factor of TP,
+PP or DP leaves 0.5 or more. Elementwise comparison of gradients is meaningless near zero.
 """
 
 from __future__ import annotations
