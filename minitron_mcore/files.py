@@ -46,19 +46,19 @@ def not_written(what: str, error: OSError, hint: str = "") -> InputError:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: str, remedy: str = "name another") -> Iterator[None]:
     """An OSError within, such as of a closed folder, becomes an InputError of one sentence that names `what`."""
     try:
         yield
     except OSError as error:
-        raise not_read(what, error) from error
+        raise not_read(what, error, remedy) from error
 
 
-def not_read(what: str, error: OSError) -> InputError:
+def not_read(what: str, error: OSError, remedy: str = "name another") -> InputError:
     """The user's view of `error`, met while `what` was read."""
     place = "" if error.filename is None else f" at {error.filename}"
     reason = (error.strerror or type(error).__name__).lower()
-    mend = "open it to this user, or name another" if isinstance(error, PermissionError) else "name another"
+    mend = f"open it to this user, or {remedy}" if isinstance(error, PermissionError) else remedy
     return InputError("", what, f"cannot be read: {reason}{place}", mend)
 
 

@@ -52,10 +52,14 @@ def on_main(work: Callable[[], T]) -> T:
     return result
 
 
-def all_or_none(work: Callable[[], T]) -> T:
+def all_or_none(work: Callable[[], T], only: type[Exception] = Exception) -> T:
     """What `work`, done on every rank, gives on this one. Where it fails on any, every rank raises: its own error, or
-    else the first other rank's, told as `on_main` does."""
-    result, failure = _tried(work)
+    else the first other rank's, told as `on_main` does.
+
+    only: what is told so; any other error is raised at once. Needed where ranks wait for each other within `work`: one
+    that has failed there must leave, so that the launcher ends the others.
+    """
+    result, failure = _tried(work, only)
     raise_together(failure)
     return result
 
@@ -73,11 +77,11 @@ def raise_together(failure: Exception | None) -> None:
         raise failure
 
 
-def _tried(work: Callable[[], T]) -> tuple[Any, Exception | None]:
+def _tried(work: Callable[[], T], caught: type[Exception] = Exception) -> tuple[Any, Exception | None]:
     """What `work` gives, and what it raises."""
     try:
         return work(), None
-    except Exception as error:
+    except caught as error:
         return None, error
 
 

@@ -44,7 +44,8 @@ FORMAT = 2  # 1 had no probability of the other ids, and the number of samples i
 MAGIC = b"MINITGT\x01"
 VALUE_TYPES = {"fp16": "<f2", "fp32": "<f4"}
 ANEW = "delete the folder and write it again with `cache`"
-_WRITE_MISSING = "delete it and run `cache` again, which writes what is missing"
+_WRITE_MISSING = "run `cache` again, which writes what is missing"
+_WRITE_ANEW = f"delete it and {_WRITE_MISSING}"
 _PREFIX = struct.Struct("<8sQQ")
 _LENGTH = struct.Struct("<I")
 _OPEN_HEADERS = 16
@@ -274,13 +275,13 @@ class CacheReader:
         # A shard that has grown since its header was read is another file: its header is then read once more.
         for _ in range(2):
             place = self._block(sample)
-            with reading(str(path)), path.open("rb") as stream:
+            with reading(str(path), _WRITE_MISSING), path.open("rb") as stream:
                 stream.seek(place.offset)
                 block = stream.read(place.length)
             if xxhash.xxh3_64_hexdigest(block) == place.checksum:
                 return block
             self._blocks.cache_clear()
-        raise _damage(path, f"the checksum of sample {sample} differs", _WRITE_MISSING)
+        raise _damage(path, f"the checksum of sample {sample} differs", _WRITE_ANEW)
 
     def _block(self, sample: int) -> _Block:
         shard, place = divmod(sample, self.settings["shard_samples"])
@@ -292,13 +293,13 @@ class CacheReader:
 
     def _read_header(self, shard: int) -> list[_Block]:
         path = shard_file(self.folder, shard)
-        with reading(str(path)), path.open("rb") as stream:
+        with reading(str(path), _WRITE_MISSING), path.open("rb") as stream:
             prefix = stream.read(_PREFIX.size)
             magic, length, checksum = _PREFIX.unpack(prefix) if len(prefix) == _PREFIX.size else (b"", 0, 0)
             end = os.fstat(stream.fileno()).st_size
             text = stream.read(length) if magic == MAGIC and length <= end else b""
         if xxhash.xxh3_64_intdigest(text) != checksum or not text:
-            raise _damage(path, "its header has changed or is missing", _WRITE_MISSING)
+            raise _damage(path, "its header has changed or is missing", _WRITE_ANEW)
         header = json.loads(text)
         size, rows, digest = self.settings["shard_samples"], header["blocks"], settings_digest(self.settings)
         if header["settings"] != digest or header["first"] != shard * size or len(rows) > size:
@@ -309,5 +310,5 @@ class CacheReader:
             blocks.append(_Block(offset, *row))
             offset += blocks[-1].length
         if offset != end:
-            raise _damage(path, "its length is not what its header says", _WRITE_MISSING)
+            raise _damage(path, "its length is not what its header says", _WRITE_ANEW)
         return blocks

@@ -14,8 +14,8 @@ from minitron_mcore.keys import flat
 if TYPE_CHECKING:
     from minitron_mcore.checkpoint.folder_lock import FolderLock
 
-# Shards that lack samples, and how many samples each holds.
-Missing = list[tuple[int, int]]
+# Shards that lack samples, and which.
+Missing = list[tuple[int, range]]
 
 # Any other divergence of sampled targets would be biased.
 DIVERGENCES = {"sampled": ("forward_kl",), "top_k": ("forward_kl", "reverse_kl", "jensen_shannon")}
@@ -96,5 +96,6 @@ def claim(folder: Path, settings: dict[str, Any], lock: FolderLock) -> Missing:
         if lock.is_sure:
             for unfinished in folder.glob("*.tmp"):
                 unfinished.unlink()
-    reader = CacheReader(folder)
-    return [(shard, reader.held(shard)) for shard in reader.missing_shards(wanted)]
+    reader, size = CacheReader(folder), settings["shard_samples"]
+    begun = ((shard, shard * size + reader.held(shard)) for shard in reader.missing_shards(wanted))
+    return [(shard, range(first, min((shard + 1) * size, wanted))) for shard, first in begun]

@@ -39,25 +39,25 @@ def write_missing(
 ) -> None:
     """Shard after shard, each by one data-parallel replica; the replicas meet after each. Every rank calls.
 
-    missing: of the cache in `folder`; what is in them already stays as it is.
+    missing: of the cache in `folder`; what is in them already stays as it is. An error that is no InputError is this
+    rank's alone, as the others wait for it.
     """
     reader = CacheReader(folder)
     settings = reader.settings
-    total, size = settings["num_samples"], settings["shard_samples"]
     replica, replicas = data_group().rank(), data_group().size()
     pace, written = Pace(), torch.zeros(2, dtype=torch.float64, device=runtime.device)
 
     def write(mine: Missing) -> None:
-        for shard, held in mine:
-            samples = list(range(shard * size + held, min((shard + 1) * size, total)))
-            blocks = ask_teacher(chunks, read, samples, chunk_tokens, settings)
+        for shard, samples in mine:
+            blocks = ask_teacher(chunks, read, list(samples), chunk_tokens, settings)
             if on_last_stage() and tensor_group().rank() == 0:
+                held = samples.start - shard * settings["shard_samples"]
                 write_shard(folder, settings, shard, [*reader.stored(shard, held), *blocks])
                 sizes = [len(samples), sum(len(block) for block, _ in blocks)]
                 written.add_(torch.tensor(sizes, device=written.device))
 
     for turn in range(0, len(missing), replicas):
-        all_or_none(partial(write, missing[turn + replica : turn + replica + 1]))
+        all_or_none(partial(write, missing[turn + replica : turn + replica + 1]), InputError)
         so_far = written.clone()
         torch.distributed.all_reduce(so_far)
         tokens = so_far[0].item() * settings["data.sequence_length"]

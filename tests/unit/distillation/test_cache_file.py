@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitron_mcore.distillation.cache import write
 from minitron_mcore.distillation.cache.file import (
     CacheReader,
     Targets,
@@ -22,7 +24,10 @@ from minitron_mcore.distillation.cache.file import (
     write_settings,
     write_shard,
 )
+from minitron_mcore.distillation.cache.serving import claim
+from minitron_mcore.distillation.cache.write import cache_lock
 from minitron_mcore.errors import InputError
+from minitron_mcore.runtime import agree
 
 SETTINGS: dict[str, Any] = {"method": "sampled", "proposal_temperature": 1.0, "vocab_size": 70_000, "dtype": "fp16"}
 SETTINGS |= {"num_samples": 5, "shard_samples": 3, "temperature": 1.0, "teacher": {"architecture": {}}}
@@ -66,15 +71,15 @@ def test_round_trip(seed: int, vocab_size: int, dtype: str | None) -> None:
         assert read.tails is not None and numpy.array_equal(read.tails, written.tails)
 
 
-def write_cache(folder: Path) -> list[Targets]:
+def write_cache(folder: Path, how: dict[str, Any] = SETTINGS) -> list[Targets]:
     samples = [some_targets(seed, SETTINGS["vocab_size"]) for seed in range(5)]
     blocks = [
         (encode_targets(targets, SETTINGS), token_checksum(numpy.arange(sample, sample + 40)))
         for sample, targets in enumerate(samples)
     ]
-    write_settings(folder, SETTINGS)
+    write_settings(folder, how)
     for shard, part in enumerate((blocks[:3], blocks[3:])):
-        write_shard(folder, SETTINGS, shard, part)
+        write_shard(folder, how, shard, part)
     return samples
 
 
@@ -107,6 +112,8 @@ def test_every_changed_byte_is_found(tmp_path: Path) -> None:
             CacheReader(tmp_path).missing_shards(5)
     path.unlink()
     assert CacheReader(tmp_path).missing_shards(5) == [1] and CacheReader(tmp_path).missing_shards(3) == []
+    with pytest.raises(InputError, match="run `cache` again, which writes what is missing"):
+        CacheReader(tmp_path).read(3)
 
 
 def test_a_full_disk_leaves_no_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +167,30 @@ def test_a_cache_that_grows_while_it_is_read(tmp_path: Path) -> None:
     write_shard(tmp_path, grown, 1, [*blocks, blocks[0]])
     assert numpy.array_equal(reader.read(4).ids, samples[4].ids)
     assert CacheReader(tmp_path).missing_shards(6) == []
+
+
+def test_what_is_missing_of_a_cache(tmp_path: Path) -> None:
+    """Of every shard the samples that it lacks, whatever the settings in the folder say of their number."""
+    how = {**SETTINGS, "teacher": {"architecture": {}, "weights": None}}
+    write_cache(tmp_path, how)
+    for wanted, missing in ((5, []), (8, [(1, range(5, 6)), (2, range(6, 8))])):
+        lock = cache_lock(tmp_path)
+        assert claim(tmp_path, {**how, "num_samples": wanted}, lock) == missing
+        lock.release()
+
+
+def test_a_rank_that_its_peers_wait_for_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is no word to the user ends the process at once: in a collective the others would wait for it."""
+    write_cache(tmp_path)
+    told: list[Any] = []
+    alone = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    monkeypatch.setattr(write, "data_group", lambda: alone)
+    monkeypatch.setattr(agree, "raise_together", told.append)
+    monkeypatch.setattr(write, "ask_teacher", lambda *given: SETTINGS["lost"])
+    runtime: Any = SimpleNamespace(device="cpu")
+    with pytest.raises(KeyError, match="lost"):
+        write.write_missing([], lambda samples: [], 1, tmp_path, [(1, range(5, 6))], runtime)
+    assert not told
 
 
 def test_the_digest_is_of_what_is_held() -> None:
