@@ -15,9 +15,9 @@ sentence is scored (partial scoring, arXiv 1806.02847):
 
 Tokens: each context + choice is tokenised as a whole, after the end-of-document token, which precedes a document in the
 samples that models are trained on here. The tokens that the context alone and all choices begin with are given; the
-rest is scored. So where a choice changes how the end of the context is tokenised, the
-changed tokens are scored in every choice, and the choices stay comparable. With a context for each choice, the given
-tokens are those that a choice shares with its own context.
+rest is scored. So where a choice changes how the end of the context is tokenised, the changed tokens are scored in
+every choice, and the choices stay comparable. With a context for each choice, the given tokens are those that a choice
+shares with its own context.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown
 
 import numpy
 
@@ -110,17 +111,17 @@ def _parse(line: str, where: str) -> tuple[list[str], list[str], int]:
         raise refusal(where, "is not a question", f"write {FORM}")
     context, choices, answer = (fields[name] for name in ("context", "choices", "answer"))
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
-        raise refusal(where, f"has choices={choices!r:.60}, which must be a list of two or more texts")
+        raise refusal(where, f"has choices={shown(choices)}, which must be a list of two or more texts")
     contexts = context if isinstance(context, list) and len(context) == len(choices) else [context]
     if not all(isinstance(each, str) for each in contexts):
-        rule = f"has context={context!r:.60}, which must be text, or a list of as many texts as there are choices"
+        rule = f"has context={shown(context)}, which must be text, or a list of as many texts as there are choices"
         raise refusal(where, rule)
     if len(set(_joined(contexts, choices))) < len(choices):
         raise refusal(where, "has two choices of the same text, between which no model could choose")
     if isinstance(answer, str) and choices.count(answer) == 1:
         return contexts, choices, choices.index(answer)
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        rule = f"has answer={answer!r:.60}, which must be an index from 0 to {len(choices) - 1} or one of the choices"
+        rule = f"has answer={shown(answer)}, which must be an index from 0 to {len(choices) - 1} or one of the choices"
         raise refusal(where, rule)
     return contexts, choices, answer
 
@@ -141,7 +142,7 @@ def _tokenise(
         given = [_common(context, whole) for context, whole in zip(alone, wholes, strict=True)]
     for choice, whole, count in zip(choices, wholes, given, strict=True):
         if len(whole) == count:
-            raise refusal(where, f"has the choice {choice!r:.60}, which has no tokens to score", "give it text")
+            raise refusal(where, f"has the choice {shown(choice)}, which has no tokens to score", "give it text")
     return Question(tuple((tokenizer.eod, *whole) for whole in wholes), tuple(count + 1 for count in given), answer)
 
 

@@ -38,8 +38,8 @@ def rows_of(scores: Scores, table: DepthTable) -> list[dict[str, Any]]:
 
 
 def _names_and_lengths(table: DepthTable) -> tuple[list[str], list[int]]:
-    names, lengths = zip(*(name.split("@") for name in table.damage), strict=True)
-    return [*dict.fromkeys(names)], [*dict.fromkeys(map(int, lengths))]
+    measured = [name.split("@") for name in table.damage]
+    return [*dict.fromkeys(name for name, _ in measured)], [*dict.fromkeys(int(length) for _, length in measured)]
 
 
 def _left(table: DepthTable, damage: dict[str, float]) -> dict[str, float]:
@@ -71,9 +71,8 @@ def depth_text(scores: Scores, table: DepthTable) -> str:
 
 def write_csv(scores: Scores, table: DepthTable, path: Path) -> None:
     """All rows, with every digit; whole or not at all. One process calls."""
-    header, *_ = rows = rows_of(scores, table)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *([row[name] for name in header] for row in rows)])
+    rows, text = rows_of(scores, table), io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([rows[0], *([row[name] for name in rows[0]] for row in rows)])
     write_whole(path, text.getvalue())
 
 

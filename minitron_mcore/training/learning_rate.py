@@ -71,10 +71,10 @@ def check_continuation(
         raise InputError(f"{section}.lr_warmup_iters", train.lr_warmup_iters, rule, "change only what comes after it")
     same_end = (timetable.tokens, train.lr_wsd_decay_tokens) == (planned.tokens, other.lr_wsd_decay_tokens)
     if done > start and not same_end:
-        why = f"the learning rate ({section}.lr_decay_style={train.lr_decay_style}) already decays towards the old end"
-        rule = f"cannot replace {section}.tokens={train.tokens} after {done} tokens, because {why}"
+        rule = f"cannot replace {section}.tokens={train.tokens} after {done} tokens, because the learning rate"
+        why = f"({section}.lr_decay_style={train.lr_decay_style}) already decays towards the old budget's end"
         remedy = "keep the old budget; a constant rate can go on, and WSD before its decay"
-        raise InputError(f"{section}.tokens", other.tokens, rule, remedy)
+        raise InputError(f"{section}.tokens", other.tokens, f"{rule} {why}", remedy)
 
 
 def _shapes(timetable: Timetable, iteration: int) -> list[tuple[int, int, int]]:

@@ -114,6 +114,7 @@ REFUSED = [
     (question(["a", "d"], ["b", "b"], "b"), "has answer='b', which must be an index"),
     (question("a", ["b"]), "has choices=['b'], which must be a list of two or more texts"),
     (question("a", "bc"), "has choices='bc', which must be"),
+    (question("a", "b" * 99), "bbb...bbb"),
     (question("a", ["b", 1]), "has choices=['b', 1], which must be"),
     (question("a", ["b", "b"]), "has two choices of the same text"),
     (question("a", ["b", "c"], 2), "has answer=2, which must be an index from 0 to 1 or one of the choices"),
