@@ -138,10 +138,11 @@ def _files_below(folder: str, endings: tuple[str, ...], exclude: set[str], key: 
             folders[:] = [name for name in folders if name not in exclude]
             for path in (join(parent, name) for name in names):
                 is_asked_for = any(each.endswith(endings) for each in (path.lower(), without_ending(path.lower())))
-                if is_asked_for and os.path.isfile(path):
-                    files.append(path)
-                elif is_asked_for or not os.path.exists(path):
+                is_there = os.path.exists(path)
+                if os.path.islink(path) and not is_there:
                     left_out.append(path)
+                elif is_asked_for:  # where the folder lets nobody look at it, who reads it says so
+                    (left_out if is_there and not os.path.isfile(path) else files).append(path)
     return sorted(files, key=_walk_order), sorted(left_out, key=_walk_order)
 
 
@@ -202,7 +203,7 @@ def make_parent(path: str, key: str) -> list[Path]:
     """
     check_file(path, key)
     folders = Path(os.path.abspath(path)).parents
-    made = [folder for folder in folders if not folder.is_dir()]
     with writing(f"{key}={path}"):
+        made = [folder for folder in folders if not folder.is_dir()]
         folders[0].mkdir(parents=True, exist_ok=True)
     return made

@@ -18,6 +18,8 @@ import pytest
 from minitron_mcore import cli, recipe
 from minitron_mcore.checkpoint.folder import TRACKER, find_checkpoint, read_architecture
 from minitron_mcore.data.blend import check_prefixes, parse_blend
+from minitron_mcore.data.corpus import find_files, make_parent
+from minitron_mcore.data.text_file import inspect_file
 from minitron_mcore.distillation.cache.file import read_settings
 from minitron_mcore.errors import InputError, StorageError
 from minitron_mcore.files import writing
@@ -101,6 +103,26 @@ def test_closed_tokens(root: Path, closed: str) -> None:
     said = refusal(lambda: check_prefixes([parse_blend(prefix, "data.train")]))
     name = closed or "tokens.idx"
     assert said.startswith(f"data.train: {root}/inner/{name} cannot be read: permission denied at {root}/inner/{name}:")
+
+
+def test_text_in_a_closed_folder(root: Path) -> None:
+    """In the second the names can be listed, and nothing behind them looked at."""
+    folder = root / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    found: list[str] = []
+    folder.chmod(0)
+    said = refusal(lambda: find_files(str(root), [".txt"], "input", (), found.append))
+    assert said.startswith(f"input={folder} cannot be read (Permission denied): ")
+    folder.chmod(0o444)
+    said = refusal(lambda: [inspect_file(path) for path in find_files(str(root), [".txt"], "input", (), found.append)])
+    assert said.startswith(f"{folder}/a.txt cannot be read: permission denied at {folder}/a.txt: ") and not found
+
+
+def test_a_folder_that_lets_nobody_look_into_it(root: Path) -> None:
+    (root / "inner").chmod(0o222)
+    said = refusal(lambda: make_parent(f"{root}/inner/new/file", "output"))
+    assert said.startswith(f"output={root}/inner/new/file cannot be written")
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "new", "new/deeper"])
