@@ -16,7 +16,7 @@ def read(config: dict[str, Any]) -> dict[str, Any]:
     """A window that the whole length fits into is none. Raises InputError for a shorter one."""
     window, length = config["sliding_window"], config["max_position_embeddings"]
     if window is not None and window < length:
-        rule = f"is shorter than max_position_embeddings={length}, and such attention is not supported"
+        rule = f"is shorter than max_position_embeddings={length}, and sliding-window attention is not supported"
         remedy = f"write null, and max_position_embeddings={window}, up to which full attention is the same"
         raise InputError("sliding_window", window, rule, remedy)
     return {**config, "sliding_window": None}

@@ -48,7 +48,7 @@ class Family:
     config cannot express, so they must have the family's values; `defaults` are those it can, for recipes that leave
     them out. `constants` are config keys without a field here, so they must hold these values. `refuse` raises
     InputError for a shape that transformers does not accept; its second argument says which model that is, for
-    messages. `read` turns a config into one of which these tables hold, or raises InputError.
+    messages. `read` rewrites a config so that these tables hold for it, or raises InputError.
     """
 
     model_type: str
