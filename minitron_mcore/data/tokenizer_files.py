@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import copy_file
+from minitron_mcore.files import copy_file, refuse_closed
 
 MODEL = "tokenizer.model"
 ADDED, SPECIAL = "added_tokens.json", "special_tokens_map.json"
@@ -108,7 +108,12 @@ def files_of(folder: str, patterns: tuple[str, ...]) -> list[str]:
 
 
 def copy_files(source: str, target: str, patterns: tuple[str, ...]) -> None:
-    """Copy those that `patterns` name of the files in the folder `source` into the folder `target`, byte for byte."""
+    """Copy those that `patterns` name of the files in the folder `source` into the folder `target`, byte for byte.
+
+    Raises InputError where a folder of them is closed to this user.
+    """
+    for place in sorted({os.path.join(source, os.path.dirname(pattern)) for pattern in patterns}):
+        refuse_closed(source, place)  # in which glob finds nothing
     for name in files_of(source, patterns):
         copy_file(os.path.join(source, name), os.path.join(target, name))
 

@@ -20,6 +20,7 @@ from minitron_mcore.checkpoint.folder import TRACKER, find_checkpoint, read_arch
 from minitron_mcore.data.blend import check_prefixes, parse_blend
 from minitron_mcore.data.corpus import find_files, make_parent
 from minitron_mcore.data.text_file import inspect_file
+from minitron_mcore.data.tokenizer_files import FILES, copy_files
 from minitron_mcore.distillation.cache.file import read_settings
 from minitron_mcore.errors import InputError, StorageError
 from minitron_mcore.files import writing
@@ -117,6 +118,17 @@ def test_text_in_a_closed_folder(root: Path) -> None:
     folder.chmod(0o444)
     said = refusal(lambda: [inspect_file(path) for path in find_files(str(root), [".txt"], "input", (), found.append)])
     assert said.startswith(f"{folder}/a.txt cannot be read: permission denied at {folder}/a.txt: ") and not found
+
+
+@pytest.mark.parametrize("closed", ["tokenizer", "tokenizer/additional_chat_templates"])
+def test_the_files_of_a_tokenizer(root: Path, tmp_path: Path, closed: str) -> None:
+    """None is silently left out."""
+    checkpoint = root / "inner" / "checkpoint"
+    (checkpoint / "tokenizer" / "additional_chat_templates").mkdir()
+    (checkpoint / closed).chmod(0o311)
+    said = refusal(lambda: copy_files(str(checkpoint / "tokenizer"), str(tmp_path), FILES))
+    place = str(checkpoint / closed)
+    assert said.startswith(f"{checkpoint}/tokenizer cannot be read: permission denied at {place}")
 
 
 def test_a_folder_that_lets_nobody_look_into_it(root: Path) -> None:
