@@ -156,9 +156,10 @@ def said_by(folder: Path) -> str:
 def _description(folder: Path) -> tuple[Path, Path | None]:
     """architecture.yaml, and, where it is missing, the iteration whose own files count instead, if there is one."""
     described = beside(folder, "architecture.yaml")
-    if described.is_file() or (newest := 0 if is_iteration(folder) else latest_iteration(folder)) is None:
+    if described.is_file():
         return described, None
-    return described, iteration_folder(folder, newest)
+    newest = 0 if is_iteration(folder) else latest_iteration(folder)  # of an iteration's own folder any number gives it
+    return described, None if newest is None else iteration_folder(folder, newest)
 
 
 def write_description(

@@ -221,6 +221,7 @@ def _told(error: BaseException, folder: Path, called: str, hint: str) -> BaseExc
     """What the user sees of an error that torch gathered from the ranks: the first sentence meant for a user."""
     failures = error.failures.values() if isinstance(error, CheckpointException) else [[error]]
     causes = [failure[0] for failure in failures]
+    # Sentences for a user come before errors of the disk, whatever rank they are from.
     for cause in sorted(causes, key=lambda cause: not isinstance(cause, InputError)):
         if isinstance(cause, InputError):
             return cause

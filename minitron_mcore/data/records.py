@@ -209,6 +209,7 @@ def _fields(line: str, unit: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
+        # Where the first one already fails, it may be no file of JSON lines at all.
         hint = "; a file of JSON lines has a whole object on each line" if where.endswith(" 1,") else ""
         rule = f"is not JSON ({error.msg} at column {error.colno})"
         raise InputError("", where, rule, MEND_JSON + hint) from error
