@@ -39,8 +39,8 @@ _RULES = {
     "missing": "lacks {}",
     "dataclass_type": "must map names to values in {}",
     "dict_type": "must map names to values in {}",
-    "list_type": "must have a list of whole numbers in {}",
-    "int_type": "must have a list of whole numbers in {}",
+    "list_type": "must have a list in {}",
+    "int_type": "must have a whole number in {}",
 }
 
 
@@ -188,7 +188,8 @@ class PruningPlan:
             first = error.errors()[0]
             if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
                 raise cause from error
-            where = ".".join(map(str, first["loc"]))
+            alike = [each for each in error.errors() if each["type"] == first["type"] == "missing"] or [first]
+            where = ", ".join(".".join(map(str, each["loc"])) for each in alike)
             unknown = f"cannot be read ({first['msg']} in {where})"
             raise refusal(_RULES.get(first["type"], unknown).format(where), "make the plan again") from error
 
