@@ -113,6 +113,11 @@ def _started() -> tuple[Runtime, ParallelConfig]:
     return _standing
 
 
+def _listed(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """`choices` as a recipe's section takes them, which knows no sequences but lists."""
+    return {name: [*value] if isinstance(value, tuple | range) else value for name, value in choices.items()}
+
+
 def _check_precision(precision: str) -> None:
     if precision not in DTYPES:
         raise InputError("precision", precision, "is not allowed", f"choose one of {', '.join(DTYPES)}")
@@ -156,8 +161,7 @@ def score(
     `batches`. Source: arXiv 2407.14679, section 2.2 and table 13.
     """
     batch, _, sequence = aggregation.partition("/")
-    listed: dict[str, Any] = {name: [*value] if isinstance(value, tuple) else value for name, value in choices.items()}
-    config = ImportanceConfig(batch_aggregation=batch, sequence_aggregation=sequence, **listed)
+    config = ImportanceConfig(batch_aggregation=batch, sequence_aggregation=sequence, **_listed(choices))
     if config.method == "random":
         return random_scores(model.architecture, seed)
     if config.method == "magnitude":
@@ -205,7 +209,7 @@ def plan(
     student = section_at("student", StudentConfig, {**of_student, "layers": layers})
     _, layout = _standing or (None, ParallelConfig())
     layout = ParallelConfig(tensor=tensor or layout.tensor, pipeline=pipeline or layout.pipeline)
-    return make_plan(scores, student, section_at("prune", PruneConfig, choices), layout, sequence_length)
+    return make_plan(scores, student, section_at("prune", PruneConfig, _listed(choices)), layout, sequence_length)
 
 
 def prune(model: Model, plan: PruningPlan, *, trainable: bool = False) -> Model:

@@ -143,7 +143,7 @@ def refusals(folder: Path) -> dict[str, str]:
     teacher, other = minitron.build(tiny("llama")), minitron.build(tiny("llama", num_layers=2))
     batches = some_batches()
     scores = minitron.score(teacher, batches, method="random")
-    plan = minitron.plan(scores, num_layers=2)
+    plan = minitron.plan(scores, num_layers=2, residual_matrices=("query",))
     (folder / "taken").mkdir()
     (folder / "taken" / "file").touch()
     tries: dict[str, Any] = {
@@ -155,6 +155,7 @@ def refusals(folder: Path) -> dict[str, str]:
         "id": lambda: minitron.lm_loss(teacher, [torch.full((1, 4), 1003)]),
         "long": lambda: minitron.lm_loss(teacher, [torch.zeros(1, 65, dtype=torch.int64)]),
         "larger": lambda: minitron.plan(scores, hidden_size=99),
+        "blocks": lambda: minitron.score(teacher, batches, depth_metrics=("lm_loss",), block_lengths=range(4, 5)),
         "other": lambda: minitron.prune(other, plan),
         "precision": lambda: minitron.load(folder, precision="fp8"),
         "folder": lambda: minitron.load(folder / "none"),
@@ -181,6 +182,7 @@ def test_what_cannot_be_is_said_in_a_sentence(tmp_path: Path) -> None:
         "id": "batches[0] has the token id 1003, but the model's vocab_size is 1003",
         "long": "batches[0] has rows of 65 tokens, longer than the model's max_position_embeddings=64",
         "larger": "student.hidden_size=99 is larger than the teacher's 48",
+        "blocks": "block_lengths=[4] holds 4, but the model has 4 layers",
         "other": "plan was made for another model than this teacher",
         "precision": "precision=fp8 is not allowed: choose one of fp32, bf16",
         "folder": "is not there",
