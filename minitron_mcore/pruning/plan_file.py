@@ -212,6 +212,8 @@ def check_residual(teacher: Architecture, student: Architecture, rule: str, matr
             raise InputError("prune.residual_matrices", list(matrices), why, f"choose from {', '.join(allowed)}")
     if rule == "none":
         return
+    if rule not in RESIDUALS:
+        raise InputError("prune.head_residual", rule, "is not allowed", f"choose one of {', '.join(RESIDUALS)}")
     if not matrices or len({*matrices}) < len(matrices):
         why = f"must name one or more of {', '.join(allowed)}, each once"
         raise InputError("prune.residual_matrices", list(matrices), why)
@@ -255,7 +257,9 @@ def check_same_model(stated: Architecture, teacher: Architecture, key: str, valu
 
 
 def _check_indices(name: str, indices: list[int], count: int, size: int) -> None:
-    """Raise InputError unless `indices` are `count` ascending ones below `size`."""
+    """Raise InputError unless `indices` are `count` ascending ones below `size`; a plan may be made by hand."""
+    if not isinstance(indices, list) or any(type(index) is not int for index in indices):
+        raise refusal(f"must have a list of whole numbers in {name}")
     if len(indices) != count:
         raise refusal(f"keeps {len(indices)} indices in {name}, but the student's shape needs {count}")
     if any(low >= high for low, high in pairwise(indices)):

@@ -1,6 +1,7 @@
 """Plans: what is kept, by properties over random shapes and scores; how close the cuts are; what is refused."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.importance.scores import Scores, save_scores
 from minitron_mcore.pruning.plan import scores_fingerprint
-from minitron_mcore.pruning.plan_file import PruningPlan, load_plan, save_plan
+from minitron_mcore.pruning.plan_file import HeadResidual, PruningPlan, load_plan, save_plan
 from minitron_mcore.pruning.targets import TARGETS
 from tests.plans import make_plan
 from tests.refusals import refuses
@@ -305,6 +306,16 @@ def test_a_plan_that_does_not_fit_is_refused_when_it_is_read(
     path.write_text(edited(**changes))
     with refuses("plan", path, rule):
         load_plan(path)
+
+
+def test_a_plan_made_by_hand_is_checked_as_one_that_is_read() -> None:
+    plan = make_plan(scores_of(model()), {"hidden_size": 3})
+    for hidden in ([0.0, 1.0, 2.0], numpy.arange(3), "012"):
+        with refuses("plan", None, "must have a list of whole numbers in hidden"):
+            dataclasses.replace(plan, hidden=hidden)
+    residual = HeadResidual("papre", ["query"], {layer: [] for layer in plan.layers})
+    with refuses("prune.head_residual", "papre", "is not allowed", "paper, laco"):
+        dataclasses.replace(plan, residual=residual)
 
 
 def test_heads_must_be_as_many_in_each_group() -> None:
