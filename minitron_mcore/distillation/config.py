@@ -116,7 +116,7 @@ class CacheConfig:
         "sampled", "sampled: ids drawn at random, unbiased; top_k: the most probable ids"
     )
     draws: int = key(
-        50, "with sampled: mean draws a token; some 12 different ids do (arXiv 2503.16870)", at_least=1, at_most=10_000
+        50, "with sampled: mean number of draws a token (arXiv 2503.16870: 12 ids)", at_least=1, at_most=10_000
     )
     proposal_temperature: float = key(
         1.0, "with sampled: draws are from softmax(logits / (temperature * this))", **_TEMPERATURE

@@ -310,7 +310,8 @@ def test_a_plan_that_does_not_fit_is_refused_when_it_is_read(
 
 def test_a_plan_made_by_hand_is_checked_as_one_that_is_read() -> None:
     plan = make_plan(scores_of(model()), {"hidden_size": 3})
-    for hidden in ([0.0, 1.0, 2.0], numpy.arange(3), "012"):
+    wrong: list[Any] = [[0.0, 1.0, 2.0], numpy.arange(3), "012"]
+    for hidden in wrong:
         with refuses("plan", None, "must have a list of whole numbers in hidden"):
             dataclasses.replace(plan, hidden=hidden)
     residual = HeadResidual("papre", ["query"], {layer: [] for layer in plan.layers})
