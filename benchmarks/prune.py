@@ -241,7 +241,7 @@ def memory_rows(ranks: int, root: Path, shape: dict[str, Any], plan: Any) -> lis
     rows = []
     for rank, (peak, base) in enumerate(zip(peaks, empty, strict=True)):
         teacher, student = (
-            sum(2 * prod(part.local_shape) for _, _, parts in shard(model, rank, ranks) for part in parts)
+            sum(2 * prod(part.shape) for _, _, parts in shard(model, rank, ranks) for part in parts)
             for model in (plan.teacher, plan.student)
         )
         allowed = teacher + student + largest
