@@ -58,7 +58,8 @@ def fit(job: Job) -> Progress:
     stop = StopRequest()
     try:
         with stop.outliving_the_reader():
-            runtime.stop_signal = _iterate(job, progress, trained, metrics, stop)
+            # Asked once more: a signal may come while the last checkpoint is saved.
+            runtime.stop_signal = _iterate(job, progress, trained, metrics, stop) or stop.on_any_rank()
             if runtime.stop_signal and progress.iteration < job.iterations:
                 saved = f"{name_of(runtime.stop_signal)}: saved {job.folder} at iteration {progress.iteration}"
                 runtime.print(f"{saved} of {job.iterations}; the same command goes on")

@@ -51,6 +51,24 @@ def terminated_on_rank(
     return code, [signal.getsignal(each) for each in SIGNALS] == handlers
 
 
+def terminated_after_the_last_save(parallel: dict[str, Any], world_size: int, folder: str) -> int:
+    """`fit` whose last rank gets SIGTERM just before it returns: what its caller is told."""
+    told: list[Any] = []
+
+    def saving(job: Any, progress: Any, trained: Any) -> None:
+        save(job, progress, trained)
+        told.append(job.runtime)
+        if progress.iteration == STEPS and torch.distributed.get_rank() == world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    save, loop.save = loop.save, saving
+    try:
+        fit_on_rank(parallel, world_size, folder)
+    finally:
+        loop.save = save
+    return told[-1].stop_signal
+
+
 class Crash(BaseException):
     """The process is gone: nothing catches it."""
 
@@ -101,6 +119,14 @@ def test_a_signal_to_one_rank_saves_and_stops_all(number: int, code: int, tmp_pa
 
 def test_sigterm_in_the_last_iteration_comes_too_late(tmp_path: Path) -> None:
     assert run_on_ranks(terminated_on_rank, 1, {}, 1, str(tmp_path), STEPS) == [("finished", True)]
+    assert latest_iteration(tmp_path) == STEPS
+
+
+def test_sigterm_during_the_last_save_is_told_to_the_caller(tmp_path: Path) -> None:
+    """Which has further steps, as `run` has, that must not begin."""
+    world_size, parallel = LAYOUTS["TP2"]
+    ranks = run_on_ranks(terminated_after_the_last_save, world_size, parallel, world_size, str(tmp_path))
+    assert ranks == [signal.SIGTERM] * world_size
     assert latest_iteration(tmp_path) == STEPS
 
 
