@@ -43,7 +43,7 @@ from minitron_mcore.checkpoint.folder import (
     tokenizer_folder,
     write_description,
 )
-from minitron_mcore.checkpoint.store import as_chunks, load_weights, model_state, save_state
+from minitron_mcore.checkpoint.store import as_chunks, load_model, model_state, save_state
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.errors import InputError
@@ -131,8 +131,7 @@ def load(folder: str | Path, precision: str = "fp32") -> Model:
     _check_precision(precision)
     path, iteration = find_checkpoint(folder, "folder")
     architecture = read_architecture(path)
-    chunks = build_model(architecture, _started()[1], precision, trainable=False)
-    load_weights(path, iteration, as_chunks(chunks), architecture)
+    chunks = load_model((path, iteration), architecture, _started()[1], precision)
     lineage = {"checkpoint": str(path), "iteration": iteration, "lineage": read_lineage(path)}
     return Model(chunks, architecture, precision, path, lineage)
 

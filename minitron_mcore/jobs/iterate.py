@@ -45,14 +45,14 @@ def shapes_of(recipe: Recipe, teacher: Architecture, student: StudentConfig) -> 
 
 def check_steps(recipe: Recipe, student: StudentConfig, section: str) -> None:
     """Raise InputError for keys that do not go with the number of steps. section: where the recipe has `student`."""
-    prune = recipe.prune
-    of_one = {
-        f"{section}.layers": (student.layers, "names the teacher's layers", " chooses again in every step"),
-        "plan": (recipe.plan or None, "is of one step", ""),
-    }
-    for key, (value, what, why) in of_one.items():
-        if prune.steps > 1 and value is not None:
-            raise InputError(key, value, f"{what}, but prune.steps={prune.steps}{why}", "leave one of them out")
+    steps, remedy = recipe.prune.steps, "leave one of them out"
+    if steps == 1:
+        return
+    if student.layers is not None:
+        rule = f"names the teacher's layers, but prune.steps={steps} chooses again in every step"
+        raise InputError(f"{section}.layers", student.layers, rule, remedy)
+    if recipe.plan:
+        raise InputError("plan", recipe.plan, f"is of one step, but prune.steps={steps}", remedy)
 
 
 def parts_of(recipe: Recipe, name: str, student: StudentConfig, teacher: Architecture, folder: Path) -> Iterator[Step]:

@@ -125,17 +125,18 @@ def _check_ratios(ratios: Mapping[str, float], wanted: Mapping[str, int]) -> Non
 def _check_layers(
     teacher: Architecture, layers: list[int], wanted: Mapping[str, int], ratios: Mapping[str, float]
 ) -> None:
-    rule, remedy = "", "leave one of them out"
-    if wanted.get("num_layers", len(layers)) != len(layers):
-        rule = f"names {len(layers)} layers, but student.num_layers={wanted['num_layers']}"
-    elif "num_layers" in ratios:
-        rule = f"and student.ratios.num_layers={ratios['num_layers']} are both given"
+    rule, remedy = "", ""
     if not layers:
-        rule, remedy = "must be a list of the teacher's layers that stay, as in [0,1,2]", ""
+        rule = "must be a list of the teacher's layers that stay, as in [0,1,2]"
     elif min(layers) < 0 or max(layers) >= teacher.num_layers:
-        rule, remedy = f"must be among the teacher's layers 0 to {teacher.num_layers - 1}", ""
+        rule = f"must be among the teacher's layers 0 to {teacher.num_layers - 1}"
     elif any(low >= high for low, high in pairwise(layers)):
-        rule, remedy = "must be in ascending order, each layer once", ""
+        rule = "must be in ascending order, each layer once"
+    elif wanted.get("num_layers", len(layers)) != len(layers):
+        rule = f"names {len(layers)} layers, but student.num_layers={wanted['num_layers']}"
+        remedy = "leave one of them out"
+    elif "num_layers" in ratios:
+        rule, remedy = f"and student.ratios.num_layers={ratios['num_layers']} are both given", "leave one of them out"
     if rule:
         raise InputError("student.layers", layers, rule, remedy)
 
