@@ -126,10 +126,10 @@ def _check_lists(config: Any) -> None:
     """Raise InputError for a list that names an entry twice, or has none where it needs one."""
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
-        if entry.metadata.get("filled") and not value:
+        if entry.metadata.get("filled") and value is not None and not value:
             raise InputError(entry.name, value, "is empty", "name at least one, or leave the key out")
         if entry.metadata.get("distinct"):
-            for place, each in enumerate(value):
+            for place, each in enumerate(value or ()):
                 if each in value[:place]:
                     raise InputError(entry.name, value, f"holds {each} twice", "name each once")
 

@@ -15,6 +15,7 @@ import yaml
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
 from minitron_mcore.distillation.config import CacheConfig, DistillConfig
 from minitron_mcore.errors import InputError
+from minitron_mcore.estimate.config import EstimateConfig, ServingConfig
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, key, section, section_of
 from minitron_mcore.megatron_names import SECTIONS, named_here
@@ -22,7 +23,7 @@ from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.reading import filled, load_text, override_value, put, read
 from minitron_mcore.runtime.config import ClusterConfig, ParallelConfig
-from minitron_mcore.search.config import AblateConfig
+from minitron_mcore.search.config import AblateConfig, SearchConfig
 from minitron_mcore.training.config import CorrectConfig, LogConfig, TrainConfig
 
 # What may be gone past, because transformers does too: what each word of `allow` lets through.
@@ -112,6 +113,8 @@ class Recipe:
     importance: ImportanceConfig = key(ImportanceConfig, "how the teacher's axes are scored")
     prune: PruneConfig = key(PruneConfig, "how the plan chooses")
     ablate: AblateConfig = key(AblateConfig, "the grid of `ablate`")
+    search: SearchConfig = key(SearchConfig, "the candidates of `search`, and how they are ranked")
+    serving: ServingConfig = key(ServingConfig, "the inference that shapes are compared by", may_change=True)
     train: TrainConfig = key(TrainConfig, "next-token training")
     correct: CorrectConfig = key(CorrectConfig, "correction of the teacher on the distillation's data")
     cache: CacheConfig = key(CacheConfig, "the teacher's targets in files")
@@ -119,7 +122,8 @@ class Recipe:
     evaluate: EvaluateConfig = key(EvaluateConfig, "held-out LM loss")
     run: RunConfig = key(RunConfig, "what `run` makes")
     log: LogConfig = key(LogConfig, "where metrics go")
-    cluster: ClusterConfig = key(ClusterConfig, "the ranks that --dry-run plans for", may_change=True)
+    cluster: ClusterConfig = key(ClusterConfig, "the machine that is planned for", may_change=True)
+    estimate: EstimateConfig = key(EstimateConfig, "what a run will cost", may_change=True)
 
 
 def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Recipe:

@@ -34,12 +34,23 @@ class ParallelConfig:
 
 @section
 class ClusterConfig:
-    """Section `cluster`: the machine that a dry run plans for, where the ranks are not those that were started."""
+    """Section `cluster`: the machine that a dry run, `estimate` and `search` plan for, where the ranks are not those
+    that were started. What is null follows from `device`."""
 
     gpus: Optional[int] = key(None, "ranks, one for each GPU; null: those that were started", at_least=1)
     gpus_per_node: int = key(8, "ranks of a node", at_least=1)
-    gpu_memory: Optional[int] = key(None, "bytes of a GPU, as 80Gi; null: not known", at_least=1)
+    device: Optional[str] = key(None, "name of a GPU, as H100 (docs/estimate.md has the list); null: the keys below")
+    gpu_memory: Optional[int] = key(None, "bytes of a GPU, as 80Gi", at_least=1)
     host_memory: Optional[int] = key(None, "bytes of a node's host memory, as 2000Gi; null: not known", at_least=1)
+    peak_tflops: Optional[float] = key(None, "dense bf16 peak of a GPU, in TFLOP/s", above=0)
+    peak_tflops_fp8: Optional[float] = key(None, "dense fp8 peak, in TFLOP/s", above=0)
+    memory_bandwidth: Optional[float] = key(None, "of a GPU's memory, in GB/s", above=0)
+    intra_node_bandwidth: Optional[float] = key(None, "GB/s that a GPU sends to others of its node", above=0)
+    inter_node_bandwidth: Optional[float] = key(None, "GB/s that a GPU sends to other nodes", above=0)
+    efficiency: Optional[float] = key(None, "share of the peak that matrix products reach", above=0, at_most=1)
+    overlap: float = key(0, "share of data-parallel communication that backward hides", at_least=0, at_most=1)
+    price: Optional[float] = key(None, "of a GPU for an hour, in any currency; null: no cost", at_least=0)
+    power: Optional[float] = key(None, "watts of a GPU with its share of node and cooling", above=0)
 
 
 def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel") -> None:

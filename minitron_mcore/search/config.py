@@ -1,8 +1,12 @@
-"""Recipe section `ablate`."""
+"""Recipe sections `ablate` and `search`."""
+
+from typing import Annotated, Optional, Union
+
+from pydantic import Field
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.config import DepthMetric, Method, NeuronSite, Pair
-from minitron_mcore.keys import key, section
+from minitron_mcore.keys import OneOf, key, section
 from minitron_mcore.pruning.config import RESIDUAL_MATRICES, HeadResidual, LayerChoice
 
 
@@ -31,3 +35,64 @@ class AblateConfig:
             if not {*value.split("+")} <= {*RESIDUAL_MATRICES}:
                 rule = f"must be names of {', '.join(RESIDUAL_MATRICES)}, joined by +"
                 raise InputError(f"residual_matrices[{place}]", value, rule, "as in query+output")
+
+
+# Sizes of one axis: numbers, and ranges as text, FIRST-LAST or FIRST-LAST:STEP, both ends among them.
+Sizes = Optional[list[Union[int, str]]]
+# A target, met within `tolerance`, or [least, most], of which one may be null.
+Count = Optional[Union[int, list[Optional[int]]]]
+Number = Optional[Union[float, list[Optional[float]]]]
+_STAYS = "[29,30], or ranges as [29-32] and [4096-6144:512]; null: the teacher's"
+
+
+@section
+class BudgetConfig:
+    """What a candidate may be. Each key is a target, met within `tolerance`, or [least, most]; null: no budget."""
+
+    tolerance: float = key(0.05, "how far from a target a candidate may be, as a share of it", at_least=0, below=1)
+    total_parameters: Count = key(None, "every stored parameter, as 8B or [7.5B,8.5B]")
+    non_embedding_parameters: Count = key(None, "parameters without the embedding and the output head")
+    memory: Count = key(None, "bytes of the weights and the KV cache, at serving.*")
+    flops_per_token: Count = key(None, "of a token's forward pass at data.sequence_length")
+    prefill_latency: Number = key(None, "seconds to the first token of a batch, at serving.* on cluster.device")
+    decode_latency: Number = key(None, "seconds a step that makes one token of each sequence of a batch")
+    latency: Number = key(None, "seconds of a whole batch: prefill, then serving.output_tokens steps")
+    prefill_throughput: Number = key(None, "tokens a second of prefill")
+    decode_throughput: Number = key(None, "tokens a second of decode")
+
+
+@section
+class HalvingConfig:
+    """Successive halving: at each rung the better share of the candidates trains on, the others stop."""
+
+    rungs: list[Annotated[int, Field(ge=1)]] = key(
+        [], "tokens at which candidates are compared; none: all train to the end", distinct=True
+    )
+    keep: float = key(0.5, "share that trains on, at least one", above=0, below=1)
+
+
+@section
+class SearchConfig:
+    """The grid of candidates, their budgets, and how they are ranked (arXiv 2407.14679, section 2.3)."""
+
+    num_layers: Sizes = key(None, _STAYS, filled=True, distinct=True)
+    hidden_size: Sizes = key(None, _STAYS, filled=True, distinct=True)
+    ffn_hidden_size: Sizes = key(None, _STAYS, filled=True, distinct=True)
+    ffn_ratio: Optional[list[Annotated[float, Field(gt=0)]]] = key(
+        None, "instead of ffn_hidden_size: ffn_hidden_size / hidden_size, as [2.5,3,3.5,4]", filled=True, distinct=True
+    )
+    num_attention_heads: Sizes = key(None, _STAYS, filled=True, distinct=True)
+    num_query_groups: Sizes = key(None, _STAYS, filled=True, distinct=True)
+    budget: BudgetConfig = key(BudgetConfig, "what a candidate may cost")
+    most: Optional[int] = key(
+        None, "train only so many, those nearest to the middle of the budgets; null: all", at_least=1
+    )
+    train: bool = key(True, "rank the candidates by short distillations; false: only list them")
+    tokens: int = key(0, "tokens that each candidate is distilled for; the papers: 400 steps", at_least=0)
+    schedule: Annotated[str, OneOf("distill", "search")] = key(
+        "distill",
+        "of the learning rate: that of distill.tokens, of which the search is the first part, so that `distill` goes "
+        "on from the winner; or one of its own that ends at search.tokens",
+    )
+    halving: HalvingConfig = key(HalvingConfig, "stop the worse candidates early")
+    side_by_side: int = key(1, "candidates at a time, each on its own subset of the ranks", at_least=1, may_change=True)
