@@ -16,11 +16,17 @@ def teacher_weights(setting: Setting, stage: int) -> int:
     """Bytes that stay on a device of the student's `stage`: embedding, head and `layer_kept` of each layer."""
     s, own = setting, setting.teacher_layout
     kept = layer_kept(s)
-    # In a layout of its own, any of its stages may share a rank with this one.
-    stages = [stage] if own == s.parallel else range(own.pipeline)
-    counts = [layers_and_rest(s, place) for place in stages]
+    counts = [layers_and_rest(s, place) for place in stages_beside(s, stage)]
     head = _head_parameters(s) if own != s.parallel and stage == s.parallel.pipeline - 1 else 0
     return max(layers * kept + s.teacher_element * rest for layers, rest in counts) + s.teacher_element * head
+
+
+def stages_beside(setting: Setting, stage: int) -> range:
+    """The teacher's stages that ranks of the student's `stage` hold. Megatron orders ranks by stage, in any layout."""
+    pipeline, world = setting.teacher_layout.pipeline, setting.world_size
+    each = world // setting.parallel.pipeline
+    first, last = stage * each, stage * each + each - 1
+    return range(first * pipeline // world, last * pipeline // world + 1)
 
 
 def layer_kept(setting: Setting) -> int:

@@ -149,6 +149,20 @@ def test_a_teacher_of_its_own_layout() -> None:
     assert stage_parts(own, 0)["teacher weights"] == 2 * expected
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "own", "layers"), [(2, 4, [4, 4]), (4, 2, [8, 8, 8, 8]), (1, 4, [4]), (4, 1, 4 * [16])]
+)
+def test_the_teachers_stages_beside_a_stage(pipeline: int, own: int, layers: list[int]) -> None:
+    """Of 8 ranks, ordered by stage in both layouts: a rank of a stage may hold some of the teacher's stages only."""
+    here = setting({"pipeline": pipeline}, data_parallel=8 // pipeline, teacher_parallel=ParallelConfig(pipeline=own))
+    for stage, count in enumerate(layers):
+        beside = {rank * own // 8 for rank in range(8) if rank * pipeline // 8 == stage}
+        rest = {place: 1024 * 128 * (place == 0) + 128 * (place == own - 1) for place in beside}
+        head = 1024 * 128 * (stage == pipeline - 1)
+        expected = 2 * (count * TEACHER_LAYER + max(rest.values()) + head)
+        assert stage_parts(here, stage)["teacher weights"] == expected
+
+
 def warm_up(pipeline: int, stage: int, chunks: int, microbatches: int) -> int:
     """Warm-up forwards as Megatron's schedules count them, then one forward and one backward in turn, step by step:
     how many forwards wait at once, at most."""
