@@ -148,9 +148,13 @@ def _share(name: str, ratio: float, teacher: int, divisor: int) -> int:
     if divisor > teacher:
         rule = f"leaves no size: it must be a multiple of {divisor}, and the teacher's is {teacher}"
         raise InputError(f"student.ratios.{name}", ratio, rule, "lower prune.divisible_by or parallel.tensor")
+    return min(nearest_multiple(ratio * teacher, divisor), teacher - teacher % divisor)
+
+
+def nearest_multiple(size: float, divisor: int) -> int:
+    """The multiple of `divisor` that is nearest to `size`, at least one; a tie goes up."""
     # The tolerance is for products such as 0.35 * 10, a half that floating point puts just below.
-    nearest = math.floor(ratio * teacher / divisor + 0.5 + 1e-9) * divisor
-    return min(max(nearest, divisor), teacher - teacher % divisor)
+    return max(math.floor(size / divisor + 0.5 + 1e-9), 1) * divisor
 
 
 def _resolve_heads(teacher: Architecture, wanted: dict[str, int], ratio: float | None, tensor: int) -> None:

@@ -1,13 +1,18 @@
 """Recipe sections `ablate` and `search`."""
 
-from typing import Annotated, Optional, Union
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Optional, Union
 
 from pydantic import Field
 
-from minitron_mcore.errors import InputError
+from minitron_mcore.errors import InputError, shown
 from minitron_mcore.importance.config import DepthMetric, Method, NeuronSite, Pair
 from minitron_mcore.keys import OneOf, key, section
 from minitron_mcore.pruning.config import RESIDUAL_MATRICES, HeadResidual, LayerChoice
+from minitron_mcore.reading import whole_number
 
 
 @section
@@ -37,6 +42,9 @@ class AblateConfig:
                 raise InputError(f"residual_matrices[{place}]", value, rule, "as in query+output")
 
 
+AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+MOST_SIZES = 1000  # of a range; more is a slip of the pen
+_RANGE = re.compile(r"([^-:]+)(?:-([^-:]+)(?::([^-:]+))?)?")
 # Sizes of one axis: numbers, and ranges as text, FIRST-LAST or FIRST-LAST:STEP, both ends among them.
 Sizes = Optional[list[Union[int, str]]]
 # A target, met within `tolerance`, or [least, most], of which one may be null.
@@ -59,6 +67,32 @@ class BudgetConfig:
     latency: Number = key(None, "seconds of a whole batch: prefill, then serving.output_tokens steps")
     prefill_throughput: Number = key(None, "tokens a second of prefill")
     decode_throughput: Number = key(None, "tokens a second of decode")
+
+    def __post_init__(self) -> None:
+        self.bounds()
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """(least, most) of every figure that has a budget. Raises InputError for a budget that nothing could meet."""
+        found = {}
+        for name, value in self.given().items():
+            if isinstance(value, list):
+                if len(value) != 2 or value == [None, None]:
+                    remedy = "write null for an end that is open, or give the target alone"
+                    raise InputError(name, value, "must be a target, or [least, most]", remedy)
+                least, most = (
+                    default if end is None else end for end, default in zip(value, (0, math.inf), strict=True)
+                )
+            else:
+                least, most = value * (1 - self.tolerance), value * (1 + self.tolerance)
+            if not 0 <= least <= most or most == 0:
+                raise InputError(name, value, "must be above 0, and the least at most the most")
+            found[name] = (float(least), float(most))
+        return found
+
+    def given(self) -> dict[str, Any]:
+        """The budgets that the recipe gives, as it writes them."""
+        names = (entry.name for entry in dataclasses.fields(self) if entry.name != "tolerance")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @section
@@ -96,3 +130,46 @@ class SearchConfig:
     )
     halving: HalvingConfig = key(HalvingConfig, "stop the worse candidates early")
     side_by_side: int = key(1, "candidates at a time, each on its own subset of the ranks", at_least=1, may_change=True)
+
+    def __post_init__(self) -> None:
+        self.axes()
+        if self.ffn_ratio and self.ffn_hidden_size:
+            rule = f"and ffn_hidden_size={shown(self.ffn_hidden_size)} are both given"
+            raise InputError("ffn_ratio", self.ffn_ratio, rule, "leave one of them out")
+        if self.most and not self.budget.given():
+            rule = "keeps the candidates nearest to the middle of the budgets, and none is given"
+            raise InputError("most", self.most, rule, "give one of budget.*, or leave it out")
+
+    def axes(self) -> dict[str, list[int]]:
+        """The sizes of every axis that is given, by Megatron's name, ranges written out. Raises InputError."""
+        given = {name: getattr(self, name) for name in AXES}
+        return {name: written_out(sizes, name) for name, sizes in given.items() if sizes is not None}
+
+
+def _parts(match: re.Match[str] | None) -> tuple[str, str, str]:
+    """First, last and step of a range, or of a number alone. Raises ValueError for what is neither."""
+    if match is None:
+        raise ValueError
+    return match[1], match[2] or match[1], match[3] or "1"
+
+
+def written_out(sizes: Sequence[int | str], name: str) -> list[int]:
+    """Numbers and ranges (FIRST-LAST, FIRST-LAST:STEP) to numbers, each once, in the order given. Raises InputError,
+    naming the entry of the key `name`."""
+    found: dict[int, None] = {}
+    for place, size in enumerate(sizes):
+        called, match = f"{name}[{place}]", _RANGE.fullmatch(str(size))
+        try:
+            first, last, step = (whole_number(part) for part in _parts(match))
+        except ValueError:
+            rule, remedy = "must be a whole number or a range", "as 4096, 29-32 or 4096-6144:512"
+            raise InputError(called, size, rule, remedy) from None
+        if not (1 <= first <= last and step >= 1):
+            raise InputError(called, size, "must go up from at least 1, in steps of at least 1")
+        if (last - first) % step:
+            rule = f"does not end at {last} in steps of {step}, and both ends of a range belong to it"
+            raise InputError(called, size, rule, f"end at {last - (last - first) % step}")
+        if (last - first) // step >= MOST_SIZES:
+            raise InputError(called, size, f"names more than {MOST_SIZES} sizes", "take larger steps")
+        found |= dict.fromkeys(range(first, last + 1, step))
+    return list(found)
