@@ -138,11 +138,15 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
                     print(shown, flush=True)
                 return 0
             job = resolve(options.verb, recipe, world)
+            from minitron_mcore.stages.act import act
+
+            if not job.needs_ranks:
+                if world.rank == 0:
+                    act(options.verb, job, None)
+                return 0
             from minitron_mcore.runtime.start import quiet_libraries, start, stop
 
             quiet_libraries()
-            from minitron_mcore.stages.run import act
-
             act(options.verb, job, start())
         stop()
     except (InputError, OSError) as error:

@@ -103,6 +103,11 @@ class Job:
     makes: tuple[Model | Item, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def needs_ranks(self) -> bool:
+        """Whether it is done by ranks in a process group; if not, by the first process alone, without torch."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelJob(Job):

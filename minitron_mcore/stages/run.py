@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib
 import json
 import time
 from pathlib import Path
@@ -16,13 +15,14 @@ import yaml
 from minitron_mcore.files import write_whole
 from minitron_mcore.jobs.continuation import SOURCES, sources
 from minitron_mcore.jobs.iterate import Step
-from minitron_mcore.jobs.job import NOTHING, Job, module_of
+from minitron_mcore.jobs.job import NOTHING
 from minitron_mcore.jobs.run import EVALUATE, RunJob, resolve
 from minitron_mcore.recipe import to_yaml
 from minitron_mcore.report.closing_table import closing_table
 from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.interrupt import exit_code, name_of
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages.act import act
 from minitron_mcore.training.job import Progress
 
 # What these steps make was only promised: the others are looked at once more when it is there.
@@ -72,13 +72,6 @@ def do(step: Step, number: str, job: RunJob, runtime: Runtime) -> Any:
         runtime.print(f"{name_of(runtime.stop_signal)}: {step.title} is done; the same command goes on after it")
         raise SystemExit(exit_code(runtime.stop_signal))
     return result
-
-
-def act(verb: str, job: Job, runtime: Runtime) -> Any:
-    """Say what `job` warns of, and do it; every rank calls."""
-    for note in job.notes:
-        runtime.print(f"{verb}: WARNING: {note}")
-    return importlib.import_module(f"minitron_mcore.stages.{module_of(verb)}").run(job, runtime)
 
 
 def _plain(result: Any) -> Any:

@@ -1,0 +1,22 @@
+"""A resolved job carried out, by the stage of its verb. Pure."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from minitron_mcore.jobs.job import Job, module_of
+
+if TYPE_CHECKING:
+    from minitron_mcore.runtime.start import Runtime
+
+
+def act(verb: str, job: Job, runtime: Runtime | None) -> Any:
+    """Say what `job` warns of, and do it; every rank calls.
+
+    runtime: None for a job that needs no ranks, which the first process alone carries out.
+    """
+    for note in job.notes:
+        words = f"{verb}: WARNING: {note}"
+        print(words, flush=True) if runtime is None else runtime.print(words)
+    return importlib.import_module(f"minitron_mcore.stages.{module_of(verb)}").run(job, runtime)
