@@ -180,7 +180,8 @@ def forecast_bytes(step: Step, precision: str, on_cpu: bool) -> dict[str, int]:
 
 def measure_step(options: argparse.Namespace, sequence: int, rate: float, device: torch.device) -> dict[str, Any]:
     """Tokens/s, MFU, memory and time by parts; too large for the device: says so."""
-    from minitron_mcore.training.accounting import peak_memory, peak_tflops, split
+    from minitron_mcore.runtime.devices import peak_tflops
+    from minitron_mcore.training.accounting import peak_memory, split
 
     is_cuda, before = torch.cuda.is_available(), 0
     if is_cuda:

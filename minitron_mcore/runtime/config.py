@@ -44,6 +44,7 @@ class ClusterConfig:
     host_memory: Optional[int] = key(None, "bytes of a node's host memory, as 2000Gi; null: not known", at_least=1)
     peak_tflops: Optional[float] = key(None, "dense bf16 peak of a GPU, in TFLOP/s", above=0)
     peak_tflops_fp8: Optional[float] = key(None, "dense fp8 peak, in TFLOP/s", above=0)
+    peak_tflops_fp32: Optional[float] = key(None, "fp32 peak, in TFLOP/s", above=0)
     memory_bandwidth: Optional[float] = key(None, "of a GPU's memory, in GB/s", above=0)
     intra_node_bandwidth: Optional[float] = key(None, "GB/s that a GPU sends to others of its node", above=0)
     inter_node_bandwidth: Optional[float] = key(None, "GB/s that a GPU sends to other nodes", above=0)

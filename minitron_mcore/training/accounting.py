@@ -24,6 +24,7 @@ from megatron.core.timers import Timers
 
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.model.gpt import unwrap
+from minitron_mcore.runtime.devices import peak_tflops
 from minitron_mcore.runtime.pace import timed
 from minitron_mcore.training.budget import Shape
 from minitron_mcore.training.job import Job
@@ -32,31 +33,6 @@ T = TypeVar("T")
 
 # Not averaged over the steps of an interval, unlike every other number.
 NOT_AVERAGED = ("learning-rate", "grad-norm", "global batch size", "teacher learning-rate", "teacher grad-norm")
-
-# Dense bf16 peak of one device in TFLOP/s, without sparsity, from the makers' data sheets, of the devices with these
-# words in the name that torch.cuda.get_device_name gives.
-PEAK_TFLOPS: dict[float, tuple[str, ...]] = {
-    2500.0: ("GB200",),
-    2250.0: ("B200",),
-    1307.4: ("MI300X",),
-    989.4: ("GH200", "H200", "H100", "H800"),
-    835.5: ("H200 NVL", "H100 NVL"),
-    756.0: ("H100 PCIe",),
-    362.0: ("L40S",),
-    312.0: ("A100", "A800"),
-    181.0: ("L40",),
-    165.0: ("A30",),
-    149.7: ("A40",),
-    148.0: ("H20",),
-    121.0: ("L4",),
-}
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak of a device by its name; None if the table lacks it."""
-    words = {*device_name.replace("-", " ").split()}
-    known = {name: peak for peak, names in PEAK_TFLOPS.items() for name in names if words >= {*name.split()}}
-    return known[max(known, key=len)] if known else None
 
 
 @dataclass(frozen=True)

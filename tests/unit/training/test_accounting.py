@@ -14,7 +14,6 @@ from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.training.accounting import (
     StepTimers,
     peak_memory,
-    peak_tflops,
     split,
     split_line,
     throughput,
@@ -91,28 +90,6 @@ def test_mfu_needs_a_peak() -> None:
     assert "model FLOPs utilization (%)" not in throughput(job_of(), 1.0, {32: 192.0}), "none is known of a CPU"
     row = throughput(job_of(peak_tflops=1e-5), 1.0, {32: 192.0})
     assert row["model FLOPs utilization (%)"] == pytest.approx(100 * row[TOTAL] / 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H100 NVL", 835.5),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA GH200 480GB", 989.4),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A100 80GB PCIe", 312.0),
-        ("NVIDIA B200", 2250.0),
-        ("NVIDIA GB200", 2500.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA L4", 121.0),
-        ("Tesla V100-SXM2-16GB", None),
-    ],
-)
-def test_peaks_by_the_makers_data_sheets(name: str, peak: float | None) -> None:
-    """Names as torch.cuda.get_device_name gives them."""
-    assert peak_tflops(name) == peak
 
 
 def test_the_console_shows_means() -> None:
