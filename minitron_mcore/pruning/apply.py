@@ -69,16 +69,19 @@ def prune_checkpoint(
 def _sources(
     reader: TensorReader, plan: PruningPlan, parameter: Parameter, layer: int | None, rank: int, size: int
 ) -> Iterator[Source]:
-    """What tensor-parallel `rank` writes of the student's `layer`; nothing where another rank has it whole.
-
-    The two halves of a gated fc1 are stored one after the other, so each is read by itself.
-    """
+    """What tensor-parallel `rank` writes of the student's `layer`; nothing where another rank has it whole."""
     teacher_layer = None if layer is None else plan.layers[layer]
     dtype = reader.dtype(parameter.key, teacher_layer)
-    part = part_of(parameter, plan, teacher_layer, rank, size)
-    halves = [Part(part.axis, rows) for rows in numpy.split(part.rows, 2)] if parameter.gated else [part]
+    halves = _halves(parameter, plan, teacher_layer, rank, size)
     for piece, half in zip(shard_pieces(parameter, plan.student, dtype, layer, rank, size), halves, strict=False):
         yield Source(piece, partial(_read, reader, plan, parameter, teacher_layer, half, dtype))
+
+
+def _halves(parameter: Parameter, plan: PruningPlan, layer: int | None, rank: int, size: int) -> list[Part]:
+    """The parts that a rank reads of a parameter of the teacher's `layer`: the two halves of a gated fc1 are stored one
+    after the other, so each is read by itself."""
+    part = part_of(parameter, plan, layer, rank, size)
+    return [Part(part.axis, rows) for rows in numpy.split(part.rows, 2)] if parameter.gated else [part]
 
 
 def _read(
@@ -89,6 +92,30 @@ def _read(
     span = torch.empty((*shape[: part.axis], last - first, *shape[part.axis + 1 :]), dtype=dtype)
     reader.fill(span, parameter.key, layer, shape, part.axis, [slice(first, last)])
     return part.made_from(take_kept(span, parameter, plan, layer, part.axis, needed - first), plan)
+
+
+@torch.no_grad()
+def load_pruned(source: tuple[Path, int], plan: PruningPlan, chunks: Sequence[torch.nn.Module]) -> None:
+    """Fill this rank's chunks, a model of the plan's student, with what the plan cuts out of `source` (folder,
+    iteration), without a checkpoint of the student between: what `prune_checkpoint` writes and `load_weights` reads.
+
+    Every rank of the world calls, at any layout and precision. Raises InputError, on every rank, for a teacher that is
+    damaged or no model of the plan's.
+    """
+
+    def fill() -> None:
+        reader = TensorReader(*source, plan.teacher)
+        table = {parameter.key: parameter for parameter in parameter_table(plan.student)}
+        for model in map(unwrap, chunks):
+            group = model.tp_group
+            for key, layer, local in named_parameters(model):
+                parameter, teacher_layer = table[key], None if layer is None else plan.layers[layer]
+                halves = _halves(parameter, plan, teacher_layer, group.rank(), group.size())
+                dtype = reader.dtype(key, teacher_layer)
+                for half, target in zip(halves, local.chunk(len(halves)), strict=True):
+                    target.copy_(_read(reader, plan, parameter, teacher_layer, half, dtype))
+
+    all_or_none(fill)
 
 
 def prune_chunks(

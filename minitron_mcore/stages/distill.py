@@ -10,38 +10,60 @@ from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.states.loss import StateLosses
 from minitron_mcore.distillation.teacher.ahead import Teacher
-from minitron_mcore.estimate.forecast import explaining_memory
+from minitron_mcore.estimate.forecast import Forecast, explaining_memory
 from minitron_mcore.jobs.train import Teaching, TrainingJob
+from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.recompute import KEEP_ALL, recompute_of
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.train import describe, fit_model, load_or_initialize, prepare
-from minitron_mcore.training.job import Progress
+from minitron_mcore.training.job import Progress, TrainingData
 from minitron_mcore.training.teaching import TrainedTeacher
 
 
 def run(job: TrainingJob, runtime: Runtime) -> Progress:
     """Distil to `distill.tokens`; the same command goes on where it was cut off. Every rank calls."""
-    recipe, distill, student, teaching = job.recipe, job.recipe.distill, job.architecture, job.teaching
     data, memory = prepare(job, runtime)
-    cached = CachedTeacher(teaching.cache, distill.temperature) if teaching.cache else None
-    if cached:  # some of its samples must have the tokens of `data`
-        (dataset,) = data.datasets.values()
-        runtime.on_main(partial(cached.check_dataset, dataset, job.timetable.samples))
-
-    # The teacher, the student, and the losses between them.
     with explaining_memory(memory, "while loading"):
-        teacher = cached or load_teacher(job, teaching)
+        teacher = find_teacher(job, runtime, data)
         chunks = load_or_initialize(job)
+    return distil(job, runtime, chunks, teacher, data, memory)
+
+
+def find_teacher(job: TrainingJob, runtime: Runtime, data: TrainingData) -> Teacher | CachedTeacher:
+    """Whoever teaches, loaded; every rank calls. Raises InputError for a cache of other samples than `data` has."""
+    teaching = job.teaching
+    if teaching.cache is None:
+        return load_teacher(job, teaching)
+    cached = CachedTeacher(teaching.cache, job.recipe.distill.temperature)
+    (dataset,) = data.datasets.values()
+    runtime.on_main(partial(cached.check_dataset, dataset, job.timetable.samples))
+    return cached
+
+
+def distil(
+    job: TrainingJob,
+    runtime: Runtime,
+    chunks: list[LanguageModel],
+    teacher: Teacher | CachedTeacher,
+    data: TrainingData,
+    memory: Forecast,
+    until: int | None = None,
+) -> Progress:
+    """Train the student `chunks` by its losses to `teacher`, whom another student may follow; every rank calls.
+
+    until: the iteration to stop after; None: the last.
+    """
+    recipe, distill, student = job.recipe, job.recipe.distill, job.architecture
     states = None
     if distill.hidden_states.sites and isinstance(teacher, Teacher):
         wide = teacher.architecture
         states = StateLosses(chunks, distill.hidden_states, student, wide, recipe.parallel, seed=recipe.seed)
         teacher.want_states(states.pairs, student.num_layers)
     trained = f"student {student.num_parameters:,} parameters, {job.timetable}"
-    runtime.print(f"distill: {teaching} -> {trained} -> {job.folder}")
+    runtime.print(f"distill: {job.teaching} -> {trained} -> {job.folder}")
     settings = LossSettings.of(distill, student.vocab_size)
     objective = Objective(settings, teacher, states, window=distill.teacher_window)
-    return fit_model(job, runtime, chunks, objective, data, memory)
+    return fit_model(job, runtime, chunks, objective, data, memory, until)
 
 
 def load_teacher(job: TrainingJob, teaching: Teaching) -> Teacher:

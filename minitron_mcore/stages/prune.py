@@ -10,10 +10,11 @@ from typing import Any
 from minitron_mcore.checkpoint.companions import carry_companions
 from minitron_mcore.checkpoint.folder import tokenizer_folder, write_description
 from minitron_mcore.files import writing
+from minitron_mcore.jobs.job import Model
 from minitron_mcore.jobs.prune import PruneJob
 from minitron_mcore.pruning.apply import prune_checkpoint
 from minitron_mcore.pruning.plan_file import PruningPlan, save_plan
-from minitron_mcore.recipe import to_yaml
+from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.parallel import use_layout
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.whole_folder import whole_folder
@@ -35,7 +36,7 @@ def run(job: PruneJob, runtime: Runtime) -> Path:
             write_description(
                 unfinished,
                 plan.student,
-                lineage=lineage(job, plan),
+                lineage=lineage(recipe, job.model, plan),
                 recipe=to_yaml(recipe),
                 save_tokenizer=partial(shutil.copytree, tokenizer) if tokenizer else None,
             )
@@ -49,14 +50,14 @@ def run(job: PruneJob, runtime: Runtime) -> Path:
     return target
 
 
-def lineage(job: PruneJob, plan: PruningPlan) -> dict[str, Any]:
-    """Where the student comes from; fingerprints are sha256."""
-    (folder, iteration), teacher = job.model.place, dict(job.model.lineage)
+def lineage(recipe: Recipe, model: Model, plan: PruningPlan) -> dict[str, Any]:
+    """Where the student that `plan` cuts out of the teacher `model` comes from; fingerprints are sha256."""
+    (folder, iteration), teacher = model.place, dict(model.lineage)
     return {
         "stage": "prune",
         "teacher": {"checkpoint": str(folder), "iteration": iteration, "lineage": teacher},
-        "plan": {"file": job.recipe.plan, "fingerprint": plan.fingerprint},
-        "scores": {"file": job.recipe.scores, "fingerprint": plan.settings.get("scores_fingerprint")},
+        "plan": {"file": recipe.plan, "fingerprint": plan.fingerprint},
+        "scores": {"file": recipe.scores, "fingerprint": plan.settings.get("scores_fingerprint")},
         "tokens": 0,
         "tokenizer": teacher.get("tokenizer"),
     }

@@ -66,8 +66,10 @@ def fit_model(
     objective: Objective,
     data: TrainingData,
     memory: Forecast,
+    until: int | None = None,
 ) -> Progress:
-    """Train `chunks` into `job.folder`, described at every save; every rank calls."""
+    """Train `chunks` into `job.folder`, described at every save; every rank calls. until: the iteration to stop after;
+    None: the last."""
     recipe = job.recipe
     teaching = objective.teacher if isinstance(objective.teacher, TrainedTeacher) else None
     folders = {f"{job.section}.checkpoint": job.folder} | ({"correct.checkpoint": teaching.folder} if teaching else {})
@@ -88,6 +90,7 @@ def fit_model(
                 recipe=dataclasses.asdict(recipe),
                 name=recipe.name,
                 teaching=teaching,
+                until=until,
             )
         )
 

@@ -90,16 +90,22 @@ class Job:
     recipe: dict[str, Any]
     name: str
     teaching: TrainedTeacher | None = None  # the objective's teacher, if it is trained in the same job
+    until: int | None = None  # the iteration to stop after, from which the same training may go on; None: the last
 
     @property
     def iterations(self) -> int:
         return self.timetable.iterations
 
     @property
+    def ends_at(self) -> int:
+        """The iteration after which `fit` returns."""
+        return self.iterations if self.until is None else min(self.until, self.iterations)
+
+    @property
     def save_interval(self) -> int:
         """Iterations between checkpoints, 0 for one at the end: by default a tenth of the run, at most 500."""
         given = self.train.save_interval
-        return min(-(-self.iterations // PARTS), MOST_ITERATIONS) if given is None else given
+        return min(-(-self.ends_at // PARTS), MOST_ITERATIONS) if given is None else given
 
 
 def build_training_data(

@@ -29,7 +29,10 @@ from minitron_mcore.training.step import Trained, not_finite, set_schedule, trai
 
 
 def fit(job: Job) -> Progress:
-    """Train up to `job.iterations`, from the newest checkpoint in the folder if there is one. Every rank calls.
+    """Train up to `job.ends_at`, from the newest checkpoint in the folder if there is one. Every rank calls.
+
+    A training that stops there on its way to `job.iterations` has validated and saved, and going on from there gives
+    the same bits as never to have stopped.
 
     Ctrl-C or SIGTERM to any rank saves a checkpoint at the end of the iteration and raises SystemExit(130) or (143).
     In the last iteration the run ends as usual: `runtime.stop_signal` then tells the caller.
@@ -48,7 +51,7 @@ def fit(job: Job) -> Progress:
             job.teaching.resume(progress.iteration, progress.consumed_tokens)
         runtime.print(f"resumed {job.folder} at iteration {progress.iteration} of {job.iterations}")
     progress.data_order = job.data.order
-    if progress.iteration >= job.iterations:
+    if progress.iteration >= job.ends_at:
         runtime.on_main(lambda: describe_newest(job, progress))
         return progress
     if torch.cuda.is_available():
@@ -60,20 +63,20 @@ def fit(job: Job) -> Progress:
         with stop.outliving_the_reader():
             # Asked once more: a signal may come while the last checkpoint is saved.
             runtime.stop_signal = _iterate(job, progress, trained, metrics, stop) or stop.on_any_rank()
-            if runtime.stop_signal and progress.iteration < job.iterations:
+            if runtime.stop_signal and progress.iteration < job.ends_at:
                 saved = f"{name_of(runtime.stop_signal)}: saved {job.folder} at iteration {progress.iteration}"
                 runtime.print(f"{saved} of {job.iterations}; the same command goes on")
     finally:
-        metrics.close(finished=progress.iteration == job.iterations)
+        metrics.close(finished=progress.iteration == job.ends_at)
         stop.restore()
-    if runtime.stop_signal and progress.iteration < job.iterations:
+    if runtime.stop_signal and progress.iteration < job.ends_at:
         runtime.barrier()  # a launcher ends the ranks that are left once one has gone
         raise SystemExit(exit_code(runtime.stop_signal))
     return progress
 
 
 def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog, stop: StopRequest) -> int:
-    """From `progress`, which is updated, to the last iteration, or to the one in which a signal asked to stop.
+    """From `progress`, which is updated, to `job.ends_at`, or to the one in which a signal asked to stop.
 
     Returns that signal, or 0; the same on every rank."""
     train, runtime = job.train, job.runtime
@@ -85,7 +88,9 @@ def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog
     pace = Pace(progress.consumed_tokens)  # validation and saving count too
     timers.attach(trained.chunks, trained.optimizer, job.objective)
     timers.start()
-    interim: int | None = None  # the newest checkpoint, if it is to make room for the next
+    # The newest checkpoint, if it is to make room for the next: also the one of an earlier stop.
+    interim = progress.iteration if job.until is not None and progress.iteration else None
+    end = job.timetable.at(job.ends_at).tokens_before
     for step, batch in timers.batches(itertools.chain([first], steps)):
         row = train_step(trained, job.objective, step.shape, batch, timers.timers)
         if job.teaching is not None:
@@ -96,14 +101,14 @@ def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog
         progress.advance(step)
         if job.objective.states is not None:
             progress.hidden_states_alpha = job.objective.states.alpha
-        last = progress.iteration == job.iterations
+        last = progress.iteration == job.ends_at
         row = {"consumed samples": progress.consumed_samples, **row}
         shown = times = None
         if last or progress.iteration % job.log.interval == 0:
             spent = timers.report()
             costs, times = account(job, spent)
             tokens = progress.consumed_tokens  # batch sizes may change, so iterations would not tell
-            left = pace.left(tokens, job.timetable.tokens)
+            left = pace.left(tokens, end)
             shown = {**row, **costs, **spent.means, "tokens": tokens, "time left": left}
             row |= {**costs, **times}
         metrics.write(progress.iteration, row, shown=shown)

@@ -1,0 +1,244 @@
+"""The ranking half of `search`: each candidate cut by the same scores and distilled for `search.tokens`. Pure.
+
+output/scores.safetensors                     unless the recipe names `scores`
+output/candidates/NAME/plan.json, distilled   every candidate; its training resumes from there
+output/candidates/NAME/result.json            what is known of it (search/halving.py)
+output/winner/plan.json, pruned, distilled    the best one; `distill` goes on from there
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.data.described import describe, held_out_part
+from minitron_mcore.errors import InputError
+from minitron_mcore.jobs import inputs
+from minitron_mcore.jobs.distill import resolve as resolve_distill
+from minitron_mcore.jobs.job import NOTHING, Item, Model, Promises, absolute
+from minitron_mcore.jobs.plan import plan_from_scores
+from minitron_mcore.jobs.score import NO_MATTER, ScoreJob
+from minitron_mcore.jobs.score import resolve as resolve_score
+from minitron_mcore.jobs.train import TrainingJob
+from minitron_mcore.keys import flat
+from minitron_mcore.pruning.config import StudentConfig
+from minitron_mcore.recipe import Recipe, with_keys
+from minitron_mcore.runtime.world import World
+from minitron_mcore.search.candidates import Candidate
+from minitron_mcore.search.halving import RESULT, read_result
+from minitron_mcore.training.budget import Timetable
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate: the whole recipe of its distillation. Its `folder` stands for the pruned student, with all that lies
+    beside one but the weights, which are in memory alone."""
+
+    name: str
+    architecture: Architecture
+    folder: Path
+    recipe: Recipe
+
+    @property
+    def result(self) -> Path:
+        return self.folder / RESULT
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"
+
+    @property
+    def distilled(self) -> Path:
+        return self.folder / "distilled"
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What ranks the candidates.
+
+    teacher: as it is evaluated with, its tokenizer included.
+    world: the ranks of one candidate; side_by_side: so many candidates at a time.
+    scoring: the pass that serves all plans.
+    stops: (iteration, tokens) after which candidates are compared; the last one ends the search.
+    made_with: fingerprint of what all results share.
+    """
+
+    recipe: Recipe
+    folder: Path
+    teacher: Model
+    world: World
+    scoring: ScoreJob
+    trials: tuple[Trial, ...]
+    stops: tuple[tuple[int, int], ...]
+    made_with: str
+    reads: tuple[Model | Item, ...]
+    makes: tuple[Model | Item, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def side_by_side(self) -> int:
+        return self.recipe.search.side_by_side
+
+    @property
+    def winner(self) -> Path:
+        return self.folder / "winner"
+
+    def training(
+        self, trial: Trial, promises: Promises = NOTHING, lineage: Mapping[str, Any] | None = None
+    ) -> TrainingJob:
+        """The distillation of `trial`; lineage: where its student comes from. Raises InputError."""
+        return _training(trial, self.teacher, self.world, promises, lineage or {})
+
+
+def resolve_trials(
+    recipe: Recipe, world: World, promises: Promises, candidates: Sequence[Candidate], folder: Path
+) -> Trials | None:
+    """How `candidates` are ranked in `folder`; None where search.train=false. Raises InputError."""
+    search = recipe.search
+    if not search.train:
+        return None
+    needed = {"teacher.checkpoint": "the teacher's folder", "search.tokens": "the tokens of each candidate, as 100M"}
+    inputs.require(recipe, needed, inputs.budget_and_text("distill") if search.schedule == "distill" else inputs.TEXT)
+    recipe = _with_budget(recipe, folder)
+    own = _own_world(recipe, world)
+    scoring = resolve_score(recipe, world, promises)
+    teacher = inputs.find_reader(recipe, own, promises, "teacher.checkpoint")
+    trials = tuple(_trial(recipe, candidate, folder) for candidate in candidates)
+    scored = promises.after(scoring)
+    for trial in trials:
+        plan_from_scores(trial.recipe, teacher.architecture, scored)
+    jobs = [_training(trial, teacher, own, promises, {}) for trial in trials]
+    stops = _stops(recipe, jobs[0].timetable)
+    made_with = fingerprint(recipe, teacher, scoring)
+    _check_results(trials, made_with, stops[-1][1])
+    part = held_out_part(recipe.data, recipe.evaluate.samples, promises.prefixes)
+    held_out = inputs.data_items(describe(recipe.data, [part], teacher.tokenizer, promises.prefixes))
+    read = [*scoring.reads, *jobs[0].reads, *held_out]
+    winner = Item("output", str(folder / "winner"), f"the best of {len(trials)} candidates, pruned and distilled")
+    return Trials(
+        recipe,
+        folder=folder,
+        teacher=teacher,
+        world=own,
+        scoring=scoring,
+        trials=trials,
+        stops=stops,
+        made_with=made_with,
+        # Not the pruned students, which are nowhere to be read.
+        reads=tuple({str(vars(item)): item for item in read if item.key != "student.checkpoint"}.values()),
+        makes=(*scoring.makes, winner),
+        notes=tuple(dict.fromkeys(note for job in jobs for note in job.notes)),
+    )
+
+
+def _with_budget(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe of every candidate's distillation, and of the scores. Raises InputError for keys that do not go
+    together."""
+    search, distill = recipe.search, recipe.distill
+    scores = recipe.scores or str(folder / "scores.safetensors")
+    told: dict[str, Any] = {"scores": scores, "distill.load": None}
+    if distill.correct_teacher:
+        rule = "would give every candidate another teacher, and candidates are compared under one"
+        remedy = "correct the teacher first (`minitron correct`), and search with that one"
+        raise InputError("distill.correct_teacher", True, f"{rule}", remedy)
+    if search.schedule == "search":
+        if distill.phases:
+            rule = "has a budget of its own, which distill.phases do not divide"
+            raise InputError("search.schedule", "search", rule, "set search.schedule=distill, or leave the phases out")
+        told["distill.tokens"] = search.tokens
+    elif search.tokens > distill.tokens:
+        rule = (
+            f"is more than distill.tokens={distill.tokens:,}, of which search.schedule=distill makes it the first part"
+        )
+        remedy = "lower it, raise distill.tokens, or set search.schedule=search"
+        raise InputError("search.tokens", search.tokens, rule, remedy)
+    return with_keys(recipe, told)
+
+
+def _own_world(recipe: Recipe, world: World) -> World:
+    """The ranks of one of the candidates that train side by side. Raises InputError where the ranks cannot be divided
+    so."""
+    count = recipe.search.side_by_side
+    if world.size % count:
+        rule = f"does not divide the {world.size} rank{'s' if world.size > 1 else ''}"
+        raise InputError("search.side_by_side", count, rule, "each candidate trains on as many ranks as the others")
+    size = world.size // count
+    return dataclasses.replace(world, rank=world.rank % size, size=size, local_size=min(world.local_size, size))
+
+
+def _trial(recipe: Recipe, candidate: Candidate, folder: Path) -> Trial:
+    trial = Trial(candidate.name, candidate.architecture, folder / "candidates" / candidate.name, recipe)
+    told = {
+        "name": f"{recipe.name}-{candidate.name}",
+        "plan": str(trial.plan),
+        "student": StudentConfig(**inputs.sizes_of(candidate.architecture), checkpoint=str(trial.folder)),
+        "distill.checkpoint": str(trial.distilled),
+    }
+    return dataclasses.replace(trial, recipe=with_keys(recipe, told))
+
+
+def _training(
+    trial: Trial, teacher: Model, world: World, promises: Promises, lineage: Mapping[str, Any]
+) -> TrainingJob:
+    key, tokenizer = "student.checkpoint", teacher.tokenizer
+    student = Model(key, trial.folder, trial.architecture, lineage=lineage, tokenizer=tokenizer)
+    models = promises.models | {absolute(trial.folder): student}
+    return resolve_distill(trial.recipe, world, Promises(models, promises.items))
+
+
+def _stops(recipe: Recipe, timetable: Timetable) -> tuple[tuple[int, int], ...]:
+    """(iteration, tokens) of every rung and of the end, in whole global batches. Raises InputError."""
+    search, rungs = recipe.search, recipe.search.halving.rungs
+    found = []
+    for tokens in (*rungs, search.tokens):
+        iteration = bisect_left(range(timetable.iterations), tokens, key=lambda each: timetable.at(each).tokens_before)
+        found.append((iteration, timetable.at(iteration).tokens_before))
+    if any(later <= earlier for earlier, later in pairwise(found)):
+        iterations = ", ".join(str(iteration) for iteration, _ in found)
+        rule = f"must rise, in whole global batches, to below search.tokens={search.tokens:,}: they end, with that, "
+        raise InputError("search.halving.rungs", rungs, f"{rule}at iterations {iterations}", "change them")
+    return tuple(found)
+
+
+def fingerprint(recipe: Recipe, teacher: Model, scoring: ScoreJob) -> str:
+    """Of everything that the results of candidates depend on, except their shapes, the layout, and how long they
+    train."""
+    search, distill = recipe.search, recipe.distill
+    kept = [entry.name for entry in dataclasses.fields(distill) if not entry.metadata["may_change"]]
+    text = {name: getattr(recipe.data, name) for name in ("train", "valid", "split", "sequence_length")}
+    chosen = dataclasses.asdict(recipe.prune)
+    said: dict[str, Any] = {
+        "teacher": [str(teacher.folder.resolve()), teacher.iteration],
+        "scores": {name: value for name, value in flat(scoring.settings).items() if name not in NO_MATTER},
+        "prune": {name: chosen[name] for name in chosen if name != "overwrite"},
+        "data": text,
+        "tokenizer": teacher.tokenizer and teacher.tokenizer.fingerprint,
+        "distill": {name: dataclasses.asdict(distill)[name] for name in kept},
+        # Without rungs a longer search goes on with the candidates as they are.
+        "rungs": [*search.halving.rungs, search.halving.keep, search.tokens] if search.halving.rungs else [],
+        "evaluate": recipe.evaluate.samples,
+        "seed": recipe.seed,
+        "precision": recipe.precision,
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _check_results(trials: Sequence[Trial], made_with: str, tokens: int) -> None:
+    """Raise InputError where the folder of a candidate holds one of another search, or one that has gone further."""
+    for trial in trials:
+        if (result := read_result(trial.result)) is None:
+            continue
+        if result["made_with"] != made_with:
+            rule = "was ranked by another search: other scores, text, teacher, distillation or rungs"
+            raise InputError("output", trial.folder, rule, "name another folder as output, or delete that one")
+        if result["tokens"] > tokens:
+            rule = f"is less than the {result['tokens']:,} that {trial.folder} was trained for"
+            raise InputError("search.tokens", tokens, rule, "raise it, or name another folder as output")

@@ -1,0 +1,108 @@
+"""The ranking half of `search`: a candidate is the student that `prune` and `distill` make by way of files, and the
+winner the beginning of its distillation, bit for bit: nothing is computed in another order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.distributed.ranks import run_on_ranks
+from tests.distributed.search.searching import BATCH, COMMON, NAMES, rows_of, search_on_rank, weights_of
+from tests.e2e.verbs import all_run_well
+
+
+def commanded(root: Path, verb: str, *overrides: str) -> list[str]:
+    kept = [text for text in COMMON if not text.startswith("search.")]
+    return [verb, *(text.replace("@", str(root)) for text in [*kept, *overrides])]
+
+
+@pytest.fixture(scope="module")
+def root(corpus_with_teacher: Callable[[str], Path]) -> Path:
+    return corpus_with_teacher("trials")
+
+
+@pytest.fixture(scope="module")
+def searched(root: Path) -> tuple[list[dict[str, Any]], str]:
+    return run_on_ranks(search_on_rank, 1, root, root / "search")[0]
+
+
+@pytest.fixture(scope="module")
+def by_files(root: Path, searched: tuple[list[dict[str, Any]], str]) -> dict[str, Any]:
+    """The best candidate's plan carried out by `prune`, `evaluate` and a `distill` that does not stop."""
+    plan = f"plan=@/search/candidates/{searched[0][0]['name']}/plan.json"
+    student = "student.checkpoint=@/files/pruned"
+    commands = [
+        commanded(root, "prune", plan, student),
+        commanded(root, "evaluate", "checkpoint=@/files/pruned", "results=@/files/results.json"),
+        commanded(root, "distill", student, "distill.checkpoint=@/files/distilled", "distill.save_interval=4"),
+    ]
+    all_run_well(commands)
+    return json.loads((root / "files" / "results.json").read_text())
+
+
+def assert_same_weights(folder: Path, other: Path, iteration: int) -> None:
+    ours, theirs = (run_on_ranks(weights_of, 1, each, iteration)[0] for each in (folder, other))
+    assert ours.keys() == theirs.keys() and len(ours) > 8
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=0, msg=key)
+
+
+def test_results_are_ranked(root: Path, searched: tuple[list[dict[str, Any]], str]) -> None:
+    results, shown = searched
+    assert {result["name"] for result in results} == {*NAMES}
+    losses = [result["loss"] for result in results]
+    assert losses == sorted(losses) and len({*losses}) == 3
+    for result in results:
+        assert result["tokens"] == 4 * BATCH and result["rung"] == 1 and result["diverged"] is None
+        assert result["curve"] == [[0, result["zero_shot"]], [4 * BATCH, result["loss"]]]
+        assert [tokens for tokens, _ in result["validation"]] == [4 * BATCH]
+        folder = root / "search" / "candidates" / result["name"]
+        assert json.loads((folder / "result.json").read_text()) == result
+    assert "[3/3]" in shown and shown.count("teacher: weights finite") == 3
+
+
+def test_a_candidate_is_what_prune_and_distill_give(
+    root: Path, searched: tuple[list[dict[str, Any]], str], by_files: dict[str, Any]
+) -> None:
+    best = searched[0][0]
+    assert best["zero_shot"] == by_files["lm loss"]
+    candidate = root / "search" / "candidates" / best["name"] / "distilled"
+    assert_same_weights(candidate, root / "files" / "distilled", 4)
+    assert rows_of(candidate) == rows_of(root / "files" / "distilled")[:4]
+
+
+def test_distill_goes_on_from_the_winner(
+    root: Path, searched: tuple[list[dict[str, Any]], str], by_files: dict[str, Any]
+) -> None:
+    winner = root / "search" / "winner"
+    student = ["student.checkpoint=@/search/winner/pruned", "distill.checkpoint=@/search/winner/distilled"]
+    all_run_well(
+        [
+            commanded(root, "distill", *student),
+            commanded(root, "export", "checkpoint=@/search/winner/distilled", "hf=@/search/hf"),
+        ]
+    )
+    assert_same_weights(winner / "distilled", root / "files" / "distilled", 8)
+    assert_same_weights(winner / "pruned", root / "files" / "pruned", 0)
+    assert rows_of(winner / "distilled") == rows_of(root / "files" / "distilled")
+    # The candidate's own files are as they were.
+    candidate = root / "search" / "candidates" / searched[0][0]["name"]
+    assert len(rows_of(candidate / "distilled")) == 4
+    ours, theirs = (
+        yaml.safe_load((each / "distilled" / "lineage.yaml").read_text()) for each in (candidate, root / "files")
+    )
+    assert ours["student"]["plan"]["fingerprint"] == theirs["student"]["plan"]["fingerprint"]
+    assert ours["teacher"] == theirs["teacher"] and ours["tokenizer"] == theirs["tokenizer"]
+    assert (winner / "plan.json").read_bytes() == (candidate / "distilled" / "plan.json").read_bytes()
+    assert json.loads((root / "search" / "hf" / "config.json").read_text())["head_dim"] == 16
+
+
+def test_the_same_command_does_nothing_again(root: Path, searched: tuple[list[dict[str, Any]], str]) -> None:
+    ((results, shown),) = run_on_ranks(search_on_rank, 1, root, root / "search")
+    assert results == searched[0] and "distill:" not in shown and "iteration" not in shown
