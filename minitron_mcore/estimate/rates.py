@@ -1,14 +1,26 @@
 """Seconds of one operation, and of one collective, on a machine. Pure.
 
 A collective over n ranks in a ring moves (n - 1) / n of its bytes into and out of each rank, an all-reduce twice that;
-beside the bytes it takes a latency for each doubling of the ranks. Bandwidths are what one GPU sends.
+beside the bytes it takes a latency for each doubling of the ranks. Bandwidths are what one GPU sends: a ring over
+several nodes crosses between them on the links of all its GPUs of a node at once.
+
+`stride`: the ranks of a group are so many ranks of the world apart, 1 for neighbours (Megatron's order: tensor fastest,
+then context, data, pipeline).
 """
 
 from __future__ import annotations
 
 from math import ceil, log2
 
+from minitron_mcore.architecture import BYTES
 from minitron_mcore.runtime.devices import Machine
+
+
+def product(machine: Machine, rows: float, inner: float, columns: float, precision: str) -> float:
+    """[rows, inner] times [inner, columns], of numbers of `precision`."""
+    element = BYTES.get(precision, 1)
+    moved = element * (rows * inner + inner * columns + rows * columns)
+    return operation(machine, 2 * rows * inner * columns, moved, precision)
 
 
 def operation(machine: Machine, flops: float, moved: float, precision: str) -> float:
@@ -22,31 +34,28 @@ def traffic(machine: Machine, moved: float) -> float:
     return moved / (machine.need("memory_bandwidth") * machine.memory_efficiency)
 
 
-def gather(machine: Machine, whole: float, ranks: int, *, spread: int) -> float:
-    """An all-gather to `whole` bytes on each of `ranks`, or a reduce-scatter of as many.
-
-    spread: the consecutive ranks of the world that the group spans. Where they lie on several nodes its bytes cross
-    between these at their bandwidth, shared with nothing else; else they stay in a node.
-    """
+def gather(machine: Machine, whole: float, ranks: int, *, stride: int = 1) -> float:
+    """An all-gather to `whole` bytes on each of `ranks`, or a reduce-scatter of as many."""
     if ranks == 1:
         return 0.0
-    bandwidth, latency = link(machine, spread)
+    node = machine.gpus_per_node
+    if (ranks - 1) * stride < node:
+        bandwidth, latency = machine.need("intra_node_bandwidth"), machine.intra_node_latency
+    else:
+        bandwidth, latency = machine.need("inter_node_bandwidth"), machine.inter_node_latency
+        together = min(ranks, max(1, node // stride))
+        if together > 1:
+            bandwidth = min(bandwidth * together, machine.need("intra_node_bandwidth"))
     return whole * (ranks - 1) / ranks / bandwidth + latency * ceil(log2(ranks))
 
 
-def all_reduce(machine: Machine, whole: float, ranks: int, *, spread: int) -> float:
+def all_reduce(machine: Machine, whole: float, ranks: int, *, stride: int = 1) -> float:
     """Of `whole` bytes; as `gather`, twice."""
-    return 2 * gather(machine, whole, ranks, spread=spread)
+    return 2 * gather(machine, whole, ranks, stride=stride)
 
 
-def send(machine: Machine, moved: float, *, spread: int) -> float:
-    """From one rank to another, `spread` - 1 ranks further."""
-    bandwidth, latency = link(machine, spread)
-    return moved / bandwidth + latency
-
-
-def link(machine: Machine, spread: int) -> tuple[float, float]:
-    """(bytes a second, seconds before them) of the slowest link within `spread` consecutive ranks."""
-    if spread <= machine.gpus_per_node:
-        return machine.need("intra_node_bandwidth"), machine.intra_node_latency
-    return machine.need("inter_node_bandwidth"), machine.inter_node_latency
+def send(machine: Machine, moved: float, *, world: int) -> float:
+    """From one rank to another far away, in a world of so many."""
+    if world <= machine.gpus_per_node:
+        return moved / machine.need("intra_node_bandwidth") + machine.intra_node_latency
+    return moved / machine.need("inter_node_bandwidth") + machine.inter_node_latency

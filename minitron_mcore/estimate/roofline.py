@@ -127,5 +127,5 @@ def _seconds(architecture: Architecture, serving: ServingConfig, machine: Machin
     seconds += a.num_layers * KERNELS * machine.kernel_latency
     if tensor > 1:
         reduced = element * now.tokens * a.hidden_size
-        seconds += 2 * a.num_layers * all_reduce(machine, reduced, tensor, spread=tensor)
+        seconds += 2 * a.num_layers * all_reduce(machine, reduced, tensor)
     return seconds

@@ -90,6 +90,7 @@ class Machine:
     inter_node_bandwidth: float | None = None
     host_bandwidth: float = 25e9  # to and from the host's memory, over PCI Express 4
     memory_efficiency: float = 0.85  # share of the memory's bandwidth that kernels reach
+    attention_efficiency: float = 0.6  # of the rate of products, what causal attention reaches
     kernel_latency: float = 3e-6  # of the smallest kernel, with the gap before the next
     intra_node_latency: float = 6e-6  # of a collective beside its bytes, for each doubling of its ranks
     inter_node_latency: float = 15e-6

@@ -1,0 +1,225 @@
+"""Seconds of what a rank computes and communicates for one microbatch: a layer, the embedding, the loss. Pure.
+
+Each matrix product is the longer of its operations and its bytes (rates.py). What lies between products is bound by
+memory: its bytes are counted operation by operation, those of the fused kernels where there are such, and of torch's
+elementwise ones on the CPU.
+
+Legend: n tokens of a microbatch on a rank, T tensor-parallel size, h hidden, f ffn, q and k widths of all query heads
+and of all key-value groups, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minitron_mcore.architecture import BYTES, Architecture
+from minitron_mcore.distillation.config import default_chunk_tokens
+from minitron_mcore.estimate.rates import all_reduce, gather, operation, product, traffic
+from minitron_mcore.layout import axis_sizes
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.devices import Machine
+
+# Attention's backward works its scores out again: five products where forward has two.
+ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Numbers that are read and written, in forward and again in backward: of a norm for each channel, of a sum of
+    residuals, of the rotation and the copies around attention, and of the activation for each neuron, gated or not."""
+
+    norm: tuple[float, float]
+    residual: tuple[float, float]
+    attention: tuple[float, float]
+    gated: tuple[float, float]
+    plain: tuple[float, float]
+    kernels: tuple[float, float]  # how many operations a layer has
+
+
+# On a GPU norm and rotation are each one kernel, activations torch's own. On the CPU an RMS norm is five operations.
+FUSED = Traffic((2, 5), (3, 3), (4, 6), (5, 13), (4, 7), (14, 24))
+ELEMENTWISE = Traffic((7, 14), (3, 3), (14, 20), (5, 13), (4, 7), (40, 70))
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one pass of one microbatch: what a rank computes; what it waits for of tensor-parallel and of context-parallel
+    ranks, beyond what products hide."""
+
+    compute: float = 0.0
+    tensor: float = 0.0
+    context: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.compute + other.compute, self.tensor + other.tensor, self.context + other.context)
+
+    def __mul__(self, times: float) -> Seconds:
+        return Seconds(self.compute * times, self.tensor * times, self.context * times)
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tensor + self.context
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A model's passes over microbatches on a rank: of `tokens` each, in sequences of `length` before they are cut over
+    context-parallel ranks."""
+
+    machine: Machine
+    model: Architecture
+    parallel: ParallelConfig
+    precision: str
+    tokens: int
+    length: int
+    on_cpu: bool
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number between the products, which fp8 keeps in bf16."""
+        return BYTES.get(self.precision, 2)
+
+    @property
+    def wide(self) -> str:
+        """The type of what is never fp8: attention and the output head."""
+        return "bf16" if self.precision == "fp8" else self.precision
+
+    @property
+    def _traffic(self) -> Traffic:
+        return ELEMENTWISE if self.on_cpu else FUSED
+
+    def matrices(self) -> list[tuple[float, float]]:
+        """(inputs, outputs) of a layer's products on a rank."""
+        a, tensor, sizes = self.model, self.parallel.tensor, axis_sizes(self.model)
+        up = sizes["gated_ffn"] if a.gated_linear_unit else sizes["ffn"]
+        h = a.hidden_size
+        return [(h, sizes["qkv"] / tensor), (sizes["heads"] / tensor, h), (h, up / tensor), (sizes["ffn"] / tensor, h)]
+
+    def layer_forward(self) -> Seconds:
+        """Of one layer."""
+        attention = self._attention()
+        return Seconds(
+            self._products(self.matrices()) + attention + self._between(0),
+            self._tensor_parallel(gathers=4),
+            self._context_parallel(hidden=attention, times=1),
+        )
+
+    def layer_backward(self) -> Seconds:
+        """Of one layer: two products for each of forward's, and the sum of the weights' gradients."""
+        weights = [product(self.machine, i, self.tokens, o, self.precision) for i, o in self.matrices()]
+        inputs = self._products([(o, i) for i, o in self.matrices()])
+        count = sum(i * o for i, o in self.matrices())
+        attention = ATTENTION_BACKWARD * self._attention()
+        # What comes back over tensor-parallel ranks travels while the gradients of the weights are worked out.
+        gathers = 6 if self.parallel.sequence else 4
+        hides = 0.0 if self.on_cpu else weights[0] + weights[2]
+        return Seconds(
+            sum(weights) + inputs + self._sum_gradients(count) + attention + self._between(1),
+            max(0.0, self._tensor_parallel(gathers) - hides),
+            self._context_parallel(hidden=attention, times=1 if self.on_cpu else 2),
+        )
+
+    def mlp_forward(self) -> Seconds:
+        """The part of a layer that selective recomputation runs again."""
+        products = self._products(self.matrices()[2:])
+        return Seconds(products + traffic(self.machine, self._activation(0)), self._tensor_parallel(gathers=2))
+
+    def embedding_forward(self) -> Seconds:
+        a, tensor = self.model, self.parallel.tensor
+        moved = self.element * self.tokens * a.hidden_size * 2
+        return Seconds(traffic(self.machine, moved), all_reduce(self.machine, moved / 2, tensor))
+
+    def embedding_backward(self) -> Seconds:
+        """A whole gradient is made and added to what is there."""
+        count = self.model.padded_vocab_size / self.parallel.tensor * self.model.hidden_size
+        return Seconds(traffic(self.machine, self.element * count) + self._sum_gradients(count))
+
+    def boundary(self) -> float:
+        """Bytes of the hidden states that go from one pipeline stage to the next."""
+        split = self.parallel.tensor if self.parallel.sequence else 1
+        return self.element * self.tokens * self.model.hidden_size / split
+
+    def _products(self, matrices: list[tuple[float, float]]) -> float:
+        """Of all tokens with each of `matrices`; fp8 reads what it multiplies in bf16, and writes it narrow, before."""
+        seconds = sum(product(self.machine, self.tokens, inner, outer, self.precision) for inner, outer in matrices)
+        if self.precision == "fp8":
+            seconds += traffic(self.machine, 4 * self.tokens * sum(inner for inner, _ in matrices))
+        return seconds
+
+    def _sum_gradients(self, count: float) -> float:
+        """`count` gradients of the weights' type, read and added to fp32 ones."""
+        return traffic(self.machine, (self.element + 8) * count)
+
+    def _attention(self) -> float:
+        """Over the causal half of the scores."""
+        width = self.model.num_attention_heads * self.model.kv_channels / self.parallel.tensor
+        groups = self.model.num_query_groups * self.model.kv_channels / self.parallel.tensor
+        flops = 2 * self.tokens * self.length * width / self.machine.attention_efficiency
+        moved = self.element * self.tokens * (2 * width + 2 * groups * self.parallel.context)
+        return operation(self.machine, flops, moved, self.wide)
+
+    def _between(self, way: int) -> float:
+        """What is not a product, `way` 0 in forward, 1 in backward."""
+        a, kinds, tensor = self.model, self._traffic, self.parallel.tensor
+        split = tensor if self.parallel.sequence else 1
+        width = (a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels
+        whole = 2 * (kinds.norm[way] + kinds.residual[way]) * a.hidden_size / split
+        moved = self.element * self.tokens * (whole + kinds.attention[way] * width / tensor) + self._activation(way)
+        return traffic(self.machine, moved) + kinds.kernels[way] * self.machine.kernel_latency
+
+    def _activation(self, way: int) -> float:
+        kind = self._traffic.gated if self.model.gated_linear_unit else self._traffic.plain
+        return self.element * self.tokens * kind[way] * self.model.ffn_hidden_size / self.parallel.tensor
+
+    def _tensor_parallel(self, gathers: int) -> float:
+        """So many all-gathers or reduce-scatters of a layer's states: two make an all-reduce."""
+        states = self.element * self.tokens * self.model.hidden_size
+        return gathers * gather(self.machine, states, self.parallel.tensor)
+
+    def _context_parallel(self, *, hidden: float, times: int) -> float:
+        """Keys and values of the whole sequence, so many times, beyond what attention takes meanwhile."""
+        size, tensor = self.parallel.context, self.parallel.tensor
+        states = 2 * self.model.num_query_groups * self.model.kv_channels / tensor * self.element * self.tokens * size
+        seconds = times * gather(self.machine, states, size, stride=tensor)
+        return seconds if self.on_cpu else max(0.0, seconds - hidden)
+
+
+# Bytes of fp32 logits that are read and written for each token and vocabulary entry, beside the products: the student's
+# alone, and with the teacher's. Two passes on a GPU, each one kernel; on the CPU torch's operations on cached blocks.
+LOGITS = {False: (12, 20), True: (40, 90)}
+
+
+def loss_seconds(student: Pass, teacher: Pass | None, chunk_tokens: int | None, *, recompute: bool = False) -> Seconds:
+    """Of the loss between logits, on the last stage: both heads, the losses, and the gradients of the student's states
+    and head, by chunks of tokens, each of which reads the heads and the head's fp32 gradient."""
+    machine, tensor, tokens = student.machine, student.parallel.tensor, student.tokens
+    columns = student.model.padded_vocab_size / tensor
+    chunk = min(chunk_tokens or default_chunk_tokens(tokens), tokens)
+    h, wide = student.model.hidden_size, student.wide
+    element, logits = BYTES[wide], chunk * columns
+
+    def head(hidden: int) -> float:
+        moved = element * (chunk + columns) * hidden + 4 * logits
+        return operation(machine, 2 * chunk * hidden * columns, moved, wide)
+
+    of_logits = LOGITS[student.on_cpu][teacher is not None]
+    compute = head(h) + (head(teacher.model.hidden_size) if teacher is not None else 0.0)
+    compute += traffic(machine, of_logits * logits)
+    if wide == "bf16":  # the gradient in their type
+        compute += traffic(machine, 6 * logits)
+    flops = 2 * chunk * h * columns
+    compute += operation(machine, flops, element * (logits + columns * h) + 4 * chunk * h, wide)
+    compute += operation(machine, flops, element * (logits + chunk * h) + 8 * columns * h, wide)
+    chunks = tokens / chunk
+    seconds = Seconds(chunks * (compute + (20 if student.on_cpu else 8) * machine.kernel_latency))
+    if recompute:
+        seconds += Seconds(chunks * (head(h) + traffic(machine, of_logits * logits / 2)))
+    if tensor > 1:
+        # A gather of some numbers a token in each chunk, the states over the sequence, and their gradient.
+        states = student.element * tokens * h
+        between = chunks * gather(machine, 64 * chunk * tensor, tensor)
+        between += all_reduce(machine, states, tensor)
+        if student.parallel.sequence and teacher is not None:
+            between += gather(machine, teacher.element * tokens * teacher.model.hidden_size, tensor)
+        seconds += Seconds(tensor=between)
+    return seconds

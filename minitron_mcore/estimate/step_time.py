@@ -1,0 +1,284 @@
+"""How long a training step takes on a machine, part by part. Pure.
+
+The step is the busiest pipeline stage's work and what it waits for. Stages work at their own pace: m microbatches at
+t_s seconds on stage s take
+
+    m max t + (sum t - max t) / v        seconds, with v chunks a stage
+
+which for equal stages is the bubble (P - 1) / v of 1F1B and of the interleaved schedule (arXiv 2104.04473, 2.2). The
+teacher makes its own pass ahead, in each window; where it lies as the student does, the student's first microbatches
+fill what the teacher's last ones leave empty. Not counted: validation, saving, and how the ranks' clocks differ.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+from minitron_mcore.architecture import BYTES
+from minitron_mcore.distillation.states.map import WIDE_SITES, holder, needs_projection, pairs
+from minitron_mcore.estimate import teacher as teacher_memory
+from minitron_mcore.estimate.model import Setting, local_parameters
+from minitron_mcore.estimate.operations import Pass, Seconds, loss_seconds
+from minitron_mcore.estimate.rates import all_reduce, gather, product, send, traffic
+from minitron_mcore.layout import axis_sizes, split_layers, stage_of
+from minitron_mcore.runtime.devices import Machine
+
+# Bytes that the optimizer's step reads and writes: for each parameter of a rank (gradients set to zero, divided by the
+# tokens), and for each of its share (norm and clipping, then Adam: fused on a GPU, torch's operations on the CPU).
+EACH_PARAMETER, CLIPPED, FUSED_ADAM, TORCH_ADAM = 12, 12, 28, 80
+PARTS = (
+    "student",
+    "recomputation",
+    "teacher",
+    "loss",
+    "inner states' losses",
+    "tensor-parallel communication",
+    "context-parallel communication",
+    "pipeline communication",
+    "pipeline bubble",
+    "teacher's layers fetched",
+    "teacher's states sent",
+    "data-parallel communication",
+    "optimizer",
+    "teacher's training",
+    "data",
+)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds by part of PARTS, which add up; floating-point operations of the whole step (training/accounting.py)."""
+
+    parts: dict[str, float]
+    tokens: int
+    gpus: int
+    student_flops: float
+    teacher_flops: float
+    peak: float  # FLOP/s of a GPU in the student's precision
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.total
+
+    @property
+    def flops_per_gpu(self) -> float:
+        """FLOP/s of the models on each GPU."""
+        return (self.student_flops + self.teacher_flops) / self.total / self.gpus
+
+    @property
+    def utilization(self) -> float:
+        """Model FLOPs utilization, a share of the peak."""
+        return self.flops_per_gpu / self.peak
+
+
+def step_time(setting: Setting, machine: Machine) -> StepTime:
+    """What a step of `setting` takes. Raises InputError where `machine` lacks a figure that it needs."""
+    s, parts = setting, defaultdict(float, dict.fromkeys(PARTS, 0.0))
+    windows = ceil(s.microbatches / s.ahead) if s.teacher is not None else 1
+    student = _student_stages(s, machine)
+    _add_schedule(parts, student, s.microbatches, windows, s.parallel.virtual_pipeline or 1)
+    teacher_flops = 0.0
+    if s.teacher is not None:
+        teacher_flops = s.teacher.forward_flops_per_token(s.sequence_length)
+        if s.teacher_trained:
+            teacher_flops *= 3
+            alone = replace(
+                s,
+                student=s.teacher,
+                teacher=None,
+                loss_chunk_tokens=s.teacher_chunk_tokens,
+                recompute=s.teacher_recompute,
+            )
+            parts["teacher's training"] = step_time(alone, machine).total
+        else:
+            _add_teacher(parts, s, machine, windows, student)
+    _add_synchronisation(parts, s, machine)
+    tokens = s.global_batch_size * s.sequence_length
+    # Token ids, labels, positions and masks, from the host.
+    parts["data"] = 28 * s.tokens * s.microbatches / machine.host_bandwidth
+    return StepTime(
+        dict(parts),
+        tokens,
+        s.world_size,
+        tokens * s.student.training_flops_per_token(s.sequence_length),
+        tokens * teacher_flops,
+        machine.peak(s.precision),
+    )
+
+
+def student_pass(setting: Setting, machine: Machine) -> Pass:
+    """The student's microbatches on a rank."""
+    s = setting
+    return Pass(machine, s.student, s.parallel, s.precision, s.tokens, s.sequence_length, s.on_cpu)
+
+
+def teacher_pass(setting: Setting, machine: Machine) -> Pass:
+    """The teacher's, in its own layout."""
+    s, own = setting, setting.teacher_layout
+    assert s.teacher is not None
+    tokens = s.micro_batch_size * s.sequence_length // own.context
+    return Pass(machine, s.teacher, own, s.teacher_precision or s.precision, tokens, s.sequence_length, s.on_cpu)
+
+
+Stage = dict[str, float]  # seconds of one microbatch by part
+
+
+def _student_stages(setting: Setting, machine: Machine) -> list[Stage]:
+    """What a microbatch takes on each stage, forward and backward."""
+    s, passing = setting, student_pass(setting, machine)
+    forward, backward, loss = passing.layer_forward(), passing.layer_backward(), Seconds()
+    of_teacher = teacher_pass(s, machine) if s.teacher is not None and not s.teacher_trained else None
+    of_teacher = replace(of_teacher, parallel=s.parallel, tokens=s.tokens) if of_teacher else None
+    if s.teacher_trained and s.teacher is not None:
+        of_teacher = replace(passing, model=s.teacher)
+    loss = loss_seconds(passing, of_teacher, s.loss_chunk_tokens)
+    stages, last = [], s.parallel.pipeline - 1
+    for number, chunks in enumerate(
+        split_layers(s.student.num_layers, s.parallel.pipeline, s.parallel.virtual_pipeline)
+    ):
+        again = sum((_recomputed(s, passing, len(chunk)) for chunk in chunks), Seconds())
+        work = (forward + backward) * sum(map(len, chunks))
+        if number == 0:
+            work += passing.embedding_forward() + passing.embedding_backward()
+        stage = _by_part("student", work)
+        _merge(stage, _by_part("recomputation", again))
+        if number == last:
+            _merge(stage, _by_part("loss", loss))
+        stage["inner states' losses"] = _inner_states(s, machine, number)
+        if s.parallel.pipeline > 1:
+            # A chunk's states go on, and its gradients come back; the first and last parts of the model have one less.
+            stage["pipeline communication"] = 2 * len(chunks) * send(machine, passing.boundary(), world=s.world_size)
+        stages.append(stage)
+    return stages
+
+
+def _recomputed(setting: Setting, passing: Pass, layers: int) -> Seconds:
+    """What backward works out again of a chunk of so many layers."""
+    recompute = setting.recompute
+    if recompute.granularity == "selective":
+        return passing.mlp_forward() * layers
+    if recompute.granularity != "full":
+        return Seconds()
+    return passing.layer_forward() * (layers if recompute.method == "uniform" else min(recompute.num_layers, layers))
+
+
+def _inner_states(setting: Setting, machine: Machine, stage: int) -> float:
+    """Losses between inner states: the learned map of the student's, three products, and some ten passes in fp32."""
+    s, config, teacher = setting, setting.hidden_states, setting.teacher
+    if config is None or teacher is None:
+        return 0.0
+    seconds, depth = 0.0, s.student.num_layers
+    shard = s.parallel.tensor if s.parallel.sequence else 1
+    maps = needs_projection(config.sites, s.student, teacher)
+    for pair in pairs(config.sites, config.layers, depth, teacher.num_layers):
+        place = holder(pair.site, pair.student_layer, depth)
+        if stage_of(place, depth, s.parallel.pipeline, s.parallel.virtual_pipeline) != stage:
+            continue
+        if pair.site in WIDE_SITES:
+            rows = s.tokens / shard
+            seconds += traffic(machine, 40 * rows * teacher.hidden_size)
+            if maps:
+                seconds += 3 * product(machine, rows, s.student.hidden_size, teacher.hidden_size, s.precision)
+        else:
+            # Relations of queries, keys and values: scores of both models, forward and back.
+            width = sum(axis_sizes(model)["heads"] for model in (s.student, s.student, s.student, teacher))
+            length = s.tokens // s.micro_batch_size
+            seconds += 3 * product(machine, s.tokens, width / s.parallel.tensor, length, "fp32")
+            seconds += traffic(machine, 40 * s.tokens * length * config.relation_heads)
+    return seconds
+
+
+def _add_schedule(
+    parts: dict[str, float], stages: Sequence[Stage], microbatches: int, windows: int, chunks: int
+) -> None:
+    """Add the busiest stage's time over all microbatches, and its bubble once a window."""
+    totals = [sum(stage.values()) for stage in stages]
+    busiest = totals.index(max(totals))
+    for name, seconds in stages[busiest].items():
+        parts[name] += microbatches * seconds
+    parts["pipeline bubble"] += windows * (sum(totals) - totals[busiest]) / chunks
+
+
+def _add_teacher(
+    parts: dict[str, float], setting: Setting, machine: Machine, windows: int, student: Sequence[Stage]
+) -> None:
+    """The teacher's own forward pass ahead of each window, in its own layout, and what brings its layers and states."""
+    s, own = setting, setting.teacher_layout
+    assert s.teacher is not None
+    passing = teacher_pass(s, machine)
+    replicas = s.world_size // own.replica_ranks
+    # Of the microbatches of all the student's replicas, as many as a replica of the teacher runs in a window.
+    count = ceil(s.ahead * s.data_parallel / replicas)
+    if own.virtual_pipeline:
+        count = ceil(count / own.pipeline) * own.pipeline
+    layer, fetch = passing.layer_forward(), _fetched(s, machine)
+    # A layer is on its way while the one before it runs.
+    waits = fetch if s.on_cpu else max(0.0, fetch - layer.total)
+    stages = []
+    for number, chunks in enumerate(split_layers(s.teacher.num_layers, own.pipeline, own.virtual_pipeline)):
+        layers = sum(map(len, chunks))
+        stage = _by_part("teacher", layer * layers + (passing.embedding_forward() if number == 0 else Seconds()))
+        stage["teacher's layers fetched"] = waits * layers
+        if own.pipeline > 1:
+            stage["pipeline communication"] = len(chunks) * send(machine, passing.boundary(), world=s.world_size)
+        stages.append(stage)
+    virtual = own.virtual_pipeline or 1
+    _add_schedule(parts, stages, windows * count, windows, virtual)
+    if own == s.parallel:
+        parts["pipeline bubble"] -= windows * _filled(stages, student, virtual)
+    else:
+        states = s.ahead * s.tokens * s.teacher.hidden_size * s.teacher_element
+        shard = s.parallel.tensor if s.parallel.sequence else 1
+        parts["teacher's states sent"] = windows * send(machine, states / shard, world=s.world_size)
+
+
+def _filled(teacher: Sequence[Stage], student: Sequence[Stage], chunks: int) -> float:
+    """Of the bubble, where the student's first forward passes follow the teacher's last ones without a wait."""
+    forward = [sum(stage.values()) / 3 for stage in student]
+    ahead = [sum(stage.values()) for stage in teacher]
+    return sum(map(min, ahead[:-1], forward[:-1])) / chunks
+
+
+def _fetched(setting: Setting, machine: Machine) -> float:
+    """Seconds that one of the teacher's layers takes to come, where it is not resident."""
+    s, own = setting, setting.teacher_layout
+    size = teacher_memory.layer_bytes(s) if s.teacher_placement != "resident" else 0
+    if s.teacher_placement == "sharded":
+        return gather(machine, size, s.world_size // (own.tensor * own.pipeline), stride=own.tensor)
+    if s.teacher_placement == "offloaded":
+        return traffic(machine, 2 * size) if s.on_cpu else size / machine.host_bandwidth
+    return 0.0
+
+
+def _add_synchronisation(parts: dict[str, float], setting: Setting, machine: Machine) -> None:
+    """Gradients reduced to their shards and weights gathered from them, over data- and context-parallel ranks; and the
+    optimizer's own step. That of the stage with most parameters."""
+    s, parallel = setting, setting.parallel
+    count = max(local_parameters(s.student, parallel, stage) for stage in range(parallel.pipeline))
+    shards, element = s.optimizer_shards, BYTES.get(s.precision, 2)
+    reduced = gather(machine, 4 * count, shards, stride=parallel.tensor)
+    gathered = gather(machine, element * count, shards, stride=parallel.tensor)
+    parts["data-parallel communication"] += (1 - machine.overlap) * (reduced + gathered)
+    if parallel.pipeline > 1 and not s.student.untie_embeddings_and_output_weights:
+        table = 4 * s.student.padded_vocab_size / parallel.tensor * s.student.hidden_size
+        parts["pipeline communication"] += all_reduce(machine, table, 2, stride=s.world_size // parallel.pipeline)
+    adam = TORCH_ADAM if s.on_cpu else FUSED_ADAM
+    share = CLIPPED + adam + (0 if s.precision == "fp32" else 4)
+    parts["optimizer"] += traffic(machine, count * (EACH_PARAMETER + share / shards))
+
+
+def _by_part(name: str, work: Seconds) -> Stage:
+    communication = ("tensor-parallel communication", work.tensor), ("context-parallel communication", work.context)
+    return {name: work.compute, **dict(communication)}
+
+
+def _merge(stage: Stage, more: Stage) -> None:
+    for name, seconds in more.items():
+        stage[name] = stage.get(name, 0.0) + seconds
