@@ -171,7 +171,7 @@ def _own_world(recipe: Recipe, world: World) -> World:
         rule = f"does not divide the {world.size} rank{'s' if world.size > 1 else ''}"
         raise InputError("search.side_by_side", count, rule, "each candidate trains on as many ranks as the others")
     size = world.size // count
-    return dataclasses.replace(world, rank=world.rank % size, size=size, local_size=min(world.local_size, size))
+    return dataclasses.replace(world, rank=world.rank % size, size=size)
 
 
 def _trial(recipe: Recipe, candidate: Candidate, folder: Path) -> Trial:

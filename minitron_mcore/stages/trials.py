@@ -6,9 +6,10 @@ training resumes from its own checkpoints. Source: arXiv 2407.14679, section 2.3
 
 from __future__ import annotations
 
-from minitron_mcore.importance.scores import load_scores
+from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.jobs.trials import Trials
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.runtime.subsets import Subset, apart
 from minitron_mcore.search.halving import Result, best_first, loss_at, survivors
 from minitron_mcore.stages import score
 from minitron_mcore.stages.bench import Bench
@@ -17,20 +18,30 @@ from minitron_mcore.stages.winner import crown
 
 def run(trials: Trials, runtime: Runtime) -> list[Result]:
     """Every candidate's result, the best one first; every rank calls, and gets all of them."""
-    bench = Bench(trials, load_scores(score.run(trials.scoring, runtime)), runtime)
-    results: dict[str, Result] = {}
-    alive, keep = trials.trials, trials.recipe.search.halving.keep
-    for rung, (iteration, tokens) in enumerate(trials.stops, start=1):
-        for number, trial in enumerate(alive, start=1):
-            found = results[trial.name] = bench.train(trial, rung, iteration, tokens)
-            runtime.print(f"search: [{number}/{len(alive)}] {in_words(found)}")
-        kept = survivors({trial.name: loss_at(results[trial.name], tokens) for trial in alive}, keep)
-        alive = tuple(trial for trial in alive if trial.name in kept)
-    ranked = best_first([*results.values()])
+    scores = load_scores(score.run(trials.scoring, runtime))
+    with apart(runtime, trials.side_by_side) as subset:
+        ranked = best_first(tried(trials, scores, subset))
     if ranked[0]["loss"] is not None:
         best = next(trial for trial in trials.trials if trial.name == ranked[0]["name"])
         crown(trials, best, ranked[0]["tokens"], runtime)
     return ranked
+
+
+def tried(trials: Trials, scores: Scores, subset: Subset) -> list[Result]:
+    """What becomes of every candidate, from rung to rung; every rank of every subset calls."""
+    bench = Bench(trials, scores, subset.runtime)
+    results: dict[str, Result] = {}
+    alive, keep = trials.trials, trials.recipe.search.halving.keep
+    for rung, (iteration, tokens) in enumerate(trials.stops, start=1):
+        mine = []
+        for number in subset.numbers(len(alive)):
+            mine.append(bench.train(alive[number], rung, iteration, tokens))
+            subset.runtime.print(f"search: [{number + 1}/{len(alive)}] {in_words(mine[-1])}")
+        reached = {result["name"]: result for part in subset.gathered(mine) for result in part}
+        results |= {trial.name: reached[trial.name] for trial in alive}
+        kept = survivors({trial.name: loss_at(results[trial.name], tokens) for trial in alive}, keep)
+        alive = tuple(trial for trial in alive if trial.name in kept)
+    return [*results.values()]
 
 
 def in_words(result: Result) -> str:
