@@ -1,0 +1,84 @@
+"""What a training costs, in time, GPU-hours, money and energy, for its token budget; and what twice the GPUs do. Pure.
+
+Steps alone count: start-up, validation and saving do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from minitron_mcore.estimate.model import Setting
+from minitron_mcore.estimate.step_time import StepTime, step_time
+from minitron_mcore.runtime.devices import Machine
+from minitron_mcore.training.budget import Shape, Timetable
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a whole training on `gpus` GPUs. price: of a GPU for an hour; power: watts of a GPU; None: not known."""
+
+    gpus: int
+    iterations: int
+    tokens: int
+    seconds: float
+    last: StepTime  # of the shape that the training ends with
+    price: float | None = None
+    power: float | None = None
+
+    @property
+    def hours(self) -> float:
+        return self.seconds / 3600
+
+    @property
+    def days(self) -> float:
+        return self.hours / 24
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.gpus * self.hours
+
+    @property
+    def cost(self) -> float | None:
+        """In the price's currency."""
+        return None if self.price is None else self.price * self.gpu_hours
+
+    @property
+    def energy(self) -> float | None:
+        """Kilowatt-hours."""
+        return None if self.power is None else self.power / 1000 * self.gpu_hours
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The mean over the whole training."""
+        return self.tokens / self.seconds
+
+
+def cost_of(timetable: Timetable, settings: Sequence[Setting], machine: Machine) -> Cost:
+    """Of every iteration of `timetable`. settings: one for each of its shapes, in any order.
+
+    Raises InputError where `machine` lacks a figure that the time of a step needs.
+    """
+    times = {_sizes(setting): step_time(setting, machine) for setting in settings}
+    seconds = 0.0
+    for first, then in pairwise([*timetable.starts, timetable.end]):
+        seconds += (then.iteration - first.iteration) * times[_sizes(first.shape)].total
+    last = times[_sizes(timetable.starts[-1].shape)]
+    price, power = machine.price, machine.power
+    return Cost(settings[0].world_size, timetable.iterations, timetable.tokens, seconds, last, price, power)
+
+
+def doubled(settings: Sequence[Setting]) -> list[Setting] | None:
+    """The same trainings on twice the GPUs, as data-parallel ranks; None where a global batch has too few microbatches
+    for them."""
+    found = [replace(setting, data_parallel=2 * setting.data_parallel) for setting in settings]
+    for each in found:
+        whole = each.global_batch_size % (each.micro_batch_size * each.data_parallel) == 0
+        if not whole or (each.parallel.virtual_pipeline and each.microbatches % each.parallel.pipeline):
+            return None
+    return found
+
+
+def _sizes(of: Setting | Shape) -> tuple[int, int, int]:
+    return of.sequence_length, of.global_batch_size, of.micro_batch_size
