@@ -87,6 +87,13 @@ VERBS = {
         "teacher.checkpoint, data → output/ablation.csv and its plot",
         "torchrun --nproc-per-node 2 -m minitron_mcore ablate --config configs/ablate-quickstart.yaml",
     ),
+    "search": Verb(
+        "the shapes of a grid that are within budgets of parameters, memory, FLOPs or latency "
+        "([docs/search.md](docs/search.md))",
+        ("output", "teacher.checkpoint", "hf", "model", "search", "serving", "prune", "data.sequence_length", *_MODEL),
+        "teacher.checkpoint, a folder with architecture.yaml alone, hf or model → output/candidates.json and .csv",
+        "minitron search --config configs/search-nemotron-8b.yaml search.train=false",
+    ),
     "correct": Verb(
         "fine-tune the teacher on the distillation's data, before it teaches",
         ("teacher.checkpoint", "correct", *_TRAINS),

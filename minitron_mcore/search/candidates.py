@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
+from minitron_mcore.estimate.config import ServingConfig
+from minitron_mcore.estimate.roofline import serving_figures, serving_memory
 from minitron_mcore.pruning.targets import TARGETS
+from minitron_mcore.runtime.devices import Machine
 from minitron_mcore.search.config import BudgetConfig
 from minitron_mcore.tables import table as tabulate
 
@@ -18,6 +21,8 @@ from minitron_mcore.tables import table as tabulate
 FIGURES = tuple(entry.name for entry in dataclasses.fields(BudgetConfig) if entry.name != "tolerance")  # type: ignore[arg-type]
 # Known of every shape, whatever it is served by.
 COUNTS = ("total_parameters", "non_embedding_parameters")
+# Known only with a machine.
+TIMED = FIGURES[FIGURES.index("prefill_latency") :]
 _LETTERS = dict(zip(TARGETS, "lhfqg", strict=True))
 
 
@@ -44,13 +49,21 @@ class Candidate:
         return {"name": self.name, **self.sizes, **self.figures}
 
 
-def figures_of(architecture: Architecture, sequence_length: int) -> dict[str, float]:
-    """What a shape costs: parameters, and FLOPs of a token's forward pass in a sequence of `sequence_length`."""
-    return {
+def figures_of(
+    architecture: Architecture, sequence_length: int, serving: ServingConfig, machine: Machine | None = None
+) -> dict[str, float]:
+    """What a shape costs: parameters, FLOPs of a token's forward pass in a sequence of `sequence_length`, bytes to
+    serve it; where `machine` is given, its latencies and throughputs there (estimate/roofline.py).
+
+    Raises InputError where `machine` lacks a figure that they need.
+    """
+    figures: dict[str, float] = {
         "total_parameters": architecture.num_parameters,
         "non_embedding_parameters": architecture.num_non_embedding_parameters,
+        "memory": serving_memory(architecture, serving),
         "flops_per_token": architecture.forward_flops_per_token(sequence_length),
     }
+    return figures | (serving_figures(architecture, serving, machine) if machine else {})
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -69,6 +69,13 @@ RIGHT = {
         "student.num_layers=1",
     ],
     "prune": ["teacher.checkpoint=@/teacher", "scores=@/scores.safetensors", "student.checkpoint=@/new/student"],
+    "search": [
+        "teacher.checkpoint=@/teacher",
+        "output=@/new/search",
+        "search.train=false",
+        "search.num_layers=[1]",
+        "search.ffn_ratio=[1,1.5]",
+    ],
     "distill": ["teacher.checkpoint=@/teacher", "student.checkpoint=@/student", "distill.checkpoint=@/new/distilled"],
     "evaluate": ["checkpoint=@/teacher", "output=@/new/evaluation"],
     "export": ["checkpoint=@/teacher", "hf=@/new/hf"],

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from minitron_mcore.architecture import Architecture, build_architecture
+from minitron_mcore.estimate.config import ServingConfig
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.targets import student_shape
 from minitron_mcore.runtime.config import ParallelConfig
@@ -42,7 +43,7 @@ def space(
         TEACHER,
         divisible_by,
         layout,
-        lambda shape: figures_of(shape, 16),
+        lambda shape: figures_of(shape, 16, ServingConfig()),
     )
 
 
@@ -186,7 +187,7 @@ def test_those_nearest_to_the_middle_are_kept_in_their_order() -> None:
 
 def test_files_and_table_say_the_same() -> None:
     shape: Architecture = TEACHER.replace(num_layers=2)
-    each = Candidate(shape, {**figures_of(shape, 16), "latency": 0.123456})
+    each = Candidate(shape, {**figures_of(shape, 16, ServingConfig()), "latency": 0.123456})
     count = plain_count(2, 48, 96, 6, 2)
     head, line = to_csv([each.row]).splitlines()
     assert head.split(",")[:7] == ["name", *each.sizes, "total_parameters"]

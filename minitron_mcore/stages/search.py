@@ -1,0 +1,46 @@
+"""Verb `search`: the candidates of a grid, as a table, JSON and CSV. Pure.
+
+output/candidates.json     the grid's teacher and budgets, and every candidate with what it costs
+output/candidates.csv      the candidates alone
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from minitron_mcore.files import write_whole, writing
+from minitron_mcore.jobs.search import SearchJob
+from minitron_mcore.search.candidates import table, to_csv
+
+if TYPE_CHECKING:
+    from minitron_mcore.runtime.start import Runtime
+
+
+def run(job: SearchJob, runtime: Runtime | None) -> list[dict[str, Any]]:
+    """List the candidates; one process calls, and gets their rows."""
+    budgets = [*job.recipe.search.budget.given()]
+    print(f"search: {job.where}: {job.space.summary}")
+    for reason, count in job.space.dropped.items():
+        print(f"search: {count:,} left out: {reason}")
+    print(f"\n{table(job.candidates, budgets)}\n")
+    rows = [each.row for each in job.candidates]
+    with writing(f"output={job.target}"):
+        job.target.mkdir(parents=True, exist_ok=True)
+        write_whole(job.target / "candidates.csv", to_csv(rows))
+        write_whole(job.target / "candidates.json", json.dumps(described(job, rows), indent=2) + "\n")
+    print(f"search: -> {job.target / 'candidates.json'}, candidates.csv", flush=True)
+    return rows
+
+
+def described(job: SearchJob, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What candidates.json holds."""
+    space, search = job.space, job.recipe.search
+    return {
+        "teacher": job.teacher.to_dict(),
+        "budgets": {"tolerance": search.budget.tolerance, **search.budget.given()},
+        "combinations": space.combinations,
+        "shapes": space.shapes,
+        "left_out": space.dropped,
+        "candidates": rows,
+    }
