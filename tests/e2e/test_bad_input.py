@@ -18,8 +18,10 @@ from minitron_mcore.verbs import VERBS
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.bad_distill_cases import DISTILL
 from tests.e2e.bad_input_cases import CASES, Case
+from tests.e2e.bad_search_cases import SEARCH
 from tests.e2e.verbs import all_typed, typed
 
+ALL = (*CASES, *DISTILL, *SEARCH)
 TRACKER = "latest_checkpointed_iteration.txt"
 ROOT = Path(__file__).parents[2]
 # What no description says: it is found only while text or tensors are read.
@@ -168,14 +170,14 @@ def results(root: Path) -> dict[str, list[tuple[int, str, bool]]]:
     """Every case's results by rank, all cases of one number of ranks in one call."""
     found: dict[str, list[tuple[int, str, bool]]] = {}
     for world_size in (1, 2):
-        cases = [case for case in (*CASES, *DISTILL) if ranks_of(case) == world_size]
+        cases = [case for case in ALL if ranks_of(case) == world_size]
         commands = [command(root, *case[-3:-1]) for case in cases]  # type: ignore[misc]
         by_rank = run_on_ranks(all_typed, world_size, commands, root)
         found |= {case_name(case): list(ranks) for case, *ranks in zip(cases, *by_rank, strict=True)}
     return found
 
 
-@pytest.mark.parametrize("case", (*CASES, *DISTILL), ids=case_name)
+@pytest.mark.parametrize("case", ALL, ids=case_name)
 def test_wrong_input_is_named_and_nothing_is_written(
     case: Case, root: Path, results: dict[str, list[tuple[int, str, bool]]]
 ) -> None:
@@ -190,7 +192,7 @@ def test_wrong_input_is_named_and_nothing_is_written(
 @pytest.fixture(scope="module")
 def dry_results(root: Path) -> dict[str, tuple[int, str, bool]]:
     """Every case with --dry-run, in a process without megatron or a process group."""
-    cases = (*CASES, *DISTILL)
+    cases = ALL
     commands = [[*command(root, *case[-3:-1]), *planned_ranks(case)] for case in cases]  # type: ignore[misc]
     words = [sys.executable, "-m", "tests.e2e.dry_runs", str(root)]
     done = subprocess.run(words, input=json.dumps(commands), cwd=ROOT, capture_output=True, text=True)
@@ -204,7 +206,7 @@ def planned_ranks(case: Case) -> list[str]:
     return [f"cluster.gpus={ranks_of(case)}"] if ranks_of(case) > 1 else []
 
 
-@pytest.mark.parametrize("case", (*CASES, *DISTILL), ids=case_name)
+@pytest.mark.parametrize("case", ALL, ids=case_name)
 def test_a_dry_run_refuses_what_the_run_refuses(
     case: Case, results: dict[str, list[tuple[int, str, bool]]], dry_results: dict[str, tuple[int, str, bool]]
 ) -> None:

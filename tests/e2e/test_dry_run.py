@@ -18,6 +18,8 @@ CONFIGS = {
     "ablate-quickstart": "teacher.checkpoint=@/runs/quickstart/teacher is not there: name the folder of a checkpoint",
     "llama-3.1-8b-to-4b-width": "teacher.checkpoint=@/llama-3.1-8b is not there: name the folder of a checkpoint",
 }
+# How many candidates each lists.
+SEARCHES = {"search-nemotron-8b": 18, "search-nemotron-4b": 18}
 SECONDS = 5.0  # of a processor, however busy the machine is
 
 
@@ -30,7 +32,7 @@ def overrides(name: str, folder: Path) -> list[str]:
 
 
 def test_every_recipe_is_tried() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == CONFIGS.keys()
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == CONFIGS.keys() | SEARCHES.keys()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -70,3 +72,21 @@ def test_a_recipe_is_planned_for_the_ranks_that_it_is_written_for(name: str, tmp
         assert "\n  memory of a rank: forecast " in planned.stdout
     else:
         assert planned.stderr == f"minitron run: {refusal}\n".replace("@", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_is_listed_without_weights_or_ranks(name: str, tmp_path: Path) -> None:
+    """Its layout is the candidates'; no rank is asked for."""
+    command = ["search", "--config", f"configs/{name}.yaml", f"output={tmp_path}/new"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.dry_runs", str(tmp_path)],
+        input=json.dumps([command]),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    ((code, shown, untouched),) = found["results"]
+    assert code == 0 and untouched and found["heavy"] == [], shown
+    made = [f"makes  output={tmp_path}/new/candidates.{kind}: {SEARCHES[name]} candidates" for kind in ("json", "csv")]
+    assert shown.splitlines()[1:] == [*made, "dry run: nothing was written"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from minitron_mcore.architecture import RopeScaling
+from minitron_mcore.checkpoint.folder import read_architecture
 from minitron_mcore.checkpoint.hf_config import read_config
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import config_of
@@ -152,3 +153,16 @@ def test_the_config_that_we_write_means_the_same(name: str, tmp_path: Path) -> N
     skipped = ("architectures", "_name_or_path", "bos_token_id", "eos_token_id", "max_window_layers")
     assert all(theirs[key] == ours[key] for key in theirs if key not in skipped and key in ours)
     assert theirs.keys() - ours.keys() <= {*skipped}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("nemotron-4-15b", "Nemotron-4-15B"),
+        ("llama-3.1-8b", "Llama-3.1-8B"),
+        ("mistral-nemo-12b", "Mistral-Nemo-Base-2407"),
+    ],
+)
+def test_the_shapes_in_configs_are_the_released_ones(folder: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED[name][0]))
+    assert read_architecture(Path(__file__).parents[3] / "configs" / "models" / folder) == read_config(tmp_path)
