@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.search.searching import search_on_rank
+from tests.distributed.search.searching import BATCH, SHAPES, rows_of, search_on_rank
 
+# name -> (ranks, keys): the last one is two candidates at a time, each on two ranks.
 LAYOUTS = {
-    "TP2": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "PP2": (2, ["parallel.pipeline=2"]),
-    "DP2": (2, []),
+    "TP2 beside TP2": (4, ["parallel.tensor=2", "parallel.sequence=true", "search.side_by_side=2"]),
 }
+HALVED = ["search.halving.keep=0.4", f"search.halving.rungs=[{2 * BATCH}]"]
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +54,41 @@ def test_other_layouts(layout: str, root: Path, alone: list[dict[str, Any]]) -> 
         assert ours[name]["zero_shot"] == pytest.approx(result["zero_shot"], abs=1e-5)
         assert ours[name]["loss"] == pytest.approx(result["loss"], abs=1e-4)
         assert ours[name]["made_with"] == result["made_with"]
+
+
+def test_halving(root: Path, alone: list[dict[str, Any]]) -> None:
+    """Whoever trains on ends where it would have without a rung, and the others stop."""
+    overrides = [*HALVED, "search.side_by_side=2"]
+    results = run_on_ranks(search_on_rank, 2, root, root / "halved", overrides)[0][0]
+    at_rung = {result["name"]: result["curve"][1] for result in results}
+    assert {tokens for tokens, _ in at_rung.values()} == {2 * BATCH}
+    # 0.4 of three candidates are two.
+    best = sorted(at_rung, key=lambda name: at_rung[name][1])[:2]
+    whole = by_name(alone)
+    for result in results[:2]:
+        assert result["name"] in best and (result["tokens"], result["rung"]) == (4 * BATCH, 2)
+        assert result["loss"] == whole[result["name"]]["loss"] and len(result["curve"]) == 3
+    stopped = results[2]
+    assert (stopped["tokens"], stopped["rung"]) == (2 * BATCH, 1) and len(stopped["curve"]) == 2
+    for result in results:
+        ours, theirs = (root / name / "candidates" / result["name"] / "distilled" for name in ("halved", "alone"))
+        done = 2 * result["rung"]
+        assert [place.name for place in ours.glob("iter_*")] == [f"iter_{done:07d}"]
+        assert rows_of(ours) == rows_of(theirs)[:done]
+
+
+def test_a_schedule_of_its_own(root: Path) -> None:
+    """It is that of a distillation for search.tokens, whatever distill.tokens is."""
+    own = run_on_ranks(search_on_rank, 1, root, root / "own", ["search.schedule=search"], SHAPES[:1])[0][0]
+    short = run_on_ranks(search_on_rank, 1, root, root / "short", [f"distill.tokens={4 * BATCH}"], SHAPES[:1])[0][0]
+    assert own == short
+    rates = [row["learning-rate"] for row in rows_of(root / "own" / "candidates" / own[0]["name"] / "distilled")]
+    assert len(rates) == 4 and rates[-1] < 0.5 * max(rates)
+
+
+def test_a_longer_search_goes_on(root: Path, alone: list[dict[str, Any]]) -> None:
+    first = run_on_ranks(search_on_rank, 1, root, root / "longer", [f"search.tokens={2 * BATCH}"], SHAPES[:1])[0][0]
+    then, shown = run_on_ranks(search_on_rank, 1, root, root / "longer", [], SHAPES[:1])[0]
+    assert "at iteration 2 of 8" in shown
+    assert then[0]["curve"][:2] == first[0]["curve"]
+    assert then[0]["loss"] == by_name(alone)[then[0]["name"]]["loss"]
