@@ -5,8 +5,9 @@ output/candidates.json, candidates.csv      every candidate: its shape, and what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
@@ -14,6 +15,7 @@ from minitron_mcore.files import kind_of
 from minitron_mcore.jobs.inputs import output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises
 from minitron_mcore.jobs.shape import find_shape
+from minitron_mcore.jobs.trials import Trials, resolve_trials
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.devices import machine_of
 from minitron_mcore.runtime.world import World
@@ -23,12 +25,14 @@ from minitron_mcore.search.space import Space, find_space
 
 @dataclass(frozen=True, kw_only=True)
 class SearchJob(Job):
-    """The candidates of `space`, shapes of `teacher`, to the folder `target`. where: what says the teacher's shape."""
+    """The candidates of `space`, shapes of `teacher`, to the folder `target`. where: what says the teacher's shape.
+    trials: what ranks them; None where they are only listed."""
 
     teacher: Architecture
     where: str
     space: Space
     target: Path
+    trials: Trials | None
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
@@ -36,7 +40,7 @@ class SearchJob(Job):
 
     @property
     def needs_ranks(self) -> bool:
-        return False
+        return self.trials is not None
 
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> SearchJob:
@@ -45,15 +49,18 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Searc
     folder = output_folder(recipe.output, "output")
     if kind_of(folder) == "is a checkpoint":
         raise InputError("output", folder, "is a checkpoint", "name another folder")
-    if recipe.search.train:
-        raise InputError("search.train", True, "is not possible yet", "set search.train=false")
     teacher, where = find_shape(recipe, promises)
     space = space_of(recipe, teacher)
-    makes = tuple(
+    trials = resolve_trials(recipe, world, promises, space.candidates, folder)
+    lists = tuple(
         Item("output", str(folder / name), f"{len(space.candidates)} candidates")
         for name in ("candidates.json", "candidates.csv")
     )
-    return SearchJob(recipe, makes=makes, teacher=teacher, where=where, space=space, target=folder)
+    ranked: dict[str, Any] = {}
+    if trials:
+        ranked = {"reads": trials.reads, "makes": (*lists, *trials.makes), "notes": trials.notes}
+    job = SearchJob(recipe, makes=lists, teacher=teacher, where=where, space=space, target=folder, trials=trials)
+    return replace(job, **ranked)
 
 
 def space_of(recipe: Recipe, teacher: Architecture) -> Space:

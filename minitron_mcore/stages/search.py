@@ -1,4 +1,4 @@
-"""Verb `search`: the candidates of a grid, as a table, JSON and CSV. Pure.
+"""Verb `search`: the candidates of a grid, as a table, JSON and CSV; then, unless search.train=false, their ranking.
 
 output/candidates.json     the grid's teacher and budgets, and every candidate with what it costs
 output/candidates.csv      the candidates alone
@@ -7,6 +7,7 @@ output/candidates.csv      the candidates alone
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from minitron_mcore.files import write_whole, writing
@@ -18,7 +19,20 @@ if TYPE_CHECKING:
 
 
 def run(job: SearchJob, runtime: Runtime | None) -> list[dict[str, Any]]:
-    """List the candidates; one process calls, and gets their rows."""
+    """List the candidates and rank them; every rank calls, and gets their results, the best one first.
+
+    Where they are only listed, one process calls, and gets their rows.
+    """
+    if job.trials is None or runtime is None:
+        return listed(job)
+    runtime.on_main(partial(listed, job))
+    from minitron_mcore.stages import trials  # a listing does without torch
+
+    return trials.run(job.trials, runtime)
+
+
+def listed(job: SearchJob) -> list[dict[str, Any]]:
+    """The candidates' rows, printed and written. One process calls."""
     budgets = [*job.recipe.search.budget.given()]
     print(f"search: {job.where}: {job.space.summary}")
     for reason, count in job.space.dropped.items():
