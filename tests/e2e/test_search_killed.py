@@ -1,0 +1,70 @@
+"""`minitron search` as a process that is killed, again and again: the same command goes on, and ends where a search
+that nothing interrupts ends, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import warm
+from tests.distributed.ranks import run_on_ranks
+from tests.distributed.search.searching import COMMON, rows_of, weights_of
+from tests.e2e.launchers import environment
+from tests.e2e.verbs import run_well
+
+NAMES = ["l3-h48-f64-q6-g2", "l3-h48-f96-q6-g2", "l4-h48-f64-q6-g2"]
+# Before the second candidate's training, within the third one's, and when the winner is nearly there.
+KILLED_AT = [
+    ("os.rename", f"candidates/{NAMES[1]}/result.json"),
+    ("os.rename", f"candidates/{NAMES[2]}/distilled/iter_0000003"),
+    ("os.rename", "winner/distilled"),
+]
+
+
+@pytest.fixture(scope="module")
+def root(corpus_with_teacher: Callable[[str], Path]) -> Path:
+    return corpus_with_teacher("search_killed")
+
+
+def command(root: Path, output: str, *overrides: str) -> list[str]:
+    grid = ["search.num_layers=[3,4]", "search.ffn_hidden_size=[64,96]", f"output=@/{output}"]
+    return ["search", *(text.replace("@", str(root)) for text in [*COMMON, *grid, *overrides])]
+
+
+def results_of(root: Path, output: str) -> list[dict[str, Any]]:
+    return [json.loads((root / output / "candidates" / name / "result.json").read_text()) for name in NAMES]
+
+
+def test_killed_and_started_again(root: Path) -> None:
+    finished: dict[Path, int] = {}
+    for number, (event, ending) in enumerate(KILLED_AT):
+        log = root / f"{number}.log"
+        words = [event, ending, *command(root, "stopped")]
+        process = warm.start("tests.e2e.killed_at", words, output=log, env=environment())
+        assert process.wait(timeout=100) == -signal.SIGKILL, log.read_text()
+        for done, moment in finished.items():
+            assert done.stat().st_mtime_ns == moment, f"{done} was trained again"
+        newest = root.glob("stopped/candidates/*/distilled/iter_0000004")
+        finished = {place: place.stat().st_mtime_ns for place in newest}
+        assert len(finished) == number + 1
+    shown = run_well(*command(root, "stopped"))
+    assert "distill:" not in shown and "held-out loss" in shown
+    for done, moment in finished.items():
+        assert done.stat().st_mtime_ns == moment
+    run_well(*command(root, "whole"))
+    assert results_of(root, "stopped") == results_of(root, "whole")
+    for name in NAMES:
+        ours, theirs = (root / output / "candidates" / name / "distilled" for output in ("stopped", "whole"))
+        assert rows_of(ours) == rows_of(theirs)
+    assert (root / "stopped/winner/plan.json").read_bytes() == (root / "whole/winner/plan.json").read_bytes()
+    ours, theirs = (
+        run_on_ranks(weights_of, 1, root / each / "winner/distilled", 4)[0] for each in ("stopped", "whole")
+    )
+    assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in theirs)
+    leftovers = [path for path in (root / "stopped").rglob("*") if ".unfinished" in path.name or path.suffix == ".tmp"]
+    assert leftovers == []
