@@ -131,6 +131,13 @@ VERBS = {
         "PATH → nothing",
         "minitron inspect student --verify",
     ),
+    "estimate": Verb(
+        "what a recipe needs and costs on a cluster, from shapes alone: memory by part, layouts, time, cost "
+        "([docs/estimate.md](docs/estimate.md))",
+        ("estimate", "cluster", *_ROAD, "precision", "seed", "parallel", "hf", "plan"),
+        "a recipe, the teacher's architecture.yaml or config.json → estimate.output",
+        "minitron estimate --config recipe.yaml cluster.gpus=256 cluster.device=H100",
+    ),
     "run": Verb(
         "everything above, from one recipe",
         (*_ROAD, *_MODEL),

@@ -8,7 +8,7 @@ libraries, fragmentation, and the process itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -130,19 +130,15 @@ def _correction_pass(setting: Setting, stage: int) -> int:
     return taught + max(loss, model.recomputed_activations(alone, stage))
 
 
-def forecast_run(
+def settings_of(
     recipe: Recipe,
     section: str,
     architecture: Architecture,
     timetable: Timetable,
     world: World,
     teacher: Architecture | None = None,
-) -> Forecast:
-    """The most that any shape in the `timetable` of the recipe's `section` needs on a rank.
-
-    teacher: the one that runs beside the student; None: none does. Raises InputError where what is held throughout
-    (weights, gradients, optimizer, teacher) exceeds a device's memory, or offloaded layers exceed a node's.
-    """
+) -> list[Setting]:
+    """One setting for each shape in the `timetable` of the recipe's `section`, that of the smallest batch first."""
     train: TrainConfig = getattr(recipe, section)
     distill, shapes = recipe.distill, {start.shape for start in timetable.starts}
     taught: dict[str, Any] = {
@@ -156,7 +152,7 @@ def forecast_run(
         "teacher_recompute": recompute_of(recipe.correct),
         "hidden_states": distill.hidden_states,
     }
-    settings = [
+    return [
         Setting(
             student=architecture,
             parallel=recipe.parallel,
@@ -176,13 +172,33 @@ def forecast_run(
         )
         for shape in sorted(shapes, key=lambda shape: shape.global_batch_size)
     ]
-    # Of a batch size that ramps up, the last is the largest.
-    largest = {(each.sequence_length, each.micro_batch_size, each.micro_batch_key): each for each in settings}
-    found = max(map(forecast, largest.values()), key=lambda found: found.total)
-    found = replace(found, beside=tuple(setting for setting in largest.values() if setting is not found.setting))
+
+
+def forecast_run(
+    recipe: Recipe,
+    section: str,
+    architecture: Architecture,
+    timetable: Timetable,
+    world: World,
+    teacher: Architecture | None = None,
+) -> Forecast:
+    """The most that any shape in the `timetable` of the recipe's `section` needs on a rank.
+
+    teacher: the one that runs beside the student; None: none does. Raises InputError where what is held throughout
+    (weights, gradients, optimizer, teacher) exceeds a device's memory, or offloaded layers exceed a node's.
+    """
+    found = fullest(settings_of(recipe, section, architecture, timetable, world, teacher))
     if world.memory is not None:
         _refuse(found, world.memory)
     return found
+
+
+def fullest(settings: Sequence[Setting]) -> Forecast:
+    """That of the setting which needs most, of those of a run, in the order of `settings_of`."""
+    # Of a batch size that ramps up, the last is the largest.
+    largest = {(each.sequence_length, each.micro_batch_size, each.micro_batch_key): each for each in settings}
+    found = max(map(forecast, largest.values()), key=lambda found: found.total)
+    return replace(found, beside=tuple(setting for setting in largest.values() if setting is not found.setting))
 
 
 def forecast_words(expected: Forecast, memory: Memory | None) -> list[str]:

@@ -35,6 +35,7 @@ SECTIONS = (
     *("prune", "train", "correct", "distill", "evaluate", "run"),
 )
 EVALUATE = "evaluate "
+ESTIMATE = "estimate.json"  # what may lie in the folder before the run
 BASELINE_TITLES = {"next_token": "next-token loss", "random": "random weights"}
 
 
@@ -48,7 +49,7 @@ class RunJob(Job):
 
 
 @dataclass
-class _Road:
+class Road:
     """Steps are resolved as they are laid, each with what those before it promise."""
 
     folder: Path
@@ -79,15 +80,16 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> RunJo
     if recipe.importance.method == "activation":
         refuse_context(recipe, "run")
     refuse_other_run(folder, recipe, SECTIONS, "output")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.yaml").is_file():
+    others = [path for path in folder.iterdir() if path.name != ESTIMATE] if folder.is_dir() else []
+    if others and not (folder / "recipe.yaml").is_file():
         raise InputError("output", folder, "holds something other than a run", "name another folder")
-    road = _Road(folder, world, promises)
+    road = Road(folder, world, promises)
     lay_road(recipe, road)
     makes = tuple(made for _, job in road.steps if job for made in job.makes)
     return RunJob(recipe, makes=makes, folder=folder, world=world, steps=tuple(road.steps))
 
 
-def lay_road(recipe: Recipe, road: _Road) -> None:
+def lay_road(recipe: Recipe, road: Road) -> None:
     """All steps in order, with the recipe that each gets."""
     folder = road.folder
     base = with_data(recipe, road)
@@ -135,7 +137,7 @@ def lay_road(recipe: Recipe, road: _Road) -> None:
         road.evaluate(title, base, target)
 
 
-def with_data(recipe: Recipe, road: _Road) -> Recipe:
+def with_data(recipe: Recipe, road: Road) -> Recipe:
     """The recipe with a tokenizer and data, and the steps that make them where the recipe names none.
 
     Raises InputError where a teacher or tokens are given and their tokenizer is not.

@@ -29,17 +29,25 @@ def find_shape(recipe: Recipe, promises: Promises = NOTHING) -> tuple[Architectu
     if folder and absolute(folder) in promises.models:
         return promises.models[absolute(folder)].architecture, f"{key}={folder}"
     if folder:
-        path = Path(folder)
-        if (path / "architecture.yaml").is_file():
-            return read_architecture(path), f"{key}={folder}"
-        if path.is_dir() and is_hugging_face(path):
-            return read_config(path, recipe.model.make_vocab_size_divisible_by), f"{key}={folder}"
-        return read_architecture(find_checkpoint(folder, key)[0]), f"{key}={folder}"
+        return shape_at(folder, key, recipe), f"{key}={folder}"
     if recipe.hf:
         return read_config(find_hugging_face(recipe.hf), recipe.model.make_vocab_size_divisible_by), f"hf={recipe.hf}"
     if recipe.model.num_layers is None:
         raise InputError(key, None, "is not given", A_SHAPE)
     return _new(recipe, promises), "model"
+
+
+def shape_at(folder: str, key: str, recipe: Recipe) -> Architecture:
+    """Of a checkpoint, or of a folder with architecture.yaml or config.json alone, which the recipe names by `key`.
+
+    Raises InputError.
+    """
+    path = Path(folder)
+    if (path / "architecture.yaml").is_file():
+        return read_architecture(path)
+    if path.is_dir() and is_hugging_face(path):
+        return read_config(path, recipe.model.make_vocab_size_divisible_by)
+    return read_architecture(find_checkpoint(folder, key)[0])
 
 
 def _new(recipe: Recipe, promises: Promises) -> Architecture:

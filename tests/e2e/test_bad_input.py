@@ -17,11 +17,12 @@ import yaml
 from minitron_mcore.verbs import VERBS
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.bad_distill_cases import DISTILL
+from tests.e2e.bad_estimate_cases import ESTIMATE
 from tests.e2e.bad_input_cases import CASES, Case
 from tests.e2e.bad_search_cases import SEARCH
 from tests.e2e.verbs import all_typed, typed
 
-ALL = (*CASES, *DISTILL, *SEARCH)
+ALL = (*CASES, *DISTILL, *SEARCH, *ESTIMATE)
 TRACKER = "latest_checkpointed_iteration.txt"
 ROOT = Path(__file__).parents[2]
 # What no description says: it is found only while text or tensors are read.
@@ -81,6 +82,12 @@ RIGHT = {
     "distill": ["teacher.checkpoint=@/teacher", "student.checkpoint=@/student", "distill.checkpoint=@/new/distilled"],
     "evaluate": ["checkpoint=@/teacher", "output=@/new/evaluation"],
     "export": ["checkpoint=@/teacher", "hf=@/new/hf"],
+    "estimate": [
+        "teacher.checkpoint=@/teacher",
+        "student.num_layers=1",
+        "cluster.gpus=2",
+        "estimate.output=@/new/estimate.json",
+    ],
     "run": ["output=@/new/run"],
 }
 

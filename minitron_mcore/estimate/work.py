@@ -1,0 +1,119 @@
+"""What is estimated of a recipe: its trainings, and the stages beside them. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.estimate.forecast import Forecast, fullest, stage_parts
+from minitron_mcore.estimate.model import Setting
+from minitron_mcore.estimate.stages import Parts
+from minitron_mcore.runtime.devices import Machine
+from minitron_mcore.training.budget import Timetable
+
+# Of a GPU's memory, what is left to the CUDA context, the buffers of NCCL and cuBLAS, and fragmentation, none of which
+# is forecast. An assumption, stated in docs/estimate.md.
+RESERVE = 0.08
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a rank's device and a node's host have, in bytes; None: not known."""
+
+    device: int | None = None
+    host: int | None = None
+
+    @property
+    def usable(self) -> int | None:
+        return None if self.device is None else int(self.device * (1 - RESERVE))
+
+    def hold(self, device: int, host: int) -> bool | None:
+        """Whether so much fits; None where nothing is known that says no."""
+        if (self.usable is not None and device > self.usable) or (self.host is not None and host > self.host):
+            return False
+        return None if self.usable is None else True
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training of the recipe, in the recipe's own layout.
+
+    settings: one for each shape of the timetable. problem: why the layout is not possible; "": it is.
+    """
+
+    title: str
+    section: str
+    timetable: Timetable
+    settings: tuple[Setting, ...]
+    problem: str = ""
+
+    @property
+    def setting(self) -> Setting:
+        """Of the shape that the training ends with."""
+        return self.settings[-1]
+
+    @cached_property
+    def forecast(self) -> Forecast | None:
+        """Of the fullest pipeline stage; None where the layout is not possible."""
+        return None if self.problem else fullest(self.settings)
+
+    def stages(self) -> list[Parts]:
+        """Bytes by part on a rank of each pipeline stage, of the shape that needs most."""
+        if self.forecast is None:
+            return []
+        setting = self.forecast.setting
+        return [stage_parts(setting, stage) for stage in range(setting.parallel.pipeline)]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A stage that is no training.
+
+    stages: bytes by part on a rank of each pipeline stage. host: bytes of a node's host memory beside that.
+    """
+
+    title: str
+    verb: str
+    stages: tuple[Parts, ...] = ()
+    host: int = 0
+    problem: str = ""
+
+    @property
+    def parts(self) -> Parts:
+        """Of the fullest pipeline stage."""
+        return max(self.stages, key=lambda parts: sum(parts.values()), default={})
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All that is said of a recipe called `name` on `gpus` GPUs of `machine`. where: what says the teacher's shape."""
+
+    name: str
+    gpus: int
+    machine: Machine
+    limits: Limits
+    teacher: Architecture
+    where: str
+    trainings: tuple[Training, ...]
+    beside: tuple[Beside, ...]
+
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        """(title, why it is not possible) of all that the recipe's layout cannot do."""
+        found = [(each.title, each.problem) for each in self.trainings]
+        found += [(each.title, each.problem) for each in self.beside]
+        return [(title, problem) for title, problem in found if problem]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether everything fits as the recipe lays it out; None where the GPU's memory is not known."""
+        needs = [(found.total, found.host) for each in self.trainings if (found := each.forecast) is not None]
+        needs += [(each.total, each.host) for each in self.beside]
+        if self.problems or False in [self.limits.hold(*need) for need in needs]:
+            return False
+        return None if self.limits.usable is None else True

@@ -1,0 +1,159 @@
+"""`estimate`: what a recipe will need and cost on a cluster, from shapes alone. Pure.
+
+Neither weights nor data nor a tokenizer need be on this machine; a folder with the teacher's architecture.yaml or
+config.json will do. A layout that is not possible, or does not fit, is told, not refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.data.corpus import check_file
+from minitron_mcore.errors import InputError
+from minitron_mcore.estimate import stages
+from minitron_mcore.estimate.forecast import settings_of
+from minitron_mcore.estimate.record import MARK
+from minitron_mcore.estimate.stages import Parts, Pass
+from minitron_mcore.estimate.work import Beside, Estimate, Limits, Training
+from minitron_mcore.jobs.distill import check_teacher_keys
+from minitron_mcore.jobs.dry_run import planned_world
+from minitron_mcore.jobs.inputs import check_model, teacher_layout
+from minitron_mcore.jobs.iterate import Step
+from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
+from minitron_mcore.jobs.run import ESTIMATE
+from minitron_mcore.jobs.shape import find_shape
+from minitron_mcore.jobs.sketch import TRAININGS, Work, sketch
+from minitron_mcore.model.recompute import check_recompute
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.devices import Machine, machine_of
+from minitron_mcore.runtime.world import World
+from minitron_mcore.training.budget import check_train, plan_timetable
+from minitron_mcore.training.learning_rate import check_learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateJob(Job):
+    """What is printed, and written to `target` where that is given."""
+
+    estimate: Estimate
+    target: Path | None
+
+    @property
+    def needs_ranks(self) -> bool:
+        return False
+
+
+def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> EstimateJob:
+    """The estimate of `recipe` on its `cluster`. Raises InputError."""
+    machine, world = machine_of(recipe.cluster), planned_world(recipe.cluster, world)
+    teacher, where = find_shape(recipe, promises)
+    works = sketch(recipe, teacher)
+    if recipe.cache.folder:
+        works.append(Work(Step("cache", "cache the teacher's targets", "cache", recipe), teacher))
+    target = target_of(recipe)
+    estimate = Estimate(
+        recipe.name,
+        world.size,
+        machine,
+        limits_of(recipe, machine, world),
+        teacher,
+        where,
+        trainings=tuple(training_of(work, world) for work in works if work.verb in TRAININGS),
+        beside=tuple(besides(works, world)),
+    )
+    makes = (Item("estimate.output", str(target), "the estimate"),) if target else ()
+    return EstimateJob(recipe, makes=makes, estimate=estimate, target=target)
+
+
+def target_of(recipe: Recipe) -> Path | None:
+    """The file to write: `estimate.output`, else estimate.json in `output`. Raises InputError where it is another's."""
+    if not (named := recipe.estimate.output) and not recipe.output:
+        return None
+    key, path = "estimate.output", Path(named or Path(str(recipe.output)) / ESTIMATE)
+    check_file(str(path), key)
+    if path.is_file() and MARK not in path.read_bytes()[:100].decode(errors="replace"):
+        raise InputError(key, path, "is there, and is no estimate", "name another file")
+    return path
+
+
+def limits_of(recipe: Recipe, machine: Machine, world: World) -> Limits:
+    """Of the planned machine; of this one, where nothing else is planned for."""
+    if recipe.cluster.gpus is None and machine.memory is None and world.memory is not None:
+        return Limits(world.memory.total)
+    return Limits(int(machine.memory) if machine.memory else None, recipe.cluster.host_memory)
+
+
+def training_of(work: Work, world: World) -> Training:
+    """A training in the recipe's own layout. Raises InputError for a budget or a schedule that cannot be."""
+    recipe, section, shape = work.recipe, work.verb, work.model
+    train = getattr(recipe, section)
+    timetable = plan_timetable(train, recipe.data.sequence_length, section)
+    check_learning_rate(train, timetable, section)
+    if section == "distill":
+        check_teacher_keys(recipe)
+    # What no layout could mend.
+    check_model(shape, recipe, World(device=world.device), section, ParallelConfig())
+    settings = settings_of(recipe, section, shape, timetable, world, work.teacher)
+
+    def lay_out() -> None:
+        check_model(shape, recipe, world, section)
+        check_recompute(train, shape, recipe.parallel, section)
+        check_train(train, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, section)
+        if work.teacher is not None:
+            teacher_layout(recipe, Model("teacher.checkpoint", Path(), work.teacher), world)
+
+    return Training(work.step.title, section, timetable, tuple(settings), problem_of(lay_out))
+
+
+def problem_of(check: Callable[[], object]) -> str:
+    """What `check` refuses, in words; "" where it does not."""
+    try:
+        check()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def besides(works: list[Work], world: World) -> Iterator[Beside]:
+    """The stages that are no trainings, each verb once for each shape."""
+    seen: dict[tuple[str, Architecture], None] = {}
+    for work in works:
+        if work.verb in TRAININGS or (work.verb, work.model) in seen:
+            continue
+        seen[work.verb, work.model] = None
+        yield beside_of(work, world)
+
+
+def beside_of(work: Work, world: World) -> Beside:
+    """Under context parallelism, which score and cache do not take, those ranks are data parallel."""
+    recipe, verb, shape, title = work.recipe, work.verb, work.model, work.step.title
+    parallel, method = dataclasses.replace(recipe.parallel, context=1), recipe.importance.method
+    if verb == "export" or (verb == "score" and method != "activation"):
+        # One process reads; of random scores nothing.
+        return Beside(title, verb, host=stages.export_bytes(shape, recipe.precision) * (method != "random"))
+    reads_text = verb != "prune"
+    if problem := problem_of(lambda: check_model(shape, recipe, world, None, parallel, reads_text=reads_text)):
+        return Beside(title, verb, problem=problem)
+    if verb == "prune":
+        assert work.teacher is not None
+        own = stages.prune_bytes(work.teacher, shape, parallel, recipe.precision)
+        return Beside(title, verb, host=min(world.local_size, parallel.replica_ranks) * own)
+    sizes = {"score": recipe.importance.micro_batch_size, "evaluate": recipe.evaluate.micro_batch_size}
+    size = sizes.get(verb, recipe.cache.micro_batch_size)
+    precision = (recipe.teacher.precision if verb == "cache" else None) or recipe.precision
+    run = Pass(verb, shape, parallel, precision, recipe.data.sequence_length, size, world.device == "cpu")
+    parts: dict[str, Callable[[int], Parts]] = {
+        "score": lambda stage: stages.score_parts(run, recipe.importance, stage),
+        "evaluate": lambda stage: stages.evaluate_parts(run, stage),
+        "cache": lambda stage: stages.cache_parts(run, recipe.cache, stage),
+    }
+    host = 0
+    if verb == "score":
+        kept = stages.kept_states(run, recipe.importance, world.size // parallel.replica_ranks)
+        host = min(world.local_size, world.size // parallel.pipeline) * kept
+    return Beside(title, verb, tuple(map(parts[verb], range(parallel.pipeline))), host)

@@ -1,0 +1,133 @@
+"""The steps of a recipe with the shapes they are of, without any of its files: what `estimate` looks at. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.distillation.cache.serving import cache_folder
+from minitron_mcore.jobs.distill import check_vocabulary
+from minitron_mcore.jobs.inputs import asked_shape, sizes_of, value_at
+from minitron_mcore.jobs.iterate import Step
+from minitron_mcore.jobs.job import Model, Promises, absolute
+from minitron_mcore.jobs.run import Road, lay_road
+from minitron_mcore.jobs.shape import shape_at
+from minitron_mcore.jobs.train import new_architecture
+from minitron_mcore.pruning.config import StudentConfig
+from minitron_mcore.pruning.plan_file import load_plan
+from minitron_mcore.pruning.targets import no_target
+from minitron_mcore.recipe import Recipe, with_keys
+from minitron_mcore.runtime.world import World
+
+TRAININGS = ("train", "correct", "distill")
+TEACHER = "train-teacher"  # the name of its step
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step, and the shapes of its models.
+
+    model: what is trained, read or, by `prune`, made. teacher: what it is taught by or cut from; None: by or from none.
+    """
+
+    step: Step
+    model: Architecture
+    teacher: Architecture | None = None
+
+    @property
+    def verb(self) -> str:
+        return self.step.verb
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.step.recipe
+
+
+def sketch(recipe: Recipe, teacher: Architecture) -> list[Work]:
+    """What `run` would do by the recipe, of a teacher of this shape. Trainings without a budget are left out, and where
+    no student is said all that would be done with one. Raises InputError where a shape cannot be.
+    """
+    folder = Path(recipe.output or "run")
+    # A tokenizer and tokens are there or will be; their steps need no GPU.
+    told: dict[str, Any] = {
+        "tokenizer.model": recipe.tokenizer.model or "tokenizer.model",
+        "data.train": recipe.data.train or "tokens",
+    }
+    promises = Promises()
+    if recipe.teacher.checkpoint or recipe.hf:
+        told["teacher.checkpoint"] = recipe.teacher.checkpoint or str(folder / "teacher")
+        promises.models[absolute(told["teacher.checkpoint"])] = Model("teacher.checkpoint", folder, teacher)
+    if not recipe.run.students and not asks(recipe.student):
+        told["student"] = given_student(recipe, teacher)
+    recipe = with_keys(recipe, told)
+    road = _Sketch(
+        folder, World(), promises, teacher=teacher, is_pruned=bool(recipe.run.students) or asks(recipe.student)
+    )
+    lay_road(recipe, road)
+    return road.works
+
+
+def asks(student: StudentConfig) -> bool:
+    """Whether the section says a shape."""
+    return any(sizes_of(student).values()) or student.layers is not None or bool(student.ratios)
+
+
+def given_student(recipe: Recipe, teacher: Architecture) -> StudentConfig:
+    """The shape of a student that is there, pruned already or planned; as the recipe says where none is.
+
+    Raises InputError where a distillation has a student no smaller than its teacher.
+    """
+    key = "distill.load" if recipe.distill.load else "student.checkpoint"
+    folder = value_at(recipe, key)
+    if folder and Path(folder).is_dir() and any(Path(folder).iterdir()):
+        shape = shape_at(folder, key, recipe)
+        check_vocabulary(teacher, shape)
+    elif recipe.plan and Path(recipe.plan).is_file():
+        shape = load_plan(recipe.plan, teacher).student
+    elif recipe.distill.tokens:
+        raise no_target(teacher)
+    else:
+        return recipe.student
+    return StudentConfig(**sizes_of(shape))
+
+
+@dataclass
+class _Sketch(Road):
+    """Lays steps without resolving them, and promises the shapes that they make."""
+
+    teacher: Architecture = field(kw_only=True)
+    is_pruned: bool = field(kw_only=True)  # whether the recipe says a student
+    works: list[Work] = field(default_factory=list)
+    is_over: bool = False  # what is left is of a student that is none
+
+    def lay(self, step: Step) -> None:
+        work, makes = self._work(step)
+        if makes:
+            key, folder = makes
+            self.promises.models[absolute(folder)] = Model(key, Path(folder), work.model)
+        self.is_over = self.is_over or (step.verb == "prune" and not self.is_pruned)
+        if not self.is_over and (step.verb not in TRAININGS or getattr(step.recipe, step.verb).tokens):
+            self.works.append(work)
+
+    def _work(self, step: Step) -> tuple[Work, tuple[str, str] | None]:
+        """The step's shapes, and the key and folder of the model that it makes, if any."""
+        recipe, verb = step.recipe, step.verb
+        if verb == "train":
+            shape = self.teacher if step.name == TEACHER else new_architecture(recipe, None, self.promises)
+            return Work(step, shape), ("train.checkpoint", str(recipe.train.checkpoint))
+        source = self._shape(recipe, "checkpoint" if verb in ("evaluate", "export") else "teacher.checkpoint")
+        if verb == "correct":
+            return Work(step, source), ("correct.checkpoint", str(recipe.correct.checkpoint))
+        if verb == "prune":
+            made = asked_shape(recipe, recipe.student, source)
+            return Work(step, made, source), ("student.checkpoint", str(recipe.student.checkpoint))
+        if verb == "distill":
+            student = self._shape(recipe, "student.checkpoint")
+            teacher = None if cache_folder(recipe.distill.teacher) else source
+            return Work(step, student, teacher), ("distill.checkpoint", str(recipe.distill.checkpoint))
+        return Work(step, source), None
+
+    def _shape(self, recipe: Recipe, key: str) -> Architecture:
+        return self.promises.models[absolute(value_at(recipe, key))].architecture
