@@ -88,10 +88,14 @@ VERBS = {
         "torchrun --nproc-per-node 2 -m minitron_mcore ablate --config configs/ablate-quickstart.yaml",
     ),
     "search": Verb(
-        "the shapes of a grid that are within budgets of parameters, memory, FLOPs or latency "
+        "the best shape for a budget: the candidates of a grid, listed, or ranked by short distillations "
         "([docs/search.md](docs/search.md))",
-        ("output", "teacher.checkpoint", "hf", "model", "search", "serving", "prune", "data.sequence_length", *_MODEL),
-        "teacher.checkpoint, a folder with architecture.yaml alone, hf or model → output/candidates.json and .csv",
+        (
+            *("output", "search", "teacher", "hf", "model", "serving", "scores", "prune", "importance", "distill"),
+            *("evaluate", *_TRAINS),
+        ),
+        "teacher.checkpoint, data.train; to list them a teacher's shape alone → output/candidates.json, its plots, and "
+        "output/winner, from which distill goes on",
         "minitron search --config configs/search-nemotron-8b.yaml search.train=false",
     ),
     "correct": Verb(

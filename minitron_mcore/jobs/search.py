@@ -1,13 +1,14 @@
 """`search`: the shapes of a grid that are within the budgets, listed or ranked by short distillations. Pure.
 
-output/candidates.json, candidates.csv      every candidate: its shape, and what it costs
+output/candidates.json, candidates.csv     every candidate: its shape, what it costs, and how it fared
+output/search.png, curves.png              losses against cost, and against tokens
+output/candidates, winner                  of the trials (jobs/trials.py)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
@@ -20,13 +21,17 @@ from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.devices import machine_of
 from minitron_mcore.runtime.world import World
 from minitron_mcore.search.candidates import TIMED, Candidate, figures_of
-from minitron_mcore.search.space import Space, find_space
+from minitron_mcore.search.space import Space, find_space, nearest_to_middle
+
+JSON, CSV, PLOT, CURVES = "candidates.json", "candidates.csv", "search.png", "curves.png"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchJob(Job):
-    """The candidates of `space`, shapes of `teacher`, to the folder `target`. where: what says the teacher's shape.
-    trials: what ranks them; None where they are only listed."""
+    """The candidates of `space`, shapes of `teacher`, to the folder `target`.
+
+    where: what says the teacher's shape. trials: how some or all of them are ranked; None: they are only listed.
+    """
 
     teacher: Architecture
     where: str
@@ -44,23 +49,28 @@ class SearchJob(Job):
 
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> SearchJob:
-    """`search.*` and a teacher's shape -> the folder `output`. Raises InputError."""
+    """`search.*` and a teacher's shape, or its checkpoint -> the folder `output`. Raises InputError."""
     require(recipe, {"output": "the folder to write to"})
     folder = output_folder(recipe.output, "output")
     if kind_of(folder) == "is a checkpoint":
         raise InputError("output", folder, "is a checkpoint", "name another folder")
     teacher, where = find_shape(recipe, promises)
     space = space_of(recipe, teacher)
-    trials = resolve_trials(recipe, world, promises, space.candidates, folder)
-    lists = tuple(
-        Item("output", str(folder / name), f"{len(space.candidates)} candidates")
-        for name in ("candidates.json", "candidates.csv")
+    tried = nearest_to_middle(space.candidates, recipe.search.budget, recipe.search.most)
+    trials = resolve_trials(recipe, world, promises, tried, folder)
+    names = (JSON, CSV, PLOT, CURVES) if trials else (JSON, CSV)
+    makes = tuple(Item("output", str(folder / name), f"{len(space.candidates)} candidates") for name in names)
+    return SearchJob(
+        recipe,
+        reads=trials.reads if trials else (),
+        makes=(*makes, *(trials.makes if trials else ())),
+        notes=trials.notes if trials else (),
+        teacher=teacher,
+        where=where,
+        space=space,
+        target=folder,
+        trials=trials,
     )
-    ranked: dict[str, Any] = {}
-    if trials:
-        ranked = {"reads": trials.reads, "makes": (*lists, *trials.makes), "notes": trials.notes}
-    job = SearchJob(recipe, makes=lists, teacher=teacher, where=where, space=space, target=folder, trials=trials)
-    return replace(job, **ranked)
 
 
 def space_of(recipe: Recipe, teacher: Architecture) -> Space:

@@ -67,7 +67,7 @@ def figures_of(
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each of `rows`, which have the same keys."""
+    """A line for each of `rows`; the first has every column, which a later one may leave blank."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -76,7 +76,7 @@ class BudgetConfig:
         found = {}
         for name, value in self.given().items():
             if isinstance(value, list):
-                if len(value) != 2 or value == [None, None]:
+                if len(value) != 2 or (value[0] or 0, value[1]) == (0, None):
                     remedy = "write null for an end that is open, or give the target alone"
                     raise InputError(name, value, "must be a target, or [least, most]", remedy)
                 least, most = (

@@ -40,10 +40,8 @@ class Space:
     @property
     def summary(self) -> str:
         """In one line."""
-        return (
-            f"{self.combinations:,} combinations, {self.shapes:,} shapes that can be pruned and laid out, "
-            f"{len(self.candidates):,} within the budgets"
-        )
+        tried, shapes = _count(self.combinations, "combination"), _count(self.shapes, "shape")
+        return f"{tried}, {shapes} that can be pruned and laid out, {len(self.candidates):,} within the budgets"
 
 
 def find_space(

@@ -1,4 +1,5 @@
-"""`minitron search search.train=false`: files and table from a shape alone, without torch or a process group."""
+"""`minitron search`: a list from a shape alone, without torch or a process group; a ranking from trials, as files,
+table and plots."""
 
 from __future__ import annotations
 
@@ -6,8 +7,12 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from tests.distributed.search.searching import BATCH, COMMON
 from tests.e2e.verbs import run_well
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +44,7 @@ def test_the_table_and_both_files_agree(tmp_path: Path) -> None:
 
 
 def test_no_torch_is_needed_and_any_device_says_its_latency(tmp_path: Path) -> None:
-    words = ["search", *TEACHER, *GRID, f"output={tmp_path}/new", "search.budget.latency=[0,null]"]
+    words = ["search", *TEACHER, *GRID, f"output={tmp_path}/new", "search.budget.latency=[1e-9,null]"]
     program = (
         f"import sys; from minitron_mcore.cli import main; code = main({[*words, 'cluster.device=H100']})\n"
         "print(code, [name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
@@ -49,3 +54,68 @@ def test_no_torch_is_needed_and_any_device_says_its_latency(tmp_path: Path) -> N
     rows = json.loads((tmp_path / "new" / "candidates.json").read_text())["candidates"]
     assert len(rows) == 5 and all(0 < row["prefill_latency"] < row["latency"] for row in rows)
     assert rows[0]["latency"] < rows[-1]["latency"], "two layers are quicker than four"
+
+
+# Of the tiny teacher: 4 layers, hidden 48, ffn 96, 6 heads in 2 groups; three of the four shapes are within the budget.
+SHORT = ["search.num_layers=[3,4]", "search.ffn_hidden_size=[64,96]", "search.halving.keep=0.6"]
+RUNGS = [f"search.halving.rungs=[{2 * BATCH}]"]
+
+
+@pytest.fixture(scope="module")
+def root(corpus_with_teacher: Callable[[str], Path]) -> Path:
+    return corpus_with_teacher("search")
+
+
+@pytest.fixture(scope="module")
+def shown(root: Path) -> str:
+    return run_well(*commanded(root, *SHORT, *RUNGS))
+
+
+def commanded(root: Path, *overrides: str) -> list[str]:
+    words = ["search", *COMMON, "output=@/new", "search.budget.total_parameters=[150k,null]", *overrides]
+    return [text.replace("@", str(root)) for text in words]
+
+
+def test_a_search_ends_with_its_ranking(root: Path, shown: str) -> None:
+    """The table, the files and the results of the candidates say the same."""
+    from matplotlib.image import imread
+
+    folder = root / "new"
+    results = [json.loads(file.read_text()) for file in folder.glob("candidates/*/result.json")]
+    full = sorted((each for each in results if each["rung"] == 2), key=lambda each: each["loss"])
+    (stopped,) = (each for each in results if each["rung"] == 1)
+    order = [*full, stopped]
+    assert len(full) == 2
+    body = shown[shown.index("rank  before") :].splitlines()[1:4]
+    assert [line.split()[2] for line in body] == [each["name"] for each in order]
+    assert [line.split()[5] for line in body] == [f"{each['loss']:.4f}" for each in order]
+    described = json.loads((folder / "candidates.json").read_text())
+    rows = described["candidates"]
+    assert [row["name"] for row in rows] == [each["name"] for each in order] and [row["rank"] for row in rows] == [
+        1,
+        2,
+        3,
+    ]
+    for row, each in zip(rows, order, strict=True):
+        assert {name: row[name] for name in ("loss", "zero_shot", "tokens", "curve", "validation")} == {
+            name: each[name] for name in ("loss", "zero_shot", "tokens", "curve", "validation")
+        }
+    before = sorted(each["zero_shot"] for each in order)
+    squares = sum((before.index(each["zero_shot"]) - place) ** 2 for place, each in enumerate(order))
+    assert described["correlation"] == pytest.approx(1 - 6 * squares / (3 * 8))
+    assert f"after training: {described['correlation']:.2f}, over 3 candidates" in shown
+    for name in ("search.png", "curves.png"):
+        assert imread(folder / name)[..., :3].std() > 0.01
+    assert f"{full[0]['name']} -> {folder}/winner/distilled" in shown
+
+
+def test_a_list_does_not_lose_what_is_known(root: Path, shown: str) -> None:
+    before = (root / "new" / "candidates.json").read_text()
+    listed = run_well(*commanded(root, *SHORT, "search.train=false"))
+    assert "3 within the budgets" in listed and "rank" not in listed
+    assert (root / "new" / "candidates.json").read_text() == before
+
+
+def test_the_same_command_trains_none_again(root: Path, shown: str) -> None:
+    again = run_well(*commanded(root, *SHORT, *RUNGS))
+    assert "lm loss" not in again and again[again.index("rank  ") :] == shown[shown.index("rank  ") :]

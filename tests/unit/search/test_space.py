@@ -154,7 +154,7 @@ def test_ranges_are_written_out() -> None:
         SearchConfig(ffn_hidden_size=[64], ffn_ratio=[2.0])
 
 
-@pytest.mark.parametrize("value", [[1, 2, 3], [None, None], [5, 3], -4, 0, [-3, None]])
+@pytest.mark.parametrize("value", [[1, 2, 3], [None, None], [0, None], [5, 3], -4, 0, [-3, None]])
 def test_budgets_that_cannot_be_are_refused(value: Any) -> None:
     with refuses("total_parameters", value, "must be"):
         BudgetConfig(total_parameters=value)
