@@ -1,4 +1,4 @@
-"""`minitron search` as a process that is killed, again and again: the same command goes on, and ends where a search
+"""`minitron search` as a process that is ended, again and again: the same command goes on, and ends where a search
 that nothing interrupts ends, to the last bit."""
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from tests.e2e.launchers import environment
 from tests.e2e.verbs import run_well
 
 NAMES = ["l3-h48-f64-q6-g2", "l3-h48-f96-q6-g2", "l4-h48-f64-q6-g2"]
-# Before the second candidate's training, within the third one's, and when the winner is nearly there.
-KILLED_AT = [
-    ("os.rename", f"candidates/{NAMES[1]}/result.json"),
-    ("os.rename", f"candidates/{NAMES[2]}/distilled/iter_0000003"),
-    ("os.rename", "winner/distilled"),
+# How a renamed path ends -> the signal that comes just before, and how many candidates are done by then: when the first
+# one is saved for the last time, before the second one's training, within the third one's, when the winner is nearly
+# there.
+ENDED_AT = [
+    (f"candidates/{NAMES[0]}/distilled/iter_0000004", signal.SIGTERM, 1),
+    (f"candidates/{NAMES[1]}/result.json", signal.SIGKILL, 1),
+    (f"candidates/{NAMES[2]}/distilled/iter_0000003", signal.SIGKILL, 2),
+    ("winner/distilled", signal.SIGKILL, 3),
 ]
 
 
@@ -42,16 +45,20 @@ def results_of(root: Path, output: str) -> list[dict[str, Any]]:
 
 def test_killed_and_started_again(root: Path) -> None:
     finished: dict[Path, int] = {}
-    for number, (event, ending) in enumerate(KILLED_AT):
-        log = root / f"{number}.log"
-        words = [event, ending, *command(root, "stopped")]
-        process = warm.start("tests.e2e.killed_at", words, output=log, env=environment())
-        assert process.wait(timeout=100) == -signal.SIGKILL, log.read_text()
+    for ending, number, count in ENDED_AT:
+        log, words = root / f"{count}.log", ["os.rename", ending, *command(root, "stopped")]
+        env = environment(ENDED_BY=number.name)
+        process = warm.start("tests.e2e.killed_at", words, output=log, env=env)
+        code, shown = process.wait(timeout=100), log.read_text()
+        if number == signal.SIGTERM:
+            assert code == 143 and f"SIGTERM: {NAMES[0]} is done; the same command goes on after it" in shown, shown
+        else:
+            assert code == -number, shown
         for done, moment in finished.items():
             assert done.stat().st_mtime_ns == moment, f"{done} was trained again"
         newest = root.glob("stopped/candidates/*/distilled/iter_0000004")
         finished = {place: place.stat().st_mtime_ns for place in newest}
-        assert len(finished) == number + 1
+        assert len(finished) == count
     shown = run_well(*command(root, "stopped"))
     assert "distill:" not in shown and "held-out loss" in shown
     for done, moment in finished.items():

@@ -1,8 +1,10 @@
-"""A student cut out of a model in memory: at every layout the bits of plain slicing, also where layers change stage."""
+"""A student cut out of a model in memory, or of a checkpoint into memory: at every layout the bits of plain slicing,
+also where layers change stage."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -63,11 +65,14 @@ def whole_of(tensors: dict[str, torch.Tensor], parameter: Parameter, layer: int 
     return tensors[parameter.key] if layer is None else tensors[parameter.key][layer]
 
 
-def prune_here(world_size: int) -> list[dict[str, Any]]:
+def prune_here(world_size: int, folder: Path) -> list[dict[str, Any]]:
     """For every layout of the world and every model: this rank's part of the student, and how the teacher fared."""
+    from minitron_mcore.architecture import save_architecture
+    from minitron_mcore.checkpoint.store import as_chunks, model_state, save_state
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import fill, named_parameters
-    from minitron_mcore.pruning.apply import prune_chunks
+    from minitron_mcore.pruning.apply import load_pruned, prune_chunks
+    from minitron_mcore.runtime.start import start
 
     found = []
     for parallel in LAYOUTS[world_size]:
@@ -80,6 +85,15 @@ def prune_here(world_size: int) -> list[dict[str, Any]]:
             student = prune_chunks(chunks, plan)
             after = [tensor for chunk in chunks for tensor in chunk.parameters()]
             part = gather_named([row for chunk in student for row in named_parameters(chunk)])
+            # Whatever layout the checkpoint was saved at: the first one.
+            if parallel == LAYOUTS[world_size][0]:
+                save_state(folder / model, 0, model_state(as_chunks(chunks)), start())
+                start().on_main(partial(save_architecture, plan.teacher, folder / model / "architecture.yaml"))
+            loaded = build_model(plan.student, config, precision)
+            load_pruned((folder / model, 0), plan, as_chunks(loaded))
+            theirs, ours = ([each for chunk in chunks for each in chunk.parameters()] for chunks in (student, loaded))
+            part["loaded"] = all(map(torch.equal, ours, theirs)) and len(ours) == len(theirs)
+            part["trainable"] = all(tensor.requires_grad for tensor in ours)
             part["unchanged"] = all(map(torch.equal, before, after))
             part["dtypes"] = {tensor.dtype for chunk in student for tensor in chunk.parameters()}
             found.append(part)
@@ -87,8 +101,8 @@ def prune_here(world_size: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
-def test_the_bits_are_those_of_plain_slicing(world_size: int) -> None:
-    ranks = run_on_ranks(prune_here, world_size, world_size)
+def test_the_bits_are_those_of_plain_slicing(world_size: int, tmp_path: Path) -> None:
+    ranks = run_on_ranks(prune_here, world_size, world_size, tmp_path)
     cases = [(parallel, model) for parallel in LAYOUTS[world_size] for model in MODELS]
     for number, (parallel, model) in enumerate(cases):
         plan, precision = plan_of(model), MODELS[model][2]
@@ -97,7 +111,7 @@ def test_the_bits_are_those_of_plain_slicing(world_size: int) -> None:
         expected = sliced(teacher, plan)
         parts = [rank[number] for rank in ranks]
         actual = assemble(parts, plan.student)
-        assert all(part["unchanged"] for part in parts)
+        assert all(part["unchanged"] and part["loaded"] and part["trainable"] for part in parts), (parallel, model)
         assert {dtype for part in parts for dtype in part["dtypes"]} == {next(iter(teacher.values())).dtype}
         names = {(key, layer) for key in expected for layer in (range(4) if "layers." in key else [None])}
         assert actual.keys() == names

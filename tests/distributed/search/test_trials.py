@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 
+from minitron_mcore.checkpoint.folder import latest_iteration
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.search.searching import BATCH, COMMON, NAMES, rows_of, search_on_rank, weights_of
+from tests.distributed.search.searching import BATCH, COMMON, NAMES, SHAPES, rows_of, search_on_rank, weights_of
 from tests.e2e.verbs import all_run_well
 
 
@@ -106,3 +107,58 @@ def test_distill_goes_on_from_the_winner(
 def test_the_same_command_does_nothing_again(root: Path, searched: tuple[list[dict[str, Any]], str]) -> None:
     ((results, shown),) = run_on_ranks(search_on_rank, 1, root, root / "search")
     assert results == searched[0] and "distill:" not in shown and "iteration" not in shown
+    assert latest_iteration(root / "search" / "winner" / "distilled") == 8, "it has been trained further since"
+
+
+def test_one_teacher_serves_every_candidate(root: Path) -> None:
+    """In a layout of its own, giving the states that each needs: a candidate is the same behind another as alone."""
+    sites = ["distill.hidden_states.sites=[block_output]", "teacher.parallel.tensor=2"]
+    both = run_on_ranks(search_on_rank, 2, root, root / "both", sites, SHAPES[:2])[0][0]
+    (alone,) = run_on_ranks(search_on_rank, 2, root, root / "alone", sites, SHAPES[1:2])[0][0]
+    assert alone in both and len(both) == 2
+
+
+def test_from_a_cache(root: Path, searched: tuple[list[dict[str, Any]], str]) -> None:
+    """Of the teacher's whole distribution in fp32, whose rounding 4 steps of Adam carry into the loss."""
+    cache = ["cache.folder=@/targets", "cache.method=top_k", "cache.top_k=0", "cache.dtype=fp32"]
+    all_run_well([commanded(root, "cache", *cache)])
+    overrides = ["distill.teacher=cache:@/targets"]
+    (result,) = run_on_ranks(search_on_rank, 1, root, root / "cached", overrides, SHAPES[:1])[0][0]
+    (running,) = [each for each in searched[0] if each["name"] == result["name"]]
+    assert result["zero_shot"] == running["zero_shot"]
+    assert result["loss"] == pytest.approx(running["loss"], abs=1e-4)
+
+
+def test_a_candidate_that_diverges_is_given_up(root: Path) -> None:
+    overrides = ["distill.lr=1e30", "distill.max_skipped_iterations=1"]
+    folder = root / "diverged"
+    (result,), shown = run_on_ranks(search_on_rank, 1, root, folder, overrides, SHAPES[:1])[0]
+    assert result["loss"] is None and "ends the run" in result["diverged"]
+    assert result["curve"] == [[0, result["zero_shot"]], [4 * BATCH, None]]
+    assert f"{NAMES[0]}: diverged before {4 * BATCH} tokens" in shown and not (folder / "winner").exists()
+    again, shown = run_on_ranks(search_on_rank, 1, root, folder, overrides, SHAPES[:1])[0]
+    assert again == [result] and "distill:" not in shown
+
+
+def test_another_winner_makes_room(root: Path, searched: tuple[list[dict[str, Any]], str]) -> None:
+    """Unless it has been trained further."""
+    folder, names = root / "grown", [result["name"] for result in searched[0]]
+    plan = folder / "winner" / "plan.json"
+    shapes = {name: shape for name, shape in zip(NAMES, SHAPES, strict=True)}
+
+    def search(count: int) -> str:
+        """With the worst `count` candidates."""
+        return run_on_ranks(search_on_rank, 1, root, folder, [], [shapes[name] for name in names[-count:]])[0][1]
+
+    search(1)
+    first = plan.read_bytes()
+    assert f"the best candidate, {names[1]} -> " in search(2)
+    second = plan.read_bytes()
+    assert second != first and len(rows_of(folder / "winner" / "distilled")) == 4
+    (folder / "winner" / "distilled" / "latest_checkpointed_iteration.txt").write_text("5")
+    (folder / "winner" / "distilled" / "iter_0000004").rename(folder / "winner" / "distilled" / "iter_0000005")
+    assert (
+        f"{folder / 'winner'} holds another candidate, trained further since: {folder}/candidates/{names[0]}"
+        in search(3)
+    )
+    assert plan.read_bytes() == second
