@@ -100,7 +100,7 @@ class Pass:
         attention = self._attention()
         return Seconds(
             self._products(self.matrices()) + attention + self._between(0),
-            self._tensor_parallel(gathers=4),
+            self._tensor_parallel(reductions=2),
             self._context_parallel(hidden=attention, times=1),
         )
 
@@ -111,18 +111,18 @@ class Pass:
         count = sum(i * o for i, o in self.matrices())
         attention = ATTENTION_BACKWARD * self._attention()
         # What comes back over tensor-parallel ranks travels while the gradients of the weights are worked out.
-        gathers = 6 if self.parallel.sequence else 4
+        again = 2 if self.parallel.sequence else 0
         hides = 0.0 if self.on_cpu else weights[0] + weights[2]
         return Seconds(
             sum(weights) + inputs + self._sum_gradients(count) + attention + self._between(1),
-            max(0.0, self._tensor_parallel(gathers) - hides),
+            max(0.0, self._tensor_parallel(reductions=2, gathers=again) - hides),
             self._context_parallel(hidden=attention, times=1 if self.on_cpu else 2),
         )
 
     def mlp_forward(self) -> Seconds:
         """The part of a layer that selective recomputation runs again."""
         products = self._products(self.matrices()[2:])
-        return Seconds(products + traffic(self.machine, self._activation(0)), self._tensor_parallel(gathers=2))
+        return Seconds(products + traffic(self.machine, self._activation(0)), self._tensor_parallel(reductions=1))
 
     def embedding_forward(self) -> Seconds:
         a, tensor = self.model, self.parallel.tensor
@@ -171,16 +171,20 @@ class Pass:
         kind = self._traffic.gated if self.model.gated_linear_unit else self._traffic.plain
         return self.element * self.tokens * kind[way] * self.model.ffn_hidden_size / self.parallel.tensor
 
-    def _tensor_parallel(self, gathers: int) -> float:
-        """So many all-gathers or reduce-scatters of a layer's states: two make an all-reduce."""
-        states = self.element * self.tokens * self.model.hidden_size
-        return gathers * gather(self.machine, states, self.parallel.tensor)
+    def _tensor_parallel(self, reductions: int, gathers: int = 0) -> float:
+        """So many all-reduces of a layer's states, under sequence parallelism an all-gather and a reduce-scatter each;
+        and all-gathers beside."""
+        states, size = self.element * self.tokens * self.model.hidden_size, self.parallel.tensor
+        if not self.parallel.sequence:
+            return all_reduce(self.machine, reductions * states, size, calls=reductions)
+        count = 2 * reductions + gathers
+        return gather(self.machine, count * states, size, calls=count)
 
     def _context_parallel(self, *, hidden: float, times: int) -> float:
         """Keys and values of the whole sequence, so many times, beyond what attention takes meanwhile."""
         size, tensor = self.parallel.context, self.parallel.tensor
         states = 2 * self.model.num_query_groups * self.model.kv_channels / tensor * self.element * self.tokens * size
-        seconds = times * gather(self.machine, states, size, stride=tensor)
+        seconds = times * gather(self.machine, states, size, stride=tensor, calls=2)
         return seconds if self.on_cpu else max(0.0, seconds - hidden)
 
 

@@ -34,8 +34,17 @@ def traffic(machine: Machine, moved: float) -> float:
     return moved / (machine.need("memory_bandwidth") * machine.memory_efficiency)
 
 
-def gather(machine: Machine, whole: float, ranks: int, *, stride: int = 1) -> float:
-    """An all-gather to `whole` bytes on each of `ranks`, or a reduce-scatter of as many."""
+def gather(machine: Machine, whole: float, ranks: int, *, stride: int = 1, calls: int = 1) -> float:
+    """An all-gather to `whole` bytes on each of `ranks`, or a reduce-scatter of as many, in so many calls."""
+    return _ring(machine, whole, ranks, stride, calls)
+
+
+def all_reduce(machine: Machine, whole: float, ranks: int, *, stride: int = 1, calls: int = 1) -> float:
+    """Of `whole` bytes, in so many calls."""
+    return _ring(machine, 2 * whole, ranks, stride, calls)
+
+
+def _ring(machine: Machine, moved: float, ranks: int, stride: int, calls: int) -> float:
     if ranks == 1:
         return 0.0
     node = machine.gpus_per_node
@@ -46,12 +55,7 @@ def gather(machine: Machine, whole: float, ranks: int, *, stride: int = 1) -> fl
         together = min(ranks, max(1, node // stride))
         if together > 1:
             bandwidth = min(bandwidth * together, machine.need("intra_node_bandwidth"))
-    return whole * (ranks - 1) / ranks / bandwidth + latency * ceil(log2(ranks))
-
-
-def all_reduce(machine: Machine, whole: float, ranks: int, *, stride: int = 1) -> float:
-    """Of `whole` bytes; as `gather`, twice."""
-    return 2 * gather(machine, whole, ranks, stride=stride)
+    return moved * (ranks - 1) / ranks / bandwidth + calls * latency * ceil(log2(ranks))
 
 
 def send(machine: Machine, moved: float, *, world: int) -> float:

@@ -92,8 +92,8 @@ class Machine:
     memory_efficiency: float = 0.85  # share of the memory's bandwidth that kernels reach
     attention_efficiency: float = 0.6  # of the rate of products, what causal attention reaches
     kernel_latency: float = 3e-6  # of the smallest kernel, with the gap before the next
-    intra_node_latency: float = 6e-6  # of a collective beside its bytes, for each doubling of its ranks
-    inter_node_latency: float = 15e-6
+    intra_node_latency: float = 1e-5  # of a collective beside its bytes, for each doubling of its ranks
+    inter_node_latency: float = 2e-5
     gpus_per_node: int = 8
     efficiency: float = EFFICIENCY
     overlap: float = 0.0
