@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from minitron_mcore.estimate.forecast import bytes_text, forecast_words, stage_parts
 from minitron_mcore.jobs.job import Job, Model
 from minitron_mcore.jobs.run import RunJob
+from minitron_mcore.jobs.search import SearchJob
 from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ClusterConfig
@@ -55,12 +56,21 @@ def _lines(job: Job, world: World) -> Iterator[str]:
             else:
                 yield f"{word}  {item.key}={item.path}: {item.what}"
     if isinstance(job, TrainingJob):
-        yield f"{'goes on' if job.resumes else 'trains'} {job.timetable}"
-        yield from forecast_words(job.forecast, world.memory)
-        setting, count = job.forecast.setting, job.recipe.parallel.pipeline
-        # The ranks of one pipeline stage need the same.
-        for stage in range(count if count > 1 else 0):
-            needed = bytes_text(sum(stage_parts(setting, stage).values()))
-            yield f"memory of a rank of pipeline stage {stage}: {needed}"
+        yield from _training_lines(job, world)
+    if isinstance(job, SearchJob) and job.trials:
+        trials, (_, tokens) = job.trials, job.trials.stops[-1]
+        on = f", {trials.side_by_side} at a time on {trials.world.size:,} ranks each" if world.size > 1 else ""
+        yield f"tries {len(trials.trials)} candidates for {tokens:,} tokens{on}; the one that needs most memory:"
+        yield from _training_lines(trials.largest, trials.world)
     for note in job.notes:
         yield f"WARNING: {note}"
+
+
+def _training_lines(job: TrainingJob, world: World) -> Iterator[str]:
+    yield f"{'goes on' if job.resumes else 'trains'} {job.timetable}"
+    yield from forecast_words(job.forecast, world.memory)
+    setting, count = job.forecast.setting, job.recipe.parallel.pipeline
+    # The ranks of one pipeline stage need the same.
+    for stage in range(count if count > 1 else 0):
+        needed = bytes_text(sum(stage_parts(setting, stage).values()))
+        yield f"memory of a rank of pipeline stage {stage}: {needed}"

@@ -67,6 +67,7 @@ class Trials:
     teacher: as it is evaluated with, its tokenizer included.
     world: the ranks of one candidate; side_by_side: so many candidates at a time.
     scoring: the pass that serves all plans.
+    largest: the candidate's training that needs most memory.
     stops: (iteration, tokens) after which candidates are compared; the last one ends the search.
     made_with: fingerprint of what all results share.
     """
@@ -77,6 +78,7 @@ class Trials:
     world: World
     scoring: ScoreJob
     trials: tuple[Trial, ...]
+    largest: TrainingJob
     stops: tuple[tuple[int, int], ...]
     made_with: str
     reads: tuple[Model | Item, ...]
@@ -130,13 +132,18 @@ def resolve_trials(
         world=own,
         scoring=scoring,
         trials=trials,
+        largest=max(jobs, key=lambda job: job.forecast.total),
         stops=stops,
         made_with=made_with,
-        # Not the pruned students, which are nowhere to be read.
-        reads=tuple({str(vars(item)): item for item in read if item.key != "student.checkpoint"}.values()),
+        # Each once; not the pruned students, which are nowhere to be read.
+        reads=tuple({_place(item): item for item in reversed(read) if item.key != "student.checkpoint"}.values()),
         makes=(*scoring.makes, winner),
         notes=tuple(dict.fromkeys(note for job in jobs for note in job.notes)),
     )
+
+
+def _place(item: Model | Item) -> tuple[str, str]:
+    return item.key, str(item.folder if isinstance(item, Model) else item.path)
 
 
 def _with_budget(recipe: Recipe, folder: Path) -> Recipe:

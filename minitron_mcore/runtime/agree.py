@@ -103,5 +103,14 @@ def _wait_for_main() -> None:
     turn = f"minitron/main/{store.add(f'minitron/turns/{rank}', 1)}"
     if rank == 0:
         store.set(turn, "done")
-    while rank and not store.check([turn]):
-        time.sleep(0.02)
+    else:
+        wait_until(lambda: store.check([turn]))
+
+
+def wait_until(there: Callable[[], bool]) -> None:
+    """Ask `there` until it says so: every 20 ms at first, then ever more rarely, since it may take hours and a thousand
+    ranks may ask one store."""
+    pause = 0.02
+    while not there():
+        time.sleep(pause)
+        pause = min(1.02 * pause, 0.5)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pickle
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -24,12 +23,12 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
 from minitron_mcore.errors import InputError, MemoryExhaustedError
+from minitron_mcore.runtime.agree import wait_until
 from minitron_mcore.runtime.parallel import release_layout
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.world import collective_timeout, own_interface
 
 T = TypeVar("T")
-WAIT = 0.02  # seconds between two looks at the store
 
 
 class Subset:
@@ -65,10 +64,15 @@ class Subset:
         def meet() -> list[Any]:
             _put(store, f"{turn}/{self.index}", value)
             keys = [f"{turn}/{index}" for index in range(self.count)]
-            while not store.check(keys):
+
+            def there() -> bool:
+                if store.check(keys):
+                    return True
                 if store.check(["failed"]):
                     raise pickle.loads(store.get("failed"))
-                time.sleep(WAIT)
+                return False
+
+            wait_until(there)
             return [pickle.loads(store.get(key)) for key in keys]
 
         return self.runtime.on_main(meet)
@@ -120,8 +124,7 @@ def _regroup(store: Store, step: str, ranks: int, backend: str, name: str, rank:
     here: one that is still in a collective of the old group must find the others there."""
     release_layout()
     store.add(step, 1)
-    while store.add(step, 0) < ranks:
-        time.sleep(WAIT)
+    wait_until(lambda: store.add(step, 0) == ranks)
     dist.destroy_process_group()
     timeout = collective_timeout()
     with own_interface(size):

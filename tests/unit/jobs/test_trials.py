@@ -12,7 +12,7 @@ import pytest
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.world import World
 from tests.distributed.models import tiny
-from tests.distributed.search.searching import BATCH, NAMES, SHAPES, trials_of
+from tests.distributed.search.searching import BATCH, NAMES, SHAPES, recipe_of, trials_of
 
 PHASES = f"distill.phases=[{{tokens: {4 * BATCH}}}, {{sequence_length: 16}}]"
 REFUSED: list[tuple[list[str], str]] = [
@@ -59,7 +59,8 @@ def test_what_is_resolved(root: Path) -> None:
     trials = resolve(root, ["search.side_by_side=2", f"search.halving.rungs=[{BATCH + 1}]"])
     assert [trial.name for trial in trials.trials] == NAMES
     assert trials.stops == ((2, 2 * BATCH), (4, 4 * BATCH)) and trials.world.size == 2
-    assert {item.key for item in trials.reads} == {"teacher.checkpoint", "data.train", "data.valid"}
+    assert sorted(item.key for item in trials.reads) == ["data.train", "data.valid", "teacher.checkpoint"]
+    assert trials.largest.architecture == max((trial.architecture for trial in trials.trials), key=memory_of)
     assert [item.path for item in trials.makes] == [
         str(root / "search" / name) for name in ("scores.safetensors", "winner")
     ]
@@ -67,6 +68,23 @@ def test_what_is_resolved(root: Path) -> None:
     assert job.architecture == tiny("llama", **SHAPES[1]) and job.timetable.iterations == 8 and not job.resumes
     assert job.folder == root / "search" / "candidates" / NAMES[1] / "distilled"
     assert resolve(root, ["search.train=false", "search.tokens=0"]) is None
+
+
+def memory_of(architecture: Any) -> int:
+    """Of three candidates that are trained alike; what a layer needs is little beside that."""
+    return architecture.num_parameters
+
+
+def test_dry_run(root: Path) -> None:
+    from minitron_mcore.jobs.dry_run import dry_run
+    from minitron_mcore.jobs.job import resolve as resolve_job
+
+    grid = ["search.num_layers=[3,4]", "search.ffn_hidden_size=[64,96]", "output=@/search", "search.side_by_side=2"]
+    world = World(size=4, local_size=4)
+    shown = dry_run("search", resolve_job("search", recipe_of(root, grid), world), world)
+    assert f"tries 3 candidates for {4 * BATCH} tokens, 2 at a time on 2 ranks each; the one that needs most" in shown
+    assert "trains 8 iterations of 4 x 32 tokens" in shown and "memory of a rank: forecast" in shown
+    assert shown.count("teacher.checkpoint=") == 1 and not (root / "search").exists()
 
 
 def test_a_folder_of_another_search_is_refused(root: Path, tmp_path: Path) -> None:
