@@ -56,15 +56,22 @@ class Cost:
 
 
 def cost_of(timetable: Timetable, settings: Sequence[Setting], machine: Machine) -> Cost:
-    """Of every iteration of `timetable`. settings: one for each of its shapes, in any order.
+    """Of every iteration of `timetable`.
+
+    settings: one for each of its shapes, in any order; of another micro batch size where all its shapes have one.
 
     Raises InputError where `machine` lacks a figure that the time of a step needs.
     """
-    times = {_sizes(setting): step_time(setting, machine) for setting in settings}
+    is_one = len({start.shape.micro_batch_size for start in timetable.starts}) == 1
+
+    def sizes(of: Setting | Shape) -> tuple[int, ...]:
+        return of.sequence_length, of.global_batch_size, 0 if is_one else of.micro_batch_size
+
+    times = {sizes(setting): step_time(setting, machine) for setting in settings}
     seconds = 0.0
     for first, then in pairwise([*timetable.starts, timetable.end]):
-        seconds += (then.iteration - first.iteration) * times[_sizes(first.shape)].total
-    last = times[_sizes(timetable.starts[-1].shape)]
+        seconds += (then.iteration - first.iteration) * times[sizes(first.shape)].total
+    last = times[sizes(timetable.starts[-1].shape)]
     price, power = machine.price, machine.power
     return Cost(settings[0].world_size, timetable.iterations, timetable.tokens, seconds, last, price, power)
 
@@ -78,7 +85,3 @@ def doubled(settings: Sequence[Setting]) -> list[Setting] | None:
         if not whole or (each.parallel.virtual_pipeline and each.microbatches % each.parallel.pipeline):
             return None
     return found
-
-
-def _sizes(of: Setting | Shape) -> tuple[int, int, int]:
-    return of.sequence_length, of.global_batch_size, of.micro_batch_size

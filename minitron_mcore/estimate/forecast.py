@@ -8,7 +8,7 @@ libraries, fragmentation, and the process itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,8 +71,17 @@ def bytes_text(count: int) -> str:
 def forecast(setting: Setting) -> Forecast:
     """What the fullest pipeline stage needs, of a layout that can hold the models."""
     host = teacher.host_bytes(setting)
-    stages = [Forecast(stage_parts(setting, stage), setting, host) for stage in range(setting.parallel.pipeline)]
+    stages = [Forecast(stage_parts(setting, stage), setting, host) for stage in _stages_that_count(setting)]
     return max(stages, key=lambda stage: stage.total)
+
+
+def _stages_that_count(setting: Setting) -> Iterable[int]:
+    """The stages of which one is the fullest. Each needs at most what the one before needs, as the first has the
+    embedding, the most layers and the most passes under way; but for the last, which has the head, and for inner states
+    and a teacher in its own layout, which lie where they lie."""
+    every = range(setting.parallel.pipeline)
+    moved = setting.hidden_states is not None and setting.hidden_states.sites
+    return every if moved or setting.teacher_layout != setting.parallel else dict.fromkeys((every[0], every[-1]))
 
 
 def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
@@ -140,7 +149,7 @@ def settings_of(
 ) -> list[Setting]:
     """One setting for each shape in the `timetable` of the recipe's `section`, that of the smallest batch first."""
     train: TrainConfig = getattr(recipe, section)
-    distill, shapes = recipe.distill, {start.shape for start in timetable.starts}
+    distill, shapes = recipe.distill, dict.fromkeys(start.shape for start in timetable.starts)
     taught: dict[str, Any] = {
         "teacher": teacher,
         "teacher_parallel": recipe.teacher.parallel,
@@ -251,7 +260,7 @@ def advice(found: Forecast, count: int = 3) -> list[str]:
         for shape in found.beside:
             is_elsewhere = key == "micro_batch_size" and shape.micro_batch_key != found.setting.micro_batch_key
             changed.append(shape if is_elsewhere else replace(shape, **changes))
-        if not all(map(_holds, changed)):
+        if not all(map(holds, changed)):
             continue
         saving = found.total - max(forecast(shape).total for shape in changed)
         if saving > max(saved.get(key, (0, ""))[0], found.total // 100):
@@ -293,7 +302,7 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "data", "twice as many ranks at the same parallel.*", {"data_parallel": 2 * s.data_parallel}
 
 
-def _holds(setting: Setting) -> bool:
+def holds(setting: Setting) -> bool:
     """Whether a run can have this setting."""
     if setting.global_batch_size % (setting.micro_batch_size * setting.data_parallel):
         return False

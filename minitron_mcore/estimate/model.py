@@ -8,6 +8,7 @@ stage, h hidden, f ffn, q and k widths of all query heads and of all key-value g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 from minitron_mcore.architecture import BYTES, Architecture
@@ -79,19 +80,38 @@ class Setting:
 
 def local_parameters(architecture: Architecture, parallel: ParallelConfig, stage: int) -> int:
     """Parameters that a rank of `stage` holds; a head tied to the embedding counts twice where P > 1."""
-    layers = sum(map(len, split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)[stage]))
+    layers = sum(chunk_layers(architecture, parallel)[stage])
     first, last = stage == 0, stage == parallel.pipeline - 1
     tied = not architecture.untie_embeddings_and_output_weights
-    total = 0
+    layer, embedding, head = shard_sizes(architecture, parallel.tensor)
+    return layers * sum(size for size, _ in layer) + embedding * (first or (tied and last)) + head * last
+
+
+def chunk_layers(architecture: Architecture, parallel: ParallelConfig) -> tuple[tuple[int, ...], ...]:
+    """How many layers each chunk of each pipeline stage has."""
+    return _chunk_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)
+
+
+@cache
+def _chunk_layers(num_layers: int, pipeline: int, virtual_pipeline: int | None) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(len, stage)) for stage in split_layers(num_layers, pipeline, virtual_pipeline))
+
+
+@cache
+def shard_sizes(architecture: Architecture, tensor: int) -> tuple[tuple[tuple[int, bool], ...], int, int]:
+    """Of one of `tensor` shards: (numbers, whether it is a matrix) of each of a layer's parameters; numbers of the
+    embedding; of final norm and output head."""
+    layer: list[tuple[int, bool]] = []
+    embedding = head = 0
     for parameter in parameter_table(architecture):
-        size = prod(local_shape(parameter, architecture, parallel.tensor))
+        shape = local_shape(parameter, architecture, tensor)
         if parameter.per_layer:
-            total += layers * size
-        elif parameter.key.startswith("embedding."):
-            total += size * (first or (tied and last))
+            layer.append((prod(shape), len(shape) == 2))
+        elif parameter.is_embedding:
+            embedding += prod(shape)
         else:
-            total += size * last
-    return total
+            head += prod(shape)
+    return tuple(layer), embedding, head
 
 
 def activations(setting: Setting, stage: int) -> int:
@@ -99,8 +119,7 @@ def activations(setting: Setting, stage: int) -> int:
     s = setting
     layer, mlp, boundary = _layer_parts(s)
     parallel = s.parallel
-    stages = split_layers(s.student.num_layers, parallel.pipeline, parallel.virtual_pipeline)
-    chunks = [len(layers) for layers in stages[stage]]
+    chunks = chunk_layers(s.student, parallel)[stage]
     kept = sum(_kept(s.recompute, count, layer, mlp, boundary) for count in chunks)
     running = passes(s, stage)
     return running * kept // len(chunks) + running * boundary

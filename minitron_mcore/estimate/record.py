@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import zip_longest
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.estimate.work import Beside, Estimate, Training
+from minitron_mcore.estimate.cost import Cost
+from minitron_mcore.estimate.estimate import Estimate
+from minitron_mcore.estimate.layouts import Layout
+from minitron_mcore.estimate.work import Beside, Training
 
 MARK = "minitron_estimate"  # the first key of the file, by which it is known
 
@@ -21,9 +25,13 @@ def record(estimate: Estimate) -> dict[str, Any]:
         "machine": dataclasses.asdict(e.machine),
         "memory": {"device": e.limits.device, "usable": e.limits.usable, "host": e.limits.host},
         "teacher": {**shape(e.teacher), "where": e.where},
-        "trainings": [training(each) for each in e.trainings],
+        "trainings": [training(each, cost) for each, cost in zip_longest(e.trainings, e.costs)],
         "stages": [beside(each) for each in e.beside],
         "fits": e.fits,
+        "layouts": [layout(each, e) for each in e.layouts[: e.shown]],
+        "layouts_that_fit": len(e.layouts),
+        "fewest": [layout(each, e) for each in e.fewest[: e.shown]],
+        "twice": layout(e.twice, e) if e.twice else None,
     }
 
 
@@ -35,7 +43,7 @@ def shape(architecture: Architecture) -> dict[str, Any]:
     return counts | {"architecture": architecture.to_dict()}
 
 
-def training(each: Training) -> dict[str, Any]:
+def training(each: Training, cost: Cost | None) -> dict[str, Any]:
     found, setting = each.forecast, each.setting
     return {
         "title": each.title,
@@ -47,6 +55,36 @@ def training(each: Training) -> dict[str, Any]:
         "problem": each.problem or None,
         "memory": None if found is None else {"total": found.total, "parts": found.parts, "host": found.host},
         "memory_by_stage": each.stages(),
+        "cost": None if cost is None else spent(cost),
+    }
+
+
+def spent(cost: Cost) -> dict[str, Any]:
+    """What a step takes by part, with its FLOPs, and what the whole training costs."""
+    step = cost.last
+    return {
+        "step": {"seconds": step.total, "parts": step.parts, "tokens": step.tokens},
+        "student_flops": step.student_flops,
+        "teacher_flops": step.teacher_flops,
+        "tokens_per_second": step.tokens_per_second,
+        "flops_per_gpu": step.flops_per_gpu,
+        "mfu": step.utilization,
+        "seconds": cost.seconds,
+        "gpu_hours": cost.gpu_hours,
+        "cost": cost.cost,
+        "kilowatt_hours": cost.energy,
+    }
+
+
+def layout(each: Layout, e: Estimate) -> dict[str, Any]:
+    """A layout, with what to set for it."""
+    return {
+        "gpus": each.gpus,
+        "parallel": dataclasses.asdict(each.parallel) | {"data": each.data_parallel},
+        "keys": each.keys(e.trainings),
+        "memory": each.memory,
+        "seconds": each.seconds,
+        "gpu_hours": None if each.seconds is None else each.gpus * each.seconds / 3600,
     }
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from math import prod
-
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.distillation.config import RELATION_BUFFER
 from minitron_mcore.distillation.states.map import WIDE_SITES, Pair, holder, needs_projection, pairs, relation_heads
 from minitron_mcore.distillation.teacher.blocks import aligned, flat_bytes, host_blocks, pinned_bytes
-from minitron_mcore.estimate.model import Setting, local_parameters
-from minitron_mcore.layout import axis_sizes, local_shape, parameter_table, split_layers, stage_of
+from minitron_mcore.estimate.model import Setting, chunk_layers, local_parameters, shard_sizes
+from minitron_mcore.layout import axis_sizes, stage_of
 
 
 def teacher_weights(setting: Setting, stage: int) -> int:
@@ -64,8 +62,7 @@ def host_bytes(setting: Setting) -> int:
         return 0
     layer = layer_bytes(s)
     pinned = sum(map(pinned_bytes, host_blocks(layer)))
-    stages = split_layers(s.teacher.num_layers, own.pipeline, own.virtual_pipeline)
-    counts = [sum(map(len, chunks)) for chunks in stages]
+    counts = [sum(chunks) for chunks in chunk_layers(s.teacher, own)]
     # Megatron orders ranks by stage.
     of_rank = [counts[rank * own.pipeline // s.world_size] * pinned + layer for rank in range(s.world_size)]
     return max(sum(of_rank[first : first + s.local_ranks]) for first in range(0, s.world_size, s.local_ranks))
@@ -87,12 +84,10 @@ def _shards(setting: Setting) -> int:
     return max(1, setting.world_size // (own.tensor * own.pipeline))
 
 
-def _layer_sizes(setting: Setting) -> list[tuple[int, bool]]:
+def _layer_sizes(setting: Setting) -> tuple[tuple[int, bool], ...]:
     """(numbers, whether it is a matrix) of a layer's parameters, on a rank."""
     assert setting.teacher is not None
-    teacher, tensor = setting.teacher, setting.teacher_layout.tensor
-    shapes = [local_shape(row, teacher, tensor) for row in parameter_table(teacher) if row.per_layer]
-    return [(prod(shape), len(shape) == 2) for shape in shapes]
+    return shard_sizes(setting.teacher, setting.teacher_layout.tensor)[0]
 
 
 def layers_and_rest(setting: Setting, stage: int) -> tuple[int, int]:
@@ -102,7 +97,7 @@ def layers_and_rest(setting: Setting, stage: int) -> tuple[int, int]:
     """
     teacher, own = setting.teacher, setting.teacher_layout
     assert teacher is not None
-    layers = sum(map(len, split_layers(teacher.num_layers, own.pipeline, own.virtual_pipeline)[stage]))
+    layers = sum(chunk_layers(teacher, own)[stage])
     rest = local_parameters(teacher, own, stage) - layers * sum(size for size, _ in _layer_sizes(setting))
     if own != setting.parallel and stage == own.pipeline - 1:
         is_embedding = not teacher.untie_embeddings_and_output_weights and own.pipeline == 1

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from minitron_mcore.architecture import Architecture
+from minitron_mcore.estimate.cost import Cost
+from minitron_mcore.estimate.estimate import Estimate
 from minitron_mcore.estimate.forecast import advice, bytes_text
-from minitron_mcore.estimate.work import Beside, Estimate, Limits, Training
+from minitron_mcore.estimate.layouts import Layout
+from minitron_mcore.estimate.model import Setting
+from minitron_mcore.estimate.work import Beside, Limits, Training
 from minitron_mcore.tables import table
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
@@ -85,6 +89,101 @@ def beside_table(stages: Sequence[Beside], limits: Limits) -> str:
     return table(rows, ("beside them", "a rank", "host of a node", "", "mostly"), left=(0, 3, 4))
 
 
+def cost_lines(training: Training, cost: Cost) -> Iterator[str]:
+    """What a step is made of, and what all of them cost."""
+    step, price, energy = cost.last, cost.cost, cost.energy
+    yield f"{training.title}: {training.timetable}"
+    flops = f"{step.student_flops / step.tokens:.3g} a token"
+    if step.teacher_flops:
+        flops += f" of the student, {step.teacher_flops / step.tokens:.3g} of the teacher"
+    whole = (step.student_flops + step.teacher_flops) / step.tokens * cost.tokens
+    yield f"  FLOPs     {flops}; {whole:.3g} in all"
+    parts = sorted(((seconds, name) for name, seconds in step.parts.items()), reverse=True)
+    shown = [f"{name} {seconds_text(seconds)}" for seconds, name in parts if seconds >= 0.005 * step.total]
+    yield f"  a step    {seconds_text(step.total)}: {', '.join(shown)}"
+    rate = f"{count_text(step.tokens_per_second)} tokens/s, {step.tokens_per_second / step.gpus:,.0f} a GPU"
+    yield f"  speed     {rate}; {step.flops_per_gpu / 1e12:,.1f} TFLOP/s a GPU, MFU {step.utilization:.1%}"
+    spent = [span_text(cost.seconds), f"{cost.gpu_hours:,.0f} GPU-hours"]
+    spent += [f"{price:,.0f} at {cost.price:g} an hour"] if price is not None else []
+    spent += [f"{energy:,.0f} kWh"] if energy is not None else []
+    yield f"  together  {', '.join(spent)}"
+
+
+def seconds_text(seconds: float) -> str:
+    """0.0123 -> "12.3 ms"."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def span_text(seconds: float) -> str:
+    """Of minutes, hours or days."""
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def total_line(costs: Sequence[Cost]) -> str:
+    """All trainings together."""
+    words = [span_text(sum(cost.seconds for cost in costs)), f"{sum(cost.gpu_hours for cost in costs):,.0f} GPU-hours"]
+    if None not in (prices := [cost.cost for cost in costs]):
+        words.append(f"{sum(price or 0 for price in prices):,.0f}")
+    if None not in (energies := [cost.energy for cost in costs]):
+        words.append(f"{sum(energy or 0 for energy in energies):,.0f} kWh")
+    return f"all trainings: {', '.join(words)}"
+
+
+def layout_text(layout: Layout) -> str:
+    """ "tensor 2 x pipeline 4 x data 32"."""
+    parallel = layout.parallel
+    sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context")}
+    sizes["data"] = layout.data_parallel
+    words = [f"{name.replace('_', ' ')} {size}" for name, size in sizes.items() if size and size > 1]
+    return " x ".join(words) or "one GPU"
+
+
+def layout_table(layouts: Sequence[Layout], title: str) -> str:
+    """A row a layout; where trainings of several sections differ, theirs in turn."""
+
+    def each(layout: Layout, of: Callable[[Setting], object]) -> str:
+        words = [str(of(choice.setting)) for choice in layout.choices]
+        return words[0] if len({*words}) == 1 else " / ".join(words)
+
+    rows = []
+    for layout in layouts:
+        taught = next((choice.setting for choice in layout.choices if choice.setting.teacher), None)
+        row = [layout_text(layout), bytes_text(layout.memory), each(layout, lambda s: s.micro_batch_size)]
+        row += [each(layout, lambda s: s.recompute.granularity or "-"), taught.teacher_placement if taught else "-"]
+        if layout.seconds is not None:
+            row += [span_text(layout.seconds), f"{layout.gpus * layout.seconds / 3600:,.0f}"]
+        rows.append(row)
+    header = [title, "memory", "micro batch", "recomputes", "teacher", "takes", "GPU-hours"]
+    return table(rows, header[: len(rows[0])], left=(0, 3, 4))
+
+
+def layout_blocks(e: Estimate) -> Iterator[str]:
+    """The best layouts of as many GPUs, the fewest GPUs that would do, and twice as many."""
+    if not e.trainings:
+        return
+    if e.layouts:
+        order = "the fastest first" if e.costs else "the least recomputed and cut first, as no times are known"
+        yield layout_table(e.layouts[: e.shown], f"{len(e.layouts)} layouts of {e.gpus:,} fit, {order}")
+        keys = e.layouts[0].keys(e.trainings)
+        yield f"for the first of them set {' '.join(keys)}" if keys else "the first of them is the recipe's own"
+    elif e.limits.usable is not None:
+        yield f"no layout of {e.gpus:,} GPUs fits"
+    if e.fewest:
+        yield layout_table(e.fewest[:1], f"the fewest GPUs that would do: {e.fewest[0].gpus}")
+    elif e.limits.usable is not None:
+        yield "no number of such GPUs would do"
+    best, twice = e.fastest, e.twice
+    if best is not None and twice is not None and best.seconds and twice.seconds:
+        more = 2 * twice.seconds / best.seconds - 1
+        yield (
+            f"twice the GPUs, at best {layout_text(twice)}: {span_text(best.seconds)} -> {span_text(twice.seconds)}, "
+            f"GPU-hours {more:+.0%}"
+        )
+
+
 def report(estimate: Estimate) -> str:
     """All of it."""
     e = estimate
@@ -96,4 +195,12 @@ def report(estimate: Estimate) -> str:
     if any(training.forecast for training in e.trainings):
         blocks.append(memory_table(e.trainings, e.limits))
     blocks += ["\n".join(training_lines(e.trainings, e.limits)), beside_table(e.beside, e.limits)]
-    return "\n\n".join(filter(None, blocks))
+    known = [(training, cost) for training, cost in zip(e.trainings, e.costs, strict=False) if cost is not None]
+    blocks += ["\n".join(cost_lines(training, cost)) for training, cost in known]
+    if len(known) > 1:
+        blocks.append(total_line([cost for _, cost in known]))
+    if e.trainings and not e.costs:
+        blocks.append(
+            "no times: name a device, as cluster.device=H100, or give cluster.peak_tflops and what is asked for"
+        )
+    return "\n\n".join(filter(None, [*blocks, *layout_blocks(e)]))

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from minitron_mcore.architecture import Architecture
 from minitron_mcore.estimate.forecast import Forecast, fullest, stage_parts
 from minitron_mcore.estimate.model import Setting
 from minitron_mcore.estimate.stages import Parts
-from minitron_mcore.runtime.devices import Machine
 from minitron_mcore.training.budget import Timetable
 
 # Of a GPU's memory, what is left to the CUDA context, the buffers of NCCL and cuBLAS, and fragmentation, none of which
@@ -39,11 +37,13 @@ class Limits:
 class Training:
     """A training of the recipe, in the recipe's own layout.
 
+    section: by which it is trained. sizes: the section that says its batch sizes, which for a baseline is another.
     settings: one for each shape of the timetable. problem: why the layout is not possible; "": it is.
     """
 
     title: str
     section: str
+    sizes: str
     timetable: Timetable
     settings: tuple[Setting, ...]
     problem: str = ""
@@ -51,7 +51,9 @@ class Training:
     @property
     def setting(self) -> Setting:
         """Of the shape that the training ends with."""
-        return self.settings[-1]
+        last = self.timetable.starts[-1].shape
+        sizes = last.sequence_length, last.global_batch_size
+        return next(each for each in self.settings if (each.sequence_length, each.global_batch_size) == sizes)
 
     @cached_property
     def forecast(self) -> Forecast | None:
@@ -87,33 +89,3 @@ class Beside:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """All that is said of a recipe called `name` on `gpus` GPUs of `machine`. where: what says the teacher's shape."""
-
-    name: str
-    gpus: int
-    machine: Machine
-    limits: Limits
-    teacher: Architecture
-    where: str
-    trainings: tuple[Training, ...]
-    beside: tuple[Beside, ...]
-
-    @property
-    def problems(self) -> list[tuple[str, str]]:
-        """(title, why it is not possible) of all that the recipe's layout cannot do."""
-        found = [(each.title, each.problem) for each in self.trainings]
-        found += [(each.title, each.problem) for each in self.beside]
-        return [(title, problem) for title, problem in found if problem]
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether everything fits as the recipe lays it out; None where the GPU's memory is not known."""
-        needs = [(found.total, found.host) for each in self.trainings if (found := each.forecast) is not None]
-        needs += [(each.total, each.host) for each in self.beside]
-        if self.problems or False in [self.limits.hold(*need) for need in needs]:
-            return False
-        return None if self.limits.usable is None else True

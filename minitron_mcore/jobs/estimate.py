@@ -15,10 +15,11 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.corpus import check_file
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate import stages
+from minitron_mcore.estimate.estimate import Estimate, estimate_of
 from minitron_mcore.estimate.forecast import settings_of
 from minitron_mcore.estimate.record import MARK
 from minitron_mcore.estimate.stages import Parts, Pass
-from minitron_mcore.estimate.work import Beside, Estimate, Limits, Training
+from minitron_mcore.estimate.work import Beside, Limits, Training
 from minitron_mcore.jobs.distill import check_teacher_keys
 from minitron_mcore.jobs.dry_run import planned_world
 from minitron_mcore.jobs.inputs import check_model, teacher_layout
@@ -26,7 +27,7 @@ from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.run import ESTIMATE
 from minitron_mcore.jobs.shape import find_shape
-from minitron_mcore.jobs.sketch import TRAININGS, Work, sketch
+from minitron_mcore.jobs.sketch import TEACHER, TRAININGS, Work, sketch
 from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ParallelConfig
@@ -56,7 +57,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Estim
     if recipe.cache.folder:
         works.append(Work(Step("cache", "cache the teacher's targets", "cache", recipe), teacher))
     target = target_of(recipe)
-    estimate = Estimate(
+    estimate = estimate_of(
         recipe.name,
         world.size,
         machine,
@@ -65,6 +66,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Estim
         where,
         trainings=tuple(training_of(work, world) for work in works if work.verb in TRAININGS),
         beside=tuple(besides(works, world)),
+        shown=recipe.estimate.layouts,
+        is_timed=machine.peak_flops is not None or machine.peak_flops_fp32 is not None,
     )
     makes = (Item("estimate.output", str(target), "the estimate"),) if target else ()
     return EstimateJob(recipe, makes=makes, estimate=estimate, target=target)
@@ -107,7 +110,8 @@ def training_of(work: Work, world: World) -> Training:
         if work.teacher is not None:
             teacher_layout(recipe, Model("teacher.checkpoint", Path(), work.teacher), world)
 
-    return Training(work.step.title, section, timetable, tuple(settings), problem_of(lay_out))
+    sizes = section if section != "train" or work.step.name == TEACHER else "distill"
+    return Training(work.step.title, section, sizes, timetable, tuple(settings), problem_of(lay_out))
 
 
 def problem_of(check: Callable[[], object]) -> str:

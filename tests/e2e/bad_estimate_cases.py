@@ -6,6 +6,9 @@ from tests.e2e.bad_input_cases import Case
 
 ESTIMATE: list[Case] = [
     ("estimate", ["cluster.gpus=0"], "cluster.gpus=0 must be at least 1"),
+    ("estimate", ["cluster.gpus=7"], "cluster.gpus=7 can be laid out in no way"),
+    ("estimate", ["cluster.peak_tflops=1"], "cluster.peak_tflops_fp32 is not given, and no cluster.device says it"),
+    ("estimate", ["cluster.device=A100 PCIe", "cluster.gpus_per_node=1"], "cluster.inter_node_bandwidth is not given"),
     ("estimate", ["cluster.gpus_per_node=0"], "cluster.gpus_per_node=0 must be at least 1"),
     ("estimate", ["cluster.device=H99"], "cluster.device=H99 is not in the table of devices"),
     ("estimate", ["cluster.gpu_memory=0"], "cluster.gpu_memory=0 must be at least 1"),

@@ -67,10 +67,45 @@ def test_what_is_said_is_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["fits"] is True and "DOES NOT FIT" not in shown
 
 
+def test_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The arithmetic between the numbers of the file; FLOPs by the models' cards: three times forward of the student,
+    once of the teacher, 2 a parameter (without the embedding's table) and 4 s h L of attention's scores."""
+    shown, found = estimate(capsys, tmp_path, *LLAMA, "cluster.gpus=256", "cluster.device=H100", "cluster.price=2")
+    for each in found["trainings"]:
+        cost = each["cost"]
+        assert sum(cost["step"]["parts"].values()) == pytest.approx(cost["step"]["seconds"])
+        assert cost["tokens_per_second"] * cost["seconds"] == pytest.approx(each["tokens"])
+        assert cost["gpu_hours"] == pytest.approx(256 * cost["seconds"] / 3600)
+        assert cost["cost"] == pytest.approx(2 * cost["gpu_hours"])
+        assert cost["kilowatt_hours"] == pytest.approx(0.7 * cost["gpu_hours"])
+        flops = cost["student_flops"] + cost["teacher_flops"]
+        assert cost["mfu"] == pytest.approx(flops / cost["step"]["seconds"] / 256 / 989.4e12)
+    scores = 2 * 2 * 8192 * 32 * 128 * 32
+    student, teacher = 2 * (4.51e9 - 128256 * 3072) + scores, 2 * (8.03e9 - 128256 * 4096) + scores
+    assert cost["student_flops"] / cost["step"]["tokens"] == pytest.approx(3 * student, rel=5e-3)
+    assert cost["teacher_flops"] / cost["step"]["tokens"] == pytest.approx(teacher, rel=5e-3)
+    best = found["layouts"][0]
+    assert f"{found['layouts_that_fit']} layouts of 256 fit, the fastest first" in shown
+    assert f"for the first of them set {' '.join(best['keys'])}" in shown
+    assert found["fewest"][0]["gpus"] < 8 and found["twice"]["gpus"] == 512
+    assert "\n  a step    " in shown and "MFU" in shown and "at 2 an hour" in shown and "all trainings: " in shown
+
+
+def test_without_a_device_there_are_no_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown, found = estimate(capsys, tmp_path, *LLAMA, "cluster.gpus=256")
+    assert "no times: name a device" in shown and "fits" not in shown
+    assert found["fits"] is None and found["trainings"][0]["cost"] is None and found["layouts"][0]["seconds"] is None
+
+
 def test_what_does_not_fit_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown, found = estimate(capsys, tmp_path, *LLAMA, "cluster.gpus=256", "cluster.gpu_memory=24Gi")
     assert found["fits"] is False
     assert "DOES NOT FIT" in shown and "correct the teacher: what helps most: " in shown
+    assert "layouts of 256 fit, the least recomputed and cut first" in shown
+    shown, found = estimate(capsys, tmp_path, *LLAMA, "cluster.gpus=8", "cluster.gpu_memory=8Gi")
+    assert "no layout of 8 GPUs fits" in shown and found["layouts"] == [] and found["fewest"][0]["gpus"] > 8
+    shown, found = estimate(capsys, tmp_path, *LLAMA, "cluster.gpus=8", "cluster.gpu_memory=8Mi")
+    assert "no number of such GPUs would do" in shown and found["fewest"] == []
     shown, found = estimate(capsys, tmp_path, *LLAMA, "cluster.gpus=6", "cluster.device=H100")
     assert found["fits"] is False and found["trainings"][0]["memory"] is None
     assert shown.count("parallel.tensor=4 x parallel.pipeline=1 = 4 ranks for one copy of the model") == 1

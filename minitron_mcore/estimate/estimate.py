@@ -1,0 +1,110 @@
+"""An estimate: all that is said of a recipe on a cluster. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.errors import InputError
+from minitron_mcore.estimate.cost import Cost, cost_of
+from minitron_mcore.estimate.layouts import Layout, best_layouts, is_possible, smallest
+from minitron_mcore.estimate.model import Setting
+from minitron_mcore.estimate.work import Beside, Limits, Training
+from minitron_mcore.runtime.devices import Machine
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All that is said of a recipe called `name` on `gpus` GPUs of `machine`.
+
+    where: what says the teacher's shape. costs: of each training in the recipe's layout; None: that is not possible;
+    (): no times are known. layouts: in which all trainings fit, the best first, of which `shown` are shown. fewest:
+    those of the fewest GPUs. twice: the best of twice the GPUs.
+    """
+
+    name: str
+    gpus: int
+    machine: Machine
+    limits: Limits
+    teacher: Architecture
+    where: str
+    trainings: tuple[Training, ...]
+    beside: tuple[Beside, ...]
+    costs: tuple[Cost | None, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+    shown: int = 8
+    fewest: tuple[Layout, ...] = ()
+    twice: Layout | None = None
+
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        """(title, why it is not possible) of all that the recipe's layout cannot do."""
+        found = [(each.title, each.problem) for each in self.trainings]
+        found += [(each.title, each.problem) for each in self.beside]
+        return [(title, problem) for title, problem in found if problem]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether everything fits as the recipe lays it out; None where the GPU's memory is not known."""
+        needs = [(found.total, found.host) for each in self.trainings if (found := each.forecast) is not None]
+        needs += [(each.total, each.host) for each in self.beside]
+        if self.problems or False in [self.limits.hold(*need) for need in needs]:
+            return False
+        return None if self.limits.usable is None else True
+
+    @property
+    def fastest(self) -> Layout | None:
+        return self.layouts[0] if self.layouts and self.costs else None
+
+
+def estimate_of(
+    name: str,
+    gpus: int,
+    machine: Machine,
+    limits: Limits,
+    teacher: Architecture,
+    where: str,
+    trainings: tuple[Training, ...],
+    beside: tuple[Beside, ...],
+    shown: int,
+    *,
+    is_timed: bool,
+) -> Estimate:
+    """Looks for the layouts, and works out times where `is_timed`.
+
+    Raises InputError where `machine` lacks a figure that a time needs, and where no layout of so many GPUs can hold the
+    trainings, whatever their memory.
+    """
+    per_node = machine.gpus_per_node
+    told = Estimate(name, gpus, machine, limits, teacher, where, trainings, beside, shown=shown)
+    if not trainings:
+        return told
+    if not is_possible(trainings, gpus, per_node):
+        raise _no_layout(trainings, gpus, per_node)
+
+    def seconds(training: Training, settings: Sequence[Setting]) -> float:
+        return cost_of(training.timetable, settings, machine).seconds
+
+    how = seconds if is_timed else None
+    costs = [None if each.problem else cost_of(each.timetable, each.settings, machine) for each in trainings if how]
+    twice = best_layouts(trainings, 2 * gpus, per_node, limits, how)[:1] if is_timed else []
+    return replace(
+        told,
+        costs=tuple(costs),
+        layouts=tuple(best_layouts(trainings, gpus, per_node, limits, how)),
+        fewest=tuple(smallest(trainings, per_node, limits)),
+        twice=twice[0] if twice else None,
+    )
+
+
+def _no_layout(trainings: Sequence[Training], gpus: int, per_node: int) -> InputError:
+    """What is said where batch sizes, heads and layers allow no layout; it names the nearest numbers that do."""
+    sides = range(gpus - 1, 0, -1), range(gpus + 1, 2 * gpus + 1)
+    near = [each for side in sides for each in islice((n for n in side if is_possible(trainings, n, per_node)), 1)]
+    sizes = {f"{each.sizes}.global_batch_size={each.setting.global_batch_size}" for each in trainings}
+    rule = f"can be laid out in no way: {' and '.join(sorted(sizes))} must be whole on the data-parallel ranks, and "
+    rule += "heads, layers and sequences must divide over the others"
+    remedy = f"the nearest that can be are {' and '.join(map(str, near))}" if near else "change the batch size"
+    return InputError("cluster.gpus", gpus, rule, remedy)
