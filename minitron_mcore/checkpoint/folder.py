@@ -213,3 +213,10 @@ def drop_iteration(folder: Path, iteration: int) -> None:
     with suppress(OSError):  # it is in nobody's way
         os.replace(folder / _name(iteration), going)
     shutil.rmtree(going, ignore_errors=True)
+
+
+def drop_every_iteration(folder: Path) -> None:
+    """Delete all checkpoints in `folder`; what lies beside them stays. One rank calls."""
+    (folder / TRACKER).unlink(missing_ok=True)
+    for iteration in folder.glob("iter_*"):
+        shutil.rmtree(iteration, ignore_errors=True)

@@ -130,6 +130,12 @@ class SearchConfig:
     )
     halving: HalvingConfig = key(HalvingConfig, "stop the worse candidates early")
     side_by_side: int = key(1, "candidates at a time, each on its own subset of the ranks", at_least=1, may_change=True)
+    keep_checkpoints: Optional[int] = key(
+        None,
+        "of so many of the best; the others' are deleted once it is clear which; null: all",
+        at_least=1,
+        may_change=True,
+    )
 
     def __post_init__(self) -> None:
         self.axes()

@@ -6,6 +6,10 @@ training resumes from its own checkpoints. Source: arXiv 2407.14679, section 2.3
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+from minitron_mcore.checkpoint.folder import drop_every_iteration
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.jobs.trials import Trials
 from minitron_mcore.runtime.start import Runtime
@@ -29,19 +33,40 @@ def run(trials: Trials, runtime: Runtime) -> list[Result]:
 
 def tried(trials: Trials, scores: Scores, subset: Subset) -> list[Result]:
     """What becomes of every candidate, from rung to rung; every rank of every subset calls."""
-    bench = Bench(trials, scores, subset.runtime)
+    bench, search = Bench(trials, scores, subset.runtime), trials.recipe.search
     results: dict[str, Result] = {}
-    alive, keep = trials.trials, trials.recipe.search.halving.keep
+    alive, last = trials.trials, len(trials.stops)
     for rung, (iteration, tokens) in enumerate(trials.stops, start=1):
-        mine = []
+        goes_on = max(1, math.ceil(search.halving.keep * len(alive))) if rung < last else 0
+        mine: list[Result] = []
         for number in subset.numbers(len(alive)):
             mine.append(bench.train(alive[number], rung, iteration, tokens))
             subset.runtime.print(f"search: [{number + 1}/{len(alive)}] {in_words(mine[-1])}")
+            drop(trials, beyond(mine, search.keep_checkpoints, goes_on), subset)
         reached = {result["name"]: result for part in subset.gathered(mine) for result in part}
         results |= {trial.name: reached[trial.name] for trial in alive}
-        kept = survivors({trial.name: loss_at(results[trial.name], tokens) for trial in alive}, keep)
+        # Of the same tokens, those that go on are the first ones.
+        drop(trials, beyond([*results.values()], search.keep_checkpoints, goes_on), subset)
+        kept = survivors({trial.name: loss_at(results[trial.name], tokens) for trial in alive}, search.halving.keep)
         alive = tuple(trial for trial in alive if trial.name in kept)
     return [*results.values()]
+
+
+def beyond(results: Sequence[Result], stay: int | None, go_on: int) -> list[Result]:
+    """Those of which it is clear that they are neither among the best, which `stay`, nor among those that `go_on`."""
+    return [] if stay is None else best_first(results)[max(stay, go_on) :]
+
+
+def drop(trials: Trials, results: Sequence[Result], subset: Subset) -> None:
+    """Delete the checkpoints of candidates; every rank of the subset calls."""
+    names = {result["name"] for result in results}
+
+    def delete() -> None:
+        for trial in trials.trials:
+            if trial.name in names:
+                drop_every_iteration(trial.distilled)
+
+    subset.runtime.on_main(delete)
 
 
 def in_words(result: Result) -> str:

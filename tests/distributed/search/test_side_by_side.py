@@ -58,7 +58,7 @@ def test_other_layouts(layout: str, root: Path, alone: list[dict[str, Any]]) -> 
 
 def test_halving(root: Path, alone: list[dict[str, Any]]) -> None:
     """Whoever trains on ends where it would have without a rung, and the others stop."""
-    overrides = [*HALVED, "search.side_by_side=2"]
+    overrides = [*HALVED, "search.side_by_side=2", "search.keep_checkpoints=1"]
     results = run_on_ranks(search_on_rank, 2, root, root / "halved", overrides)[0][0]
     at_rung = {result["name"]: result["curve"][1] for result in results}
     assert {tokens for tokens, _ in at_rung.values()} == {2 * BATCH}
@@ -73,8 +73,21 @@ def test_halving(root: Path, alone: list[dict[str, Any]]) -> None:
     for result in results:
         ours, theirs = (root / name / "candidates" / result["name"] / "distilled" for name in ("halved", "alone"))
         done = 2 * result["rung"]
-        assert [place.name for place in ours.glob("iter_*")] == [f"iter_{done:07d}"]
+        there = [place.name for place in ours.glob("iter_*")]
+        assert there == ([f"iter_{done:07d}"] if result is results[0] else []), "of the best alone"
         assert rows_of(ours) == rows_of(theirs)[:done]
+
+
+def test_what_is_dropped_is_not_trained_again(root: Path, alone: list[dict[str, Any]]) -> None:
+    """Nor is it missed: where a search goes on for longer, it begins anew and ends as if it had stayed."""
+    few = ["search.keep_checkpoints=1", f"search.tokens={2 * BATCH}"]
+    first = run_on_ranks(search_on_rank, 1, root, root / "few", few, SHAPES[:2])[0][0]
+    left = {path.parent.parent.name for path in (root / "few" / "candidates").glob("*/distilled/iter_*")}
+    assert left == {first[0]["name"]}
+    again, shown = run_on_ranks(search_on_rank, 1, root, root / "few", few, SHAPES[:2])[0]
+    assert again == first and "distill:" not in shown
+    longer = run_on_ranks(search_on_rank, 1, root, root / "few", [], SHAPES[:2])[0][0]
+    assert all(result["loss"] == by_name(alone)[result["name"]]["loss"] for result in longer)
 
 
 def test_a_schedule_of_its_own(root: Path) -> None:
