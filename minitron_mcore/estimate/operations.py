@@ -41,6 +41,10 @@ FUSED = Traffic((2, 5), (3, 3), (4, 6), (5, 13), (4, 7), (14, 24))
 ELEMENTWISE = Traffic((7, 14), (3, 3), (14, 20), (5, 13), (4, 7), (40, 70))
 
 
+# Under context parallelism the local attention runs twice, on keys put in order, which makes half as many again.
+CHUNKED = 1.5
+
+
 @dataclass(frozen=True)
 class Seconds:
     """Of one pass of one microbatch: what a rank computes; what it waits for of tensor-parallel and of context-parallel
@@ -155,6 +159,9 @@ class Pass:
         width = self.model.num_attention_heads * self.model.kv_channels / self.parallel.tensor
         groups = self.model.num_query_groups * self.model.kv_channels / self.parallel.tensor
         flops = 2 * self.tokens * self.length * width / self.machine.attention_efficiency
+        if self.on_cpu and (parts := 2 * self.parallel.context) > 2:
+            # Each of a rank's two chunks goes over all keys up to its own end, masked ones too (model/specs.py).
+            flops *= (parts + 1) / parts
         moved = self.element * self.tokens * (2 * width + 2 * groups * self.parallel.context)
         return operation(self.machine, flops, moved, self.wide)
 
@@ -165,7 +172,8 @@ class Pass:
         width = (a.num_attention_heads + 2 * a.num_query_groups) * a.kv_channels
         whole = 2 * (kinds.norm[way] + kinds.residual[way]) * a.hidden_size / split
         moved = self.element * self.tokens * (whole + kinds.attention[way] * width / tensor) + self._activation(way)
-        return traffic(self.machine, moved) + kinds.kernels[way] * self.machine.kernel_latency
+        kernels = kinds.kernels[way] * (CHUNKED if self.on_cpu and self.parallel.context > 1 else 1)
+        return traffic(self.machine, moved) + kernels * self.machine.kernel_latency
 
     def _activation(self, way: int) -> float:
         kind = self._traffic.gated if self.model.gated_linear_unit else self._traffic.plain

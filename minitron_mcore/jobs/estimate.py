@@ -25,6 +25,7 @@ from minitron_mcore.jobs.dry_run import planned_world
 from minitron_mcore.jobs.inputs import check_model, teacher_layout
 from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
+from minitron_mcore.jobs.measured import measured_machine
 from minitron_mcore.jobs.run import ESTIMATE
 from minitron_mcore.jobs.shape import find_shape
 from minitron_mcore.jobs.sketch import TEACHER, TRAININGS, Work, sketch
@@ -52,6 +53,8 @@ class EstimateJob(Job):
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> EstimateJob:
     """The estimate of `recipe` on its `cluster`. Raises InputError."""
     machine, world = machine_of(recipe.cluster), planned_world(recipe.cluster, world)
+    if recipe.estimate.measured is not None:
+        machine = measured_machine(recipe.estimate.measured, machine, world.device)
     teacher, where = find_shape(recipe, promises)
     works = sketch(recipe, teacher)
     if recipe.cache.folder:
