@@ -218,19 +218,22 @@ def _stops(recipe: Recipe, timetable: Timetable) -> tuple[tuple[int, int], ...]:
 def fingerprint(recipe: Recipe, teacher: Model, scoring: ScoreJob) -> str:
     """Of everything that the results of candidates depend on, except their shapes, the layout, and how long they
     train."""
-    search, distill = recipe.search, recipe.distill
-    kept = [entry.name for entry in dataclasses.fields(distill) if not entry.metadata["may_change"]]
-    text = {name: getattr(recipe.data, name) for name in ("train", "valid", "split", "sequence_length")}
-    chosen = dataclasses.asdict(recipe.prune)
+    halving = recipe.search.halving
+
+    def kept(section: Any, *left_out: str) -> dict[str, Any]:
+        counts = {entry.name for entry in dataclasses.fields(section) if not entry.metadata["may_change"]}
+        return {name: value for name, value in dataclasses.asdict(section).items() if name in counts - {*left_out}}
+
     said: dict[str, Any] = {
-        "teacher": [str(teacher.folder.resolve()), teacher.iteration],
+        "weights": [str(teacher.folder.resolve()), teacher.iteration],
+        "teacher": kept(recipe.teacher, "checkpoint"),
         "scores": {name: value for name, value in flat(scoring.settings).items() if name not in NO_MATTER},
-        "prune": {name: chosen[name] for name in chosen if name != "overwrite"},
-        "data": text,
+        "prune": kept(recipe.prune, "overwrite"),
+        "data": kept(recipe.data, "calibration"),  # that is in the scores
         "tokenizer": teacher.tokenizer and teacher.tokenizer.fingerprint,
-        "distill": {name: dataclasses.asdict(distill)[name] for name in kept},
+        "distill": kept(recipe.distill),
         # Without rungs a longer search goes on with the candidates as they are.
-        "rungs": [*search.halving.rungs, search.halving.keep, search.tokens] if search.halving.rungs else [],
+        "rungs": [*halving.rungs, halving.keep, recipe.search.tokens] if halving.rungs else [],
         "evaluate": recipe.evaluate.samples,
         "seed": recipe.seed,
         "precision": recipe.precision,

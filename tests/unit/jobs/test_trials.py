@@ -100,7 +100,8 @@ def test_a_folder_of_another_search_is_refused(root: Path, tmp_path: Path) -> No
     (folder / "result.json").write_text(json.dumps({**result, "made_with": made_with}))
     for overrides in ([], ["parallel.tensor=2"], [f"search.tokens={6 * BATCH}"], ["search.side_by_side=2"]):
         assert resolve_here(overrides).made_with == made_with
-    others = ["seed=5", "distill.lr=2e-2", "prune.layers=contiguous", "evaluate.samples=9", "importance.num_samples=7"]
+    others = ["data.eod_mask_loss=true", "teacher.precision=bf16", "distill.hidden_states.sites=[embedding]"]
+    others += ["seed=5", "distill.lr=2e-2", "prune.layers=contiguous", "evaluate.samples=9", "importance.num_samples=7"]
     for other in [*others, f"search.halving.rungs=[{BATCH}]", "data.valid=@/email_text_document"]:
         with pytest.raises(InputError, match="was ranked by another search") as refused:
             resolve_here([other])
