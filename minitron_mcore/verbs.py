@@ -32,8 +32,8 @@ _MODEL = ("precision", "seed", "parallel", "cluster", "trust", "allow")
 _TRAINS = (*_MODEL, "name", "data", "tokenizer.model", "log")
 
 _ROAD = (
-    *("output", "input", "run", "student", "importance", "prune", "train", "correct", "distill", "teacher"),
-    *("cache", "evaluate", "tokenizer", "preprocess", "model", "name", "data", "log"),
+    *("output", "input", "run", "student", "search", "importance", "prune", "train", "correct", "distill", "teacher"),
+    *("serving", "cache", "evaluate", "tokenizer", "preprocess", "model", "name", "data", "log"),
 )
 
 VERBS = {

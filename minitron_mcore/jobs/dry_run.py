@@ -34,6 +34,7 @@ def dry_run(verb: str, job: Job, world: World) -> str:
         for number, (step, each) in enumerate(job.steps, start=1):
             lines.append(f"[{number}/{len(job.steps)}] {step.title}{'' if each else ': done before'}")
             lines += [f"  {line}" for line in _lines(each, world)] if each else []
+        lines += [f"WARNING: {note}" for note in job.notes]
     else:
         lines += _lines(job, world)
     return "\n".join([*lines, "dry run: nothing was written"])

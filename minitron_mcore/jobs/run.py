@@ -6,6 +6,7 @@ output/teacher/                           trained to train.tokens (of a teacher 
 output/corrected/                         where correct.tokens is given: what is scored, pruned and taught from
 output/scores.safetensors                 one scoring pass for all students
 output/students/NAME/pruned, distilled    one for each of run.students (step-1 … beside them: jobs/iterate.py)
+output/search/                            in place of them, where the recipe names none but a grid (jobs/search.py)
 output/baselines/next_token, random       of the first student's shape, on the same tokens
 output/hf/NAME                            every distilled student as a Hugging Face folder
 output/results.json                       held-out losses of all of them
@@ -20,19 +21,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, tokenizer_folder
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.jobs.inputs import find_model, output_folder, refuse_context, require
 from minitron_mcore.jobs.iterate import Step, check_steps, parts_of, with_baseline
-from minitron_mcore.jobs.job import NOTHING, Job, Promises
+from minitron_mcore.jobs.job import NOTHING, Job, Model, Promises, absolute
+from minitron_mcore.jobs.search import SearchJob, winner_folders
+from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, with_keys
 from minitron_mcore.runtime.config import check_layout
 from minitron_mcore.runtime.world import World
+from minitron_mcore.search.space import has_grid
 
 SECTIONS = (
     *("input", "tokenizer", "preprocess", "data", "model", "teacher", "student", "importance"),
-    *("prune", "train", "correct", "distill", "evaluate", "run"),
+    *("prune", "search", "train", "correct", "distill", "evaluate", "run"),
 )
 EVALUATE = "evaluate "
 ESTIMATE = "estimate.json"  # what may lie in the folder before the run
@@ -56,16 +61,19 @@ class Road:
     world: World
     promises: Promises
     steps: list[tuple[Step, Job | None]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    def lay(self, step: Step) -> None:
+    def lay(self, step: Step) -> Job | None:
+        """The step's job; None where it is done."""
         job = None
         if not step.mark(self.folder).is_file():
             job = step.resolve(self.world, self.promises)
             self.promises = self.promises.after(job)
         self.steps.append((step, job))
+        return job
 
-    def add(self, name: str, title: str, verb: str, recipe: Recipe, **options: Any) -> None:
-        self.lay(Step(name, title, verb, recipe, options))
+    def add(self, name: str, title: str, verb: str, recipe: Recipe, **options: Any) -> Job | None:
+        return self.lay(Step(name, title, verb, recipe, options))
 
     def evaluate(self, name: str, recipe: Recipe, checkpoint: Path | str, results: Path | None = None) -> None:
         told = {"checkpoint": str(checkpoint), "results": str(results) if results else None}
@@ -86,7 +94,9 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> RunJo
     road = Road(folder, world, promises)
     lay_road(recipe, road)
     makes = tuple(made for _, job in road.steps if job for made in job.makes)
-    return RunJob(recipe, makes=makes, folder=folder, world=world, steps=tuple(road.steps))
+    if has_grid(recipe.search) and not searches(recipe):
+        road.notes.append("search.* has no effect, because the recipe names its students")
+    return RunJob(recipe, makes=makes, notes=tuple(road.notes), folder=folder, world=world, steps=tuple(road.steps))
 
 
 def lay_road(recipe: Recipe, road: Road) -> None:
@@ -110,31 +120,84 @@ def lay_road(recipe: Recipe, road: Road) -> None:
         road.evaluate("corrected teacher", base, corrected)
         base = with_keys(base, {"teacher.checkpoint": corrected})
     road.add("score", "score the teacher", "score", base)
-    students = recipe.run.students or {"student": recipe.student}
-    for name, student in students.items():
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise InputError("run.students", name, "is to be a folder's name", "use letters, digits, dot, - and _")
-        check_steps(recipe, student, f"run.students.{name}" if recipe.run.students else "student")
-        pruned, distilled = folder / "students" / name / "pruned", folder / "students" / name / "distilled"
-        for step in parts_of(base, name, student, shape, pruned.parent):
-            road.lay(step)
-        road.evaluate(f"{name} pruned", base, pruned)
-        given = dataclasses.replace(student, checkpoint=str(pruned))
-        trained = {"student": given, "distill.load": None, "distill.checkpoint": str(distilled)}
-        if recipe.distill.correct_teacher:
-            trained["correct.checkpoint"] = str(pruned.parent / "corrected")
-        trained["name"] = f"{recipe.name}-{name}"
-        road.add(f"distill-{name}", f"distil {name}", "distill", with_keys(base, trained))
-        road.evaluate(f"{name} distilled", base, distilled)
-        exported = with_keys(base, {"checkpoint": str(distilled), "hf": str(folder / "hf" / name)})
-        road.add(f"export-{name}", f"export {name}", "export", exported, replaces=True)
-    first = next(iter(students))
-    pruned = folder / "students" / first / "pruned"
+    if searches(recipe):
+        first, pruned = lay_search(base, road)
+    else:
+        first, pruned = lay_students(base, shape, road)
     for baseline in recipe.run.baselines:
         target, title = folder / "baselines" / baseline, f"{first} {BASELINE_TITLES[baseline]}"
         small = find_model(pruned, "student.checkpoint", road.promises).architecture
         road.add(f"baseline-{baseline}", title, "train", with_baseline(base, baseline, small, pruned, target))
         road.evaluate(title, base, target)
+
+
+def lay_students(base: Recipe, teacher: Architecture, road: Road) -> tuple[str, Path]:
+    """The students that the recipe names, cut and distilled; (name, pruned checkpoint) of the first."""
+    students = base.run.students or {"student": base.student}
+    for name, student in students.items():
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise InputError("run.students", name, "is to be a folder's name", "use letters, digits, dot, - and _")
+        check_steps(base, student, f"run.students.{name}" if base.run.students else "student")
+        own = road.folder / "students" / name
+        for step in parts_of(base, name, student, teacher, own):
+            road.lay(step)
+        lay_distillation(base, name, student, own / "pruned", own / "distilled", road)
+    first = next(iter(students))
+    return first, road.folder / "students" / first / "pruned"
+
+
+def lay_search(base: Recipe, road: Road) -> tuple[str, Path]:
+    """The search, and the winner distilled on from where its trial ended; (its name, its pruned checkpoint).
+
+    Which candidate wins is not known before: the largest stands for it, and `run` looks again after the search.
+    Raises InputError for keys that do not go with a search.
+    """
+    if not base.search.train:
+        remedy = "set search.train=true, or name a student as student.*"
+        raise InputError("search.train", False, "leaves `run` without a student", remedy)
+    if base.prune.steps != 1:
+        rule = "prunes in steps, and a search cuts each of its candidates in one"
+        raise InputError("prune.steps", base.prune.steps, rule, "leave it out")
+    told = {"name": f"{base.name}-search", "output": str(road.folder / "search")}
+    job = road.add("search", "search for the best student", "search", with_keys(base, told))
+    pruned, distilled = winner_folders(road.folder / "search")
+    if isinstance(job, SearchJob) and job.trials:
+        largest = max(job.trials.trials, key=lambda each: each.architecture.num_parameters)
+        road.notes.append(
+            f"which candidate is the best is known after the search: what follows is planned for the largest, "
+            f"{largest.name}"
+        )
+        tokenizer = job.trials.teacher.tokenizer
+        for made in (pruned, distilled):
+            promised = Model("output", made, largest.architecture, tokenizer=tokenizer)
+            road.promises = Promises(road.promises.models | {absolute(made): promised}, road.promises.items)
+    if base.search.schedule == "search":
+        # Its trial's schedule has ended: it is distilled anew.
+        distilled = road.folder / "students" / "winner" / "distilled"
+    lay_distillation(base, "winner", StudentConfig(), pruned, distilled, road)
+    return "winner", pruned
+
+
+def lay_distillation(
+    base: Recipe, name: str, student: StudentConfig, pruned: Path, distilled: Path, road: Road
+) -> None:
+    """From a pruned student to its Hugging Face folder."""
+    road.evaluate(f"{name} pruned", base, pruned)
+    given = dataclasses.replace(student, checkpoint=str(pruned))
+    trained = {"student": given, "distill.load": None, "distill.checkpoint": str(distilled)}
+    if base.distill.correct_teacher:
+        trained["correct.checkpoint"] = str(pruned.parent / "corrected")
+    trained["name"] = f"{base.name}-{name}"
+    road.add(f"distill-{name}", f"distil {name}", "distill", with_keys(base, trained))
+    road.evaluate(f"{name} distilled", base, distilled)
+    exported = with_keys(base, {"checkpoint": str(distilled), "hf": str(road.folder / "hf" / name)})
+    road.add(f"export-{name}", f"export {name}", "export", exported, replaces=True)
+
+
+def searches(recipe: Recipe) -> bool:
+    """Whether the student is to be searched for: the recipe gives a grid, and names no student."""
+    named = recipe.run.students or dataclasses.replace(recipe.student, checkpoint=None) != StudentConfig()
+    return has_grid(recipe.search) and not named
 
 
 def with_data(recipe: Recipe, road: Road) -> Recipe:

@@ -56,7 +56,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Searc
         raise InputError("output", folder, "is a checkpoint", "name another folder")
     teacher, where = find_shape(recipe, promises)
     space = space_of(recipe, teacher)
-    tried = nearest_to_middle(space.candidates, recipe.search.budget, recipe.search.most)
+    tried = tried_of(recipe, space)
     trials = resolve_trials(recipe, world, promises, tried, folder)
     names = (JSON, CSV, PLOT, CURVES) if trials else (JSON, CSV)
     makes = tuple(Item("output", str(folder / name), f"{len(space.candidates)} candidates") for name in names)
@@ -83,3 +83,18 @@ def space_of(recipe: Recipe, teacher: Architecture) -> Space:
         return figures_of(shape, recipe.data.sequence_length, recipe.serving, machine)
 
     return find_space(recipe.search, teacher, recipe.prune.divisible_by, recipe.parallel, figures)
+
+
+def tried_of(recipe: Recipe, space: Space) -> list[Candidate]:
+    """The candidates of `space` that are to be trained."""
+    return nearest_to_middle(space.candidates, recipe.search.budget, recipe.search.most)
+
+
+def candidates_of(recipe: Recipe, teacher: Architecture) -> list[Candidate]:
+    """Those that a search by `recipe` trains. Raises InputError."""
+    return tried_of(recipe, space_of(recipe, teacher))
+
+
+def winner_folders(output: Path) -> tuple[Path, Path]:
+    """Where a search into `output` leaves its best candidate: (pruned, distilled)."""
+    return output / "winner" / "pruned", output / "winner" / "distilled"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from minitron_mcore.jobs.distill import check_vocabulary
 from minitron_mcore.jobs.inputs import asked_shape, sizes_of, value_at
 from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.job import Model, Promises, absolute
-from minitron_mcore.jobs.run import Road, lay_road
+from minitron_mcore.jobs.run import Road, lay_road, searches
+from minitron_mcore.jobs.search import candidates_of, winner_folders
 from minitron_mcore.jobs.shape import shape_at
 from minitron_mcore.jobs.train import new_architecture
 from minitron_mcore.pruning.config import StudentConfig
@@ -20,6 +22,7 @@ from minitron_mcore.pruning.plan_file import load_plan
 from minitron_mcore.pruning.targets import no_target
 from minitron_mcore.recipe import Recipe, with_keys
 from minitron_mcore.runtime.world import World
+from minitron_mcore.search.halving import trial_tokens
 
 TRAININGS = ("train", "correct", "distill")
 TEACHER = "train-teacher"  # the name of its step
@@ -59,12 +62,13 @@ def sketch(recipe: Recipe, teacher: Architecture) -> list[Work]:
     if recipe.teacher.checkpoint or recipe.hf:
         told["teacher.checkpoint"] = recipe.teacher.checkpoint or str(folder / "teacher")
         promises.models[absolute(told["teacher.checkpoint"])] = Model("teacher.checkpoint", folder, teacher)
-    if not recipe.run.students and not asks(recipe.student):
+    if searched := searches(recipe):
+        told["search.train"] = True  # as it would be, where the recipe only lists
+    elif not recipe.run.students and not asks(recipe.student):
         told["student"] = given_student(recipe, teacher)
     recipe = with_keys(recipe, told)
-    road = _Sketch(
-        folder, World(), promises, teacher=teacher, is_pruned=bool(recipe.run.students) or asks(recipe.student)
-    )
+    is_pruned = searched or bool(recipe.run.students) or asks(recipe.student)
+    road = _Sketch(folder, World(), promises, teacher=teacher, is_pruned=is_pruned)
     lay_road(recipe, road)
     return road.works
 
@@ -103,6 +107,9 @@ class _Sketch(Road):
     is_over: bool = False  # what is left is of a student that is none
 
     def lay(self, step: Step) -> None:
+        if step.verb == "search":
+            self._lay_trials(step)
+            return
         work, makes = self._work(step)
         if makes:
             key, folder = makes
@@ -110,6 +117,21 @@ class _Sketch(Road):
         self.is_over = self.is_over or (step.verb == "prune" and not self.is_pruned)
         if not self.is_over and (step.verb not in TRAININGS or getattr(step.recipe, step.verb).tokens):
             self.works.append(work)
+
+    def _lay_trials(self, step: Step) -> None:
+        """The trials of a search as one distillation of its largest candidate, which stands for the others and for the
+        winner. Where the winner's own trial is the beginning of its distillation, it is not counted twice."""
+        recipe, source = step.recipe, self._shape(step.recipe, "teacher.checkpoint")
+        candidates = candidates_of(recipe, source)
+        largest = max((each.architecture for each in candidates), key=lambda shape: shape.num_parameters)
+        for made in winner_folders(Path(str(recipe.output))):
+            self.promises.models[absolute(made)] = Model("output", made, largest)
+        count = len(candidates) - (recipe.search.schedule == "distill")
+        if tokens := count * trial_tokens(recipe.search, len(candidates)):
+            distill = dataclasses.replace(recipe.distill, tokens=tokens, phases=[])
+            title = f"try {count} candidates as large"
+            trials = Step(step.name, title, "distill", dataclasses.replace(recipe, distill=distill))
+            self.works.append(Work(trials, largest, source))
 
     def _work(self, step: Step) -> tuple[Work, tuple[str, str] | None]:
         """The step's shapes, and the key and folder of the model that it makes, if any."""

@@ -24,6 +24,7 @@ from typing import Any
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import write_whole
+from minitron_mcore.search.config import SearchConfig
 
 RESULT = "result.json"
 _KEYS = {"name", "zero_shot", "loss", "curve", "tokens", "rung", "made_with"}
@@ -73,5 +74,19 @@ def best_first(results: Sequence[Result]) -> list[Result]:
 def survivors(losses: Mapping[str, float], keep: float) -> list[str]:
     """The names of the better share `keep` of the candidates, at least one, in the given order; of equal losses the
     earlier candidate stays."""
-    names = sorted(losses, key=lambda name: losses[name])[: max(1, math.ceil(keep * len(losses)))]
+    names = sorted(losses, key=lambda name: losses[name])[: kept_of(len(losses), keep)]
     return [name for name in losses if name in names]
+
+
+def trial_tokens(search: SearchConfig, count: int) -> int:
+    """The tokens that each of `count` candidates trains for on average, whichever of them halving stops."""
+    trained, before, alive = 0, 0, count
+    for stop in (*search.halving.rungs, search.tokens):
+        trained, before = trained + alive * (stop - before), stop
+        alive = kept_of(alive, search.halving.keep)
+    return trained // count
+
+
+def kept_of(count: int, keep: float) -> int:
+    """How many of `count` candidates train on, where the better share `keep` does."""
+    return max(1, math.ceil(keep * count))

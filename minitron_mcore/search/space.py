@@ -79,13 +79,18 @@ def find_space(
     return Space(tuple(within), len(every), len(combinations), dict(dropped))
 
 
+def has_grid(config: SearchConfig) -> bool:
+    """Whether any axis is given."""
+    return bool(config.axes() or config.ffn_ratio)
+
+
 def combinations_of(config: SearchConfig) -> Iterator[dict[str, float]]:
     """Every combination of the grid: sizes by name, `ffn_ratio` among them where it is given. Raises InputError where
     no axis is given, or far too many combinations."""
     axes: dict[str, Sequence[float]] = {**config.axes()}
     if config.ffn_ratio:
         axes["ffn_ratio"] = config.ffn_ratio
-    if not axes:
+    if not has_grid(config):
         remedy = f"give at least one of search.{', search.'.join([*AXES, 'ffn_ratio'])}"
         raise InputError("search", None, "is an empty grid, which names no sizes", remedy)
     if (count := math.prod(map(len, axes.values()))) > MOST_COMBINATIONS:

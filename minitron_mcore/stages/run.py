@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from minitron_mcore.stages.act import act
 from minitron_mcore.training.job import Progress
 
 # What these steps make was only promised: the others are looked at once more when it is there.
-MAKE_DATA = ("tokenizer", "preprocess")
+LOOK_AGAIN = ("tokenizer", "preprocess", "search")
 
 
 def run(job: RunJob, runtime: Runtime) -> dict[str, Any]:
@@ -35,11 +36,12 @@ def run(job: RunJob, runtime: Runtime) -> dict[str, Any]:
     runtime.on_main(lambda: begin(job))
     started = time.perf_counter()
     results: dict[str, Any] = {}
-    for number, (step, _) in enumerate(job.steps, start=1):
+    for number in range(1, len(job.steps) + 1):
+        step, _ = job.steps[number - 1]
         is_done = runtime.broadcast(step.mark(folder).is_file())
         results[step.name] = do(step, f"[{number}/{len(job.steps)}]", job, runtime)
-        if step.verb in MAKE_DATA and not is_done:
-            all_or_none(lambda: resolve(job.recipe, job.world))
+        if step.verb in LOOK_AGAIN and not is_done:
+            job = all_or_none(partial(resolve, job.recipe, job.world))
     losses = {name.removeprefix(EVALUATE): value for name, value in results.items() if name.startswith(EVALUATE)}
     runtime.on_main(lambda: _write(folder / "results.json", losses))
     runtime.print(f"\n{closing_table(losses)}\n\nrun: done in {time.perf_counter() - started:.0f} s -> {folder}")

@@ -35,4 +35,17 @@ SEARCH: list[Case] = [
     ("search", ["search.budget.latency=1", "cluster.device=H99"], "cluster.device=H99 is not in the table of devices"),
     ("search", ["search.most=1"], "search.most=1 keeps the candidates nearest to the middle of the budgets"),
     ("search", ["search.budget.parameters=1"], "the nearest is search.budget.total_parameters"),
+    (
+        "run",
+        ["search.num_layers=[1]", "search.train=false"],
+        "search.train=false leaves `run` without a student: set search.train=true, or name a student as student.*",
+    ),
+    ("run", ["search.num_layers=[1]", "prune.steps=2"], "prune.steps=2 prunes in steps, and a search cuts each"),
+    ("run", ["search.num_layers=[1]"], "search.tokens is not given"),
+    (
+        "run",
+        ["search.num_layers=[1]", "search.tokens=32", "search.budget.total_parameters=1M"],
+        "search.budget.total_parameters=1000000 is met by none of 1 shape",
+    ),
+    ("run", ["search.num_layers=[1]", "search.tokens=128"], "search.tokens=128 is more than distill.tokens=64"),
 ]

@@ -1,5 +1,5 @@
 """`minitron search`: a list from a shape alone, without torch or a process group; a ranking from trials, as files,
-table and plots."""
+table and plots; `run` with a grid in place of a student."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.distributed.search.searching import BATCH, COMMON
-from tests.e2e.verbs import run_well
+from tests.distributed.search.searching import BATCH, COMMON, rows_of
+from tests.e2e.verbs import minitron, run_well
 
 ROOT = Path(__file__).parents[2]
 TEACHER = ["model.num_layers=4", "model.hidden_size=48", "model.ffn_hidden_size=96", "model.num_attention_heads=6"]
@@ -119,3 +120,80 @@ def test_a_list_does_not_lose_what_is_known(root: Path, shown: str) -> None:
 def test_the_same_command_trains_none_again(root: Path, shown: str) -> None:
     again = run_well(*commanded(root, *SHORT, *RUNGS))
     assert "lm loss" not in again and again[again.index("rank  ") :] == shown[shown.index("rank  ") :]
+
+
+# `run` with a grid in place of a student: the winner's distillation goes on where its trial ended.
+RUN_GRID = ["search.num_layers=[3,4]", "search.hidden_size=[36]", "search.ffn_hidden_size=[64,96]", "search.most=3"]
+RUN_GRID += ["search.budget.total_parameters=[100k,null]", "run.baselines=[random]"]
+
+
+def run_words(root: Path, *overrides: str) -> list[str]:
+    return [text.replace("@", str(root)) for text in ["run", *COMMON, *RUN_GRID, "output=@/run", *overrides]]
+
+
+@pytest.fixture(scope="module")
+def planned(root: Path) -> tuple[int, str]:
+    return minitron(*run_words(root, "--dry-run"))
+
+
+@pytest.fixture(scope="module")
+def walked(root: Path, planned: tuple[int, str]) -> str:
+    return run_well(*run_words(root))
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    found = json.loads((root / "run" / "search" / "candidates.json").read_text())["candidates"]
+    return [row for row in found if "rank" in row]
+
+
+def test_the_plan_stands_for_the_largest_candidate(root: Path, planned: tuple[int, str]) -> None:
+    code, said = planned
+    assert code == 0 and "dry run: nothing was written" in said
+    titles = ["evaluate teacher", "score the teacher", "search for the best student", "evaluate winner pruned"]
+    titles += ["distil winner", "evaluate winner distilled", "export winner", "winner random weights"]
+    titles.append("evaluate winner random weights")
+    assert [line.partition("] ")[2] for line in said.splitlines() if line.startswith("[")] == titles
+    note = "WARNING: which candidate is the best is known after the search: what follows is planned for the largest, "
+    assert f"{note}l4-h36-f64-q6-g2\n" in said
+    assert said.count("137,052 parameters") == 7, "made, read, read, made, read, read, made"
+
+
+def test_the_winner_goes_on_from_its_trial(root: Path, walked: str) -> None:
+    """It need not be the largest: the steps after the search have its own shape."""
+    winner, largest = rows(root)[0], max(rows(root), key=lambda row: row["total_parameters"])
+    assert winner["rank"] == 1 and len(rows(root)) == 3
+    assert winner["name"] != largest["name"], "choose others, or the shapes below show nothing"
+    results = json.loads((root / "run" / "results.json").read_text())
+    assert [*results] == ["teacher", "winner pruned", "winner distilled", "winner random weights"]
+    for name in ("winner pruned", "winner distilled", "winner random weights"):
+        assert results[name]["parameters"] == winner["total_parameters"], name
+    assert results["winner pruned"]["lm loss"] == winner["zero_shot"]
+    assert results["winner distilled"]["tokens"] == 8 * BATCH
+    folder = root / "run" / "search"
+    assert f"resumed {folder}/winner/distilled at iteration 4 of 8" in walked
+    trained = rows_of(folder / "winner" / "distilled")
+    assert trained[: len(trained) // 2] == rows_of(folder / "candidates" / winner["name"] / "distilled")
+    config = json.loads((root / "run" / "hf" / "winner" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (
+        winner["num_layers"],
+        winner["ffn_hidden_size"],
+    )
+
+
+def test_a_second_run_finds_all_done(root: Path, walked: str) -> None:
+    again = run_well(*run_words(root))
+    steps = [line for line in again.splitlines() if line.startswith("[")]
+    assert len(steps) == 9 and all(line.endswith("done before") for line in steps)
+
+
+def test_a_named_student_is_taken_and_the_grid_left(root: Path, planned: tuple[int, str]) -> None:
+    code, said = minitron(*run_words(root, "--dry-run", "output=@/other", "student.num_layers=2"))
+    assert code == 0 and "search for" not in said and "] prune student\n" in said
+    assert "WARNING: search.* has no effect, because the recipe names its students" in said
+
+
+def test_a_winner_with_a_schedule_of_its_own_is_distilled_anew(root: Path, planned: tuple[int, str]) -> None:
+    code, said = minitron(*run_words(root, "--dry-run", "output=@/other", "search.schedule=search"))
+    assert code == 0
+    assert f"makes  distill.checkpoint={root}/other/students/winner/distilled: checkpoint" in said
+    assert f"reads  student.checkpoint={root}/other/search/winner/pruned: checkpoint" in said
