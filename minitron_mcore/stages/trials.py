@@ -6,7 +6,6 @@ training resumes from its own checkpoints. Source: arXiv 2407.14679, section 2.3
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from minitron_mcore.checkpoint.folder import drop_every_iteration
@@ -14,7 +13,7 @@ from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.jobs.trials import Trials
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.subsets import Subset, apart
-from minitron_mcore.search.halving import Result, best_first, loss_at, survivors
+from minitron_mcore.search.halving import Result, best_first, kept_of, loss_at, survivors
 from minitron_mcore.stages import score
 from minitron_mcore.stages.bench import Bench
 from minitron_mcore.stages.winner import crown
@@ -37,7 +36,7 @@ def tried(trials: Trials, scores: Scores, subset: Subset) -> list[Result]:
     results: dict[str, Result] = {}
     alive, last = trials.trials, len(trials.stops)
     for rung, (iteration, tokens) in enumerate(trials.stops, start=1):
-        goes_on = max(1, math.ceil(search.halving.keep * len(alive))) if rung < last else 0
+        goes_on = kept_of(len(alive), search.halving.keep) if rung < last else 0
         mine: list[Result] = []
         for number in subset.numbers(len(alive)):
             mine.append(bench.train(alive[number], rung, iteration, tokens))

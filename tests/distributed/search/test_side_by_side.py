@@ -44,7 +44,7 @@ def test_two_at_a_time(root: Path, alone: list[dict[str, Any]]) -> None:
     assert sum(shown) == 3 and min(shown) >= 1, "each subset has had its share"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param("PP2", marks=pytest.mark.slow), "TP2 beside TP2"])
 def test_other_layouts(layout: str, root: Path, alone: list[dict[str, Any]]) -> None:
     size, overrides = LAYOUTS[layout]
     ranks = run_on_ranks(search_on_rank, size, root, root / layout, overrides)
@@ -78,6 +78,7 @@ def test_halving(root: Path, alone: list[dict[str, Any]]) -> None:
         assert rows_of(ours) == rows_of(theirs)[:done]
 
 
+@pytest.mark.slow  # test_halving drops, too
 def test_what_is_dropped_is_not_trained_again(root: Path, alone: list[dict[str, Any]]) -> None:
     """Nor is it missed: where a search goes on for longer, it begins anew and ends as if it had stayed."""
     few = ["search.keep_checkpoints=1", f"search.tokens={2 * BATCH}"]
@@ -90,15 +91,7 @@ def test_what_is_dropped_is_not_trained_again(root: Path, alone: list[dict[str, 
     assert all(result["loss"] == by_name(alone)[result["name"]]["loss"] for result in longer)
 
 
-def test_a_schedule_of_its_own(root: Path) -> None:
-    """It is that of a distillation for search.tokens, whatever distill.tokens is."""
-    own = run_on_ranks(search_on_rank, 1, root, root / "own", ["search.schedule=search"], SHAPES[:1])[0][0]
-    short = run_on_ranks(search_on_rank, 1, root, root / "short", [f"distill.tokens={4 * BATCH}"], SHAPES[:1])[0][0]
-    assert own == short
-    rates = [row["learning-rate"] for row in rows_of(root / "own" / "candidates" / own[0]["name"] / "distilled")]
-    assert len(rates) == 4 and rates[-1] < 0.5 * max(rates)
-
-
+@pytest.mark.slow  # test_halving stops and goes on, too
 def test_a_longer_search_goes_on(root: Path, alone: list[dict[str, Any]]) -> None:
     first = run_on_ranks(search_on_rank, 1, root, root / "longer", [f"search.tokens={2 * BATCH}"], SHAPES[:1])[0][0]
     then, shown = run_on_ranks(search_on_rank, 1, root, root / "longer", [], SHAPES[:1])[0]

@@ -118,6 +118,7 @@ def test_one_teacher_serves_every_candidate(root: Path) -> None:
     assert alone in both and len(both) == 2
 
 
+@pytest.mark.slow  # `distill` finds its teacher by the same function
 def test_from_a_cache(root: Path, searched: tuple[list[dict[str, Any]], str]) -> None:
     """Of the teacher's whole distribution in fp32, whose rounding 4 steps of Adam carry into the loss."""
     cache = ["cache.folder=@/targets", "cache.method=top_k", "cache.top_k=0", "cache.dtype=fp32"]
@@ -140,6 +141,7 @@ def test_a_candidate_that_diverges_is_given_up(root: Path) -> None:
     assert again == [result] and "distill:" not in shown
 
 
+@pytest.mark.slow  # what a first winner needs is shown above
 def test_another_winner_makes_room(root: Path, searched: tuple[list[dict[str, Any]], str]) -> None:
     """Unless it has been trained further."""
     folder, names = root / "grown", [result["name"] for result in searched[0]]

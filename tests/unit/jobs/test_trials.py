@@ -70,6 +70,13 @@ def test_what_is_resolved(root: Path) -> None:
     assert resolve(root, ["search.train=false", "search.tokens=0"]) is None
 
 
+def test_a_schedule_of_its_own(root: Path) -> None:
+    """It is that of a distillation for search.tokens, whatever distill.tokens is."""
+    own = resolve(root, ["search.schedule=search"])
+    assert own.largest.timetable.tokens == own.largest.config.tokens == 4 * BATCH == own.stops[-1][1]
+    assert own.made_with == resolve(root, [f"distill.tokens={4 * BATCH}"]).made_with != resolve(root, []).made_with
+
+
 def memory_of(architecture: Any) -> int:
     """Of three candidates that are trained alike; what a layer needs is little beside that."""
     return architecture.num_parameters
