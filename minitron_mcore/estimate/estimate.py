@@ -10,6 +10,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.cost import Cost, cost_of
 from minitron_mcore.estimate.layouts import Layout, best_layouts, is_possible, smallest
+from minitron_mcore.estimate.loss_points import Outlook
 from minitron_mcore.estimate.model import Setting
 from minitron_mcore.estimate.work import Beside, Limits, Training
 from minitron_mcore.runtime.devices import Machine
@@ -21,7 +22,7 @@ class Estimate:
 
     where: what says the teacher's shape. costs: of each training in the recipe's layout; None: that is not possible;
     (): no times are known. layouts: in which all trainings fit, the best first, of which `shown` are shown. fewest:
-    those of the fewest GPUs. twice: the best of twice the GPUs.
+    those of the fewest GPUs. twice: the best of twice the GPUs. outlooks: what the student's loss may become.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Estimate:
     shown: int = 8
     fewest: tuple[Layout, ...] = ()
     twice: Layout | None = None
+    outlooks: tuple[Outlook, ...] = ()
 
     @property
     def problems(self) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from minitron_mcore.architecture import Architecture
 from minitron_mcore.estimate.cost import Cost
 from minitron_mcore.estimate.estimate import Estimate
 from minitron_mcore.estimate.layouts import Layout
+from minitron_mcore.estimate.loss_points import Outlook
 from minitron_mcore.estimate.work import Beside, Training
 
 MARK = "minitron_estimate"  # the first key of the file, by which it is known
@@ -32,6 +33,7 @@ def record(estimate: Estimate) -> dict[str, Any]:
         "layouts_that_fit": len(e.layouts),
         "fewest": [layout(each, e) for each in e.fewest[: e.shown]],
         "twice": layout(e.twice, e) if e.twice else None,
+        "loss": [outlook(each) for each in e.outlooks],
     }
 
 
@@ -92,3 +94,11 @@ def beside(each: Beside) -> dict[str, Any]:
     memory = {"total": each.total, "parts": each.parts, "host": each.host}
     words = {"title": each.title, "verb": each.verb, "problem": each.problem or None}
     return words | {"memory": memory, "memory_by_stage": [*each.stages]}
+
+
+def outlook(each: Outlook) -> dict[str, Any]:
+    """A fitted curve, and what it says of the budget's end."""
+    names = ("E", "A", "alpha", "alpha_interval", "points", "residual", "first", "last")
+    curve = {name: getattr(each.curve, name) for name in names}
+    said = {"tokens": each.tokens, "best": each.best, "low": each.low, "high": each.high}
+    return {"name": each.name, "what": each.what, "curve": curve, **said}

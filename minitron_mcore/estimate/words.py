@@ -9,6 +9,7 @@ from minitron_mcore.estimate.cost import Cost
 from minitron_mcore.estimate.estimate import Estimate
 from minitron_mcore.estimate.forecast import advice, bytes_text
 from minitron_mcore.estimate.layouts import Layout
+from minitron_mcore.estimate.loss_points import Outlook
 from minitron_mcore.estimate.model import Setting
 from minitron_mcore.estimate.work import Beside, Limits, Training
 from minitron_mcore.tables import table
@@ -106,7 +107,7 @@ def cost_lines(training: Training, cost: Cost) -> Iterator[str]:
     spent = [span_text(cost.seconds), f"{cost.gpu_hours:,.0f} GPU-hours"]
     spent += [f"{price:,.0f} at {cost.price:g} an hour"] if price is not None else []
     spent += [f"{energy:,.0f} kWh"] if energy is not None else []
-    yield f"  together  {', '.join(spent)}"
+    yield f"  all steps {', '.join(spent)}"
 
 
 def seconds_text(seconds: float) -> str:
@@ -184,6 +185,19 @@ def layout_blocks(e: Estimate) -> Iterator[str]:
         )
 
 
+def outlook_lines(outlooks: Sequence[Outlook], most: int = 5) -> Iterator[str]:
+    """What the loss may become, and what the curve takes for granted."""
+    for each in outlooks[:most]:
+        c, name = each.curve, f"{each.name}: " if each.name else ""
+        interval = f"{each.best:.3f}, 95% from {each.low:.3f} to {each.high:.3f}"
+        formula = f"L = {c.E:.3f} + {c.A:.3g} tokens^-{c.alpha:.3f}"
+        alphas = f"alpha from {c.alpha_interval[0]:.2f} to {c.alpha_interval[1]:.2f}"
+        points = f"{c.points} points from {count_text(c.first)} to {count_text(c.last)} tokens"
+        yield f"{name}{each.what} after {count_text(each.tokens)} tokens: {interval} ({formula}, {alphas}; {points})"
+    if outlooks:
+        yield "as long as the learning rate, the data and the batch go on as they did"
+
+
 def report(estimate: Estimate) -> str:
     """All of it."""
     e = estimate
@@ -203,4 +217,4 @@ def report(estimate: Estimate) -> str:
         blocks.append(
             "no times: name a device, as cluster.device=H100, or give cluster.peak_tflops and what is asked for"
         )
-    return "\n\n".join(filter(None, [*blocks, *layout_blocks(e)]))
+    return "\n\n".join(filter(None, [*blocks, *layout_blocks(e), "\n".join(outlook_lines(e.outlooks))]))

@@ -17,6 +17,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.estimate import stages
 from minitron_mcore.estimate.estimate import Estimate, estimate_of
 from minitron_mcore.estimate.forecast import settings_of
+from minitron_mcore.estimate.loss_points import Outlook, outlooks
 from minitron_mcore.estimate.record import MARK
 from minitron_mcore.estimate.stages import Parts, Pass
 from minitron_mcore.estimate.work import Beside, Limits, Training
@@ -72,8 +73,18 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Estim
         shown=recipe.estimate.layouts,
         is_timed=machine.peak_flops is not None or machine.peak_flops_fp32 is not None,
     )
+    if recipe.estimate.curve:
+        estimate = dataclasses.replace(estimate, outlooks=tuple(outlooks_of(recipe, recipe.estimate.curve)))
     makes = (Item("estimate.output", str(target), "the estimate"),) if target else ()
     return EstimateJob(recipe, makes=makes, estimate=estimate, target=target)
+
+
+def outlooks_of(recipe: Recipe, path: str) -> list[Outlook]:
+    """At the end of distill.tokens. Raises InputError."""
+    if not recipe.distill.tokens:
+        rule = "is asked of a student, and distill.tokens says no budget"
+        raise InputError("estimate.curve", path, rule, "give distill.tokens, or leave it out")
+    return outlooks(path, recipe.distill.tokens, recipe.data.sequence_length)
 
 
 def target_of(recipe: Recipe) -> Path | None:

@@ -37,6 +37,23 @@ ESTIMATE: list[Case] = [
     ("estimate", ["data.sequence_length=65"], "is longer than the model's max_position_embeddings=64"),
     ("estimate", ["distill.lr_warmup_iters=9"], "distill.lr_warmup_iters"),
     ("estimate", ["distill.phases=[{tokens: 1},{tokens: 2}]"], "distill.phases have 3 tokens together"),
+    ("estimate", ["estimate.curve=@/none"], "estimate.curve=@/none is not a file"),
+    (
+        "estimate",
+        ["estimate.curve=@/file"],
+        "estimate.curve=@/file is neither a training's metrics.jsonl nor a search's",
+    ),
+    (
+        "estimate",
+        ["estimate.curve=@/teacher/metrics.jsonl"],
+        "metrics.jsonl has 1 points of a loss, and a curve needs 8",
+    ),
+    (
+        "estimate",
+        ["distill.tokens=0", "estimate.curve=@/file"],
+        "is asked of a student, and distill.tokens says no budget",
+    ),
+    ("estimate", ["student.num_layers=null", "search.num_layers=[3]"], "search leaves none of 1 combination"),
     ("estimate", ["estimate.output=@/papers"], "estimate.output=@/papers is a folder"),
     ("estimate", ["estimate.output=@/file"], "estimate.output=@/file is there, and is no estimate"),
     ("estimate", ["estimate.output=@/file/estimate.json"], "estimate.output=@/file/estimate.json"),
