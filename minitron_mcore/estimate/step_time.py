@@ -24,6 +24,7 @@ from minitron_mcore.estimate.model import Setting, local_parameters
 from minitron_mcore.estimate.operations import Pass, Seconds, loss_seconds
 from minitron_mcore.estimate.rates import all_reduce, gather, product, send, traffic
 from minitron_mcore.layout import axis_sizes, split_layers, stage_of
+from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.devices import Machine
 
 # Bytes that the optimizer's step reads and writes: for each parameter of a rank (gradients set to zero, divided by the
@@ -154,9 +155,16 @@ def _student_stages(setting: Setting, machine: Machine) -> list[Stage]:
         stage["inner states' losses"] = _inner_states(s, machine, number)
         if s.parallel.pipeline > 1:
             # A chunk's states go on, and its gradients come back; the first and last parts of the model have one less.
-            stage["pipeline communication"] = 2 * len(chunks) * send(machine, passing.boundary(), world=s.world_size)
+            sends = 2 * len(chunks) * send(machine, passing.boundary(), world=s.world_size)
+            stage["pipeline communication"] = _beside_work(s.parallel, sends, stage, s.on_cpu)
         stages.append(stage)
     return stages
+
+
+def _beside_work(parallel: ParallelConfig, sends: float, stage: Stage, on_cpu: bool) -> float:
+    """What is left of a stage's sends: the interleaved schedule alone works meanwhile (runtime/repairs.py)."""
+    hides = parallel.virtual_pipeline is not None and not on_cpu
+    return max(0.0, sends - sum(stage.values())) if hides else sends
 
 
 def _recomputed(setting: Setting, passing: Pass, layers: int) -> Seconds:
@@ -227,7 +235,8 @@ def _add_teacher(
         stage = _by_part("teacher", layer * layers + (passing.embedding_forward() if number == 0 else Seconds()))
         stage["teacher's layers fetched"] = waits * layers
         if own.pipeline > 1:
-            stage["pipeline communication"] = len(chunks) * send(machine, passing.boundary(), world=s.world_size)
+            sends = len(chunks) * send(machine, passing.boundary(), world=s.world_size)
+            stage["pipeline communication"] = _beside_work(own, sends, stage, s.on_cpu)
         stages.append(stage)
     virtual = own.virtual_pipeline or 1
     _add_schedule(parts, stages, windows * count, windows, virtual)

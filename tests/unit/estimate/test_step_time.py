@@ -116,6 +116,18 @@ def test_each_window_fills_the_pipeline_anew() -> None:
     assert four.total - one.total == pytest.approx(3 * one.parts["pipeline bubble"])
 
 
+def test_the_interleaved_schedule_sends_while_it_works() -> None:
+    """Plain 1F1B waits: 8192 tokens of 4096 channels and two bytes, there and back; twice that for two chunks."""
+    own = setting(ParallelConfig(pipeline=2), data_parallel=4)
+    machine = replace(IDEAL, intra_node_bandwidth=450e9)
+    plain = step_time(own, machine).parts["pipeline communication"]
+    assert plain == pytest.approx(16 * 2 * LENGTH * 4096 * 2 / 450e9)
+    chunks = replace(own, parallel=ParallelConfig(pipeline=2, virtual_pipeline=2))
+    assert step_time(chunks, machine).parts["pipeline communication"] == 0
+    bare = step_time(replace(chunks, on_cpu=True), machine).parts["pipeline communication"]
+    assert bare == pytest.approx(2 * plain)
+
+
 def test_data_parallel_volume() -> None:
     """fp32 gradients to their shards, bf16 weights back: 7/8 of each over the links of a node."""
     machine = replace(IDEAL, intra_node_bandwidth=450e9)
