@@ -21,7 +21,7 @@ from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.search.candidates import Candidate, in_words
 from minitron_mcore.search.config import AXES, BudgetConfig, SearchConfig
 
-MOST_COMBINATIONS = 200_000  # a few seconds
+MOST_COMBINATIONS = 50_000  # some seconds
 SHOWN = 3  # candidates or reasons that an error names
 
 Bounds = Mapping[str, tuple[float, float]]
