@@ -15,7 +15,7 @@ from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.subsets import Subset, apart
 from minitron_mcore.search.halving import Result, best_first, kept_of, loss_at, survivors
 from minitron_mcore.stages import score
-from minitron_mcore.stages.bench import Bench
+from minitron_mcore.stages.lane import Lane
 from minitron_mcore.stages.winner import crown
 
 
@@ -32,14 +32,14 @@ def run(trials: Trials, runtime: Runtime) -> list[Result]:
 
 def tried(trials: Trials, scores: Scores, subset: Subset) -> list[Result]:
     """What becomes of every candidate, from rung to rung; every rank of every subset calls."""
-    bench, search = Bench(trials, scores, subset.runtime), trials.recipe.search
+    lane, search = Lane(trials, scores, subset.runtime), trials.recipe.search
     results: dict[str, Result] = {}
     alive, last = trials.trials, len(trials.stops)
     for rung, (iteration, tokens) in enumerate(trials.stops, start=1):
         goes_on = kept_of(len(alive), search.halving.keep) if rung < last else 0
         mine: list[Result] = []
         for number in subset.numbers(len(alive)):
-            mine.append(bench.train(alive[number], rung, iteration, tokens))
+            mine.append(lane.train(alive[number], rung, iteration, tokens))
             subset.runtime.print(f"search: [{number + 1}/{len(alive)}] {in_words(mine[-1])}")
             drop(trials, beyond(mine, search.keep_checkpoints, goes_on), subset)
         reached = {result["name"]: result for part in subset.gathered(mine) for result in part}

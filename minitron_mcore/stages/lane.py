@@ -1,4 +1,4 @@
-"""Where candidates of a search are tried: cut out of the teacher in memory, evaluated, distilled, evaluated again."""
+"""How a candidate of a search is tried: cut out of the teacher in memory, evaluated, distilled, evaluated again."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from minitron_mcore.training.budget import Timetable
 from minitron_mcore.training.metrics import logged
 
 
-class Bench:
-    """Where candidates are tried one after another: the ranks of one of them, the teacher, the held-out text."""
+class Lane:
+    """The ranks that try one candidate after another, with the teacher and the held-out text that all of them share."""
 
     def __init__(self, trials: Trials, scores: Scores, runtime: Runtime) -> None:
         self.trials, self.scores, self.runtime = trials, scores, runtime
