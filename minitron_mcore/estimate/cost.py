@@ -1,4 +1,4 @@
-"""What a training costs, in time, GPU-hours, money and energy, for its token budget; and what twice the GPUs do. Pure.
+"""What a training costs, in time, GPU-hours, money and energy, for its token budget. Pure.
 
 Steps alone count: start-up, validation and saving do not.
 """
@@ -6,7 +6,7 @@ Steps alone count: start-up, validation and saving do not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from minitron_mcore.estimate.model import Setting
@@ -55,10 +55,11 @@ class Cost:
         return self.tokens / self.seconds
 
 
-def cost_of(timetable: Timetable, settings: Sequence[Setting], machine: Machine) -> Cost:
+def cost_of(timetable: Timetable, settings: Sequence[Setting], machine: Machine, side_by_side: int = 1) -> Cost:
     """Of every iteration of `timetable`.
 
     settings: one for each of its shapes, in any order; of another micro batch size where all its shapes have one.
+    side_by_side: so many such trainings run at a time, each on GPUs of its own: the time is that of one.
 
     Raises InputError where `machine` lacks a figure that the time of a step needs.
     """
@@ -73,15 +74,6 @@ def cost_of(timetable: Timetable, settings: Sequence[Setting], machine: Machine)
         seconds += (then.iteration - first.iteration) * times[sizes(first.shape)].total
     last = times[sizes(timetable.starts[-1].shape)]
     price, power = machine.price, machine.power
-    return Cost(settings[0].world_size, timetable.iterations, timetable.tokens, seconds, last, price, power)
-
-
-def doubled(settings: Sequence[Setting]) -> list[Setting] | None:
-    """The same trainings on twice the GPUs, as data-parallel ranks; None where a global batch has too few microbatches
-    for them."""
-    found = [replace(setting, data_parallel=2 * setting.data_parallel) for setting in settings]
-    for each in found:
-        whole = each.global_batch_size % (each.micro_batch_size * each.data_parallel) == 0
-        if not whole or (each.parallel.virtual_pipeline and each.microbatches % each.parallel.pipeline):
-            return None
-    return found
+    return Cost(
+        side_by_side * settings[0].world_size, timetable.iterations, timetable.tokens, seconds, last, price, power
+    )

@@ -90,7 +90,11 @@ def estimate_of(
         return cost_of(training.timetable, settings, machine).seconds
 
     how = seconds if is_timed else None
-    costs = [None if each.problem else cost_of(each.timetable, each.settings, machine) for each in trainings if how]
+    costs = [
+        None if each.problem else cost_of(each.timetable, each.settings, machine, each.side_by_side)
+        for each in trainings
+        if how
+    ]
     twice = best_layouts(trainings, 2 * gpus, per_node, limits, how)[:1] if is_timed else []
     return replace(
         told,

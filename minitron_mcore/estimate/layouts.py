@@ -216,7 +216,15 @@ def choose(
 def least(group: Sequence[Training], arranged: Iterable[Arranged], limits: Limits, seconds: Seconds) -> Choice | None:
     """The first arrangement that is possible and fits."""
     for rank, changes in arranged:
-        settings = tuple(tuple(replace(each, **changes) for each in training.settings) for training in group)
+        if any(changes["data_parallel"] % training.side_by_side for training in group):
+            continue
+        settings = tuple(
+            tuple(
+                replace(each, **{**changes, "data_parallel": changes["data_parallel"] // training.side_by_side})
+                for each in training.settings
+            )
+            for training in group
+        )
         if not all(map(holds, itertools.chain(*settings))):
             continue
         needed = max(map(fullest, settings), key=lambda found: found.total)

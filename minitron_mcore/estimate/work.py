@@ -38,7 +38,8 @@ class Training:
     """A training of the recipe, in the recipe's own layout.
 
     section: by which it is trained. sizes: the section that says its batch sizes, which for a baseline is another.
-    settings: one for each shape of the timetable. problem: why the layout is not possible; "": it is.
+    settings: one for each shape of the timetable. problem: why the layout is not possible; "": it is. side_by_side: so
+    many trainings by this timetable run at a time, each on its share of the GPUs.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Training:
     timetable: Timetable
     settings: tuple[Setting, ...]
     problem: str = ""
+    side_by_side: int = 1
 
     @property
     def setting(self) -> Setting:

@@ -30,6 +30,7 @@ from minitron_mcore.jobs.measured import measured_machine
 from minitron_mcore.jobs.run import ESTIMATE
 from minitron_mcore.jobs.shape import find_shape
 from minitron_mcore.jobs.sketch import TEACHER, TRAININGS, Work, sketch
+from minitron_mcore.jobs.trials import own_world
 from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ParallelConfig
@@ -107,7 +108,7 @@ def limits_of(recipe: Recipe, machine: Machine, world: World) -> Limits:
 
 def training_of(work: Work, world: World) -> Training:
     """A training in the recipe's own layout. Raises InputError for a budget or a schedule that cannot be."""
-    recipe, section, shape = work.recipe, work.verb, work.model
+    recipe, section, shape, world = work.recipe, work.verb, work.model, own_world(world, work.side_by_side)
     train = getattr(recipe, section)
     timetable = plan_timetable(train, recipe.data.sequence_length, section)
     check_learning_rate(train, timetable, section)
@@ -125,7 +126,7 @@ def training_of(work: Work, world: World) -> Training:
             teacher_layout(recipe, Model("teacher.checkpoint", Path(), work.teacher), world)
 
     sizes = section if section != "train" or work.step.name == TEACHER else "distill"
-    return Training(work.step.title, section, sizes, timetable, tuple(settings), problem_of(lay_out))
+    return Training(work.step.title, section, sizes, timetable, tuple(settings), problem_of(lay_out), work.side_by_side)
 
 
 def problem_of(check: Callable[[], object]) -> str:

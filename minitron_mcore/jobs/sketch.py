@@ -33,11 +33,13 @@ class Work:
     """A step, and the shapes of its models.
 
     model: what is trained, read or, by `prune`, made. teacher: what it is taught by or cut from; None: by or from none.
+    side_by_side: so many of it run at a time, each on its share of the ranks.
     """
 
     step: Step
     model: Architecture
     teacher: Architecture | None = None
+    side_by_side: int = 1
 
     @property
     def verb(self) -> str:
@@ -127,11 +129,12 @@ class _Sketch(Road):
         for made in winner_folders(Path(str(recipe.output))):
             self.promises.models[absolute(made)] = Model("output", made, largest)
         count = len(candidates) - (recipe.search.schedule == "distill")
-        if tokens := count * trial_tokens(recipe.search, len(candidates)):
+        subsets = recipe.search.side_by_side
+        if tokens := -(-count // subsets) * trial_tokens(recipe.search, len(candidates)):
             distill = dataclasses.replace(recipe.distill, tokens=tokens, phases=[])
-            title = f"try {count} candidates as large"
+            title = f"try {count} candidates as large" + (f", {subsets} side by side" if subsets > 1 else "")
             trials = Step(step.name, title, "distill", dataclasses.replace(recipe, distill=distill))
-            self.works.append(Work(trials, largest, source))
+            self.works.append(Work(trials, largest, source, subsets))
 
     def _work(self, step: Step) -> tuple[Work, tuple[str, str] | None]:
         """The step's shapes, and the key and folder of the model that it makes, if any."""

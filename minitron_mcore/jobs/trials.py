@@ -110,7 +110,7 @@ def resolve_trials(
     needed = {"teacher.checkpoint": "the teacher's folder", "search.tokens": "the tokens of each candidate, as 100M"}
     inputs.require(recipe, needed, inputs.budget_and_text("distill") if search.schedule == "distill" else inputs.TEXT)
     recipe = _with_budget(recipe, folder)
-    own = _own_world(recipe, world)
+    own = own_world(world, search.side_by_side)
     scoring = resolve_score(recipe, world, promises)
     teacher = inputs.find_reader(recipe, own, promises, "teacher.checkpoint")
     trials = tuple(_trial(recipe, candidate, folder) for candidate in candidates)
@@ -170,10 +170,9 @@ def _with_budget(recipe: Recipe, folder: Path) -> Recipe:
     return with_keys(recipe, told)
 
 
-def _own_world(recipe: Recipe, world: World) -> World:
-    """The ranks of one of the candidates that train side by side. Raises InputError where the ranks cannot be divided
-    so."""
-    count = recipe.search.side_by_side
+def own_world(world: World, count: int) -> World:
+    """The ranks of one of `count` candidates that train side by side. Raises InputError where the ranks cannot be
+    divided so."""
     if world.size % count:
         rule = f"does not divide the {world.size} rank{'s' if world.size > 1 else ''}"
         raise InputError("search.side_by_side", count, rule, "each candidate trains on as many ranks as the others")

@@ -18,8 +18,12 @@ CONFIGS = {
     "ablate-quickstart": "teacher.checkpoint=@/runs/quickstart/teacher is not there: name the folder of a checkpoint",
     "llama-3.1-8b-to-4b-width": "teacher.checkpoint=@/llama-3.1-8b is not there: name the folder of a checkpoint",
 }
-# How many candidates each lists.
-SEARCHES = {"search-nemotron-8b": 18, "search-nemotron-4b": 18}
+# How many candidates each lists, by what besides.
+SEARCHES: dict[str, tuple[int, list[str]]] = {
+    "search-nemotron-8b": (18, []),
+    "search-nemotron-4b": (18, []),
+    "search-quickstart": (14, ["search.train=false", "teacher.checkpoint=configs/models/quickstart"]),
+}
 SECONDS = 5.0  # of a processor, however busy the machine is
 
 
@@ -77,7 +81,8 @@ def test_a_recipe_is_planned_for_the_ranks_that_it_is_written_for(name: str, tmp
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_is_listed_without_weights_or_ranks(name: str, tmp_path: Path) -> None:
     """Its layout is the candidates'; no rank is asked for."""
-    command = ["search", "--config", f"configs/{name}.yaml", f"output={tmp_path}/new"]
+    count, besides = SEARCHES[name]
+    command = ["search", "--config", f"configs/{name}.yaml", f"output={tmp_path}/new", *besides]
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.dry_runs", str(tmp_path)],
         input=json.dumps([command]),
@@ -88,5 +93,5 @@ def test_a_search_is_listed_without_weights_or_ranks(name: str, tmp_path: Path) 
     found = json.loads(done.stdout.splitlines()[-1])
     ((code, shown, untouched),) = found["results"]
     assert code == 0 and untouched and found["heavy"] == [], shown
-    made = [f"makes  output={tmp_path}/new/candidates.{kind}: {SEARCHES[name]} candidates" for kind in ("json", "csv")]
+    made = [f"makes  output={tmp_path}/new/candidates.{kind}: {count} candidates" for kind in ("json", "csv")]
     assert shown.splitlines()[1:] == [*made, "dry run: nothing was written"]

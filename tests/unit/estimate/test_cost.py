@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from minitron_mcore.architecture import build_architecture
-from minitron_mcore.estimate.cost import cost_of, doubled
+from minitron_mcore.estimate.cost import cost_of
 from minitron_mcore.estimate.model import Setting
 from minitron_mcore.estimate.step_time import step_time
 from minitron_mcore.runtime.config import ClusterConfig, ParallelConfig
@@ -71,13 +71,9 @@ def test_what_nobody_said_is_not_known() -> None:
 def test_twice_the_gpus() -> None:
     """Sooner, and at no fewer GPU-hours."""
     timetable = plan_timetable(TrainConfig(global_batch_size=16, micro_batch_size=1, tokens=163840), 1024, "train")
-    (more,) = doubled([setting(16)]) or []
-    one, two = cost_of(timetable, [setting(16)], MACHINE), cost_of(timetable, [more], MACHINE)
+    own = setting(16)
+    more = replace(own, data_parallel=2 * own.data_parallel)
+    one, two = cost_of(timetable, [own], MACHINE), cost_of(timetable, [more], MACHINE)
     assert two.gpus == 2 * one.gpus and two.hours < one.hours and two.gpu_hours > one.gpu_hours
-
-
-def test_a_batch_that_has_no_microbatches_for_them() -> None:
-    assert doubled([setting(4)]) is None
-    interleaved = ParallelConfig(pipeline=4, virtual_pipeline=2)
-    assert doubled([setting(16, parallel=interleaved)]) is None, "two microbatches on four stages"
-    assert doubled([setting(32, parallel=interleaved)]) is not None
+    beside = cost_of(timetable, [own], MACHINE, side_by_side=2)
+    assert (beside.hours, beside.gpu_hours) == (one.hours, 2 * one.gpu_hours), "two trainings, each on its own GPUs"
