@@ -131,7 +131,7 @@ def test_the_standard_librarys_source_is_named() -> None:
 def test_the_recipes_of_the_repository_load(config: Path) -> None:
     recipe = load_recipe(str(config), [])
     trains = not config.name.startswith("ablate-")
-    assert (recipe.distill.tokens > 0) == trains and recipe.name != Recipe().name
+    assert (recipe.distill.tokens + recipe.search.tokens > 0) == trains and recipe.name != Recipe().name
     assert len(CONFIGS) >= 2
 
 
