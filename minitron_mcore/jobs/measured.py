@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import read_architecture, read_lineage
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.calibrate import calibrated
@@ -16,14 +18,14 @@ from minitron_mcore.estimate.model import Setting
 from minitron_mcore.files import reading
 from minitron_mcore.jobs.shape import find_shape
 from minitron_mcore.jobs.sketch import TRAININGS
-from minitron_mcore.recipe import load_recipe
+from minitron_mcore.recipe import Recipe, load_recipe
 from minitron_mcore.runtime.devices import Machine
 from minitron_mcore.runtime.world import World
 from minitron_mcore.training.budget import plan_timetable
 
 KEY = "estimate.measured"
 STEP, RATE, EACH = "elapsed time per iteration (ms)", "tokens per second", "tokens per second per GPU"
-LEAST = 5  # steps, beyond the first ones
+LEAST = 2  # rows with a time, each the mean of `log.interval` steps, beyond the first
 _REMEDY = "name the folder of a training of this project, or leave the key out"
 
 
@@ -42,9 +44,10 @@ def measured_machine(folder: str, machine: Machine, device: str) -> Machine:
 
 
 def measured_steps(folder: str, device: str) -> list[tuple[Setting, float]]:
-    """(setting, seconds of a step) for each shape of the training's timetable that has enough steps.
+    """(setting, seconds of a step) for each shape of the training's timetable that has enough of them.
 
-    Seconds are the median over a shape's steps, without its first ones, which warm up. Raises InputError.
+    Seconds are the median over the rows whose steps are all of that shape, without the first row, which warms up.
+    Raises InputError.
     """
     path = Path(folder)
     needed = [path / name for name in ("metrics.jsonl", "recipe.yaml", "architecture.yaml")]
@@ -56,28 +59,39 @@ def measured_steps(folder: str, device: str) -> list[tuple[Setting, float]]:
     recipe, section = load_recipe(str(needed[1]), []), str(read_lineage(path).get("stage"))
     if section not in TRAININGS:
         raise InputError(KEY, folder, f"was made by {section}, which is no training", _REMEDY)
-    teacher = find_shape(recipe)[0] if section == "distill" and recipe.distill.teacher is None else None
+    teacher = _teacher(recipe, folder) if section == "distill" and recipe.distill.teacher is None else None
     timetable = plan_timetable(getattr(recipe, section), recipe.data.sequence_length, section)
     size = round(statistics.median(row[RATE] / row[EACH] for row in rows))
     world = World(size=size, local_size=min(size, recipe.cluster.gpus_per_node), device=device)
     settings = settings_of(recipe, section, read_architecture(path), timetable, world, teacher)
     of_shape: dict[tuple[int, ...], list[float]] = defaultdict(list)
-    for row in rows:
+    for before, row in pairwise(rows):
         shape = timetable.at(row["iteration"] - 1).shape
+        if timetable.at(before["iteration"]).shape != shape:
+            continue
         of_shape[shape.sequence_length, shape.global_batch_size, shape.micro_batch_size].append(row[STEP] / 1000)
     points = []
     for setting in settings:
         steps = of_shape.pop((setting.sequence_length, setting.global_batch_size, setting.micro_batch_size), [])
-        settled = steps[len(steps) // 10 + 1 :]
-        if len(settled) >= LEAST:
-            points.append((setting, statistics.median(settled)))
+        if len(steps) >= LEAST:
+            points.append((setting, statistics.median(steps)))
     if not points:
-        raise InputError(KEY, folder, f"has fewer than {LEAST} steps of a shape after the first ones", "let it run on")
+        rule = f"has fewer than {LEAST} times of one shape after the first, of {recipe.log.interval} steps each"
+        raise InputError(KEY, folder, rule, "let it run on, or set log.interval lower")
     return points
 
 
+def _teacher(recipe: Recipe, folder: str) -> Architecture:
+    """The shape of whom a distillation learnt from. Raises InputError where it is not said, or not there any more."""
+    try:
+        return find_shape(recipe)[0]
+    except InputError as error:
+        remedy = "bring the teacher's architecture.yaml to where it was, or leave the key out"
+        raise InputError(KEY, folder, f"was distilled, and its recipe's {error.key} {error.rule}", remedy) from error
+
+
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Of training steps that have their time; a last line that is cut off is left out."""
+    """Of training steps, those that have the mean time of an interval; a last line that is cut off is left out."""
     with reading(str(path)):
         lines = path.read_text(encoding="utf-8").splitlines()
     rows = []
