@@ -46,7 +46,7 @@ ESTIMATE: list[Case] = [
     (
         "estimate",
         ["estimate.curve=@/teacher/metrics.jsonl"],
-        "metrics.jsonl has 1 points of a loss, and a curve needs 8",
+        "metrics.jsonl has 1 point of a loss, and a curve needs 8",
     ),
     (
         "estimate",

@@ -141,3 +141,24 @@ def test_files_that_hold_no_curve(tmp_path: Path) -> None:
     ):
         with refuses("estimate.curve", tmp_path / name, rule):
             outlooks(str(tmp_path / name), 10**9, 1)
+
+
+def test_trainings_of_the_quickstart() -> None:
+    """`lm loss` of each iteration of two trainings of configs/quickstart.yaml. The first half of one says the end; that
+    of the other, which falls faster than any power as its learning rate decays, is refused."""
+    stored = json.loads((Path(__file__).parent / "quickstart_losses.json").read_text())
+
+    def training(name: str) -> tuple[numpy.ndarray, numpy.ndarray]:
+        found = stored[name]
+        losses, first = numpy.array(found["lm loss"]), found["warm-up"]
+        return found["tokens of an iteration"] * numpy.arange(1, len(losses) + 1)[first:], losses[first:]
+
+    tokens, losses = training("random weights")
+    half = len(tokens) // 2
+    best, low, high = fit(tokens[:half], losses[:half]).at(tokens[-1])
+    end = losses[-10:].mean()
+    assert low < end < high and best == pytest.approx(end, abs=0.05)
+    assert high - low < (losses[0] - end) / 4, "which says something"
+    tokens, losses = training("teacher")
+    with pytest.raises(NoCurveError, match="does not fall as a power"):
+        fit(tokens[: len(tokens) // 2], losses[: len(tokens) // 2])
