@@ -13,6 +13,9 @@ SITES = ("embedding", "block_output", "mlp_input", "attention_relation")
 # Two fp32 buffers of a 16th of the tokens are 0.5 bytes for each token and vocabulary entry (0.75 where the CPU copies
 # one). Larger chunks read and write the head and its gradient fewer times.
 LEAST_CHUNK = 128
+# Logits that one thread processes at a time on the CPU: half a megabyte of fp32, so that those of two models and a
+# temporary stay in a core's cache.
+CACHED_ENTRIES = 1 << 17
 # fp32 numbers of one buffer of an attention relation's sweep over rows, at most; it has about five of them.
 RELATION_BUFFER = 1 << 24
 # The loss is T^2 times a divergence that shrinks as 1 / T^2, so that its rounding in fp32 grows as T^2: some 1e-8 T^2

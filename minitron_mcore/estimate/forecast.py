@@ -18,6 +18,7 @@ from minitron_mcore.distillation.config import LEAST_CHUNK, default_chunk_tokens
 from minitron_mcore.errors import InputError, MemoryExhaustedError
 from minitron_mcore.estimate import model, teacher
 from minitron_mcore.estimate.model import Setting
+from minitron_mcore.estimate.phases import teacher_pass, training_phases
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.model.recompute import Recompute, recompute_of
 from minitron_mcore.recipe import Recipe
@@ -97,24 +98,19 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
         # tokens, labels and position_ids of 8 bytes, loss_mask of 4
         "batch": 28 * s.tokens * s.microbatches,
     }
-    student_pass = {
-        "activations": model.activations(s, stage),
-        "layer at work": max(model.largest_layer_output(s.student, s, element), working),
-    }
-    phases = [  # one after another
-        student_pass | {"loss": model.loss_buffers(s) if last else 0},
-        student_pass | {"recomputed layers": model.recomputed_activations(s, stage)},
-    ]
-    if not s.on_cpu:  # torch's Adam works on all weights at once there
-        phases.append({"optimizer's step": 4 * -(-count // s.optimizer_shards)})
+    phases = training_phases(s, stage, beside=projection, working=working)
+    if parallel.sequence and model.uses_local_layers(s):  # of what all layers gather
+        wide = max([s.student, *([s.teacher] if s.teacher and s.teacher_trained else [])], key=lambda a: a.hidden_size)
+        parts["gathered states"] = element * s.tokens * wide.hidden_size
     if s.teacher is not None:
         parts["teacher weights"] = teacher.teacher_weights(s, stage)
         if s.teacher_trained:
             numbers = model.local_parameters(s.teacher, parallel, stage)
             parts["teacher's training"] = 4 * numbers + _optimizer_state(s, numbers)
             phases.append({"teacher's training pass": _correction_pass(s, stage)})
-        widest = 2 * model.largest_layer_output(s.teacher, s, s.teacher_element)
-        phases.append({"teacher's forward": widest + teacher.teacher_layers_at_work(s)})
+        at_work = teacher_pass(s) + teacher.teacher_layers_at_work(s)
+        phases.append({"teacher's forward": at_work, "teacher's states on their way": teacher.travelling(s, stage)})
+        parts["teacher's last input"] = teacher.last_inputs(s, stage)
         if last:
             parts["teacher hidden states"] = teacher.teacher_hidden_states(s)
         parts["teacher's inner states"] = targets
@@ -134,9 +130,7 @@ def _correction_pass(setting: Setting, stage: int) -> int:
     alone = replace(
         s, student=shape, teacher=None, loss_chunk_tokens=s.teacher_chunk_tokens, recompute=s.teacher_recompute
     )
-    taught = model.activations(alone, stage) + model.largest_layer_output(shape, s, BYTES[s.precision])
-    loss = model.loss_buffers(alone) if stage == s.parallel.pipeline - 1 else 0
-    return taught + max(loss, model.recomputed_activations(alone, stage))
+    return max(sum(phase.values()) for phase in training_phases(alone, stage))
 
 
 def settings_of(

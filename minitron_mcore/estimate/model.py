@@ -12,7 +12,7 @@ from functools import cache
 from math import prod
 
 from minitron_mcore.architecture import BYTES, Architecture
-from minitron_mcore.distillation.config import HiddenStatesConfig, default_chunk_tokens
+from minitron_mcore.distillation.config import HiddenStatesConfig
 from minitron_mcore.layout import local_shape, parameter_table, split_layers
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.runtime.config import ParallelConfig
@@ -114,15 +114,50 @@ def shard_sizes(architecture: Architecture, tensor: int) -> tuple[tuple[tuple[in
     return tuple(layer), embedding, head
 
 
-def activations(setting: Setting, stage: int) -> int:
-    """What autograd keeps of the microbatches in flight on `stage`, until their backward."""
+def activations(setting: Setting, stage: int, ended: int = 0) -> int:
+    """What autograd keeps of the microbatches in flight on `stage` until their backward, but for `ended` passes.
+
+    Beside what layers keep, a stage's output, which on CUDA is given up once it is sent; on the last stage the input of
+    the final norm, and what that one keeps and gives.
+    """
     s = setting
     layer, mlp, boundary = _layer_parts(s)
     parallel = s.parallel
     chunks = chunk_layers(s.student, parallel)[stage]
     kept = sum(_kept(s.recompute, count, layer, mlp, boundary) for count in chunks)
-    running = passes(s, stage)
-    return running * kept // len(chunks) + running * boundary
+    running = passes(s, stage) - ended
+    outputs = boundary * (running if s.on_cpu else min(running, 1))
+    if stage == parallel.pipeline - 1 and running:
+        shard = parallel.tensor if parallel.sequence else 1
+        outputs += norm_bytes(s) * s.tokens * s.student.hidden_size // shard - boundary
+    return running * kept // len(chunks) + outputs
+
+
+def widens_norms(setting: Setting) -> bool:
+    """Whether norms work in fp32, step by step."""
+    return setting.on_cpu and setting.student.normalization == "RMSNorm"
+
+
+def norm_bytes(setting: Setting) -> int:
+    """Bytes a channel and token of what a norm keeps and gives: its input and the normed input, or also that one in
+    fp32, without its weight."""
+    element = BYTES[setting.precision]
+    return 8 + element if widens_norms(setting) else 2 * element
+
+
+def uses_local_layers(setting: Setting) -> bool:
+    """Whether layers are megatron-core's own, not Transformer Engine's (model/specs.py)."""
+    return setting.on_cpu or setting.precision == "fp32"
+
+
+def gathered_keys(setting: Setting) -> int:
+    """Bytes of the keys and values that attention gathers over context-parallel ranks and keeps, 2 k C; 0 where
+    Transformer Engine passes them from rank to rank."""
+    s, a = setting, setting.student
+    if s.parallel.context == 1 or not uses_local_layers(s):
+        return 0
+    whole = 2 * s.tokens * s.parallel.context
+    return BYTES[s.precision] * whole * a.num_query_groups * a.kv_channels // s.parallel.tensor
 
 
 def recomputed_activations(setting: Setting, stage: int) -> int:
@@ -138,12 +173,13 @@ def recomputed_activations(setting: Setting, stage: int) -> int:
 
 def _layer_parts(setting: Setting) -> tuple[int, int, int]:
     """Bytes of a microbatch that a layer keeps, that its MLP keeps of these, and of a layer's input."""
-    s, parallel, element = setting, setting.parallel, BYTES[setting.precision]
-    length = s.tokens // s.micro_batch_size
-    layer = layer_activations(s.student, s.tokens, length, parallel, element, on_cpu=s.on_cpu)
-    mlp = mlp_activations(s.student, s.tokens, parallel, element)
-    shard = parallel.tensor if parallel.sequence else 1
-    return layer, mlp, element * s.tokens * s.student.hidden_size // shard
+    return layer_activations(setting), mlp_activations(setting), boundary_bytes(setting)
+
+
+def boundary_bytes(setting: Setting) -> int:
+    """Bytes of a layer's input, which is also what travels between stages."""
+    s, shard = setting, setting.parallel.tensor if setting.parallel.sequence else 1
+    return BYTES[s.precision] * s.tokens * s.student.hidden_size // shard
 
 
 def _kept(recompute: Recompute, layers: int, layer: int, mlp: int, boundary: int) -> int:
@@ -161,7 +197,7 @@ def _kept(recompute: Recompute, layers: int, layer: int, mlp: int, boundary: int
 def passes(setting: Setting, stage: int) -> int:
     """Forward passes of a chunk of the student that wait for their backward on `stage`, at most."""
     parallel = setting.parallel
-    return passes_in_flight(parallel.pipeline, stage, parallel.virtual_pipeline or 1, setting.microbatches)
+    return passes_in_flight(parallel.pipeline, stage, parallel.virtual_pipeline or 1, setting.ahead)
 
 
 def passes_in_flight(pipeline: int, stage: int, chunks: int, microbatches: int) -> int:
@@ -171,59 +207,32 @@ def passes_in_flight(pipeline: int, stage: int, chunks: int, microbatches: int) 
     return min((pipeline - stage - 1) * 2 + (chunks - 1) * pipeline + 1, microbatches * chunks)
 
 
-def layer_activations(
-    architecture: Architecture, tokens: int, length: int, parallel: ParallelConfig, element: int, *, on_cpu: bool
-) -> int:
-    """Bytes that one layer saves for backward of `tokens` tokens in sequences of `length`, by an attention that keeps
-    no scores.
+def layer_activations(setting: Setting) -> int:
+    """Bytes that one layer saves for backward of a microbatch, by an attention that keeps no scores.
 
     Whole on each rank, or its part of the sequence under sequence parallelism: the input of each of the two norms and
     the normed input of the product behind it, 4 h. Sharded over T: the fused projection's output q + 2 k (its values
-    are read in backward), queries and keys after rotation q + k, attention's output q; of a gated MLP fc1's output 2 f,
-    the activated gate, the other half and fc2's input 3 f; of another one fc1's activated output and fc2's input 2 f.
-    In fp32: a norm's deviation a token, a head's logarithm of sums. Rotary tables: sine and cosine of queries and keys.
-    On CPU an RMS norm keeps its input and the normed input in fp32.
+    are read in backward), queries and keys after rotation q + k, attention's output q; where keys and values are
+    gathered over context-parallel ranks these instead, of the whole sequence, and queries twice. Of a gated MLP fc1's
+    output 2 f, the activated gate, the other half and fc2's input 3 f; of another one fc1's activated output and fc2's
+    input 2 f. In fp32: a norm's deviation a token, a head's logarithm of sums. Rotary tables: sine and cosine of
+    queries and keys. On CPU an RMS norm keeps its input and the normed input in fp32.
     """
-    a = architecture
+    s, a, tensor, element = setting, setting.student, setting.parallel.tensor, BYTES[setting.precision]
     q, k = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
-    wide_norm = on_cpu and a.normalization == "RMSNorm"
-    norm = 8 + element if wide_norm else 2 * element
-    whole = 2 * (norm * a.hidden_size + 4)
-    sharded = element * (3 * q + 3 * k)
-    sharded += 4 * a.num_attention_heads
+    whole = 2 * (norm_bytes(s) * a.hidden_size + 4)
+    gathered = gathered_keys(s)
+    sharded = element * (3 * q + (0 if gathered else 3 * k)) + 4 * a.num_attention_heads
     if a.qk_layernorm:
-        sharded += (8 if wide_norm else element) * (q + k) + 4 * (a.num_attention_heads + a.num_query_groups)
+        sharded += (8 if widens_norms(s) else element) * (q + k) + 4 * (a.num_attention_heads + a.num_query_groups)
+    length = s.tokens // s.micro_batch_size
     tables = 4 * element * int(a.kv_channels * a.rotary_percent) * length
-    split = parallel.tensor if parallel.sequence else 1
-    own = mlp_activations(a, tokens, parallel, element)
-    return tokens * whole // split + tokens * sharded // parallel.tensor + own + tables
+    split = tensor if s.parallel.sequence else 1
+    return s.tokens * whole // split + s.tokens * sharded // tensor + gathered + mlp_activations(s) + tables
 
 
-def mlp_activations(architecture: Architecture, tokens: int, parallel: ParallelConfig, element: int) -> int:
+def mlp_activations(setting: Setting) -> int:
     """The part of `layer_activations` that comes after the input of the MLP."""
-    width = (5 if architecture.gated_linear_unit else 2) * architecture.ffn_hidden_size
-    return element * tokens * width // parallel.tensor
-
-
-def largest_layer_output(architecture: Architecture, setting: Setting, element: int) -> int:
-    """The two widest consecutive tensors of a layer."""
-    a = architecture
-    widest = max((3 if a.gated_linear_unit else 2) * a.ffn_hidden_size, 2 * a.num_attention_heads * a.kv_channels)
-    return setting.tokens * element * (2 * a.hidden_size + widest // setting.parallel.tensor)
-
-
-def loss_buffers(setting: Setting) -> int:
-    """The fp32 logits of a chunk of tokens of each model, and the gradient of the hidden states in their type.
-
-    In bf16 the logits' gradient in bf16 too, or on CPU both heads in fp32; on CPU a product may copy a chunk of logits.
-    The head's gradient goes straight into the gradient buffer.
-    """
-    s = setting
-    shard = s.student.padded_vocab_size // s.parallel.tensor
-    chunk = min(s.loss_chunk_tokens or default_chunk_tokens(s.tokens), s.tokens)
-    models = 1 if s.teacher is None else 2
-    buffers = 4 * chunk * shard * (models + s.on_cpu)
-    if s.precision == "bf16":
-        widths = s.student.hidden_size + (s.teacher.hidden_size if s.teacher is not None else 0)
-        buffers += 4 * shard * widths if s.on_cpu else 2 * chunk * shard
-    return buffers + BYTES[s.precision] * s.student.hidden_size * s.tokens
+    s, a = setting, setting.student
+    width = (5 if a.gated_linear_unit else 2) * a.ffn_hidden_size
+    return BYTES[s.precision] * s.tokens * width // s.parallel.tensor

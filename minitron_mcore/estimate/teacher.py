@@ -119,6 +119,40 @@ def teacher_hidden_states(setting: Setting) -> int:
     return s.ahead * s.tokens * s.teacher.hidden_size * s.teacher_element // shard
 
 
+def last_inputs(setting: Setting, stage: int) -> int:
+    """Bytes of the input that each of the teacher's chunks has received last: Megatron's models keep it."""
+    s, own = setting, setting.teacher_layout
+    assert s.teacher is not None
+    shard = own.tensor if own.sequence else 1
+    received = (own.virtual_pipeline or 1) - (stages_beside(s, stage)[-1] == 0)
+    return received * s.teacher_element * s.tokens * s.teacher.hidden_size // shard
+
+
+def travelling(setting: Setting, stage: int) -> int:
+    """Bytes of the teacher's states, in a layout of its own, that ranks of the student's `stage` hold for others: each
+    of the teacher's replicas runs its share of the global batch, and keeps all its states until they are sent."""
+    s, own = setting, setting.teacher_layout
+    if s.teacher is None or own == s.parallel:
+        return 0
+    replicas = s.world_size // own.replica_ranks
+    runs = -(-s.ahead * s.data_parallel // replicas)
+    # Of what the rank is to have itself there is no second copy, where it is cut alike.
+    is_alike = own.sequence == s.parallel.sequence and (own.tensor == s.parallel.tensor or not own.sequence)
+    beside, shard = stages_beside(s, stage), own.tensor if own.sequence else 1
+    total = 0
+    if own.pipeline - 1 in beside:
+        kept = is_alike and stage == s.parallel.pipeline - 1
+        total += (runs - kept * min(runs, s.ahead)) * s.tokens * s.teacher.hidden_size // shard
+    if s.hidden_states is not None:
+        depth, number = s.teacher.num_layers, runs * s.tokens
+        for site, layer in {(pair.site, pair.teacher_layer) for pair in _pairs(s)}:
+            is_wide = site in WIDE_SITES
+            if stage_of(holder(site, layer, depth), depth, own.pipeline, own.virtual_pipeline) in beside:
+                width = s.teacher.hidden_size // shard if is_wide else axis_sizes(s.teacher)["qkv"] // own.tensor
+                total += number * width
+    return s.teacher_element * total
+
+
 # fp32 tensors that one loss holds at a time beside the projected state: copies of both states if they are bf16, unit
 # vectors of both for a cosine, and their difference; for fp32 states its square too.
 _COPIES = {("mse", 2): 3, ("mse", 4): 2, ("cosine", 2): 5, ("cosine", 4): 3}
@@ -140,7 +174,7 @@ def state_memory(setting: Setting, stage: int) -> tuple[int, int, int, int]:
     depth = student.num_layers
     here = [
         pair
-        for pair in pairs(config.sites, config.layers, depth, teacher.num_layers)
+        for pair in _pairs(setting)
         if stage_of(holder(pair.site, pair.student_layer, depth), depth, parallel.pipeline, parallel.virtual_pipeline)
         == stage
     ]
@@ -166,3 +200,10 @@ def state_memory(setting: Setting, stage: int) -> tuple[int, int, int, int]:
             working.append(4 * (5 * sweep + tokens * sum(widths) // parallel.tensor))
     projection = student.hidden_size * teacher.hidden_size * needs_projection(config.sites, student, teacher)
     return projection, setting.ahead * setting.teacher_element * sum(distinct.values()), element * saved, max(working)
+
+
+def _pairs(setting: Setting) -> list[Pair]:
+    """Every pair of states that a loss compares."""
+    config, teacher = setting.hidden_states, setting.teacher
+    assert config is not None and teacher is not None
+    return pairs(config.sites, config.layers, setting.student.num_layers, teacher.num_layers)

@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._triton import has_triton
 
-from minitron_mcore.distillation.config import PROBABILISTIC
+from minitron_mcore.distillation.config import CACHED_ENTRIES, PROBABILISTIC
 from minitron_mcore.distillation.logits.divergences import cross_statistics, gradient_, softmax_statistics
 from minitron_mcore.distillation.logits.outcomes import outcome_gradient_
 from minitron_mcore.distillation.logits.settings import LossSettings
 
-# Logits that one thread processes at a time on the CPU: half a megabyte of fp32, so that those of two models and a
-# temporary stay in a core's cache.
-CACHED_ENTRIES = 1 << 17
 # Compiled variants of one function: by its settings, by shapes, with gradients on or off. Beyond its limit, 8 by
 # default, torch.compile silently runs uncompiled: slower, and with several more buffers of logits.
 VARIANTS = 64

@@ -218,9 +218,13 @@ def saved_by_autograd(
 def test_activations_of_a_layer(family: str, precision: str, layout: str, changes: dict[str, Any]) -> None:
     world_size, parallel = LAYOUTS[layout]
     measured = run_on_ranks(saved_by_autograd, world_size, family, changes, precision, parallel, world_size)[0]
-    architecture = tiny(family, max_position_embeddings=256, **changes)
-    element = {"fp32": 4, "bf16": 2}[precision]
-    expected = layer_activations(architecture, 2 * 128, 128, ParallelConfig(**parallel), element, on_cpu=True)
+    setting = replace(
+        setting_of(parallel, 1, precision),
+        student=tiny(family, max_position_embeddings=256, **changes),
+        sequence_length=128,
+        on_cpu=True,
+    )
+    expected = layer_activations(setting)
     assert measured == pytest.approx(expected, rel=0.03), f"{measured / expected:.4f}"
 
 

@@ -30,7 +30,7 @@ from minitron_mcore.estimate.stages import (
 )
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.runtime.config import ParallelConfig
-from tests.distributed.estimate.test_memory_peak import count_every_thread
+from tests.distributed.memory_peak import count_every_thread
 from tests.distributed.models import LAYOUTS, start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
 

@@ -104,13 +104,14 @@ def test_the_key_of_a_phase() -> None:
 
 def test_the_chunks_of_a_corrected_teacher() -> None:
     """Its own pass runs with correct.loss_chunk_tokens, whatever the student's."""
-    common = [*BUDGET, "distill.micro_batch_size=8", "distill.correct_teacher=true", "distill.loss_chunk_tokens=64"]
+    common = [*BUDGET, "precision=bf16", "distill.micro_batch_size=8", "distill.loss_chunk_tokens=64"]
+    common.append("distill.correct_teacher=true")
     totals = {}
-    for chunk in (64, 128, 1024):
+    for chunk in (512, 1024, 2048):
         found = forecast_of(load_recipe(None, [*common, f"correct.loss_chunk_tokens={chunk}"]), world_of("cuda"))
         assert found.setting.teacher_chunk_tokens == chunk and "teacher's training pass" in found.parts
         totals[chunk] = found.total
-    assert totals[1024] - totals[64] == 960 / 64 * (totals[128] - totals[64]) > 0
+    assert totals[2048] - totals[512] == 3 * (totals[1024] - totals[512]) > 0
 
 
 def test_what_the_allocator_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

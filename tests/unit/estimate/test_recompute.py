@@ -27,8 +27,9 @@ def saved(recompute: Recompute, parallel: dict[str, Any] | None = None) -> tuple
 
 
 def test_by_hand() -> None:
-    layer = (saved(KEEP_ALL)[0] - BOUNDARY) // 8
-    assert saved(KEEP_ALL) == (8 * layer + BOUNDARY, 0)
+    """Beside the layers the final norm's input and output."""
+    layer = (saved(KEEP_ALL)[0] - 2 * BOUNDARY) // 8
+    assert saved(KEEP_ALL) == (8 * layer + 2 * BOUNDARY, 0)
     expected = {
         Recompute("full"): (8 * BOUNDARY, layer),
         Recompute("full", "uniform", 4): (2 * BOUNDARY, 4 * layer),
@@ -37,20 +38,24 @@ def test_by_hand() -> None:
         Recompute("selective"): (8 * (layer - MLP), MLP),
     }
     for recompute, (stays, again) in expected.items():
-        assert saved(recompute) == (stays + BOUNDARY, again), recompute
+        assert saved(recompute) == (stays + 2 * BOUNDARY, again), recompute
 
 
 def test_over_stages() -> None:
-    """Two chunks of two layers a stage: five passes of a chunk are under way on the first one (2 + 2 + 1)."""
+    """Two chunks of two layers a stage: five passes of a chunk are under way on the first one (2 + 2 + 1), of which one
+    is not sent yet; on CPU the output of each waits for its backward."""
     parallel = {"pipeline": 2, "virtual_pipeline": 2}
-    assert saved(Recompute("full"), parallel)[0] == 5 * (2 + 1) * BOUNDARY
-    assert saved(Recompute("full", "uniform", 2), parallel)[0] == 5 * (1 + 1) * BOUNDARY
+    assert saved(Recompute("full"), parallel)[0] == (5 * 2 + 1) * BOUNDARY
+    assert saved(Recompute("full", "uniform", 2), parallel)[0] == (5 * 1 + 1) * BOUNDARY
+    on_cpu = setting(parallel, recompute=Recompute("full"), on_cpu=True)
+    assert activations(on_cpu, 0) == 5 * (2 + 1) * BOUNDARY
+    assert activations(on_cpu, 0, ended=1) == 4 * (2 + 1) * BOUNDARY
 
 
 def test_the_loss_comes_before_what_is_recomputed() -> None:
     """Of the two, the larger is in the forecast."""
     large = setting(sequence_length=8192, teacher=None)
-    for chunk, name in ((1, "recomputed layers"), (8192, "loss")):
+    for chunk, name in ((1, "recomputed layers"), (16384, "loss")):
         parts = stage_parts(replace(large, recompute=Recompute("full"), loss_chunk_tokens=chunk), 0)
         assert name in parts and len(parts.keys() & {"recomputed layers", "loss"}) == 1
 
