@@ -36,6 +36,8 @@ from minitron_mcore.search.candidates import Candidate
 from minitron_mcore.search.halving import RESULT, read_result
 from minitron_mcore.training.budget import Timetable
 
+CANDIDATES = "candidates"
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -120,7 +122,7 @@ def resolve_trials(
     jobs = [_training(trial, teacher, own, promises, {}) for trial in trials]
     stops = _stops(recipe, jobs[0].timetable)
     made_with = fingerprint(recipe, teacher, scoring)
-    _check_results(trials, made_with, stops[-1][1])
+    _check_results(folder, made_with, stops[-1][1])
     part = held_out_part(recipe.data, recipe.evaluate.samples, promises.prefixes)
     held_out = inputs.data_items(describe(recipe.data, [part], teacher.tokenizer, promises.prefixes))
     read = [*scoring.reads, *jobs[0].reads, *held_out]
@@ -181,7 +183,7 @@ def own_world(world: World, count: int) -> World:
 
 
 def _trial(recipe: Recipe, candidate: Candidate, folder: Path) -> Trial:
-    trial = Trial(candidate.name, candidate.architecture, folder / "candidates" / candidate.name, recipe)
+    trial = Trial(candidate.name, candidate.architecture, folder / CANDIDATES / candidate.name, recipe)
     told = {
         "name": f"{recipe.name}-{candidate.name}",
         "plan": str(trial.plan),
@@ -240,14 +242,16 @@ def fingerprint(recipe: Recipe, teacher: Model, scoring: ScoreJob) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _check_results(trials: Sequence[Trial], made_with: str, tokens: int) -> None:
-    """Raise InputError where the folder of a candidate holds one of another search, or one that has gone further."""
-    for trial in trials:
-        if (result := read_result(trial.result)) is None:
+def _check_results(folder: Path, made_with: str, tokens: int) -> None:
+    """Raise InputError where `folder` holds candidates of another search, of this grid or not, or some that have gone
+    further."""
+    for file in sorted((folder / CANDIDATES).glob(f"*/{RESULT}")):
+        result = read_result(file)
+        if result is None:
             continue
         if result["made_with"] != made_with:
             rule = "was ranked by another search: other scores, text, teacher, distillation or rungs"
-            raise InputError("output", trial.folder, rule, "name another folder as output, or delete that one")
+            raise InputError("output", file.parent, rule, "name another folder as output, or delete that one")
         if result["tokens"] > tokens:
-            rule = f"is less than the {result['tokens']:,} that {trial.folder} was trained for"
+            rule = f"is less than the {result['tokens']:,} that {file.parent} was trained for"
             raise InputError("search.tokens", tokens, rule, "raise it, or name another folder as output")

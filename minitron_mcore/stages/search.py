@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from minitron_mcore.files import write_whole, writing
 from minitron_mcore.jobs.search import CSV, CURVES, JSON, PLOT, SearchJob
+from minitron_mcore.jobs.trials import CANDIDATES
 from minitron_mcore.search.candidates import table, to_csv
 from minitron_mcore.search.figures import write_costs, write_curves
 from minitron_mcore.search.halving import RESULT, Result, read_result
@@ -61,7 +62,7 @@ def list_candidates(job: SearchJob) -> None:
 
 def results_there(job: SearchJob) -> list[Result]:
     """Those of an earlier search in the same folder, which a new list is not to lose."""
-    files = [job.target / "candidates" / each.name / RESULT for each in job.candidates]
+    files = [job.target / CANDIDATES / each.name / RESULT for each in job.candidates]
     return [result for file in files if (result := read_result(file)) is not None]
 
 

@@ -94,11 +94,12 @@ def test_dry_run(root: Path) -> None:
     assert shown.count("teacher.checkpoint=") == 1 and not (root / "search").exists()
 
 
-def test_a_folder_of_another_search_is_refused(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [NAMES[0], "l1-h48-f96-q6-g2"], ids=["of the same shape", "of another grid"])
+def test_a_folder_of_another_search_is_refused(root: Path, tmp_path: Path, name: str) -> None:
     """Unless only the grid, the layout or the number of tokens differs."""
     made_with = resolve(root, []).made_with
-    result = {"name": NAMES[0], "zero_shot": 7.0, "loss": 7.0, "curve": [[0, 7.0]], "tokens": 2 * BATCH, "rung": 1}
-    folder = tmp_path / "candidates" / NAMES[0]
+    result = {"name": name, "zero_shot": 7.0, "loss": 7.0, "curve": [[0, 7.0]], "tokens": 2 * BATCH, "rung": 1}
+    folder = tmp_path / "candidates" / name
     folder.mkdir(parents=True)
 
     def resolve_here(overrides: list[str]) -> Any:
