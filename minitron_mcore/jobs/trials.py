@@ -210,9 +210,12 @@ def _stops(recipe: Recipe, timetable: Timetable) -> tuple[tuple[int, int], ...]:
         iteration = bisect_left(range(timetable.iterations), tokens, key=lambda each: timetable.at(each).tokens_before)
         found.append((iteration, timetable.at(iteration).tokens_before))
     if any(later <= earlier for earlier, later in pairwise(found)):
-        iterations = ", ".join(str(iteration) for iteration, _ in found)
-        rule = f"must rise, in whole global batches, to below search.tokens={search.tokens:,}: they end, with that, "
-        raise InputError("search.halving.rungs", rungs, f"{rule}at iterations {iterations}", "change them")
+        *iterations, end = (str(iteration) for iteration, _ in found)
+        rule = (
+            f"must rise, in whole global batches, to below search.tokens={search.tokens:,}, which ends at iteration "
+            f"{end}: the rungs are at {', '.join(iterations)}"
+        )
+        raise InputError("search.halving.rungs", rungs, rule, "name others")
     return tuple(found)
 
 

@@ -149,10 +149,8 @@ def _of_device(name: str) -> Machine:
     row = find_device(name)
     if row is None:
         near = difflib.get_close_matches(name.upper(), [each.upper() for each in DEVICES], n=1, cutoff=0.4)
-        mean = next((f"did you mean {each}? " for each in DEVICES if each.upper() in near), "")
-        remedy = (
-            f"{mean}Else leave it out, and give cluster.peak_tflops, cluster.memory_bandwidth and what is asked for"
-        )
+        mean = next((f"did you mean {each}? else " for each in DEVICES if each.upper() in near), "")
+        remedy = f"{mean}leave it out, and give cluster.peak_tflops, cluster.memory_bandwidth and what is asked for"
         raise InputError("cluster.device", name, "is not in the table of devices (docs/estimate.md)", remedy)
     return Machine(
         device=name,
