@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.cost import Cost, cost_of
-from minitron_mcore.estimate.layouts import Layout, best_layouts, is_possible, smallest
+from minitron_mcore.estimate.layouts import Layout, best_layouts, is_possible, nearest, smallest
 from minitron_mcore.estimate.loss_points import Outlook
 from minitron_mcore.estimate.model import Setting
 from minitron_mcore.estimate.work import Beside, Limits, Training
@@ -107,10 +106,12 @@ def estimate_of(
 
 def _no_layout(trainings: Sequence[Training], gpus: int, per_node: int) -> InputError:
     """What is said where batch sizes, heads and layers allow no layout; it names the nearest numbers that do."""
-    sides = range(gpus - 1, 0, -1), range(gpus + 1, 2 * gpus + 1)
-    near = [each for side in sides for each in islice((n for n in side if is_possible(trainings, n, per_node)), 1)]
+    near = nearest(trainings, gpus, per_node)
     sizes = {f"{each.sizes}.global_batch_size={each.setting.global_batch_size}" for each in trainings}
     rule = f"can be laid out in no way: {' and '.join(sorted(sizes))} must be whole on the data-parallel ranks, and "
     rule += "heads, layers and sequences must divide over the others"
-    remedy = f"the nearest that can be are {' and '.join(map(str, near))}" if near else "change the batch size"
+    apart = any(each.setting.teacher_parallel for each in trainings)
+    remedy = f"change the batch size{' or teacher.parallel' if apart else ''}"
+    if near:
+        remedy = f"the nearest that can be {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}"
     return InputError("cluster.gpus", gpus, rule, remedy)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import gcd, prod
 from typing import Any
 
 from minitron_mcore.architecture import BYTES, Architecture
@@ -32,6 +34,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 MOST_TOKENS = 2**15  # of a microbatch on a rank that is tried: beyond, products gain nothing
 MOST_CONTEXT = 8
 MOST_NODES = 1024
+MOST_NEAR = 50  # numbers of GPUs that are tried on either side of one that no layout holds
 # Without a time: what costs a forward pass more comes after what costs less.
 RECOMPUTED = (KEEP_ALL, Recompute("selective"), Recompute("full"))
 
@@ -136,6 +139,25 @@ def is_possible(trainings: Sequence[Training], gpus: int, per_node: int) -> bool
     )
 
 
+def nearest(trainings: Sequence[Training], gpus: int, per_node: int) -> list[int]:
+    """The next numbers of GPUs below and above `gpus` that some layout holds, of those that batches, layers and heads
+    have as products; of far more GPUs than any layout takes, the most that one does."""
+    shapes = [shape for training in trainings for shape in shapes_of(training)]
+    batches = [setting.global_batch_size for training in trainings for setting in training.settings]
+    sides = [
+        [each for each in range(1, per_node + 1) if all(_possible(check_tensor_parallel, one, each) for one in shapes)],
+        range(1, min(shape.num_layers for shape in shapes) + 1),
+        contexts_of(trainings),
+        divisors(gcd(*batches), min(batches)),
+    ]
+    products = sorted({*map(prod, itertools.product(*sides))})
+    at = bisect(products, gpus)
+    found: list[int] = []
+    for side in (products[:at][::-1], products[at:]):
+        found += itertools.islice((each for each in side[:MOST_NEAR] if is_possible(trainings, each, per_node)), 1)
+    return found
+
+
 def smallest(trainings: Sequence[Training], per_node: int, limits: Limits) -> list[Layout]:
     """The layouts of the fewest GPUs in which all trainings fit; none: they fit in none of up to MOST_NODES nodes."""
     nodes = [*range(1, 17), *(2**power for power in range(5, MOST_NODES.bit_length()))]
@@ -157,14 +179,12 @@ def parallels(trainings: Sequence[Training], gpus: int, per_node: int) -> Iterat
     sequence parallelism wherever it is possible; contexts in powers of two, where the recipe cuts sequences."""
     shapes = dict.fromkeys(shape for training in trainings for shape in shapes_of(training))
     lengths = {setting.sequence_length for training in trainings for setting in training.settings}
-    cuts_context = any(training.setting.parallel.context > 1 for training in trainings)
-    contexts = [1, 2, 4, MOST_CONTEXT] if cuts_context else [1]
     layers = min(shape.num_layers for shape in shapes)
     apart = [own for training in trainings if (own := training.setting.teacher_parallel)]
     for tensor in divisors(gpus, per_node):
         if not all(_possible(check_tensor_parallel, shape, tensor) for shape in shapes):
             continue
-        for pipeline, context in itertools.product(divisors(gpus // tensor, layers), contexts):
+        for pipeline, context in itertools.product(divisors(gpus // tensor, layers), contexts_of(trainings)):
             if (gpus // tensor // pipeline) % context:
                 continue
             if any(gpus % own.replica_ranks or own.context != context for own in apart):
@@ -175,6 +195,11 @@ def parallels(trainings: Sequence[Training], gpus: int, per_node: int) -> Iterat
                 cut = [p for p in (*wanted, plain) if all(_possible(check_sequence, length, p) for length in lengths)]
                 fits = all(_possible(split_layers, shape.num_layers, pipeline, chunks) for shape in shapes)
                 yield from cut[:1] if fits else ()
+
+
+def contexts_of(trainings: Sequence[Training]) -> list[int]:
+    """Context-parallel sizes to try: more than one where the recipe cuts sequences."""
+    return [1, 2, 4, MOST_CONTEXT] if any(each.setting.parallel.context > 1 for each in trainings) else [1]
 
 
 def shapes_of(training: Training) -> tuple[Architecture, ...]:

@@ -101,6 +101,17 @@ def test_numbers_that_no_layout_holds_are_refused() -> None:
     assert [is_possible(trainings, gpus, 8) for gpus in (36, 37, 38)] == [True, False, True]
 
 
+def test_far_too_many_gpus_are_refused_at_once() -> None:
+    """A million was walked down to the most that 1,152 sequences, 32 layers and a node of 8 can take, one by one."""
+    with refuses("cluster.gpus", 1_000_000, "can be laid out in no way", f"the nearest that can be is {8 * 32 * 1152}"):
+        estimate("cluster.gpus=1000000")
+
+
+def test_a_teacher_s_own_layout_is_named_where_none_is_possible() -> None:
+    with refuses("cluster.gpus", 64, "can be laid out in no way", "or teacher.parallel"):
+        estimate("cluster.gpus=64", "teacher.parallel.tensor=128")
+
+
 def test_a_missing_figure_is_named() -> None:
     with refuses(
         "cluster.inter_node_bandwidth", None, "is not given, and the table has none of cluster.device=A100 PCIe"
