@@ -77,13 +77,17 @@ def _of_training(rows: list[dict[str, Any]], length: int) -> tuple[str, Points]:
     what = "held-out lm loss"
     if len(valid) < LEAST_POINTS:
         what, valid = "lm loss", {each: row["lm loss"] for each, row in trained.items() if each >= peak}
-    at = [trained[each]["consumed samples"] * length for each in sorted(valid)]
-    return what, (numpy.array(at, float), numpy.array([valid[each] for each in sorted(valid)], float))
+    return what, _rising({trained[each]["consumed samples"] * length: loss for each, loss in valid.items()})
 
 
 def _of_candidate(row: dict[str, Any]) -> tuple[str, Points]:
-    curve = [(at, loss) for at, loss in row["curve"] if at and loss is not None]
-    return "held-out lm loss", (numpy.array([at for at, _ in curve], float), numpy.array([loss for _, loss in curve]))
+    return "held-out lm loss", _rising({at: loss for at, loss in row["curve"] if loss is not None and isfinite(loss)})
+
+
+def _rising(losses: dict[float, float]) -> Points:
+    """By tokens; before the first of them a power of tokens says nothing."""
+    at = sorted(each for each in losses if each > 0)
+    return numpy.array(at, float), numpy.array([losses[each] for each in at], float)
 
 
 def _length_beside(file: Path) -> int | None:

@@ -134,10 +134,18 @@ def test_candidates_of_a_search(tmp_path: Path) -> None:
 def test_files_that_hold_no_curve(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "words.json").write_text(json.dumps({"candidates": [{"name": "a", "curve": [[1, "low"]]}]}))
+    (tmp_path / "lost.json").write_text('{"candidates": [{"name": "a", "curve": [[1, NaN], [2, Infinity]]}]}')
+    row = {"kind": "train", "consumed samples": 0, "learning-rate": 1e-3, "lm loss": 2.0}
+    rows = [{**row, "iteration": each} for each in range(9)]
+    (tmp_path / "early.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     for name, rule in (
         ("none.jsonl", "is not a file"),
         ("other.json", "is neither a training's metrics.jsonl nor a search's candidates.json"),
         ("empty.jsonl", "has 0 points of a loss"),
+        ("words.json", "is neither a training's metrics.jsonl nor a search's candidates.json"),
+        ("early.jsonl", "has 0 points of a loss"),
+        ("lost.json", "a has 0 points of a loss"),
     ):
         with refuses("estimate.curve", tmp_path / name, rule):
             outlooks(str(tmp_path / name), 10**9, 1)
