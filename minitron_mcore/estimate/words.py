@@ -167,7 +167,9 @@ def layout_blocks(e: Estimate) -> Iterator[str]:
         return
     if e.layouts:
         order = "the fastest first" if e.costs else "the least recomputed and cut first, as no times are known"
-        yield layout_table(e.layouts[: e.shown], f"{len(e.layouts)} layouts of {e.gpus:,} fit, {order}")
+        several = f"{len(e.layouts)} layouts of {e.gpus:,} fit, {order}"
+        title = several if len(e.layouts) > 1 else f"the only layout of {e.gpus:,} that fits"
+        yield layout_table(e.layouts[: e.shown], title)
         keys = e.layouts[0].keys(e.trainings)
         yield f"for the first of them set {' '.join(keys)}" if keys else "the first of them is the recipe's own"
     elif e.limits.usable is not None:
@@ -198,11 +200,21 @@ def outlook_lines(outlooks: Sequence[Outlook], most: int = 5) -> Iterator[str]:
         yield "as long as the learning rate, the data and the batch go on as they did"
 
 
+def precision_text(e: Estimate) -> str:
+    """In which precision the trainings are; of fp32, a recipe's default, how much faster bf16 would multiply."""
+    precisions = dict.fromkeys(each.setting.precision for each in e.trainings)
+    words = f" in {' and '.join(precisions)}" if precisions else ""
+    fp32, bf16 = e.machine.peak_flops_fp32, e.machine.peak_flops
+    if "fp32" in precisions and fp32 and bf16 and bf16 > fp32:
+        words += f" ({fp32 / 1e12:,.0f} TFLOP/s at most; with precision=bf16 {bf16 / 1e12:,.0f})"
+    return words
+
+
 def report(estimate: Estimate) -> str:
     """All of it."""
     e = estimate
     gpus = f"{e.gpus:,} x {e.machine.device or 'GPU'}" if e.gpus > 1 else f"one {e.machine.device or 'GPU'}"
-    lines = [f"estimate: {e.name} on {gpus}", f"teacher  {shape_line(e.teacher)} ({e.where})"]
+    lines = [f"estimate: {e.name} on {gpus}{precision_text(e)}", f"teacher  {shape_line(e.teacher)} ({e.where})"]
     students = dict.fromkeys(each.setting.student for each in e.trainings if each.section == "distill")
     lines += [f"student  {shape_line(student, e.teacher)}" for student in students]
     blocks = ["\n".join(lines), "\n".join(problem_lines(e))]
@@ -213,7 +225,9 @@ def report(estimate: Estimate) -> str:
     blocks += ["\n".join(cost_lines(training, cost)) for training, cost in known]
     if len(known) > 1:
         blocks.append(total_line([cost for _, cost in known]))
-    if e.trainings and not e.costs:
+    if not e.trainings:
+        blocks.append("no training: give it a budget of tokens, as distill.tokens=94B")
+    elif not e.costs:
         blocks.append(
             "no times: name a device, as cluster.device=H100, or give cluster.peak_tflops and what is asked for"
         )
