@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from minitron_mcore.checkpoint.folder import drop_every_iteration
 from minitron_mcore.importance.scores import Scores, load_scores
 from minitron_mcore.jobs.trials import Trials
+from minitron_mcore.runtime.named_lines import named_lines
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.subsets import Subset, apart
 from minitron_mcore.search.halving import Result, best_first, kept_of, loss_at, survivors
@@ -39,7 +40,8 @@ def tried(trials: Trials, scores: Scores, subset: Subset) -> list[Result]:
         goes_on = kept_of(len(alive), search.halving.keep) if rung < last else 0
         mine: list[Result] = []
         for number in subset.numbers(len(alive)):
-            mine.append(lane.train(alive[number], rung, iteration, tokens))
+            with named_lines(alive[number].name if subset.count > 1 else None):
+                mine.append(lane.train(alive[number], rung, iteration, tokens))
             subset.runtime.print(f"search: [{number + 1}/{len(alive)}] {in_words(mine[-1])}")
             drop(trials, beyond(mine, search.keep_checkpoints, goes_on), subset)
         reached = {result["name"]: result for part in subset.gathered(mine) for result in part}
