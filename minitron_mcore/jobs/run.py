@@ -28,7 +28,7 @@ from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.jobs.inputs import find_model, output_folder, refuse_context, require
 from minitron_mcore.jobs.iterate import Step, check_steps, parts_of, with_baseline
 from minitron_mcore.jobs.job import NOTHING, Job, Model, Promises, absolute
-from minitron_mcore.jobs.search import SearchJob, winner_folders
+from minitron_mcore.jobs.search import SearchJob, not_exported, winner_folders
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, with_keys
 from minitron_mcore.runtime.config import check_layout
@@ -162,6 +162,9 @@ def lay_search(base: Recipe, road: Road) -> tuple[str, Path]:
     job = road.add("search", "search for the best student", "search", with_keys(base, told))
     pruned, distilled = winner_folders(road.folder / "search")
     if isinstance(job, SearchJob) and job.trials:
+        if unfit := not_exported(job.trials.trials):
+            rule = f"has candidates that could not be exported in the end, as {unfit[0]}"
+            raise InputError("search", None, rule, "leave such sizes out")
         largest = max(job.trials.trials, key=lambda each: each.architecture.num_parameters)
         road.notes.append(
             f"which candidate is the best is known after the search: what follows is planned for the largest, "

@@ -7,6 +7,8 @@ output/candidates, winner                  of the trials (jobs/trials.py)
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +18,13 @@ from minitron_mcore.files import kind_of
 from minitron_mcore.jobs.inputs import output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises
 from minitron_mcore.jobs.shape import find_shape
-from minitron_mcore.jobs.trials import Trials, resolve_trials
+from minitron_mcore.jobs.trials import Trial, Trials, resolve_trials
+from minitron_mcore.pruning.plan import export_warnings
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.devices import machine_of
 from minitron_mcore.runtime.world import World
 from minitron_mcore.search.candidates import TIMED, Candidate, figures_of
+from minitron_mcore.search.halving import RESULT
 from minitron_mcore.search.space import Space, find_space, nearest_to_middle
 
 JSON, CSV, PLOT, CURVES = "candidates.json", "candidates.csv", "search.png", "curves.png"
@@ -56,6 +60,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Searc
         raise InputError("output", folder, "is a checkpoint", "name another folder")
     teacher, where = find_shape(recipe, promises)
     space = space_of(recipe, teacher)
+    check_list(folder, teacher)
     tried = tried_of(recipe, space)
     trials = resolve_trials(recipe, world, promises, tried, folder)
     names = (JSON, CSV, PLOT, CURVES) if trials else (JSON, CSV)
@@ -64,13 +69,27 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Searc
         recipe,
         reads=trials.reads if trials else (),
         makes=(*makes, *(trials.makes if trials else ())),
-        notes=trials.notes if trials else (),
+        notes=(*(trials.notes if trials else ()), *not_exported(tried)),
         teacher=teacher,
         where=where,
         space=space,
         target=folder,
         trials=trials,
     )
+
+
+def check_list(folder: Path, teacher: Architecture) -> None:
+    """Raise InputError where candidates were tried in `folder` below another teacher, whose list would be lost."""
+    path = folder / JSON
+    if path.is_file() and any((folder / "candidates").glob(f"*/{RESULT}")):
+        stored = json.loads(path.read_text(encoding="utf-8")).get("teacher")
+        if stored != json.loads(json.dumps(teacher.to_dict())):
+            raise InputError("output", folder, "holds a search below another teacher", "name another folder")
+
+
+def not_exported(candidates: Sequence[Candidate | Trial]) -> list[str]:
+    """Why some of `candidates` could not become a Hugging Face folder, in words."""
+    return [f"{each.name}: {why}" for each in candidates for why in export_warnings(each.architecture)]
 
 
 def space_of(recipe: Recipe, teacher: Architecture) -> Space:

@@ -91,7 +91,7 @@ def make_plan(
             "scores_fingerprint": scores_fingerprint(scores),
             "scores": dict(chosen.settings),
         },
-        warnings=[*_close_cuts(cuts, spread, tolerance), *_size_warnings(teacher, target), *_export_warnings(target)],
+        warnings=[*_close_cuts(cuts, spread, tolerance), *_size_warnings(teacher, target), *export_warnings(target)],
     )
 
 
@@ -202,7 +202,8 @@ def _size_warnings(teacher: Architecture, student: Architecture) -> Iterator[str
             )
 
 
-def _export_warnings(student: Architecture) -> Iterator[str]:
+def export_warnings(student: Architecture) -> Iterator[str]:
+    """Why a Hugging Face folder of this shape could not be made, in words; nothing where it could."""
     try:
         find_family(student.family, "plan").refuse(student, "student")
     except InputError as error:

@@ -1,6 +1,6 @@
 """Every recipe in configs/ opens with what `estimate` says of it, and that is what it says.
 
-    python -m tests.e2e.test_config_heads        writes the numbers anew, where an estimate has changed for a good reason
+python -m tests.e2e.test_config_heads        writes the numbers anew, where an estimate has changed for a good reason
 """
 
 from __future__ import annotations

@@ -117,6 +117,23 @@ def test_a_list_does_not_lose_what_is_known(root: Path, shown: str) -> None:
     assert (root / "new" / "candidates.json").read_text() == before
 
 
+def test_another_teachers_list_is_not_written_over_it(root: Path, shown: str) -> None:
+    before = (root / "new" / "candidates.json").read_text()
+    code, said = minitron("search", *TEACHER, *GRID, f"output={root}/new")
+    assert code == 2 and "holds a search below another teacher: name another folder" in said
+    assert (root / "new" / "candidates.json").read_text() == before
+
+
+def test_candidates_that_could_not_be_exported_are_told_beforehand(root: Path) -> None:
+    """Six heads do not divide 40 channels; transformers refuses that of Llama, whatever the head dimension."""
+    odd = ["search.hidden_size=[40]", "search.num_layers=[3]", "search.ffn_hidden_size=[64]"]
+    planned = run_well(*commanded(root, *odd, "output=@/told", "search.budget.total_parameters=null", "--dry-run"))
+    assert "WARNING: l3-h40-f64-q6-g2: hidden_size=40 of student is not a multiple" in planned
+    words = [*run_words(root, *odd, "output=@/odd", "search.budget.total_parameters=null"), "search.most=null"]
+    code, said = minitron(*[word.replace("@", str(root)) for word in words])
+    assert code == 2 and "search has candidates that could not be exported in the end, as l3-h40" in said
+
+
 def test_the_same_command_trains_none_again(root: Path, shown: str) -> None:
     again = run_well(*commanded(root, *SHORT, *RUNGS))
     assert "lm loss" not in again and again[again.index("rank  ") :] == shown[shown.index("rank  ") :]
