@@ -49,5 +49,5 @@ def test_a_save_that_fails_is_not_described(monkeypatch: pytest.MonkeyPatch, tmp
 )
 def test_a_run_saves_often_enough_by_default(iterations: int, given: int | None, interval: int) -> None:
     """Every tenth of it, but no more than 500 iterations apart; what is asked for holds."""
-    run: Any = SimpleNamespace(iterations=iterations, train=TrainConfig(save_interval=given))
+    run: Any = SimpleNamespace(ends_at=iterations, train=TrainConfig(save_interval=given))
     assert Job.save_interval.fget(run) == interval  # type: ignore[attr-defined]
