@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import tempfile
@@ -33,13 +34,15 @@ def told(path: Path) -> tuple[list[str], list[str]]:
 
 
 def printed(words: list[str], folder: Path) -> list[str]:
-    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.chdir(ROOT):
+    """What the command prints, typed in ROOT."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
         assert cli.main([*words, f"estimate.output={folder}/estimate.json"]) == 0
     return [line.rstrip() for line in shown.getvalue().splitlines()]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_opens_with_its_estimate(path: Path, tmp_path: Path) -> None:
+def test_a_recipe_opens_with_its_estimate(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     words, lines = told(path)
     assert words[:3] == ["estimate", "--config", f"configs/{path.name}"] and len(lines) > 1
     # Columns may be wider than they were.
@@ -69,5 +72,6 @@ def rewrite(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.chdir(ROOT)
     for recipe in RECIPES:
         rewrite(recipe)
