@@ -18,10 +18,10 @@ from tests.distributed.memory_peak import CASES, peak_on_rank
 from tests.distributed.ranks import run_on_ranks
 
 # One for every part of the forecast: losses between states, stages, placements, what is recomputed; then what the
-# others have no part of: gathered keys, the embedding's gradient, states on their way from a teacher's own layout.
+# others have no part of: gathered keys, the embedding's gradient.
 QUICK = (
-    *("states", "relations", "PP2 states", "offloaded", "TP2-SP bf16", "DP2 sharded", "full states", "block bf16"),
-    *("PP2-VPP2 uniform", "CP2 wide keys", "PP2 embedding", "a teacher at TP2 beside DP2"),
+    *("states", "relations", "PP2 states", "offloaded", "TP2-SP bf16", "DP2 sharded", "block bf16"),
+    *("PP2-VPP2 uniform", "CP2 wide keys", "PP2 embedding"),
 )
 
 

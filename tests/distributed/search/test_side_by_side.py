@@ -44,7 +44,7 @@ def test_two_at_a_time(root: Path, alone: list[dict[str, Any]]) -> None:
     assert sum(shown) == 3 and min(shown) >= 1, "each subset has had its share"
 
 
-@pytest.mark.parametrize("layout", [pytest.param("PP2", marks=pytest.mark.slow), "TP2 beside TP2"])
+@pytest.mark.parametrize("layout", ["PP2", pytest.param("TP2 beside TP2", marks=pytest.mark.slow)])
 def test_other_layouts(layout: str, root: Path, alone: list[dict[str, Any]]) -> None:
     size, overrides = LAYOUTS[layout]
     ranks = run_on_ranks(search_on_rank, size, root, root / layout, overrides)
