@@ -12,9 +12,8 @@ from minitron_mcore.estimate.layouts import Layout
 from minitron_mcore.estimate.loss_points import Outlook
 from minitron_mcore.estimate.model import Setting
 from minitron_mcore.estimate.work import Beside, Limits, Training
+from minitron_mcore.pruning.targets import TARGETS
 from minitron_mcore.tables import table
-
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
 def count_text(count: float) -> str:
@@ -29,7 +28,7 @@ def shape_line(shape: Architecture, teacher: Architecture | None = None) -> str:
     """The parameters of a model, and where it differs from its teacher."""
     counts = f"{count_text(shape.num_parameters)} parameters"
     counts += f", {count_text(shape.num_non_embedding_parameters)} without embeddings"
-    changed = [name for name in SIZES if teacher and getattr(shape, name) != getattr(teacher, name)]
+    changed = [name for name in TARGETS if teacher and getattr(shape, name) != getattr(teacher, name)]
     words = [f"{name} {getattr(teacher, name)} -> {getattr(shape, name)}" for name in changed]
     return ": ".join([counts, *([", ".join(words)] if words else [])])
 

@@ -157,7 +157,7 @@ def _with_budget(recipe: Recipe, folder: Path) -> Recipe:
     if distill.correct_teacher:
         rule = "would give every candidate another teacher, and candidates are compared under one"
         remedy = "correct the teacher first (`minitron correct`), and search with that one"
-        raise InputError("distill.correct_teacher", True, f"{rule}", remedy)
+        raise InputError("distill.correct_teacher", True, rule, remedy)
     if search.schedule == "search":
         if distill.phases:
             rule = "has a budget of its own, which distill.phases do not divide"

@@ -64,11 +64,17 @@ def loss_at(result: Result, tokens: int) -> float:
 
 def best_first(results: Sequence[Result]) -> list[Result]:
     """Those that trained longest first, by their loss; a candidate without a loss after the others."""
+    return sorted(results, key=standing)
 
-    def place(result: Result) -> tuple[bool, int, float]:
-        return result["loss"] is None, -result["tokens"], result["loss"] or math.inf
 
-    return sorted(results, key=place)
+def standing(result: Result) -> tuple[bool, int, float]:
+    """What candidates are ordered by, the best one least; equal for those that share a rank."""
+    return result["loss"] is None, -result["tokens"], or_infinite(result["loss"])
+
+
+def or_infinite(loss: float | None) -> float:
+    """A loss as it is compared: infinity where there is none."""
+    return math.inf if loss is None else loss
 
 
 def survivors(losses: Mapping[str, float], keep: float) -> list[str]:

@@ -5,14 +5,13 @@ Reads results as search/halving.py describes them. Source: arXiv 2407.14679, sec
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from minitron_mcore.search.candidates import TIMED, Candidate
-from minitron_mcore.search.halving import Result, best_first, survivors
+from minitron_mcore.search.halving import Result, best_first, or_infinite, standing, survivors
 from minitron_mcore.tables import table as tabulate
 
 
@@ -63,7 +62,7 @@ def ranked(candidates: Sequence[Candidate], results: Sequence[Result], budgets: 
     by_name = {each.name: each for each in candidates}
     order = [result for result in best_first(results) if result["name"] in by_name]
     cost = next((name for name in budgets if name in TIMED), "total_parameters")
-    after, before = [_after(result) for result in order], [_loss(result["zero_shot"]) for result in order]
+    after, before = [standing(result) for result in order], [or_infinite(result["zero_shot"]) for result in order]
     # Of those that trained to the end alone: a loss after fewer tokens is no worse for its shape.
     most = max((result["tokens"] for result in order), default=0)
     points = {
@@ -147,7 +146,9 @@ def halved(results: Sequence[Result], rungs: Sequence[int], keep: float) -> Halv
 
 def _losses_at(results: Sequence[Result], tokens: int) -> dict[str, float]:
     for curve in ("curve", "validation"):
-        found = {each["name"]: _loss(loss) for each in results for at, loss in each.get(curve, []) if at == tokens}
+        found = {
+            each["name"]: or_infinite(loss) for each in results for at, loss in each.get(curve, []) if at == tokens
+        }
         if len(found) == len(results):
             return found
     raise ValueError(f"not every candidate has a loss after {tokens:,} tokens")
@@ -180,14 +181,6 @@ def summary(ranking: Ranking) -> str:
         return f"{count} candidate{'s' * (count > 1)}: too few, or too alike, to compare the ranks before and after"
     said = f"Spearman correlation of the ranks before and after training: {ranking.correlation:.2f}"
     return f"{said}, over {count} candidates"
-
-
-def _after(result: Result) -> tuple[bool, int, float]:
-    return result["loss"] is None, -result["tokens"], _loss(result["loss"])
-
-
-def _loss(loss: float | None) -> float:
-    return math.inf if loss is None else loss
 
 
 def _shown(loss: float | None) -> str:
