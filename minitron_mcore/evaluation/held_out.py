@@ -33,9 +33,11 @@ def held_out(data: DataConfig, tokenizer: Tokenizer | None, samples: int, *, see
 def held_out_batches(
     dataset: Dataset, samples: int, *, micro_batch_size: int, parallel: ParallelConfig
 ) -> Iterator[list[Microbatch]]:
-    """The first `samples` sequences of this data-parallel rank, a few pipelines' fill of microbatches at a time, on the
-    device. The interleaved schedule needs a multiple of the stages: uncounted copies fill the last group."""
-    microbatches = batches_once(dataset, range(samples), micro_batch_size=micro_batch_size, **data_place())
+    """The first `samples` sequences, or all where there are fewer, of this data-parallel rank, a few pipelines' fill of
+    microbatches at a time, on the device. The interleaved schedule needs a multiple of the stages: uncounted copies
+    fill the last group."""
+    first = range(min(samples, len(dataset)))
+    microbatches = batches_once(dataset, first, micro_batch_size=micro_batch_size, **data_place())
     return in_calls(map(to_device, microbatches), interleaved=parallel.virtual_pipeline is not None, each=4)
 
 

@@ -38,9 +38,9 @@ def run(job: AblateJob, runtime: Runtime) -> list[Row]:
     chunks = as_chunks(load_model(job.model.place, architecture, recipe.parallel, recipe.precision))
     config = recipe.evaluate
     dataset = held_out(recipe.data, job.model.tokenizer, config.samples, seed=recipe.seed)
-    samples, size = min(config.samples, len(dataset)), config.micro_batch_size
+    size, parallel = config.micro_batch_size, recipe.parallel
     # Read once for all students.
-    groups = list(held_out_batches(dataset, samples, micro_batch_size=size, parallel=recipe.parallel))
+    groups = list(held_out_batches(dataset, config.samples, micro_batch_size=size, parallel=parallel))
 
     def loss_of(model: list[torch.nn.Module]) -> dict[str, float]:
         return mean_loss(model, groups, Objective(LossSettings(architecture.vocab_size)))

@@ -105,9 +105,8 @@ class Lane:
         recipe, config, teacher = self.trials.recipe, self.trials.recipe.evaluate, self.trials.teacher
         if not self._held_out:
             dataset = held_out(recipe.data, teacher.tokenizer, config.samples, seed=recipe.seed)
-            samples, size = min(config.samples, len(dataset)), config.micro_batch_size
-            parallel = recipe.parallel
-            self._held_out = [*held_out_batches(dataset, samples, micro_batch_size=size, parallel=parallel)]
+            size, parallel = config.micro_batch_size, recipe.parallel
+            self._held_out = [*held_out_batches(dataset, config.samples, micro_batch_size=size, parallel=parallel)]
         objective = Objective(LossSettings(teacher.architecture.vocab_size))
         return finite(mean_loss(as_chunks(chunks), self._held_out, objective)["lm loss"])
 
