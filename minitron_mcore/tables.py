@@ -1,4 +1,4 @@
-"""Tables for the console and for Markdown. Pure."""
+"""Tables and counts for the console and for Markdown. Pure."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def table(
         ).rstrip()
         for line in lines
     )
+
+
+def counted(number: int, what: str) -> str:
+    """1, "shape" -> "1 shape"; 1234 -> "1,234 shapes"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def markdown(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:

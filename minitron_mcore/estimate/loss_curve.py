@@ -17,6 +17,8 @@ from statistics import NormalDist
 
 import numpy
 
+from minitron_mcore.tables import counted
+
 ALPHAS = numpy.geomspace(0.02, 2.0, 200)
 LEVEL = 0.95
 LEAST_POINTS, LEAST_RANGE, MOST_AHEAD = 8, 4.0, 30.0
@@ -70,7 +72,7 @@ def fit(tokens: numpy.ndarray, losses: numpy.ndarray) -> LossCurve:
     tokens, losses, weights = averaged(numpy.asarray(tokens, float), numpy.asarray(losses, float))
     count = len(tokens)
     if count < LEAST_POINTS:
-        raise NoCurveError(f"has {count} point{'s' * (count != 1)} of a loss, and a curve needs {LEAST_POINTS}")
+        raise NoCurveError(f"has {counted(count, 'point')} of a loss, and a curve needs {LEAST_POINTS}")
     if tokens[-1] < LEAST_RANGE * tokens[0]:
         rule = (
             f"goes from {tokens[0]:,.0f} to {tokens[-1]:,.0f} tokens, and a curve needs {LEAST_RANGE:g} times as many"

@@ -15,6 +15,8 @@ from minitron_mcore.estimate.work import Beside, Limits, Training
 from minitron_mcore.pruning.targets import TARGETS
 from minitron_mcore.tables import table
 
+SHOWN = 4  # titles of what a layout cannot do
+
 
 def count_text(count: float) -> str:
     """8030261248 -> "8.03B"."""
@@ -73,7 +75,8 @@ def problem_lines(estimate: Estimate) -> Iterator[str]:
     for title, problem in estimate.problems:
         problems.setdefault(problem, []).append(title)
     for problem, titles in problems.items():
-        yield f"not possible as the recipe lays it out: {problem} ({', '.join(titles)})"
+        more = [f"and {len(titles) - SHOWN} more"] if len(titles) > SHOWN else []
+        yield f"not possible as the recipe lays it out: {problem} ({', '.join([*titles[:SHOWN], *more])})"
 
 
 def beside_table(stages: Sequence[Beside], limits: Limits) -> str:
@@ -89,10 +92,12 @@ def beside_table(stages: Sequence[Beside], limits: Limits) -> str:
     return table(rows, ("beside them", "a rank", "host of a node", "", "mostly"), left=(0, 3, 4))
 
 
-def cost_lines(training: Training, cost: Cost) -> Iterator[str]:
+def cost_lines(training: Training, cost: Cost, limits: Limits) -> Iterator[str]:
     """What a step is made of, and what all of them cost."""
     step, price, energy = cost.last, cost.cost, cost.energy
-    yield f"{training.title}: {training.timetable}"
+    found = training.forecast
+    unfit = found is not None and limits.hold(found.total, found.host) is False
+    yield f"{training.title}: {training.timetable}{', if it fitted' if unfit else ''}"
     flops = f"{step.student_flops / step.tokens:.3g} a token"
     if step.teacher_flops:
         flops += f" of the student, {step.teacher_flops / step.tokens:.3g} of the teacher"
@@ -221,7 +226,7 @@ def report(estimate: Estimate) -> str:
         blocks.append(memory_table(e.trainings, e.limits))
     blocks += ["\n".join(training_lines(e.trainings, e.limits)), beside_table(e.beside, e.limits)]
     known = [(training, cost) for training, cost in zip(e.trainings, e.costs, strict=False) if cost is not None]
-    blocks += ["\n".join(cost_lines(training, cost)) for training, cost in known]
+    blocks += ["\n".join(cost_lines(training, cost, e.limits)) for training, cost in known]
     if len(known) > 1:
         blocks.append(total_line([cost for _, cost in known]))
     if not e.trainings:

@@ -12,6 +12,7 @@ from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ClusterConfig
 from minitron_mcore.runtime.world import Memory, World
+from minitron_mcore.tables import counted
 
 ENOUGH = 1 << 62  # bytes of a memory whose size is not given
 
@@ -61,14 +62,17 @@ def _lines(job: Job, world: World) -> Iterator[str]:
     if isinstance(job, SearchJob) and job.trials:
         trials, (_, tokens) = job.trials, job.trials.stops[-1]
         on = f", {trials.side_by_side} at a time on {trials.world.size:,} ranks each" if world.size > 1 else ""
-        yield f"tries {len(trials.trials)} candidates for {tokens:,} tokens{on}; the one that needs most memory:"
-        yield from _training_lines(trials.largest, trials.world)
+        count = counted(len(trials.trials), "candidate")
+        yield f"tries {count} for {tokens:,} tokens{on}; the one that needs most memory:"
+        yield from _training_lines(trials.largest, trials.world, tokens)
     for note in job.notes:
         yield f"WARNING: {note}"
 
 
-def _training_lines(job: TrainingJob, world: World) -> Iterator[str]:
-    yield f"{'goes on' if job.resumes else 'trains'} {job.timetable}"
+def _training_lines(job: TrainingJob, world: World, most: int | None = None) -> Iterator[str]:
+    """most: the tokens after which it stops, whatever its timetable."""
+    part = "" if most is None else f"the first {most:,} tokens of "
+    yield f"{'goes on' if job.resumes else 'trains'} {part}{job.timetable}"
     yield from forecast_words(job.forecast, world.memory)
     setting, count = job.forecast.setting, job.recipe.parallel.pipeline
     # The ranks of one pipeline stage need the same.

@@ -199,7 +199,7 @@ def lay_distillation(
 
 def searches(recipe: Recipe) -> bool:
     """Whether the student is to be searched for: the recipe gives a grid, and names no student."""
-    named = recipe.run.students or dataclasses.replace(recipe.student, checkpoint=None) != StudentConfig()
+    named = recipe.run.students or recipe.student.is_named
     return has_grid(recipe.search) and not named
 
 

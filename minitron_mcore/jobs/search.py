@@ -26,6 +26,7 @@ from minitron_mcore.runtime.world import World
 from minitron_mcore.search.candidates import TIMED, Candidate, figures_of
 from minitron_mcore.search.halving import RESULT
 from minitron_mcore.search.space import Space, find_space, nearest_to_middle
+from minitron_mcore.tables import counted
 
 JSON, CSV, PLOT, CURVES = "candidates.json", "candidates.csv", "search.png", "curves.png"
 
@@ -64,18 +65,25 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Searc
     tried = tried_of(recipe, space)
     trials = resolve_trials(recipe, world, promises, tried, folder)
     names = (JSON, CSV, PLOT, CURVES) if trials else (JSON, CSV)
-    makes = tuple(Item("output", str(folder / name), f"{len(space.candidates)} candidates") for name in names)
+    makes = tuple(Item("output", str(folder / name), counted(len(space.candidates), "candidate")) for name in names)
     return SearchJob(
         recipe,
         reads=trials.reads if trials else (),
         makes=(*makes, *(trials.makes if trials else ())),
-        notes=(*(trials.notes if trials else ()), *not_exported(tried)),
+        notes=(*unused(recipe), *(trials.notes if trials else ()), *not_exported(tried)),
         teacher=teacher,
         where=where,
         space=space,
         target=folder,
         trials=trials,
     )
+
+
+def unused(recipe: Recipe) -> list[str]:
+    """What the recipe says that a search does not look at."""
+    if not recipe.student.is_named:
+        return []
+    return ["student.* has no effect, because the candidates' shapes come from search.*"]
 
 
 def check_list(folder: Path, teacher: Architecture) -> None:

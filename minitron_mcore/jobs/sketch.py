@@ -23,6 +23,7 @@ from minitron_mcore.pruning.targets import no_target
 from minitron_mcore.recipe import Recipe, with_keys
 from minitron_mcore.runtime.world import World
 from minitron_mcore.search.halving import trial_tokens
+from minitron_mcore.tables import counted
 
 TRAININGS = ("train", "correct", "distill")
 TEACHER = "train-teacher"  # the name of its step
@@ -66,18 +67,13 @@ def sketch(recipe: Recipe, teacher: Architecture) -> list[Work]:
         promises.models[absolute(told["teacher.checkpoint"])] = Model("teacher.checkpoint", folder, teacher)
     if searched := searches(recipe):
         told["search.train"] = True  # as it would be, where the recipe only lists
-    elif not recipe.run.students and not asks(recipe.student):
+    elif not recipe.run.students and not recipe.student.is_named:
         told["student"] = given_student(recipe, teacher)
     recipe = with_keys(recipe, told)
-    is_pruned = searched or bool(recipe.run.students) or asks(recipe.student)
+    is_pruned = searched or bool(recipe.run.students) or recipe.student.is_named
     road = _Sketch(folder, World(), promises, teacher=teacher, is_pruned=is_pruned)
     lay_road(recipe, road)
     return road.works
-
-
-def asks(student: StudentConfig) -> bool:
-    """Whether the section says a shape."""
-    return any(sizes_of(student).values()) or student.layers is not None or bool(student.ratios)
 
 
 def given_student(recipe: Recipe, teacher: Architecture) -> StudentConfig:
@@ -132,7 +128,7 @@ class _Sketch(Road):
         subsets = recipe.search.side_by_side
         if tokens := -(-count // subsets) * trial_tokens(recipe.search, len(candidates)):
             distill = dataclasses.replace(recipe.distill, tokens=tokens, phases=[])
-            title = f"try {count} candidates as large" + (f", {subsets} side by side" if subsets > 1 else "")
+            title = f"try {counted(count, 'candidate')} as large" + (f", {subsets} side by side" if subsets > 1 else "")
             trials = Step(step.name, title, "distill", dataclasses.replace(recipe, distill=distill))
             self.works.append(Work(trials, largest, source, subsets))
 

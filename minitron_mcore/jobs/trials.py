@@ -34,6 +34,7 @@ from minitron_mcore.recipe import Recipe, with_keys
 from minitron_mcore.runtime.world import World
 from minitron_mcore.search.candidates import Candidate
 from minitron_mcore.search.halving import RESULT, read_result
+from minitron_mcore.tables import counted
 from minitron_mcore.training.budget import Timetable
 
 CANDIDATES = "candidates"
@@ -126,7 +127,9 @@ def resolve_trials(
     part = held_out_part(recipe.data, recipe.evaluate.samples, promises.prefixes)
     held_out = inputs.data_items(describe(recipe.data, [part], teacher.tokenizer, promises.prefixes))
     read = [*scoring.reads, *jobs[0].reads, *held_out]
-    winner = Item("output", str(folder / "winner"), f"the best of {len(trials)} candidates, pruned and distilled")
+    winner = Item(
+        "output", str(folder / "winner"), f"the best of {counted(len(trials), 'candidate')}, pruned and distilled"
+    )
     return Trials(
         recipe,
         folder=folder,
@@ -176,7 +179,7 @@ def own_world(world: World, count: int) -> World:
     """The ranks of one of `count` candidates that train side by side. Raises InputError where the ranks cannot be
     divided so."""
     if world.size % count:
-        rule = f"does not divide the {world.size} rank{'s' if world.size > 1 else ''}"
+        rule = f"does not divide the {counted(world.size, 'rank')}"
         raise InputError("search.side_by_side", count, rule, "each candidate trains on as many ranks as the others")
     size = world.size // count
     return dataclasses.replace(world, rank=world.rank % size, size=size)

@@ -1,5 +1,6 @@
 """Recipe sections of pruning: the student's shape, and how a plan chooses."""
 
+import dataclasses
 from typing import Annotated, Optional
 
 from minitron_mcore.errors import InputError
@@ -31,6 +32,11 @@ class StudentConfig:
         "share of the teacher's size that stays, by the names above, as in {hidden_size: 0.75}; rounded to the nearest "
         "multiple of prune.divisible_by (hidden_size and ffn_hidden_size) and of what tensor parallelism needs",
     )
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the recipe says anything of it, but for where it is written."""
+        return dataclasses.replace(self, checkpoint=None) != StudentConfig()
 
 
 @section

@@ -31,8 +31,8 @@ class Device(NamedTuple):
 # By the words that are in a device's name, as torch.cuda.get_device_name gives it or as people say it. Of several rows
 # the one with the longest name counts: `NVIDIA A100-SXM4-40GB` is `A100 40GB`. Between nodes: DGX A100 has 200 Gb/s for
 # each GPU, DGX H100, H200 and B200, GB200 NVL72 and AMD's platform 400. Boards whose bridges join two alone talk over
-# PCI Express, 4 or 5. Best products: Maximum Achievable Matmul FLOPS
-# as github.com/mag-/gpu_benchmark collects them.
+# PCI Express, 4 or 5. Best products: Maximum Achievable Matmul FLOPS as github.com/mag-/gpu_benchmark collects them; of
+# the A800, the H800 and the H200 those of the A100 and the H100, which have the same cores.
 DEVICES: dict[str, Device] = {
     "A30": Device(165, None, 10.3, 24, 933, 32, None, 165, "NVIDIA A30 data sheet"),
     "A40": Device(149.7, None, 37.4, 48, 696, 32, None, 300, "NVIDIA A40 data sheet"),
@@ -41,18 +41,20 @@ DEVICES: dict[str, Device] = {
     "A100 PCIe": Device(312, None, 19.5, 80, 1935, 32, None, 300, "NVIDIA A100 data sheet, 80GB PCIe", 256.4),
     "A100 PCIe 40GB": Device(312, None, 19.5, 40, 1555, 32, None, 250, "NVIDIA A100 data sheet, 40GB PCIe", 256.4),
     "A800": Device(312, None, 19.5, 80, 2039, 200, 25, 400, "NVIDIA A800 data sheet, 80GB SXM", 267.9),
-    "L4": Device(121, 242.5, 30.3, 24, 300, 32, None, 72, "NVIDIA L4 data sheet"),
-    "L40": Device(181, 362, 90.5, 48, 864, 32, None, 300, "NVIDIA L40 data sheet"),
-    "L40S": Device(362, 733, 91.6, 48, 864, 32, None, 350, "NVIDIA L40S data sheet"),
+    "L4": Device(121, 242.5, 30.3, 24, 300, 32, None, 72, "NVIDIA L4 data sheet", 91.4),
+    "L40": Device(181, 362, 90.5, 48, 864, 32, None, 300, "NVIDIA L40 data sheet", 170.3),
+    "L40S": Device(362, 733, 91.6, 48, 864, 32, None, 350, "NVIDIA L40S data sheet", 252.0),
     "H20": Device(148, 296, 44, 96, 4000, 450, 50, 400, "NVIDIA H20 data sheet"),
     "H100": Device(989.4, 1978.9, 66.9, 80, 3350, 450, 50, 700, "NVIDIA H100 data sheet, SXM", 792.1),
     "H100 PCIe": Device(756, 1513, 51.2, 80, 2000, 64, None, 350, "NVIDIA H100 data sheet, PCIe", 499.5),
-    "H100 NVL": Device(835.5, 1671, 60, 94, 3900, 64, None, 400, "NVIDIA H100 data sheet, NVL"),
+    "H100 NVL": Device(835.5, 1671, 60, 94, 3900, 64, None, 400, "NVIDIA H100 data sheet, NVL", 488.5),
     "H800": Device(989.4, 1978.9, 66.9, 80, 3350, 200, 50, 700, "NVIDIA H800 data sheet, SXM", 792.1),
     "H200": Device(989.4, 1978.9, 66.9, 141, 4800, 450, 50, 700, "NVIDIA H200 data sheet, SXM", 792.1),
     "H200 NVL": Device(835.5, 1671, 60, 141, 4800, 450, None, 600, "NVIDIA H200 data sheet, NVL"),
-    "GH200": Device(989.4, 1978.9, 66.9, 96, 4000, 450, 50, 900, "NVIDIA GH200 data sheet, HBM3", 792.1),
-    "B200": Device(2250, 4500, 75, 180, 8000, 900, 50, 1000, "NVIDIA HGX B200 data sheet, an eighth"),
+    "GH200": Device(
+        989.4, 1978.9, 66.9, 96, 4000, 450, 50, 900, "NVIDIA GH200 data sheet, HBM3; power with the CPU", 842.5
+    ),
+    "B200": Device(2250, 4500, 75, 180, 7700, 900, 50, 1000, "NVIDIA HGX B200 data sheet, an eighth"),
     "GB200": Device(2500, 5000, 80, 186, 8000, 900, 50, 1200, "NVIDIA GB200 NVL72 data sheet, a 72nd"),
     "MI300X": Device(1307.4, 2614.9, 163.4, 192, 5300, 448, 50, 750, "AMD Instinct MI300X data sheet", 758.3),
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 from minitron_mcore.search.candidates import TIMED, Candidate
 from minitron_mcore.search.halving import Result, best_first, or_infinite, standing, survivors
+from minitron_mcore.tables import counted
 from minitron_mcore.tables import table as tabulate
 
 
@@ -178,7 +179,7 @@ def summary(ranking: Ranking) -> str:
     """How far the loss before training foretold the ranking, in one sentence."""
     count = len(ranking.rows)
     if ranking.correlation is None:
-        return f"{count} candidate{'s' * (count > 1)}: too few, or too alike, to compare the ranks before and after"
+        return f"{counted(count, 'candidate')}: too few, or too alike, to compare the ranks before and after"
     said = f"Spearman correlation of the ranks before and after training: {ranking.correlation:.2f}"
     return f"{said}, over {count} candidates"
 

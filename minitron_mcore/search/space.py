@@ -20,6 +20,7 @@ from minitron_mcore.pruning.targets import nearest_multiple, student_shape
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.search.candidates import Candidate, in_words
 from minitron_mcore.search.config import AXES, BudgetConfig, SearchConfig
+from minitron_mcore.tables import counted
 
 MOST_COMBINATIONS = 50_000  # some seconds
 SHOWN = 3  # candidates or reasons that an error names
@@ -40,7 +41,7 @@ class Space:
     @property
     def summary(self) -> str:
         """In one line."""
-        tried, shapes = _count(self.combinations, "combination"), _count(self.shapes, "shape")
+        tried, shapes = counted(self.combinations, "combination"), counted(self.shapes, "shape")
         return f"{tried}, {shapes} that can be pruned and laid out, {len(self.candidates):,} within the budgets"
 
 
@@ -73,7 +74,7 @@ def find_space(
     if not found:
         reasons = dropped.most_common()
         told = [f"{count} because {reason}" for reason, count in reasons[:SHOWN]] + ["…"] * (len(reasons) > SHOWN)
-        raise InputError("search", None, f"leaves none of {_count(len(combinations), 'combination')}", "; ".join(told))
+        raise InputError("search", None, f"leaves none of {counted(len(combinations), 'combination')}", "; ".join(told))
     every = [Candidate(shape, figures(shape)) for shape in found]
     within = within_budgets(every, config.budget)
     return Space(tuple(within), len(every), len(combinations), dict(dropped))
@@ -131,7 +132,7 @@ def within_budgets(candidates: Sequence[Candidate], budget: BudgetConfig) -> lis
     bounds = {name: bounds[name] for name in alone[:1]} or bounds
     nearest = sorted(candidates, key=lambda each: max(exceeded(each, bounds).values(), default=0))
     told = "; ".join(_how_far(each, bounds) for each in nearest[:SHOWN])
-    of = f"of {_count(len(candidates), 'shape')}"
+    of = f"of {counted(len(candidates), 'shape')}"
     if not alone:
         raise InputError("search.budget", budget.given(), f"is met as a whole by none {of}", f"the nearest are {told}")
     (least, most) = bounds[alone[0]]
@@ -175,7 +176,8 @@ def _how_far(candidate: Candidate, bounds: Bounds) -> str:
     for name, share in exceeded(candidate, bounds).items():
         value = candidate.figures[name]
         side = "below" if value < bounds[name][0] else "above"
-        told.append(f"{name} {in_words(value)} ({100 * share:.1f}% {side})")
+        far = f"{100 * share:.1f}%" if share < 10 else f"{share:,.0f} times"
+        told.append(f"{name} {in_words(value)} ({far} {side})")
     return f"{candidate.name} with {', '.join(told)}"
 
 
@@ -187,7 +189,3 @@ def _reason(error: InputError) -> str:
     """Why a shape cannot be, by the keys of the grid."""
     key = error.key.replace("student.", "search.") if error.key != "num_layers" else "search.num_layers"
     return f"{key}={error.value} {error.rule}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -8,6 +8,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.inspect import InspectJob
 from minitron_mcore.report.what_it_is import describe, table, verify_weights
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.tables import counted
 
 
 def run(job: InspectJob, runtime: Runtime) -> None:
@@ -19,7 +20,7 @@ def run(job: InspectJob, runtime: Runtime) -> None:
         faults = verify_weights(found, path) if recipe.verify else []
         runtime.print(json.dumps(found, indent=2, default=str) if recipe.json else table(found))
         if faults:
-            rule = f"is damaged, {len(faults)} fault{'s' * (len(faults) > 1)}: {faults[0]}"
+            rule = f"is damaged, {counted(len(faults), 'fault')}: {faults[0]}"
             raise InputError("", path, rule)
 
     runtime.on_main(show)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitron_mcore.errors import DivergedError
 from minitron_mcore.files import write_whole, writing
 from minitron_mcore.jobs.search import CSV, CURVES, JSON, PLOT, SearchJob
 from minitron_mcore.jobs.trials import CANDIDATES
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 def run(job: SearchJob, runtime: Runtime | None) -> dict[str, Any]:
     """List the candidates, and rank them where the recipe says so; every rank calls, of a list the first process alone.
 
-    Returns the name of the best candidate, None where none was trained, and Spearman's correlation of the ranks.
+    Returns the name of the best candidate, None where none was trained, and Spearman's correlation of the ranks. Raises
+    DivergedError, when all is written, where no candidate could be trained to its end.
     """
     if runtime is None:
         list_candidates(job)
@@ -48,8 +50,12 @@ def run(job: SearchJob, runtime: Runtime | None) -> dict[str, Any]:
     results = trials.run(job.trials, runtime)
     ranking, files = runtime.on_main(lambda: write(job, results))
     runtime.print(f"\n{ranking_table(ranking)}\n\nsearch: {summary(ranking)}\nsearch: -> {files}")
-    best = results[0] if results[0]["loss"] is not None else None
-    return {"winner": best and best["name"], "correlation": ranking.correlation}
+    if results[0]["loss"] is None:
+        raise DivergedError(
+            f"every candidate diverged, as {results[0]['name']}: {results[0]['diverged']}; lower distill.lr, and name "
+            "another folder as output"
+        )
+    return {"winner": results[0]["name"], "correlation": ranking.correlation}
 
 
 def list_candidates(job: SearchJob) -> None:

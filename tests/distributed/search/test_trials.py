@@ -15,7 +15,7 @@ import yaml
 from minitron_mcore.checkpoint.folder import latest_iteration
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.search.searching import BATCH, COMMON, NAMES, SHAPES, rows_of, search_on_rank, weights_of
-from tests.e2e.verbs import all_run_well
+from tests.e2e.verbs import all_run_well, minitron
 
 
 def commanded(root: Path, verb: str, *overrides: str) -> list[str]:
@@ -130,15 +130,19 @@ def test_from_a_cache(root: Path, searched: tuple[list[dict[str, Any]], str]) ->
     assert result["loss"] == pytest.approx(running["loss"], abs=1e-4)
 
 
-def test_a_candidate_that_diverges_is_given_up(root: Path) -> None:
-    overrides = ["distill.lr=1e30", "distill.max_skipped_iterations=1"]
+def test_candidates_that_diverge_are_given_up(root: Path) -> None:
+    """Where none is left, the search says so when all is written, and a second one says it again."""
     folder = root / "diverged"
-    (result,), shown = run_on_ranks(search_on_rank, 1, root, folder, overrides, SHAPES[:1])[0]
+    grid = ["search.ffn_hidden_size=[64]", f"search.tokens={4 * BATCH}", f"output={folder}"]
+    command = commanded(root, "search", "distill.lr=1e30", "distill.max_skipped_iterations=1", *grid)
+    (code, shown), (code_again, shown_again) = minitron(*command), minitron(*command)
+    assert code == code_again == 1
+    assert f"{NAMES[0]}: diverged before {4 * BATCH} tokens" in shown and not (folder / "winner").exists()
+    told = f"every candidate diverged, as {NAMES[0]}: "
+    assert told in shown.splitlines()[-1] and told in shown_again and "distill:" not in shown_again
+    result = json.loads((folder / "candidates" / NAMES[0] / "result.json").read_text())
     assert result["loss"] is None and "ends the run" in result["diverged"]
     assert result["curve"] == [[0, result["zero_shot"]], [4 * BATCH, None]]
-    assert f"{NAMES[0]}: diverged before {4 * BATCH} tokens" in shown and not (folder / "winner").exists()
-    again, shown = run_on_ranks(search_on_rank, 1, root, folder, overrides, SHAPES[:1])[0]
-    assert again == [result] and "distill:" not in shown
 
 
 @pytest.mark.slow  # what a first winner needs is shown above

@@ -90,7 +90,10 @@ def test_dry_run(root: Path) -> None:
     world = World(size=4, local_size=4)
     shown = dry_run("search", resolve_job("search", recipe_of(root, grid), world), world)
     assert f"tries 3 candidates for {4 * BATCH} tokens, 2 at a time on 2 ranks each; the one that needs most" in shown
-    assert "trains 8 iterations of 4 x 32 tokens" in shown and "memory of a rank: forecast" in shown
+    assert (
+        f"trains the first {4 * BATCH} tokens of 8 iterations of 4 x 32 tokens" in shown
+        and "memory of a rank: forecast" in shown
+    )
     assert shown.count("teacher.checkpoint=") == 1 and not (root / "search").exists()
 
 

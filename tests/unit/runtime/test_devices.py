@@ -55,7 +55,7 @@ def test_rows_are_of_a_size_with_each_other(name: str) -> None:
     assert row == DEVICES[name] and row.sheet.split()[0] in ("NVIDIA", "AMD")
     assert 35 <= 1000 * row.bf16 / row.memory_bandwidth <= 450
     assert row.fp8 is None or row.fp8 == pytest.approx(2 * row.bf16, rel=0.02)
-    assert row.best_matmul is None or 0.5 < row.best_matmul / row.bf16 < 0.9
+    assert row.best_matmul is None or 0.5 < row.best_matmul / row.bf16 < 0.95
     assert row.inter_node is None or row.inter_node < (row.intra_node or 0)
 
 
@@ -72,9 +72,9 @@ def test_own_values_come_first() -> None:
 
 
 def test_efficiency_is_of_measured_products_where_there_are_any() -> None:
-    """0.9 x 792.1 / 989.4 by hand; L4 has no measurement."""
+    """0.9 x 792.1 / 989.4 by hand; the A40 has no measurement."""
     assert machine_of(ClusterConfig(device="H100")).efficiency == pytest.approx(0.7205, abs=1e-4)
-    assert machine_of(ClusterConfig(device="L4")).efficiency == 0.7
+    assert machine_of(ClusterConfig(device="A40")).efficiency == 0.7
 
 
 def test_an_unknown_device_is_refused_with_the_nearest() -> None:
