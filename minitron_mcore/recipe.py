@@ -16,6 +16,7 @@ from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerCo
 from minitron_mcore.distillation.config import CacheConfig, DistillConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.config import EstimateConfig, ServingConfig
+from minitron_mcore.evaluation.config import EvaluateConfig
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, key, section, section_of
 from minitron_mcore.megatron_names import SECTIONS, named_here
@@ -71,14 +72,6 @@ class RunConfig:
 
 
 @section
-class EvaluateConfig:
-    """Held-out LM loss."""
-
-    samples: int = key(64, "sequences of the validation set", at_least=1)
-    micro_batch_size: int = key(1, "sequences at a time", at_least=1, may_change=True)
-
-
-@section
 class Recipe:
     """Everything a user can say. Verbs read the sections they need."""
 
@@ -91,6 +84,9 @@ class Recipe:
     input: Sources = key(None, "preprocess: text or JSONL files, or folders")
     output_prefix: Optional[PathName] = key(None, "preprocess: path of the .bin/.idx, without ending")
     checkpoint: Optional[PathName] = key(None, "evaluate, export: folder of a checkpoint; import writes it")
+    checkpoints: dict[str, PathName] = key(
+        {}, "evaluate: several by name, in one table; the first is what the others are compared with", may_change=True
+    )
     hf: Optional[PathName] = key(None, "Hugging Face folder: import reads it, export writes it")
     results: Optional[PathName] = key(None, "evaluate: file to write; null: results.json beside the checkpoint")
     scores: Optional[PathName] = key(None, "score writes it, plan and prune read it")

@@ -119,7 +119,7 @@ VERBS = {
     ),
     "evaluate": Verb(
         "language-model loss and perplexity of any checkpoint at any layout → `results.json`",
-        ("checkpoint", "results", "output", "evaluate", "data", "tokenizer.model", *_MODEL),
+        ("checkpoint", "checkpoints", "results", "output", "evaluate", "data", "tokenizer.model", *_MODEL),
         "checkpoint, data.valid (or a part of data.train) → the file results",
         "minitron evaluate checkpoint=student data.valid=data/corpus_valid_text_document",
     ),

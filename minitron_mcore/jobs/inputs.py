@@ -92,14 +92,23 @@ def output_folder(value: str | None, key: str) -> Path:
 
 
 def find_reader(
-    recipe: Recipe, world: World, promises: Promises, key: str, *, whole: str = "", reads_text: bool = True
+    recipe: Recipe,
+    world: World,
+    promises: Promises,
+    key: str,
+    folder: str | None = None,
+    *,
+    whole: str = "",
+    reads_text: bool = True,
 ) -> Model:
     """The checkpoint that the recipe names by `key`, with the tokenizer that its texts are read with.
+
+    folder: where it is, of a key that is an entry of a dictionary.
 
     whole: the verb that needs a whole sequence on a rank. Raises InputError where the layout or the tokenizer does not
     suit it, or there is none.
     """
-    model = find_model(value_at(recipe, key), key, promises)
+    model = find_model(folder or value_at(recipe, key), key, promises)
     check_model(model.architecture, recipe, world, reads_text=reads_text)
     if whole and reads_text:
         refuse_context(recipe, whole)

@@ -1,0 +1,47 @@
+"""The models that one command looks at, under the names that its tables show. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron_mcore.checkpoint.folder import is_hugging_face, latest_iteration
+from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.inputs import find_reader, require
+from minitron_mcore.jobs.job import Model, Promises
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.world import World
+
+ONE_OR_MORE = "the folder of a checkpoint, or several as checkpoints.NAME=FOLDER"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A model by the name that tables show. model: a checkpoint's, with its tokenizer; None: `folder` is Hugging
+    Face's."""
+
+    name: str
+    folder: Path
+    model: Model | None = None
+
+
+def find_compared(recipe: Recipe, world: World, promises: Promises) -> tuple[Compared, ...]:
+    """`checkpoints`, else the one `checkpoint`, in the recipe's order: the first is what others are compared with.
+
+    Raises InputError where there is none, where both are given, or where a layout or a tokenizer does not suit one.
+    """
+    if recipe.checkpoints and recipe.checkpoint:
+        remedy = "name it among them, as checkpoints.student=FOLDER, or leave them out"
+        raise InputError("checkpoint", recipe.checkpoint, "is given beside checkpoints", remedy)
+    if recipe.checkpoint:
+        return (_find(Path(recipe.checkpoint).name, recipe.checkpoint, "checkpoint", recipe, world, promises),)
+    require(recipe, {} if recipe.checkpoints else {"checkpoint": ONE_OR_MORE})
+    named = recipe.checkpoints.items()
+    return tuple(_find(name, folder, f"checkpoints.{name}", recipe, world, promises) for name, folder in named)
+
+
+def _find(name: str, folder: str, key: str, recipe: Recipe, world: World, promises: Promises) -> Compared:
+    path = Path(folder)
+    if path.is_dir() and is_hugging_face(path) and latest_iteration(path) is None:
+        return Compared(name, path)
+    return Compared(name, path, find_reader(recipe, world, promises, key, folder))
