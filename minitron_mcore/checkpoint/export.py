@@ -31,6 +31,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import known_families
 from minitron_mcore.families.table import config_of
 from minitron_mcore.files import writing
+from minitron_mcore.runtime.progress import Bar
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.whole_folder import whole_folder
 
@@ -59,10 +60,11 @@ def export_checkpoint(
     """
     marks = {} if (bos, eos, save_tokenizer) == (None, None, None) else {"bos_token_id": bos, "eos_token_id": eos}
     job = _Export(folder, iteration, target, max_shard_bytes, marks)
-    num_files = runtime.on_main(job.begin)
+    num_files, size = runtime.on_main(job.begin)
     with whole_folder(target, f"hf={target}") as place:
-        for number in range(num_files):
-            runtime.on_main(partial(job.write_weights, place, number))
+        with runtime.progress(size, "B", "export") as bar:
+            for number in range(num_files):
+                runtime.on_main(partial(job.write_weights, place, number, bar))
         runtime.on_main(partial(job.finish, place, card, save_tokenizer))
 
 
@@ -77,8 +79,8 @@ class _Export:
     marks: dict[str, int | None]  # of the tokenizer's own
     stored: list[StoredPiece] = field(default_factory=list)
 
-    def begin(self) -> int:
-        """Refuse what cannot be exported; returns the number of weight files."""
+    def begin(self) -> tuple[int, int]:
+        """Refuse what cannot be exported; returns the number of weight files, and their bytes."""
         self.architecture = read_architecture(self.folder)
         self.config = config_of(known_families()[self.architecture.family], self.architecture, f"hf={self.target}")
         _ask_transformers(self.config, self.target)
@@ -94,13 +96,13 @@ class _Export:
         numbered = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
         self.names = numbered if count > 1 else [SINGLE]
         self.stream = self._tensors()
-        return len(self.files)
+        return count, sum(entry.num_bytes for entry in entries)
 
-    def write_weights(self, place: Path, number: int) -> None:
+    def write_weights(self, place: Path, number: int, bar: Bar) -> None:
         """One safetensors file. One parameter makes several tensors, so the stream continues across files."""
         entries, path = self.files[number], place / self.names[number]
         with writing(f"hf={self.target}"):
-            self.stored += write_safetensors(path, entries, islice(self.stream, len(entries)))
+            self.stored += write_safetensors(path, entries, bar.over(islice(self.stream, len(entries)), _size))
 
     def finish(
         self, place: Path, card: Callable[[], str] | None, save_tokenizer: Callable[[Path], None] | None
@@ -128,6 +130,10 @@ class _Export:
         for unit in self.units:
             key, shape = unit.parameter.key, unit.parameter.shape(self.architecture)
             yield from unit.layout.split(self.reader.read(key, unit.layer, shape), self.architecture)
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.nbytes
 
 
 def _ask_transformers(config: dict[str, Any], target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.conversion import Unit, units
@@ -52,7 +53,8 @@ def import_checkpoint(
         for found in _sources(folder, unit, architecture, tensor_group().rank(), parallel.tensor)
     ]
     judge = partial(checks.judge, wanted, architecture, folder.path, allow)
-    return save_stream(target, 0, sources, runtime, judge, architecture=architecture, called=called)
+    how: Any = {"architecture": architecture, "called": called, "title": "import"}
+    return save_stream(target, 0, sources, runtime, judge, **how)
 
 
 def _sources(folder: SafetensorsFolder, unit: Unit, architecture: Architecture, rank: int, size: int) -> list[Source]:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +40,7 @@ from minitron_mcore.checkpoint.way_back import common_part, extra_states, write_
 from minitron_mcore.errors import InputError, Interrupted, StorageError
 from minitron_mcore.files import nearest_folder, not_written
 from minitron_mcore.layout import Parameter, shard_slices
+from minitron_mcore.runtime.progress import Bar
 from minitron_mcore.runtime.start import Runtime
 
 # On a full disk torch.save may report only a broken archive, when the system's own error got lost.
@@ -55,6 +57,10 @@ class Piece:
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,10 @@ def save_stream(
     *,
     architecture: Architecture | None = None,
     called: str | None = None,
+    title: str = "writing",
 ) -> Any:
     """Write each rank's `sources` as a whole iteration of `folder`; all ranks call, each with its own, possibly none.
+    title: of the bar.
 
     With an `architecture`, what other projects on megatron-core need to load it is written too (way_back.py).
 
@@ -131,9 +139,11 @@ def save_stream(
     judged: list[Any] = []
 
     def write(temporary: Path) -> list[StoredPiece]:
-        writer = _StreamWriter(temporary, chosen, objects)
+        size = sum(source.piece.num_bytes for source in chosen)
         # A stored tensor's own checksum is in the manifest; torch.load never reads the CRC-32, which takes longer.
-        with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # given at import
+        without_crc32 = config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]  # given at import
+        with runtime.progress(size, "B", title) as bar, without_crc32:
+            writer = _StreamWriter(temporary, chosen, objects, bar)
             dcp.save({}, storage_writer=writer, planner=_StreamPlanner(chosen, objects))
         judged.append(judge())
         return writer.stored
@@ -265,9 +275,9 @@ def _write_item(piece: Piece) -> dcp.WriteItem:
 class _StreamWriter(dcp.FileSystemWriter):
     """Reads one source after another, and writes its tensors, when torch asks for the rank's data; then `objects`."""
 
-    def __init__(self, path: Path, sources: list[Source], objects: list[ShardedObject]) -> None:
+    def __init__(self, path: Path, sources: list[Source], objects: list[ShardedObject], bar: Bar) -> None:
         super().__init__(path, thread_count=1)
-        self.sources, self.objects = sources, objects
+        self.sources, self.objects, self.bar = sources, objects, bar
         self.stored: list[StoredPiece] = []
 
     @property
@@ -301,6 +311,7 @@ class _StreamWriter(dcp.FileSystemWriter):
                 self.stored.append(stored_piece(piece.key, piece.offsets, whole))
                 put(MetadataIndex(piece.key, torch.Size(piece.offsets)), whole)
                 del tensor, whole  # or they would be in memory beside the next ones
+                self.bar.advance(piece.num_bytes)
             for value in self.objects:  # as megatron-core stores them: the list of their parts
                 put(MetadataIndex(value.unique_key), [value.data])
             stream.flush()

@@ -53,7 +53,6 @@ class PreprocessConfig:
     )
     append_eod: bool = key(True, "end each document with a mark, since samples are cut across documents")
     workers: Optional[int] = key(None, "processes; null: one for every core this process may use", at_least=1)
-    log_interval: int = key(1000, "documents between two lines of progress", at_least=1)
     valid_fraction: float = key(0.0, "share of the documents held out under <output_prefix>_valid", at_least=0, below=1)
     overwrite: bool = key(False, "write over files that exist")
 

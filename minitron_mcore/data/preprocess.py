@@ -36,6 +36,7 @@ from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.interrupt import held_back
 from minitron_mcore.runtime.pace import Pace
+from minitron_mcore.runtime.progress import Progress, progress
 
 TASK_BYTES = 1 << 18  # text handed to a worker at a time
 WAITING_TOKENS = 1 << 26  # of documents that are kept in memory until both sides have one
@@ -71,6 +72,7 @@ def preprocess(
     *,
     seed: int,
     report: Callable[[str], None] = print,
+    progress: Progress = progress,
 ) -> list[str]:
     """Encode every document of `texts`; returns the prefixes written, held-out ones last.
 
@@ -84,20 +86,22 @@ def preprocess(
         encode, kind=tokenizer.type, path=tokenizer.path, keys=tuple(keys), append_eod=config.append_eod
     )
     writers = [TokenWriter(name, tokenizer, config.append_eod) for name in names + held_out_names]
-    progress = _Progress(sum(file.size for file in files), config.log_interval, report)
+    pace, documents_done = Pace(), 0
     replacements = Replacements()
     cut: dict[str, int] = {}
     tasks = _tasks(files, keys, config.document_bytes, cut)
     try:
-        parts = _encode_all(tasks, work, config.workers or len(os.sched_getaffinity(0)))
-        for encoded, held_out in assign(parts, fraction=config.valid_fraction, seed=seed, report=report):
-            for k, key in enumerate(keys):
-                sides = writers[k :: len(keys)]
-                documents = numpy.split(encoded.tokens[key], numpy.cumsum(encoded.lengths[key])[:-1])
-                for document, is_held_out in zip(documents, held_out, strict=True):
-                    sides[is_held_out].add(document)
-            replacements.add(encoded.replacements)
-            progress.add(len(held_out), encoded.bytes)
+        with progress(sum(file.size for file in files), "B", "preprocess") as bar:
+            parts = _encode_all(tasks, work, config.workers or len(os.sched_getaffinity(0)))
+            for encoded, held_out in assign(parts, fraction=config.valid_fraction, seed=seed, report=report):
+                for k, key in enumerate(keys):
+                    sides = writers[k :: len(keys)]
+                    documents = numpy.split(encoded.tokens[key], numpy.cumsum(encoded.lengths[key])[:-1])
+                    for document, is_held_out in zip(documents, held_out, strict=True):
+                        sides[is_held_out].add(document)
+                replacements.add(encoded.replacements)
+                documents_done += len(held_out)
+                bar.advance(encoded.bytes)
         for writer in writers:
             writer.finish()
         _refuse_empty(writers, config, texts.key)
@@ -117,7 +121,11 @@ def preprocess(
         )
     if warning := str(replacements):
         report(warning)
-    progress.end(sum(writer.tokens for writer in writers))
+    report(
+        f"preprocess: done, {documents_done:,} documents, {bar.done / 1e6:,.1f} MB, "
+        f"{sum(writer.tokens for writer in writers):,} tokens in {pace.seconds:.1f} s "
+        f"({pace.rate(bar.done) / 1e6:.2f} MB/s)"
+    )
     return [writer.prefix for writer in writers]
 
 
@@ -321,27 +329,3 @@ class TokenWriter:
         for ending in (".json.tmp", ".bin.tmp", ".idx.tmp"):
             if os.path.exists(self.prefix + ending):
                 os.remove(self.prefix + ending)
-
-
-class _Progress:
-    """Lines with documents, megabytes, rate and time left."""
-
-    def __init__(self, total_bytes: int, log_interval: int, report: Callable[[str], None]) -> None:
-        self.total, self.interval, self.report, self.pace = total_bytes, log_interval, report, Pace()
-        self.documents = self.bytes = self.reported = 0
-
-    def add(self, documents: int, size: int) -> None:
-        self.documents += documents
-        self.bytes += size
-        if self.documents - self.reported >= self.interval:
-            self.reported, left = self.documents, int(self.pace.left(self.bytes, self.total))
-            self.report(
-                f"preprocess: {self.documents:,} documents | {self.bytes / 1e6:,.1f} of {self.total / 1e6:,.1f} MB | "
-                f"{self.pace.rate(self.bytes) / 1e6:.2f} MB/s | {left // 60}:{left % 60:02d} left"
-            )
-
-    def end(self, tokens: int) -> None:
-        self.report(
-            f"preprocess: done, {self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {tokens:,} tokens in "
-            f"{self.pace.seconds:.1f} s ({self.pace.rate(self.bytes) / 1e6:.2f} MB/s)"
-        )

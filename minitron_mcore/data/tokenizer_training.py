@@ -16,6 +16,7 @@ from minitron_mcore.data.records import Replacements, read_records, texts_of
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import first_line, whole_file
+from minitron_mcore.runtime.progress import Bar, Progress, progress
 
 PASSAGE_CHARACTERS = 2_000  # a training "sentence": whole lines, so that pieces may span a line end
 
@@ -28,7 +29,12 @@ SIZES = (
 
 
 def train_tokenizer(
-    config: TokenizerConfig, texts: Texts, *, seed: int, report: Callable[[str], None] = print
+    config: TokenizerConfig,
+    texts: Texts,
+    *,
+    seed: int,
+    report: Callable[[str], None] = print,
+    progress: Progress = progress,
 ) -> Tokenizer:
     """Train a SentencePiece BPE model with byte fallback on `texts` and write it to `config.model`.
 
@@ -38,12 +44,15 @@ def train_tokenizer(
     assert config.model, "tokenizer.model names the file to write"
     replacements = Replacements()
     files = texts.files
-    documents = (
-        texts_of(record, file.form, file.path, [config.json_key], replacements)[0]
-        for file in files
-        for record in read_records(file, [config.json_key])
-    )
-    passages, read = _sample(_passages(documents), config.input_sentence_size, seed)
+
+    def documents(bar: Bar) -> Iterator[str]:
+        for file in files:
+            for record in read_records(file, [config.json_key]):
+                yield texts_of(record, file.form, file.path, [config.json_key], replacements)[0]
+            bar.advance(file.size)
+
+    with progress(sum(file.size for file in files), "B", "tokenizer: reading") as bar:
+        passages, read = _sample(_passages(documents(bar)), config.input_sentence_size, seed)
     if not passages:
         rule = f"holds no text, because its {len(files)} files are empty"
         raise InputError(texts.key, config.input, rule, "name others")
@@ -55,7 +64,7 @@ def train_tokenizer(
     if warning := str(replacements):
         report(warning)
     started = time.perf_counter()
-    with _heartbeat(report, started):
+    with progress(None, "", "tokenizer: training") as bar, _heartbeat(bar):
         model = _train_sentencepiece(passages, config, texts.key)
     make_parent(config.model, "tokenizer.model")
     with whole_file(config.model) as partial:
@@ -131,13 +140,13 @@ def _sample(passages: Iterable[str], limit: int, seed: int) -> tuple[list[str], 
 
 
 @contextmanager
-def _heartbeat(report: Callable[[str], None], started: float) -> Iterator[None]:
-    """A line every ten seconds while SentencePiece, which reports nothing readable, trains."""
+def _heartbeat(bar: Bar) -> Iterator[None]:
+    """Shows the time every second while SentencePiece, which reports nothing readable, trains."""
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(10.0):
-            report(f"tokenizer: training, {time.perf_counter() - started:.0f} s")
+        while not done.wait(1.0):
+            bar.show()
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

@@ -63,7 +63,8 @@ def prune_checkpoint(
             for found in _sources(reader, plan, parameter, layer, group.rank(), group.size())
         ]
 
-    save_stream(target, 0, all_or_none(open_teacher), runtime, architecture=plan.student, called=called)
+    sources = all_or_none(open_teacher)
+    save_stream(target, 0, sources, runtime, architecture=plan.student, called=called, title="prune")
 
 
 def _sources(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
-
-REPORT_SECONDS = 10.0
 
 
 class Pace:
@@ -16,7 +15,7 @@ class Pace:
     def __init__(self, before: float = 0) -> None:
         """before: what was done by others, of what is done and of the total."""
         self.before = before
-        self.started = self._said = time.perf_counter()
+        self.started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
@@ -30,15 +29,10 @@ class Pace:
         """Seconds that the rest will take, at the pace so far."""
         return self.seconds * max(total - done, 0) / max(done - self.before, 1e-9)
 
-    def is_due(self, done: float, total: float) -> bool:
-        """Whether to print a line: every REPORT_SECONDS, and at the end."""
-        if time.perf_counter() - self._said < REPORT_SECONDS and done < total:
-            return False
-        self._said = time.perf_counter()
-        return True
 
-    def line(self, done: int, total: int, unit: str) -> str:
-        return f"{done:,}/{total:,} {unit}, {self.rate(done):.3g} {unit}/s, {self.left(done, total):.0f} s left"
+def duration(seconds: float) -> str:
+    """As in `0:01:40` or `2d 4:03:04`."""
+    return str(timedelta(seconds=round(seconds))).replace(" days, ", "d ").replace(" day, ", "d ")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 import warnings
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,6 +16,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime import agree, cpu_adapter
+from minitron_mcore.runtime.progress import Bar, progress
 from minitron_mcore.runtime.world import Memory, World, collective_timeout, host_memory, own_interface, read_world
 
 
@@ -29,6 +30,7 @@ class Runtime:
     device: torch.device
     local_size: int = 1  # ranks of this node
     stop_signal: int = 0  # of a stop request that came in a training's last iteration
+    progress_style: str = "auto"  # how it is shown how far long work is (progress.py)
 
     @property
     def is_main(self) -> bool:
@@ -38,6 +40,13 @@ class Runtime:
         """Print on the first rank alone, at once."""
         if self.is_main:
             print(*words, flush=True)
+
+    def progress(
+        self, total: float | None, unit: str, title: str, *, done: float = 0, lines: bool = True
+    ) -> AbstractContextManager[Bar]:
+        """A bar on the first rank's terminal, or dated lines in its log, while the `with` lasts (progress.py)."""
+        style = self.progress_style if self.is_main else "none"
+        return progress(total, unit, title, style=style, done=done, lines=lines)
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -25,6 +25,7 @@ from torch.distributed import PrefixStore, Store
 from minitron_mcore.errors import InputError, MemoryExhaustedError
 from minitron_mcore.runtime.agree import wait_until
 from minitron_mcore.runtime.parallel import release_layout
+from minitron_mcore.runtime.progress import chosen
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.world import collective_timeout, own_interface
 
@@ -106,7 +107,9 @@ def apart(runtime: Runtime, count: int) -> Iterator[Subset]:
     turn = world.add(f"minitron/apart/{runtime.rank}", 1)
     store = PrefixStore(f"minitron/apart/{turn}", world)
     backend = dist.get_backend()
-    own = dataclasses.replace(runtime, rank=rank, world_size=size)
+    # Several first ranks share the terminal: of one there are lines, as a bar would not stay in its place.
+    style = "lines" if chosen(runtime.progress_style) != "none" and index == 0 else "none"
+    own = dataclasses.replace(runtime, rank=rank, world_size=size, progress_style=style)
     subset = Subset(own, index, count, store)
     _regroup(store, "out", runtime.world_size, backend, f"subset/{index}", rank, size)
     try:

@@ -47,14 +47,15 @@ def run(job: AblateJob, runtime: Runtime) -> list[Row]:
 
     whole = loss_of(chunks)["lm loss"]
     runtime.print(f"ablate: the teacher's lm loss is {whole:.4f}")
-    for number, setting in enumerate(left, start=1):
-        plan = plan_of(recipe, setting, scores[setting.method, setting.seed], job.shapes[setting.shape])
-        student = as_chunks(prune_chunks(chunks, plan))
-        found = loss_of(student)
-        done[setting] = Row(setting, found["lm loss"], found["ppl"], plan.student.num_parameters)
-        del student
-        runtime.on_main(writing(called)(partial(write_rows, list(done.values()), path, job.made_with)))
-        runtime.print(f"ablate: [{number}/{len(left)}] {found['lm loss']:.4f}  {setting.label}")
+    with runtime.progress(len(left), "students", "ablate") as bar:
+        for number, setting in enumerate(bar.over(left), start=1):
+            plan = plan_of(recipe, setting, scores[setting.method, setting.seed], job.shapes[setting.shape])
+            student = as_chunks(prune_chunks(chunks, plan))
+            found = loss_of(student)
+            done[setting] = Row(setting, found["lm loss"], found["ppl"], plan.student.num_parameters)
+            del student
+            runtime.on_main(writing(called)(partial(write_rows, list(done.values()), path, job.made_with)))
+            runtime.print(f"ablate: [{number}/{len(left)}] {found['lm loss']:.4f}  {setting.label}")
     # Rows of earlier, larger grids stay in the file; shown are those of this one.
     rows = [done[setting] for setting in job.grid]
     picture = path.with_suffix(".png")

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from minitron_mcore.jobs.job import Job, module_of
+from minitron_mcore.runtime.progress import chosen
 
 if TYPE_CHECKING:
     from minitron_mcore.runtime.start import Runtime
@@ -16,6 +17,9 @@ def act(verb: str, job: Job, runtime: Runtime | None) -> Any:
 
     runtime: None for a job that needs no ranks, which the first process alone carries out.
     """
+    style = chosen(job.recipe.log.progress)
+    if runtime is not None:
+        runtime.progress_style = style
     for note in job.notes:
         words = f"{verb}: WARNING: {note}"
         print(words, flush=True) if runtime is None else runtime.print(words)

@@ -12,6 +12,7 @@ from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.evaluation.held_out import held_out, held_out_batches, mean_loss
 from minitron_mcore.files import write_whole
 from minitron_mcore.jobs.job import ModelJob
+from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
 
@@ -31,8 +32,11 @@ def run(job: ModelJob, runtime: Runtime) -> dict[str, Any]:
         fewer = f"{samples} sequences, fewer than evaluate.samples={config.samples}"
         runtime.print(f"evaluate: the held-out text has {fewer}")
     chunks = as_chunks(load_model(model.place, model.architecture, recipe.parallel, recipe.precision))
-    batches = held_out_batches(dataset, samples, micro_batch_size=config.micro_batch_size, parallel=recipe.parallel)
-    losses = mean_loss(chunks, batches, Objective(LossSettings(model.architecture.vocab_size)))
+    size, replicas = config.micro_batch_size, data_group().size()
+    batches = held_out_batches(dataset, samples, micro_batch_size=size, parallel=recipe.parallel)
+    with runtime.progress(samples, "sequences", "evaluate") as bar:
+        counted = bar.over(batches, lambda batch: len(batch) * size * replicas)
+        losses = mean_loss(chunks, counted, Objective(LossSettings(model.architecture.vocab_size)))
     results = {
         **losses,
         "checkpoint": str(folder),

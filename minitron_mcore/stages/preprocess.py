@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from minitron_mcore.data.corpus import prefixes_of
 from minitron_mcore.data.preprocess import preprocess
 from minitron_mcore.errors import shown
@@ -14,9 +16,10 @@ def run(job: PreprocessJob, runtime: Runtime) -> list[str]:
 
     The first rank and its worker processes work; the other ranks wait.
     """
-    tokenizer, seed = job.tokenizer, job.recipe.seed
+    tokenizer = job.tokenizer
     assert tokenizer is not None, "a job whose tokenizer was promised is resolved again before it acts"
-    prefixes = runtime.on_main(lambda: preprocess(job.config, job.texts, tokenizer, seed=seed, report=runtime.print))
+    how: Any = {"seed": job.recipe.seed, "report": runtime.print, "progress": runtime.progress}
+    prefixes = runtime.on_main(lambda: preprocess(job.config, job.texts, tokenizer, **how))
     named = zip(("data.train", "data.valid"), prefixes_of(job.config), strict=True)
     words = [f"{key}={made[0] if len(made) == 1 else shown(made)}" for key, made in named if made]
     runtime.print(f"preprocess: {' '.join(words)}")

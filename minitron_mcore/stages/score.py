@@ -17,7 +17,6 @@ from minitron_mcore.importance.scores import Scores, random_scores, save_scores
 from minitron_mcore.jobs.score import ScoreJob
 from minitron_mcore.model.microbatch import Microbatch, to_device
 from minitron_mcore.runtime.groups import data_group, data_place
-from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.score_depth import with_depth
@@ -43,16 +42,16 @@ def run(job: ScoreJob, runtime: Runtime) -> Path:
         samples, length = importance.num_samples, recipe.data.sequence_length
         runtime.print(f"{subject}, {samples:,} samples of {length:,} tokens -> {job.target}")
         a_round = importance.micro_batch_size * data_group().size()
-        report = progress(runtime.print, "score", "samples")
-        scores = score_model(
-            chunks,
-            batches(),
-            architecture,
-            importance,
-            settings=job.settings,
-            report=lambda rounds: report(min(rounds * a_round, samples), samples),
-        )
-        scores = with_depth(job, runtime, chunks, batches, scores, progress(runtime.print, "score: depth", "blocks"))
+        with runtime.progress(samples, "samples", "score") as bar:
+            scores = score_model(
+                chunks,
+                batches(),
+                architecture,
+                importance,
+                settings=job.settings,
+                report=lambda rounds: bar.reach(rounds * a_round),
+            )
+        scores = with_depth(job, runtime, chunks, batches, scores)
     else:
         runtime.print(f"{subject}, {importance.method} -> {job.target}")
         if importance.method == "random":
@@ -79,17 +78,6 @@ def read_calibration(job: ScoreJob) -> Callable[[], Iterator[Microbatch]]:
         return map(to_device, batches_once(dataset, samples, **how, **data_place()))
 
     return batches
-
-
-def progress(say: Callable[[str], None], what: str, unit: str) -> Callable[[int, int], None]:
-    """A report (done, total) that prints, now and then and at the end, how far the work is."""
-    pace = Pace()
-
-    def report(done: int, total: int) -> None:
-        if pace.is_due(done, total):
-            say(f"{what}: {pace.line(done, total, unit)}")
-
-    return report
 
 
 def describe(scores: Scores, shown: int = 8) -> str:

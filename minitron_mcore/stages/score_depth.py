@@ -25,12 +25,11 @@ def with_depth(
     chunks: Sequence[LanguageModel],
     batches: Callable[[], Iterable[Microbatch]],
     scores: Scores,
-    report: Callable[[int, int], None],
 ) -> Scores:
     """`scores` with the depth metrics of the recipe; the table is printed, CSV and plot are written beside the target.
 
     `batches()` gives this rank's calibration microbatches, on the device; read once, the same for every block.
-    `report(blocks done, of how many)`. Every rank calls.
+    Every rank calls.
     """
     recipe, importance, architecture = job.recipe, job.recipe.importance, scores.architecture
     metrics, lengths = measured(importance.depth_metrics), importance.block_lengths
@@ -43,16 +42,17 @@ def with_depth(
     if kept:
         words = "each rank of the last pipeline stage keeps final hidden states"
         runtime.print(f"score: depth: {words}, {kept / 2**20:,.1f} MiB of host memory")
-    table = measure_depth(
-        chunks,
-        list(batches()),
-        architecture,
-        metrics,
-        lengths,
-        task=job.task,
-        micro_batch_size=importance.micro_batch_size,
-        report=report,
-    )
+    with runtime.progress(len(blocks_of(metrics, lengths, architecture.num_layers)), "blocks", "score: depth") as bar:
+        table = measure_depth(
+            chunks,
+            list(batches()),
+            architecture,
+            metrics,
+            lengths,
+            task=job.task,
+            micro_batch_size=importance.micro_batch_size,
+            report=lambda done, _: bar.reach(done),
+        )
     scores = dataclasses.replace(scores, depth={**scores.depth, **table.damage})
     as_csv, as_plot = beside(job.target)
 

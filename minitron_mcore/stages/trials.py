@@ -39,11 +39,13 @@ def tried(trials: Trials, scores: Scores, subset: Subset) -> list[Result]:
     for rung, (iteration, tokens) in enumerate(trials.stops, start=1):
         goes_on = kept_of(len(alive), search.halving.keep) if rung < last else 0
         mine: list[Result] = []
-        for number in subset.numbers(len(alive)):
-            with named_lines(alive[number].name if subset.count > 1 else None):
-                mine.append(lane.train(alive[number], rung, iteration, tokens))
-            subset.runtime.print(f"search: [{number + 1}/{len(alive)}] {in_words(mine[-1])}")
-            drop(trials, beyond(mine, search.keep_checkpoints, goes_on), subset)
+        with subset.runtime.progress(len(alive), "candidates", f"search: stop {rung} of {last}") as bar:
+            for number in subset.numbers(len(alive)):
+                with named_lines(alive[number].name if subset.count > 1 else None):
+                    mine.append(lane.train(alive[number], rung, iteration, tokens))
+                subset.runtime.print(f"search: [{number + 1}/{len(alive)}] {in_words(mine[-1])}")
+                bar.reach(number + 1)
+                drop(trials, beyond(mine, search.keep_checkpoints, goes_on), subset)
         reached = {result["name"]: result for part in subset.gathered(mine) for result in part}
         results |= {trial.name: reached[trial.name] for trial in alive}
         # Of the same tokens, those that go on are the first ones.

@@ -117,6 +117,9 @@ class LogConfig:
     console: Annotated[str, OneOf("short", "full")] = key(
         "short", "full: every number that metrics.jsonl has, and the parts of an iteration's time"
     )
+    progress: Annotated[str, OneOf("auto", "bar", "lines", "none")] = key(
+        "auto", "of long work: a bar, dated lines now and then, or nothing; auto: a bar on a terminal, else lines"
+    )
     timing_log_level: int = key(
         0, "Megatron's: 0 large parts of a step, 1 collectives too, 2 every microbatch", at_least=0, at_most=2
     )

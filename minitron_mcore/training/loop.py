@@ -20,6 +20,7 @@ from minitron_mcore.runtime.agree import gathered
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.interrupt import exit_code, name_of
 from minitron_mcore.runtime.pace import Pace, timed
+from minitron_mcore.runtime.progress import Bar
 from minitron_mcore.training.accounting import StepTimers, account, split_line
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
@@ -60,9 +61,13 @@ def fit(job: Job) -> Progress:
     metrics = MetricsLog(job.folder, job.log, job.iterations, name=job.name, recipe=job.recipe)
     stop = StopRequest()
     try:
-        with stop.outliving_the_reader():
+        # In a log the lines of the training itself have rate and time left.
+        shown = runtime.progress(
+            job.ends_at, "iterations", f"training {job.name}", done=progress.iteration, lines=False
+        )
+        with stop.outliving_the_reader(), shown as bar:
             # Asked once more: a signal may come while the last checkpoint is saved.
-            runtime.stop_signal = _iterate(job, progress, trained, metrics, stop) or stop.on_any_rank()
+            runtime.stop_signal = _iterate(job, progress, trained, metrics, stop, bar) or stop.on_any_rank()
             if runtime.stop_signal and progress.iteration < job.ends_at:
                 saved = f"{name_of(runtime.stop_signal)}: saved {job.folder} at iteration {progress.iteration}"
                 runtime.print(f"{saved} of {job.iterations}; the same command goes on")
@@ -75,7 +80,7 @@ def fit(job: Job) -> Progress:
     return progress
 
 
-def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog, stop: StopRequest) -> int:
+def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog, stop: StopRequest, bar: Bar) -> int:
     """From `progress`, which is updated, to `job.ends_at`, or to the one in which a signal asked to stop.
 
     Returns that signal, or 0; the same on every rank."""
@@ -99,6 +104,7 @@ def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog
         timers.add({} if not_finite(row) else row, step.shape)
         row = count_skipped(job, progress, row, batch, metrics)
         progress.advance(step)
+        bar.reach(progress.iteration)
         if job.objective.states is not None:
             progress.hidden_states_alpha = job.objective.states.alpha
         last = progress.iteration == job.ends_at

@@ -15,12 +15,12 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import whole_file, writing
+from minitron_mcore.runtime.pace import duration
 from minitron_mcore.training.config import LogConfig
 
 
@@ -204,10 +204,6 @@ WIDTH = 200  # of a short line, in characters
 LARGE = 1e8
 
 
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds))).replace(" days, ", "d ").replace(" day, ", "d ")
-
-
 def _count(number: float) -> str:
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if number >= unit:
@@ -228,7 +224,7 @@ COLUMNS: dict[str, tuple[Callable[[float], str], str]] = {
     "consumed samples": (_fixed(0), DETAIL),
     "tokens": (_count, ALWAYS),
     "elapsed time per iteration (ms)": (_fixed(1), ALWAYS),
-    "time left": (_duration, ALWAYS),
+    "time left": (duration, ALWAYS),
     "throughput per GPU (TFLOP/s/GPU)": (_fixed(3), DETAIL),
     "student throughput per GPU (TFLOP/s/GPU)": (_fixed(3), DETAIL),
     "teacher throughput per GPU (TFLOP/s/GPU)": (_fixed(3), DETAIL),

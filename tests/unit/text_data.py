@@ -6,6 +6,7 @@ import email
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from minitron_mcore.data import preprocess as preprocessing
 from minitron_mcore.data import tokenizer_training
@@ -35,13 +36,13 @@ def train_tokenizer(config: TokenizerConfig, *, seed: int, report: Callable[[str
 
 
 def preprocess(
-    config: PreprocessConfig, tokenizer: Tokenizer, *, seed: int, report: Callable[[str], None] = print
+    config: PreprocessConfig, tokenizer: Tokenizer, *, seed: int, report: Callable[[str], None] = print, **how: Any
 ) -> list[str]:
     """What the verb `preprocess` does with `config`."""
     texts = texts_to_encode(config)
     for note in texts.notes:
         report(f"WARNING: {note}")
-    return preprocessing.preprocess(config, texts, tokenizer, seed=seed, report=report)
+    return preprocessing.preprocess(config, texts, tokenizer, seed=seed, report=report, **how)
 
 
 def small_tokenizer(path: Path, vocab_size: int = 600, package: str = JSON_PACKAGE) -> Tokenizer:

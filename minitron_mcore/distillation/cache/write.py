@@ -56,15 +56,16 @@ def write_missing(
                 sizes = [len(samples), sum(len(block) for block, _ in blocks)]
                 written.add_(torch.tensor(sizes, device=written.device))
 
-    for turn in range(0, len(missing), replicas):
-        all_or_none(partial(write, missing[turn + replica : turn + replica + 1]), InputError)
-        so_far = written.clone()
-        torch.distributed.all_reduce(so_far)
-        tokens = so_far[0].item() * settings["data.sequence_length"]
-        runtime.print(
-            f"cache: {min(turn + replicas, len(missing))}/{len(missing)} shards, "
-            f"{pace.rate(tokens):,.0f} tokens/s, {so_far[1].item() / tokens:.2f} bytes a token"
-        )
+    length = settings["data.sequence_length"]
+    with runtime.progress(sum(len(samples) for _, samples in missing) * length, "tokens", "cache") as bar:
+        for turn in range(0, len(missing), replicas):
+            all_or_none(partial(write, missing[turn + replica : turn + replica + 1]), InputError)
+            bar.advance(sum(len(samples) for _, samples in missing[turn : turn + replicas]) * length)
+    torch.distributed.all_reduce(written)
+    runtime.print(
+        f"cache: {len(missing)} shards, {pace.rate(bar.done):,.0f} tokens/s, "
+        f"{written[1].item() / bar.done:.2f} bytes a token"
+    )
 
 
 def ask_teacher(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from minitron_mcore.data.config import PreprocessConfig, TokenizerConfig
 from minitron_mcore.data.preprocess import is_held_out
 from minitron_mcore.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.progress import Bar
 from tests.e2e.launchers import ROOT
 from tests.unit.text_data import (
     EMAIL_PACKAGE,
@@ -134,12 +136,21 @@ def test_globs_and_doubles(tokenizer, tmp_path):
     assert texts == ["in a.txt", "in b.txt", "in c.md"]
 
 
-def test_progress_has_rate_and_time_left(tokenizer, tmp_path):
+def test_progress_ends_with_every_byte_that_was_read(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("minitron_mcore.data.preprocess.TASK_BYTES", 1 << 14)
     lines: list[str] = []
-    config = config_for(tmp_path, EMAIL_PACKAGE, extensions=[".py"], log_interval=5)
-    preprocess(config, tokenizer, seed=0, report=lines.append)
-    assert "documents" in lines[0] and "MB/s" in lines[0] and "left" in lines[0]
-    assert f"done, {len(python_files(EMAIL_PACKAGE))} documents" in lines[-1]
+    bars: list[Bar] = []
+
+    @contextlib.contextmanager
+    def watched(total, unit, title):
+        bars.append(Bar(total, 0))
+        yield bars[-1]
+
+    config = config_for(tmp_path, EMAIL_PACKAGE, extensions=[".py"])
+    preprocess(config, tokenizer, seed=0, report=lines.append, progress=watched)
+    size = sum(path.stat().st_size for path in map(Path, python_files(EMAIL_PACKAGE)))
+    assert [(bar.total, bar.done) for bar in bars] == [(size, size)]
+    assert f"done, {len(python_files(EMAIL_PACKAGE))} documents" in lines[-1] and "MB/s" in lines[-1]
 
 
 def test_existing_output_stays(tokenizer, tmp_path):

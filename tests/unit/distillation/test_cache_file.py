@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from minitron_mcore.distillation.cache.serving import claim
 from minitron_mcore.distillation.cache.write import cache_lock
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime import agree
+from minitron_mcore.runtime.progress import Bar
 
 SETTINGS: dict[str, Any] = {"method": "sampled", "proposal_temperature": 1.0, "vocab_size": 70_000, "dtype": "fp16"}
 SETTINGS |= {"num_samples": 5, "shard_samples": 3, "temperature": 1.0, "teacher": {"architecture": {}}}
@@ -187,7 +189,8 @@ def test_a_rank_that_its_peers_wait_for_fails_alone(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(write, "data_group", lambda: alone)
     monkeypatch.setattr(agree, "raise_together", told.append)
     monkeypatch.setattr(write, "ask_teacher", lambda *given: SETTINGS["lost"])
-    runtime: Any = SimpleNamespace(device="cpu")
+    runtime: Any = SimpleNamespace(device="cpu", progress=lambda *given: nullcontext(Bar(1, 0)))
+    monkeypatch.setattr(write, "CacheReader", lambda folder: SimpleNamespace(settings={"data.sequence_length": 4}))
     with pytest.raises(KeyError, match="lost"):
         write.write_missing([], lambda samples: [], 1, tmp_path, [(1, range(5, 6))], runtime)
     assert not told

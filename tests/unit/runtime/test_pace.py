@@ -1,4 +1,4 @@
-"""Rate and time left of long work, and when a line is due."""
+"""Rate and time left of long work."""
 
 from __future__ import annotations
 
@@ -17,16 +17,5 @@ def test_the_time_left_counts_from_where_a_process_goes_on(monkeypatch: pytest.M
     assert pace.left(600, 1000) > 1, "no pace is known yet"
     now = 1020.0
     assert (pace.seconds, pace.rate(700), pace.left(700, 1000)) == (20.0, 5.0, 60.0)
-    assert pace.line(700, 1000, "tokens") == "700/1,000 tokens, 5 tokens/s, 60 s left"
     now = 1080.0
     assert pace.left(1000, 1000) == 0
-
-
-def test_a_line_every_ten_seconds_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    pace, said = Pace(), []
-    for now in (3.0, 9.0, 11.0, 13.0, 22.0, 23.0):
-        if pace.is_due(now, 23):
-            said.append(now)
-    assert said == [11.0, 22.0, 23.0]
