@@ -78,7 +78,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def keys_of(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-    """(overrides, values that are taken as they stand): the flags of `inspect`, and its one bare word, the path.
+    """(overrides, values that are taken as they stand): the flags of `inspect`, and the one bare word of the verbs that
+    look at a path.
 
     Raises InputError where another verb has one of the flags.
     """
@@ -87,7 +88,7 @@ def keys_of(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
         remedy = "leave it out, or write a key as key=value"
         raise InputError("", f"--{next(iter(taken))}", "is a flag of inspect alone", remedy)
     bare = [word for word in options.overrides if "=" not in word]
-    if len(bare) != 1 or options.verb != "inspect":
+    if len(bare) != 1 or options.verb not in ("inspect", "report"):
         return options.overrides, taken
     return [word for word in options.overrides if word != bare[0]], {**taken, "path": bare[0]}
 

@@ -23,6 +23,7 @@ from minitron_mcore.megatron_names import SECTIONS, named_here
 from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.reading import filled, load_text, override_value, put, read
+from minitron_mcore.report.config import ReportConfig
 from minitron_mcore.runtime.config import ClusterConfig, ParallelConfig
 from minitron_mcore.search.config import AblateConfig, SearchConfig
 from minitron_mcore.training.config import CorrectConfig, LogConfig, TrainConfig
@@ -91,7 +92,7 @@ class Recipe:
     results: Optional[PathName] = key(None, "evaluate: file to write; null: results.json beside the checkpoint")
     scores: Optional[PathName] = key(None, "score writes it, plan and prune read it")
     plan: Optional[PathName] = key(None, "plan writes it, prune reads it")
-    path: Optional[PathName] = key(None, "inspect: the folder or file to describe")
+    path: Optional[PathName] = key(None, "inspect: the folder or file to describe; report: the folder")
     json: bool = key(False, "inspect: print JSON, not a table")
     verify: bool = key(False, "inspect: check every tensor's checksum; import: compare logits with transformers")
     trust: bool = key(
@@ -120,6 +121,7 @@ class Recipe:
     log: LogConfig = key(LogConfig, "where metrics go")
     cluster: ClusterConfig = key(ClusterConfig, "the machine that is planned for", may_change=True)
     estimate: EstimateConfig = key(EstimateConfig, "what a run will cost", may_change=True)
+    report: ReportConfig = key(ReportConfig, "the page of a run", may_change=True)
 
 
 def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Recipe:

@@ -142,6 +142,12 @@ VERBS = {
         "a recipe, the teacher's architecture.yaml or config.json → estimate.output",
         "minitron estimate --config recipe.yaml cluster.gpus=256 cluster.device=H100",
     ),
+    "report": Verb(
+        "a page with figures of a run, or of any part of one; it needs no network ([docs/report.md](docs/report.md))",
+        ("path", "report"),
+        "PATH → report.output, which is PATH/report.html where it is left out",
+        "minitron report path=runs/quickstart",
+    ),
     "run": Verb(
         "everything above, from one recipe",
         (*_ROAD, *_MODEL),

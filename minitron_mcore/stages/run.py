@@ -13,16 +13,20 @@ from typing import Any
 import torch
 import yaml
 
-from minitron_mcore.files import write_whole
+from minitron_mcore.files import first_line, write_whole
 from minitron_mcore.jobs.continuation import SOURCES, sources
 from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.job import NOTHING
+from minitron_mcore.jobs.report import PAGE, ReportJob
 from minitron_mcore.jobs.run import EVALUATE, RunJob, resolve
+from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.recipe import to_yaml
 from minitron_mcore.report.closing_table import closing_table
+from minitron_mcore.report.journal import note, note_start
 from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.interrupt import exit_code, name_of
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages import report
 from minitron_mcore.stages.act import act
 from minitron_mcore.training.job import Progress
 
@@ -45,6 +49,7 @@ def run(job: RunJob, runtime: Runtime) -> dict[str, Any]:
     losses = {name.removeprefix(EVALUATE): value for name, value in results.items() if name.startswith(EVALUATE)}
     runtime.on_main(lambda: _write(folder / "results.json", losses))
     runtime.print(f"\n{closing_table(losses)}\n\nrun: done in {time.perf_counter() - started:.0f} s -> {folder}")
+    runtime.on_main(lambda: tell(job))
     return losses
 
 
@@ -53,6 +58,20 @@ def begin(job: RunJob) -> None:
     (job.folder / "done").mkdir(parents=True, exist_ok=True)
     write_whole(job.folder / "recipe.yaml", to_yaml(job.recipe))
     write_whole(job.folder / SOURCES, yaml.safe_dump(sources(job.recipe)))
+    note_start(job.folder, job.world.size, job.world.device)
+
+
+def tell(job: RunJob) -> None:
+    """Write the page of the run, and say where. What goes wrong with it is told, and fails nothing. The first rank
+    calls."""
+    steps = tuple((step.mark(job.folder).stem, step.title) for step, _ in job.steps)
+    target = Path(job.recipe.report.output or job.folder / PAGE)
+    try:
+        report.write(ReportJob(job.recipe, folder=job.folder, target=target, steps=steps))
+    except Exception as error:
+        print(f"WARNING: no report was written: {first_line(error)}", flush=True)
+    else:
+        print(f"report: {target}", flush=True)
 
 
 def do(step: Step, number: str, job: RunJob, runtime: Runtime) -> Any:
@@ -64,12 +83,17 @@ def do(step: Step, number: str, job: RunJob, runtime: Runtime) -> Any:
     runtime.print(f"\n{number} {step.title}")
     started = time.perf_counter()
     # Once more, now that all it needs is there.
-    result = _plain(act(step.verb, all_or_none(lambda: step.resolve(job.world, NOTHING)), runtime))
+    told = all_or_none(lambda: step.resolve(job.world, NOTHING))
+    result = _plain(act(step.verb, told, runtime))
     gc.collect()
     torch.cuda.empty_cache()
     runtime.barrier()
+    seconds = time.perf_counter() - started
+    forecast = {"forecast": told.forecast.parts} if isinstance(told, TrainingJob) else {}
+    facts: dict[str, Any] = {"name": done.stem, "title": step.title, "seconds": round(seconds, 3), **forecast}
+    runtime.on_main(lambda: note(job.folder, "step", **facts))
     runtime.on_main(lambda: _write(done, result))
-    runtime.print(f"{number} {step.title}: {time.perf_counter() - started:.1f} s")
+    runtime.print(f"{number} {step.title}: {seconds:.1f} s")
     if runtime.stop_signal:
         runtime.print(f"{name_of(runtime.stop_signal)}: {step.title} is done; the same command goes on after it")
         raise SystemExit(exit_code(runtime.stop_signal))

@@ -19,10 +19,11 @@ from tests.distributed.ranks import run_on_ranks
 from tests.e2e.bad_distill_cases import DISTILL
 from tests.e2e.bad_estimate_cases import ESTIMATE
 from tests.e2e.bad_input_cases import CASES, Case
+from tests.e2e.bad_report_cases import REPORT
 from tests.e2e.bad_search_cases import SEARCH
 from tests.e2e.verbs import all_typed, typed
 
-ALL = (*CASES, *DISTILL, *SEARCH, *ESTIMATE)
+ALL = (*CASES, *DISTILL, *SEARCH, *ESTIMATE, *REPORT)
 TRACKER = "latest_checkpointed_iteration.txt"
 ROOT = Path(__file__).parents[2]
 # What no description says: it is found only while text or tensors are read.
@@ -88,6 +89,7 @@ RIGHT = {
         "cluster.gpus=2",
         "estimate.output=@/new/estimate.json",
     ],
+    "report": ["path=@/teacher", "report.output=@/new/report.html"],
     "run": ["output=@/new/run"],
 }
 

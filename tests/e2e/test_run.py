@@ -122,6 +122,23 @@ def test_closing_table(road: dict[str, Any]) -> None:
     assert road["results"]["width distilled"]["tokens"] == road["results"]["width random weights"]["tokens"] == 1280
 
 
+def test_ends_with_its_report(road: dict[str, Any]) -> None:
+    """Also the command that found all done. Each command and the time of each step are noted, once."""
+    target = road["folder"] / "run" / "report.html"
+    for shown in (road["finished"], road["again"]):
+        assert f"\nreport: {target}\n" in shown
+    page = target.read_text()
+    assert "19 of 19 steps are done" in page and f"{road['results']['depth distilled']['lm loss']:.4f}" in page
+    lines = [json.loads(line) for line in (target.parent / "journal.jsonl").read_text().splitlines()]
+    assert [line["ranks"] for line in lines if line["kind"] == "start"] == [2, 2, 2]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert {line["name"] for line in steps} == {path.stem for path in (target.parent / "done").glob("*.json")}
+    assert len(steps) == 19 and all(line["seconds"] > 0 for line in steps)
+    assert {line["name"] for line in steps if sum(line.get("forecast", {}).values()) > 0} == {
+        *("train-teacher", "distill-width", "distill-depth", "baseline-next_token", "baseline-random")
+    }
+
+
 def test_exports_load_in_transformers(road: dict[str, Any]) -> None:
     """With as many parameters as were evaluated, and a card that shows the evaluation; logits: test_export.py."""
     import torch

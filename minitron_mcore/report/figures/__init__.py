@@ -1,0 +1,1 @@
+"""The figures of a page, as inline SVG."""

@@ -1,0 +1,162 @@
+"""What a folder is, and the parts of a run that lie in it. Pure.
+
+Whatever is missing, cut off or damaged is left out: a page shows what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.checkpoint.folder import is_hugging_face, is_iteration
+from minitron_mcore.errors import InputError
+from minitron_mcore.files import read_mapping
+from minitron_mcore.recipe import Recipe, load_recipe
+
+METRICS, ARCHITECTURE, PLAN, SCORES = "metrics.jsonl", "architecture.yaml", "plan.json", "scores.safetensors"
+CANDIDATES, RESULTS, BENCH, ESTIMATE = "candidates.json", "results.json", "bench.json", "estimate.json"
+KNOWN = (METRICS, ARCHITECTURE, PLAN, SCORES, CANDIDATES, RESULTS, BENCH, ESTIMATE)
+DEPTH = 4  # of a run's innermost parts, as search/winner/distilled
+# Where no part of a run lies, or (candidates) so many that the list of them says more.
+SKIPPED = ("iter_", ".", "tensorboard", "wandb", "data", "hf", "tokenizer", "done", "candidates", "hugging_face")
+ONE_OF = "name the folder of a run, of a search, of a training or of a checkpoint"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that something can be said of. kind: "run", "search", "training", "checkpoint" or "part".
+
+    parts: it, and the folders in it that hold files of KNOWN, in the road's order. recipe: what made it; None where
+    that cannot be read.
+    """
+
+    folder: Path
+    kind: str
+    parts: tuple[Path, ...]
+    recipe: Recipe | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def students(self) -> list[str]:
+        """In the road's order."""
+        there = [part.relative_to(self.folder).parts for part in self.parts]
+        return [*dict.fromkeys(names[1] for names in there if len(names) > 1 and names[0] == "students")]
+
+    def student(self, label: str) -> str:
+        """The student that a model's label is of, itself and what it is compared with; else the label."""
+        names = label.removesuffix(" pruned").removesuffix(" distilled")
+        return next((name for name in (*self.students, "winner") if names.startswith(f"{name} ")), names)
+
+    def label(self, part: Path) -> str:
+        """What a part is called on the page."""
+        names = part.relative_to(self.folder).parts
+        match names:
+            case ():
+                return self.name
+            case ("corrected",):
+                return "corrected teacher"
+            case ("students", name, *rest):
+                return " ".join([name, *rest])
+            case ("search", "winner", *rest):
+                return " ".join(["winner", *rest])
+            case ("baselines", kind):
+                first = (self.students or ["winner"])[0]
+                return f"{first} {'next-token loss' if kind == 'next_token' else 'random weights'}"
+        return " ".join(names)
+
+    def holding(self, name: str) -> Iterator[Path]:
+        """The parts that hold the file `name`."""
+        yield from (part for part in self.parts if (part / name).is_file())
+
+
+def find_place(path: Path) -> Place:
+    """Raises InputError where `path` is neither a run nor a part of one."""
+    if not path.exists():
+        raise InputError("path", path, "is not there", ONE_OF)
+    if not path.is_dir():
+        raise InputError("path", path, "is a file", ONE_OF)
+    if is_iteration(path) and (path.parent / ARCHITECTURE).is_file():
+        path = path.parent
+    recipe = read_recipe(path)
+    named = [*recipe.run.students] if recipe else []
+    parts = tuple(sorted(_parts(path), key=lambda part: _order(part.relative_to(path).parts, named)))
+    is_run = (path / "recipe.yaml").is_file() and (path / "done").is_dir()
+    if not parts and not is_run:
+        what = "is a Hugging Face folder" if is_hugging_face(path) else "is neither a run nor a part of one"
+        raise InputError("path", path, what, ONE_OF)
+    return Place(path, "run" if is_run else _kind(path), parts, recipe)
+
+
+def _kind(folder: Path) -> str:
+    if (folder / CANDIDATES).is_file() or (folder / "candidates").is_dir():
+        return "search"
+    if (folder / METRICS).is_file():
+        return "training"
+    return "checkpoint" if (folder / ARCHITECTURE).is_file() else "part"
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    for place, inner, files in os.walk(folder):
+        here = Path(place)
+        if {*files} & {*KNOWN}:
+            yield here
+        depth = len(here.relative_to(folder).parts)
+        inner[:] = [name for name in inner if depth < DEPTH and not name.startswith(SKIPPED)]
+
+
+def _order(names: tuple[str, ...], students: list[str]) -> tuple[Any, ...]:
+    """The teacher first, then its students in the recipe's order, each before and after its distillation, then what
+    they are compared with."""
+    rooms = ("teacher", "corrected", "search", "students", "baselines")
+    first = rooms.index(names[0]) if names and names[0] in rooms else -1 if not names else len(rooms)
+    student = students.index(names[1]) if len(names) > 1 and names[1] in students else len(students)
+    last = {"pruned": 1, "distilled": 2, "corrected": 3}.get(names[-1], 0) if names else 0
+    return first, student, names[:-1], last, names
+
+
+def read_recipe(folder: Path) -> Recipe | None:
+    """The resolved recipe beside the files of `folder`; None where there is none that can be read."""
+    try:
+        return load_recipe(str(folder / "recipe.yaml"), [])
+    except (InputError, OSError):
+        return None
+
+
+def read_mapping_of(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; {} where it is missing or damaged."""
+    try:
+        return read_mapping(path)
+    except InputError:
+        return {}
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where it is missing, or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The mappings in a file of JSON lines; a line that a killed process left half-written is left out."""
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            found.append(row)
+    return found

@@ -1,0 +1,137 @@
+"""The folder of a small run, written file by file, without any training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minitron_mcore.architecture import Architecture, build_architecture, save_architecture
+from minitron_mcore.importance.scores import Scores, random_scores, save_scores
+from minitron_mcore.pruning.plan_file import PruningPlan, save_plan
+from minitron_mcore.recipe import Recipe, load_recipe, to_yaml
+from tests.plans import make_plan
+
+TEACHER = {"num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 6, "num_query_groups": 2}
+STUDENTS: dict[str, dict[str, int]] = {
+    "width": {"hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4},
+    "depth": {"num_layers": 2},
+}
+LOSSES = {"teacher": 3.25, "width pruned": 4.5, "width distilled": 3.5, "depth pruned": 4.25, "depth distilled": 3.625}
+LENGTH, BATCH, ITERATIONS = 32, 4, 20
+
+
+def teacher() -> Architecture:
+    return build_architecture({**TEACHER, "kv_channels": 8, "vocab_size": 64, "max_position_embeddings": 64})
+
+
+def scores() -> Scores:
+    settings = {"importance": {"method": "activation", "batch_aggregation": "l2", "sequence_aggregation": "mean"}}
+    settings["importance"] |= {"neuron_site": "down_projection_input"}
+    return random_scores(teacher(), 7, {**settings, "tolerance": 1e-5})
+
+
+def plan(student: str) -> PruningPlan:
+    return make_plan(scores(), STUDENTS[student])
+
+
+def recipe(folder: Path) -> Recipe:
+    words = [f"output={folder}", f"data.sequence_length={LENGTH}"]
+    for section in ("train", "distill"):
+        words += [f"{section}.tokens={LENGTH * BATCH * ITERATIONS}", f"{section}.global_batch_size={BATCH}"]
+    students = {
+        f"run.students.{name}.{size}": value for name, sizes in STUDENTS.items() for size, value in sizes.items()
+    }
+    return load_recipe(None, [*words, "name=small", *(f"{key}={value}" for key, value in students.items())])
+
+
+def write_run(folder: Path) -> Path:
+    """A run that has ended, with everything but tasks, speeds and a search."""
+    (folder / "done").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe(folder)))
+    save_scores(scores(), folder / "scores.safetensors")
+    write_training(folder / "teacher", teacher(), "train", start=4.2)
+    rows = {}
+    for name in STUDENTS:
+        own = folder / "students" / name
+        save_plan(plan(name), own / "pruned" / "plan.json")
+        describe(own / "pruned", plan(name).student, "prune")
+        save_plan(plan(name), own / "distilled" / "plan.json")
+        write_training(own / "distilled", plan(name).student, "distill", start=4.0)
+    shapes = {"teacher": teacher()} | {name: plan(name).student for name in STUDENTS}
+    for label, loss in LOSSES.items():
+        size = shapes[label.partition(" ")[0]].num_parameters
+        counts = {
+            "parameters": size,
+            "tokens": 0 if "pruned" in label else 2560,
+            "samples": 16,
+            "sequence_length": LENGTH,
+        }
+        rows[label] = {"lm loss": loss, "ppl": 2.0, "checkpoint": label, "iteration": 20, **counts}
+        write_json(folder / "done" / f"evaluate-{label.replace(' ', '-')}.json", rows[label])
+    write_json(folder / "results.json", rows)
+    versions = {"minitron_mcore": "0.1.0", "torch": "2.9"}
+    start = {"kind": "start", "time": 1.7e9, "command": "minitron run --config r.yaml", "ranks": 2, "device": "cpu"}
+    step = {"kind": "step", "time": 1.7e9, "name": "evaluate-teacher", "title": "evaluate teacher", "seconds": 2.5}
+    trained = {"kind": "step", "time": 1.7e9, "name": "distill-width", "title": "distil width", "seconds": 90.0}
+    lines = [{**start, "versions": versions}, step, {**trained, "forecast": {"weights": 2**29, "gradients": 2**29}}]
+    (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spent = {"seconds": 36.0, "gpu_hours": 0.02, "cost": 0.06, "kilowatt_hours": 0.01}
+    row = {
+        "title": "distil width",
+        "tokens": 2560,
+        "cost": spent,
+        "memory": {"total": 2**30, "parts": {"weights": 2**30}},
+    }
+    estimate = {"minitron_estimate": 1, "gpus": 2, "machine": {"device": "H100"}, "trainings": [row]}
+    write_json(folder / "estimate.json", estimate)
+    return folder
+
+
+def write_training(folder: Path, architecture: Architecture, verb: str, start: float, until: int = ITERATIONS) -> None:
+    describe(folder, architecture, verb)
+    lines = []
+    for iteration in range(1, until + 1):
+        row: dict[str, Any] = {"lm loss": start - iteration / 32, "learning-rate": 1e-3, "grad-norm": 0.5}
+        if verb == "distill":
+            row |= {"logits distillation loss": 1 / iteration, "top-1 agreement": iteration / 40}
+        if iteration % 10 == 0:
+            row |= {"elapsed time per iteration (ms)": 80.0 + iteration, "tokens per second": 1500.0}
+            row |= {"peak memory (GiB)": 0.75, "throughput per GPU (TFLOP/s/GPU)": 0.02}
+            row |= {"forward-backward-share": 0.75, "optimizer-share": 0.25, "teacher-forward-share": 0.0}
+        facts = {"consumed samples": iteration * BATCH, **row, "number of skipped iterations": 0}
+        lines.append({"iteration": iteration, "kind": "train", "time": 1.7e9 + iteration, **facts})
+    validation = {"lm loss validation": start - 0.5, "ppl validation": 20.0}
+    lines.append({"iteration": until, "kind": "validation", "time": 1.7e9 + until, **validation})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def describe(folder: Path, architecture: Architecture, verb: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_architecture(architecture, folder / "architecture.yaml")
+    (folder / "lineage.yaml").write_text(yaml.safe_dump({"stage": verb, "tokens": 2560}))
+    (folder / "recipe.yaml").write_text(to_yaml(recipe(folder.parent)))
+
+
+def write_search(folder: Path) -> Path:
+    """A search of three candidates, one of which diverged."""
+    folder.mkdir(parents=True)
+    rows = []
+    for rank, (loss, layers) in enumerate(((3.5, 3), (3.75, 2), (None, 1)), start=1):
+        name = f"l{layers}-h48-f96-q6-g2"
+        sizes = {**TEACHER, "num_layers": layers, "total_parameters": 20_000 * layers}
+        curve = [[0, 4.5], [512, 4.0], [1024, loss]]
+        found = {"rank": rank, "zero_shot_rank": 4 - rank, "zero_shot": 4.5, "loss": loss, "tokens": 1024}
+        rows.append(
+            {"name": name, **sizes, **found, "on_front": rank == 1, "curve": curve, "validation": [[256, 4.25]]}
+        )
+    rows.append({"name": "l4-h32-f96-q6-g2", **TEACHER, "hidden_size": 32, "total_parameters": 50_000})
+    budgets = {"tolerance": 0.05, "total_parameters": [10_000, None]}
+    write_json(folder / "candidates.json", {"budgets": budgets, "correlation": -1.0, "shapes": 4, "candidates": rows})
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2))
