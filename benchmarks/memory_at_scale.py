@@ -148,7 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, from 0")
     chosen = parser.parse_args().only
-    from minitron_mcore.runtime.start import quiet_libraries
+    from minitron_mcore.runtime.libraries import quiet_libraries
 
     quiet_libraries()
     failed, report = 0, []

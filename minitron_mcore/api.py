@@ -27,8 +27,9 @@ from typing import Any
 import numpy
 import torch
 
+from minitron_mcore.runtime.libraries import quiet_libraries
 from minitron_mcore.runtime.parallel import seed_everything
-from minitron_mcore.runtime.start import Runtime, quiet_libraries
+from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.start import start as start_process
 
 quiet_libraries()  # Megatron warns while it is imported

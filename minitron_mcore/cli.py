@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from minitron_mcore import __version__
 from minitron_mcore.errors import DivergedError, InputError, MemoryExhaustedError
 from minitron_mcore.runtime.interrupt import Ending, exit_code, name_of, say_at_once
+from minitron_mcore.runtime.libraries import set_aside
 from minitron_mcore.runtime.notice import say_failure
 from minitron_mcore.runtime.world import read_world
 from minitron_mcore.verbs import VERBS, help_of
@@ -128,7 +129,7 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
         from minitron_mcore.jobs.job import resolve, stated_by
         from minitron_mcore.runtime.world import on_this_machine
 
-        with stating(stated_by(recipe)):
+        with set_aside(recipe.log.libraries, rank_told() == 0), stating(stated_by(recipe)):
             world = on_this_machine(read_world(os.environ))
             if options.dry_run:
                 from minitron_mcore.jobs.dry_run import dry_run, planned_world
@@ -145,9 +146,8 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
                 if world.rank == 0:
                     act(options.verb, job, None)
                 return 0
-            from minitron_mcore.runtime.start import quiet_libraries, start, stop
+            from minitron_mcore.runtime.start import start, stop
 
-            quiet_libraries()
             act(options.verb, job, start())
         stop()
     except (InputError, OSError) as error:

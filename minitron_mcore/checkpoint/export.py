@@ -31,6 +31,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import known_families
 from minitron_mcore.families.table import config_of
 from minitron_mcore.files import writing
+from minitron_mcore.runtime.libraries import imported
 from minitron_mcore.runtime.progress import Bar
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.whole_folder import whole_folder
@@ -138,10 +139,9 @@ def _size(tensor: torch.Tensor) -> int:
 
 def _ask_transformers(config: dict[str, Any], target: Path) -> None:
     """The installed transformers checks a config as it is made: better now than when the folder is loaded."""
-    from transformers import AutoConfig
-
+    transformers = imported("transformers")
     try:
-        AutoConfig.for_model(**config)
+        transformers.AutoConfig.for_model(**config)
     except Exception as error:
         rule = f"cannot be written: transformers refuses a model of this shape: {' '.join(str(error).split())}"
         raise InputError("hf", target, rule) from error

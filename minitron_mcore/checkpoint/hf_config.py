@@ -10,6 +10,7 @@ from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import fields_of
+from minitron_mcore.runtime.libraries import imported
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -49,10 +50,9 @@ def read_config(source: Path, make_vocab_size_divisible_by: int = 128) -> Archit
         raise InputError("", path, rule, remedy)
     family = find_family(given.get("model_type"), str(path))
     # Late: transformers takes seconds to import, and a wrong folder is refused before.
-    from transformers import AutoConfig
-
+    transformers = imported("transformers")
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=True).to_dict()
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True).to_dict()
     except Exception as error:
         raise InputError("", path, f"is refused by transformers: {' '.join(str(error).split())}") from error
     divisor = {"make_vocab_size_divisible_by": make_vocab_size_divisible_by}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
-import warnings
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -61,7 +59,6 @@ def start() -> Runtime:
 
     Every rank calls it once. Model-parallel groups come later, from `parallel.use_layout`, since stages may differ.
     """
-    quiet_libraries()
     world = read_world(os.environ)
     local_rank = world.local_rank
     if torch.cuda.is_available():
@@ -114,16 +111,6 @@ def device_memory(local_ranks: int) -> tuple[int, int]:
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated(), total
     free, total = host_memory()
     return free // local_ranks, total // local_ranks
-
-
-def quiet_libraries() -> None:
-    """Silence warnings of Megatron and torch at import about optional parts (Apex, Transformer Engine)."""
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
-    warnings.filterwarnings("ignore", message=r".*(pynvml|No CUDA|destroy_process_group|is not a CUDA).*")
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=r"Please use DTensor instead", category=FutureWarning)
-    for name in ("megatron", "torch.distributed.elastic", "torch.distributed.checkpoint"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @cache

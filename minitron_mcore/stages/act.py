@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_mcore.jobs.job import Job, module_of
+from minitron_mcore.runtime.libraries import imported, write_to
 from minitron_mcore.runtime.progress import chosen
 
 if TYPE_CHECKING:
@@ -17,10 +18,11 @@ def act(verb: str, job: Job, runtime: Runtime | None) -> Any:
 
     runtime: None for a job that needs no ranks, which the first process alone carries out.
     """
-    style = chosen(job.recipe.log.progress)
+    style, output = chosen(job.recipe.log.progress), job.recipe.output or getattr(job, "folder", None)
+    write_to(Path(output) if output else None)
     if runtime is not None:
         runtime.progress_style = style
     for note in job.notes:
         words = f"{verb}: WARNING: {note}"
         print(words, flush=True) if runtime is None else runtime.print(words)
-    return importlib.import_module(f"minitron_mcore.stages.{module_of(verb)}").run(job, runtime)
+    return imported(f"minitron_mcore.stages.{module_of(verb)}").run(job, runtime)

@@ -120,6 +120,9 @@ class LogConfig:
     progress: Annotated[str, OneOf("auto", "bar", "lines", "none")] = key(
         "auto", "of long work: a bar, dated lines now and then, or nothing; auto: a bar on a terminal, else lines"
     )
+    libraries: Annotated[str, OneOf("file", "console", "none")] = key(
+        "file", "warnings of libraries; file: libraries.log in `output`, or beside a training's metrics.jsonl"
+    )
     timing_log_level: int = key(
         0, "Megatron's: 0 large parts of a step, 1 collectives too, 2 every microbatch", at_least=0, at_most=2
     )
