@@ -9,6 +9,7 @@ from pathlib import Path
 from minitron_mcore.data.corpus import check_file
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.inputs import require
+from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises
 from minitron_mcore.jobs.run import Road, lay_road
 from minitron_mcore.recipe import Recipe, with_keys
@@ -43,12 +44,23 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Repor
     return ReportJob(recipe, reads, makes, folder=place.folder, target=target, steps=steps_of(place, world))
 
 
+class Titles(Road):
+    """A road of which only the titles are wanted: what a step needs may have been moved since."""
+
+    def lay(self, step: Step) -> Job | None:
+        try:
+            return super().lay(step)
+        except (InputError, OSError):
+            self.steps.append((step, None))
+            return None
+
+
 def steps_of(place: Place, world: World) -> tuple[tuple[str, str], ...]:
     """Every step of a run, done or not; () where that cannot be known, as of a run whose teacher has been moved."""
     if place.kind != "run" or place.recipe is None:
         return ()
     # As many ranks as hold one copy of its model: the steps are the same with more.
-    road = Road(place.folder, replace(world, size=place.recipe.parallel.replica_ranks), NOTHING)
+    road = Titles(place.folder, replace(world, size=place.recipe.parallel.replica_ranks), NOTHING)
     recipe = with_keys(place.recipe, {"output": str(place.folder)})
     with suppress(InputError, OSError):
         lay_road(recipe, road)

@@ -155,6 +155,7 @@ def margins(name: str, title: str, rows: Mapping[str, Sequence[float]], toleranc
             panel.plot(shown, [place] * len(shown), "|", color=color(0), ms=11, mew=1.2)
         panel.axvline(2 * tolerance, color=color(1), lw=1.4, label="what two layouts' scores may differ by")
         panel.set_xscale("log")
+        panel.minorticks_off()
         panel.set_yticks(range(len(rows)), [*rows])
         panel.set_ylim(len(rows) - 0.5, -0.5)
         panel.tick_params(axis="y", length=0)

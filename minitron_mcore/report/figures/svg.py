@@ -69,11 +69,11 @@ def color(place: int) -> str:
 
 def count_axis(panel: Axes, axis: str) -> None:
     """Ticks as 10k, 2M."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     shown = getattr(panel, f"{axis}axis")
     shown.set_major_formatter(FuncFormatter(lambda value, _: count_words(value)))
-    shown.set_minor_formatter(NullFormatter())
+    shown.set_minor_locator(NullLocator())
 
 
 def count_words(value: float) -> str:

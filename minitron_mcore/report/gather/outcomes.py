@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minitron_mcore.report.gather.measured import models_of
 from minitron_mcore.report.gather.place import CANDIDATES, ESTIMATE, RESULTS, Place, read_json
 from minitron_mcore.report.gather.trainings import Curve, number
 
@@ -74,12 +75,10 @@ class Estimated:
 
 def find_outcomes(place: Place) -> tuple[Outcome, ...]:
     """Of the run's own table where it has ended, else of what was evaluated so far."""
-    whole = read_json(place.folder / RESULTS)
-    rows: dict[str, Any] = {}
-    if place.kind == "run" and isinstance(whole, dict):
-        rows = whole
+    files = {place.label(part): read_json(part / RESULTS) for part in place.holding(RESULTS)}
+    rows = models_of(files.get(place.name), place.name)
     if not any(map(_is_result, rows.values())):
-        rows = {place.label(part): read_json(part / RESULTS) for part in place.holding(RESULTS)}
+        rows = {name: row for label, found in files.items() for name, row in models_of(found, label).items()}
     return tuple(Outcome(label, float(row[LOSS]), row) for label, row in rows.items() if _is_result(row))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minitron_mcore.report.gather.measured import Score, Speeds, find_scores, find_speeds
 from minitron_mcore.report.gather.models import Models, find_models
 from minitron_mcore.report.gather.outcomes import (
     Estimated,
@@ -29,6 +30,8 @@ class Report:
     models: Models
     trainings: tuple[Training, ...]
     outcomes: tuple[Outcome, ...]
+    scores: tuple[Score, ...]
+    speeds: Speeds | None
     search: Search | None
     estimated: Estimated | None
 
@@ -38,6 +41,8 @@ class Report:
         each student the next, before and after its training."""
         found = {"teacher": 0, "corrected teacher": 0}
         labels = [*(each.label for each in self.trainings), *(each.label for each in self.outcomes)]
+        labels += [each.model for each in self.scores]
+        labels += [each.model for each in self.speeds.rows] if self.speeds else []
         for label in [*self.models.plans, *labels]:
             student = label.removesuffix(" pruned").removesuffix(" distilled")
             found.setdefault(student, 1 + len({*found.values()} - {0}))
@@ -55,6 +60,8 @@ def gather(folder: Path, planned: Sequence[tuple[str, str]] = ()) -> Report:
         find_models(place),
         find_trainings(place),
         find_outcomes(place),
+        find_scores(place),
+        find_speeds(place),
         find_search(place),
         find_estimate(place),
     )

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from minitron_mcore import __version__
 from minitron_mcore.report.gather.report import Report
-from minitron_mcore.report.page import came_from, chosen, made, trained
+from minitron_mcore.report.page import came_from, chosen, made, measured, trained
 from minitron_mcore.report.page.parts import short
 
 KINDS = {
@@ -20,7 +20,7 @@ KINDS = {
 }
 ORDER = (
     *(made.losses, made.road, made.shapes, chosen.importance, chosen.depth, chosen.cuts),
-    *(trained.training, made.search, trained.throughput, trained.memory, trained.cost),
+    *(trained.training, measured.tasks, measured.speed, made.search, trained.throughput, trained.memory, trained.cost),
 )
 
 

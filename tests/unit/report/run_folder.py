@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from minitron_mcore.architecture import Architecture, build_architecture, save_architecture
+from minitron_mcore.checkpoint.folder import TRACKER
 from minitron_mcore.importance.scores import Scores, random_scores, save_scores
 from minitron_mcore.pruning.plan_file import PruningPlan, save_plan
 from minitron_mcore.recipe import Recipe, load_recipe, to_yaml
@@ -111,6 +112,9 @@ def write_training(folder: Path, architecture: Architecture, verb: str, start: f
 def describe(folder: Path, architecture: Architecture, verb: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_architecture(architecture, folder / "architecture.yaml")
+    (folder / TRACKER).write_text(str(ITERATIONS))
+    (folder / f"iter_{ITERATIONS:07d}").mkdir(exist_ok=True)
+    (folder / f"iter_{ITERATIONS:07d}" / "metadata.json").write_text("{}")
     (folder / "lineage.yaml").write_text(yaml.safe_dump({"stage": verb, "tokens": 2560}))
     (folder / "recipe.yaml").write_text(to_yaml(recipe(folder.parent)))
 
@@ -135,3 +139,41 @@ def write_search(folder: Path) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2))
+
+
+def write_evaluation(folder: Path) -> Path:
+    """What `evaluate` writes of two models and two tasks."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def scores(right: float) -> dict[str, Any]:
+        question = {"acc,none": {"value": right, "stderr": 0.02, "published": 0.75}, "acc_norm,none": {"value": 0.5}}
+        tasks = {"arc_easy": {"shots": 25, "metrics": question}}
+        tasks["passages"] = {"shots": 0, "metrics": {"word_perplexity,none": {"value": 12.5, "stderr": None}}}
+        return {"checkpoint": "c", "tasks": tasks}
+
+    rows = {"teacher": scores(0.8), "width distilled": scores(0.6)}
+    write_json(folder / "results.json", {"models": rows, "differences": {}})
+    return folder
+
+
+def write_bench(folder: Path) -> Path:
+    """What `bench` writes of two models in two engines, one of which failed with the second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {"batch_size": 4, "prompt_tokens": 128, "output_tokens": 64, "device": "a CPU"}
+    rows = []
+    for engine, model, rate in (
+        ("minitron", "teacher", 100.0),
+        ("minitron", "width", 180.0),
+        ("vllm", "teacher", 90.0),
+    ):
+        rates = {"prefill_latency": 0.0125, "prefill_throughput": 40_960.0, "decode_throughput": rate}
+        more = {
+            "spread": {"decode_throughput": 2.5},
+            "speed_up": {"decode": rate / 100, "prefill": 1.0},
+            "memory": 2**21,
+        }
+        rows.append({"engine": engine, "model": model, **sizes, **rates, **more})
+    failures = [{"engine": "vllm", "model": "width", "said": "head_dim 8 is too small"}]
+    papers = {"speed_up": {"depth": 2.7, "width": 1.8}, "said": "depth 2.7x, width 1.8x"}
+    write_json(folder / "bench.json", {"rows": rows, "failures": failures, "papers": papers})
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -14,8 +13,11 @@ import pytest
 
 from minitron_mcore.cli import main
 from minitron_mcore.errors import InputError
+from minitron_mcore.jobs.report import resolve
+from minitron_mcore.recipe import load_recipe
 from minitron_mcore.report.gather.report import gather
 from minitron_mcore.report.page.render import render
+from minitron_mcore.runtime.world import World
 from tests.unit.report.run_folder import (
     ITERATIONS,
     LOSSES,
@@ -23,6 +25,8 @@ from tests.unit.report.run_folder import (
     plan,
     scores,
     teacher,
+    write_bench,
+    write_evaluation,
     write_run,
     write_search,
     write_training,
@@ -69,7 +73,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run: Path) -> Page:
-    return Page(render(gather(run)))
+    """As the verb writes it."""
+    target = run.parent / "new" / "page.html"
+    assert main(["report", str(run), f"report.output={target}"]) == 0
+    assert not (run / "report.html").exists()
+    return Page(target.read_text())
 
 
 def test_the_tables_say_what_the_files_say(page: Page) -> None:
@@ -133,7 +141,13 @@ def test_the_heat_maps_tell_which_score_is_largest(page: Page) -> None:
 
 
 def test_the_same_files_give_the_same_page(run: Path, page: Page) -> None:
-    assert render(gather(run)) == page.text
+    """All that the recipe names is done but what the folder lacks."""
+    steps = resolve(load_recipe(None, [f"path={run}"]), World()).steps
+    assert render(gather(run, steps)) == page.text
+    done = page.rows("The steps")
+    assert [*done] == ["step", *(title for _, title in steps)] and len(steps) == 15
+    assert done["evaluate depth distilled"] == ["done", "–"] and done["evaluate teacher"] == ["done", "2.5 s"]
+    assert done["export width"] == ["not yet", "–"]
 
 
 def test_a_run_that_was_cut_off(run: Path, tmp_path: Path) -> None:
@@ -157,7 +171,6 @@ def test_a_run_that_was_cut_off(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "there", "missing"),
     [
-        ("teacher", {"Training", "Throughput", "Shapes before and after"}, "Importance, and what was kept"),
         ("students/width", {"How close the cuts were", "Training"}, "The road walked"),
         ("students/depth/pruned", {"Shapes before and after", "How close the cuts were"}, "Training"),
     ],
@@ -178,6 +191,22 @@ def test_a_search(tmp_path: Path) -> None:
     assert page.text.count("<svg") == 2
 
 
+def test_tasks_and_speed(tmp_path: Path) -> None:
+    folder = write_bench(write_evaluation(tmp_path / "measured"))
+    page = Page(render(gather(folder)))
+    tasks = [row for name, rows in page.tables.items() if name.startswith("Scores on tasks") for row in rows]
+    head, right, normalised, words = tasks
+    assert head[3:] == ["teacher", "teacher, published", "width distilled", "width distilled, published"]
+    assert right == ["arc_easy", "acc", "25", "0.8000 ± 0.0200", "0.7500", "0.6000 ± 0.0200", "0.7500"]
+    assert normalised[3:5] == ["0.5000", "–"] and words[:4] == ["passages", "word_perplexity", "0", "12.5000"]
+    (speeds,) = (rows for name, rows in page.tables.items() if name.startswith("Medians on a CPU"))
+    sizes = "4 × 128 + 64"
+    assert speeds[2] == ["width", "minitron", sizes, "12.50", "40,960", "180.0 ± 2.5", "1.80×", "2.0"]
+    assert "Not measured: vllm, width: head_dim 8 is too small." in page.text
+    assert "width 1.80. teacher: 1.00. paper, depth: 2.70. paper, width: 1.80." in page.text
+    assert page.text.count("<svg") == 2
+
+
 def test_damaged_files_are_left_out(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(run, folder)
@@ -189,14 +218,6 @@ def test_damaged_files_are_left_out(run: Path, tmp_path: Path) -> None:
     (folder / "students" / "depth" / "distilled" / "metrics.jsonl").write_text("null\n{}\n")
     headings = Page(render(gather(folder))).headings
     assert "Training" in headings and not {"Cost", "Importance, and what was kept"} & {*headings}
-
-
-def test_the_verb_writes_the_page_and_says_where(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    target = tmp_path / "new" / "page.html"
-    assert main(["report", str(run), f"report.output={target}"]) == 0
-    assert capsys.readouterr().out == f"report: {run} -> {target}\n"
-    assert target.read_text().startswith("<!doctype html>") and "steps are done" in target.read_text()
-    assert json.loads((run / "results.json").read_text()) and not (run / "report.html").exists()
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:
