@@ -152,8 +152,8 @@ def margins(name: str, title: str, rows: Mapping[str, Sequence[float]], toleranc
         panel = figure.subplots()
         for place, values in enumerate(rows.values()):
             shown = [max(value, 1e-9) for value in values]
-            panel.plot(shown, [place] * len(shown), "|", color=color(0), ms=11, mew=1.2)
-        panel.axvline(2 * tolerance, color=color(1), lw=1.4, label="what two layouts' scores may differ by")
+            panel.plot(shown, [place] * len(shown), "|", color=INK, ms=11, mew=1.2)
+        panel.axvline(2 * tolerance, color=color(5), lw=1.4, label="what two layouts' scores may differ by")
         panel.set_xscale("log")
         panel.minorticks_off()
         panel.set_yticks(range(len(rows)), [*rows])

@@ -7,6 +7,7 @@ from typing import Any
 
 from minitron_mcore.report.figures.svg import FAINT, color, drawing, inline
 
+DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)))
 # Row -> model -> (value, its error or None).
 Dots = Mapping[str, Mapping[str, tuple[float, float | None]]]
 
@@ -36,7 +37,7 @@ def dots(
             style: dict[str, Any] = {"color": color(shades.get(model, place)), "ms": 5, "elinewidth": 1.1}
             panel.errorbar(values, heights, xerr=errors, fmt=marks[place % len(marks)], label=model, **style)
         for place, (label, value) in enumerate((lines or {}).items()):
-            panel.axvline(value, color=FAINT, lw=1.2, ls=((0, (4, 2)), (0, (1, 1.5)))[place % 2], label=label)
+            panel.axvline(value, color=FAINT, lw=1.2, ls=DASHES[place % len(DASHES)], label=label)
         panel.set_yticks(range(len(rows)), [*rows])
         panel.set_ylim(len(rows) - 0.5, -0.5)
         panel.tick_params(axis="y", length=0)

@@ -68,10 +68,13 @@ def color(place: int) -> str:
 
 
 def count_axis(panel: Axes, axis: str) -> None:
-    """Ticks as 10k, 2M."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    """Ticks as 10k, 2M; of a logarithmic axis that spans less than three tens, also at twice and five times them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     shown = getattr(panel, f"{axis}axis")
+    low, high = getattr(panel, f"get_{axis}lim")()
+    if shown.get_scale() == "log":
+        shown.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
     shown.set_major_formatter(FuncFormatter(lambda value, _: count_words(value)))
     shown.set_minor_locator(NullLocator())
 
