@@ -129,7 +129,7 @@ def _check_lists(config: Any) -> None:
         if entry.metadata.get("filled") and value is not None and not value:
             raise InputError(entry.name, value, "is empty", "name at least one, or leave the key out")
         if entry.metadata.get("distinct"):
-            for place, each in enumerate(value or ()):
+            for place, each in enumerate(value if isinstance(value, list) else ()):
                 if each in value[:place]:
                     raise InputError(entry.name, value, f"holds {each} twice", "name each once")
 

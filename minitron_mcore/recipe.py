@@ -12,6 +12,7 @@ from typing import Annotated, Any, Optional
 
 import yaml
 
+from minitron_mcore.bench.config import BenchConfig
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
 from minitron_mcore.distillation.config import CacheConfig, DistillConfig
 from minitron_mcore.errors import InputError
@@ -86,7 +87,9 @@ class Recipe:
     output_prefix: Optional[PathName] = key(None, "preprocess: path of the .bin/.idx, without ending")
     checkpoint: Optional[PathName] = key(None, "evaluate, export: folder of a checkpoint; import writes it")
     checkpoints: dict[str, PathName] = key(
-        {}, "evaluate: several by name, in one table; the first is what the others are compared with", may_change=True
+        {},
+        "evaluate, bench: several by name, in one table; the first is what the others are compared with",
+        may_change=True,
     )
     hf: Optional[PathName] = key(None, "Hugging Face folder: import reads it, export writes it")
     results: Optional[PathName] = key(None, "evaluate: file to write; null: results.json beside the checkpoint")
@@ -111,6 +114,7 @@ class Recipe:
     prune: PruneConfig = key(PruneConfig, "how the plan chooses")
     ablate: AblateConfig = key(AblateConfig, "the grid of `ablate`")
     search: SearchConfig = key(SearchConfig, "the candidates of `search`, and how they are ranked")
+    bench: BenchConfig = key(BenchConfig, "which engines are timed, at which sizes", may_change=True)
     serving: ServingConfig = key(ServingConfig, "the inference that shapes are compared by", may_change=True)
     train: TrainConfig = key(TrainConfig, "next-token training")
     correct: CorrectConfig = key(CorrectConfig, "correction of the teacher on the distillation's data")

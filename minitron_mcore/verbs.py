@@ -123,6 +123,13 @@ VERBS = {
         "checkpoint, data.valid (or a part of data.train) → the file results",
         "minitron evaluate checkpoint=student data.valid=data/corpus_valid_text_document",
     ),
+    "bench": Verb(
+        "prefill and decode speed, latency and memory of checkpoints, in this engine and in others "
+        "([docs/bench.md](docs/bench.md))",
+        ("checkpoint", "checkpoints", "bench", "output", "tokenizer.model", *_MODEL),
+        "checkpoints, or one checkpoint → bench.output",
+        "minitron bench checkpoints.teacher=teacher checkpoints.student=distilled bench.output=bench.json",
+    ),
     "export": Verb(
         "checkpoint of any pruned shape → Hugging Face folder",
         ("checkpoint", "hf", "max_shard_size", "tokenizer.model", *_MODEL),

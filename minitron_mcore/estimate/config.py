@@ -2,6 +2,7 @@
 
 from typing import Annotated, Optional
 
+from minitron_mcore.errors import InputError
 from minitron_mcore.keys import OneOf, PathName, key, section
 
 
@@ -15,7 +16,14 @@ class ServingConfig:
     weights: Annotated[str, OneOf("fp32", "bf16", "fp8", "int4")] = key("bf16", "number format of the weights")
     kv_cache: Annotated[str, OneOf("fp32", "bf16", "fp8")] = key("bf16", "number format of the KV cache")
     tensor: int = key(1, "GPUs that the matrices are cut over", at_least=1)
-    measured: Optional[PathName] = key(None, "file of measured speeds, which correct what is worked out")
+    measured: Optional[PathName] = key(
+        None, "file of measured speeds, as `bench` writes it, which correct what is worked out"
+    )
+    engine: Optional[str] = key(None, "whose speeds of serving.measured count, where it holds several engines'")
+
+    def __post_init__(self) -> None:
+        if self.engine is not None and self.measured is None:
+            raise InputError("engine", self.engine, "has no effect without measured", "name the file, or leave it out")
 
 
 @section

@@ -1,20 +1,22 @@
 """Measured speeds of serving, and how they correct a roofline. Pure.
 
-A file of measurements is JSON:
+A file of measurements is JSON, such as `bench` writes:
 
     {"rows": [{
         "device": "NVIDIA H100 80GB HBM3",       as torch.cuda.get_device_name gives it
         "architecture": {"num_layers": 32, …},   as in architecture.yaml
         "batch_size": 8, "prompt_tokens": 1024, "output_tokens": 128,
         "weights": "bf16", "kv_cache": "bf16", "tensor": 1,      as in `serving`, whose defaults count where left out
+        "engine": "vllm",                                        whose speed it is; may be left out
+        "pipeline": 1, "data": 1,                                may be left out; rows of more do not count
         "prefill_latency": 0.21, "decode_latency": 0.011         seconds; or prefill_throughput, decode_throughput
     }, …]}
 
 The correction of a phase is measured over worked-out seconds, a factor f. Between the points it is interpolated by
 inverse distance (Shepard 1968): log f is the mean of the points' logarithms, weighted by 1 / d^2, where d is the
 distance between the logarithms of parameters, layers, batch, prompt and output. So a point is met exactly, and far
-from all of them the factor is their geometric mean. A row counts if its device, formats and `tensor` are those asked
-for.
+from all of them the factor is their geometric mean. A row counts if its device, formats, `tensor` and engine are those
+asked for; where no engine is asked for, the rows that count must be of one.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from minitron_mcore.runtime.devices import Machine, find_device
 
 PHASES = ("prefill", "decode")
 _KEY = "serving.measured"
+_ASKED = ("weights", "kv_cache", "tensor", "engine")
 _FORMATS, _SIZES = ("weights", "kv_cache", "tensor"), ("batch_size", "prompt_tokens", "output_tokens")
+_BESIDE = {"engine": None, "pipeline": 1, "data": 1}  # what a row may say besides, and what counts where it does not
 Roofline = Callable[[Architecture, ServingConfig, Machine], float]
 
 
@@ -49,10 +53,13 @@ def corrections(
     rows = [_row(serving.measured, number, row) for number, row in enumerate(_rows(serving.measured))]
     suited = [row for row in rows if _suits(row, serving, machine)]
     if not suited:
-        asked = ", ".join(f"{name}={getattr(serving, name)}" for name in _FORMATS)
-        there = ", ".join(sorted({f"{row['device']} ({_formats(row['serving'])})" for row in rows})) or "nothing"
+        asked = ", ".join(f"{name}={getattr(serving, name)}" for name in _ASKED if getattr(serving, name) is not None)
+        there = ", ".join(sorted({f"{row['device']} ({_formats(row)})" for row in rows})) or "nothing"
         rule = f"has no point for cluster.device={machine.device or 'null'} with {asked}"
         raise InputError(_KEY, serving.measured, rule, f"it holds {there}; measure it, or leave the key out")
+    if len(engines := sorted({str(row["engine"]) for row in suited})) > 1:
+        rule = f"is not given, and serving.measured={serving.measured} holds the speeds of {', '.join(engines)}"
+        raise InputError("serving.engine", None, rule, "name one of them")
     here = _place(architecture, serving)
     factors = {}
     for phase, seconds in zip(PHASES, roofline, strict=True):
@@ -85,12 +92,17 @@ def _place(architecture: Architecture, serving: ServingConfig) -> tuple[float, .
     return tuple(map(log, sizes))
 
 
-def _formats(serving: ServingConfig) -> str:
-    return ", ".join(f"{name}={getattr(serving, name)}" for name in _FORMATS)
+def _formats(row: dict[str, Any]) -> str:
+    named = {name: getattr(row["serving"], name) for name in _FORMATS} | {
+        name: row[name] for name, default in _BESIDE.items() if row[name] != default
+    }
+    return ", ".join(f"{name}={value}" for name, value in named.items())
 
 
 def _suits(row: dict[str, Any], serving: ServingConfig, machine: Machine) -> bool:
     if any(getattr(row["serving"], name) != getattr(serving, name) for name in _FORMATS):
+        return False
+    if serving.engine not in (None, row["engine"]) or (row["pipeline"], row["data"]) != (1, 1):
         return False
     if machine.device is None:
         return find_device(row["device"]) is None
@@ -129,6 +141,7 @@ def _row(path: str, number: int, given: dict[str, Any]) -> dict[str, Any]:
     except InputError as error:
         raise error.under(f"rows[{number}]").found_in(path) from error
     row: dict[str, Any] = {"device": given["device"], "architecture": architecture, "serving": serving}
+    row |= {name: given.get(name, default) for name, default in _BESIDE.items()}
     tokens = {"prefill": serving.batch_size * serving.prompt_tokens, "decode": serving.batch_size}
     for phase in PHASES:
         latency, throughput = f"{phase}_latency", f"{phase}_throughput"

@@ -25,23 +25,23 @@ class Compared:
     model: Model | None = None
 
 
-def find_compared(recipe: Recipe, world: World, promises: Promises) -> tuple[Compared, ...]:
+def find_compared(recipe: Recipe, world: World, promises: Promises, *, reads_text: bool = True) -> tuple[Compared, ...]:
     """`checkpoints`, else the one `checkpoint`, in the recipe's order: the first is what others are compared with.
 
-    Raises InputError where there is none, where both are given, or where a layout or a tokenizer does not suit one.
+    reads_text: each needs a tokenizer, and room for data.sequence_length. Raises InputError where there is none, where
+    both are given, or where a layout or a tokenizer does not suit one.
     """
+
+    def find(name: str, folder: str, key: str) -> Compared:
+        path = Path(folder)
+        if path.is_dir() and is_hugging_face(path) and latest_iteration(path) is None:
+            return Compared(name, path)
+        return Compared(name, path, find_reader(recipe, world, promises, key, folder, reads_text=reads_text))
+
     if recipe.checkpoints and recipe.checkpoint:
         remedy = "name it among them, as checkpoints.student=FOLDER, or leave them out"
         raise InputError("checkpoint", recipe.checkpoint, "is given beside checkpoints", remedy)
     if recipe.checkpoint:
-        return (_find(Path(recipe.checkpoint).name, recipe.checkpoint, "checkpoint", recipe, world, promises),)
+        return (find(Path(recipe.checkpoint).name, recipe.checkpoint, "checkpoint"),)
     require(recipe, {} if recipe.checkpoints else {"checkpoint": ONE_OR_MORE})
-    named = recipe.checkpoints.items()
-    return tuple(_find(name, folder, f"checkpoints.{name}", recipe, world, promises) for name, folder in named)
-
-
-def _find(name: str, folder: str, key: str, recipe: Recipe, world: World, promises: Promises) -> Compared:
-    path = Path(folder)
-    if path.is_dir() and is_hugging_face(path) and latest_iteration(path) is None:
-        return Compared(name, path)
-    return Compared(name, path, find_reader(recipe, world, promises, key, folder))
+    return tuple(find(name, folder, f"checkpoints.{name}") for name, folder in recipe.checkpoints.items())

@@ -16,6 +16,7 @@ import yaml
 
 from minitron_mcore.verbs import VERBS
 from tests.distributed.ranks import run_on_ranks
+from tests.e2e.bad_bench_cases import BENCH
 from tests.e2e.bad_distill_cases import DISTILL
 from tests.e2e.bad_estimate_cases import ESTIMATE
 from tests.e2e.bad_input_cases import CASES, Case
@@ -23,7 +24,7 @@ from tests.e2e.bad_report_cases import REPORT
 from tests.e2e.bad_search_cases import SEARCH
 from tests.e2e.verbs import all_typed, typed
 
-ALL = (*CASES, *DISTILL, *SEARCH, *ESTIMATE, *REPORT)
+ALL = (*CASES, *DISTILL, *SEARCH, *ESTIMATE, *REPORT, *BENCH)
 TRACKER = "latest_checkpointed_iteration.txt"
 ROOT = Path(__file__).parents[2]
 # What no description says: it is found only while text or tensors are read.
@@ -82,6 +83,13 @@ RIGHT = {
     ],
     "distill": ["teacher.checkpoint=@/teacher", "student.checkpoint=@/student", "distill.checkpoint=@/new/distilled"],
     "evaluate": ["checkpoint=@/teacher", "output=@/new/evaluation"],
+    "bench": [
+        "checkpoint=@/teacher",
+        "bench.engines=[minitron]",
+        "bench.prompt_tokens=8",
+        "bench.output_tokens=4",
+        "bench.output=@/new/bench.json",
+    ],
     "export": ["checkpoint=@/teacher", "hf=@/new/hf"],
     "estimate": [
         "teacher.checkpoint=@/teacher",

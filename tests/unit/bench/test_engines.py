@@ -1,0 +1,98 @@
+"""Processes of engines: what they are asked and answer, and how they fail."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron_mcore.bench import engines
+from minitron_mcore.bench.engines import OTHERS, Child, EngineError, Other, lacks
+from minitron_mcore.bench.figures import Case
+from minitron_mcore.bench.prompts import prompts_of
+from minitron_mcore.bench.worker import Memory
+
+STUB = """
+import json, os, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["do"] == "die":
+        print("Segmentation fault", file=sys.stderr, flush=True)
+        os._exit(3)
+    if asked["do"] == "log":
+        print("0.1 E load: error loading model: wrong shape", file=sys.stderr, flush=True)
+        print(json.dumps({"error": "RuntimeError: no"}), flush=True)
+        continue
+    told = {"threads": os.environ["OMP_NUM_THREADS"], "rank": os.environ.get("RANK"), "engine": sys.argv[1], **asked}
+    print(json.dumps(told), flush=True)
+"""
+
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Child:
+    (tmp_path / "stub.py").write_text(STUB)
+    monkeypatch.setattr(engines, "_WORKER", tmp_path / "stub.py")
+    monkeypatch.setenv("RANK", "1")
+    return Child("vllm", None, 3)
+
+
+def test_a_child_answers_line_by_line(child: Child) -> None:
+    assert child.ask(do="load", path="x") == {
+        **{"threads": "3", "rank": None, "engine": "vllm"},
+        **{"do": "load", "path": "x"},
+    }
+    assert child.ask(do="run")["do"] == "run"
+    child.close()
+    assert child.process.returncode == 0
+
+
+def test_a_child_that_fails_says_why(child: Child) -> None:
+    with pytest.raises(EngineError, match=r"^RuntimeError: no load: error loading model: wrong shape$"):
+        child.ask(do="log")
+    for _ in range(2):  # and again, once it is gone
+        with pytest.raises(EngineError, match=r"^it ended with exit code 3: Segmentation fault$"):
+            child.ask(do="die")
+    child.close()
+
+
+def test_an_engine_that_does_not_load_leaves_no_process(tmp_path: Path) -> None:
+    setting = {"precision": "fp32", "device": "cpu", "threads": 1, "batch": 1, "length": 8}
+    seat = engines.Theirs("none", "m", tmp_path, tmp_path / "m.gguf", None, None, setting)
+    with pytest.raises(EngineError, match="KeyError: 'none'"):
+        seat.load()
+    assert seat.child.process.returncode is not None
+
+
+def test_what_is_installed() -> None:
+    assert not lacks(OTHERS["transformers"], None) and not lacks(OTHERS["transformers"], sys.executable)
+    nothing = Other(("no_such_module",), "nothing")
+    assert lacks(nothing, None) and lacks(nothing, sys.executable)
+    with pytest.raises(OSError):
+        lacks(nothing, "/bin/false")
+
+
+def test_prompts_are_those_of_a_seed() -> None:
+    case = Case(3, 50, 2)
+    prompts = prompts_of(case, 10, 1)
+    assert [len(prompt) for prompt in prompts] == [50] * 3 and {*itertools.chain(*prompts)} == {*range(10)}
+    assert prompts == prompts_of(case, 10, 1) != prompts_of(case, 10, 2)
+    assert prompts == prompts_of(Case(3, 50, 7), 10, 1), "whatever is made of them"
+
+
+def test_memory_counts_what_stays_and_the_highest_run() -> None:
+    """Within a megabyte of 32 that are filled: resident pages of a process are not its own alone."""
+    memory = Memory(on_cuda=False)
+    if memory.before is None:
+        pytest.skip("this system has no /proc/self/clear_refs")
+    weights = bytearray(b"1" * (32 << 20))
+    memory.loaded()
+    found = []
+    for size in (16, 64, 1):
+        memory.run_begins()
+        filled = bytearray(b"1") * (size << 20)
+        del filled
+        found.append(memory.run_ended())
+    assert len(weights) == 32 << 20
+    assert found == pytest.approx([48 << 20, 96 << 20, 96 << 20], abs=4 << 20)
