@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
 from minitron_mcore.architecture import Architecture
@@ -227,7 +228,7 @@ class _Cache:
         """Before the rows' first tokens, so many of each, go through the model."""
         self._stand(lengths, is_prompt=True)
         self.last_B = torch.tensor(lengths, device=self.rows.device) - 1
-        self.cos, self.sin = (turn[: self.end, None, None] for turn in self._turns_Sd)
+        self.cos, self.sin = (turn[: self.end, None, None, None] for turn in self._turns_Sd)
 
     def read_token(self) -> None:
         """Before one further token of each row does."""
@@ -235,9 +236,9 @@ class _Cache:
         self.last_B = self.last_B + 1
         self.mask: Tensor | None = None
         if self.is_even:
-            self.cos, self.sin = (turn[self.end - 1, None, None, None] for turn in self._turns_Sd)
+            self.cos, self.sin = (turn[self.end - 1] for turn in self._turns_Sd)
         else:
-            self.cos, self.sin = (turn.index_select(0, self.last_B)[None, :, None] for turn in self._turns_Sd)
+            self.cos, self.sin = (turn.index_select(0, self.last_B)[:, None, None] for turn in self._turns_Sd)
             self.mask = (self.places_S[: self.end] <= self.last_B[:, None])[:, None, None]
 
     def _stand(self, lengths: list[int], *, is_prompt: bool) -> None:
@@ -260,19 +261,19 @@ class _Cache:
             return hidden_sBh
         return hidden_sBh[-1:] if self.is_even else hidden_sBh[self.last_B, self.rows].unsqueeze(0)
 
-    def turned(self, heads_sBnd: Tensor) -> Tensor:
+    def turned(self, heads_sBgrd: Tensor) -> Tensor:
         """The heads with their rotary positions."""
         width = 2 * self.half
-        part = heads_sBnd if width == heads_sBnd.shape[-1] else heads_sBnd[..., :width]
+        part = heads_sBgrd if width == heads_sBgrd.shape[-1] else heads_sBgrd[..., :width]
         swapped = torch.cat((part[..., self.half :], part[..., : self.half]), dim=-1)
         turned = part * self.cos + swapped * self.sin
-        return turned if part is heads_sBnd else torch.cat((turned, heads_sBnd[..., width:]), dim=-1)
+        return turned if part is heads_sBgrd else torch.cat((turned, heads_sBgrd[..., width:]), dim=-1)
 
-    def attend(self, layer: int, query_sBnd: Tensor, key_sBgd: Tensor, value_sBgd: Tensor) -> Tensor:
-        """Store the keys and values of a layer, and let the queries see theirs -> [s, B, n * d]."""
+    def attend(self, layer: int, query_sBgrd: Tensor, key_sBgd: Tensor, value_sBgd: Tensor) -> Tensor:
+        """Store the keys and values of a layer, and let the queries, r of a group, see theirs -> [s, B, n * d]."""
         attention = torch.nn.functional.scaled_dot_product_attention
         if self.is_prompt:
-            query, key, value = (part.permute(1, 2, 0, 3) for part in (query_sBnd, key_sBgd, value_sBgd))
+            query, key, value = (part.permute(1, 2, 0, 3) for part in (query_sBgrd.flatten(2, 3), key_sBgd, value_sBgd))
             if self.keys:
                 self.keys[layer][:, :, : self.end], self.values[layer][:, :, : self.end] = key, value
             how: Any = {"is_causal": True, "enable_gqa": query.shape[1] > key.shape[1]}
@@ -284,18 +285,41 @@ class _Cache:
             keys_BgSd[self.rows, :, self.last_B] = key_sBgd[0]
             values_BgSd[self.rows, :, self.last_B] = value_sBgd[0]
         # The queries of a group see the same keys: they go as the queries of one head.
-        query_Bgrd = query_sBnd[0].unflatten(1, (key_sBgd.shape[2], -1))
         seen = keys_BgSd[:, :, : self.end], values_BgSd[:, :, : self.end]
-        return attention(query_Bgrd, *seen, attn_mask=self.mask).flatten(1).unsqueeze(0)
+        return attention(query_sBgrd[0], *seen, attn_mask=self.mask).flatten(1).unsqueeze(0)
 
 
 def _through(layer: Any, hidden_sBh: Tensor, cache: _Cache) -> Tensor:
-    """One transformer layer."""
-    attention = layer.self_attention
-    query, key, value = attention.get_query_key_value_tensors(layer.input_layernorm(hidden_sBh))
-    context = cache.attend(layer.layer_number, cache.turned(query), cache.turned(key), value)
-    hidden_sBh = hidden_sBh + attention.linear_proj(context)[0]
-    return hidden_sBh + layer.mlp(layer.pre_mlp_layernorm(hidden_sBh))[0]
+    """One transformer layer. Of a group, the projection has r queries, a key and a value, next to each other."""
+    attention, mlp, config = layer.self_attention, layer.mlp, layer.config
+    mixed_sBm = _product(attention.linear_qkv, layer.input_layernorm(hidden_sBh))
+    mixed = mixed_sBm.view(*mixed_sBm.shape[:2], attention.num_query_groups_per_partition, -1, config.kv_channels)
+    heads = mixed[..., :-1, :]
+    if attention.q_layernorm is not None:
+        normed = attention.q_layernorm(mixed[..., :-2, :]), attention.k_layernorm(mixed[..., -2:-1, :])
+        heads = torch.cat(normed, dim=-2)
+    turned = cache.turned(heads)
+    context = cache.attend(layer.layer_number, turned[..., :-1, :], turned[..., -1, :], mixed[..., -1, :])
+    hidden_sBh = hidden_sBh + _product(attention.linear_proj, context)
+    inner = _product(mlp.linear_fc1, layer.pre_mlp_layernorm(hidden_sBh))
+    if config.gated_linear_unit:
+        gate, inner = inner.chunk(2, dim=-1)
+        inner = config.activation_func(gate) * inner
+    else:
+        inner = config.activation_func(inner)
+    return hidden_sBh + _product(mlp.linear_fc2, inner)
+
+
+def _product(linear: Any, x: Tensor) -> Tensor:
+    """A parallel linear layer. Megatron's own goes through autograd, at the price of another product for few rows."""
+    if isinstance(linear, ColumnParallelLinear):
+        return torch.nn.functional.linear(x, linear.weight, linear.bias)
+    if not isinstance(linear, RowParallelLinear):
+        return linear(x)[0]  # Transformer Engine's
+    out = torch.nn.functional.linear(x, linear.weight)
+    if tensor_group().size() > 1:
+        dist.all_reduce(out, group=tensor_group())
+    return out
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
