@@ -19,6 +19,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.config import EstimateConfig, ServingConfig
 from minitron_mcore.evaluation.config import EvaluateConfig
 from minitron_mcore.importance.config import ImportanceConfig
+from minitron_mcore.inference.config import GenerateConfig
 from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, key, section, section_of
 from minitron_mcore.megatron_names import SECTIONS, named_here
 from minitron_mcore.model.config import ModelConfig
@@ -85,10 +86,10 @@ class Recipe:
     precision: Annotated[str, OneOf("fp32", "bf16")] = key("fp32", "number format of weights and activations")
     input: Sources = key(None, "preprocess: text or JSONL files, or folders")
     output_prefix: Optional[PathName] = key(None, "preprocess: path of the .bin/.idx, without ending")
-    checkpoint: Optional[PathName] = key(None, "evaluate, export: folder of a checkpoint; import writes it")
+    checkpoint: Optional[PathName] = key(None, "evaluate, generate, export: folder of a checkpoint; import writes it")
     checkpoints: dict[str, PathName] = key(
         {},
-        "evaluate, bench: several by name, in one table; the first is what the others are compared with",
+        "evaluate, generate, bench: several by name, side by side; the first is what the others are compared with",
         may_change=True,
     )
     hf: Optional[PathName] = key(None, "Hugging Face folder: import reads it, export writes it")
@@ -121,6 +122,7 @@ class Recipe:
     cache: CacheConfig = key(CacheConfig, "the teacher's targets in files")
     distill: DistillConfig = key(DistillConfig, "training of the student from its teacher")
     evaluate: EvaluateConfig = key(EvaluateConfig, "held-out LM loss")
+    generate: GenerateConfig = key(GenerateConfig, "text that models write", may_change=True)
     run: RunConfig = key(RunConfig, "what `run` makes")
     log: LogConfig = key(LogConfig, "where metrics go")
     cluster: ClusterConfig = key(ClusterConfig, "the machine that is planned for", may_change=True)

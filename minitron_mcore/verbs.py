@@ -123,6 +123,13 @@ VERBS = {
         "checkpoint, data.valid (or a part of data.train) → the file results",
         "minitron evaluate checkpoint=student data.valid=data/corpus_valid_text_document",
     ),
+    "generate": Verb(
+        "text that checkpoints write, side by side, to prompts or chat messages; greedy or sampled, at any layout "
+        "([docs/generate.md](docs/generate.md))",
+        ("checkpoint", "checkpoints", "generate", "tokenizer.model", *_MODEL),
+        "checkpoint or checkpoints, generate.prompts → generate.output",
+        "minitron generate checkpoints.teacher=teacher checkpoints.student=student generate.prompt=Once",
+    ),
     "bench": Verb(
         "prefill and decode speed, latency and memory of checkpoints, in this engine and in others "
         "([docs/bench.md](docs/bench.md))",

@@ -77,6 +77,7 @@ class Tokenizer:
     rows: Optional[int] = None  # of a model that has fewer than there are ids: no text may hold ids from there on
     stands_in: bool = False  # for any tokenizer that data or a checkpoint names
     pieces: Callable[[], dict[int, str]] = field(default=dict, compare=False, repr=False)  # what each id stands for
+    encode_marked: Optional[Callable[[str], list[int]]] = None  # with its marks; None: it puts none
 
     # No id is padding: GPT samples are never padded, and a dataset would mask every label that equals it.
     pad = -1
@@ -93,7 +94,15 @@ class Tokenizer:
     def tokenize(self, text: str) -> list[int]:
         """Ids of `text`; neither bos nor eod is added. Very long texts are encoded in parts, to the same ids."""
         size = UNIGRAM_SEGMENT_CHARACTERS if self.is_unigram else SEGMENT_CHARACTERS
-        ids = self.encode(text) if len(text) <= size else encode_long(self.encode, text, size)
+        return self._checked(self.encode(text) if len(text) <= size else encode_long(self.encode, text, size), text)
+
+    def tokenize_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model goes on with, as transformers gives them: with the tokenizer's own marks, such as
+        Llama's bos; one that was trained here has none. Instead of no id at all, the end of a document."""
+        encode = self.encode_marked or self.encode
+        return self._checked(encode(text), text) or [self.eod]
+
+    def _checked(self, ids: list[int], text: str) -> list[int]:
         if self.rows is not None and ids and (largest := max(ids)) >= self.rows:
             raise InputError("", repr(text[:60]), f"holds {self.beyond(largest)}", "leave such text out")
         return ids
@@ -270,6 +279,7 @@ def _load_hugging_face(folder: str) -> Tokenizer:
         {index: piece for piece, index in model.get_vocab().items()},
         {"bos": model.bos_token_id, "eos": model.eos_token_id, "unk": model.unk_token_id},
         encode=encode,
+        encode_marked=lambda text: list(model.encode(text)),
         decode=lambda ids: str(model.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
         added=frozenset(model.added_tokens_decoder),
         is_unigram=type(getattr(getattr(model, "backend_tokenizer", None), "model", None)).__name__ == "Unigram",
