@@ -128,7 +128,7 @@ VERBS = {
         "([docs/generate.md](docs/generate.md))",
         ("checkpoint", "checkpoints", "generate", "tokenizer.model", *_MODEL),
         "checkpoint or checkpoints, generate.prompts → generate.output",
-        "minitron generate checkpoints.teacher=teacher checkpoints.student=student generate.prompt=Once",
+        "minitron generate checkpoint=student generate.prompts=prompts.jsonl generate.output=continuations.jsonl",
     ),
     "bench": Verb(
         "prefill and decode speed, latency and memory of checkpoints, in this engine and in others "
