@@ -20,7 +20,8 @@ ADDED, SPECIAL = "added_tokens.json", "special_tokens_map.json"
 # Any of these makes a folder one with a tokenizer; the others say how it is used. Old fingerprints take this order.
 VOCABULARY_FILES = ("tokenizer.json", MODEL, "vocab.json", "merges.txt", "vocab.txt")
 TEMPLATES = "additional_chat_templates/*.jinja"  # of a tokenizer with several, by name
-SETTINGS_FILES = (SPECIAL, ADDED, "chat_template.jinja", "chat_template.json", "tekken.json", TEMPLATES)
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", TEMPLATES)
+SETTINGS_FILES = (SPECIAL, ADDED, *TEMPLATE_FILES, "tekken.json")
 # What transformers alone reads.
 CONFIG_FILES = ("tokenizer_config.json", "tokenizer.*.json")
 FILES = VOCABULARY_FILES + SETTINGS_FILES + CONFIG_FILES

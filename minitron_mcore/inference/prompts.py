@@ -19,6 +19,7 @@ from minitron_mcore.checkpoint.companions import FOLDER
 from minitron_mcore.checkpoint.folder import beside
 from minitron_mcore.data.text_file import JSON_ENDINGS
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
+from minitron_mcore.data.tokenizer_files import MODEL, TEMPLATE_FILES, files_of
 from minitron_mcore.data.tokenizer_json import save_for_transformers
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import first_line, reading
@@ -119,7 +120,7 @@ def prompt_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer, limit: int, mode
 def render(prompt: Prompt, tokenizer: Tokenizer) -> str:
     """A chat's messages as the tokenizer's template writes them, and what opens the answer. Raises InputError."""
     template = _templating(tokenizer)
-    if template.chat_template is None:
+    if template is None:
         rule = f"is a chat, and the tokenizer in {tokenizer.path} has no chat template"
         raise InputError("", prompt.where, rule, "give plain prompts, or put chat_template.jinja beside the tokenizer")
     try:
@@ -131,11 +132,14 @@ def render(prompt: Prompt, tokenizer: Tokenizer) -> str:
 
 @cache
 def _templating(tokenizer: Tokenizer) -> Any:
-    """transformers' tokenizer, which knows the template."""
+    """transformers' tokenizer, which knows the template; None where there is none."""
     from transformers import AutoTokenizer
 
     if tokenizer.type != SENTENCEPIECE:
-        return AutoTokenizer.from_pretrained(tokenizer.path, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(tokenizer.path, local_files_only=True, trust_remote_code=False)
+        return found if found.chat_template else None
+    if Path(tokenizer.path).name != MODEL or not files_of(str(Path(tokenizer.path).parent), TEMPLATE_FILES):
+        return None
     with TemporaryDirectory() as folder:
         save_for_transformers(tokenizer, folder)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

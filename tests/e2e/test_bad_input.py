@@ -19,12 +19,13 @@ from tests.distributed.ranks import run_on_ranks
 from tests.e2e.bad_bench_cases import BENCH
 from tests.e2e.bad_distill_cases import DISTILL
 from tests.e2e.bad_estimate_cases import ESTIMATE
+from tests.e2e.bad_generate_cases import GENERATE
 from tests.e2e.bad_input_cases import CASES, Case
 from tests.e2e.bad_report_cases import REPORT
 from tests.e2e.bad_search_cases import SEARCH
 from tests.e2e.verbs import all_typed, typed
 
-ALL = (*CASES, *DISTILL, *SEARCH, *ESTIMATE, *REPORT, *BENCH)
+ALL = (*CASES, *DISTILL, *SEARCH, *ESTIMATE, *GENERATE, *REPORT, *BENCH)
 TRACKER = "latest_checkpointed_iteration.txt"
 ROOT = Path(__file__).parents[2]
 # What no description says: it is found only while text or tensors are read.
@@ -83,6 +84,7 @@ RIGHT = {
     ],
     "distill": ["teacher.checkpoint=@/teacher", "student.checkpoint=@/student", "distill.checkpoint=@/new/distilled"],
     "evaluate": ["checkpoint=@/teacher", "output=@/new/evaluation"],
+    "generate": ["checkpoint=@/teacher", "generate.prompt=prune1", "generate.output=@/new/text.jsonl"],
     "bench": [
         "checkpoint=@/teacher",
         "bench.engines=[minitron]",
@@ -133,6 +135,7 @@ def make_wrong_things(root: Path) -> None:
     (root / "empty.txt").touch()
     (root / "blank.txt").write_text(" \n\n")
     (root / "empty_folder").mkdir()
+    (root / "torn.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (root / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (root / "file").write_text("something of the user's")
     (root / "papers").mkdir()
@@ -157,7 +160,8 @@ def make_wrong_checkpoints(teacher: Path, folder: Path) -> None:
         "other_vocabulary": {"vocab_size": 301},
         "short": {"max_position_embeddings": 15},
     }
-    for name in (*changes, "unfinished", "no_recipe", "torn_tracker", "cut_off", "torn_architecture", "damaged"):
+    others = ("unfinished", "no_recipe", "torn_tracker", "cut_off", "torn_architecture", "damaged", "no_tokenizer")
+    for name in (*changes, *others):
         shutil.copytree(teacher, folder / name)
     for name, change in changes.items():
         path = folder / name / "architecture.yaml"
@@ -165,6 +169,7 @@ def make_wrong_checkpoints(teacher: Path, folder: Path) -> None:
     (folder / "unfinished" / TRACKER).unlink()
     (folder / "unfinished" / "iter_0000001").rename(folder / "unfinished" / ".unfinished_iter_0000001")
     (folder / "no_recipe" / "recipe.yaml").unlink()
+    shutil.rmtree(folder / "no_tokenizer" / "tokenizer")
     (folder / "torn_tracker" / TRACKER).write_bytes(b"\xff\xfe1")
     (folder / "cut_off" / "iter_0000001" / "metadata.json").unlink()
     (folder / "torn_architecture" / "architecture.yaml").write_text("num_layers: [\n")
