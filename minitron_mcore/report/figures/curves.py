@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minitron_mcore.report.figures.svg import color, count_axis, count_words, drawing, inline
 
+# By colour: where lines lie on each other, the lower one shows through.
+DASHES: tuple[Any, ...] = ("-", "-", (0, (5, 1.4)), (0, (2.4, 1.2)), (0, (6, 1.2, 1.2, 1.2)), (0, (1, 1)))
 POINTS = 160  # of a line; more would not be seen
 LEAST = 0.005  # of a bar; less would not be seen
 Points = Sequence[tuple[float, float]]
@@ -44,7 +47,7 @@ def against_tokens(name: str, title: str, lines: Sequence[Line], ylabel: str, *,
     with drawing(3.3 + 0.16 * math.ceil(len(lines) / 2)) as figure:
         panel = figure.subplots()
         for line in lines:
-            dashes = ("-", (0, (4, 1.5)), (0, (1, 1)))[line.place // 8 % 3]
+            dashes = DASHES[line.place % len(DASHES)]
             points = thinned(line.points)
             if points:
                 panel.plot(*zip(*points, strict=True), color=color(line.place), ls=dashes, lw=1.3, label=line.label)
@@ -54,6 +57,7 @@ def against_tokens(name: str, title: str, lines: Sequence[Line], ylabel: str, *,
         panel.set_xscale("log")
         if log_y:
             panel.set_yscale("log")
+            count_axis(panel, "y")
         count_axis(panel, "x")
         panel.set_xlabel("tokens trained on")
         panel.set_ylabel(ylabel)

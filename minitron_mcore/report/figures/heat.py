@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from minitron_mcore.report.figures.svg import FAINT, INK, color, drawing, inline
+from minitron_mcore.report.figures.svg import FAINT, INK, color, count_axis, drawing, inline
 
 WIDEST = 512  # cells in a row; more are averaged
 LAYERS_LABELLED = 16
@@ -30,10 +30,12 @@ def by_place(
     with drawing(1.0 + max(1.5, 0.17 * min(layers, 40)) + 0.16 * len(kept)) as figure:
         panel = figure.subplots()
         _image(figure, panel, _share_of_row(scores_LN), "share of largest")
+        # One above the other in a cell, and no larger than it.
+        size = min(5.0, 130 / count, 9.0 / max(len(kept), 1))
         for place, (student, by_layer) in enumerate(kept.items()):
-            shift = (place - (len(kept) - 1) / 2) * 0.5 / max(len(kept), 1)
-            dots = [(index + shift, layer) for layer, indices in by_layer.items() for index in indices]
-            style: dict[str, Any] = {"mfc": color(shades[student]), "mec": "white", "mew": 0.8, "ms": 5}
+            shift = 0.8 * ((place + 0.5) / len(kept) - 0.5)
+            dots = [(index, layer + shift) for layer, indices in by_layer.items() for index in indices]
+            style: dict[str, Any] = {"mfc": color(shades[student]), "mec": "white", "mew": 0.16 * size, "ms": size}
             panel.plot(*zip(*dots, strict=True), "osD^"[place % 4], ls="none", label=f"kept by {student}", **style)
         _layer_axis(panel, layers)
         _whole_numbers(panel.xaxis, count)
@@ -60,7 +62,7 @@ def by_rank(
     with drawing(1.0 + max(1.5, 0.17 * min(layers, 40)) + 0.16 * math.ceil(len(cuts) / 2)) as figure:
         panel = figure.subplots()
         extent = (0, count, layers - 0.5, -0.5)
-        _image(figure, panel, _averaged(_share_of_row(ordered)), "share of largest", extent=extent)
+        _image(figure, panel, _averaged(_share_of_row(ordered)), "share of largest", extent=extent, gamma=0.5)
         for student, (keep, kept_layers) in cuts.items():
             label = f"{student} keeps {keep:,} of {count:,}"
             for layer in kept_layers:
@@ -90,6 +92,7 @@ def ranked_line(
             panel.axvline(keep + 0.5, color=color(shades[student]), lw=1.6, label=label)
         if ordered[-1] > 0 and ordered[0] > 30 * ordered[-1]:
             panel.set_yscale("log")
+            count_axis(panel, "y")
         else:
             panel.set_ylim(min(0.0, ordered[-1]), None)
         panel.set_xlabel(f"{what}, the largest score first")
@@ -166,10 +169,16 @@ def margins(name: str, title: str, rows: Mapping[str, Sequence[float]], toleranc
         return inline(name, figure, title, f"{title}. {'; '.join(told)}. The scores' tolerance is {tolerance:.1g}.")
 
 
-def _image(figure: Any, panel: Any, shares: numpy.ndarray, label: str, **place: Any) -> None:
-    image = panel.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="none", **place)
-    bar = figure.colorbar(image, ax=panel, pad=0.02, fraction=0.05, aspect=14)
+def _image(figure: Any, panel: Any, shares: numpy.ndarray, label: str, *, gamma: float = 1.0, **place: Any) -> None:
+    """gamma: below 1 it spreads small shares, where a few large ones would leave all others dark."""
+    from matplotlib.colors import PowerNorm
+
+    norm = PowerNorm(gamma, 0, 1)
+    image = panel.imshow(shares, aspect="auto", cmap="viridis", norm=norm, interpolation="none", **place)
+    ticks = [0, 0.25, 0.5, 0.75, 1] if gamma == 1 else [0, 0.05, 0.2, 0.5, 1]
+    bar = figure.colorbar(image, ax=panel, pad=0.02, fraction=0.05, aspect=14, ticks=ticks, format="{x:g}")
     bar.outline.set_visible(False)
+    bar.minorticks_off()
     bar.set_label(label)
     for side in panel.spines.values():
         side.set_visible(False)

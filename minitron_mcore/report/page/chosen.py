@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.pruning.plan_file import SIZES, PruningPlan
 from minitron_mcore.report.figures.heat import by_place, by_rank, depth_scan, margins, ranked_line
 from minitron_mcore.report.gather.report import Report
-from minitron_mcore.report.page.parts import Drawn, Part, Section, Table, Words
+from minitron_mcore.report.page.parts import NONE, Drawn, Part, Section, Table, Words
 
 AXES = {
     "hidden": "hidden channels",
@@ -83,12 +83,34 @@ def depth(report: Report) -> Section | None:
         metric, _, said = name.rpartition("@")
         influence = {"block_influence": scores.depth_of("block_influence", int(said)).tolist()}
         lengths.setdefault(int(said), influence)[metric] = values.tolist()
+    shown = {1} | {plan.teacher.num_layers - plan.student.num_layers for plan in report.models.plans.values()}
     parts: list[Part] = []
-    for length, metrics in sorted(lengths.items()):
+    for length in sorted(lengths.keys() & shown):
         title = "What leaving out a layer costs" if length == 1 else f"What leaving out {length} layers costs"
-        svg = depth_scan(f"depth-{length}", title, metrics, layers, length, kept if length == 1 else {}, shades)
+        marks = kept if length == 1 else {}
+        svg = depth_scan(f"depth-{length}", title, lengths[length], layers, length, marks, shades)
         parts.append(Drawn(svg, f"{title}, by each measure"))
+    if len(lengths) > 1:
+        parts.append(_cheapest(lengths))
     return Section("depth", "Depth scan", parts)
+
+
+def _cheapest(lengths: Mapping[int, Mapping[str, Sequence[float]]]) -> Table:
+    """Of each length and measure, the block that costs least."""
+    measures = [*dict.fromkeys(name for costs in lengths.values() for name in costs)]
+    rows = [
+        (str(length), *(_least(costs.get(name, ()), length) for name in measures))
+        for length, costs in sorted(lengths.items())
+    ]
+    head = ("layers left out", *(name.replace("_", " ") for name in measures))
+    return Table("Which block costs least to leave out, and how much", head, tuple(rows), is_folded=len(rows) > 8)
+
+
+def _least(costs: Sequence[float], length: int) -> str:
+    if not costs:
+        return NONE
+    first = min(range(len(costs)), key=costs.__getitem__)
+    return f"{first}{f'–{first + length - 1}' if length > 1 else ''}: {costs[first]:.4g}"
 
 
 def cuts(report: Report) -> Section | None:
@@ -101,7 +123,7 @@ def cuts(report: Report) -> Section | None:
                 continue
             where = "" if cut.layer is None else f"layer {cut.layer}"
             where += "" if cut.group is None else f", group {cut.group}"
-            scores = (f"{cut.lowest_kept:.5g}", f"{cut.highest_dropped:.5g}", f"{cut.margin:.2%}")
+            scores = (f"{cut.lowest_kept:.5g}", f"{cut.highest_dropped:.5g}", f"{100 * cut.margin:.2g}%")
             rows.append((f"{student}: {AXES.get(axis, axis)}", f"{cut.kept:,} of {cut.of:,}", where, *scores))
             decided = plan.decided.get(axis) or [[cut.lowest_kept or 0.0, cut.highest_dropped or 0.0]]
             gaps[f"{student}: {axis}"] = [_margin(*pair) for pair in decided if len(pair) == 2]

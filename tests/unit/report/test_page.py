@@ -106,7 +106,7 @@ def test_the_margins_are_those_of_the_scores(page: Page) -> None:
     ordered = numpy.sort(scores().hidden)[::-1]
     kept, dropped = ordered[31], ordered[32]
     row = page.rows("The narrowest cut")["width: hidden channels"]
-    assert row == ["32 of 48", "", f"{kept:.5g}", f"{dropped:.5g}", f"{(kept - dropped) / kept:.2%}"]
+    assert row == ["32 of 48", "", f"{kept:.5g}", f"{dropped:.5g}", f"{100 * (kept - dropped) / kept:.2g}%"]
     layers = numpy.sort(scores().layers)[::-1]
     assert page.rows("The narrowest cut")["depth: layers"][2:4] == [f"{layers[1]:.5g}", f"{layers[2]:.5g}"]
 
