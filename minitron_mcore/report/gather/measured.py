@@ -1,4 +1,4 @@
-"""What `evaluate` found on tasks, and `bench` of speed. Pure."""
+"""What `evaluate` found on tasks, `bench` of speed, and what `generate` wrote. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_mcore.report.gather.place import BENCH, RESULTS, Place, read_json
+from minitron_mcore.report.gather.place import BENCH, METRICS, RESULTS, Place, read_json, read_lines
 from minitron_mcore.report.gather.trainings import number
+from minitron_mcore.report.journal import JOURNAL
 
 SIZES = ("batch_size", "prompt_tokens", "output_tokens")
 
@@ -53,6 +54,14 @@ class Speeds:
     failures: Mapping[str, str]
     papers: Mapping[str, float]
     said: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt, or the last message of a chat, and how each model went on."""
+
+    prompt: str
+    texts: Mapping[str, str]
 
 
 def find_scores(place: Place) -> tuple[Score, ...]:
@@ -124,3 +133,18 @@ def _speed(row: Mapping[str, Any]) -> Speed:
         speed_up=number(ups.get("decode")),
         memory=number(row.get("memory")),
     )
+
+
+def find_written(place: Place) -> tuple[Written, ...]:
+    """Of every file of JSON lines in the folder that `generate` wrote."""
+    files = sorted(place.folder.glob("*.jsonl"))
+    rows = [row for file in files if file.name not in (METRICS, JOURNAL) for row in read_lines(file)]
+    return tuple(_written(row) for row in rows if isinstance(row.get("continuations"), dict))
+
+
+def _written(row: Mapping[str, Any]) -> Written:
+    messages = row.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages else {}
+    prompt = row.get("prompt") or (last.get("content") if isinstance(last, dict) else None)
+    said = {str(name): told for name, told in row["continuations"].items() if isinstance(told, dict)}
+    return Written(str(prompt or ""), {name: str(told.get("text", "")) for name, told in said.items()})

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_mcore.report.gather.measured import Score, Speeds, find_scores, find_speeds
+from minitron_mcore.report.gather.measured import Score, Speeds, Written, find_scores, find_speeds, find_written
 from minitron_mcore.report.gather.models import Models, find_models
 from minitron_mcore.report.gather.outcomes import (
     Estimated,
@@ -32,6 +32,7 @@ class Report:
     outcomes: tuple[Outcome, ...]
     scores: tuple[Score, ...]
     speeds: Speeds | None
+    written: tuple[Written, ...]
     search: Search | None
     estimated: Estimated | None
 
@@ -62,6 +63,7 @@ def gather(folder: Path, planned: Sequence[tuple[str, str]] = ()) -> Report:
         find_outcomes(place),
         find_scores(place),
         find_speeds(place),
+        find_written(place),
         find_search(place),
         find_estimate(place),
     )

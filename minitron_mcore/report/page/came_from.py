@@ -70,6 +70,7 @@ def missing(report: Report, there: set[str]) -> Section | None:
         "training": ("a training's metrics", "minitron train, correct or distill"),
         "search": ("a search's candidates", "minitron search"),
         "tasks": ("scores on tasks", "minitron evaluate"),
+        "written": ("continuations of prompts", "minitron generate, with generate.output"),
         "speed": ("speed of generation", "minitron bench"),
         "cost": ("cost", "minitron estimate"),
     }

@@ -1,4 +1,4 @@
-"""The sections on what the models can do, and how fast: tasks and speed. Pure."""
+"""The sections on what the models can do: tasks, texts, speed. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from minitron_mcore.report.figures.rows import dots
 from minitron_mcore.report.gather.measured import Score
 from minitron_mcore.report.gather.report import Report
 from minitron_mcore.report.page.parts import NONE, Drawn, Part, Section, Table, Words, decimals, whole
+from minitron_mcore.tables import counted
 
+PROMPTS = 8  # more are in the file
 # The share that is right, by the harness's names.
 RIGHT = ("acc", "acc_norm", "exact_match", "pass@1", "f1")
 
@@ -91,5 +93,18 @@ def speed(report: Report) -> Section | None:
         svg = dots("speed-ups", title, shown, "times as fast", report.shades, digits=2, lines=lines)
         parts.append(Drawn(svg, f"{title}, in the same engine at the same sizes: batch × prompt + output tokens"))
     parts += [Words(f"The papers' own, for reference: {found.said}.")] if found.said else []
-    parts += [Words(f"Not measured: {who}: {said}.") for who, said in found.failures.items()]
+    parts += [Words(f"Not measured: {who}: {said.rstrip('.')}.") for who, said in found.failures.items()]
     return Section("speed", "Speed", parts)
+
+
+def written(report: Report) -> Section | None:
+    """How each model goes on with the same prompts."""
+    if not report.written:
+        return None
+    parts: list[Part] = [
+        Table(f"After: {each.prompt.strip()}", ("model", "goes on"), tuple(each.texts.items()), (1,))
+        for each in report.written[:PROMPTS]
+    ]
+    if (left := len(report.written) - len(parts)) > 0:
+        parts.append(Words(f"{counted(left, 'more prompt')} in the file."))
+    return Section("written", "What they write", parts)

@@ -19,8 +19,9 @@ KINDS = {
     "part": "part of a run",
 }
 ORDER = (
-    *(made.losses, made.road, made.shapes, chosen.importance, chosen.depth, chosen.cuts),
-    *(trained.training, measured.tasks, measured.speed, made.search, trained.throughput, trained.memory, trained.cost),
+    *(made.losses, made.road, made.shapes, chosen.importance, chosen.depth, chosen.cuts, trained.training),
+    *(measured.tasks, measured.written, measured.speed, made.search),
+    *(trained.throughput, trained.memory, trained.cost),
 )
 
 

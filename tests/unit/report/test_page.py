@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -193,6 +194,10 @@ def test_a_search(tmp_path: Path) -> None:
 
 def test_tasks_and_speed(tmp_path: Path) -> None:
     folder = write_bench(write_evaluation(tmp_path / "measured"))
+    texts = {"teacher": {"text": " return <x>\n  y", "tokens": 4}, "width": {"text": "pass", "tokens": 1}}
+    asked: list[dict[str, object]] = [{"prompt": "def f():"}, {"messages": [{"role": "user", "content": "Hello?"}]}]
+    prompts = [{**each, "continuations": texts} for each in asked]
+    (folder / "generated.jsonl").write_text("".join(json.dumps(each) + "\n" for each in prompts))
     page = Page(render(gather(folder)))
     tasks = [row for name, rows in page.tables.items() if name.startswith("Scores on tasks") for row in rows]
     head, right, normalised, words = tasks
@@ -205,6 +210,8 @@ def test_tasks_and_speed(tmp_path: Path) -> None:
     assert "Not measured: vllm, width: head_dim 8 is too small." in page.text
     assert "width 1.80. teacher: 1.00. paper, depth: 2.70. paper, width: 1.80." in page.text
     assert page.text.count("<svg") == 2
+    assert page.rows("After: def f():") == {"model": ["goes on"], "teacher": [" return <x>\n  y"], "width": ["pass"]}
+    assert page.rows("After: Hello?")["width"] == ["pass"]
 
 
 def test_damaged_files_are_left_out(run: Path, tmp_path: Path) -> None:
