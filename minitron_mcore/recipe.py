@@ -145,8 +145,13 @@ def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Re
         except ValueError as error:
             raise InputError(path, text, f"cannot be read: {error}") from error
         put(tree, path, value, _default)
+    return dataclasses.replace(recipe_of(tree), **taken)
+
+
+def recipe_of(tree: dict[str, Any]) -> Recipe:
+    """Of a mapping as a YAML file holds it. Raises InputError naming the key."""
     recipe: Recipe = read(Recipe, filled(tree, _default), "", unknown_key)
-    return dataclasses.replace(recipe, **taken)
+    return recipe
 
 
 def with_keys(config: Any, values: dict[str, Any]) -> Any:

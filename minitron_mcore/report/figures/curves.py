@@ -70,7 +70,8 @@ def _in_words(line: Line) -> str:
     said = []
     if points := [*line.points]:
         (start, first), (end, last) = points[0], points[-1]
-        said.append(f"from {first:.4g} at {count_words(start)} tokens to {last:.4g} at {count_words(end)}")
+        begun = f"from {first:.4g} at {count_words(start)} to " if len(points) > 1 else ""
+        said.append(f"{begun}{last:.4g} at {count_words(end)} tokens")
     if dots := [*line.dots]:
         said.append(f"{dots[-1][1]:.4g} in the last validation, at {count_words(dots[-1][0])} tokens")
     return f"{line.label}: {'; '.join(said)}."

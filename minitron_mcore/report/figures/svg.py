@@ -69,22 +69,23 @@ def color(place: int) -> str:
 
 def count_axis(panel: Axes, axis: str) -> None:
     """Ticks as 10k, 2M; of a logarithmic axis that spans less than three tens, also at twice and five times them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     shown = getattr(panel, f"{axis}axis")
     low, high = getattr(panel, f"get_{axis}lim")()
-    if shown.get_scale() == "log":
-        shown.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
-    shown.set_major_formatter(FuncFormatter(lambda value, _: count_words(value)))
+    is_log = shown.get_scale() == "log"
+    subs = (1.0, 2.0, 5.0) if is_log and high < 1000 * low else (1.0,)
+    shown.set_major_locator(LogLocator(subs=subs) if is_log else MaxNLocator(nbins=6))
+    shown.set_major_formatter(FuncFormatter(lambda value, _: count_words(value, digits=4)))
     shown.set_minor_locator(NullLocator())
 
 
-def count_words(value: float) -> str:
+def count_words(value: float, digits: int = 3) -> str:
     """2048000 -> "2.05M"."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
-            return f"{value / unit:.3g}{letter}"
-    return f"{value:.3g}"
+            return f"{value / unit:.{digits}g}{letter}"
+    return f"{value:.{digits}g}"
 
 
 def inline(name: str, figure: Figure, title: str, description: str) -> str:

@@ -37,6 +37,7 @@ class Candidate:
     loss: float | None
     on_front: bool
     curve: Curve
+    validation: Curve
 
     def count(self, name: str) -> float | None:
         return number(self.row.get(name))
@@ -102,10 +103,16 @@ def _candidates(rows: list[Any]) -> Iterator[Candidate]:
         if not isinstance(row, dict) or "name" not in row:
             continue
         rank, loss, before = (number(row.get(name)) for name in ("rank", "loss", "zero_shot"))
-        points = {tuple(point) for name in ("curve", "validation") for point in row.get(name) or () if len(point) == 2}
-        curve = tuple(sorted((float(at), float(y)) for at, y in points if number(at) is not None and number(y)))
+        curve, validation = (_points(row.get(name)) for name in ("curve", "validation"))
         tried = int(rank) if rank is not None else None
-        yield Candidate(str(row["name"]), row, tried, before, loss, row.get("on_front") is True, curve)
+        yield Candidate(str(row["name"]), row, tried, before, loss, row.get("on_front") is True, curve, validation)
+
+
+def _points(rows: Any) -> Curve:
+    """(tokens, loss), but for the loss before training, and losses that are no numbers."""
+    pairs = (row for row in rows or () if isinstance(row, list) and len(row) == 2)
+    points = ((number(tokens), number(loss)) for tokens, loss in pairs)
+    return tuple((tokens, loss) for tokens, loss in points if tokens and loss is not None)
 
 
 def find_estimate(place: Place) -> Estimated | None:

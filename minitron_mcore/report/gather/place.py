@@ -5,6 +5,7 @@ Whatever is missing, cut off or damaged is left out: a page shows what is there.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from typing import Any
 from minitron_mcore.checkpoint.folder import is_hugging_face, is_iteration
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import read_mapping
-from minitron_mcore.recipe import Recipe, load_recipe
+from minitron_mcore.keys import NO_KEY
+from minitron_mcore.recipe import Recipe, recipe_of
 
 METRICS, ARCHITECTURE, PLAN, SCORES = "metrics.jsonl", "architecture.yaml", "plan.json", "scores.safetensors"
 CANDIDATES, RESULTS, BENCH, ESTIMATE = "candidates.json", "results.json", "bench.json", "estimate.json"
 KNOWN = (METRICS, ARCHITECTURE, PLAN, SCORES, CANDIDATES, RESULTS, BENCH, ESTIMATE)
+UNKNOWN = 30  # keys of a recipe, of another version, that are passed over
 DEPTH = 4  # of a run's innermost parts, as search/winner/distilled
 # Where no part of a run lies, or (candidates) so many that the list of them says more.
 SKIPPED = ("iter_", ".", "tensorboard", "wandb", "data", "hf", "tokenizer", "done", "candidates", "hugging_face")
@@ -122,11 +125,25 @@ def _order(names: tuple[str, ...], students: list[str]) -> tuple[Any, ...]:
 
 
 def read_recipe(folder: Path) -> Recipe | None:
-    """The resolved recipe beside the files of `folder`; None where there is none that can be read."""
-    try:
-        return load_recipe(str(folder / "recipe.yaml"), [])
-    except (InputError, OSError):
-        return None
+    """The resolved recipe beside the files of `folder`, without keys that another version had; None where there is none
+    that can be read."""
+    tree = read_mapping_of(folder / "recipe.yaml")
+    for _ in range(UNKNOWN if tree else 0):
+        try:
+            return recipe_of(copy.deepcopy(tree))
+        except InputError as error:
+            if error.rule != NO_KEY or not _dropped(tree, error.key):
+                return None
+    return None
+
+
+def _dropped(tree: dict[str, Any], key: str) -> bool:
+    """Whether the key was there to be taken away."""
+    section, _, rest = key.partition(".")
+    if not rest:
+        return tree.pop(section, tree) is not tree
+    inner = tree.get(section)
+    return isinstance(inner, dict) and _dropped(inner, rest)
 
 
 def read_mapping_of(path: Path) -> dict[str, Any]:

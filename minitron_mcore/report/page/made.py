@@ -17,6 +17,7 @@ SIZES = {
     "num_attention_heads": "heads",
     "num_query_groups": "groups",
 }
+DRAWN = 12  # candidates of a search in a figure
 LISTED = 40  # candidates of a search; more are in its files
 
 
@@ -105,10 +106,12 @@ def search(report: Report) -> Section | None:
     if dots:
         title = "What the candidates' losses cost"
         parts.append(Drawn(costs("search-costs", title, dots, "parameters"), f"{title}. Lower left is better."))
-    lines = [Line(each.name, place, each.curve) for place, each in enumerate(tried[:12]) if len(each.curve) > 2]
+    shown = [each for each in tried if each.curve][:DRAWN]
+    lines = [Line(each.name, place, each.validation or each.curve, each.curve) for place, each in enumerate(shown)]
     if lines:
         title = "Held-out loss of the best candidates"
-        parts.append(Drawn(against_tokens("search-curves", title, lines, "held-out LM loss, nats a token"), title))
+        said = f"{title}; dots are where they were compared, lines their own validations"
+        parts.append(Drawn(against_tokens("search-curves", title, lines, "held-out LM loss, nats a token"), said))
     head = ("candidate", "rank", "before", *SIZES.values(), "parameters", "untrained loss", "loss", "tokens", "front")
     rows = [
         (

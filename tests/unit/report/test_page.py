@@ -190,6 +190,9 @@ def test_a_search(tmp_path: Path) -> None:
     assert rows["l1-h48-f96-q6-g2"][8] == "4.5000" and rows["l1-h48-f96-q6-g2"][9] == "–"
     assert rows["l4-h32-f96-q6-g2"][:2] == ["–", "–"]
     assert page.text.count("<svg") == 2
+    name = "l3-h48-f96-q6-g2"
+    said = "4.25 at 256 tokens; 3.5 in the last validation, at 1.02k tokens"
+    assert f"{name}: {said}." in page.text
 
 
 def test_tasks_and_speed(tmp_path: Path) -> None:
@@ -212,6 +215,16 @@ def test_tasks_and_speed(tmp_path: Path) -> None:
     assert page.text.count("<svg") == 2
     assert page.rows("After: def f():") == {"model": ["goes on"], "teacher": [" return <x>\n  y"], "width": ["pass"]}
     assert page.rows("After: Hello?")["width"] == ["pass"]
+
+
+def test_a_recipe_of_another_version(run: Path, tmp_path: Path) -> None:
+    """Keys that there are no more are passed over."""
+    shutil.copytree(run, tmp_path / "old")
+    path = tmp_path / "old" / "recipe.yaml"
+    path.write_text(path.read_text() + "gone: {key: 1}\n")
+    path.write_text(path.read_text().replace("preprocess:\n", "preprocess:\n  log_interval: 1000\n"))
+    found = gather(tmp_path / "old").place.recipe
+    assert found is not None and found.run.students.keys() == STUDENTS.keys()
 
 
 def test_damaged_files_are_left_out(run: Path, tmp_path: Path) -> None:
