@@ -26,6 +26,7 @@ UNKNOWN = 30  # keys of a recipe, of another version, that are passed over
 DEPTH = 4  # of a run's innermost parts, as search/winner/distilled
 # Where no part of a run lies, or (candidates) so many that the list of them says more.
 SKIPPED = ("iter_", ".", "tensorboard", "wandb", "data", "hf", "tokenizer", "done", "candidates", "hugging_face")
+ROOMS = ("pruned", "distilled", "corrected", "winner", "next_token", "random", "evaluation")
 ONE_OF = "name the folder of a run, of a search, of a training or of a checkpoint"
 
 
@@ -91,7 +92,7 @@ def find_place(path: Path) -> Place:
     named = [*recipe.run.students] if recipe else []
     parts = tuple(sorted(_parts(path), key=lambda part: _order(part.relative_to(path).parts, named)))
     is_run = (path / "recipe.yaml").is_file() and (path / "done").is_dir()
-    if not parts and not is_run:
+    if not is_run and not any(_is_near(part.relative_to(path).parts) for part in parts):
         what = "is a Hugging Face folder" if is_hugging_face(path) else "is neither a run nor a part of one"
         raise InputError("path", path, what, ONE_OF)
     return Place(path, "run" if is_run else _kind(path), parts, recipe)
@@ -103,6 +104,13 @@ def _kind(folder: Path) -> str:
     if (folder / METRICS).is_file():
         return "training"
     return "checkpoint" if (folder / ARCHITECTURE).is_file() else "part"
+
+
+def _is_near(names: tuple[str, ...]) -> bool:
+    """Whether a part so far below a folder makes it a part of a run too, as students/NAME and students/ are: not any
+    folder that somewhere holds one is."""
+    last = names[-1] if names else ""
+    return not names or (len(names) < 3 and (last in ROOMS or last.startswith("step-")))
 
 
 def _parts(folder: Path) -> Iterator[Path]:

@@ -245,6 +245,13 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
     (tmp_path / "file").touch()
-    for name, rule in {"empty": "neither a run", "hf": "Hugging Face", "file": "a file", "none": "not there"}.items():
+    write_bench(tmp_path / "far" / "from")
+    for name, rule in {
+        "empty": "neither a run",
+        "far": "neither a run",
+        "hf": "Hugging Face",
+        "file": "a file",
+        "none": "not there",
+    }.items():
         with pytest.raises(InputError, match=rule):
             gather(tmp_path / name)
