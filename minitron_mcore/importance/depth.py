@@ -23,7 +23,7 @@ import torch
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.evaluation.multiple_choice import log_likelihoods
+from minitron_mcore.evaluation.likelihood import log_likelihoods
 from minitron_mcore.evaluation.questions import Task, accuracy
 from minitron_mcore.evaluation.token_values import over_world, token_values
 from minitron_mcore.importance.config import LOGIT_METRICS, TASK_METRICS, TEXT_METRICS, blocks_of, measured
@@ -107,7 +107,7 @@ class _Passes:
             values["logit_mse"] = difference / count / self.vocab_size
             values["normalized_logit_mse"] = difference / reference if difference else 0.0
         if self.task is not None and {*self.metrics} & {*TASK_METRICS}:
-            likelihoods = log_likelihoods(self.chunks, self.task, self.vocab_size, self.micro_batch_size)
+            likelihoods = log_likelihoods(self.chunks, self.task.rows, self.vocab_size, self.micro_batch_size).sums
             if not numpy.isfinite(likelihoods).all():
                 raise _not_finite(f"log-likelihoods {words}")
             values["accuracy"] = accuracy(self.task, likelihoods)

@@ -103,7 +103,7 @@ def build(family: str, parallel: Any) -> tuple[Any, Any]:
 
 
 def depth_on_rank(world_size: int) -> dict[Any, Any]:
-    from minitron_mcore.evaluation.multiple_choice import log_likelihoods
+    from minitron_mcore.evaluation.likelihood import log_likelihoods
     from minitron_mcore.importance.depth import measure_depth
 
     results = {}
@@ -123,7 +123,7 @@ def depth_on_rank(world_size: int) -> dict[Any, Any]:
         )
         assert told == [(done, 6) for done in range(1, 7)]
         assert all(chunk.training for chunk in chunks), "the model is left as it was"
-        likelihoods = log_likelihoods(chunks, task, architecture.vocab_size, micro_batch_size)
+        likelihoods = log_likelihoods(chunks, task.rows, architecture.vocab_size, micro_batch_size).sums
         results[family, layout, micro_batch_size] = (table.whole, table.damage, likelihoods)
     return results
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
-from minitron_mcore.evaluation.multiple_choice import row_batches
+from minitron_mcore.evaluation.likelihood import Inputs, input_batches
 from minitron_mcore.evaluation.questions import Question, Task, accuracy, load_task
 from tests.refusals import refuses
 from tests.unit.text_data import small_tokenizer
@@ -172,9 +172,16 @@ def test_by_the_token_a_long_choice_is_at_no_disadvantage() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize(("size", "group"), [(1, 2), (2, 1), (4, 16)])
-def test_every_row_goes_to_one_rank_once(ranks: int, size: int, group: int) -> None:
+def test_every_input_goes_to_one_rank_once(ranks: int, size: int, group: int) -> None:
+    inputs = Inputs.of(TASK.rows)
+    assert inputs.readers == [[0], [1], [2, 3, 4, 6], [5]], "choices of one token after the same context share a pass"
     by_rank = [
-        [[*batch] for batch in row_batches(TASK, size, group, 4, data_parallel_rank=rank, data_parallel_size=ranks)]
+        [
+            [*batch]
+            for batch in input_batches(
+                inputs.sequences, size, group, 4, data_parallel_rank=rank, data_parallel_size=ranks
+            )
+        ]
         for rank in range(ranks)
     ]
     seen = []
@@ -184,13 +191,10 @@ def test_every_row_goes_to_one_rank_once(ranks: int, size: int, group: int) -> N
         ((rows, length),) = shapes
         assert rows == size and length % 4 == 0
         for microbatch in (microbatch for batch in lists for microbatch in batch):
-            for row, tokens, labels, mask in zip(
-                microbatch.samples, microbatch.tokens, microbatch.labels, microbatch.loss_mask, strict=True
-            ):
-                if not mask.any():
+            for number, tokens, valid in zip(microbatch.samples, microbatch.tokens, microbatch.valid, strict=True):
+                if not valid:
                     continue
-                sequence, given = TASK.rows[int(row)]
-                seen.append(int(row))
-                assert torch.equal(labels[mask.bool()], torch.tensor(sequence[given:]))
-                assert tokens[: len(sequence) - 1].tolist() == [*sequence[:-1]]
-    assert sorted(seen) == list(range(7))
+                sequence = inputs.sequences[int(number)]
+                seen.append(int(number))
+                assert tokens[: len(sequence)].tolist() == [*sequence]
+    assert sorted(seen) == list(range(4))
