@@ -95,6 +95,14 @@ def token_ids(checkpoint: Path, ids: dict[str, Any]) -> dict[str, Any]:
     return {**ids, **{name: config[name] for name in MARKS if name in config}}
 
 
+def end_tokens(checkpoint: Path, eos: int) -> tuple[int, ...]:
+    """The ids that end a text which the exported model generates: the source's, if it names any, else `eos`."""
+    beside_weights = beside(checkpoint, FOLDER)
+    configs = (_json(beside_weights / "generation_config.json"), _source_config(checkpoint))
+    named = next((found for config in configs if (found := config.get("eos_token_id")) is not None), eos)
+    return tuple(named) if isinstance(named, list) else (named,)
+
+
 def tokenizer_class(checkpoint: Path) -> dict[str, str]:
     """The source's `tokenizer_class` in config.json, which transformers uses if the tokenizer names none itself."""
     named = _source_config(checkpoint).get("tokenizer_class")

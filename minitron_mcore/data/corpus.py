@@ -110,7 +110,8 @@ def find_files(
         report(f"{key}: {path}{more} left out: it {reason}")
     if not files:
         rule = f"holds no file ending in {', '.join(endings)}"
-        raise InputError(key, inputs, rule, f"name others, or set {key.removesuffix('input')}extensions")
+        other = f", or set {key.removesuffix('input')}extensions" if key.endswith("input") else ""
+        raise InputError(key, inputs, rule, f"name others{other}")
     return _each_once(files)
 
 

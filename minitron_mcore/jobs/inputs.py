@@ -100,16 +100,17 @@ def find_reader(
     *,
     whole: str = "",
     reads_text: bool = True,
+    reads_samples: bool = True,
 ) -> Model:
     """The checkpoint that the recipe names by `key`, with the tokenizer that its texts are read with.
 
     folder: where it is, of a key that is an entry of a dictionary.
 
-    whole: the verb that needs a whole sequence on a rank. Raises InputError where the layout or the tokenizer does not
-    suit it, or there is none.
+    whole: the verb that needs a whole sequence on a rank. reads_samples: whether samples of data.sequence_length are
+    read. Raises InputError where the layout or the tokenizer does not suit it, or there is none.
     """
     model = find_model(folder or value_at(recipe, key), key, promises)
-    check_model(model.architecture, recipe, world, reads_text=reads_text)
+    check_model(model.architecture, recipe, world, reads_text=reads_text and reads_samples)
     if whole and reads_text:
         refuse_context(recipe, whole)
     return dataclasses.replace(model, tokenizer=model_tokenizer(recipe, model, promises) if reads_text else None)

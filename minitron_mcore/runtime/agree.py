@@ -52,6 +52,41 @@ def on_main(work: Callable[[], T]) -> T:
     return result
 
 
+def led(work: Callable[[Callable[[Any], Any]], T], do: Callable[[Any], Any]) -> T:
+    """The picklable result of `work(ask)`, which the first rank alone does. Its `ask(request)`, of a picklable request,
+    has every rank call `do(request)` and gives what that gives on the first. Where `work` raises, every rank does, as
+    in `on_main`; a rank that raises in `do` leaves at once, since others may wait for it there."""
+    if not is_main():
+        while True:
+            _wait_for_main()
+            request, end = broadcast((None, None))
+            if end is not None:
+                result, told = end
+                if told is not None:
+                    raise told
+                return result
+            do(request)
+    is_doing = False
+
+    def ask(request: Any) -> Any:
+        nonlocal is_doing
+        _wait_for_main()
+        broadcast((request, None))
+        is_doing = True
+        found = do(request)
+        is_doing = False
+        return found
+
+    result, failure = _tried(lambda: work(ask))
+    if failure is not None and is_doing:
+        raise failure
+    _wait_for_main()
+    broadcast((None, (result, _for_others(failure))))
+    if failure is not None:
+        raise failure
+    return result
+
+
 def all_or_none(work: Callable[[], T], only: type[Exception] = Exception) -> T:
     """What `work`, done on every rank, gives on this one. Where it fails on any, every rank raises: its own error, or
     else the first other rank's, told as `on_main` does.

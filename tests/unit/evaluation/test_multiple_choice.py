@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy
 import pytest
-import torch
 
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
 from minitron_mcore.evaluation.likelihood import Inputs, input_batches

@@ -1,0 +1,29 @@
+"""Where a model's answers are kept, so that an evaluation which was cut off goes on, and none asks twice.
+
+The harness keeps them by the text of the question alone. So the file's name tells models apart. Pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore import __version__
+from minitron_mcore.checkpoint.folder import identify_weights
+from minitron_mcore.checkpoint.manifest import MANIFEST
+
+
+def answers_file(
+    folder: Path, name: str, model: Path, iteration: int | None, tokenizer: str | None, precision: str
+) -> Path:
+    """The file in `folder` for the weights in `model`: of a checkpoint's iteration, or of a Hugging Face folder (None);
+    with the fingerprint of the tokenizer, and the precision."""
+    if iteration is not None:
+        weights: Any = identify_weights(model, iteration)
+    else:
+        files = [path for path in sorted(model.iterdir()) if path.name == MANIFEST or path.suffix == ".safetensors"]
+        weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    told = json.dumps([str(model.resolve()), weights, tokenizer, precision, __version__])
+    return folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.db"
