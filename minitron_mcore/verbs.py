@@ -118,10 +118,11 @@ VERBS = {
         "torchrun --nproc-per-node 8 -m minitron_mcore distill --config recipe.yaml distill.tokens=94B",
     ),
     "evaluate": Verb(
-        "language-model loss and perplexity of any checkpoint at any layout → `results.json`",
+        "language-model loss, and tasks of the LM Evaluation Harness, of checkpoints at any layout and Hugging Face "
+        "folders, in one table → `results.json` ([docs/evaluate.md](docs/evaluate.md))",
         ("checkpoint", "checkpoints", "results", "output", "evaluate", "data", "tokenizer.model", *_MODEL),
-        "checkpoint, data.valid (or a part of data.train) → the file results",
-        "minitron evaluate checkpoint=student data.valid=data/corpus_valid_text_document",
+        "checkpoint or checkpoints, data.valid (or a part of data.train), the tasks' data sets → the file results",
+        "minitron evaluate checkpoint=student data.valid=data/corpus_valid_text_document evaluate.tasks=[minitron]",
     ),
     "generate": Verb(
         "text that checkpoints write, side by side, to prompts or chat messages; greedy or sampled, at any layout "

@@ -8,7 +8,7 @@ from pathlib import Path
 from minitron_mcore.checkpoint.folder import is_hugging_face, latest_iteration
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.inputs import find_reader, require
-from minitron_mcore.jobs.job import Model, Promises
+from minitron_mcore.jobs.job import Model, Promises, absolute
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 
@@ -25,23 +25,26 @@ class Compared:
     model: Model | None = None
 
 
-def find_compared(recipe: Recipe, world: World, promises: Promises, *, reads_text: bool = True) -> tuple[Compared, ...]:
+def find_compared(
+    recipe: Recipe, world: World, promises: Promises, *, reads_text: bool = True, reads_samples: bool = True
+) -> tuple[Compared, ...]:
     """`checkpoints`, else the one `checkpoint`, in the recipe's order: the first is what others are compared with.
 
-    reads_text: each needs a tokenizer, and room for data.sequence_length. Raises InputError where there is none, where
-    both are given, or where a layout or a tokenizer does not suit one.
+    reads_text: each needs a tokenizer; reads_samples: and room for data.sequence_length. Raises InputError where there
+    is none, where both are given, or where a layout or a tokenizer does not suit one.
     """
 
     def find(name: str, folder: str, key: str) -> Compared:
         path = Path(folder)
         if path.is_dir() and is_hugging_face(path) and latest_iteration(path) is None:
             return Compared(name, path)
-        return Compared(name, path, find_reader(recipe, world, promises, key, folder, reads_text=reads_text))
+        model = find_reader(recipe, world, promises, key, folder, reads_text=reads_text, reads_samples=reads_samples)
+        return Compared(name, model.folder, model)
 
     if recipe.checkpoints and recipe.checkpoint:
         remedy = "name it among them, as checkpoints.student=FOLDER, or leave them out"
         raise InputError("checkpoint", recipe.checkpoint, "is given beside checkpoints", remedy)
     if recipe.checkpoint:
-        return (find(Path(recipe.checkpoint).name, recipe.checkpoint, "checkpoint"),)
+        return (find(absolute(recipe.checkpoint).name, recipe.checkpoint, "checkpoint"),)
     require(recipe, {} if recipe.checkpoints else {"checkpoint": ONE_OR_MORE})
     return tuple(find(name, folder, f"checkpoints.{name}") for name, folder in recipe.checkpoints.items())

@@ -18,6 +18,7 @@ from minitron_mcore.evaluation.hugging_face import load_hugging_face, mean_loss_
 from minitron_mcore.files import write_whole
 from minitron_mcore.jobs.evaluate import Evaluated, EvaluateJob
 from minitron_mcore.report.evaluation_table import evaluation_table
+from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.evaluate_tasks import TaskRun
@@ -85,8 +86,11 @@ def _losses(each: Evaluated, job: EvaluateJob, runtime: Runtime, chunks: Any, wh
         runtime.print(f"evaluate: the held-out text has {fewer}")
     if chunks is not None:
         assert each.architecture is not None
-        batches = held_out_batches(dataset, samples, micro_batch_size=config.micro_batch_size, parallel=recipe.parallel)
-        losses = mean_loss(chunks, batches, Objective(LossSettings(each.architecture.vocab_size)))
+        size, replicas = config.micro_batch_size, data_group().size()
+        batches = held_out_batches(dataset, samples, micro_batch_size=size, parallel=recipe.parallel)
+        with runtime.progress(samples, "sequences", "evaluate") as bar:
+            counted = bar.over(batches, lambda batch: len(batch) * size * replicas)
+            losses = mean_loss(chunks, counted, Objective(LossSettings(each.architecture.vocab_size)))
     else:
         losses = runtime.on_main(lambda: mean_loss_of(whole, dataset, samples, config.micro_batch_size))
     version = f", iteration {each.compared.model.iteration}" if each.compared.model else ""

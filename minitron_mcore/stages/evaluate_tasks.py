@@ -15,7 +15,6 @@ from minitron_mcore.evaluation.harness.requests import Server
 from minitron_mcore.evaluation.harness.scores import Score, differences, in_words, scores_of
 from minitron_mcore.jobs.evaluate import Evaluated, EvaluateJob
 from minitron_mcore.runtime.agree import led
-from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.start import Runtime
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class TaskRun:
                 classes=tokenizer_class(folder),
                 end_tokens=end_tokens(folder, tokenizer.eod),
                 tokens_at_once=recipe.evaluate.micro_batch_size * recipe.data.sequence_length,
-                report=self._reporter(each.name),
+                bars=lambda total, unit: self.runtime.progress(total, unit, f"evaluate {each.name}"),
             )
             return self._run(each, model, "minitron_mcore")
 
@@ -105,13 +104,3 @@ class TaskRun:
         write_details(Path(job.details, each.name), results)
         self.scores[each.name] = scores_of(results)
         return in_words(self.scores[each.name], published(each.architecture))
-
-    def _reporter(self, name: str) -> Callable[[int, int, str], None]:
-        paces: dict[tuple[int, str], Pace] = {}
-
-        def report(done: int, total: int, unit: str) -> None:
-            pace = paces.setdefault((total, unit), Pace())
-            if pace.is_due(done, total):
-                self.runtime.print(f"evaluate: {name}: {pace.line(done, total, unit)}")
-
-        return report

@@ -4,7 +4,6 @@ them. Importing this module imports the harness.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import sys
@@ -138,26 +137,19 @@ class _Silent(tqdm):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within the `with`, the harness and its libraries show neither bars nor what a user cannot act on."""
+    """Within the `with`, the harness and its libraries show no bars, and start no processes."""
     modules: list[Any] = [module for name in WITH_BARS if (module := sys.modules.get(name)) and hasattr(module, "tqdm")]
-    before = [module.tqdm for module in modules]
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
-    levels = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
+    before, bars = [module.tqdm for module in modules], datasets.are_progress_bars_disabled()
     multiprocessing = os.environ.get("DISABLE_MULTIPROC")
     try:
         for module in modules:
             module.tqdm = _Silent
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
         os.environ["DISABLE_MULTIPROC"] = "1"  # a bootstrap would fork a process that holds a process group
         yield
     finally:
         for module, own in zip(modules, before, strict=True):
             module.tqdm = own
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
         if multiprocessing is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -23,8 +24,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.harness.names import KEY
 from minitron_mcore.evaluation.harness.requests import Continuations, Likelihoods
+from minitron_mcore.runtime.progress import Bar
 
-Report = Callable[[int, int, str], None]  # done, of how many, of what
+Bars = Callable[[int, str], AbstractContextManager[Bar]]  # of so many units, of what
 
 
 class ShardedModel(TemplateLM):
@@ -39,14 +41,14 @@ class ShardedModel(TemplateLM):
         inputs_at_once: Callable[[int], int],
         tokens_at_once: int,
         end_tokens: Sequence[int],
-        report: Report,
+        bars: Bars,
     ) -> None:
         """tokenizer: transformers', as it is exported. ask: has every rank do a request, and gives the result.
         inputs_at_once: of rows in a micro-batch, how many inputs fill a call of the schedule. tokens_at_once: of a
         micro-batch. end_tokens: those that end a generated text."""
         super().__init__()
         self.tokenizer, self.max_length, self.max_gen_toks = tokenizer, max_length, 256
-        self._ask, self._report = ask, report
+        self._ask, self._bars = ask, bars
         self._inputs_at_once, self._tokens_at_once = inputs_at_once, tokens_at_once
         self._end_tokens = tuple(end_tokens)
 
@@ -78,6 +80,12 @@ class ShardedModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        with self._bars(len(requests), "log-likelihoods") as bar:
+            return self._answers(requests, bar)
+
+    def _answers(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], bar: Bar | None = None
+    ) -> list[tuple[float, bool]]:
         """The longest first, so that rows of a call are of like length, and equal inputs beside each other."""
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         order = sorted(range(len(rows)), key=lambda number: (-len(rows[number][0]), rows[number][0]))
@@ -88,8 +96,8 @@ class ShardedModel(TemplateLM):
                 found[number] = total, greedy
                 if (text := requests[number][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", text, found[number])
-            if requests[0][0] is not None:  # else they are windows of documents, which are reported as such
-                self._report(len(found), len(rows), "log-likelihoods")
+            if bar is not None:
+                bar.reach(len(found))
         return [found[number] for number in range(len(rows))]
 
     def _row(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], int]:
@@ -123,21 +131,24 @@ class ShardedModel(TemplateLM):
         windows: list[tuple[None, list[int], list[int]]] = []
         counts: list[int] = []
         most = self._inputs_at_once(max(1, self._tokens_at_once // self.max_length))
-        for number, request in enumerate(requests, 1):
-            (text,) = request.args
-            tokens, prefix = self.tok_encode(text), self.prefix_token_id
-            parts = get_rolling_token_windows(tokens, prefix, max_seq_len=self.max_length, context_len=1)
-            own = [(None, *window) for window in map(make_disjoint_window, parts)]
-            windows, counts = windows + own, [*counts, len(own)]
-            if len(windows) < most and number < len(requests):
-                continue
-            answers = iter(self._loglikelihood_tokens(windows))
-            for count in counts:
-                found.append(float(sum(next(answers)[0] for _ in range(count))))
-                self.cache_hook.add_partial("loglikelihood_rolling", requests[len(found) - 1].args, found[-1])
-            windows, counts = [], []
-            self._report(len(found), len(requests), "documents")
+        with self._bars(len(requests), "documents") as bar:
+            for number, request in enumerate(requests, 1):
+                own = self._windows(request.args[0])
+                windows, counts = windows + own, [*counts, len(own)]
+                if len(windows) < most and number < len(requests):
+                    continue
+                answers = iter(self._answers(windows))
+                for count in counts:
+                    found.append(float(sum(next(answers)[0] for _ in range(count))))
+                    self.cache_hook.add_partial("loglikelihood_rolling", requests[len(found) - 1].args, found[-1])
+                windows, counts = [], []
+                bar.reach(len(found))
         return found
+
+    def _windows(self, text: str) -> list[tuple[None, list[int], list[int]]]:
+        tokens, prefix = self.tok_encode(text), self.prefix_token_id
+        parts = get_rolling_token_windows(tokens, prefix, max_seq_len=self.max_length, context_len=1)
+        return [(None, *window) for window in map(make_disjoint_window, parts)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Requests of equal settings together, the longest prompts first."""
@@ -145,11 +156,14 @@ class ShardedModel(TemplateLM):
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
-        for numbers in alike.values():
-            self._generate_alike(requests, numbers, found)
+        with self._bars(len(requests), "continuations") as bar:
+            for numbers in alike.values():
+                self._generate_alike(requests, numbers, found, bar)
         return [found[number] for number in range(len(requests))]
 
-    def _generate_alike(self, requests: Sequence[Instance], numbers: Sequence[int], found: dict[int, str]) -> None:
+    def _generate_alike(
+        self, requests: Sequence[Instance], numbers: Sequence[int], found: dict[int, str], bar: Bar
+    ) -> None:
         settings: dict[str, Any] = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks))
         end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         stop = handle_stop_sequences(settings.get("until"), eos=end)
@@ -177,4 +191,4 @@ class ShardedModel(TemplateLM):
                 found[number] = postprocess_generated_text(text, stop, None)
                 self.cache_hook.add_partial("generate_until", requests[number].args, found[number])
             start += len(some)
-            self._report(len(found), len(requests), "continuations")
+            bar.reach(len(found))

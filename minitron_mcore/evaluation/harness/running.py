@@ -25,7 +25,7 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.data.tokenizer_json import save_for_transformers
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.harness.loading import quiet
-from minitron_mcore.evaluation.harness.model import Report, ShardedModel
+from minitron_mcore.evaluation.harness.model import Bars, ShardedModel
 from minitron_mcore.evaluation.harness.names import KEY
 from minitron_mcore.evaluation.harness.requests import Server
 from minitron_mcore.files import first_line, write_whole
@@ -92,7 +92,7 @@ def sharded_model(
     classes: Mapping[str, str],
     end_tokens: Sequence[int],
     tokens_at_once: int,
-    report: Report,
+    bars: Bars,
 ) -> LM:
     """The harness's model over `server`, which every rank has, and `ask`, which has every rank call it.
 
@@ -106,7 +106,7 @@ def sharded_model(
         inputs_at_once=server.inputs_at_once,
         tokens_at_once=tokens_at_once,
         end_tokens=end_tokens,
-        report=report,
+        bars=bars,
     )
 
 
