@@ -62,7 +62,7 @@ def _asked(word: str, shots: int | None, given: Mapping[str, frozenset[str]], ow
     for each, its_shots in ((word, shots), (name, int(number) if colon and number.isdecimal() else None)):
         if each in LOCAL or each in given:
             return Asked(each, its_shots)
-    known = names_in(own)
+    known = _names_of_harness(own)
     if word in known:
         return Asked(word, shots, tuple(sorted(known[word])))
     if colon and number.isdecimal() and name in known:
@@ -83,6 +83,10 @@ def harness_folder(words: list[str]) -> str:
 
 
 @cache
+def _names_of_harness(folder: str) -> dict[str, frozenset[str]]:
+    return names_in(folder)
+
+
 def names_in(folder: str) -> dict[str, frozenset[str]]:
     """Names of tasks, groups and tags -> the folders right below `folder` (or itself) whose YAML has them, or what
     it includes. Raises

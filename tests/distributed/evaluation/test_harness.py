@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minitron_mcore.evaluation.harness.names import asked_tasks
 from tests import warm
 from tests.distributed.evaluation.harness_case import ALL, POSITIONS, TASKS, WINDOW, make_case, samples
 from tests.distributed.evaluation.killed_asking import counting
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.launchers import environment
 from tests.e2e.verbs import command_on_rank, commands_on_rank, one_process_group
+from tests.refusals import refuses
 
 TOLERANCE = 1e-4
 LAYOUTS: dict[int, dict[str, list[str]]] = {
@@ -207,6 +210,82 @@ def test_rolling_perplexity_is_the_loss_on_the_same_tokens(root: Path) -> None:
     (sample,) = samples(root / "window_lm_eval" / "ours")["tiny_text"]
     (total,) = responses(sample)
     assert math.isclose(-float(total) / WINDOW, table(root, "window")["lm loss"], rel_tol=1e-6)
+
+
+# (keys beside those of a command that works, in what is refused, in its sentence)
+REFUSALS: list[tuple[list[str], str]] = [
+    (["evaluate.tasks=[helaswag]"], "evaluate.tasks=helaswag is no task of the LM Evaluation Harness, nor of"),
+    (["evaluate.tasks=[helaswag]"], "did you mean hellaswag?"),
+    (["evaluate.tasks=[tiny_chioce:3]"], "did you mean tiny_choice?"),
+    (["evaluate.tasks=[tiny_letter,tiny_letter:2]"], "=tiny_letter:2 asks for tiny_letter twice: name it once"),
+    (["evaluate.tasks=[tiny_letter,tiny_all]"], "evaluate.tasks=tiny_all asks once more for tiny_letter"),
+    (["evaluate.tasks=[hellaswag:10]"], "evaluate.tasks=hellaswag needs the data set Rowan/hellaswag, which is not in"),
+    (["evaluate.tasks=[mmlu]"], "evaluate.tasks=mmlu needs the data set "),
+    (["evaluate.tasks=[minitron]"], "or name minitron_continuation or minitron_perplexity, which need none"),
+    (["evaluate.tasks=[tiny_torn]"], "evaluate.tasks=tiny_torn cannot be loaded: "),
+    (
+        ["evaluate.tasks=[tiny_long]"],
+        "evaluate.tasks asks for 64 new tokens, and the model's max_position_embeddings is 64",
+    ),
+    (["evaluate.task_folder=@/none"], "evaluate.task_folder=@/none is not a folder"),
+    (
+        ["evaluate.tasks=[minitron_continuation]", "data.valid=null"],
+        "=minitron_continuation is made from held-out text",
+    ),
+    (["evaluate.text=@/text.jsonl"], "evaluate.text=@/text.jsonl has no effect with these evaluate.tasks"),
+    (["evaluate.tasks=[minitron_perplexity]", "evaluate.text=@/none.txt"], "evaluate.text=@/none.txt does not exist"),
+    (
+        ["evaluate.tasks=[minitron_continuation]", "evaluate.text=@/few.txt"],
+        "=minitron_continuation needs at least 4 held-out documents of 60 characters, and there are 1",
+    ),
+    (["evaluate.tasks=[]"], "evaluate.task_folder=@/tasks has no effect without evaluate.tasks"),
+    (["evaluate.limit=2.5"], "evaluate.limit=2.5 is neither a whole number nor below 1"),
+    (["checkpoint=null", "checkpoints.a=@/ours", "checkpoints.b=@/exported", "results=null"], "results is not given"),
+    (["checkpoint=@/exported", "results=null"], "results is not given: name the file to write"),
+    (["checkpoint=@/bare"], "tokenizer.model=@/bare holds neither tokenizer.json nor tokenizer.model"),
+]
+
+
+def refused_on_rank(commands: list[list[str]]) -> list[tuple[int, str, float]]:
+    """As on a machine without a network; the seconds that it took, too."""
+    import huggingface_hub.constants
+
+    def unreachable(*_: Any, **__: Any) -> Any:
+        raise OSError("no route to host")
+
+    with one_process_group(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        patch.setattr("socket.create_connection", unreachable)
+        found = []
+        for words in commands:
+            started = time.process_time()
+            code, shown = command_on_rank(words)
+            found.append((code, shown, time.process_time() - started))
+    return found
+
+
+def test_what_cannot_be_is_refused_in_one_sentence(root: Path) -> None:
+    (root / "few.txt").write_text("One document of a few words and no more than that, but for these here.")
+    (root / "tasks" / "torn.yaml").write_text("task: tiny_torn\noutput_type: multiple_choice\n")
+    long = (root / "tasks" / "tiny_answer.yaml").read_text().replace("tiny_answer\n", "tiny_long\n", 1)
+    (root / "tasks" / "long.yaml").write_text(long.replace("max_gen_toks: 12", "max_gen_toks: 64"))
+    (root / "bare").mkdir()
+    (root / "bare" / "config.json").write_text((root / "hf" / "config.json").read_text())
+    commands = [
+        [word.replace("@", str(root)) for word in (*evaluate(root, "refused", tasks=["tiny_letter"]), *more)]
+        for more, _ in REFUSALS
+    ]
+    (found,) = run_on_ranks(refused_on_rank, 1, commands)
+    for (more, words), (code, shown, seconds) in zip(REFUSALS, found, strict=True):
+        assert code == 2 and words.replace("@", str(root)) in shown, (more, shown)
+        assert "Traceback" not in shown and seconds < 20, (more, shown)
+    assert not (root / "refused.json").exists()
+
+
+def test_without_the_harness_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with refuses("evaluate.tasks", "[hellaswag]", "is not installed: run `pip install 'minitron-mcore[eval]'`"):
+        asked_tasks(["hellaswag"], None, None)
 
 
 def led_on_rank(kind: str) -> Any:
