@@ -284,7 +284,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(root: Path) -> None:
 
 def test_without_the_harness_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with refuses("evaluate.tasks", "[hellaswag]", "is not installed: run `pip install 'minitron-mcore[eval]'`"):
+    with refuses("evaluate.tasks", ["hellaswag"], "is not installed", "pip install 'minitron-mcore[eval]'"):
         asked_tasks(["hellaswag"], None, None)
 
 
