@@ -17,6 +17,7 @@ from minitron_mcore.inference.prompts import Continuation
 from minitron_mcore.inference.sampling import Sampling
 from minitron_mcore.jobs.generate import GenerateJob, Writer
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.tables import counted
@@ -33,7 +34,7 @@ def run(job: GenerateJob, runtime: Runtime) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{**prompt.as_json(), "continuations": {}} for prompt in job.prompts]
     for writer in job.writers:
         begun = time.perf_counter()
-        for row, continuation in zip(rows, _written(writer, recipe), strict=True):
+        for row, continuation in zip(rows, _written(writer, recipe, runtime), strict=True):
             row["continuations"][writer.name] = continuation
         taken = time.perf_counter() - begun
         tokens = counted(sum(row["continuations"][writer.name]["tokens"] for row in rows), "token")
@@ -57,7 +58,7 @@ def run(job: GenerateJob, runtime: Runtime) -> list[dict[str, Any]]:
     return rows
 
 
-def _written(writer: Writer, recipe: Recipe) -> list[dict[str, Any]]:
+def _written(writer: Writer, recipe: Recipe, runtime: Runtime) -> list[dict[str, Any]]:
     """A model's continuations of all prompts; its weights are gone afterwards."""
     config, model = recipe.generate, writer.model
     assert model.tokenizer is not None
@@ -66,7 +67,16 @@ def _written(writer: Writer, recipe: Recipe) -> list[dict[str, Any]]:
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, recipe.seed)
     continuation = Continuation(model.tokenizer, config.stop)
     is_stopped = continuation.is_stopped if config.stop else None
-    found = engine.generate(writer.ids, sampling, stop_tokens=writer.stop_ids, is_stopped=is_stopped)
+    # Of this data-parallel rank, the first of which has the most; a batch that ends before its time makes it fewer.
+    batches = -(-len(writer.ids) // (config.batch_size * data_group().size()))
+    with runtime.progress(batches * config.max_new_tokens, "steps", f"generate: {writer.name}") as bar:
+        found = engine.generate(
+            writer.ids,
+            sampling,
+            stop_tokens=writer.stop_ids,
+            is_stopped=is_stopped,
+            on_token=lambda step: bar.advance(),
+        )
     return [_in_words(each, continuation, writer.stop_ids) for each in found]
 
 

@@ -107,6 +107,26 @@ def logits_of(chunks: list[Any]) -> torch.Tensor | None:
         return unwrap(chunks[-1]).logits(hidden[0]) if hidden else None
 
 
+def greedy_tokens(chunks: list[Any], architecture: Architecture, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """What our engine writes after each prompt. Every rank calls."""
+    from minitron_mcore.inference.engine import Engine, Sampling
+
+    return [list(one.tokens) for one in Engine(chunks, architecture).generate(prompts, Sampling(new))]
+
+
+def transformers_tokens(folder: Path, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """What transformers' model greedily generates, one prompt at a time, up to its context's end."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    how: Any = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    found = []
+    for prompt in prompts:
+        room = min(new, model.config.max_position_embeddings - len(prompt))
+        found.append(model.generate(torch.tensor([prompt]), max_new_tokens=room, **how)[0, len(prompt) :].tolist())
+    return found
+
+
 def whole_logits(ranks: list[dict[str, torch.Tensor]], tensor: int) -> dict[str, torch.Tensor]:
     """[b, s, V] by model, from every rank's `logits_of` by model."""
     last = ranks[-tensor:]  # tensor-parallel ranks are neighbours, the last stage comes last

@@ -21,10 +21,13 @@ from tests.distributed.hf_cases import (
     CASES,
     architecture_of,
     error,
+    greedy_tokens,
     logits_of,
     save_with_transformers,
     tensors_of,
+    token_ids,
     transformers_logits,
+    transformers_tokens,
     whole_logits,
 )
 from tests.distributed.models import LAYOUTS, start_layout
@@ -45,6 +48,7 @@ PRUNINGS: dict[str, tuple[dict[str, int], str, str]] = {
 }
 SCORED = "qwen3"  # the family whose scores `minitron score` makes; the others' are random
 LENGTH = 32
+NEW = 6  # tokens that are generated
 
 
 def at(place: str) -> tuple[list[str], int]:
@@ -124,34 +128,41 @@ def exported(imported: Path) -> Path:
     return imported
 
 
-def logits_on_rank(folders: list[str], parallel: dict[str, Any], world_size: int) -> dict[str, torch.Tensor | None]:
-    """Our logits [s, b, V / TP] of iteration 0 of each checkpoint, on the last stage."""
+def logits_on_rank(folders: list[str], parallel: dict[str, Any], world_size: int) -> tuple[dict[str, Any], ...]:
+    """Of iteration 0 of each checkpoint: our logits [s, b, V / TP], on the last stage, and what follows the prompts."""
     from minitron_mcore.checkpoint.folder import read_architecture
     from minitron_mcore.checkpoint.store import as_chunks, load_weights
     from minitron_mcore.model.gpt import build_model
 
     layout = start_layout(parallel, world_size)
-    logits = {}
+    logits, written = {}, {}
     for folder in folders:
         architecture = read_architecture(Path(folder))
         chunks = build_model(architecture, layout, "fp32", trainable=False)
         load_weights(Path(folder), 0, as_chunks(chunks), architecture)
         logits[Path(folder).name] = logits_of(chunks)
-    return logits
+        written[Path(folder).name] = greedy_tokens(chunks, architecture, prompts(), NEW)
+    return logits, written
 
 
-def our_logits(folders: list[Path], place: str) -> dict[str, torch.Tensor]:
-    """[b, s, V] by the folder's name."""
+def prompts() -> list[list[int]]:
+    """Of unequal length."""
+    return [row[: 7 + 5 * number].tolist() for number, row in enumerate(token_ids())]
+
+
+def our_logits(folders: list[Path], place: str) -> tuple[dict[str, torch.Tensor], dict[str, list[list[int]]]]:
+    """Logits [b, s, V], and the tokens that follow the prompts, by the folder's name."""
     world_size, parallel = LAYOUTS[place]
     ranks = run_on_ranks(logits_on_rank, world_size, [str(folder) for folder in folders], parallel, world_size)
-    return whole_logits(ranks, parallel.get("tensor", 1))
+    logits, written = zip(*ranks, strict=True)
+    return whole_logits(list(logits), parallel.get("tensor", 1)), written[0]
 
 
 @pytest.fixture(scope="module")
 def imported_logits(imported: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for place, other in PLACES.items():
-        found |= our_logits([imported / f"imported-{case}-{place}" for case in CASES], other)
+        found |= our_logits([imported / f"imported-{case}-{place}" for case in CASES], other)[0]
     return found
 
 
@@ -280,7 +291,7 @@ def test_pruned_tensors_are_the_original_ones_cut_by_hand(pruned: Path, case: st
 
 
 @pytest.fixture(scope="module")
-def pruned_logits(pruned: Path) -> dict[str, torch.Tensor]:
+def pruned_logits(pruned: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[list[int]]]]:
     students = [pruned / f"student-{case}-{kind}" for case in CASES for kind in PRUNINGS]
     return our_logits(students, "PP2")
 
@@ -288,12 +299,22 @@ def pruned_logits(pruned: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", PRUNINGS)
 @pytest.mark.parametrize("case", CASES)
 def test_pruned_logits_are_those_of_transformers(
-    pruned: Path, pruned_logits: dict[str, torch.Tensor], case: str, kind: str
+    pruned: Path, pruned_logits: tuple[dict[str, torch.Tensor], ...], case: str, kind: str
 ) -> None:
-    ours, theirs = pruned_logits[f"student-{case}-{kind}"], transformers_logits(pruned / f"pruned-{case}-{kind}")
+    ours, theirs = pruned_logits[0][f"student-{case}-{kind}"], transformers_logits(pruned / f"pruned-{case}-{kind}")
     assert error(ours, theirs) <= 1e-5
     unpruned = transformers_logits(pruned / f"theirs-{case}")
     assert error(ours, unpruned) > 1e-2, "nothing was cut"
+
+
+@pytest.mark.parametrize("kind", PRUNINGS)
+@pytest.mark.parametrize("case", CASES)
+def test_pruned_students_write_what_transformers_writes(
+    pruned: Path, pruned_logits: tuple[Any, dict[str, list[list[int]]]], case: str, kind: str
+) -> None:
+    """Greedy tokens, which are equal: margins of random models are far above rounding."""
+    theirs = transformers_tokens(pruned / f"pruned-{case}-{kind}", prompts(), NEW)
+    assert pruned_logits[1][f"student-{case}-{kind}"] == theirs
 
 
 def test_inspect_says_what_a_pruned_export_is(pruned: Path) -> None:
@@ -340,7 +361,9 @@ def test_the_same_shape_in_other_families(pruned: Path, tmp_path: Path, case: st
     shown = run_well("prune", *odd_names(pruned, case), f"student.checkpoint={tmp_path / 'student'}")
     assert "no multiple" not in shown
     run_well("export", f"checkpoint={tmp_path / 'student'}", f"hf={tmp_path / 'hf'}", *kept(case))
-    assert error(our_logits([tmp_path / "student"], "1")["student"], transformers_logits(tmp_path / "hf")) <= 1e-5
+    ours, written = our_logits([tmp_path / "student"], "1")
+    assert error(ours["student"], transformers_logits(tmp_path / "hf")) <= 1e-5
+    assert written["student"] == transformers_tokens(tmp_path / "hf", prompts(), NEW)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.hf_cases import CASES, SHAPE, alone, save_with_transformers
+from tests.distributed.hf_cases import CASES, SHAPE, alone, save_with_transformers, transformers_tokens
 from tests.distributed.models import LAYOUTS, start_layout
 from tests.distributed.ranks import run_on_ranks
 
@@ -25,20 +25,6 @@ PLACES = ["1", "TP2", "PP2"]
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(4)
     return [torch.randint(0, SHAPE["vocab_size"], (length,), generator=generator).tolist() for length in LENGTHS]
-
-
-def reference(folder: Path) -> list[list[int]]:
-    """What transformers' model greedily generates, one prompt at a time."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    room = [min(NEW, SHAPE["max_position_embeddings"] - length) for length in LENGTHS]
-    return [
-        model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None)[
-            0, len(prompt) :
-        ].tolist()
-        for prompt, new in zip(prompts(), room, strict=True)
-    ]
 
 
 def imported(folder: str) -> None:
@@ -91,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[str, list[list[int]]]:
-    return {case: reference(folder / f"theirs-{case}") for case in CASES}
+    return {case: transformers_tokens(folder / f"theirs-{case}", prompts(), NEW) for case in CASES}
 
 
 @pytest.mark.parametrize("name", PLACES)
