@@ -68,13 +68,13 @@ def color(place: int) -> str:
 
 
 def count_axis(panel: Axes, axis: str) -> None:
-    """Ticks as 10k, 2M; of a logarithmic axis that spans less than three tens, also at twice and five times them."""
+    """Ticks as 10k, 2M; of a logarithmic axis below a hundredfold, also at 2 and 5 times the powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     shown = getattr(panel, f"{axis}axis")
     low, high = getattr(panel, f"get_{axis}lim")()
     is_log = shown.get_scale() == "log"
-    subs = (1.0, 2.0, 5.0) if is_log and high < 1000 * low else (1.0,)
+    subs = (1.0, 2.0, 5.0) if is_log and high < 100 * low else (1.0,)
     shown.set_major_locator(LogLocator(subs=subs) if is_log else MaxNLocator(nbins=6))
     shown.set_major_formatter(FuncFormatter(lambda value, _: count_words(value, digits=4)))
     shown.set_minor_locator(NullLocator())
