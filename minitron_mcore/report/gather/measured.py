@@ -15,7 +15,8 @@ SIZES = ("batch_size", "prompt_tokens", "output_tokens")
 
 @dataclass(frozen=True)
 class Score:
-    """Of a model on a task. published: what the paper of the model reports."""
+    """Of a model on a task. published: what the paper of the model reports. difference: to the first model of the
+    evaluation, with its own standard error, which is smaller where both answer the same questions."""
 
     model: str
     task: str
@@ -24,6 +25,8 @@ class Score:
     value: float
     error: float | None
     published: float | None
+    difference: float | None
+    difference_error: float | None
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ def find_scores(place: Place) -> tuple[Score, ...]:
     """Of every results.json that holds tasks; of a model and task that stand in several, the first."""
     found: dict[tuple[str, str, str], Score] = {}
     for part in place.holding(RESULTS):
-        for label, row in models_of(read_json(part / RESULTS), place.label(part)).items():
-            for score in _scores(label, row):
+        results = read_json(part / RESULTS)
+        for label, row in models_of(results, place.label(part)).items():
+            for score in _scores(label, row, _inner(results, "differences", label, "tasks")):
                 found.setdefault((score.model, score.task, score.metric), score)
     return tuple(found.values())
 
@@ -85,18 +89,32 @@ def models_of(results: Any, label: str) -> dict[str, Mapping[str, Any]]:
     return {str(name): row for name, row in rows.items() if isinstance(row, dict)}
 
 
-def _scores(label: str, row: Mapping[str, Any]) -> Iterator[Score]:
-    tasks = row.get("tasks")
-    for task, told in tasks.items() if isinstance(tasks, dict) else ():
-        metrics = told.get("metrics") if isinstance(told, dict) else None
-        for metric, score in metrics.items() if isinstance(metrics, dict) else ():
+def _scores(label: str, row: Mapping[str, Any], differences: Mapping[str, Any]) -> Iterator[Score]:
+    for task, told in _inner(row, "tasks").items():
+        shots = number(told.get("shots")) if isinstance(told, dict) else None
+        for metric, score in _inner(told, "metrics").items():
             value = number(score.get("value")) if isinstance(score, dict) else None
             if value is None:
                 continue
-            shots = number(told.get("shots"))
-            name = str(metric).removesuffix(",none")
-            error, published = number(score.get("stderr")), number(score.get("published"))
-            yield Score(label, str(task), name, None if shots is None else int(shots), value, error, published)
+            beside = _inner(differences, task, metric)
+            yield Score(
+                model=label,
+                task=str(task),
+                metric=str(metric).removesuffix(",none"),
+                shots=None if shots is None else int(shots),
+                value=value,
+                error=number(score.get("stderr")),
+                published=number(score.get("published")),
+                difference=number(beside.get("difference")),
+                difference_error=number(beside.get("stderr")),
+            )
+
+
+def _inner(found: Any, *names: str) -> dict[str, Any]:
+    """The mapping at a path of names in a file; {} where there is none."""
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def find_speeds(place: Place) -> Speeds | None:

@@ -119,7 +119,10 @@ def _parts(folder: Path) -> Iterator[Path]:
         if {*files} & {*KNOWN}:
             yield here
         depth = len(here.relative_to(folder).parts)
-        inner[:] = [name for name in inner if depth < DEPTH and not name.startswith(SKIPPED)]
+        # The last are of the harness, in its own form.
+        inner[:] = [
+            name for name in inner if depth < DEPTH and not name.startswith(SKIPPED) and name[-8:] != "_lm_eval"
+        ]
 
 
 def _order(names: tuple[str, ...], students: list[str]) -> tuple[Any, ...]:

@@ -23,6 +23,7 @@ def tasks(report: Report) -> Section | None:
     models = [*dict.fromkeys(each.model for each in found)]
     by_place = {(each.task, each.metric, each.model): each for each in found}
     known = {each.model for each in found if each.published is not None}
+    compared = {each.model for each in found if each.difference is not None}
     rows = []
     for task, metric in dict.fromkeys((each.task, each.metric) for each in found):
         there = {model: by_place[task, metric, model] for model in models if (task, metric, model) in by_place}
@@ -32,10 +33,13 @@ def tasks(report: Report) -> Section | None:
             cells.append(_with_error(there.get(model)))
             if model in known:
                 cells.append(decimals(there[model].published if model in there else None, 4))
+            if model in compared:
+                cells.append(_difference(there.get(model)))
         rows.append(tuple(cells))
     head = ["task", "metric", "shots"]
     for model in models:
-        head += [model, f"{model}, published"] if model in known else [model]
+        head += [model, *([f"{model}, published"] if model in known else [])]
+        head += [f"{model} − {models[0]}"] if model in compared else []
     caption = "Scores on tasks, with standard errors, by the LM Evaluation Harness"
     parts: list[Part] = [Table(caption, tuple(head), tuple(rows), (1,), is_folded=len(rows) > 30)]
     shown: dict[str, dict[str, tuple[float, float | None]]] = {}
@@ -60,6 +64,13 @@ def _with_error(score: Score | None) -> str:
     if score is None:
         return NONE
     return decimals(score.value, 4) + (f" ± {score.error:.4f}" if score.error is not None else "")
+
+
+def _difference(score: Score | None) -> str:
+    if score is None or score.difference is None:
+        return NONE
+    error = f" ± {score.difference_error:.4f}" if score.difference_error is not None else ""
+    return f"{score.difference:+.4f}{error}"
 
 
 def speed(report: Report) -> Section | None:

@@ -152,7 +152,8 @@ def write_evaluation(folder: Path) -> Path:
         return {"checkpoint": "c", "tasks": tasks}
 
     rows = {"teacher": scores(0.8), "width distilled": scores(0.6)}
-    write_json(folder / "results.json", {"models": rows, "differences": {}})
+    tasks = {"arc_easy": {"acc,none": {"difference": -0.2, "stderr": 0.0125}}}
+    write_json(folder / "results.json", {"models": rows, "differences": {"width distilled": {"tasks": tasks}}})
     return folder
 
 

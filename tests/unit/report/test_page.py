@@ -204,9 +204,11 @@ def test_tasks_and_speed(tmp_path: Path) -> None:
     page = Page(render(gather(folder)))
     tasks = [row for name, rows in page.tables.items() if name.startswith("Scores on tasks") for row in rows]
     head, right, normalised, words = tasks
-    assert head[3:] == ["teacher", "teacher, published", "width distilled", "width distilled, published"]
-    assert right == ["arc_easy", "acc", "25", "0.8000 ± 0.0200", "0.7500", "0.6000 ± 0.0200", "0.7500"]
-    assert normalised[3:5] == ["0.5000", "–"] and words[:4] == ["passages", "word_perplexity", "0", "12.5000"]
+    difference = "width distilled − teacher"
+    assert head[3:] == ["teacher", "teacher, published", "width distilled", "width distilled, published", difference]
+    assert right[:6] == ["arc_easy", "acc", "25", "0.8000 ± 0.0200", "0.7500", "0.6000 ± 0.0200"]
+    assert right[6:] == ["0.7500", "-0.2000 ± 0.0125"] and normalised[3:] == ["0.5000", "–", "0.5000", "–", "–"]
+    assert words[:4] == ["passages", "word_perplexity", "0", "12.5000"]
     (speeds,) = (rows for name, rows in page.tables.items() if name.startswith("Medians on a CPU"))
     sizes = "4 × 128 + 64"
     assert speeds[2] == ["width", "minitron", sizes, "12.50", "40,960", "180.0 ± 2.5", "1.80×", "2.0"]
