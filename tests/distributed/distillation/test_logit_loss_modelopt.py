@@ -59,7 +59,8 @@ def disagreements(cases: list[Case]) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
+# At one rank the loss is compared with dense float64 too, in test_logit_loss.py.
+@pytest.mark.parametrize("tensor_parallel", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_modelopt_agrees(tensor_parallel: int) -> None:
     cases = [
         Case(
