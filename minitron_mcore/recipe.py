@@ -72,6 +72,9 @@ class RunConfig:
         "what the first student is compared with, on the same tokens: next_token (pruned, trained without a teacher) "
         "and random (the same shape from random weights)",
     )
+    prompts: list[str] = key(
+        [], "what the teacher and the distilled students go on with at the end, as generate.* says", may_change=True
+    )
 
 
 @section

@@ -24,6 +24,7 @@ from minitron_mcore.data.tokenizer_json import save_for_transformers
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import first_line, reading
 from minitron_mcore.inference.config import GenerateConfig
+from minitron_mcore.runtime.libraries import imported
 
 Message = dict[str, str]
 FORM = '{"prompt": text} or {"messages": [{"role": "user", "content": text}]}'
@@ -44,9 +45,12 @@ class Prompt:
         return "\n".join(f"{each['role']}: {each['content']}" for each in self.messages) if self.messages else self.text
 
 
-def read_prompts(config: GenerateConfig) -> tuple[Prompt, ...]:
-    """`generate.prompt`, or those of the file `generate.prompts`. Raises InputError, with file and line."""
-    if config.prompts is None:
+def read_prompts(config: GenerateConfig, given: Sequence[str] = ()) -> tuple[Prompt, ...]:
+    """`generate.prompt`, or those of the file `generate.prompts`. given: in place of both, those of `run.prompts`.
+    Raises InputError, with file and line."""
+    if given:
+        prompts = [Prompt(f"run.prompts={shown(text)}", text) for text in given]
+    elif config.prompts is None:
         if config.prompt is None:
             raise InputError(
                 "generate.prompts", None, "is not given", "name a file of prompts, or give generate.prompt"
@@ -133,16 +137,15 @@ def render(prompt: Prompt, tokenizer: Tokenizer) -> str:
 @cache
 def _templating(tokenizer: Tokenizer) -> Any:
     """transformers' tokenizer, which knows the template; None where there is none."""
-    from transformers import AutoTokenizer
-
+    automatic = imported("transformers").AutoTokenizer
     if tokenizer.type != SENTENCEPIECE:
-        found = AutoTokenizer.from_pretrained(tokenizer.path, local_files_only=True, trust_remote_code=False)
+        found = automatic.from_pretrained(tokenizer.path, local_files_only=True, trust_remote_code=False)
         return found if found.chat_template else None
     if Path(tokenizer.path).name != MODEL or not files_of(str(Path(tokenizer.path).parent), TEMPLATE_FILES):
         return None
     with TemporaryDirectory() as folder:
         save_for_transformers(tokenizer, folder)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return automatic.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def stop_ids(tokenizer: Tokenizer, checkpoint: Path) -> frozenset[int]:

@@ -27,26 +27,30 @@ class Writer:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateJob(Job):
-    """target: None where only the console shows it."""
+    """target: None where only the console shows it. shows: whether it does."""
 
     prompts: tuple[Prompt, ...]
     writers: tuple[Writer, ...]
     target: Path | None
+    shows: bool = True
 
 
-def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> GenerateJob:
-    """`checkpoint`, or every one of `checkpoints`, on `generate.prompts` -> `generate.output`. Raises InputError."""
+def resolve(
+    recipe: Recipe, world: World, promises: Promises = NOTHING, *, prompts: tuple[str, ...] = (), shows: bool = True
+) -> GenerateJob:
+    """`checkpoint`, or every one of `checkpoints`, on `prompts`, else generate.prompts -> `generate.output`. Raises
+    InputError."""
     config = recipe.generate
     compared = find_compared(recipe, world, promises, reads_text=False)
     refuse_context(recipe, "generate")
-    prompts = read_prompts(config)
+    asked = read_prompts(config, prompts)
     if config.output:
         check_file(config.output, "generate.output")
-    writers = tuple(_writer(each, prompts, recipe, promises) for each in compared)
+    writers = tuple(_writer(each, asked, recipe, promises) for each in compared)
     makes = (Item("generate.output", config.output, "continuations"),) if config.output else ()
     reads = tuple(writer.model for writer in writers)
     target = Path(config.output) if config.output else None
-    return GenerateJob(recipe, reads, makes, prompts=prompts, writers=writers, target=target)
+    return GenerateJob(recipe, reads, makes, prompts=asked, writers=writers, target=target, shows=shows)
 
 
 def _writer(each: Compared, prompts: tuple[Prompt, ...], recipe: Recipe, promises: Promises) -> Writer:

@@ -9,6 +9,7 @@ output/students/NAME/pruned, distilled    one for each of run.students (step-1 â
 output/search/                            in place of them, where the recipe names none but a grid (jobs/search.py)
 output/baselines/next_token, random       of the first student's shape, on the same tokens
 output/hf/NAME                            every distilled student as a Hugging Face folder
+output/continuations.jsonl                what teacher and distilled students write to run.prompts
 output/results.json                       held-out losses of all of them
 output/done/STEP.json                     what a finished step gave
 """
@@ -16,6 +17,8 @@ output/done/STEP.json                     what a finished step gave
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +65,7 @@ class Road:
     promises: Promises
     steps: list[tuple[Step, Job | None]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    finished: dict[str, str] = field(default_factory=dict)  # what to show of, by the name in the closing table
 
     def lay(self, step: Step) -> Job | None:
         """The step's job; None where it is done."""
@@ -113,6 +117,7 @@ def lay_road(recipe: Recipe, road: Road) -> None:
     # Nothing is written into the folder of a teacher that the recipe names.
     results = folder / "teacher" / "results.json" if recipe.teacher.checkpoint else None
     road.evaluate("teacher", base, teacher, results)
+    road.finished["teacher"] = teacher
     if recipe.correct.tokens:
         corrected = str(folder / "corrected")
         told = {"name": f"{recipe.name}-corrected", "correct.checkpoint": corrected}
@@ -129,6 +134,18 @@ def lay_road(recipe: Recipe, road: Road) -> None:
         small = find_model(pruned, "student.checkpoint", road.promises).architecture
         road.add(f"baseline-{baseline}", title, "train", with_baseline(base, baseline, small, pruned, target))
         road.evaluate(title, base, target)
+    if recipe.run.prompts:
+        lay_generation(base, road)
+
+
+def lay_generation(base: Recipe, road: Road) -> None:
+    """What teacher and students write, at the end. Others are written for other prompts, so the mark names them."""
+    written = {"generate.output": str(road.folder / "continuations.jsonl"), "generate.prompt": None}
+    told = {"checkpoints": road.finished, "checkpoint": None, "generate.prompts": None, **written}
+    recipe, prompts = with_keys(base, told), tuple(base.run.prompts)
+    settings = json.dumps([prompts, dataclasses.asdict(recipe.generate), [*road.finished]])
+    mark = f"generate-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+    road.add(mark, "let teacher and students write", "generate", recipe, prompts=prompts, shows=False)
 
 
 def lay_students(base: Recipe, teacher: Architecture, road: Road) -> tuple[str, Path]:
@@ -193,6 +210,7 @@ def lay_distillation(
     trained["name"] = f"{base.name}-{name}"
     road.add(f"distill-{name}", f"distil {name}", "distill", with_keys(base, trained))
     road.evaluate(f"{name} distilled", base, distilled)
+    road.finished[f"{name} distilled"] = str(distilled)
     exported = with_keys(base, {"checkpoint": str(distilled), "hf": str(road.folder / "hf" / name)})
     road.add(f"export-{name}", f"export {name}", "export", exported, replaces=True)
 

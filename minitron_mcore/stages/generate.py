@@ -42,10 +42,8 @@ def run(job: GenerateJob, runtime: Runtime) -> list[dict[str, Any]]:
         runtime.print(f"generate: {writer.name} ({writer.model.folder}): {prompts}, {tokens} in {taken:.1f} s")
         gc.collect()
         torch.cuda.empty_cache()
-    for number, (prompt, row) in enumerate(zip(job.prompts, rows, strict=True), 1):
-        runtime.print(f"\nprompt {number}: {_indented(str(prompt).rstrip())}")
-        for name, continuation in row["continuations"].items():
-            runtime.print(f"  {name}: {_indented(continuation['text'].rstrip())}")
+    if job.shows:
+        runtime.print(side_by_side(rows))
     if target := job.target:
 
         def write() -> None:
@@ -56,6 +54,21 @@ def run(job: GenerateJob, runtime: Runtime) -> list[dict[str, Any]]:
         runtime.on_main(write)
         runtime.print(f"\ngenerate: {counted(len(rows), 'prompt')} -> {target}")
     return rows
+
+
+def side_by_side(rows: list[dict[str, Any]]) -> str:
+    """Each prompt of what `run` returns, and under it what every checkpoint wrote."""
+    lines = []
+    for number, row in enumerate(rows, 1):
+        asked = row["prompt"] if "prompt" in row else "\n".join(map(_as_said, row["messages"]))
+        lines.append(f"\nprompt {number}: {_indented(asked.rstrip())}")
+        written = row["continuations"].items()
+        lines += [f"  {name}: {_indented(continuation['text'].rstrip())}" for name, continuation in written]
+    return "\n".join(lines)
+
+
+def _as_said(message: dict[str, str]) -> str:
+    return f"{message['role']}: {message['content']}"
 
 
 def _written(writer: Writer, recipe: Recipe, runtime: Runtime) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from minitron_mcore.runtime.interrupt import exit_code, name_of
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import report
 from minitron_mcore.stages.act import act
+from minitron_mcore.stages.generate import side_by_side
 from minitron_mcore.training.job import Progress
 
 # What these steps make was only promised: the others are looked at once more when it is there.
@@ -48,7 +49,11 @@ def run(job: RunJob, runtime: Runtime) -> dict[str, Any]:
             job = all_or_none(partial(resolve, job.recipe, job.world))
     losses = {name.removeprefix(EVALUATE): value for name, value in results.items() if name.startswith(EVALUATE)}
     runtime.on_main(lambda: _write(folder / "results.json", losses))
-    runtime.print(f"\n{closing_table(losses)}\n\nrun: done in {time.perf_counter() - started:.0f} s -> {folder}")
+    runtime.print(f"\n{closing_table(losses)}")
+    for step, _ in job.steps:
+        if step.verb == "generate":
+            runtime.print(side_by_side(results[step.name]))
+    runtime.print(f"\nrun: done in {time.perf_counter() - started:.0f} s -> {folder}")
     runtime.on_main(lambda: tell(job))
     return losses
 

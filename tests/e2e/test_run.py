@@ -39,7 +39,9 @@ def write_recipe(folder: Path) -> Path:
         "run": {
             "students": {"width": {"hidden_size": 36, "ffn_hidden_size": 64}, "depth": {"num_layers": 2}},
             "baselines": ["next_token", "random"],
+            "prompts": ["def loads(", "import re\n"],
         },
+        "generate": {"max_new_tokens": 8},
         "log": {"interval": 5, "wandb": "disabled"},
     }
     path = folder / "recipe.yaml"
@@ -101,7 +103,7 @@ def test_goes_on_where_it_was_killed(road: dict[str, Any]) -> None:
     assert "train the tokenizer: done before" in road["finished"]
     assert "resumed" in road["finished"] or "train-teacher" in road["at_kill"]
     steps = [line for line in road["again"].splitlines() if line.startswith("[")]
-    assert len(steps) == 19
+    assert len(steps) == 20
     assert all(line.endswith("done before") for line in steps)
 
 
@@ -122,18 +124,32 @@ def test_closing_table(road: dict[str, Any]) -> None:
     assert road["results"]["width distilled"]["tokens"] == road["results"]["width random weights"]["tokens"] == 1280
 
 
+def test_ends_with_what_the_models_write(road: dict[str, Any]) -> None:
+    """Behind the table, also where all was done."""
+    folder, models = road["folder"], ["teacher", "width distilled", "depth distilled"]
+    rows = [json.loads(line) for line in (folder / "run" / "continuations.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["def loads(", "import re\n"]
+    assert all([*row["continuations"]] == models for row in rows)
+    for shown in (road["finished"], road["again"]):
+        ending = shown.split("held-out LM loss")[1]
+        assert ending.index("width random weights") < ending.index("\nprompt 1: def loads(") < ending.index("run: done")
+        for name in models:
+            text = rows[1]["continuations"][name]["text"].splitlines() or [""]
+            assert f"\n  {name}: {text[0]}".rstrip() in ending, name
+
+
 def test_ends_with_its_report(road: dict[str, Any]) -> None:
     """Also the command that found all done. Each command and the time of each step are noted, once."""
     target = road["folder"] / "run" / "report.html"
     for shown in (road["finished"], road["again"]):
         assert f"\nreport: {target}\n" in shown
     page = target.read_text()
-    assert "19 of 19 steps are done" in page and f"{road['results']['depth distilled']['lm loss']:.4f}" in page
+    assert "20 of 20 steps are done" in page and f"{road['results']['depth distilled']['lm loss']:.4f}" in page
     lines = [json.loads(line) for line in (target.parent / "journal.jsonl").read_text().splitlines()]
     assert [line["ranks"] for line in lines if line["kind"] == "start"] == [2, 2, 2]
     steps = [line for line in lines if line["kind"] == "step"]
     assert {line["name"] for line in steps} == {path.stem for path in (target.parent / "done").glob("*.json")}
-    assert len(steps) == 19 and all(line["seconds"] > 0 for line in steps)
+    assert len(steps) == 20 and all(line["seconds"] > 0 for line in steps)
     assert {line["name"] for line in steps if sum(line.get("forecast", {}).values()) > 0} == {
         *("train-teacher", "distill-width", "distill-depth", "baseline-next_token", "baseline-random")
     }

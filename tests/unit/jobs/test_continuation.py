@@ -137,7 +137,8 @@ def test_which_keys_may_differ() -> None:
     expected |= {"distill.recompute_loss", "distill.teacher_window", "distill.check_teacher"}
     expected |= {"teacher.parallel", "teacher.placement", "data.cache_path", "data.num_workers", "student.checkpoint"}
     expected |= {f"{section}.micro_batch_size" for section in ("importance", "evaluate", "cache")}
-    expected |= {"search.side_by_side", "search.keep_checkpoints", "evaluate.answers", "report.output"}
+    expected |= {"search.side_by_side", "search.keep_checkpoints"}
+    expected |= {"evaluate.answers", "report.output", "run.prompts"}
     assert keys(lambda entry: entry.metadata["may_change"]) == expected
     budget = {f"{section}.{name}" for section in trained for name in ("tokens", "phases", "lr_wsd_decay_tokens")}
     assert keys(lambda entry: entry.metadata["budget"]) == budget
