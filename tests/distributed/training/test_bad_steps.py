@@ -158,7 +158,9 @@ def run(layout: str, folder: Path, damage: dict[str, Any], **settings: Any) -> l
         ("DP2", "fp32", {"what": "loss", "rank": 1, "at": [3, 4]}),
         ("DP2", "bf16", {"what": "loss", "rank": 0, "at": [3, 4]}),
         ("PP2", "fp32", {"what": "gradient", "rank": 0, "at": [3, 4], "value": float("inf")}),
-        ("1", "fp32", {"what": "gradient", "rank": 0, "at": [3, 4], "value": float("nan")}),
+        pytest.param(
+            "1", "fp32", {"what": "gradient", "rank": 0, "at": [3, 4], "value": float("nan")}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_nothing_changes_by_a_bad_step(layout: str, precision: str, damage: dict[str, Any], tmp_path: Path) -> None:

@@ -195,7 +195,11 @@ def trained(layout: str, teacher: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("layout", "teacher"),
-    [(layout, False) for layout in LAYOUTS if layout != "1"] + [("CP2", True), ("CP2-TP2-SP", True)],
+    [
+        *((layout, False) for layout in LAYOUTS if layout not in ("1", "CP2-TP2-SP")),
+        *(("CP2", True), ("CP2-TP2-SP", True)),
+        pytest.param("CP2-TP2-SP", False, marks=pytest.mark.slow),  # with a teacher it is as above, and more
+    ],
 )
 def test_cut_sequences_train_alike(layout: str, teacher: bool) -> None:
     single, other = trained("1", teacher), trained(layout, teacher)

@@ -30,7 +30,11 @@ BUDGET = [
     "train.lr_wsd_decay_tokens=300",
     "train.lr_warmup_tokens=100",
 ]
-CASES = [("DP2", 1, "DP2"), ("DP2", BOUNDARY, "DP2"), ("DP2", 7, "DP2"), ("DP2", 1, "PP2-VPP2"), ("DP2", 6, "TP2")]
+CASES = [
+    *(("DP2", 1, "DP2"), ("DP2", BOUNDARY, "DP2"), ("DP2", 1, "PP2-VPP2")),
+    # A phase's beginning and its inside are above, another layout too.
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("DP2", 7, "DP2"), ("DP2", 6, "TP2"))),
+]
 
 
 def train_on_rank(overrides: list[str], stage: str = "train") -> list[dict[str, Any]]:
