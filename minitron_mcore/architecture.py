@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import known_families
 from minitron_mcore.families.table import Family
-from minitron_mcore.files import read_mapping, write_whole
+from minitron_mcore.files import as_yaml, read_mapping, write_whole
 from minitron_mcore.layout import parameter_table
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -201,7 +199,7 @@ def _rope_scaling(given: dict[str, Any]) -> RopeScaling:
 
 
 def save_architecture(architecture: Architecture, path: Path) -> None:
-    write_whole(path, yaml.safe_dump(architecture.to_dict(), sort_keys=False))
+    write_whole(path, as_yaml(architecture.to_dict()))
 
 
 def load_architecture(path: Path) -> Architecture:

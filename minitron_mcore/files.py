@@ -15,6 +15,9 @@ import yaml
 
 from minitron_mcore.errors import InputError, StorageError
 
+_DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -130,12 +133,25 @@ def write_figure(path: Path, figure: Figure) -> None:
         FigureCanvasAgg(figure).print_png(str(partial))
 
 
+def as_yaml(value: Any) -> str:
+    """Plain data as YAML, in their order; by libyaml where it is there, ten times as fast."""
+    return str(yaml.dump(value, Dumper=_DUMPER, sort_keys=False, allow_unicode=True))
+
+
+def from_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError, in PyYAML's own words, which say more than libyaml's."""
+    try:
+        return yaml.load(text, _LOADER)
+    except yaml.YAMLError:
+        return yaml.safe_load(text)
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a small YAML file that lies beside a checkpoint. Raises InputError where it holds none."""
     with reading(str(path)):
         content = path.read_bytes()
     try:
-        fields = yaml.safe_load(content.decode("utf-8"))
+        fields = from_yaml(content.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError("", path, "is not YAML", " ".join(str(error).split())) from error
     if not isinstance(fields, dict):

@@ -10,14 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-import yaml
-
 from minitron_mcore.bench.config import BenchConfig
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
 from minitron_mcore.distillation.config import CacheConfig, DistillConfig
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.config import EstimateConfig, ServingConfig
 from minitron_mcore.evaluation.config import EvaluateConfig
+from minitron_mcore.files import as_yaml
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.inference.config import GenerateConfig
 from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, key, section, section_of
@@ -229,4 +228,4 @@ def _nearest(path: str, beside: Iterable[str] = ()) -> str:
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, as it is saved with every run."""
-    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    return as_yaml(dataclasses.asdict(recipe))

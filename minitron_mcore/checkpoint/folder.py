@@ -22,13 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from minitron_mcore.architecture import Architecture, load_architecture, save_architecture
 from minitron_mcore.checkpoint.foreign import description_file, infer_architecture
 from minitron_mcore.checkpoint.manifest import MANIFEST, bytes_checksum
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import read_mapping, reading, refuse_closed, write_whole
+from minitron_mcore.files import as_yaml, read_mapping, reading, refuse_closed, write_whole
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -174,7 +172,7 @@ def write_description(
     folder.mkdir(parents=True, exist_ok=True)
     save_architecture(architecture, folder / "architecture.yaml")
     write_whole(folder / "recipe.yaml", recipe)
-    write_whole(folder / "lineage.yaml", yaml.safe_dump(lineage, sort_keys=False))
+    write_whole(folder / "lineage.yaml", as_yaml(lineage))
     if save_tokenizer is not None:
         save_tokenizer(str(folder / "tokenizer"))
 

@@ -41,6 +41,8 @@ from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.repairs import load_optimizer_state, optimizer_state, save_without_helper, write_errors
 from minitron_mcore.runtime.start import Runtime
 
+SMALL = 1 << 28  # bytes of a rank, about a second's work of one process
+
 
 def model_state(chunks: list[torch.nn.Module]) -> dict[str, ShardedStateDict]:
     """Sharded tensors of this rank's chunks: {"model": …} or {"model0": …, "model1": …} when interleaved."""
@@ -72,10 +74,11 @@ def save_state(
         state["extra_states"] = {value.unique_key: value for value in extra_states(architecture)}
     sharded, common = save_preprocess(state)
     tensors = [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
+    size = sum(part.data.nbytes for part in tensors)
 
     def write(temporary: Path) -> list[StoredPiece]:
         with write_errors() as met:
-            _SaveOrTell(met).save(sharded, temporary)
+            _SaveOrTell(met, 2 if size > SMALL else 1).save(sharded, temporary)
         # Those of which this rank is the main replica, optimizer included.
         return [
             stored_piece(piece.key, piece.offsets, part.data.reshape(piece.shape))
@@ -91,9 +94,9 @@ class _SaveOrTell(TorchDistSaveShardedStrategy):
     """megatron-core's own strategy, except that a failure on one rank is raised on all. There, the others wait forever
     if the first rank cannot write the metadata, and only the first rank learns of their failures."""
 
-    def __init__(self, met: list[Exception]) -> None:
-        """`met`: where `write_errors` puts what goes wrong."""
-        super().__init__("torch_dist", 1)
+    def __init__(self, met: list[Exception], processes: int) -> None:
+        """`met`: where `write_errors` puts what goes wrong. processes: that write this rank's part, each a fork."""
+        super().__init__("torch_dist", 1, thread_count=processes)
         self.met = met
 
     def _get_save_and_finalize_callbacks(

@@ -17,11 +17,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import yaml
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from minitron_mcore.architecture import Architecture, RopeScaling, save_architecture
-from minitron_mcore.files import write_whole
+from minitron_mcore.files import as_yaml, write_whole
 from minitron_mcore.layout import LAYERS
 
 # Fields that Megatron-LM, Megatron-Bridge and an Architecture all call the same.
@@ -149,7 +148,7 @@ def _scaling(scaling: RopeScaling | None) -> dict[str, Any]:
 def write_beside(place: Path, architecture: Architecture, dtype: str) -> None:
     """What lies in an iteration's folder beside the weights. One rank calls."""
     save_architecture(architecture, place / "architecture.yaml")
-    write_whole(place / "run_config.yaml", yaml.safe_dump(run_config(architecture, dtype), sort_keys=False))
+    write_whole(place / "run_config.yaml", as_yaml(run_config(architecture, dtype)))
 
 
 def _named(target: str) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from minitron_mcore.files import first_line, write_whole
+from minitron_mcore.files import as_yaml, first_line, write_whole
 from minitron_mcore.jobs.continuation import SOURCES, sources
 from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.job import NOTHING
@@ -62,7 +61,7 @@ def begin(job: RunJob) -> None:
     """Make the run's folder, with the recipe in it. The first rank calls."""
     (job.folder / "done").mkdir(parents=True, exist_ok=True)
     write_whole(job.folder / "recipe.yaml", to_yaml(job.recipe))
-    write_whole(job.folder / SOURCES, yaml.safe_dump(sources(job.recipe)))
+    write_whole(job.folder / SOURCES, as_yaml(sources(job.recipe)))
     note_start(job.folder, job.world.size, job.world.device)
 
 

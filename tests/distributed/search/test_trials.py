@@ -110,6 +110,9 @@ def test_the_same_command_does_nothing_again(root: Path, searched: tuple[list[di
     assert latest_iteration(root / "search" / "winner" / "distilled") == 8, "it has been trained further since"
 
 
+# That a candidate behind another is what it is alone is shown above, and a teacher in a layout of its own in
+# tests/distributed/distillation/test_teacher_layout.py.
+@pytest.mark.slow
 def test_one_teacher_serves_every_candidate(root: Path) -> None:
     """In a layout of its own, giving the states that each needs: a candidate is the same behind another as alone."""
     sites = ["distill.hidden_states.sites=[block_output]", "teacher.parallel.tensor=2"]
