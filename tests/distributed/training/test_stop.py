@@ -103,7 +103,10 @@ MOMENTS: dict[str, tuple[Any, str, str | None, int]] = {
 LEFT = [[f".unfinished_iter_{STEPS:07d}"], [f".unfinished_iter_{STEPS:07d}"], [f"iter_{STEPS:07d}"]]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+# How signals differ is in tests/unit/runtime/test_interrupt.py.
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_rank_saves_and_stops_all(number: int, code: int, tmp_path: Path) -> None:
     world_size, parallel = LAYOUTS["TP2"]
     history, weights = run("TP2", tmp_path / "whole")
