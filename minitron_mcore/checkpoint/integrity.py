@@ -26,6 +26,7 @@ from minitron_mcore.checkpoint.manifest import (
 from minitron_mcore.checkpoint.reader import TensorReader, load_piece
 from minitron_mcore.checkpoint.safetensors_file import SafetensorsFile
 from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.progress import SILENT, Progress
 
 Name = tuple[str, tuple[int, ...]]  # of a stored piece: its key, and where in the tensor it begins
 
@@ -96,7 +97,7 @@ class Verification:
         return self
 
 
-def verify_checkpoint(folder: Path) -> Verification:
+def verify_checkpoint(folder: Path, progress: Progress = SILENT) -> Verification:
     """The newest finished iteration of a checkpoint, or the iteration that `folder` is. One process calls.
 
     Raises InputError if there is no finished iteration.
@@ -112,30 +113,34 @@ def verify_checkpoint(folder: Path) -> Verification:
     absent = {name for name in {info.relative_path for info in stored.values()} if not (place / name).is_file()}
     if found.manifest is None:
         found.faults += [f"{place / name} is missing, though .metadata names it" for name in sorted(absent)]
-    for index, info in sorted(stored.items(), key=lambda row: (row[1].relative_path, row[1].offset)):
-        file, name = place / info.relative_path, (index.fqn, tuple(index.offset or ()))
-        if info.relative_path in absent:
-            found.left.discard(name)
-        elif index.fqn in reader.tensors:
-            found.look(file, name, partial(load_piece, place, info))
-        else:
-            found.look_at_object(file, index.fqn, info)
+    rows = sorted(stored.items(), key=lambda row: (row[1].relative_path, row[1].offset))
+    with progress(sum(info.length for _, info in rows), "B", "verify") as bar:
+        for index, info in bar.over(rows, lambda row: row[1].length):
+            file, name = place / info.relative_path, (index.fqn, tuple(index.offset or ()))
+            if info.relative_path in absent:
+                found.left.discard(name)
+            elif index.fqn in reader.tensors:
+                found.look(file, name, partial(load_piece, place, info))
+            else:
+                found.look_at_object(file, index.fqn, info)
     return found.finish()
 
 
-def verify_hugging_face(folder: Path) -> Verification:
+def verify_hugging_face(folder: Path, progress: Progress = SILENT) -> Verification:
     """Every tensor of every safetensors file of a Hugging Face folder. One process calls."""
     found = Verification(folder)
     if found.faults:
         found.left.clear()  # a file's own fault says enough
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            file = SafetensorsFile(path)
-        except InputError as error:
-            found.failed(error)
-            continue
-        for name in file.tensors:
-            found.look(path, (name, ()), partial(file.read, name))
+    paths = sorted(folder.glob("*.safetensors"))
+    with progress(sum(path.stat().st_size for path in paths), "B", "verify") as bar:
+        for path in bar.over(paths, lambda path: path.stat().st_size):
+            try:
+                file = SafetensorsFile(path)
+            except InputError as error:
+                found.failed(error)
+                continue
+            for name in file.tensors:
+                found.look(path, (name, ()), partial(file.read, name))
     return found.finish()
 
 

@@ -20,6 +20,7 @@ from minitron_mcore.data.tokenizer_files import has_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.importance.scores import load_scores
 from minitron_mcore.pruning.plan_file import load_plan
+from minitron_mcore.runtime.progress import SILENT, Progress
 from minitron_mcore.tables import table as columns
 
 KINDS = {
@@ -59,12 +60,12 @@ def describe(path: Path) -> dict[str, Any]:
     raise InputError("path", path, "is not recognised", remedy)
 
 
-def verify_weights(found: dict[str, Any], path: Path) -> list[str]:
+def verify_weights(found: dict[str, Any], path: Path, progress: Progress = SILENT) -> list[str]:
     """Read every tensor of a folder of weights; adds to `found` what was read and returns the faults."""
     if found["kind"] in ("scores", "plan", "run"):
         found["warnings"] = [*found["warnings"], "verify=true has no effect: only folders of weights have checksums"]
         return []
-    result = verify_hugging_face(path) if found["kind"] == "hugging_face" else verify_checkpoint(path)
+    result = (verify_hugging_face if found["kind"] == "hugging_face" else verify_checkpoint)(path, progress)
     found["warnings"] = [*found["warnings"], *result.notes]
     found["verified"] = {"tensors": len(result.keys), "bytes": result.num_bytes, "faults": result.faults}
     return result.faults

@@ -18,6 +18,7 @@ than every ten seconds and not more seldom than every five minutes, so short wor
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
@@ -68,6 +69,9 @@ def progress(
     bar = (_Lines if style == "lines" else _Drawn)(total, unit, title, done)
     with bar.shown():
         yield bar
+
+
+SILENT = functools.partial(progress, style="none")
 
 
 class Bar:

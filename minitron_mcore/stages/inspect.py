@@ -7,6 +7,7 @@ import json
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.inspect import InspectJob
 from minitron_mcore.report.what_it_is import describe, table, verify_weights
+from minitron_mcore.runtime.progress import SILENT
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.tables import counted
 
@@ -17,7 +18,8 @@ def run(job: InspectJob, runtime: Runtime) -> None:
 
     def show() -> None:
         found = describe(path)
-        faults = verify_weights(found, path) if recipe.verify else []
+        progress = SILENT if recipe.json else runtime.progress  # JSON stands alone
+        faults = verify_weights(found, path, progress) if recipe.verify else []
         runtime.print(json.dumps(found, indent=2, default=str) if recipe.json else table(found))
         if faults:
             rule = f"is damaged, {counted(len(faults), 'fault')}: {faults[0]}"

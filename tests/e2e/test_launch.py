@@ -1,6 +1,9 @@
 """The launchers start the ranks they should and hand every argument on, under torchrun and under SLURM."""
 
+import contextlib
 import json
+import os
+import pty
 import re
 import subprocess
 from pathlib import Path
@@ -18,6 +21,7 @@ from tests.e2e.launchers import (
     start_torchrun,
     write_tool,
 )
+from tests.terminal import screen
 
 # Spaces, quotes, an empty word and a glob: a launcher that splits or expands its arguments changes them.
 ARGUMENTS = ["distill", "--config", "a b.yaml", "name=it's", "", "data.train=[*.bin]", "--flag"]
@@ -58,6 +62,26 @@ def test_a_refusal_under_torchrun_is_one_sentence() -> None:
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 2, said
     assert said.count("\n") == 1 and said.startswith("minitron train: train.lr=-1"), said
+
+
+@pytest.mark.slow  # what a terminal shows is in tests/unit/runtime/test_progress.py; here, that torchrun hands it on
+def test_the_first_rank_alone_draws_on_the_terminal(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    words = ["tokenizer", f"tokenizer.model={tmp_path}/tokenizer.model", f"tokenizer.input={ROOT}/minitron_mcore"]
+    env = environment(NPROC_PER_NODE="2", TERM="xterm", COLUMNS="100")
+    command = [str(ROOT / "launch" / "torchrun.sh"), *words, "tokenizer.extensions=[.py]", "tokenizer.vocab_size=600"]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    written = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(ours, 1 << 16):
+            written += part
+    os.close(ours)
+    assert process.wait(timeout=100) == 0, written
+    text = written.decode()
+    assert text.count("\rtokenizer: reading:   0%|") == 1
+    lines = screen(text)
+    assert all(line.startswith("tokenizer: ") for line in lines if line) and "|" not in "".join(lines), lines
 
 
 @pytest.mark.parametrize(("listing", "processes"), [("GPU 0: A (UUID: x)\nGPU 1: A (UUID: y)\n", "2"), ("", "1")])
