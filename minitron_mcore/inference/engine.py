@@ -291,6 +291,8 @@ class _Cache:
 
 def _through(layer: Any, hidden_sBh: Tensor, cache: _Cache) -> Tensor:
     """One transformer layer. Of a group, the projection has r queries, a key and a value, next to each other."""
+    if "forward" in vars(layer):  # it is left out (model/sites.py: without_layers)
+        return layer(hidden_sBh)[0]
     attention, mlp, config = layer.self_attention, layer.mlp, layer.config
     mixed_sBm = _product(attention.linear_qkv, layer.input_layernorm(hidden_sBh))
     mixed = mixed_sBm.view(*mixed_sBm.shape[:2], attention.num_query_groups_per_partition, -1, config.kv_channels)

@@ -30,6 +30,7 @@ def generate_on_rank(parallel: dict[str, Any], world_size: int) -> dict[str, Any
     from minitron_mcore.inference.engine import Engine, Sampling
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
+    from minitron_mcore.model.sites import without_layers
 
     layout = start_layout(parallel, world_size)
     found: dict[str, Any] = {}
@@ -51,6 +52,10 @@ def generate_on_rank(parallel: dict[str, Any], world_size: int) -> dict[str, Any
         ways["stopped"] = Engine(chunks, architecture).generate(
             prompts(), Sampling(NEW), stop_tokens=[last], is_stopped=lambda new: len(new) == 7
         )
+        with without_layers(chunks, range(architecture.num_layers)):
+            ways["without layers"] = Engine(chunks, architecture).generate(prompts(), Sampling(NEW))
+            lasts = [prompt[-1:] for prompt in prompts()]
+            ways["of the last token"] = Engine(chunks, architecture).generate(lasts, Sampling(NEW))
         found |= {f"{family} {way}": [(each.tokens, each.stopped) for each in rows] for way, rows in ways.items()}
         found[f"{family} steps"] = steps
         assert chunks[0].training and chunks[0].decoder.layers[0].mlp.linear_fc1.sequence_parallel == layout.sequence
@@ -71,6 +76,7 @@ def test_one_rank(alone: dict[str, Any]) -> None:
         assert max(token for tokens, _ in of["drawn"] for token in tokens) < 1003
         assert [len(tokens) for tokens, _ in of["each its own"]] == [2, 3, 4, 5, 6]
         assert of["each its own"][2][0] == of["greedy"][2][0][:4], "temperature 0 beside others"
+        assert of["without layers"] == of["of the last token"] != of["greedy"], "nothing else is seen"
         assert of["steps"] == [*range(NEW)]
         last = of["greedy"][1][0][4]
         for (tokens, stopped), (whole, _) in zip(of["stopped"], of["greedy"], strict=True):
