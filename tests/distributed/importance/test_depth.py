@@ -124,7 +124,10 @@ def depth_on_rank(world_size: int) -> dict[Any, Any]:
         assert told == [(done, 6) for done in range(1, 7)]
         assert all(chunk.training for chunk in chunks), "the model is left as it was"
         likelihoods = log_likelihoods(chunks, task.rows, architecture.vocab_size, micro_batch_size).sums
-        results[family, layout, micro_batch_size] = (table.whole, table.damage, likelihoods)
+        # Every id as what follows one context: they share a pass.
+        every = [((*task.rows[0][0], number), len(task.rows[0][0])) for number in range(architecture.vocab_size)]
+        following = log_likelihoods(chunks, every, architecture.vocab_size, micro_batch_size)
+        results[family, layout, micro_batch_size] = (table.whole, table.damage, likelihoods, following)
     return results
 
 
@@ -203,7 +206,7 @@ def test_every_metric_at_every_layout_and_micro_batch_size(world_size: int) -> N
     assert list(ranks[0]) == CASES[world_size] and {layout for cases in CASES.values() for _, layout, _ in cases} == {
         *LAYOUTS
     }
-    for case, (whole, damage, likelihoods) in ranks[0].items():
+    for case, (whole, damage, likelihoods, following) in ranks[0].items():
         expected_whole, expected = dense_table(case[0])
         assert damage.keys() == expected.keys()
         for name, values in expected.items():
@@ -216,6 +219,10 @@ def test_every_metric_at_every_layout_and_micro_batch_size(world_size: int) -> N
         assert numpy.allclose(
             likelihoods, [float(row.sum()) for question in rows for row in question], rtol=1e-5, atol=0
         )
+        model, (context, _) = dense_without(case[0], range(0)), task_of(model_of(case[0]).vocab_size).rows[0]
+        logits = model.forward(torch.tensor([context]))["logits"][0, -1, : len(following.sums)]
+        assert numpy.allclose(following.sums, logits.log_softmax(-1), rtol=1e-5, atol=0)
+        assert following.greedy.nonzero()[0].tolist() == [int(logits.argmax())], f"{case}: the likeliest, and no other"
         for other in ranks[1:]:
             assert other[case][0] == whole and all(
                 numpy.array_equal(other[case][1][name], damage[name]) for name in damage
