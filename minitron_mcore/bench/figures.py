@@ -48,11 +48,11 @@ class Run:
 def figures(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
     """What `runs` of one case say: medians over the runs, and their spread, the distance of the quartiles.
 
-    prefill_latency: seconds until all sequences have their first token. decode_latency: of a step, the mean of a run.
-    Percentiles are of all steps of all runs, and of whole requests.
+    prefill_latency: seconds until all sequences have their first token. decode_latency: of a step, the median of a
+    run's, which lies half-way through the output. Percentiles are of all steps of all runs, and of whole requests.
     """
     prefill = [run.seconds[0] for run in runs]
-    decode = [statistics.fmean(run.steps) for run in runs]
+    decode = [statistics.median(run.steps) for run in runs]
     steps = [step for run in runs for step in run.steps]
     memory = [run.memory for run in runs if run.memory is not None]
     rates = {
