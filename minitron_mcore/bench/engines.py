@@ -54,15 +54,15 @@ class EngineError(RuntimeError):
 
 
 class Child:
-    """An engine with one model, in a process of its own (worker.py)."""
+    """An engine with one model, in a process of its own, which runs the file `worker` (worker.py)."""
 
-    def __init__(self, engine: str, python: str | None, threads: int) -> None:
+    def __init__(self, engine: str, python: str | None, threads: int, worker: Path | None = None) -> None:
         self.engine = engine
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         for name in _OF_LAUNCHERS:
             environment.pop(name, None)  # it is alone
-        command = [python or sys.executable, str(_WORKER), engine]
+        command = [python or sys.executable, str(worker or _WORKER), engine]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen(command, **pipes, text=True, env=environment)
 

@@ -156,6 +156,8 @@ class LlamaCpp:
         params.cache_ram_mib = 0  # no cache of prompts
         if precision == "fp32":
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            # On a CPU it rounds to fp16: tokens whose logits lie within 1e-4 of each other were others.
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.server = xllamacpp.Server(params)
         self.version = f"xllamacpp {xllamacpp.__version__}"
 

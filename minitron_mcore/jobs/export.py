@@ -16,6 +16,7 @@ from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
 from minitron_mcore.data.tokenizer_json import save_for_transformers
 from minitron_mcore.errors import InputError, StorageError
 from minitron_mcore.families.find import find_family
+from minitron_mcore.families.serving_limits import serving_warnings
 from minitron_mcore.families.table import config_of
 from minitron_mcore.jobs.inputs import find_model, model_tokenizer, output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Model, ModelJob, Promises
@@ -46,7 +47,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING, *, repla
     if tokenizer is not None and not as_it_is:
         try_tokenizer(tokenizer, model, target)
     lacks = f"{model.folder} has no tokenizer, so {target} gets none: tokenizer.model names one"
-    makes, notes = (Item("hf", str(target), "Hugging Face folder"),), () if has_tokenizer else (lacks,)
+    makes = (Item("hf", str(target), "Hugging Face folder"),)
+    notes = (*(() if has_tokenizer else (lacks,)), *serving_warnings(model.architecture))
     model = replace(model, tokenizer=tokenizer)
     return ExportJob(
         recipe, (model,), makes, notes, model=model, target=target, max_shard_bytes=max_shard_bytes, as_it_is=as_it_is

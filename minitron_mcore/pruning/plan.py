@@ -13,6 +13,7 @@ import numpy
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
+from minitron_mcore.families.serving_limits import serving_warnings
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.pruning.plan_file import HeadResidual, PruningPlan, check_residual
 from minitron_mcore.pruning.ranking import Cut, best, narrowest, residual_pairs, without_cheapest
@@ -91,7 +92,11 @@ def make_plan(
             "scores_fingerprint": scores_fingerprint(scores),
             "scores": dict(chosen.settings),
         },
-        warnings=[*_close_cuts(cuts, spread, tolerance), *_size_warnings(teacher, target), *export_warnings(target)],
+        warnings=[
+            *_close_cuts(cuts, spread, tolerance),
+            *_size_warnings(teacher, target),
+            *(export_warnings(target) or serving_warnings(target, teacher)),
+        ],
     )
 
 
@@ -202,9 +207,10 @@ def _size_warnings(teacher: Architecture, student: Architecture) -> Iterator[str
             )
 
 
-def export_warnings(student: Architecture) -> Iterator[str]:
+def export_warnings(student: Architecture) -> list[str]:
     """Why a Hugging Face folder of this shape could not be made, in words; nothing where it could."""
     try:
         find_family(student.family, "plan").refuse(student, "student")
     except InputError as error:
-        yield f"{error}: export will refuse it"
+        return [f"{error}: export will refuse it"]
+    return []
