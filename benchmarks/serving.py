@@ -26,7 +26,7 @@ import numpy
 
 from minitron_mcore.bench.engines import LLAMA_CPP, OURS, Child, EngineError, make_gguf
 
-ENGINES_FILE = Path(__file__).with_name("serving_engines.py")
+ENGINES_FILE = Path(__file__).with_name("engines") / "worker.py"
 FOLDER = Path(os.environ.get("MINITRON_SERVING", Path.home() / ".cache" / "minitron_mcore" / "serving"))
 # Engine -> what pip installs. Those of LAYERED see this environment's packages (torch, transformers) behind their own.
 PACKAGES = {

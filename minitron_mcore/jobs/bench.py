@@ -168,7 +168,9 @@ def _model(recipe: Recipe, world: World, compared: Compared, place: Path, needs_
     architecture = compared.model.architecture
     if name in config.hf:
         folder = Path(config.hf[name])
-        theirs = read_config(folder).replace(padded_vocab_size=architecture.padded_vocab_size)
+        theirs = read_config(folder)
+        if theirs.vocab_size == architecture.vocab_size:
+            theirs = theirs.replace(padded_vocab_size=architecture.padded_vocab_size)
         if difference := architecture.difference(theirs):
             remedy = f"name the export of checkpoints.{name}, or leave it out"
             raise InputError(f"bench.hf.{name}", folder, f"is another model: {difference}", remedy)

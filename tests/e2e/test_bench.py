@@ -56,7 +56,9 @@ def hold_together(row: dict[str, Any]) -> None:
     assert row["prefill_throughput"] * row["prefill_latency"] == pytest.approx(batch * 7)
     assert row["decode_throughput"] * row["decode_latency"] == pytest.approx(batch)
     assert 0 < step["p50"] <= step["p90"] <= step["p99"] < request["p99"]
-    assert request["p50"] == pytest.approx(row["prefill_latency"] + (NEW - 1) * row["decode_latency"])
+    # Of an odd number of steps more than half take as long as the median, which one run's decode is.
+    assert row["decode_latency"] == pytest.approx(step["p50"])
+    assert request["p50"] >= row["prefill_latency"] + NEW // 2 * row["decode_latency"]
     assert row["memory"] is None or row["memory"] > 0
     assert row["version"] and row["weights"] == "fp32" and row["repeats"] == 1
 

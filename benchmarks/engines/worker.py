@@ -6,11 +6,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-_WORKER = Path(__file__).parents[1] / "minitron_mcore" / "bench" / "worker.py"
+_WORKER = Path(__file__).parents[2] / "minitron_mcore" / "bench" / "worker.py"
 
 
 class OnnxRuntime:
@@ -20,11 +22,14 @@ class OnnxRuntime:
 
     def __init__(self, path: str, precision: str, device: str, threads: int, batch: int, length: int) -> None:
         import onnxruntime_genai
-        from onnxruntime_genai.models.builder import create_model
 
         self.genai = onnxruntime_genai
         self.folder = tempfile.TemporaryDirectory()
-        create_model(None, path, self.folder.name, precision, device, self.folder.name)
+        words = ["-m", path, "-o", self.folder.name, "-c", self.folder.name, "-p", precision, "-e", device]
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *words]
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        if built.returncode:
+            raise RuntimeError(f"its builder refuses: {(built.stderr.strip().splitlines() or [''])[-1]}")
         self.model = onnxruntime_genai.Model(self.folder.name)
         self.version = f"onnxruntime-genai {onnxruntime_genai.__version__}"
 
