@@ -56,7 +56,8 @@ def test_an_engine_makes_the_same_tokens(
         try:
             _, made = serving.engine_tokens(engine, exported, serving.FOLDER, tmp_path)
         except EngineError as error:
-            assert warned or (engine, family) == ("ctranslate2", "nemotron"), f"{name}: {error}"
+            # It has no loader for the one, and stops at the tokenizer of the other (docs/serving.md).
+            assert warned or (engine == "ctranslate2" and family in ("nemotron", "qwen2")), f"{name}: {error}"
         else:
             assert not warned, name
-            assert made == expected, name
+            assert all(map(serving.agree, made, expected)), name
