@@ -37,7 +37,7 @@ class BenchConfig:
     )
     converter: Optional[PathName] = key(None, "llama.cpp's convert_hf_to_gguf.py, which makes GGUF files")
     python: dict[str, PathName] = key(
-        {}, "by the engine's name, the Python that has it, where it is installed in an environment of its own"
+        {}, "by the engine (vllm, llama_cpp), the Python that has it, where that is not this one"
     )
     output: Optional[PathName] = key(None, "file to write; null: bench.json in `output`")
 

@@ -38,6 +38,11 @@ _FIND = "import importlib.util, sys; print([n for n in sys.argv[1:] if importlib
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def key_of(engine: str) -> str:
+    """An engine's name in a key of the recipe, where a dot would divide it."""
+    return engine.replace(".", "_")
+
+
 def lacks(other: Other, python: str | None) -> bool:
     """Whether this Python, or the one at the path `python`, lacks it. Raises OSError where that is no Python."""
     if python is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.bench.engines import LLAMA_CPP, OTHERS, OURS, lacks
+from minitron_mcore.bench.engines import LLAMA_CPP, OTHERS, OURS, key_of, lacks
 from minitron_mcore.bench.figures import Case
 from minitron_mcore.checkpoint.hf_config import read_config
 from minitron_mcore.data.corpus import check_file
@@ -94,7 +94,7 @@ def _check_names(recipe: Recipe, models: list[str]) -> None:
     for key, given, known, what in (
         ("hf", config.hf, models, "a model of checkpoints"),
         ("gguf", config.gguf, models, "a model of checkpoints"),
-        ("python", config.python, list(OTHERS), "an engine with a Python of its own"),
+        ("python", config.python, [*map(key_of, OTHERS)], "an engine with a Python of its own"),
     ):
         for name, path in given.items():
             if name not in known:
@@ -144,14 +144,15 @@ def _not_ours(compared: Compared) -> str:
 
 def _hindrance(recipe: Recipe, name: str, compared: tuple[Compared, ...]) -> tuple[str, str] | None:
     """(rule, remedy) where an engine cannot be started here, else None. Raises InputError for a Python that is none."""
-    python = recipe.bench.python.get(name)
+    key = f"bench.python.{key_of(name)}"
+    python = recipe.bench.python.get(key_of(name))
     try:
         if lacks(OTHERS[name], python):
             where = f"in {python}" if python else "here"
             remedy = f"pip install {OTHERS[name].install}"
-            return f"is not installed {where}", f"{remedy}, or name the Python that has it as bench.python.{name}"
+            return f"is not installed {where}", f"{remedy}, or name the Python that has it as {key}"
     except OSError as error:
-        raise InputError(f"bench.python.{name}", python, f"is no Python: {error}") from error
+        raise InputError(key, python, f"is no Python: {error}") from error
     ready = all(each.name in recipe.bench.gguf for each in compared)
     if name == LLAMA_CPP and not ready and recipe.bench.converter is None:
         remedy = "name llama.cpp's convert_hf_to_gguf.py as bench.converter, or the files as bench.gguf.MODEL"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from minitron_mcore import __version__
-from minitron_mcore.bench.engines import OURS, Theirs
+from minitron_mcore.bench.engines import OURS, Theirs, key_of
 from minitron_mcore.bench.figures import PAPERS, PAPERS_LINE, tables, with_ratios
 from minitron_mcore.bench.measure import Seat, measure
 from minitron_mcore.bench.ours import Ours
@@ -109,7 +109,7 @@ def _seats(job: BenchJob, runtime: Runtime) -> Iterator[list[Seat]]:
             if model.name not in folders:
                 folders[model.name] = model.folder or export.run(model.made, runtime)
             gguf = model.gguf or job.place / f"{model.name}.gguf"
-            python = config.python.get(engine)
+            python = config.python.get(key_of(engine))
             seats.append(Theirs(engine, model.name, folders[model.name], gguf, config.converter, python, setting))
         yield seats
     finally:

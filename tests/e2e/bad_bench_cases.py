@@ -17,6 +17,7 @@ BENCH: list[Case] = [
         "bench.engines[0]=vllm is not installed here: pip install vllm, or name the Python that has it as "
         "bench.python.vllm",
     ),
+    ("bench", ["bench.engines=[llama.cpp]"], "or name the Python that has it as bench.python.llama_cpp"),
     ("bench", ["bench.python.vllm=@/none"], "bench.python.vllm=@/none is not a file"),
     ("bench", ["bench.python.vlm=@/file"], "bench.python.vlm=@/file is of vlm, which is not an engine with a Python"),
     ("bench", ["bench.python.vlm=@/file"], "did you mean vllm?"),
