@@ -49,7 +49,8 @@ class Ours:
         torch.cuda.empty_cache()
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
-        """Make exactly `new_tokens` of each prompt; seconds are this rank's, memory is that of the rank with most."""
+        """Make exactly `new_tokens` of each prompt; seconds are those of the slowest rank, memory of the one with most.
+        A data-parallel rank may have no prompt, and then no seconds."""
         seconds: list[float] = []
 
         def on_token(step: int) -> None:
@@ -61,8 +62,10 @@ class Ours:
         self._memory.run_begins()
         start = time.perf_counter()
         self._engine.generate(prompts, Sampling(new_tokens), on_token=on_token)
-        memory = [each for each in gathered(self._memory.run_ended()) if each is not None]
-        return Run(seconds, max(memory) if memory else None)
+        of_ranks = gathered((seconds, self._memory.run_ended()))
+        memory = [each for _, each in of_ranks if each is not None]
+        of_steps = zip(*(each for each, _ in of_ranks if each), strict=True)
+        return Run([max(of_step) for of_step in of_steps], max(memory) if memory else None)
 
     def tokens(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         """What they are."""

@@ -41,9 +41,6 @@ class Prompt:
     def as_json(self) -> dict[str, Any]:
         return {"messages": list(self.messages)} if self.messages else {"prompt": self.text}
 
-    def __str__(self) -> str:
-        return "\n".join(f"{each['role']}: {each['content']}" for each in self.messages) if self.messages else self.text
-
 
 def read_prompts(config: GenerateConfig, given: Sequence[str] = ()) -> tuple[Prompt, ...]:
     """`generate.prompt`, or those of the file `generate.prompts`. given: in place of both, those of `run.prompts`.

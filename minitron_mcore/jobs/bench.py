@@ -17,6 +17,7 @@ from minitron_mcore.data.corpus import check_file
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs import export
 from minitron_mcore.jobs.compared import Compared, find_compared
+from minitron_mcore.jobs.inputs import refuse_context
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises
 from minitron_mcore.recipe import Recipe, with_keys
 from minitron_mcore.runtime.world import World
@@ -59,6 +60,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Bench
     """`checkpoints`, or the one `checkpoint`, in `bench.engines` -> the file `bench.output`. Raises InputError."""
     config = recipe.bench
     compared = find_compared(recipe, world, promises, reads_text=False)
+    refuse_context(recipe, "bench")
     target = Path(config.output) if config.output else Path(recipe.output) / "bench.json" if recipe.output else None
     if target is not None:
         check_file(str(target), "bench.output")

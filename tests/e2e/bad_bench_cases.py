@@ -49,6 +49,7 @@ BENCH: list[Case] = [
         "bench.engines[0]=minitron reads no Hugging Face folder, and checkpoints.theirs=@/hf_one_layer is one: convert",
     ),
     ("bench", ["parallel.tensor=2"], "parallel.tensor=2 x parallel.pipeline=1 = 2 ranks for one copy of the model"),
+    (2, "bench", ["parallel.context=2"], "parallel.context=2 is not possible in `bench`, which needs"),
     (
         2,
         "bench",

@@ -105,8 +105,10 @@ def test_search_reads_the_file(measured: tuple[list[dict[str, Any]], str], root:
 
 
 def test_at_other_layouts(root: Path) -> None:
-    """Our engine alone, two models; a row of pipeline stages is no point for a roofline, which knows none."""
-    for layout in ("parallel.tensor=2", "parallel.pipeline=2"):
+    """Our engine alone, two models; rows of pipeline stages or of data-parallel ranks, one of which has no prompt of a
+    batch of one, are no points for a roofline, which knows neither."""
+    layouts = {"parallel.tensor=1": "data=2", "parallel.tensor=2": "", "parallel.pipeline=2": "pipeline=2"}
+    for layout, unknown in layouts.items():
         output = root / f"{layout}.json"
         models = [f"checkpoints.{name}={root / name}" for name in ("teacher", "student")]
         run_well("bench", *models, *SIZES, layout, f"bench.output={output}", world_size=2)
@@ -119,11 +121,11 @@ def test_at_other_layouts(root: Path) -> None:
         asked: dict[str, Any] = {"measured": str(output), "batch_size": 3, "prompt_tokens": 7, "output_tokens": NEW}
         serving = ServingConfig(**asked, weights="fp32", kv_cache="fp32", tensor=rows[3]["tensor"])
         architecture = build_architecture(rows[3]["architecture"])
-        if layout == "parallel.tensor=2":
+        if not unknown:
             found = serving_figures(architecture, serving, MACHINE)
             assert found["decode_latency"] == pytest.approx(rows[3]["decode_latency"], rel=1e-9)
         else:
-            with refuses("serving.measured", output, "has no point for", "pipeline=2"):
+            with refuses("serving.measured", output, "has no point for", unknown):
                 serving_figures(architecture, serving, MACHINE)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.evaluation.likelihood import Row, log_likelihoods, rows_group
+from minitron_mcore.inference.engine import Engine, Sampling
+from minitron_mcore.inference.prompts import Continuation
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.runtime.groups import data_group
 
@@ -54,15 +56,10 @@ class Server:
         return self._continuations(request)
 
     def _continuations(self, request: Continuations) -> list[list[int]]:
-        from minitron_mcore.inference.engine import Engine, Sampling
-
-        def is_stopped(tokens: Sequence[int]) -> bool:
-            text = self.tokenizer.detokenize(tokens)
-            return any(stop in text for stop in request.stop)
-
         engine = Engine(self.chunks, self.architecture, max_batch=request.micro_batch_size)
         sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
         stop_tokens = request.stop_tokens
+        is_stopped = Continuation(self.tokenizer, request.stop).is_stopped if request.stop else None
         found = engine.generate(request.prompts, sampling, stop_tokens=stop_tokens, is_stopped=is_stopped)
         return [list(each.tokens) for each in found]
 
