@@ -98,7 +98,6 @@ class Engine:
         found: dict[int, Generated] = {}
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.chunks))
-            stack.enter_context(torch.inference_mode())
             stack.enter_context(_whole_sequences(self.chunks))
             for start in range(0, len(mine), self.max_batch):
                 numbers = mine[start : start + self.max_batch]
