@@ -15,8 +15,7 @@ from reprlib import repr as shown
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from minitron_mcore.checkpoint.companions import FOLDER
-from minitron_mcore.checkpoint.folder import beside
+from minitron_mcore.checkpoint.companions import end_tokens
 from minitron_mcore.data.text_file import JSON_ENDINGS
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
 from minitron_mcore.data.tokenizer_files import MODEL, TEMPLATE_FILES, files_of
@@ -148,14 +147,7 @@ def _templating(tokenizer: Tokenizer) -> Any:
 def stop_ids(tokenizer: Tokenizer, checkpoint: Path) -> frozenset[int]:
     """The tokenizer's end of document, and the ids at which the model that `checkpoint` descends from stops, as
     generation_config.json or config.json says."""
-    ids = {tokenizer.eod}
-    for name in ("generation_config.json", "config.json"):
-        try:
-            stated = json.loads((beside(checkpoint, FOLDER) / name).read_text(encoding="utf-8"))["eos_token_id"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        return frozenset(ids | {one for one in (stated if isinstance(stated, list) else [stated]) if type(one) is int})
-    return frozenset(ids)
+    return frozenset({tokenizer.eod, *end_tokens(checkpoint, tokenizer.eod)})
 
 
 class Continuation:

@@ -76,7 +76,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Bench
     ours = [model for model in models if model.compared.model is not None]
     pairs = [(engine, model) for engine in engines for model in (ours if engine == OURS else models)]
     makes = (Item("bench.output", str(target), "measured speeds"),) if target else ()
-    reads = tuple(each.model or Item(f"checkpoints.{each.name}", str(each.folder), "Hugging Face") for each in compared)
+    reads = tuple(each.model or Item(each.key, str(each.folder), "Hugging Face") for each in compared)
     threads = config.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or _cores() // world.local_size or 1
     return BenchJob(
         recipe, reads, makes, notes, pairs=tuple(pairs), cases=cases, threads=threads, place=place, target=target
@@ -141,7 +141,7 @@ def _size(recipe: Recipe, axis: str) -> int:
 
 def _not_ours(compared: Compared) -> str:
     into = "convert it with `minitron import` to measure it in minitron too"
-    return f"checkpoints.{compared.name}={compared.folder} is one: {into}"
+    return f"{compared.key}={compared.folder} is one: {into}"
 
 
 def _hindrance(recipe: Recipe, name: str, compared: tuple[Compared, ...]) -> tuple[str, str] | None:
@@ -175,7 +175,7 @@ def _model(recipe: Recipe, world: World, compared: Compared, place: Path, needs_
         if theirs.vocab_size == architecture.vocab_size:
             theirs = theirs.replace(padded_vocab_size=architecture.padded_vocab_size)
         if difference := architecture.difference(theirs):
-            remedy = f"name the export of checkpoints.{name}, or leave it out"
+            remedy = f"name the export of {compared.key}, or leave it out"
             raise InputError(f"bench.hf.{name}", folder, f"is another model: {difference}", remedy)
         return Benched(compared, architecture, folder, None, gguf)
     if not needs_folder:
@@ -190,7 +190,7 @@ def _check_length(model: Benched, cases: tuple[Case, ...]) -> None:
     for case in cases:
         if (length := case.prompt_tokens + case.output_tokens) > longest:
             rule = (
-                f"with bench.output_tokens={case.output_tokens} makes {length} tokens, and checkpoints.{model.name} "
+                f"with bench.output_tokens={case.output_tokens} makes {length} tokens, and {model.compared.key} "
                 f"has max_position_embeddings={longest}"
             )
             raise InputError("bench.prompt_tokens", case.prompt_tokens, rule, "shorten one of them")

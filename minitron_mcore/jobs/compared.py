@@ -17,10 +17,11 @@ ONE_OR_MORE = "the folder of a checkpoint, or several as checkpoints.NAME=FOLDER
 
 @dataclass(frozen=True)
 class Compared:
-    """A model by the name that tables show. model: a checkpoint's, with its tokenizer; None: `folder` is Hugging
-    Face's."""
+    """A model by the name that tables show. key: of the recipe, that names it. model: a checkpoint's, with its
+    tokenizer; None: `folder` is Hugging Face's."""
 
     name: str
+    key: str
     folder: Path
     model: Model | None = None
 
@@ -37,9 +38,9 @@ def find_compared(
     def find(name: str, folder: str, key: str) -> Compared:
         path = Path(folder)
         if path.is_dir() and is_hugging_face(path) and latest_iteration(path) is None:
-            return Compared(name, path)
+            return Compared(name, key, path)
         model = find_reader(recipe, world, promises, key, folder, reads_text=reads_text, reads_samples=reads_samples)
-        return Compared(name, model.folder, model)
+        return Compared(name, key, model.folder, model)
 
     if recipe.checkpoints and recipe.checkpoint:
         remedy = "name it among them, as checkpoints.student=FOLDER, or leave them out"

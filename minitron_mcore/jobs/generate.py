@@ -55,9 +55,8 @@ def resolve(
 
 def _writer(each: Compared, prompts: tuple[Prompt, ...], recipe: Recipe, promises: Promises) -> Writer:
     if each.model is None:
-        key = f"checkpoints.{each.name}" if recipe.checkpoints else "checkpoint"
         remedy = f"make a checkpoint of it (minitron import hf={each.folder} checkpoint=FOLDER) and name that"
-        raise InputError(key, each.folder, "is a Hugging Face folder", remedy)
+        raise InputError(each.key, each.folder, "is a Hugging Face folder", remedy)
     tokenizer = model_tokenizer(recipe, each.model, promises)
     if tokenizer is None:
         return Writer(each.name, each.model, (), frozenset())

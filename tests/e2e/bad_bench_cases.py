@@ -39,7 +39,7 @@ BENCH: list[Case] = [
     (
         "bench",
         ["bench.prompt_tokens=[8,61]"],
-        "bench.prompt_tokens=61 with bench.output_tokens=4 makes 65 tokens, and checkpoints.teacher has "
+        "bench.prompt_tokens=61 with bench.output_tokens=4 makes 65 tokens, and checkpoint has "
         "max_position_embeddings=64: shorten one of them",
     ),
     ("bench", ["bench.output=@/papers"], "bench.output=@/papers is a folder: name a file"),
