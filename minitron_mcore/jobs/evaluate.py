@@ -15,7 +15,7 @@ from minitron_mcore.evaluation.config import EvaluateConfig
 from minitron_mcore.evaluation.harness.local_tasks import text_files
 from minitron_mcore.evaluation.harness.names import KEY, Asked, asked_tasks
 from minitron_mcore.jobs.compared import Compared, find_compared
-from minitron_mcore.jobs.inputs import TEXT, data_items, refuse_context, require
+from minitron_mcore.jobs.inputs import data_items, refuse_context, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
@@ -51,8 +51,9 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Evalu
     config = recipe.evaluate
     has_text = bool(recipe.data.valid or recipe.data.train)
     reads_text = has_text or not config.tasks
-    one = {} if recipe.checkpoints else {"checkpoint": "the folder of a checkpoint"}
-    require(recipe, one, {} if recipe.data.valid or not reads_text else TEXT)
+    needed = {} if recipe.checkpoints else {"checkpoint": "the folder of a checkpoint"}
+    text = {} if has_text or config.tasks else {"data.valid": "held-out tokens, the prefix of a .bin/.idx pair"}
+    require(recipe, needed | text)
     tasks = asked_tasks(config.tasks, config.shots, config.task_folder) if config.tasks else ()
     if tasks:
         refuse_context(recipe, "evaluate.tasks")

@@ -18,6 +18,7 @@ from minitron_mcore.checkpoint.companions import source_card
 from minitron_mcore.checkpoint.folder import beside, read_lineage
 from minitron_mcore.errors import InputError
 from minitron_mcore.pruning.plan_file import PruningPlan, load_plan
+from minitron_mcore.report.evaluation_table import with_error
 from minitron_mcore.tables import markdown
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
@@ -44,8 +45,7 @@ def model_card(name: str, architecture: Architecture, folder: Path, iteration: i
     if lineage:
         sections += ["## Lineage", f"```yaml\n{yaml.safe_dump(lineage, sort_keys=False).strip()}\n```"]
     if results := _results(folder, iteration):
-        measures = markdown(list(results.items()), ("", ""))
-        sections += ["## Evaluation", f"On held-out text, by `minitron evaluate`.\n\n{measures}"]
+        sections += ["## Evaluation", *_measures(results)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -90,6 +90,25 @@ def _ranges(numbers: list[int]) -> str:
     # In a run every number is as far from its place in the list.
     runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def _measures(results: dict[str, Any]) -> list[str]:
+    """What was measured on held-out text, and on tasks."""
+    tasks = results.pop("tasks", {})
+    found = []
+    if "lm loss" in results:
+        found.append(f"On held-out text, by `minitron evaluate`.\n\n{markdown(list(results.items()), ('', ''))}")
+    rows = [
+        (task, scores["shots"], scores["documents"], metric.removesuffix(",none"), score["value"], score["stderr"])
+        for task, scores in tasks.items()
+        for metric, score in scores["metrics"].items()
+    ]
+    if rows:
+        shown = markdown(
+            [(*row[:4], with_error(*row[4:])) for row in rows], ("task", "shots", "documents", "metric", "score")
+        )
+        found.append(f"On tasks, by the LM Evaluation Harness.\n\n{shown}")
+    return found
 
 
 def _results(folder: Path, iteration: int) -> dict[str, Any]:

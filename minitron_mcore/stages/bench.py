@@ -24,6 +24,7 @@ from minitron_mcore.jobs.bench import BenchJob
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import export
+from minitron_mcore.tables import counted
 
 
 def run(job: BenchJob, runtime: Runtime) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def run(job: BenchJob, runtime: Runtime) -> dict[str, Any]:
         "versions": {"minitron_mcore": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     if rows:
-        threads = f", {job.threads} threads" if on_cpu else ""
+        threads = f", {counted(job.threads, 'thread')}" if on_cpu else ""
         runtime.print(f"\n{rows[0]['device']}{threads}, {recipe.precision}: medians of {config.repeats} ± quartiles\n")
         runtime.print(f"{tables(rows, first)}\n\nfor reference, {PAPERS_LINE}")
     if (target := job.target) is not None:

@@ -316,7 +316,7 @@ CHECKPOINTS: list[Case] = [
     ),
     ("evaluate", ["checkpoint=@/checkpoints/torn_architecture"], "architecture.yaml is not YAML"),
     ("evaluate", ["checkpoint=@/checkpoints/damaged"], "@/checkpoints/damaged"),
-    ("evaluate", ["data.train=null"], "data.train is not set"),
+    ("evaluate", ["data.train=null"], "data.valid is not given"),
     ("evaluate", ["evaluate.micro_batch_size=0"], "evaluate.micro_batch_size=0 must be at least 1"),
     ("evaluate", ["evaluate.samples=-3"], "evaluate.samples=-3 must be at least 1"),
     ("train", ["train.load=@/teacher", "train.checkpoint=@/teacher"], "is train.load's own folder"),

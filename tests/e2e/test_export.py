@@ -212,7 +212,7 @@ def bad_commands(root: Path, folder: Path) -> dict[str, list[str]]:
         "is not the tokenizer": ["export", checkpoint, target, f"tokenizer.model={other.path}"],
         "cannot be written": ["export", checkpoint, "hf=/proc/nowhere/hf"],
         "data.valid": ["evaluate", checkpoint, "data.sequence_length=32", f"data.valid={folder / 'nothing'}"],
-        "data.train is not set": ["evaluate", checkpoint, "data.sequence_length=32"],
+        "data.valid is not given": ["evaluate", checkpoint],
         "evaluate.samples=0": ["evaluate", *recipe, checkpoint, "evaluate.samples=0"],
         "holds no config.json": ["import", f"hf={folder / 'empty'}", f"checkpoint={folder / 'new'}"],
         f"hf={folder / 'nowhere'} is not there": ["import", f"hf={folder / 'nowhere'}", f"checkpoint={folder / 'new'}"],

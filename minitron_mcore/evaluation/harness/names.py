@@ -88,8 +88,7 @@ def _names_of_harness(folder: str) -> dict[str, frozenset[str]]:
 
 
 def names_in(folder: str) -> dict[str, frozenset[str]]:
-    """Names of tasks, groups and tags -> the folders right below `folder` (or itself) whose YAML has them, or what
-    it includes. Raises
+    """Names of tasks, groups and tags -> the folders right below `folder` (or itself) whose YAML has them. Raises
     InputError where there is no such folder."""
     if not os.path.isdir(folder):
         raise InputError("evaluate.task_folder", folder, "is not a folder", "name one that holds tasks as YAML")

@@ -10,11 +10,10 @@ from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.tokenizer import Tokenizer
-from minitron_mcore.evaluation.likelihood import Row, log_likelihoods, rows_group
+from minitron_mcore.evaluation.likelihood import Row, log_likelihoods, rows_at_once
 from minitron_mcore.inference.engine import Engine, Sampling
 from minitron_mcore.inference.prompts import Continuation
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.runtime.groups import data_group
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Likelihoods:
 
 @dataclass(frozen=True)
 class Continuations:
-    """Prompts in token ids, so many at a time; each ends with the tokenizer's end of document, one of the texts `stop`,
-    or after `max_new_tokens`. temperature 0: greedy."""
+    """Prompts in token ids, so many at a time; each ends with one of the ids `stop_tokens` or of the texts `stop`, or
+    after `max_new_tokens`. temperature 0: greedy."""
 
     prompts: Sequence[Sequence[int]]
     micro_batch_size: int
@@ -65,4 +64,4 @@ class Server:
 
     def inputs_at_once(self, micro_batch_size: int) -> int:
         """How many different inputs keep every rank busy in one call of the schedule."""
-        return rows_group() * data_group().size() * micro_batch_size
+        return rows_at_once(micro_batch_size)

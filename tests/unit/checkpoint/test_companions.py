@@ -224,5 +224,16 @@ def test_results_are_shown_where_they_are_of_this_iteration(tmp_path: Path) -> N
     }
     assert "## Lineage" not in card
     assert "## Evaluation" not in card_of(folder, teacher, iteration=8)[1]
+    metrics = {"acc,none": {"value": 0.4, "stderr": 0.1}, "acc_norm": {"value": 0.5, "stderr": None}}
+    tasks = {"iteration": 7, "tasks": {"mmlu": {"shots": 5, "documents": 9, "metrics": metrics}}}
+    (folder / "results.json").write_text(json.dumps(results | tasks))
+    card = card_of(folder, teacher)[1]
+    assert (
+        "| mmlu | 5 | 9 | acc | 0.4000 ± 0.1000 |\n| mmlu | 5 | 9 | acc_norm | 0.5000 |\n" in card
+        and "| lm loss | 2.5 |" in card
+    )
+    (folder / "results.json").write_text(json.dumps(tasks))
+    card = card_of(folder, teacher)[1]
+    assert "| mmlu | 5 | 9 | acc | 0.4000 ± 0.1000 |" in card and "held-out" not in card
     (folder / "results.json").write_text("{")
     assert "## Evaluation" not in card_of(folder, teacher)[1]
