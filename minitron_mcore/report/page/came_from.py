@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from typing import Any
 
 import yaml
 
 from minitron_mcore.report.gather.outcomes import exported
+from minitron_mcore.report.gather.place import read_mapping_of
 from minitron_mcore.report.gather.report import Report
 from minitron_mcore.report.gather.road import Start
 from minitron_mcore.report.gather.trainings import SECTIONS
@@ -22,15 +25,17 @@ def provenance(report: Report) -> Section | None:
         rows = [(_moment(each.time), each.command, f"{each.ranks:,}", each.device) for each in starts]
         head = ("started", "command", "ranks", "device")
         parts += [Table("Commands that worked on this run", head, tuple(rows), (1, 3)), _versions(starts)]
-    again = [(each.label, each.folder) for each in report.models.origins if each.verb in SECTIONS]
-    verbs = {each.label: each.verb for each in report.models.origins}
+    again = [
+        (each.label, _command(report, each.verb, each.folder, each.parallel))
+        for each in report.models.origins
+        if each.verb in SECTIONS
+    ]
     if report.place.kind == "run":
-        again.insert(0, ("the whole run", "."))
-        verbs["the whole run"] = "run"
+        parallel = read_mapping_of(report.place.folder / "recipe.yaml").get("parallel")
+        again.insert(0, ("the whole run", _command(report, "run", ".", parallel if isinstance(parallel, dict) else {})))
     if again:
-        commands = ((label, f"minitron {verbs[label]} --config {_recipe(report, where)}") for label, where in again)
-        caption = "The same again: each recipe is stored with what it made"
-        parts.append(Table(caption, ("what", "command"), tuple(commands), (1,), is_folded=True))
+        caption = "The same again, on as few ranks as hold the model: each recipe is stored with what it made"
+        parts.append(Table(caption, ("what", "command"), tuple(again), (1,), is_folded=True))
     for origin in report.models.origins:
         if origin.lineage:
             text = yaml.safe_dump(origin.lineage, sort_keys=False, allow_unicode=True)
@@ -53,8 +58,11 @@ def _versions(starts: Sequence[Start]) -> Table:
     return Table("Versions", head, rows, tuple(range(1, len(head))))
 
 
-def _recipe(report: Report, folder: str) -> str:
-    return str(report.place.folder / folder / "recipe.yaml")
+def _command(report: Report, verb: str, folder: str, parallel: Mapping[str, Any]) -> str:
+    sizes = [parallel.get(name) for name in ("tensor", "pipeline", "context")]
+    ranks = math.prod(size for size in sizes if isinstance(size, int))
+    start = "minitron" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m minitron_mcore"
+    return f"{start} {verb} --config {report.place.folder / folder / 'recipe.yaml'}"
 
 
 def _moment(seconds: float) -> str:

@@ -229,6 +229,15 @@ def test_a_recipe_of_another_version(run: Path, tmp_path: Path) -> None:
     assert found is not None and found.run.students.keys() == STUDENTS.keys()
 
 
+def test_commands_have_the_ranks_that_the_model_needs(run: Path, page: Page, tmp_path: Path) -> None:
+    assert page.rows("The same again")["the whole run"] == [f"minitron run --config {run / 'recipe.yaml'}"]
+    folder = tmp_path / "sharded"
+    shutil.copytree(run, folder)
+    (folder / "recipe.yaml").write_text("parallel: {tensor: 2, pipeline: 2, virtual_pipeline: null}\n")
+    command = f"torchrun --nproc-per-node 4 -m minitron_mcore run --config {folder / 'recipe.yaml'}"
+    assert Page(render(gather(folder))).rows("The same again")["the whole run"] == [command]
+
+
 def test_damaged_files_are_left_out(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(run, folder)
