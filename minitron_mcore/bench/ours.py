@@ -40,7 +40,7 @@ class Ours:
         self._memory = Memory(self._on_cuda)
         chunks = as_chunks(load_model(self.place, self.architecture, self.parallel, self.precision))
         self._engine: Any = Engine(chunks, self.architecture, max_batch=self.batch)
-        self._memory.loaded()
+        self._memory.loaded(sum(each.nbytes for chunk in chunks for each in chunk.parameters()))
 
     def close(self) -> None:
         """Leave the model to the garbage."""

@@ -216,10 +216,11 @@ class Memory:
         self.of_weights: int | None = None
         self.of_runs = 0
 
-    def loaded(self) -> None:
-        """What has come since the beginning is the model's."""
+    def loaded(self, least: int = 0) -> None:
+        """What has come since the beginning is the model's; `least` bytes, as where it lies in what another one left to
+        the process."""
         now = self._now()
-        self.of_weights = None if now is None or self.before is None else max(now - self.before, 0)
+        self.of_weights = None if now is None or self.before is None else max(now - self.before, least)
 
     def run_begins(self) -> None:
         self.start = self._now()

@@ -32,7 +32,7 @@ def find_compared(
     """`checkpoints`, else the one `checkpoint`, in the recipe's order: the first is what others are compared with.
 
     reads_text: each needs a tokenizer; reads_samples: and room for data.sequence_length. Raises InputError where there
-    is none, where both are given, or where a layout or a tokenizer does not suit one.
+    is none, where both are given, where a name is no folder's, or where a layout or a tokenizer does not suit one.
     """
 
     def find(name: str, folder: str, key: str) -> Compared:
@@ -48,4 +48,7 @@ def find_compared(
     if recipe.checkpoint:
         return (find(absolute(recipe.checkpoint).name, recipe.checkpoint, "checkpoint"),)
     require(recipe, {} if recipe.checkpoints else {"checkpoint": ONE_OR_MORE})
+    if unfit := [name for name in recipe.checkpoints if "/" in name or name.startswith(".")]:
+        rule = "names folders of results, and can hold no slash nor begin with a dot"
+        raise InputError("checkpoints", unfit[0], rule, "name the model otherwise")
     return tuple(find(name, folder, f"checkpoints.{name}") for name, folder in recipe.checkpoints.items())

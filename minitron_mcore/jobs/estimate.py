@@ -139,10 +139,11 @@ def problem_of(check: Callable[[], object]) -> str:
 
 
 def besides(works: list[Work], world: World) -> Iterator[Beside]:
-    """The stages that are no trainings, each verb once for each shape."""
+    """The stages that are no trainings, each verb once for each shape. Not what a run's few prompts need, which is less
+    than `evaluate` of the same models does."""
     seen: dict[tuple[str, Architecture], None] = {}
     for work in works:
-        if work.verb in TRAININGS or (work.verb, work.model) in seen:
+        if work.verb in (*TRAININGS, "generate") or (work.verb, work.model) in seen:
             continue
         seen[work.verb, work.model] = None
         yield beside_of(work, world)

@@ -18,8 +18,8 @@ def run(job: InspectJob, runtime: Runtime) -> None:
 
     def show() -> None:
         found = describe(path)
-        progress = SILENT if recipe.json else runtime.progress  # JSON stands alone
-        faults = verify_weights(found, path, progress) if recipe.verify else []
+        # JSON stands alone.
+        faults = verify_weights(found, path, SILENT if recipe.json else runtime.progress) if recipe.verify else []
         runtime.print(json.dumps(found, indent=2, default=str) if recipe.json else table(found))
         if faults:
             rule = f"is damaged, {counted(len(faults), 'fault')}: {faults[0]}"

@@ -8,6 +8,11 @@ BENCH: list[Case] = [
     ("bench", ["checkpoint=null"], "checkpoint is not given: name the folder of a checkpoint, or several as"),
     ("bench", ["checkpoint=@/none"], "checkpoint=@/none is not there"),
     ("bench", ["checkpoints.teacher=@/teacher"], "checkpoint=@/teacher is given beside checkpoints"),
+    (
+        "bench",
+        ["checkpoint=null", "checkpoints.a/b=@/teacher"],
+        "checkpoints=a/b names folders of results, and can hold",
+    ),
     ("bench", ["bench.engines=[vlm]"], "bench.engines[0]=vlm must be one of minitron, transformers, vllm, llama.cpp"),
     ("bench", ["bench.engines=[vlm]"], "did you mean vllm?"),
     ("bench", ["bench.engines=[minitron,minitron]"], "bench.engines=[minitron, minitron] holds minitron twice"),

@@ -120,7 +120,7 @@ def test_it_lies_in_the_folder_of_a_run_that_is_still_to_come(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["estimate.json"]
     assert cli.main(["estimate", *words]) == 0, "its own file is written anew"
     assert cli.main(["run", *words, "--dry-run"]) == 0
-    assert "[1/19] train the tokenizer" in capsys.readouterr().out
+    assert "[1/20] train the tokenizer" in capsys.readouterr().out
 
 
 def test_the_precision_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import sys
 from pathlib import Path
 
@@ -86,13 +87,15 @@ def test_memory_counts_what_stays_and_the_highest_run() -> None:
     memory = Memory(on_cuda=False)
     if memory.before is None:
         pytest.skip("this system has no /proc/self/clear_refs")
-    weights = bytearray(b"1" * (32 << 20))
+    weights = mmap.mmap(-1, 32 << 20)  # pages of its own, whatever the process has left over
+    weights.write(b"1" * len(weights))
     memory.loaded()
     found = []
     for size in (16, 64, 1):
         memory.run_begins()
-        filled = bytearray(b"1") * (size << 20)
-        del filled
+        with mmap.mmap(-1, size << 20) as filled:
+            for _ in range(size):
+                filled.write(b"1" * (1 << 20))
         found.append(memory.run_ended())
-    assert len(weights) == 32 << 20
+    weights.close()
     assert found == pytest.approx([48 << 20, 96 << 20, 96 << 20], abs=4 << 20)

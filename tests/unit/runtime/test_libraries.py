@@ -31,6 +31,11 @@ def work():
 """
 
 
+def without_switches() -> dict[str, str]:
+    """The environment without what a command of another test, in this process, has set."""
+    return {name: value for name, value in os.environ.items() if name not in libraries.SWITCHES}
+
+
 def use_it(folder: Path, way: str, is_main: bool = True, output: Path | None = None) -> None:
     """Import the library and have it work, as a stage does that is told its folder in between."""
     (folder / "chatty_library.py").write_text(LIBRARY)
@@ -38,7 +43,7 @@ def use_it(folder: Path, way: str, is_main: bool = True, output: Path | None = N
     logging.getLogger("chatty_library").handlers.clear()
     with (
         mock.patch.object(sys, "path", [str(folder), *sys.path]),
-        mock.patch.dict(os.environ),
+        mock.patch.dict(os.environ, without_switches(), clear=True),
         warnings.catch_warnings(),
         set_aside(way, is_main),
     ):
