@@ -58,5 +58,9 @@ def mean_loss(
             for name, value in means.items():
                 totals[name] = totals.get(name, 0.0) + value * tokens
     result = {name: value / (count or 1.0) for name, value in totals.items()}
-    result["ppl"] = math.exp(min(result["lm loss"], 20.0))
-    return result
+    return result | {"ppl": perplexity(result["lm loss"])}
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats a token; above 20 that of 20."""
+    return math.exp(min(loss, 20.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from minitron_mcore.data.dataset import Dataset, batches_once
 from minitron_mcore.errors import InputError
+from minitron_mcore.evaluation.held_out import perplexity
 from minitron_mcore.files import first_line
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -45,4 +45,4 @@ def mean_loss_of(model: Any, dataset: Dataset, samples: int, micro_batch_size: i
         mask_BS = batch["loss_mask"].double()
         total, count = total + float((loss_BS.double() * mask_BS).sum()), count + float(mask_BS.sum())
     loss = total / (count or 1.0)
-    return {"lm loss": loss, "ppl": math.exp(min(loss, 20.0))}
+    return {"lm loss": loss, "ppl": perplexity(loss)}

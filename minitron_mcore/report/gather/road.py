@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.report.gather.place import Place, read_lines
+from minitron_mcore.report.gather.trainings import number
 from minitron_mcore.report.journal import JOURNAL
 
 
@@ -54,14 +55,14 @@ def find_road(place: Place, planned: Sequence[tuple[str, str]]) -> Road | None:
     lines = read_lines(place.folder / JOURNAL)
     noted = [line for line in lines if line.get("kind") == "step" and isinstance(line.get("name"), str)]
     titles = {line["name"]: str(line.get("title") or line["name"]) for line in noted}
-    seconds = {line["name"]: float(line["seconds"]) for line in noted if _is_number(line.get("seconds"))}
+    seconds = {line["name"]: float(line["seconds"]) for line in noted if number(line.get("seconds")) is not None}
     done = [path.stem for path in sorted((place.folder / "done").glob("*.json"), key=_age)]
     names = dict(planned) or {name: titles.get(name, name.replace("-", " ")) for name in done}
     steps = (StepDone(name, title, name in done, seconds.get(name)) for name, title in names.items())
     forecasts = {
         titles[line["name"]]: float(sum(line["forecast"].values()))
         for line in noted
-        if isinstance(line.get("forecast"), dict) and all(map(_is_number, line["forecast"].values()))
+        if isinstance(line.get("forecast"), dict) and None not in map(number, line["forecast"].values())
     }
     return Road(tuple(steps), bool(planned), tuple(_starts(lines)), forecasts)
 
@@ -69,17 +70,17 @@ def find_road(place: Place, planned: Sequence[tuple[str, str]]) -> Road | None:
 def _starts(lines: Sequence[dict[str, Any]]) -> list[Start]:
     found = []
     for line in lines:
-        if line.get("kind") == "start" and isinstance(line.get("command"), str) and _is_number(line.get("time")):
+        if (
+            line.get("kind") == "start"
+            and isinstance(line.get("command"), str)
+            and number(line.get("time")) is not None
+        ):
             versions = line.get("versions") if isinstance(line.get("versions"), dict) else {}
             told = {str(name): str(version) for name, version in (versions or {}).items()}
-            ranks = int(line["ranks"]) if _is_number(line.get("ranks")) else 0
+            ranks = int(number(line.get("ranks")) or 0)
             found.append(Start(line["command"], float(line["time"]), ranks, str(line.get("device", "")), told))
     return found
 
 
 def _age(path: Path) -> float:
     return path.stat().st_mtime
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
