@@ -45,6 +45,7 @@ class Microbatch:
     position_ids: Tensor  # int64 [b, s]
     samples: Tensor | None = None  # int64 [b]: their numbers in what was read
     valid: Tensor | None = None  # [b]: 0 for a sample that fills the microbatch up; None: all are valid
+    segments: Tensor | None = None  # int64 [b, s]: number of the segment that a token belongs to; -1: padding
     is_filler: bool = False  # a copy that fills a call of the schedule up
     teacher: TeacherPart = field(default_factory=TeacherPart)
 
@@ -70,8 +71,11 @@ def on_this_context_rank(microbatch: Microbatch) -> Microbatch:
 
     The groups must stand. No communication.
     """
-    group, names = context_group(), ("tokens", "labels", "loss_mask", "position_ids")
-    parts: Any = {name: context_part(getattr(microbatch, name), 1, group.rank(), group.size()) for name in names}
+    group, names = context_group(), ("tokens", "labels", "loss_mask", "position_ids", "segments")
+    rows = {name: getattr(microbatch, name) for name in names}
+    parts: Any = {
+        name: context_part(row, 1, group.rank(), group.size()) for name, row in rows.items() if row is not None
+    }
     return replace(microbatch, **parts)
 
 
