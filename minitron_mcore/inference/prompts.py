@@ -9,21 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from reprlib import repr as shown
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from minitron_mcore.checkpoint.companions import end_tokens
+from minitron_mcore.data.templating import templating
 from minitron_mcore.data.text_file import JSON_ENDINGS
-from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
-from minitron_mcore.data.tokenizer_files import MODEL, TEMPLATE_FILES, files_of
-from minitron_mcore.data.tokenizer_json import save_for_transformers
+from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import first_line, reading
 from minitron_mcore.inference.config import GenerateConfig
-from minitron_mcore.runtime.libraries import imported
 
 Message = dict[str, str]
 FORM = '{"prompt": text} or {"messages": [{"role": "user", "content": text}]}'
@@ -119,7 +115,7 @@ def prompt_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer, limit: int, mode
 
 def render(prompt: Prompt, tokenizer: Tokenizer) -> str:
     """A chat's messages as the tokenizer's template writes them, and what opens the answer. Raises InputError."""
-    template = _templating(tokenizer)
+    template = templating(tokenizer)
     if template is None:
         rule = f"is a chat, and the tokenizer in {tokenizer.path} has no chat template"
         raise InputError("", prompt.where, rule, "give plain prompts, or put chat_template.jinja beside the tokenizer")
@@ -128,20 +124,6 @@ def render(prompt: Prompt, tokenizer: Tokenizer) -> str:
     except Exception as error:  # whatever the template raises
         rule = f"does not suit the chat template of the tokenizer in {tokenizer.path} ({first_line(error)})"
         raise InputError("", prompt.where, rule, "change its messages") from error
-
-
-@cache
-def _templating(tokenizer: Tokenizer) -> Any:
-    """transformers' tokenizer, which knows the template; None where there is none."""
-    automatic = imported("transformers").AutoTokenizer
-    if tokenizer.type != SENTENCEPIECE:
-        found = automatic.from_pretrained(tokenizer.path, local_files_only=True, trust_remote_code=False)
-        return found if found.chat_template else None
-    if Path(tokenizer.path).name != MODEL or not files_of(str(Path(tokenizer.path).parent), TEMPLATE_FILES):
-        return None
-    with TemporaryDirectory() as folder:
-        save_for_transformers(tokenizer, folder)
-        return automatic.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def stop_ids(tokenizer: Tokenizer, checkpoint: Path) -> frozenset[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +20,7 @@ from lm_eval.models.utils import configure_pad_token
 from lm_eval.utils import handle_non_serializable
 
 from minitron_mcore import __version__
-from minitron_mcore.data.tokenizer import Tokenizer
-from minitron_mcore.data.tokenizer_json import save_for_transformers
+from minitron_mcore.data.templating import transformers_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.harness.loading import quiet
 from minitron_mcore.evaluation.harness.model import Bars, ShardedModel
@@ -98,9 +96,9 @@ def sharded_model(
 
     family, classes: what the exported config.json says of the model and its tokenizer.
     """
-    tokenizer = exported_tokenizer(server.tokenizer, {"model_type": family, **classes})
+    tokenizer = transformers_tokenizer(server.tokenizer, {"model_type": family, **classes})
     return ShardedModel(
-        tokenizer,
+        configure_pad_token(tokenizer),
         server.architecture.max_position_embeddings,
         ask,
         inputs_at_once=server.inputs_at_once,
@@ -108,18 +106,6 @@ def sharded_model(
         end_tokens=end_tokens,
         bars=bars,
     )
-
-
-def exported_tokenizer(tokenizer: Tokenizer, config: Mapping[str, str]) -> Any:
-    """transformers' tokenizer of the files that `export` writes beside such a config.json."""
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-        save_for_transformers(tokenizer, folder)
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    found.name_or_path = tokenizer.path
-    return configure_pad_token(found)
 
 
 def hugging_face_model(model: Any, folder: Path, batch_size: int) -> LM:
