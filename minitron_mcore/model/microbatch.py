@@ -1,6 +1,7 @@
 """A microbatch: what every pass reads, and what the teacher's pass leaves in it for the student's.
 
-Legend: s sequence (under context parallelism this rank's part of it), b micro-batch, h hidden size.
+Legend: s sequence (under context parallelism this rank's part of it), b micro-batch, h hidden size. Packed rows are one
+sequence: then b is 1, and s the tokens of all rows (packing.py).
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_mcore.model.packing import Packed
 from minitron_mcore.runtime.groups import context_group, context_part
 
+ROWS = ("tokens", "labels", "loss_mask", "position_ids", "segments")  # a value for each token
 State = tuple[str, int]  # site, layer of the teacher
 
 
@@ -43,16 +46,24 @@ class Microbatch:
     labels: Tensor  # int64 [b, s]
     loss_mask: Tensor  # fp32 [b, s]: each token's weight in the loss
     position_ids: Tensor  # int64 [b, s]
-    samples: Tensor | None = None  # int64 [b]: their numbers in what was read
-    valid: Tensor | None = None  # [b]: 0 for a sample that fills the microbatch up; None: all are valid
+    samples: Tensor | None = None  # int64 [samples]: their numbers in what was read
+    valid: Tensor | None = None  # [samples]: 0 for one that fills the microbatch up; None: all are valid
     segments: Tensor | None = None  # int64 [b, s]: number of the segment that a token belongs to; -1: padding
+    packed: Packed | None = None  # where attention and positions begin anew; None: with every row
     is_filler: bool = False  # a copy that fills a call of the schedule up
     teacher: TeacherPart = field(default_factory=TeacherPart)
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> Microbatch:
-        """What a data reader gives, by the fields' names."""
-        return cls(**batch)  # type: ignore[arg-type]
+        """What a data reader gives, by the fields' names. A sample may be several rows, [b, rows, s].
+
+        `packed`, a bool for each sample and true for all: rows hold several `segments`, to be kept apart. A reader
+        says so for all of its samples or for none: the microbatches of a pass have one shape.
+        """
+        fields = {name: value.flatten(0, -2) if name in ROWS else value for name, value in batch.items()}
+        is_packed = bool(fields.pop("packed", torch.tensor(False)).all())
+        microbatch = cls(**fields)  # type: ignore[arg-type]
+        return end_to_end(microbatch) if is_packed else microbatch
 
     @classmethod
     def unlabelled(cls, tokens: Tensor, position_ids: Tensor) -> Microbatch:
@@ -63,7 +74,20 @@ class Microbatch:
         """On the device, with nothing of a teacher."""
         tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
         moved: Any = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return replace(self, teacher=TeacherPart(), **moved)
+        packed = None if self.packed is None else self.packed.to(device)
+        return replace(self, packed=packed, teacher=TeacherPart(), **moved)
+
+    def by_row(self) -> dict[str, Tensor]:
+        """The fields that have a value for each token, as far as there are any."""
+        return {name: value for name in ROWS if (value := getattr(self, name)) is not None}
+
+
+def end_to_end(microbatch: Microbatch) -> Microbatch:
+    """The rows one after another as a single one, [b, s] -> [1, b s], attention and positions kept within `segments`.
+    On the CPU: what is on a GPU is waited for."""
+    assert microbatch.segments is not None, "packed rows say which segment each token belongs to"
+    rows: Any = {name: value.reshape(1, -1) for name, value in microbatch.by_row().items()}
+    return replace(microbatch, packed=Packed.of(microbatch.segments), **rows)
 
 
 def on_this_context_rank(microbatch: Microbatch) -> Microbatch:
@@ -71,11 +95,10 @@ def on_this_context_rank(microbatch: Microbatch) -> Microbatch:
 
     The groups must stand. No communication.
     """
-    group, names = context_group(), ("tokens", "labels", "loss_mask", "position_ids", "segments")
-    rows = {name: getattr(microbatch, name) for name in names}
-    parts: Any = {
-        name: context_part(row, 1, group.rank(), group.size()) for name, row in rows.items() if row is not None
-    }
+    group = context_group()
+    assert microbatch.packed is None or group.size() == 1, "packed rows are not cut (packing.check_packing)"
+    rows = microbatch.by_row().items()
+    parts: Any = {name: context_part(value, 1, group.rank(), group.size()) for name, value in rows}
     return replace(microbatch, **parts)
 
 

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from minitron_mcore.model.gpt import LanguageModel, unwrap
 from minitron_mcore.model.microbatch import Microbatch, uncounted
+from minitron_mcore.model.packing import Packed
 from minitron_mcore.runtime.groups import data_group, pipeline_group
 from minitron_mcore.runtime.repairs import divide_gradients
 
@@ -138,11 +140,15 @@ def _call_schedule(
         microbatch, chunk = next(iterator), unwrap(model)
         if begin is not None:
             begin(chunk, microbatch)
-        output = model(microbatch.tokens, microbatch.position_ids, None)
+        params = None if microbatch.packed is None else sequence_params(microbatch.packed)
+        output = model(microbatch.tokens, microbatch.position_ids, None, packed_seq_params=params)
         found = visit(chunk, output, microbatch)
         return output, lambda *args, **kwargs: found
 
     config, (micro_batch_size, sequence_length) = unwrap(chunks[0]).config, batch[0].tokens.shape
+    assert all(microbatch.tokens.shape == batch[0].tokens.shape for microbatch in batch), (
+        "what stages send has one shape"
+    )
     sizes = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
     return get_forward_backward_func(*sizes)(
         forward_step_func=forward_step,
@@ -153,6 +159,12 @@ def _call_schedule(
         micro_batch_size=micro_batch_size,
         **how,
     )
+
+
+def sequence_params(packed: Packed) -> PackedSeqParams:
+    """Where packed segments lie, in Megatron's words; every pipeline stage needs it."""
+    where = {"cu_seqlens_q": packed.boundaries, "cu_seqlens_kv": packed.boundaries}
+    return PackedSeqParams("thd", **where, max_seqlen_q=packed.longest, max_seqlen_kv=packed.longest)
 
 
 def _mean_over_tokens(rows: list[dict[str, torch.Tensor]], stage_sums: dict[str, torch.Tensor]) -> dict[str, float]:

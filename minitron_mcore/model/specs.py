@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as get_gpt_layer_te_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -69,8 +70,8 @@ class SDPACoreAttention(MegatronModule):
     """Causal attention with grouped queries, on torch's scaled_dot_product_attention; takes the constructor arguments
     of Megatron's core attentions, whose local one materialises the [s, s] scores.
 
-    Legend: s sequence (this context-parallel rank's part of it), S the whole sequence, b batch, n query heads and g
-    key-value groups of this tensor-parallel rank, d head dimension.
+    Legend: s sequence (this context-parallel rank's part of it), S the whole sequence, b batch, t tokens of packed
+    segments (packing.py), n query heads and g key-value groups of this tensor-parallel rank, d head dimension.
 
     Under context parallelism keys and values are gathered over the ranks of a sequence, and each of a rank's two chunks
     of queries attends to the keys up to its own end (runtime/groups.py draws which chunks a rank holds).
@@ -90,9 +91,23 @@ class SDPACoreAttention(MegatronModule):
             self.context_group = getattr(others.get("pg_collection"), "cp", None) or context_group()
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *mask: Any, **others: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *mask: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **others: Any,
     ) -> torch.Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]. The mask is causal, whatever is given."""
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]. The mask is causal, whatever is given.
+
+        Of packed segments: query [t, n, d], key and value [t, g, d] -> [t, n * d], each segment by itself."""
+        if packed_seq_params is not None:
+            assert self.context_group is None, "packed segments are not cut over ranks (packing.check_packing)"
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            # Split once, so that backward puts the gradients together once.
+            parts = (part.unsqueeze(1).split(lengths) for part in (query, key, value))
+            return torch.cat([self._attend(*part) for part in zip(*parts, strict=True)]).squeeze(1)
         if self.context_group is None:
             return self._attend(query, key, value)
         rank, size = self.context_group.rank(), self.context_group.size()

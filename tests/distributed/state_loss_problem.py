@@ -138,8 +138,10 @@ def solve_on_rank(
     fused: bool = False,
     window: int = 0,
     recompute: Recompute = KEEP_ALL,
+    parts: list[dict[str, torch.Tensor]] | None = None,
 ) -> dict[str, Any]:
-    """Means, gradients and the gradient norm of a first step, for each case; `window` as the objective's."""
+    """Means, gradients and the gradient norm of a first step, for each case; `window` as the objective's. parts: the
+    global batch, if not `global_batch`."""
     from minitron_mcore.distillation.states.projection import finalize_gradients
     from minitron_mcore.model.initialize import named_parameters
     from minitron_mcore.model.microbatch import on_this_context_rank
@@ -160,7 +162,7 @@ def solve_on_rank(
             finalize_gradients(*args, force_all_reduce=True, **kwargs)
 
         models[0].config.finalize_model_grads_func = finalize
-        batch = my_batch(global_batch(case.student.vocab_size))
+        batch = my_batch(parts or global_batch(case.student.vocab_size))
         means = objective.run(chunks, [on_this_context_rank(microbatch) for microbatch in batch])
         optimizer.prepare_grads()
         projection = getattr(models[0], "state_projection", None)
@@ -223,12 +225,14 @@ def dense_token_loss(case: Case, site: str, student: torch.Tensor, teacher: torc
     return 1 - torch.nn.functional.cosine_similarity(state, teacher, dim=-1, eps=1e-30)
 
 
-def dense_solution(case: Case, projection: torch.Tensor | None) -> dict[str, Any]:
-    """Means, alpha, every gradient, from the formulas in float64."""
+def dense_solution(
+    case: Case, projection: torch.Tensor | None, parts: list[dict[str, torch.Tensor]] | None = None
+) -> dict[str, Any]:
+    """Means, alpha, every gradient, from the formulas in float64. parts: the batch, if not `global_batch`."""
     model = DenseModel(case.student, weights_of(case, False)).requires_grad()
     teacher = DenseModel(case.teacher, weights_of(case, True))
     lift = None if projection is None else projection.double().requires_grad_(True)
-    batch, vocab = global_batch(case.student.vocab_size), case.student.vocab_size
+    batch, vocab = parts or global_batch(case.student.vocab_size), case.student.vocab_size
     count = sum(float(part["loss_mask"].sum()) for part in batch)
     layers = LAYERS if case.layers else [[5, 1]]
     sums: dict[str, Any] = {}

@@ -178,7 +178,8 @@ class StateLosses:
         target = microbatch.teacher.take_state(key, self._uses[key])
         mask_SB = microbatch.loss_mask.transpose(0, 1).float()
         if pair.site not in WIDE_SITES:
-            return relation_loss(state, target, mask_SB, self._models, self._relation_heads, group.size())
+            lengths = None if microbatch.packed is None else microbatch.packed.lengths
+            return relation_loss(state, target, mask_SB, self._models, self._relation_heads, group.size(), lengths)
         if self._config.sequence_parallel:
             mask_SB = mask_SB.chunk(group.size())[group.rank()]
         if self.dynamic and pair in self._scaled:

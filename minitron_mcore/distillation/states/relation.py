@@ -40,22 +40,40 @@ def _split_qkv(mixed_SBC: Tensor, architecture: Architecture, heads: int) -> lis
 
 
 def relation_loss(
-    student_SBC: Tensor, teacher_SBC: Tensor, mask_SB: Tensor, models: Sequence[Architecture], heads: int, ranks: int
+    student_SBC: Tensor,
+    teacher_SBC: Tensor,
+    mask_SB: Tensor,
+    models: Sequence[Architecture],
+    heads: int,
+    ranks: int,
+    segments: Sequence[int] | None = None,
 ) -> Tensor:
     """This tensor-parallel rank's share of the loss, fp32: its tokens' losses, times `mask_SB`, added up.
 
     student_SBC, teacher_SBC: outputs of linear_qkv for the whole sequence, this rank's contiguous part of the channels;
     `models`: student and teacher; `heads` relation heads in all, shared out over so many tensor-parallel `ranks`. The
     shares of all ranks add up to the loss; the gradient, of the student alone, is that of the rank's own channels.
+    segments: lengths of what attention keeps apart in the sequence; None: nothing.
     """
+    sweep = _sweep if segments is None else partial(_by_segment, lengths=list(segments))
     mask_BS = mask_SB.transpose(0, 1).float()
     total = student_SBC.new_zeros((), dtype=torch.float32)
     given = zip((student_SBC, teacher_SBC), models, strict=True)
     sides = [_split_qkv(mixed_SBC, model, heads // ranks) for mixed_SBC, model in given]
     for student_BASD, teacher_BASD in zip(*sides, strict=True):
-        work = partial(_sweep, teacher_BASD=teacher_BASD, mask_BS=mask_BS)
+        work = partial(sweep, teacher_BASD=teacher_BASD, mask_BS=mask_BS)
         total = total + WithGradient.apply(student_BASD, work)
     return total / (3 * heads)
+
+
+def _by_segment(
+    student_BASD: Tensor, wants_gradient: bool, teacher_BASD: Tensor, mask_BS: Tensor, lengths: list[int]
+) -> tuple[Tensor, Tensor | None]:
+    """`_sweep` over each segment by itself: a token is compared with those of its own."""
+    parts = student_BASD.split(lengths, 2), teacher_BASD.split(lengths, 2), mask_BS.split(lengths, 1)
+    found = [_sweep(student, wants_gradient, *others) for student, *others in zip(*parts, strict=True)]
+    gradients = [gradient for _, gradient in found if gradient is not None]
+    return torch.stack([loss for loss, _ in found]).sum(), torch.cat(gradients, 2) if gradients else None
 
 
 def _sweep(

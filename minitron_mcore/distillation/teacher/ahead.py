@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from minitron_mcore.layout import axis_sizes, local_shape, parameter_table
 from minitron_mcore.model.gpt import LanguageModel, build_model, layout_of
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.microbatch import Microbatch, TeacherPart
+from minitron_mcore.model.packing import Packed
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.model.schedule import final_hidden_states
 from minitron_mcore.runtime.agree import all_or_none
@@ -143,16 +145,15 @@ class Teacher:
 
     def _run_elsewhere(self, batch: list[Microbatch]) -> None:
         """In a layout of the teacher's own: token ids travel there and states back, as routes.py has it. Only its first
-        stage reads the token ids; to the others they say no more than the shape."""
+        stage reads the token ids, but where the segments of packed rows lie is read by all."""
         grid, student, count = self.grid, self.student, len(batch)
         runs, replica = assign(student, grid, count), self._replica(grid)
-        mine = {
-            k * student.data + self._replica(student): torch.stack((microbatch.tokens, microbatch.position_ids))
-            for k, microbatch in enumerate(batch)
-        }
+        mine = {k * student.data + self._replica(student): _inputs(microbatch) for k, microbatch in enumerate(batch)}
         first = next(iter(mine.values()))
-        got = carry(token_moves(student, grid, count), mine, tuple(first.shape), first.dtype)
-        run = [Microbatch.unlabelled(*got.get(number, first)) for number in runs.by_replica[replica]]
+        moves = token_moves(student, grid, count, every_stage=batch[0].packed is not None)
+        got = carry(moves, mine, tuple(first.shape), first.dtype)
+        # To a stage that gets none, the token ids say no more than the shape.
+        run = [_unlabelled(*got.get(number, first)) for number in runs.by_replica[replica]]
         counted = dict(zip(run, runs.by_replica[replica][: runs.counted[replica]], strict=False))
         held = dict(zip(counted.values(), self._forward(run, train=False), strict=False))
         last = grid.pipeline - 1, student.pipeline - 1
@@ -194,6 +195,18 @@ class Teacher:
     def head_weight(self) -> torch.Tensor:
         """This rank's shard of the teacher's head [V / TP, h], cut as the student's; the student's last stage only."""
         return self.chunks[-1].head_weight() if self._head is None else self._head
+
+
+def _inputs(microbatch: Microbatch) -> torch.Tensor:
+    """What the model reads: token ids, positions and, of packed rows, the segments' numbers, int64 [2 or 3, b, s]."""
+    numbers = [] if microbatch.packed is None else [microbatch.packed.numbers()]
+    return torch.stack([microbatch.tokens, microbatch.position_ids, *numbers])
+
+
+def _unlabelled(tokens: torch.Tensor, position_ids: torch.Tensor, numbers: torch.Tensor | None = None) -> Microbatch:
+    """A microbatch of `_inputs`."""
+    packed = None if numbers is None else Packed.of(numbers)
+    return replace(Microbatch.unlabelled(tokens, position_ids), packed=packed)
 
 
 def carry(

@@ -129,11 +129,12 @@ class Moves(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def token_moves(student: Grid, teacher: Grid, microbatches: int) -> Moves:
-    """Token ids to every rank of the teacher's first stage, for what its replica runs, from any rank that has them."""
+def token_moves(student: Grid, teacher: Grid, microbatches: int, *, every_stage: bool = False) -> Moves:
+    """Token ids to every rank of the teacher's first stage, or of all stages, for what its replica runs, from any rank
+    that has them."""
     moves = []
     for replica, numbers in enumerate(assign(student, teacher, microbatches).by_replica):
-        for destination in teacher.ranks(data=replica, pipeline=0):
+        for destination in teacher.ranks(data=replica, pipeline=None if every_stage else 0):
             tensor, context, _, _ = teacher.place(destination)
             for number in dict.fromkeys(numbers):
                 holders = student.ranks(context=context, data=number % student.data)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.distributed.models import global_batch, my_batch, relative_error, start_layout, steady, tiny
+from tests.distributed.packed_rows import packed
 from tests.distributed.ranks import run_on_ranks
 
 TP2, PP2, SP2 = {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "sequence": True}
@@ -74,6 +75,7 @@ def teach_on_rank(
     world_size: int,
     count: int,
     placement: str = "resident",
+    packs: bool = False,
 ) -> dict[str, Any]:
     """What `run_ahead` left on this rank, by number of the microbatch, and the teacher's head."""
     from megatron.core import parallel_state
@@ -89,7 +91,8 @@ def teach_on_rank(
     model = Teacher.load(Path(folder), 1, architecture, layout, "fp32", layout=own, placement=placement)
     pairs = [Pair(*pair) for pair in PAIRS if pair[0] != "attention_relation" or layout.context == 1]
     model.want_states(pairs, student_layers=4)
-    batch = my_batch(global_batch(architecture.vocab_size, microbatches=count))
+    parts = packed(architecture.vocab_size, 2) if packs else global_batch(architecture.vocab_size)
+    batch = my_batch(parts[:count])
     batch = [on_this_context_rank(microbatch) for microbatch in batch]
     model.run_ahead(batch)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -157,8 +160,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 @cache
-def alone(folder: str, variant: str, count: int) -> dict[str, Any]:
-    result: dict[str, Any] = run_on_ranks(teach_on_rank, 1, folder, variant, {}, None, 1, count)[0]
+def alone(folder: str, variant: str, count: int, packs: bool = False) -> dict[str, Any]:
+    result: dict[str, Any] = run_on_ranks(teach_on_rank, 1, folder, variant, {}, None, 1, count, packs=packs)[0]
     return result
 
 
@@ -171,6 +174,7 @@ def compare(
     folder: str,
     case: tuple[int, dict[str, Any], dict[str, Any] | None, int],
     placement: str = "resident",
+    packs: bool = False,
 ) -> None:
     from minitron_mcore.distillation.states.map import holder
     from minitron_mcore.layout import split_layers
@@ -179,8 +183,9 @@ def compare(
     world_size, student, teacher, count = case
     tensor, sequence = student.get("tensor", 1), student.get("sequence", False)
     context = student.get("context", 1)
-    single = alone(folder, variant, count)
-    ranks = run_on_ranks(teach_on_rank, world_size, folder, variant, student, teacher, world_size, count, placement)
+    single = alone(folder, variant, count, packs)
+    given = folder, variant, student, teacher, world_size, count, placement, packs
+    ranks = run_on_ranks(teach_on_rank, world_size, *given)
     stages = split_layers(4, student.get("pipeline", 1), student.get("virtual_pipeline"))
     seen = set()
     for rank in ranks:
@@ -222,6 +227,22 @@ def compare(
 @pytest.mark.parametrize("name", CASES)
 def test_at_any_layout(name: str, folders: dict[str, str]) -> None:
     compare("untied", folders["untied"], CASES[name])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TP2-SP, teacher DP2",
+        "DP2, teacher PP2-VPP2",
+        "TP2, teacher PP2-VPP2 with a filler",
+        "PP2, teacher TP2-SP",
+        "TP2-PP2, teacher PP4",
+    ],
+)
+def test_packed_rows(name: str, folders: dict[str, str]) -> None:
+    """Every stage of the teacher needs to know where segments lie, not the first alone. That a single rank keeps them
+    apart: tests/distributed/model/test_packing.py."""
+    compare("untied", folders["untied"], CASES[name], packs=True)
 
 
 @pytest.mark.parametrize("name", ["PP2, teacher TP2-SP", "TP2, teacher PP2"])
