@@ -216,12 +216,18 @@ def entries(kind: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _nearest(path: str, beside: Iterable[str] = ()) -> str:
-    """The valid key most like `path`: of the same name elsewhere, or of a like name, rather in the same section."""
+    """The valid key most like `path`: of the same name elsewhere, or of a like name, rather in the same section; and
+    rather there where it has all of the name's words, as bench.prompt_tokens for bench.prompt."""
     parent, _, leaf = path.rpartition(".")
+
+    def words(name: str) -> set[str]:
+        return {word.rstrip("s") for word in name.split("_")}
 
     def likeness(known_key: str) -> float:
         above, _, name = known_key.rpartition(".")
-        return difflib.SequenceMatcher(None, leaf, name).ratio() + 0.5 * (above == parent) + 0.2 * (name == leaf)
+        is_beside = above == parent
+        close = difflib.SequenceMatcher(None, leaf, name).ratio()
+        return close + 0.5 * is_beside + 0.2 * (name == leaf) + 0.3 * (is_beside and words(leaf) <= words(name))
 
     return max([*(each for each, _ in entries()), *beside], key=likeness)
 
