@@ -50,6 +50,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "depth": {"num_layers": 2},
 }
 NEW, LENGTHS, END = 24, (5, 9, 17, 30), 2
+LIMIT = 1800.0  # seconds of an engine for an answer
 
 
 def python_of(engine: str, folder: Path) -> Path:
@@ -143,8 +144,8 @@ def engine_tokens(engine: str, exported: Path, folder: Path, place: Path) -> tup
     python = None if engine == "transformers" else str(python_of(engine, folder))
     if engine == LLAMA_CPP:
         path = place / f"{exported.name}.gguf"
-        make_gguf(exported, path, "fp32", str(converter_in(folder)))
-    child = Child(engine, python, 1, worker=ENGINES_FILE)
+        make_gguf(exported, path, "fp32", str(converter_in(folder)), LIMIT)
+    child = Child(engine, python, 1, worker=ENGINES_FILE, limit=LIMIT)
     try:
         setting = {"precision": "fp32", "device": "cpu", "threads": 1, "batch": 1, "length": max(LENGTHS) + NEW}
         version = child.ask(do="load", path=str(path), **setting)["version"]

@@ -25,6 +25,9 @@ class BenchConfig:
     threads: Optional[int] = key(
         None, "of each engine on a CPU; null: OMP_NUM_THREADS, else the cores over the ranks", at_least=1
     )
+    time_limit: float = key(
+        1800.0, "seconds that another engine may take to load a model, or to answer a batch; then it is ended", above=0
+    )
     loaded: Annotated[str, OneOf("together", "in_turn")] = key(
         "together",
         "together: every model in every engine; in_turn: each is loaded for its turn, where a device holds but one",

@@ -46,7 +46,7 @@ class Run:
 
 
 def figures(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
-    """What `runs` of one case say: medians over the runs, and their spread, the distance of the quartiles.
+    """What `runs` of one case say: medians over the runs, and their spread, half the distance of the quartiles.
 
     prefill_latency: seconds until all sequences have their first token. decode_latency: of a step, the median of a
     run's, which lies half-way through the output. Percentiles are of all steps of all runs, and of whole requests.
@@ -63,7 +63,7 @@ def figures(case: Case, runs: Sequence[Run]) -> dict[str, Any]:
     }
     return {
         **{name: statistics.median(values) for name, values in rates.items()},
-        "spread": {name: spread(values) for name, values in rates.items()},
+        "spread": {name: spread(values) for name, values in rates.items()} if len(runs) > 1 else {},
         "step_percentiles": percentiles(steps),
         "request_percentiles": percentiles([run.seconds[-1] for run in runs]),
         "memory": max(memory) if memory else None,
@@ -77,9 +77,9 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def spread(values: Sequence[float]) -> float:
-    """From the lower quartile to the upper."""
+    """Half the way from the lower quartile to the upper: half of the values lie about as near to the median."""
     lower, upper = numpy.percentile(values, (25, 75))
-    return float(upper - lower)
+    return float(upper - lower) / 2
 
 
 def with_ratios(rows: Sequence[dict[str, Any]], first: str) -> list[dict[str, Any]]:
@@ -92,6 +92,11 @@ def with_ratios(rows: Sequence[dict[str, Any]], first: str) -> list[dict[str, An
         names = ("prefill_throughput", "decode_throughput") if base else ()
         done.append({**row, "speed_up": {name.split("_")[0]: row[name] / base[name] for name in names if base}})
     return done
+
+
+def what_is_shown(repeats: int) -> str:
+    """Of the speeds in `tables`, in words."""
+    return "one run" if repeats == 1 else f"medians of {repeats} runs ± half the distance of their quartiles"
 
 
 def tables(rows: Sequence[dict[str, Any]], first: str) -> str:
@@ -111,7 +116,9 @@ def tables(rows: Sequence[dict[str, Any]], first: str) -> str:
 def _line(row: dict[str, Any]) -> tuple[str, ...]:
     step, request = row["step_percentiles"], row["request_percentiles"]
     ratio = row["speed_up"].get("decode")
-    decode = f"{row['decode_throughput']:,.1f} ± {row['spread']['decode_throughput']:,.1f}"
+    decode = f"{row['decode_throughput']:,.1f}"
+    if (around := row["spread"].get("decode_throughput")) is not None:
+        decode += f" ± {around:,.1f}"
     return (
         row["engine"],
         row["model"],

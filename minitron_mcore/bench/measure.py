@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from minitron_mcore.bench.engines import EngineError
+from minitron_mcore.bench.engines import EngineError, SizeError
 from minitron_mcore.bench.figures import Case, Run
 
 
@@ -18,6 +18,11 @@ class Seat(Protocol):
     engine: str
     model: str
     version: str
+
+    @property
+    def kv_cache(self) -> str:
+        """Number format of its keys and values, once it is loaded."""
+        ...
 
     def load(self) -> None: ...
 
@@ -34,11 +39,17 @@ Say = Callable[[str], Any]
 
 @dataclass
 class Measured:
-    """What came of each seat, by (engine, model), and case."""
+    """What came of each seat, by (engine, model), and case. failures: what it said; with None for a case, of all that
+    it was not measured at before."""
 
+    repeats: int
     runs: dict[tuple[tuple[str, str], Case], list[Run]] = field(default_factory=lambda: defaultdict(list))
     tokens: dict[tuple[tuple[str, str], Case], list[list[int]]] = field(default_factory=dict)
-    failures: dict[tuple[str, str], str] = field(default_factory=dict)
+    failures: dict[tuple[tuple[str, str], Case | None], str] = field(default_factory=dict)
+
+    def is_whole(self, who: tuple[str, str], case: Case) -> bool:
+        """Whether it ran as often as was asked."""
+        return len(self.runs.get((who, case), ())) == self.repeats
 
 
 def measure(
@@ -52,22 +63,24 @@ def measure(
     say: Say,
 ) -> Measured:
     """Every case `repeats` times, the seats in turn, each `warmup` times before. An engine that fails with a model is
-    left out from there on, and told. together: all are loaded at once, else each for its turn."""
-    found = Measured()
+    left out from there on, or for that size alone (SizeError), and told. together: all are loaded at once, else each
+    for its turn."""
+    found = Measured(repeats)
 
     def name(seat: Seat) -> tuple[str, str]:
         return seat.engine, seat.model
 
     @contextmanager
-    def guarded(seat: Seat) -> Iterator[None]:
+    def guarded(seat: Seat, case: Case | None = None) -> Iterator[None]:
         try:
             yield
         except EngineError as error:
-            found.failures[name(seat)] = str(error)
-            say(f"{seat.engine} leaves {seat.model} out: {error}")
+            only = case if isinstance(error, SizeError) else None
+            found.failures[name(seat), only] = str(error)
+            say(f"{seat.engine} leaves {seat.model} out{f' at {only}' if only else ''}: {error}")
 
-    def left() -> list[Seat]:
-        return [seat for seat in seats if name(seat) not in found.failures]
+    def is_left(seat: Seat, case: Case | None = None) -> bool:
+        return not {(name(seat), None), (name(seat), case)} & found.failures.keys()
 
     def warm_up(seat: Seat, case: Case) -> None:
         key, given = (name(seat), case), prompts(seat, case)
@@ -82,11 +95,13 @@ def measure(
     if not together:
         for repeat in range(repeats):
             say(f"repeat {repeat + 1} of {repeats}")
-            for seat in left():
+            for seat in filter(is_left, seats):
                 with guarded(seat), loaded([seat]):
                     for case in cases:
-                        warm_up(seat, case)
-                        take(seat, case)
+                        if is_left(seat, case):
+                            with guarded(seat, case):
+                                warm_up(seat, case)
+                                take(seat, case)
         return found
     with loaded([]) as opened:
         for seat in seats:
@@ -95,13 +110,11 @@ def measure(
                 opened.append(seat)
         for case in cases:
             say(str(case))
-            for seat in left():
-                with guarded(seat):
-                    warm_up(seat, case)
-            for _ in range(repeats):
-                for seat in left():
-                    with guarded(seat):
-                        take(seat, case)
+            for turn in [warm_up, *repeats * [take]]:
+                for seat in seats:
+                    if is_left(seat, case):
+                        with guarded(seat, case):
+                            turn(seat, case)
     return found
 
 

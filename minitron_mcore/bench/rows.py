@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def rows_of(
     for case in cases:
         for seat in seats:
             key = (seat.engine, seat.model), case
-            if not measured.runs.get(key) or key[0] in measured.failures:
+            if not measured.is_whole(*key):
                 continue
             ours = seat.engine == OURS
             others = [(each.engine, each.model) for each in seats if each.model == seat.model]
@@ -43,7 +44,7 @@ def rows_of(
                 {
                     **{"engine": seat.engine, "version": seat.version, "model": seat.model, "device": device},
                     **{name: getattr(case, name) for name in ("batch_size", "prompt_tokens", "output_tokens")},
-                    **{"weights": precision, "kv_cache": precision, **layout},
+                    **{"weights": precision, "kv_cache": seat.kv_cache, **layout},
                     **figures(case, measured.runs[key]),
                     "same_tokens": None if made is reference else same_tokens(made, reference),
                     "parameters": architectures[seat.model].num_parameters,
@@ -51,6 +52,14 @@ def rows_of(
                 }
             )
     return rows
+
+
+def failures_of(measured: Measured) -> list[dict[str, Any]]:
+    """What engines said where they failed with a model; with the sizes, where they failed at these alone."""
+    return [
+        {"engine": engine, "model": model, **(asdict(case) if case else {}), "said": said}
+        for ((engine, model), case), said in measured.failures.items()
+    ]
 
 
 def same_tokens(tokens: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> float:

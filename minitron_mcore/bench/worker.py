@@ -3,7 +3,7 @@
     PYTHON worker.py ENGINE        requests on stdin, answers on stdout, each a line of JSON
 
     {"do": "load", "path": …, "precision": "fp32", "device": "cpu", "threads": 2, "batch": 4, "length": 192}
-      → {"version": "5.23.0"}
+      → {"version": "5.23.0", "kv_cache": "fp32"}
     {"do": "run", "prompts": [[5, 7, …], …], "new_tokens": 64}
       → {"seconds": [0.02, …], "memory": 1234567}
     {"do": "tokens", "prompts": [[5, 7, …], …], "new_tokens": 64}
@@ -35,6 +35,8 @@ class Engine(Protocol):
 
     version: str
     modules: tuple[str, ...]  # that are imported before its memory is counted
+
+    # One that keeps keys and values in another format than the weights' names it: kv_cache.
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[float]:
         """Seconds until all sequences had their first, second, … token."""
@@ -154,8 +156,10 @@ class LlamaCpp:
         params.n_gpu_layers = 0 if device == "cpu" else 999
         params.fit_params = False
         params.cache_ram_mib = 0  # no cache of prompts
+        types, self.kv_cache = xllamacpp.ggml_type, "fp32" if precision == "fp32" else "fp16"
+        kind = types.GGML_TYPE_F32 if precision == "fp32" else types.GGML_TYPE_F16  # its own default
+        params.cache_type_k = params.cache_type_v = kind
         if precision == "fp32":
-            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             # On a CPU it rounds to fp16: tokens whose logits lie within 1e-4 of each other were others.
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.server = xllamacpp.Server(params)
@@ -268,7 +272,7 @@ def answers(name: str) -> Any:
             engine = ENGINES[name](**request)
             if memory:
                 memory.loaded()
-            return {"version": engine.version}
+            return {"version": engine.version, "kv_cache": getattr(engine, "kv_cache", request["precision"])}
         if do == "tokens":
             tokens = engine.tokens(request["prompts"], request["new_tokens"])
             _check([len(made) for made in tokens], request["new_tokens"])

@@ -14,7 +14,7 @@ class ServingConfig:
     prompt_tokens: int = key(1024, "tokens of each prompt", at_least=1)
     output_tokens: int = key(128, "tokens made for each", at_least=1)
     weights: Annotated[str, OneOf("fp32", "bf16", "fp8", "int4")] = key("bf16", "number format of the weights")
-    kv_cache: Annotated[str, OneOf("fp32", "bf16", "fp8")] = key("bf16", "number format of the KV cache")
+    kv_cache: Annotated[str, OneOf("fp32", "bf16", "fp16", "fp8")] = key("bf16", "number format of the KV cache")
     tensor: int = key(1, "GPUs that the matrices are cut over", at_least=1)
     measured: Optional[PathName] = key(
         None, "file of measured speeds, as `bench` writes it, which correct what is worked out"

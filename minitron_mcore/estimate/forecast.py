@@ -22,6 +22,7 @@ from minitron_mcore.estimate.phases import teacher_pass, training_phases
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.model.recompute import Recompute, recompute_of
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.exhausted import is_out_of_memory
 from minitron_mcore.runtime.world import Memory, World
 from minitron_mcore.tables import table
 from minitron_mcore.training.budget import Timetable, size_keys
@@ -310,26 +311,6 @@ def holds(setting: Setting) -> bool:
     except InputError:
         return False
     return True
-
-
-# Messages of the allocators (host, device, pinned memory) and, on a device that is nearly full, of cuBLAS and NCCL.
-_EXHAUSTED = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "Cuda failure 2 'out of memory'",
-    "Cuda failure 'out of memory'",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` means that a device, or the host, has no memory left."""
-    import torch  # takes seconds, which a forecast alone need not wait for
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _EXHAUSTED)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from minitron_mcore.layout import parameter_table
 from minitron_mcore.runtime.devices import Machine
 
 # Bytes of a number; int4 has a bf16 scale for each 128 weights.
-BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128}
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int4": 0.5 + 2 / 128}
 # Kernels of a layer: two norms with the residual sums, QKV, rotation with the write to the cache, attention and its
 # reduction, projection, up and gate, activation, down.
 KERNELS = 10

@@ -32,6 +32,7 @@ from minitron_mcore.inference.sampling import Sampling, choose
 from minitron_mcore.model.gpt import LanguageModel, unwrap
 from minitron_mcore.model.schedule import evaluating
 from minitron_mcore.model.vocab_parallel import VocabularyShard
+from minitron_mcore.runtime.agree import all_or_none, gathered
 from minitron_mcore.runtime.groups import context_group, data_group, pipeline_group, tensor_group
 
 __all__ = ["Engine", "Generated", "Sampling"]
@@ -82,8 +83,8 @@ class Engine:
 
         sampling: of all prompts, or one for each. is_stopped: of a row's new tokens so far, whether it ends there.
         on_token: called with the step (0: the prompts are read), after each step of a batch.
-        Every rank calls with the same arguments and has the same result; data-parallel ranks share the prompts.
-        Raises InputError for a prompt that leaves no room for a token.
+        Every rank calls with the same arguments and has the same result; data-parallel ranks share the prompts, and
+        fail together. Raises InputError for a prompt that leaves no room for a token.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         limit = self.architecture.max_position_embeddings
@@ -96,18 +97,20 @@ class Engine:
         ranks = data_group()
         mine = order[ranks.rank() :: ranks.size()]
         found: dict[int, Generated] = {}
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(self.chunks))
-            stack.enter_context(_whole_sequences(self.chunks))
-            for start in range(0, len(mine), self.max_batch):
-                numbers = mine[start : start + self.max_batch]
-                rows = [_Row(number, list(prompts[number]), each[number]) for number in numbers]
-                self._run(rows, frozenset(stop_tokens), is_stopped, on_token)
-                found |= {row.number: Generated(tuple(row.new), row.stopped) for row in rows}
+
+        def work() -> None:
+            with ExitStack() as stack:
+                stack.enter_context(evaluating(self.chunks))
+                stack.enter_context(_whole_sequences(self.chunks))
+                for start in range(0, len(mine), self.max_batch):
+                    numbers = mine[start : start + self.max_batch]
+                    rows = [_Row(number, list(prompts[number]), each[number]) for number in numbers]
+                    self._run(rows, frozenset(stop_tokens), is_stopped, on_token)
+                    found.update({row.number: Generated(tuple(row.new), row.stopped) for row in rows})
+
+        all_or_none(work, group=ranks)
         if ranks.size() > 1:
-            parts: list[Any] = [None] * ranks.size()
-            dist.all_gather_object(parts, found, group=ranks)
-            found = {number: one for part in parts for number, one in part.items()}
+            found = {number: one for part in gathered(found, ranks) for number, one in part.items()}
         return [found[number] for number in range(len(prompts))]
 
     def _run(

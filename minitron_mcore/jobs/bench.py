@@ -6,7 +6,7 @@ import difflib
 import itertools
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minitron_mcore.architecture import Architecture
@@ -22,17 +22,20 @@ from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises
 from minitron_mcore.recipe import Recipe, with_keys
 from minitron_mcore.runtime.world import World
 
+NEEDS_GGUF = "needs GGUF files"
+
 
 @dataclass(frozen=True)
 class Benched:
     """A model. folder: Hugging Face's, for the other engines; None: `exports` is done for it first. gguf: its file for
-    llama.cpp; None: it is converted first."""
+    llama.cpp; None: it is converted first. refused: why there can be no folder."""
 
     compared: Compared
     architecture: Architecture
-    folder: Path | None
-    exports: export.ExportJob | None
-    gguf: Path | None
+    folder: Path | None = None
+    exports: export.ExportJob | None = None
+    gguf: Path | None = None
+    refused: InputError | None = None
 
     @property
     def name(self) -> str:
@@ -44,11 +47,16 @@ class Benched:
         assert self.exports is not None
         return self.exports
 
+    def needs_folder(self, engine: str) -> bool:
+        return engine != OURS and not (engine == LLAMA_CPP and self.gguf is not None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchJob(Job):
-    """pairs: (engine, model), in the order of the table. place: a folder for what is converted, deleted at the end."""
+    """pairs: (engine, model), in the order of the table. first: the model that others are compared with. place: a
+    folder for what is converted, deleted at the end."""
 
+    first: str
     pairs: tuple[tuple[str, Benched], ...]
     cases: tuple[Case, ...]
     threads: int
@@ -69,18 +77,52 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Bench
     cases = tuple(Case(*each) for each in itertools.product(*sizes))
     engines, notes = _engines(recipe, world, compared)
     place = (target.parent if target else Path(tempfile.gettempdir())) / f".bench-{os.getpid()}"
-    needs_folder = any(engine != OURS for engine in engines)
-    models = tuple(_model(recipe, world, each, place, needs_folder) for each in compared)
+    models = tuple(_model(recipe, world, each, place, engines) for each in compared)
     for model in models:
         _check_length(model, cases)
-    ours = [model for model in models if model.compared.model is not None]
-    pairs = [(engine, model) for engine in engines for model in (ours if engine == OURS else models)]
+    pairs, left_out = _pairs(engines, models)
     makes = (Item("bench.output", str(target), "measured speeds"),) if target else ()
     reads = tuple(each.model or Item(each.key, str(each.folder), "Hugging Face") for each in compared)
-    threads = config.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or _cores() // world.local_size or 1
+    threads = config.threads or _omp_threads() or _cores() // world.local_size or 1
     return BenchJob(
-        recipe, reads, makes, notes, pairs=tuple(pairs), cases=cases, threads=threads, place=place, target=target
+        recipe,
+        reads,
+        makes,
+        (*notes, *left_out),
+        pairs=pairs,
+        first=compared[0].name,
+        cases=cases,
+        threads=threads,
+        place=place,
+        target=target,
     )
+
+
+def _pairs(engines: list[str], models: tuple[Benched, ...]) -> tuple[tuple[tuple[str, Benched], ...], tuple[str, ...]]:
+    """Who is measured, and notes on who is not, for want of a form that an engine reads. Raises InputError where that
+    is everybody."""
+    pairs, left_out = [], dict[str, list[str]]()
+    for engine in engines:
+        for model in models:
+            if engine == OURS and model.compared.model is None:
+                continue
+            if model.refused is not None and model.needs_folder(engine):
+                left_out.setdefault(model.name, []).append(engine)
+            else:
+                pairs.append((engine, model))
+    refused = {model.name: model.refused for model in models if model.refused is not None}
+    if not pairs:
+        raise next(iter(refused.values()))
+    return tuple(pairs), tuple(
+        f"{', '.join(names)}: {model} is left out, since it cannot be exported: {refused[model]}"
+        for model, names in left_out.items()
+    )
+
+
+def _omp_threads() -> int:
+    """OMP_NUM_THREADS, of a list for nested regions the outermost; 0 where it says none."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
 
 
 def _cores() -> int:
@@ -113,8 +155,12 @@ def _engines(recipe: Recipe, world: World, compared: tuple[Compared, ...]) -> tu
     config, theirs = recipe.bench, [each for each in compared if each.model is None]
     if not config.engines:
         ours = [OURS] if len(theirs) < len(compared) else []
-        here = [name for name in OTHERS if world.size == 1 and not _hindrance(recipe, name, compared)]
+        hindrances = {name: _hindrance(recipe, name, compared) for name in OTHERS if world.size == 1}
+        here = [name for name, hindrance in hindrances.items() if hindrance is None]
         notes = [_not_ours(each) for each in theirs] if ours else []
+        # What is not installed is not missed.
+        if (hindrance := hindrances.get(LLAMA_CPP)) is not None and hindrance[0] == NEEDS_GGUF:
+            notes.append(f"{LLAMA_CPP} is installed and left out: it {NEEDS_GGUF}: {hindrance[1]}")
         if not ours + here:
             raise InputError("bench.engines", None, "finds no engine for these checkpoints", "see docs/bench.md")
         return ours + here, tuple(notes)
@@ -158,16 +204,16 @@ def _hindrance(recipe: Recipe, name: str, compared: tuple[Compared, ...]) -> tup
     ready = all(each.name in recipe.bench.gguf for each in compared)
     if name == LLAMA_CPP and not ready and recipe.bench.converter is None:
         remedy = "name llama.cpp's convert_hf_to_gguf.py as bench.converter, or the files as bench.gguf.MODEL"
-        return "needs GGUF files", remedy
+        return NEEDS_GGUF, remedy
     return None
 
 
-def _model(recipe: Recipe, world: World, compared: Compared, place: Path, needs_folder: bool) -> Benched:
+def _model(recipe: Recipe, world: World, compared: Compared, place: Path, engines: list[str]) -> Benched:
     """A model with what the other engines read of it. Raises InputError."""
     name, config = compared.name, recipe.bench
     gguf = Path(config.gguf[name]) if name in config.gguf else None
     if compared.model is None:
-        return Benched(compared, read_config(compared.folder), compared.folder, None, gguf)
+        return Benched(compared, read_config(compared.folder), compared.folder, gguf=gguf)
     architecture = compared.model.architecture
     if name in config.hf:
         folder = Path(config.hf[name])
@@ -177,11 +223,16 @@ def _model(recipe: Recipe, world: World, compared: Compared, place: Path, needs_
         if difference := architecture.difference(theirs):
             remedy = f"name the export of {compared.key}, or leave it out"
             raise InputError(f"bench.hf.{name}", folder, f"is another model: {difference}", remedy)
-        return Benched(compared, architecture, folder, None, gguf)
-    if not needs_folder:
-        return Benched(compared, architecture, None, None, gguf)
+        return Benched(compared, architecture, folder, gguf=gguf)
+    model = Benched(compared, architecture, gguf=gguf)
+    if not any(map(model.needs_folder, engines)):
+        return model
     keys = {"checkpoints": {}, "checkpoint": str(compared.folder), "hf": str(place / name)}
-    return Benched(compared, architecture, None, export.resolve(with_keys(recipe, keys), world), gguf)
+    try:
+        return replace(model, exports=export.resolve(with_keys(recipe, keys), world))
+    except InputError as error:
+        rule = error.rule.replace(f"hf={place / name}", f"{compared.key}={compared.folder}")
+        return replace(model, refused=type(error)(error.key, error.value, rule, error.remedy))
 
 
 def _check_length(model: Benched, cases: tuple[Case, ...]) -> None:

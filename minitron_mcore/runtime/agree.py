@@ -87,29 +87,43 @@ def led(work: Callable[[Callable[[Any], Any]], T], do: Callable[[Any], Any]) -> 
     return result
 
 
-def all_or_none(work: Callable[[], T], only: type[Exception] = Exception) -> T:
+def all_or_none(work: Callable[[], T], only: type[Exception] = Exception, group: dist.ProcessGroup | None = None) -> T:
     """What `work`, done on every rank, gives on this one. Where it fails on any, every rank raises: its own error, or
     else the first other rank's, told as `on_main` does.
 
     only: what is told so; any other error is raised at once. Needed where ranks wait for each other within `work`: one
-    that has failed there must leave, so that the launcher ends the others.
+    that has failed there must leave, so that the launcher ends the others. group: whose ranks; None: all.
     """
     result, failure = _tried(work, only)
-    raise_together(failure)
+    raise_together(failure, group)
     return result
 
 
-def raise_together(failure: Exception | None) -> None:
-    """Raise on every rank where any rank passes an error."""
-    if _has_peers():
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+def raise_together(failure: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise on every rank, of `group` or of the world, where any of them passes an error."""
+    if _has_peers(group):
+        device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
         failed = torch.tensor(failure is not None, dtype=torch.int32, device=device)
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
         if failed:
-            others = gathered(_for_others(failure))
+            others = gathered(_for_others(failure), group)
             failure = failure or next(error for error in others if error is not None)
     if failure is not None:
         raise failure
+
+
+def all_come(within: float | None = None) -> bool:
+    """Whether every rank calls this, within so many seconds of this one's call; None: as long as it takes.
+
+    For a rank that failed in work where ranks wait for each other: the others may have failed alike, or they wait for
+    it in a collective. Then it must leave. They meet in the store, since a collective would be taken for theirs.
+    """
+    if not _has_peers():
+        return True
+    store = dist.distributed_c10d._get_default_store()
+    turn = f"minitron/come/{store.add(f'minitron/comings/{dist.get_rank()}', 1)}"
+    store.add(turn, 1)
+    return wait_until(lambda: store.add(turn, 0) == dist.get_world_size(), within)
 
 
 def _tried(work: Callable[[], T], caught: type[Exception] = Exception) -> tuple[Any, Exception | None]:
@@ -120,14 +134,15 @@ def _tried(work: Callable[[], T], caught: type[Exception] = Exception) -> tuple[
         return None, error
 
 
-def _has_peers() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
+def _has_peers(group: dist.ProcessGroup | None = None) -> bool:
+    return dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 def _for_others(failure: Exception | None) -> Exception | None:
     if failure is None or isinstance(failure, InputError):
         return failure
-    return RuntimeError(f"rank {dist.get_rank() if dist.is_initialized() else 0}: {failure}")
+    said = str(failure) or type(failure).__name__  # a MemoryError says nothing
+    return RuntimeError(f"rank {dist.get_rank() if dist.is_initialized() else 0}: {said}")
 
 
 def _wait_for_main() -> None:
@@ -142,10 +157,13 @@ def _wait_for_main() -> None:
         wait_until(lambda: store.check([turn]))
 
 
-def wait_until(there: Callable[[], bool]) -> None:
+def wait_until(there: Callable[[], bool], within: float | None = None) -> bool:
     """Ask `there` until it says so: every 20 ms at first, then ever more rarely, since it may take hours and a thousand
-    ranks may ask one store."""
-    pause = 0.02
+    ranks may ask one store. False where it does not `within` so many seconds."""
+    pause, begun = 0.02, time.monotonic()
     while not there():
+        if within is not None and time.monotonic() - begun > within:
+            return False
         time.sleep(pause)
         pause = min(1.02 * pause, 0.5)
+    return True

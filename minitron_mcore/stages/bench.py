@@ -14,11 +14,11 @@ import torch
 
 from minitron_mcore import __version__
 from minitron_mcore.bench.engines import OURS, Theirs, key_of
-from minitron_mcore.bench.figures import PAPERS, PAPERS_LINE, tables, with_ratios
+from minitron_mcore.bench.figures import PAPERS, PAPERS_LINE, tables, what_is_shown, with_ratios
 from minitron_mcore.bench.measure import Seat, measure
 from minitron_mcore.bench.ours import Ours
 from minitron_mcore.bench.prompts import prompts_of
-from minitron_mcore.bench.rows import cpu_name, rows_of
+from minitron_mcore.bench.rows import cpu_name, failures_of, rows_of
 from minitron_mcore.files import write_whole
 from minitron_mcore.jobs.bench import BenchJob
 from minitron_mcore.runtime.parallel import lay_out
@@ -33,7 +33,6 @@ def run(job: BenchJob, runtime: Runtime) -> dict[str, Any]:
     lay_out(recipe.parallel, recipe.seed, runtime.world_size)
     on_cpu = runtime.device.type == "cpu"
     architectures = {model.name: model.architecture for _, model in job.pairs}
-    first = next(iter(architectures))
     with _seats(job, runtime) as seats, _threads(job.threads):
         measured = measure(
             seats,
@@ -54,10 +53,9 @@ def run(job: BenchJob, runtime: Runtime) -> dict[str, Any]:
             parallel=recipe.parallel,
             data=runtime.world_size // recipe.parallel.replica_ranks,
         )
-    failures = [dict(zip(("engine", "model"), who, strict=True), said=said) for who, said in measured.failures.items()]
     results = {
-        "rows": (rows := with_ratios(rows, first)),
-        "failures": failures,
+        "rows": (rows := with_ratios(rows, job.first)),
+        "failures": failures_of(measured),
         "papers": {"speed_up": PAPERS, "said": PAPERS_LINE},
         "threads": job.threads if on_cpu else None,
         **{name: getattr(config, name) for name in ("repeats", "warmup", "loaded")},
@@ -66,8 +64,8 @@ def run(job: BenchJob, runtime: Runtime) -> dict[str, Any]:
     }
     if rows:
         threads = f", {counted(job.threads, 'thread')}" if on_cpu else ""
-        runtime.print(f"\n{rows[0]['device']}{threads}, {recipe.precision}: medians of {config.repeats} ± quartiles\n")
-        runtime.print(f"{tables(rows, first)}\n\nfor reference, {PAPERS_LINE}")
+        runtime.print(f"\n{rows[0]['device']}{threads}, {recipe.precision}: {what_is_shown(config.repeats)}\n")
+        runtime.print(f"{tables(rows, job.first)}\n\nfor reference, {PAPERS_LINE}")
     if (target := job.target) is not None:
         runtime.on_main(lambda: _write(target, results))
         runtime.print(f"bench: written to {target}")
@@ -107,11 +105,12 @@ def _seats(job: BenchJob, runtime: Runtime) -> Iterator[list[Seat]]:
                 place = model.compared.model.place
                 seats.append(Ours(model.name, place, model.architecture, recipe.parallel, recipe.precision, batch))
                 continue
-            if model.name not in folders:
+            if model.name not in folders and model.needs_folder(engine):
                 folders[model.name] = model.folder or export.run(model.made, runtime)
             gguf = model.gguf or job.place / f"{model.name}.gguf"
+            forms = folders.get(model.name), gguf, config.converter
             python = config.python.get(key_of(engine))
-            seats.append(Theirs(engine, model.name, folders[model.name], gguf, config.converter, python, setting))
+            seats.append(Theirs(engine, model.name, *forms, python, setting, config.time_limit))
         yield seats
     finally:
         if runtime.is_main:

@@ -41,6 +41,8 @@ BENCH: list[Case] = [
     ("bench", ["bench.batch_size=[2,2]"], "bench.batch_size=[2, 2] holds 2 twice"),
     ("bench", ["bench.output_tokens=1"], "bench.output_tokens"),
     ("bench", ["bench.repeats=0"], "bench.repeats=0 must be at least 1"),
+    ("bench", ["bench.time_limit=0"], "bench.time_limit=0"),
+    ("bench", ["bench.prompt=8"], "bench.prompt is not a key of a recipe: the nearest is bench.prompt_tokens"),
     (
         "bench",
         ["bench.prompt_tokens=[8,61]"],

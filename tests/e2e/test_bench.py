@@ -6,6 +6,8 @@ No time is compared with a number of seconds: the machine may be busy.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ import pytest
 from minitron_mcore.architecture import build_architecture
 from minitron_mcore.estimate.config import ServingConfig
 from minitron_mcore.estimate.roofline import serving_figures
+from minitron_mcore.jobs import bench
+from minitron_mcore.recipe import load_recipe
 from minitron_mcore.runtime.devices import Machine
+from minitron_mcore.runtime.world import World
 from tests.distributed.hf_cases import save_with_transformers
 from tests.e2e.verbs import minitron, run_well
 from tests.refusals import refuses
@@ -74,6 +79,7 @@ def test_two_engines(measured: tuple[list[dict[str, Any]], str]) -> None:
         assert row["same_tokens"] == (None if row["engine"] == "minitron" else 1), "greedy, in fp32"
     for words in ("batch 3, 7 prompt and 6 output tokens", "of teacher", "depth 2.7x, width 1.8x", "TensorRT-LLM"):
         assert words in shown
+    assert "fp32: one run" in shown and "±" not in shown
 
 
 def test_search_reads_the_file(measured: tuple[list[dict[str, Any]], str], root: Path) -> None:
@@ -127,6 +133,58 @@ def test_at_other_layouts(root: Path) -> None:
         else:
             with refuses("serving.measured", output, "has no point for", unknown):
                 serving_figures(architecture, serving, MACHINE)
+
+
+def job_of(*words: str) -> bench.BenchJob:
+    return bench.resolve(load_recipe(None, [*words]), World())
+
+
+def test_a_shape_that_transformers_does_not_take(root: Path) -> None:
+    """Engines that read its export leave it out, and say why; ours measures it."""
+    odd, output = root / "odd", root / "odd.json"
+    shutil.copytree(root / "teacher", odd)
+    told = (odd / "architecture.yaml").read_text()
+    (odd / "architecture.yaml").write_text(told.replace("rotary_percent: 1.0", "rotary_percent: 0.5"))
+    models = [f"checkpoints.odd={odd}", f"checkpoints.teacher={root / 'teacher'}"]
+    words = [*SIZES, "bench.batch_size=1", f"bench.output={output}"]
+    shown = run_well("bench", *models, "bench.engines=[transformers,minitron]", *words)
+    rule = f"rotary_percent=0.5 of checkpoints.odd={odd} cannot be written into a LlamaForCausalLM config"
+    assert f"transformers: odd is left out, since it cannot be exported: {rule}" in " ".join(shown.split())
+    rows = rows_in(output)
+    assert [(row["engine"], row["model"]) for row in rows] == [
+        *(("transformers", "teacher"), ("minitron", "odd"), ("minitron", "teacher"))
+    ]
+    assert [row["speed_up"] == {} for row in rows] == [True, False, False], "the first is the first, measured or not"
+    with refuses("rotary_percent", 0.5, "cannot be written into"):
+        job_of(models[0], "bench.engines=[transformers]", *words)
+    gguf = root / "there.gguf"
+    gguf.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "lacks", lambda other, python: False)
+        job = job_of(models[0], "bench.engines=[llama.cpp]", f"bench.gguf.odd={gguf}", *words)
+    assert [engine for engine, _ in job.pairs] == ["llama.cpp"] and not job.notes, "it needs no folder"
+
+
+def test_an_engine_without_its_files_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed and not measured, llama.cpp is missed; what is not installed is not."""
+    words = [f"checkpoint={root / 'teacher'}", *SIZES, f"bench.output={root / 'dry.json'}"]
+    monkeypatch.setattr(bench, "lacks", lambda other, python: other.modules == ("vllm",))
+    job = job_of(*words)
+    assert [engine for engine, _ in job.pairs] == ["minitron", "transformers"]
+    (note,) = job.notes
+    assert note.startswith("llama.cpp is installed and left out: it needs GGUF files: name") and "converter" in note
+    (root / "convert.py").touch()
+    job = job_of(*words, f"bench.converter={root / 'convert.py'}")
+    assert [engine for engine, _ in job.pairs] == ["minitron", "transformers", "llama.cpp"] and not job.notes
+
+
+def test_threads_are_those_of_openmp(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [f"checkpoint={root / 'teacher'}", "bench.engines=[minitron]", *SIZES[:3]]
+    cores = len(os.sched_getaffinity(0))
+    for said, threads in (("3", 3), ("2,1", 2), (" 4 , 2", 4), ("", cores), ("0", cores), ("many", cores)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert job_of(*words).threads == threads, said
+    assert job_of(*words, "bench.threads=5").threads == 5
 
 
 def test_what_is_seen_beforehand(root: Path) -> None:

@@ -31,8 +31,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of a model in an engine, at sizes. latency: seconds to the first token. decode: tokens a second, spread: between
-    its quartiles. speed_up: decode over that of the first model in the same engine. memory: bytes."""
+    """Of a model in an engine, at sizes. latency: seconds to the first token. decode: tokens a second, spread: half the
+    distance of its quartiles. speed_up: decode over that of the first model in the same engine. memory: bytes."""
 
     engine: str
     model: str
@@ -126,13 +126,20 @@ def find_speeds(place: Place) -> Speeds | None:
             continue
         told = [row for row in rows if isinstance(row, dict) and {"engine", "model"} <= row.keys()]
         failures = [each for each in found.get("failures") or () if isinstance(each, dict)]
-        said = {f"{each.get('engine')}, {each.get('model')}": str(each.get("said")) for each in failures}
+        said = {_who_failed(each): str(each.get("said")) for each in failures}
         papers = found["papers"] if isinstance(found.get("papers"), dict) else {}
         ups = papers["speed_up"] if isinstance(papers.get("speed_up"), dict) else {}
         reference = {str(name): value for name, up in ups.items() if (value := number(up)) is not None}
         device = str(told[0].get("device", "")) if told else ""
         return Speeds(tuple(map(_speed, told)), device, said, reference, str(papers.get("said", "")))
     return None
+
+
+def _who_failed(failure: Mapping[str, Any]) -> str:
+    """Engine and model, and the sizes where it failed at these alone."""
+    batch, prompt, output = (int(number(failure.get(name)) or 0) for name in SIZES)
+    sizes = f", {batch} × {prompt:,} + {output:,}" if batch else ""
+    return f"{failure.get('engine')}, {failure.get('model')}{sizes}"
 
 
 def _speed(row: Mapping[str, Any]) -> Speed:

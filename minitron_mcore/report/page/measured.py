@@ -91,7 +91,7 @@ def speed(report: Report) -> Section | None:
     rates = ("first token, ms", "prefill, tokens/s", "decode, tokens/s", f"to {first_model}")
     head = ("model", "engine", sizes_of, *rates, "memory, MiB")
     where = f" on {found.device}" if found.device else ""
-    caption = f"Medians{where}; ± is the distance of the quartiles"
+    caption = f"Medians{where}; ± is half the distance of the quartiles"
     parts: list[Part] = [Table(caption, head, tuple(rows), (1, 2), is_folded=len(rows) > 30)]
     shown: dict[str, dict[str, tuple[float, float | None]]] = {}
     for each in found.rows:

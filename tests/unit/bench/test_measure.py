@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
-from minitron_mcore.bench.engines import EngineError
+from minitron_mcore.bench.engines import EngineError, SizeError
 from minitron_mcore.bench.figures import Case, Run
 from minitron_mcore.bench.measure import Measured, measure
+from minitron_mcore.bench.rows import failures_of, rows_of
+from minitron_mcore.runtime.config import ParallelConfig
+from tests.distributed.models import tiny
 
 CASES = [Case(1, 2, 3), Case(2, 2, 3)]
 
 
 @dataclass
 class Fake:
-    """Writes down what is asked of it. fails: what raises."""
+    """Writes down what is asked of it. fails: what raises; a number: that batch does, and nothing else."""
 
     engine: str
     model: str
     log: list[str]
-    fails: str = ""
+    fails: str | int = ""
     version: str = ""
-    failed: list[str] = field(default_factory=list)
+    kv_cache: str = "fp16"
 
     def load(self) -> None:
         self._do("load")
@@ -33,7 +37,9 @@ class Fake:
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
         self._do("run")
-        return Run([1.0] * new_tokens, None)
+        if len(prompts) == self.fails:
+            raise SizeError("out of memory")
+        return Run(range(1, new_tokens + 1), None)
 
     def tokens(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         self._do("tokens")
@@ -45,7 +51,7 @@ class Fake:
             raise EngineError("no such shape")
 
 
-def measured(*fails: str, together: bool = True, warmup: int = 0) -> tuple[Measured, list[str], list[str]]:
+def measured(*fails: str | int, together: bool = True, warmup: int = 0) -> tuple[Measured, list[str], list[str]]:
     log: list[str] = []
     said: list[str] = []
     names = [("a", "teacher"), ("a", "student"), ("b", "teacher")]
@@ -87,12 +93,52 @@ def test_in_turn_one_model_is_loaded_at_a_time() -> None:
 def test_an_engine_that_fails_is_left_out(fails: str, together: bool) -> None:
     """The others go on; what was loaded is closed, once each."""
     found, log, said = measured("", fails, together=together)
-    assert found.failures == {("a", "student"): "no such shape"}
+    assert found.failures == {(("a", "student"), None): "no such shape"}
     assert sum(line == f"a-student {fails}" for line in log) == 1
     assert "a leaves student out: no such shape" in said
     assert all(len(found.runs[seat, case]) == 2 for seat in (("a", "teacher"), ("b", "teacher")) for case in CASES)
     of_student = [line for line in log if line.startswith("a-student")]
     assert of_student.count("a-student close") == (fails != "load")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_size_that_fails_is_left_out_alone(together: bool) -> None:
+    """The smaller one stands in the file as a row, the larger one as a failure; nothing is asked twice."""
+    found, log, said = measured("", 2, together=together)
+    assert found.failures == {(("a", "student"), CASES[1]): "out of memory"}
+    assert f"a leaves student out at {CASES[1]}: out of memory" in said
+    assert [line for line in log if line.startswith("a-student")].count("a-student run") == 2 + 1
+    sizes = {"batch_size": 2, "prompt_tokens": 2, "output_tokens": 3}
+    assert failures_of(found) == [{"engine": "a", "model": "student", **sizes, "said": "out of memory"}]
+    shapes = {"teacher": tiny("llama"), "student": tiny("llama")}
+    given: dict[str, Any] = {"device": "cpu", "precision": "bf16", "parallel": ParallelConfig(), "data": 1}
+    seats = [Fake("a", "teacher", []), Fake("a", "student", []), Fake("b", "teacher", [], kv_cache="bf16")]
+    rows = rows_of(found, seats, CASES, shapes, **given)
+    assert [(row["engine"], row["model"], row["batch_size"], row["kv_cache"]) for row in rows] == [
+        *(("a", "teacher", 1, "fp16"), ("a", "student", 1, "fp16"), ("b", "teacher", 1, "bf16")),
+        *(("a", "teacher", 2, "fp16"), ("b", "teacher", 2, "bf16")),
+    ]
+
+
+def test_what_an_engine_did_before_it_ended_stands() -> None:
+    class Dying(Fake):
+        def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Run:
+            if len(prompts) == 2:
+                raise EngineError("it ended with exit code -9")
+            return super().run(prompts, new_tokens)
+
+    seats, cases = [Dying("a", "teacher", [])], [*CASES, Case(1, 3, 3)]
+    found = measure(
+        seats,
+        cases,
+        lambda _, case: [[1]] * case.batch_size,
+        repeats=2,
+        warmup=0,
+        together=True,
+        say=lambda words: None,
+    )
+    assert failures_of(found) == [{"engine": "a", "model": "teacher", "said": "it ended with exit code -9"}]
+    assert [found.is_whole(("a", "teacher"), case) for case in cases] == [True, False, False]
 
 
 def test_what_is_loaded_is_closed_where_something_else_breaks() -> None:

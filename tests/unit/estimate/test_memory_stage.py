@@ -18,10 +18,10 @@ from minitron_mcore.estimate.forecast import (
     forecast,
     forecast_run,
     forecast_words,
-    is_out_of_memory,
 )
 from minitron_mcore.recipe import Recipe, load_recipe
 from minitron_mcore.runtime import start, world
+from minitron_mcore.runtime.exhausted import is_out_of_memory
 from minitron_mcore.runtime.world import Memory, World
 from minitron_mcore.training.budget import plan_timetable
 
@@ -147,6 +147,8 @@ def test_a_forecast_of_the_largest_phase() -> None:
     ("said", "is_memory"),
     [
         ("CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: not enough memory: you tried to", True),
+        ("rank 1: MemoryError", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'", True),
         ("CUDA error: an illegal memory access was encountered", False),

@@ -53,6 +53,7 @@ def test_narrow_formats_are_of_the_layers_matrices() -> None:
     assert serving_memory(LLAMA, replace(serving, weights="fp8")) == matrices + 2 * rest + cache
     assert serving_memory(LLAMA, replace(serving, weights="int4")) == matrices * 33 / 64 + 2 * rest + cache
     assert serving_memory(LLAMA, replace(serving, kv_cache="fp8")) == 2 * LLAMA.num_parameters + cache // 2
+    assert serving_memory(LLAMA, replace(serving, kv_cache="fp16")) == 2 * LLAMA.num_parameters + cache
 
 
 def test_decode_of_one_sequence_reads_the_weights() -> None:

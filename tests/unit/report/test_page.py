@@ -213,6 +213,7 @@ def test_tasks_and_speed(tmp_path: Path) -> None:
     sizes = "4 × 128 + 64"
     assert speeds[2] == ["width", "minitron", sizes, "12.50", "40,960", "180.0 ± 2.5", "1.80×", "2.0"]
     assert "Not measured: vllm, width: head_dim 8 is too small." in page.text
+    assert "Not measured: minitron, width, 64 × 2,048 + 16: out of memory." in page.text
     assert "width 1.80. teacher: 1.00. paper, depth: 2.70. paper, width: 1.80." in page.text
     assert page.text.count("<svg") == 2
     assert page.rows("After: def f():") == {"model": ["goes on"], "teacher": [" return <x>\n  y"], "width": ["pass"]}
