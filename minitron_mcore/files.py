@@ -59,7 +59,9 @@ def reading(what: str, remedy: str = "name another") -> Iterator[None]:
 
 def not_read(what: str, error: OSError, remedy: str = "name another") -> InputError:
     """The user's view of `error`, met while `what` was read."""
-    place = "" if error.filename is None else f" at {error.filename}"
+    name = error.filename
+    is_told = name is None or what == str(name) or what.endswith((f"={name}", f" {name}"))
+    place = "" if is_told else f" at {name}"
     reason = (error.strerror or type(error).__name__).lower()
     mend = f"open it to this user, or {remedy}" if isinstance(error, PermissionError) else remedy
     return InputError("", what, f"cannot be read: {reason}{place}", mend)

@@ -26,8 +26,10 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompts is not None:
-            raise InputError("prompt", self.prompt, "is given beside prompts", "add it to that file, or leave one out")
+            raise InputError(
+                "prompt", self.prompt, "is given beside generate.prompts", "add it to that file, or leave one out"
+            )
         if "" in self.stop:
             raise InputError("stop", self.stop, "holds an empty text, which is everywhere", "leave it out")
         if self.temperature == 0:
-            refuse_idle(self, {"top_p": "with temperature=0"}, "raise temperature, or leave it out")
+            refuse_idle(self, {"top_p": "with generate.temperature=0"}, "raise that, or leave it out")

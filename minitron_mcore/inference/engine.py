@@ -84,14 +84,17 @@ class Engine:
         sampling: of all prompts, or one for each. is_stopped: of a row's new tokens so far, whether it ends there.
         on_token: called with the step (0: the prompts are read), after each step of a batch.
         Every rank calls with the same arguments and has the same result; data-parallel ranks share the prompts, and
-        fail together. Raises InputError for a prompt that leaves no room for a token.
+        fail together. Raises InputError for a prompt without a token, and for one that leaves no room for another.
         """
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         limit = self.architecture.max_position_embeddings
-        for prompt in prompts:
-            if not 0 < len(prompt) < limit:
-                rule = f"leaves no room for a new token within the model's max_position_embeddings={limit}"
-                raise InputError("a prompt's number of tokens", len(prompt), rule, "shorten it")
+        for number, prompt in enumerate(prompts):
+            if not prompt:
+                remedy = "begin it with the tokenizer's end-of-document token, behind which a document begins"
+                raise InputError(f"prompts[{number}]", None, "holds no token to go on from", remedy)
+            if len(prompt) >= limit:
+                rule = f"holds {len(prompt)} tokens, and the model takes max_position_embeddings={limit}, of which one "
+                raise InputError(f"prompts[{number}]", None, f"{rule}must be new", "shorten it")
         # Rows of like length together: those of a batch are padded to the longest.
         order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
         ranks = data_group()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from minitron_mcore.model.vocab_parallel import VocabularyShard
@@ -41,13 +42,16 @@ def choose(
     if not sampled:
         assert tokens_B is not None
         return tokens_B
-    whole_BW = shard.gather(logits_BV).transpose(0, 1).flatten(1)[:, :vocab_size]
-    draws = [uniform(sampling.seed, number, step) for sampling, number in (whose[index] for index in sampled)]
-    settings = [(whose[index][0].temperature, whose[index][0].top_p) for index in sampled]
-    if tokens_B is None:
-        return draw(whole_BW, settings, draws)
     rows = torch.tensor(sampled, device=logits_BV.device)
-    return tokens_B.index_copy(0, rows, draw(whole_BW[rows], settings, draws))
+    whole_BW = shard.gather(logits_BV).transpose(0, 1).flatten(1)[rows, :vocab_size]
+    drawn_B = rows.clone()
+    if shard.group is None or shard.group.rank() == 0:
+        draws = [uniform(sampling.seed, number, step) for sampling, number in (whose[index] for index in sampled)]
+        settings = [(whose[index][0].temperature, whose[index][0].top_p) for index in sampled]
+        drawn_B = draw(whole_BW, settings, draws)
+    if shard.group is not None:  # sums on a GPU are not the same twice: the first rank's count
+        dist.broadcast(drawn_B, dist.get_global_rank(shard.group, 0), group=shard.group)
+    return drawn_B if tokens_B is None else tokens_B.index_copy(0, rows, drawn_B)
 
 
 def likeliest(logits_BV: Tensor, shard: VocabularyShard) -> Tensor:

@@ -8,7 +8,11 @@ FILE = "generate.prompt=null"  # in place of the right command's text
 
 GENERATE: list[Case] = [
     ("generate", [FILE], "generate.prompts is not given: name a file"),
-    ("generate", [FILE, "generate.prompts=@/none.txt"], "generate.prompts=@/none.txt cannot be read: no such file"),
+    (
+        "generate",
+        [FILE, "generate.prompts=@/none.txt"],
+        "generate.prompts=@/none.txt cannot be read: no such file or directory: name another",
+    ),
     ("generate", [FILE, "generate.prompts=@/blank.txt"], "generate.prompts=@/blank.txt holds no prompt: write"),
     (
         "generate",
@@ -16,7 +20,7 @@ GENERATE: list[Case] = [
         "generate.prompts=@/broken.jsonl, line 1 is not a prompt",
     ),
     ("generate", [FILE, "generate.prompts=@/torn.jsonl"], "generate.prompts=@/torn.jsonl, line 2 is not JSON"),
-    ("generate", ["generate.prompts=@/blank.txt"], "generate.prompt=prune1 is given beside prompts"),
+    ("generate", ["generate.prompts=@/blank.txt"], "generate.prompt=prune1 is given beside generate.prompts: add it"),
     (
         "generate",
         ["checkpoint=@/checkpoints/short", "generate.prompt=a prompt of other letters"],
@@ -30,7 +34,7 @@ GENERATE: list[Case] = [
         ["generate.temperature=1", "generate.top_p=1.5"],
         "generate.top_p=1.5 must be above 0 and at most 1",
     ),
-    ("generate", ["generate.top_p=0.5"], "generate.top_p=0.5 has no effect with temperature=0: raise temperature"),
+    ("generate", ["generate.top_p=0.5"], "generate.top_p=0.5 has no effect with generate.temperature=0: raise that"),
     ("generate", ["generate.stop=[a,'']"], "holds an empty text, which is everywhere"),
     (
         "generate",

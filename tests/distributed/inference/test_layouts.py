@@ -112,8 +112,23 @@ def chosen_on_rank(parallel: dict[str, Any], world_size: int) -> dict[tuple[int,
         for temperature in (0.0, 1.0):
             part = whole[:, rows * group.rank() :][:, :rows].clone()
             whose = [(Sampling(1, temperature=temperature, seed=seed), 0) for seed in range(4)]
+            whose[0] = Sampling(1), 0
             found[vocabulary, temperature] = choose(part, shard, whose, 0, vocabulary).tolist()
     return found
+
+
+def chosen_where_sums_differ_on_rank(parallel: dict[str, Any], world_size: int) -> dict[tuple[int, float], list[int]]:
+    """As if the sums of a draw had come out otherwise on the ranks but the first."""
+    from minitron_mcore.inference import sampling
+
+    draw = sampling.draw
+
+    def rounded_otherwise(logits_BW: torch.Tensor, settings: Any, draws: Any) -> torch.Tensor:
+        return (draw(logits_BW, settings, draws) + torch.distributed.get_rank()) % logits_BW.shape[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "draw", rounded_otherwise)
+        return chosen_on_rank(parallel, world_size)
 
 
 def test_ties_and_padding() -> None:
@@ -121,7 +136,31 @@ def test_ties_and_padding() -> None:
     assert two == [one, one]
     for (vocabulary, temperature), tokens in one.items():
         assert max(tokens) < vocabulary
-        assert temperature or tokens == [0, 5, 6, 0]
+        assert tokens[0] == 0 if temperature else tokens == [0, 5, 6, 0]
+    assert run_on_ranks(chosen_where_sums_differ_on_rank, 2, {"tensor": 2}, 2) == [one, one], "one rank decides"
+
+
+def prompts_refused_on_rank() -> list[str]:
+    from minitron_mcore.errors import InputError
+    from minitron_mcore.inference.engine import Engine, Sampling
+    from minitron_mcore.model.gpt import build_model
+
+    engine = Engine(build_model(tiny("llama"), start_layout({}, 1), "fp32"), tiny("llama"))
+    said = []
+    for last in ([], [1] * 64):
+        with pytest.raises(InputError) as caught:
+            engine.generate([[1], last], Sampling(1))
+        said.append(str(caught.value))
+    return said
+
+
+def test_a_prompt_has_a_token_and_leaves_room_for_one() -> None:
+    ((empty, full),) = run_on_ranks(prompts_refused_on_rank, 1)
+    assert empty.startswith("prompts[1] holds no token to go on from: begin it with the tokenizer's end-of-document")
+    assert full == (
+        "prompts[1] holds 64 tokens, and the model takes max_position_embeddings=64, of which one must be new: "
+        "shorten it"
+    )
 
 
 def refused_on_rank() -> str:
