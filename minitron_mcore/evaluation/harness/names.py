@@ -10,7 +10,7 @@ import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from minitron_mcore.errors import InputError
 KEY = "evaluate.tasks"
 CONTINUATION, PERPLEXITY = "minitron_continuation", "minitron_perplexity"
 LOCAL = (CONTINUATION, PERPLEXITY)
+LEAVE = "leave it out"
 # arXiv 2408.11796, table 1, without what the harness has no task for (XLSum) and what runs the model's code.
 PRESETS = {
     "minitron": ("winogrande:5", "arc_challenge:25", "mmlu:5", "hellaswag:10", "gsm8k:5", "truthfulqa_mc2:0"),
@@ -27,6 +28,9 @@ PRESETS = {
 # `task: name`, `group: name`, `tag: name`, or a list of names below or beside the key.
 _NAMED = re.compile(r"^[ -]*[\"']?(?:task|group|tag)[\"']?[ \t]*:((?:.*\n)(?:[ \t]*(?:-|#).*\n|[ \t]*\n)*)", re.M)
 _NAME = re.compile(r"[^\s\"'\[\],]+")
+_GROUP = re.compile(r"^group[ \t]*:[ \t]*[\"']?([^\s\"'#]+)", re.M)
+_INCLUDED = re.compile(r"^include[ \t]*:[ \t]*[\"']?([^\s\"'#]+)", re.M)
+_RUNS_CODE = re.compile(r"^[ -]*unsafe_code[ \t]*:[ \t]*(\w+)", re.M)
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Asked:
 
 def asked_tasks(words: Iterable[str], shots: int | None, task_folder: str | None) -> tuple[Asked, ...]:
     """The tasks that `words` name, presets spelled out. Raises InputError where the harness is not installed, where a
-    name is unknown, or where two words ask for the same task."""
+    name is unknown, where two words ask for the same task, and for one that runs what a model writes."""
     own = harness_folder([*words])
     given = names_in(task_folder) if task_folder else {}
     found: dict[str, Asked] = {}
@@ -53,6 +57,9 @@ def asked_tasks(words: Iterable[str], shots: int | None, task_folder: str | None
         asked = _asked(word, shots, given, own)
         if asked.name in found:
             raise InputError(KEY, word, f"asks for {asked.name} twice", "name it once")
+        if task := code_runner(asked.name, asked.folders or ((task_folder,) if asked.name in given else ())):
+            which = "" if task == asked.name else f" (in {task})"
+            raise InputError(KEY, word, f"runs the programs that a model writes{which}, which is not done here", LEAVE)
         found[asked.name] = asked
     return tuple(found.values())
 
@@ -93,12 +100,47 @@ def names_in(folder: str) -> dict[str, frozenset[str]]:
     if not os.path.isdir(folder):
         raise InputError("evaluate.task_folder", folder, "is not a folder", "name one that holds tasks as YAML")
     found: dict[str, set[str]] = {}
+    for file, _, names in _listed(folder):
+        top = file.parent.relative_to(folder).parts[:1]
+        for name in names:
+            found.setdefault(name, set()).add(os.path.join(folder, *top))
+    return {name: frozenset(places) for name, places in found.items()}
+
+
+def _listed(folder: str) -> Iterator[tuple[Path, str, list[str]]]:
+    """Every file of YAML in `folder`, its text, and the names in it."""
     for place, folders, files in os.walk(folder):
         folders.sort()
-        top = Path(place).relative_to(folder).parts[:1]
-        for file in (name for name in sorted(files) if "yaml" in name or "." not in name):
-            text = Path(place, file).read_text(encoding="utf-8", errors="replace") + "\n"
-            for listed in _NAMED.findall(text):
-                for name in _NAME.findall(re.sub(r"#.*|^[ \t]*- ", "", listed, flags=re.M)):
-                    found.setdefault(name, set()).add(os.path.join(folder, *top))
-    return {name: frozenset(places) for name, places in found.items()}
+        for file in (Path(place, name) for name in sorted(files) if "yaml" in name or "." not in name):
+            text = file.read_text(encoding="utf-8", errors="replace") + "\n"
+            listed = (re.sub(r"#.*|^[ \t]*- ", "", names, flags=re.M) for names in _NAMED.findall(text))
+            yield file, text, [name for names in listed for name in _NAME.findall(names)]
+
+
+def code_runner(name: str, folders: Iterable[str]) -> str | None:
+    """`name`, or of a group of that name the task, where its YAML in `folders` says that it runs programs which a model
+    writes (`unsafe_code`); else None."""
+    files = [each for folder in folders for each in _listed(folder)]
+    asked, seen = [name], {name}
+    for each in asked:
+        for file, text, names in files:
+            if each not in names:
+                continue
+            if _GROUP.findall(text) == [each]:
+                asked += [part for part in names if part not in seen]
+                seen.update(names)
+            elif _GROUP.search(text) is None and _runs_code(file, text):
+                return each
+    return None
+
+
+def _runs_code(file: Path, text: str) -> bool:
+    """Whether a task's YAML says so, or else what it includes."""
+    read = {file}
+    while (said := _RUNS_CODE.search(text)) is None:
+        included = _INCLUDED.search(text)
+        if included is None or (file := file.parent / included[1]) in read or not file.is_file():
+            return False
+        read.add(file)
+        text = file.read_text(encoding="utf-8", errors="replace")
+    return said[1].lower() in ("true", "yes", "on")

@@ -221,6 +221,7 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["evaluate.tasks=[tiny_letter,tiny_all]"], "evaluate.tasks=tiny_all asks once more for tiny_letter"),
     (["evaluate.tasks=[hellaswag:10]"], "evaluate.tasks=hellaswag needs the data set Rowan/hellaswag, which is not in"),
     (["evaluate.tasks=[mmlu]"], "evaluate.tasks=mmlu needs the data set "),
+    (["evaluate.tasks=[humaneval]"], "evaluate.tasks=humaneval runs the programs that a model writes, which is not"),
     (["evaluate.tasks=[minitron]"], "or name minitron_continuation or minitron_perplexity, which need none"),
     (["evaluate.tasks=[tiny_torn]"], "evaluate.tasks=tiny_torn cannot be loaded: "),
     (

@@ -42,6 +42,33 @@ def test_the_preset_is_tasks_of_the_installed_harness() -> None:
     assert all(Path(folder).is_relative_to(Path(root.origin).parent) for each in found for folder in each.folders)
 
 
+CODE = {
+    "runs.yaml": "task: runs\ntag: [programs]\nunsafe_code: true\n",
+    "like_it.yaml": "include: runs.yaml\ntask: like_it\n",
+    "_common": "task: null\nunsafe_code: True\n",
+    "by_template.yaml": "include: _common\ntask: by_template\n",
+    "reads.yaml": "include: _common\ntask: reads\nunsafe_code: false\n",
+    "some.yaml": "group: some\ntask: [reads, inner]\n",
+    "inner.yaml": "group: inner\ntask:\n- task: like_it\n- reads\n",
+    "round.yaml": "include: round.yaml\ntask: round\n",
+}
+
+
+def test_what_runs_a_models_programs_is_refused_by_its_yaml(tmp_path: Path) -> None:
+    """Of the user's folder, and of the harness's: whatever way the mark is inherited, and within groups and tags."""
+    for name, text in CODE.items():
+        (tmp_path / name).write_text(text)
+    where = str(tmp_path)
+    assert len(asked_tasks(["reads:2", "round"], None, where)) == 2
+    for word, named in {
+        **{name: "" for name in ("runs", "runs:3", "programs", "like_it", "by_template")},
+        **{name: " (in like_it)" for name in ("some", "inner")},
+        **{name: "" for name in ("humaneval", "humaneval_64_instruct", "mbpp_plus:3", "cruxeval_input")},
+    }.items():
+        with refuses("evaluate.tasks", word, f"runs the programs that a model writes{named}, which is not done here"):
+            asked_tasks([word], None, where)
+
+
 @pytest.mark.parametrize(
     ("words", "value", "remedy"),
     [
