@@ -12,6 +12,7 @@ Source: arXiv 2407.14679, section 2.3 and table 14: steps without training betwe
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -131,6 +132,11 @@ class Step:
     def mark(self, folder: Path) -> Path:
         """The file that says that it is done, and what it gave."""
         return folder / "done" / f"{self.name.replace(' ', '-')}.json"
+
+    def outcome(self, folder: Path) -> Any:
+        """What it gave; None where it is not done."""
+        done = self.mark(folder)
+        return json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None
 
     def resolve(self, world: World, promises: Promises) -> Job:
         return resolve(self.verb, self.recipe, world, promises, **self.options)

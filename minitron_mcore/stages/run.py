@@ -42,9 +42,13 @@ def run(job: RunJob, runtime: Runtime) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for number in range(1, len(job.steps) + 1):
         step, _ = job.steps[number - 1]
-        is_done = runtime.broadcast(step.mark(folder).is_file())
-        results[step.name] = do(step, f"[{number}/{len(job.steps)}]", job, runtime)
-        if step.verb in LOOK_AGAIN and not is_done:
+        place = f"[{number}/{len(job.steps)}]"
+        results[step.name] = runtime.on_main(partial(step.outcome, folder))
+        if results[step.name] is not None:
+            runtime.print(f"{place} {step.title}: done before")
+            continue
+        results[step.name] = do(step, place, job, runtime)
+        if step.verb in LOOK_AGAIN:
             job = all_or_none(partial(resolve, job.recipe, job.world))
     losses = {name.removeprefix(EVALUATE): value for name, value in results.items() if name.startswith(EVALUATE)}
     runtime.on_main(lambda: _write(folder / "results.json", losses))
@@ -79,11 +83,8 @@ def tell(job: RunJob) -> None:
 
 
 def do(step: Step, number: str, job: RunJob, runtime: Runtime) -> Any:
-    """Carry a step out, or take what it gave when it was done before."""
+    """Carry a step out, and mark it as done with what it gave."""
     done = step.mark(job.folder)
-    if runtime.broadcast(done.is_file()):
-        runtime.print(f"{number} {step.title}: done before")
-        return runtime.broadcast(json.loads(done.read_text()) if runtime.is_main else None)
     runtime.print(f"\n{number} {step.title}")
     started = time.perf_counter()
     # Once more, now that all it needs is there.

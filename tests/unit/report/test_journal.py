@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.run import RunJob
 from minitron_mcore.recipe import load_recipe, to_yaml
 from minitron_mcore.report import journal
 from minitron_mcore.report.gather.place import find_place
 from minitron_mcore.report.gather.road import find_road
+from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.world import World
-from minitron_mcore.stages.run import tell
+from minitron_mcore.stages.run import run, tell
 from tests.unit.report.run_folder import recipe
 
 
@@ -36,6 +40,21 @@ def test_what_is_noted_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPat
     assert start.command == "minitron run --config 'a recipe.yaml'" and (start.ranks, start.device) == (2, "cpu")
     assert {"minitron_mcore", "Python", "torch", "megatron-core"} <= start.versions.keys()
     assert [(step.title, step.is_done, step.seconds) for step in road.steps] == [("score the teacher", True, 1.5)]
+
+
+def test_a_step_that_is_done_is_looked_for_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks agree on it."""
+    looked, is_file = [], Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: looked.append(path) or is_file(path))
+    told = load_recipe(None, [f"output={folder}"])
+    row = {"lm loss": 2.5, "ppl": 12.2, "parameters": 10, "tokens": 0, "samples": 4, "sequence_length": 8}
+    steps = [Step(f"evaluate {name}", name, "evaluate", told) for name in ("teacher", "student")]
+    for step in steps:
+        step.mark(folder).write_text(json.dumps(row))
+    job = RunJob(told, folder=folder, world=World(), steps=tuple((step, None) for step in steps))
+    monkeypatch.setattr("minitron_mcore.stages.run.tell", lambda job: None)
+    assert run(job, Runtime(0, 1, 0, torch.device("cpu"))) == {"teacher": row, "student": row}
+    assert [path for path in looked if path.parent.name == "done"] == [step.mark(folder) for step in steps]
 
 
 def test_a_run_is_done_without_its_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
