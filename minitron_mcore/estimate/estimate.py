@@ -21,7 +21,8 @@ class Estimate:
 
     where: what says the teacher's shape. costs: of each training in the recipe's layout; None: that is not possible;
     (): no times are known. layouts: in which all trainings fit, the best first, of which `shown` are shown. fewest:
-    those of the fewest GPUs. twice: the best of twice the GPUs. outlooks: what the student's loss may become.
+    those of the fewest GPUs. twice: the best of twice the GPUs. outlooks: what the student's loss may become. left_out:
+    titles of steps of which nothing is said.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Estimate:
     fewest: tuple[Layout, ...] = ()
     twice: Layout | None = None
     outlooks: tuple[Outlook, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def problems(self) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ def record(estimate: Estimate) -> dict[str, Any]:
         "teacher": {**shape(e.teacher), "where": e.where},
         "trainings": [training(each, cost) for each, cost in zip_longest(e.trainings, e.costs)],
         "stages": [beside(each) for each in e.beside],
+        "left_out": list(e.left_out),
         "fits": e.fits,
         "layouts": [layout(each, e) for each in e.layouts[: e.shown]],
         "layouts_that_fit": len(e.layouts),

@@ -225,6 +225,9 @@ def report(estimate: Estimate) -> str:
     if any(training.forecast for training in e.trainings):
         blocks.append(memory_table(e.trainings, e.limits))
     blocks += ["\n".join(training_lines(e.trainings, e.limits)), beside_table(e.beside, e.limits)]
+    if e.left_out:
+        what = "which needs the weights, and keys and values of a few prompts"
+        blocks.append(f"left out: {', '.join(e.left_out)}, {what}")
     known = [(training, cost) for training, cost in zip(e.trainings, e.costs, strict=False) if cost is not None]
     blocks += ["\n".join(cost_lines(training, cost, e.limits)) for training, cost in known]
     if len(known) > 1:

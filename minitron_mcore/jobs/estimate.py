@@ -39,6 +39,8 @@ from minitron_mcore.runtime.world import World
 from minitron_mcore.training.budget import check_train, plan_timetable
 from minitron_mcore.training.learning_rate import check_learning_rate
 
+WRITES = "generate"  # a run's last step
+
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateJob(Job):
@@ -74,6 +76,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Estim
         shown=recipe.estimate.layouts,
         is_timed=machine.peak_flops is not None or machine.peak_flops_fp32 is not None,
     )
+    estimate = dataclasses.replace(estimate, left_out=tuple(each.step.title for each in works if each.verb == WRITES))
     if recipe.estimate.curve:
         estimate = dataclasses.replace(estimate, outlooks=tuple(outlooks_of(recipe, recipe.estimate.curve)))
     makes = (Item("estimate.output", str(target), "the estimate"),) if target else ()
@@ -139,11 +142,10 @@ def problem_of(check: Callable[[], object]) -> str:
 
 
 def besides(works: list[Work], world: World) -> Iterator[Beside]:
-    """The stages that are no trainings, each verb once for each shape. Not what a run's few prompts need, which is less
-    than `evaluate` of the same models does."""
+    """The stages that are no trainings, each verb once for each shape; a run's few prompts are left out."""
     seen: dict[tuple[str, Architecture], None] = {}
     for work in works:
-        if work.verb in (*TRAININGS, "generate") or (work.verb, work.model) in seen:
+        if work.verb in (*TRAININGS, WRITES) or (work.verb, work.model) in seen:
             continue
         seen[work.verb, work.model] = None
         yield beside_of(work, world)

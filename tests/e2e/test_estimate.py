@@ -66,6 +66,13 @@ def test_what_is_said_is_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"{found['trainings'][0]['memory']['total'] / 2**30:.1f} GiB" in shown
     assert {each["verb"] for each in found["stages"]} == {"evaluate", "score", "prune", "export"}
     assert found["fits"] is True and "DOES NOT FIT" not in shown
+    assert found["left_out"] == [] and "left out" not in shown
+
+
+def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown, found = estimate(capsys, tmp_path, "--config", "configs/quickstart.yaml", "cluster.gpus=2")
+    assert found["left_out"] == ["let teacher and students write"]
+    assert "\nleft out: let teacher and students write, which needs the weights, and keys and values" in shown
 
 
 def test_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
