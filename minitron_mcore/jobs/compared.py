@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,3 +53,8 @@ def find_compared(
         rule = "names folders of results, and can hold no slash nor begin with a dot"
         raise InputError("checkpoints", unfit[0], rule, "name the model otherwise")
     return tuple(find(name, folder, f"checkpoints.{name}") for name, folder in recipe.checkpoints.items())
+
+
+def titled(verb: str, name: str, models: Sequence[object]) -> str:
+    """The work on one of `models`, where it is shown how far it is: by name where there are several."""
+    return f"{verb}: {name}" if len(models) > 1 else verb

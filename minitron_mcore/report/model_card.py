@@ -119,4 +119,4 @@ def _results(folder: Path, iteration: int) -> dict[str, Any]:
         return {}
     if not isinstance(results, dict) or results.get("iteration") != iteration:
         return {}
-    return {name: value for name, value in results.items() if name not in ("iteration", "checkpoint")}
+    return {name: value for name, value in results.items() if name not in ("iteration", "checkpoint", "weights")}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +10,12 @@ import torch
 from minitron_mcore.checkpoint.store import as_chunks, load_model
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
+from minitron_mcore.evaluation.harness.answers import weights_of
 from minitron_mcore.evaluation.harness.papers import published
 from minitron_mcore.evaluation.held_out import held_out, held_out_batches, mean_loss
 from minitron_mcore.evaluation.hugging_face import load_hugging_face, mean_loss_of
-from minitron_mcore.files import write_whole
+from minitron_mcore.evaluation.results_file import write_results
+from minitron_mcore.jobs.compared import titled
 from minitron_mcore.jobs.evaluate import Evaluated, EvaluateJob
 from minitron_mcore.report.evaluation_table import evaluation_table
 from minitron_mcore.runtime.groups import data_group
@@ -28,8 +28,9 @@ def run(job: EvaluateJob, runtime: Runtime) -> dict[str, Any]:
     """Evaluate `job.models`, one after another, and write the file; every rank calls.
 
     Returns of one model `lm loss` (nats a token) and `ppl` where there is held-out text, `tasks` where they were asked
-    for, and what was evaluated: `checkpoint`, `iteration`, `samples`, `sequence_length`, `precision`. Of several, these
-    by name as `models`, and `differences` to the first. The same on every rank, and at every layout.
+    for, and what was evaluated: `checkpoint`, `iteration`, `weights` (which ones), `samples`, `sequence_length`,
+    `precision`. Of several, these by name as `models`, and `differences` to the first. The same on every rank, and at
+    every layout.
     """
     lay_out(job.recipe.parallel, job.recipe.seed, runtime.world_size)
     tasks = TaskRun(job, runtime) if job.tasks else None
@@ -41,9 +42,10 @@ def run(job: EvaluateJob, runtime: Runtime) -> dict[str, Any]:
             losses = {key: found[key] - results[key] for key in ("lm loss", "ppl") if key in found and key in results}
             differences[name] = {**losses, **differences.get(name, {})}
         results = {"models": models, "differences": differences}
-    runtime.on_main(lambda: write_results(job.target, results))
+    told = runtime.on_main(lambda: write_results(job.target, results))
     if tasks or len(models) > 1:
-        runtime.print(f"\n{evaluation_table(models, differences)}\n\nevaluate: -> {job.target}")
+        runtime.print(f"\n{evaluation_table(models, differences)}\n")
+    runtime.print(f"evaluate: -> {job.target}{f'; {told}' if told else ''}")
     return results
 
 
@@ -63,6 +65,7 @@ def _evaluate(each: Evaluated, job: EvaluateJob, runtime: Runtime, tasks: TaskRu
         "parameters": each.architecture.num_parameters if each.architecture else None,
         "tokens": model.lineage.get("tokens", 0) if model else None,
         "precision": recipe.precision,
+        "weights": runtime.on_main(lambda: weights_of(folder, iteration)),
         **({"published": known} if (known := published(each.architecture)) else {}),
     }
     if tasks:
@@ -88,7 +91,7 @@ def _losses(each: Evaluated, job: EvaluateJob, runtime: Runtime, chunks: Any, wh
         assert each.architecture is not None
         size, replicas = config.micro_batch_size, data_group().size()
         batches = held_out_batches(dataset, samples, micro_batch_size=size, parallel=recipe.parallel)
-        with runtime.progress(samples, "sequences", "evaluate") as bar:
+        with runtime.progress(samples, "sequences", titled("evaluate", each.name, job.models)) as bar:
             counted = bar.over(batches, lambda batch: len(batch) * size * replicas)
             losses = mean_loss(chunks, counted, Objective(LossSettings(each.architecture.vocab_size)))
     else:
@@ -96,12 +99,6 @@ def _losses(each: Evaluated, job: EvaluateJob, runtime: Runtime, chunks: Any, wh
     version = f", iteration {each.compared.model.iteration}" if each.compared.model else ""
     runtime.print(
         f"evaluate: {each.compared.folder}{version}: lm loss {losses['lm loss']:.6f}, ppl {losses['ppl']:.3f} over "
-        f"{samples} sequences of {data.sequence_length} tokens -> {job.target}"
+        f"{samples} sequences of {data.sequence_length} tokens"
     )
     return {**losses, "samples": samples, "sequence_length": data.sequence_length}
-
-
-def write_results(target: Path, results: dict[str, Any]) -> None:
-    """The file is whole, or as it was before."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, json.dumps(results, indent=2) + "\n")

@@ -13,6 +13,7 @@ from minitron_mcore.evaluation.harness.local_tasks import documents_of_files, do
 from minitron_mcore.evaluation.harness.papers import published
 from minitron_mcore.evaluation.harness.requests import Server
 from minitron_mcore.evaluation.harness.scores import Score, differences, in_words, scores_of
+from minitron_mcore.jobs.compared import titled
 from minitron_mcore.jobs.evaluate import Evaluated, EvaluateJob
 from minitron_mcore.runtime.agree import led
 from minitron_mcore.runtime.start import Runtime
@@ -54,6 +55,7 @@ class TaskRun:
         architecture, tokenizer, folder = each.architecture, each.tokenizer, each.compared.folder
         assert architecture is not None and tokenizer is not None
         server, recipe = Server(chunks, architecture, tokenizer), self.job.recipe
+        title = titled("evaluate", each.name, self.job.models)
 
         def work(ask: Callable[[Any], Any]) -> dict[str, Any]:
             from minitron_mcore.evaluation.harness.running import sharded_model
@@ -65,7 +67,7 @@ class TaskRun:
                 classes=tokenizer_class(folder),
                 end_tokens=end_tokens(folder, tokenizer.eod),
                 tokens_at_once=recipe.evaluate.micro_batch_size * recipe.data.sequence_length,
-                bars=lambda total, unit: self.runtime.progress(total, unit, f"evaluate {each.name}"),
+                bars=lambda total, unit: self.runtime.progress(total, unit, title),
             )
             return self._run(each, model, "minitron_mcore")
 

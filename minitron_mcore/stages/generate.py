@@ -15,8 +15,8 @@ from minitron_mcore.files import write_whole, writing
 from minitron_mcore.inference.engine import Engine, Generated
 from minitron_mcore.inference.prompts import Continuation
 from minitron_mcore.inference.sampling import Sampling
+from minitron_mcore.jobs.compared import titled
 from minitron_mcore.jobs.generate import GenerateJob, Writer
-from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
@@ -34,7 +34,7 @@ def run(job: GenerateJob, runtime: Runtime) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{**prompt.as_json(), "continuations": {}} for prompt in job.prompts]
     for writer in job.writers:
         begun = time.perf_counter()
-        for row, continuation in zip(rows, _written(writer, recipe, runtime), strict=True):
+        for row, continuation in zip(rows, _written(writer, job, runtime), strict=True):
             row["continuations"][writer.name] = continuation
         taken = time.perf_counter() - begun
         tokens = counted(sum(row["continuations"][writer.name]["tokens"] for row in rows), "token")
@@ -71,9 +71,9 @@ def _as_said(message: dict[str, str]) -> str:
     return f"{message['role']}: {message['content']}"
 
 
-def _written(writer: Writer, recipe: Recipe, runtime: Runtime) -> list[dict[str, Any]]:
+def _written(writer: Writer, job: GenerateJob, runtime: Runtime) -> list[dict[str, Any]]:
     """A model's continuations of all prompts; its weights are gone afterwards."""
-    config, model = recipe.generate, writer.model
+    recipe, config, model = job.recipe, job.recipe.generate, writer.model
     assert model.tokenizer is not None
     chunks = load_model(model.place, model.architecture, recipe.parallel, recipe.precision)
     engine = Engine(chunks, model.architecture, max_batch=config.batch_size)
@@ -82,7 +82,8 @@ def _written(writer: Writer, recipe: Recipe, runtime: Runtime) -> list[dict[str,
     is_stopped = continuation.is_stopped if config.stop else None
     # Of this data-parallel rank, the first of which has the most; a batch that ends before its time makes it fewer.
     batches = -(-len(writer.ids) // (config.batch_size * data_group().size()))
-    with runtime.progress(batches * config.max_new_tokens, "steps", f"generate: {writer.name}") as bar:
+    title = titled("generate", writer.name, job.writers)
+    with runtime.progress(batches * config.max_new_tokens, "steps", title) as bar:
         found = engine.generate(
             writer.ids,
             sampling,

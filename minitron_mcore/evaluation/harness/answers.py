@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from minitron_mcore import __version__
 from minitron_mcore.checkpoint.folder import identify_weights
@@ -20,10 +19,17 @@ def answers_file(
 ) -> Path:
     """The file in `folder` for the weights in `model`: of a checkpoint's iteration, or of a Hugging Face folder (None);
     with the fingerprint of the tokenizer, and the precision."""
-    if iteration is not None:
-        weights: Any = identify_weights(model, iteration)
-    else:
-        files = [path for path in sorted(model.iterdir()) if path.name == MANIFEST or path.suffix == ".safetensors"]
-        weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    told = json.dumps([str(model.resolve()), weights, tokenizer, precision, __version__])
+    told = json.dumps(
+        [str(model.resolve()), iteration, weights_of(model, iteration), tokenizer, precision, __version__]
+    )
     return folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.db"
+
+
+def weights_of(model: Path, iteration: int | None) -> str | None:
+    """Which weights these are: a checksum, or None for a checkpoint without a manifest. Of a Hugging Face folder it is
+    one of its files' names, sizes and times. One process calls."""
+    if iteration is not None:
+        return identify_weights(model, iteration)["weights"]  # type: ignore[no-any-return]
+    files = [path for path in sorted(model.iterdir()) if path.name == MANIFEST or path.suffix == ".safetensors"]
+    told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]

@@ -213,10 +213,18 @@ def test_the_plan_is_shown_where_it_is_this_models(tmp_path: Path) -> None:
 
 def test_results_are_shown_where_they_are_of_this_iteration(tmp_path: Path) -> None:
     teacher, _ = planned()
-    results = {"lm loss": 2.5, "ppl": 12.18, "iteration": 7, "checkpoint": "/somewhere", "samples": 9}
+    results = {
+        "lm loss": 2.5,
+        "ppl": 12.18,
+        "iteration": 7,
+        "checkpoint": "/somewhere",
+        "weights": "f00d",
+        "samples": 9,
+    }
     folder = written(tmp_path / "x", results__json=json.dumps(results))
     matter, card = card_of(folder, teacher)
     assert "| lm loss | 2.5 |" in card and "| samples | 9 |" in card and "/somewhere" not in card
+    assert "f00d" not in card
     assert matter == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
