@@ -57,7 +57,8 @@ def asked_tasks(words: Iterable[str], shots: int | None, task_folder: str | None
         asked = _asked(word, shots, given, own)
         if asked.name in found:
             raise InputError(KEY, word, f"asks for {asked.name} twice", "name it once")
-        if task := code_runner(asked.name, asked.folders or ((task_folder,) if asked.name in given else ())):
+        own_folder = (task_folder,) if task_folder and asked.name in given else ()
+        if task := code_runner(asked.name, asked.folders or own_folder):
             which = "" if task == asked.name else f" (in {task})"
             raise InputError(KEY, word, f"runs the programs that a model writes{which}, which is not done here", LEAVE)
         found[asked.name] = asked

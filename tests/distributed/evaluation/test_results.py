@@ -45,7 +45,8 @@ def recorded_on_rank(commands: list[list[str]], results: Path) -> list[tuple[int
         patch.setattr(Runtime, "print", print_and_look)
         patch.setattr(Runtime, "progress", titled)
         for words in commands:
-            titles.clear(), was_there.clear()
+            titles.clear()
+            was_there.clear()
             ((code, shown),) = commands_on_rank([words])
             held = json.loads(results.read_text()) if results.is_file() else {}
             found.append((code, shown, [*titles], held, [*was_there]))
@@ -117,7 +118,7 @@ def scored_on_rank(root: str, files: list[str]) -> list[tuple[float, list[float]
 
     layout, checkpoint = start_layout({}, 1), Path(root, "ours")
     architecture = read_architecture(checkpoint)
-    chunks = as_chunks(load_model((checkpoint, 0), architecture, layout, "fp32"))
+    chunks: Any = as_chunks(load_model((checkpoint, 0), architecture, layout, "fp32"))
     tokenizer = load_tokenizer(str(checkpoint / "tokenizer"))
     assert tokenizer.bos is not None
     # The mark that the harness has before a text, in place of the one that ends a document here.

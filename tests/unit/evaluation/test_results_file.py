@@ -12,7 +12,8 @@ from minitron_mcore.evaluation.results_file import write_results
 
 OF = {"checkpoint": "/c", "iteration": 3, "precision": "fp32", "weights": "f00d"}
 LOSS = {"lm loss": 2.0, "ppl": 7.4, "samples": 4, "sequence_length": 8}
-MMLU, ARC = ({"shots": shots, "documents": 9, "metrics": {}} for shots in (5, 25))
+MMLU: dict[str, Any] = {"shots": 5, "documents": 9, "metrics": {}}
+ARC = {**MMLU, "shots": 25}
 
 
 def written(folder: Path, earlier: Any, results: dict[str, Any]) -> tuple[Any, str, list[str]]:

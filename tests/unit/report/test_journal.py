@@ -44,8 +44,14 @@ def test_what_is_noted_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_step_that_is_done_is_looked_for_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks agree on it."""
-    looked, is_file = [], Path.is_file
-    monkeypatch.setattr(Path, "is_file", lambda path: looked.append(path) or is_file(path))
+    looked: list[Path] = []
+    is_file = Path.is_file
+
+    def look(path: Path) -> bool:
+        looked.append(path)
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", look)
     told = load_recipe(None, [f"output={folder}"])
     row = {"lm loss": 2.5, "ppl": 12.2, "parameters": 10, "tokens": 0, "samples": 4, "sequence_length": 8}
     steps = [Step(f"evaluate {name}", name, "evaluate", told) for name in ("teacher", "student")]
