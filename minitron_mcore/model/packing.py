@@ -37,8 +37,7 @@ class Packed:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest segment. Megatron must be told no more: given as many positions as there are tokens,
-        its rotary embedding runs on from one segment to the next."""
+        """Tokens of the longest segment: as many positions as Megatron needs."""
         return max(self.lengths)
 
     def numbers(self) -> Tensor:
