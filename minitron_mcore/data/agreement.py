@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Optional
 
 from minitron_mcore.data.tokenizer import PROBES, Tokenizer, load_tokenizer
+from minitron_mcore.data.tokenizer_files import TEMPLATE_FILES, files_of
 from minitron_mcore.errors import InputError
 
 # Beside PROBES: what tokenizers trip over at a text's edges, and in names of marks and bytes.
@@ -38,14 +39,17 @@ def difference(one: Tokenizer, other: Tokenizer, rows: Optional[int] = None) -> 
 def check_saved(tokenizer: Tokenizer, folder: str) -> None:
     """Raise InputError unless transformers reads the same tokenizer from `folder`, where `tokenizer` was saved for it.
 
-    Compares ids, marks and texts. Two cuts that are equally good to a unigram model count as one.
+    Compares ids, marks and texts. Two cuts that are equally good to a unigram model count as one. Where a chat template
+    lies in `folder`, texts that hold a mark's name are not compared: there it is the mark.
     """
-    if unlike := next(_unlike(tokenizer, load_tokenizer(folder), _scores(folder)), None):
+    saved = load_tokenizer(folder)
+    names = [saved.pieces()[number] for number in saved.added] if files_of(folder, TEMPLATE_FILES) else []
+    if unlike := next(_unlike(tokenizer, saved, _scores(folder), names), None):
         rule = f"cannot be written for transformers, which would read it otherwise ({unlike})"
         raise InputError("tokenizer.model", tokenizer.path, rule)
 
 
-def _unlike(tokenizer: Tokenizer, saved: Tokenizer, scores: list[float]) -> Iterator[str]:
+def _unlike(tokenizer: Tokenizer, saved: Tokenizer, scores: list[float], names: list[str]) -> Iterator[str]:
     """The differences in words."""
     marks, others = ((each.bos, each.eos) for each in (tokenizer, saved))
     if marks != others:
@@ -54,14 +58,18 @@ def _unlike(tokenizer: Tokenizer, saved: Tokenizer, scores: list[float]) -> Iter
     for number in sorted(here.keys() | there.keys()):
         if here.get(number) != there.get(number):
             yield f"id {number} is {here.get(number)!r} here and {there.get(number)!r} there"
-    for text, ids, theirs in _unlike_cuts(tokenizer, saved):
+    for text, ids, theirs in _unlike_cuts(tokenizer, saved, names):
         if not scores or abs(sum(scores[i] for i in ids) - sum(scores[i] for i in theirs)) >= 1e-3:
             yield f"{text[:40]!r} is {shown(ids)} here and {shown(theirs)} there"
 
 
-def _unlike_cuts(one: Tokenizer, other: Tokenizer) -> Iterator[tuple[str, list[int], list[int]]]:
-    """(text, ids of the one, ids of the other) of each text that the two cut otherwise."""
-    cuts = ((text, one.encode(text), other.encode(text)) for text in (*PROBES, *EDGES))
+def _unlike_cuts(
+    one: Tokenizer, other: Tokenizer, without: Sequence[str] = ()
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    """(text, ids of the one, ids of the other) of each text that the two cut otherwise, and that has none of `without`
+    in it."""
+    texts = (text for text in (*PROBES, *EDGES) if not any(name in text for name in without))
+    cuts = ((text, one.encode(text), other.encode(text)) for text in texts)
     return (cut for cut in cuts if cut[1] != cut[2])
 
 

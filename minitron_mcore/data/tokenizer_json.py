@@ -24,7 +24,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
-from minitron_mcore.data.tokenizer_files import FILES, copy_files, files_of, parse_model
+from minitron_mcore.data.tokenizer_files import FILES, TEMPLATE_FILES, copy_files, files_of, parse_model
 from minitron_mcore.errors import InputError
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
@@ -42,7 +42,8 @@ def save_for_transformers(tokenizer: Tokenizer, folder: str) -> None:
 
     A Hugging Face tokenizer is copied. Of a SentencePiece model, tokenizer.json and tokenizer_config.json are made, and
     tokenizer.model lies beside them. As in `Tokenizer`, no mark is added to a text, and the marks' names in a text
-    (`</s>`) are ordinary characters. Raises InputError for a SentencePiece model of a kind that has no equal there.
+    (`</s>`) are ordinary characters, unless a chat template lies beside the model: what it writes is then the mark.
+    Raises InputError for a SentencePiece model of a kind that has no equal there.
     """
     for name in files_of(folder, FILES):  # what lay beside the source's weights may be of another one
         os.remove(os.path.join(folder, name))
@@ -52,6 +53,8 @@ def save_for_transformers(tokenizer: Tokenizer, folder: str) -> None:
     with open(tokenizer.path, "rb") as stream:
         fast, settings = convert_sentencepiece(stream.read(), tokenizer.path)
     tokenizer.save(folder)
+    if files_of(folder, TEMPLATE_FILES):
+        settings["split_special_tokens"] = False
     for name, content in (("tokenizer.json", json.loads(fast.to_str())), ("tokenizer_config.json", settings)):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as stream_out:
             json.dump(content, stream_out, ensure_ascii=False, indent=1)

@@ -16,7 +16,7 @@ from typing import Any
 from minitron_mcore.checkpoint.companions import end_tokens
 from minitron_mcore.data.templating import templating
 from minitron_mcore.data.text_file import JSON_ENDINGS
-from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import first_line, reading
 from minitron_mcore.inference.config import GenerateConfig
@@ -103,7 +103,7 @@ def prompt_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer, limit: int, mode
     found = []
     for prompt in prompts:
         if prompt.messages:
-            ids = tokenizer.tokenize(render(prompt, tokenizer))
+            ids = _chat_ids(render(prompt, tokenizer), tokenizer)
         else:
             ids = tokenizer.tokenize_prompt(prompt.text)
         if len(ids) >= limit:
@@ -111,6 +111,13 @@ def prompt_ids(prompts: Sequence[Prompt], tokenizer: Tokenizer, limit: int, mode
             raise InputError("", prompt.where, rule, "shorten it")
         found.append(tuple(ids))
     return tuple(found)
+
+
+def _chat_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Of what a template has written: its marks are those of the tokenizer, though a SentencePiece model knows none."""
+    if tokenizer.type != SENTENCEPIECE:
+        return tokenizer.tokenize(text)
+    return list(templating(tokenizer).encode(text, add_special_tokens=False))
 
 
 def render(prompt: Prompt, tokenizer: Tokenizer) -> str:

@@ -96,6 +96,14 @@ def test_messages_go_through_the_template(tokenizer: Tokenizer, tmp_path: Path) 
         assert list(ids) == tokenizer.tokenize("[user] import json\n[assistant]")
 
 
+def test_marks_that_a_template_writes_are_the_tokenizers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Of a SentencePiece model as well, for which `</s>` in a text is four characters."""
+    shutil.copyfile(tokenizer.path, tmp_path / "tokenizer.model")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}{{ bos_token }}")
+    (ids,) = prompt_ids([Prompt("", messages=CHAT)], load_tokenizer(str(tmp_path)), 64, "model")
+    assert list(ids) == [*tokenizer.tokenize("import json"), tokenizer.eod, tokenizer.bos]
+
+
 def test_a_chat_needs_a_template_that_takes_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
     where = "generate.prompts=p, line 1"
     with refuses("", where, "has no chat template", "plain prompts"):
