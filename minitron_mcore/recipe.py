@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
-from minitron_mcore.alignment.config import AlignConfig
 from minitron_mcore.bench.config import BenchConfig
+from minitron_mcore.data.chat.config import ChatConfig
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
 from minitron_mcore.distillation.config import CacheConfig, DistillConfig
 from minitron_mcore.errors import InputError
@@ -111,6 +111,7 @@ class Recipe:
     tokenizer: TokenizerConfig = key(TokenizerConfig, "the tokenizer, and how it is trained")
     preprocess: PreprocessConfig = key(PreprocessConfig, "text to token ids")
     data: DataConfig = key(DataConfig, "what training, validation and calibration read")
+    chat: ChatConfig = key(ChatConfig, "chats and preferences to train on")
     model: ModelConfig = key(ModelConfig, "the architecture to train from random weights")
     teacher: TeacherConfig = key(TeacherConfig, "the model that is pruned and distilled from")
     student: StudentConfig = key(StudentConfig, "the shape to prune to")
@@ -124,7 +125,6 @@ class Recipe:
     correct: CorrectConfig = key(CorrectConfig, "correction of the teacher on the distillation's data")
     cache: CacheConfig = key(CacheConfig, "the teacher's targets in files")
     distill: DistillConfig = key(DistillConfig, "training of the student from its teacher")
-    align: AlignConfig = key(AlignConfig, "fine-tuning on answers, and preference optimisation")
     evaluate: EvaluateConfig = key(EvaluateConfig, "held-out LM loss")
     generate: GenerateConfig = key(GenerateConfig, "text that models write", may_change=True)
     run: RunConfig = key(RunConfig, "what `run` makes")

@@ -36,7 +36,7 @@ SPLITS = ("train", "valid", "test")
 
 
 class Dataset(Protocol):
-    """Samples by number, each with FIELDS as tensors [s]."""
+    """Samples by number, each with FIELDS, or its own `fields`, as tensors [s], or [k, s] where a sample is k rows."""
 
     def __len__(self) -> int: ...
 
@@ -86,7 +86,7 @@ def batches(
     num_workers: int = 0,
 ) -> Iterator[Batch]:
     """This rank's microbatches, without end: `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, all [b, s],
-    and `samples` int64 [b], the samples' numbers in the dataset.
+    and `samples` int64 [b], the samples' numbers in the dataset. Samples of k rows give [b, k, s].
 
     Megatron's order. A global batch is the next `global_batch_size` samples whatever the layout; its k-th microbatch
     on rank r is the b samples from (k * data_parallel_size + r) * b on. After the last sample the first one follows.
@@ -98,7 +98,7 @@ def batches(
     stride = micro_batch_size * data_parallel_size
     start = consumed_samples + data_parallel_rank * micro_batch_size
     order = ([(i + k) % len(dataset) for k in range(micro_batch_size)] for i in itertools.count(start, stride))
-    return _read(_Samples(dataset, range(len(dataset))), order, num_workers, (*FIELDS, "samples"))
+    return _read(_Samples(dataset, range(len(dataset))), order, num_workers, (*_fields(dataset), "samples"))
 
 
 def batches_once(
@@ -119,7 +119,7 @@ def batches_once(
     stride = micro_batch_size * data_parallel_size
     starts = range(data_parallel_rank * micro_batch_size, -(-len(samples) // stride) * stride, stride)
     order = [list(range(start, start + micro_batch_size)) for start in starts]
-    return _read(_Samples(dataset, samples), order, num_workers, (*FIELDS, "samples", "valid"))
+    return _read(_Samples(dataset, samples), order, num_workers, (*_fields(dataset), "samples", "valid"))
 
 
 class _Samples:
@@ -132,8 +132,11 @@ class _Samples:
         is_sample = position < len(self.samples)
         number = self.samples[position if is_sample else 0]
         sample = self.dataset[number]
-        mask = sample["loss_mask"] if is_sample else torch.zeros_like(sample["loss_mask"])
-        return {**sample, "loss_mask": mask, "samples": torch.tensor(number), "valid": torch.tensor(float(is_sample))}
+        if not is_sample:
+            sample = {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
+            if "segments" in sample:  # none of a filler's is there
+                sample["segments"] = torch.full_like(sample["segments"], -1)
+        return {**sample, "samples": torch.tensor(number), "valid": torch.tensor(float(is_sample))}
 
 
 def _read(dataset: _Samples, order: Any, num_workers: int, fields: tuple[str, ...]) -> Iterator[Batch]:
@@ -151,6 +154,10 @@ def _read(dataset: _Samples, order: Any, num_workers: int, fields: tuple[str, ..
 
 def _collate(fields: tuple[str, ...], samples: list[dict[str, Any]]) -> Batch:
     return {name: torch.stack([sample[name] for sample in samples]) for name in fields}
+
+
+def _fields(dataset: Dataset) -> tuple[str, ...]:
+    return tuple(getattr(dataset, "fields", FIELDS))
 
 
 def _build(data: DataConfig, tokenizer: Tokenizer, part: Part, seed: int, cache: str) -> Dataset:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 
@@ -37,6 +37,9 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.interrupt import held_back
 from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.progress import Progress, progress
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 TASK_BYTES = 1 << 18  # text handed to a worker at a time
 WAITING_TOKENS = 1 << 26  # of documents that are kept in memory until both sides have one
@@ -92,7 +95,7 @@ def preprocess(
     tasks = _tasks(files, keys, config.document_bytes, cut)
     try:
         with progress(sum(file.size for file in files), "B", "preprocess") as bar:
-            parts = _encode_all(tasks, work, config.workers or len(os.sched_getaffinity(0)))
+            parts = in_order(tasks, work, config.workers or len(os.sched_getaffinity(0)))
             for encoded, held_out in assign(parts, fraction=config.valid_fraction, seed=seed, report=report):
                 for k, key in enumerate(keys):
                     sides = writers[k :: len(keys)]
@@ -149,7 +152,7 @@ def _tasks(
         yield task
 
 
-def _encode_all(tasks: Iterator[Task], work: Callable[[Task], Encoded], workers: int) -> Iterator[Encoded]:
+def in_order(tasks: Iterator[T], work: Callable[[T], R], workers: int) -> Iterator[R]:
     """What `work` makes of each task, in the tasks' order, a few tasks ahead of the writer."""
     if workers == 1:
         yield from map(work, tasks)

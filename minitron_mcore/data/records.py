@@ -12,7 +12,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -119,6 +120,37 @@ def read_records(file: TextFile, keys: Sequence[str], document_bytes: int | None
             found = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
         for number, content in found:
             yield Record(number, (content,), raw.tell())
+
+
+def read_objects(file: TextFile) -> Iterator[tuple[int, bytes | dict[str, Any], int]]:
+    """(number, object, bytes of the file that are read by now) of each object of `file`, which is no plain text.
+
+    `object_of` makes an object of what lies in a JSON file. Of Parquet, what is null is left out. Raises InputError
+    with the file, and the place in it where there is one.
+    """
+    if file.form != PARQUET:
+        yield from ((record.number, record.content[0], record.read) for record in read_records(file, ()))
+        return
+    with _table(file) as table:
+        size, rows, number = file.size, table.metadata.num_rows, 0
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS):
+            for fields in batch.to_pylist():
+                number += 1
+                yield number, _without_nulls(fields), size * number // rows
+
+
+def object_of(content: bytes | dict[str, Any], number: int, file: TextFile, replaced: Replacements) -> dict[str, Any]:
+    """A line's, an item's or a row's object. Raises InputError with file and line."""
+    if isinstance(content, dict):
+        return content
+    unit = UNITS[file.form]
+    text = replaced.decode(content, file.path, unit, number).lstrip("\ufeff")
+    fields = _fields(text, unit, f"{file.path}, {unit} {number},")
+    if "\\ud" not in text.lower():
+        return fields
+    where = f"{unit} {number:,}"  # half of a surrogate pair, perhaps, however deep it lies
+    mended: dict[str, Any] = _mended(fields, lambda value: replaced.without_surrogates(value, file.path, where))
+    return mended
 
 
 def texts_of(record: Record, form: str, path: str, keys: Sequence[str], replacements: Replacements) -> list[str]:
@@ -235,15 +267,39 @@ def _too_deep(where: str) -> InputError:
     return InputError("", where, "holds lists or objects nested too deeply to be read", "leave it out, or flatten it")
 
 
-def _rows(file: TextFile, keys: Sequence[str]) -> Iterator[Record]:
-    """Rows of a Parquet file: the strings of the columns `keys`, still as bytes."""
+def _mended(value: Any, mend: Callable[[str], str]) -> Any:
+    """A JSON value with all of its texts, keys as well, as `mend` makes them."""
+    if isinstance(value, str):
+        return mend(value)
+    if isinstance(value, dict):
+        return {mend(name): _mended(each, mend) for name, each in value.items()}
+    return [_mended(each, mend) for each in value] if isinstance(value, list) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    """A Parquet value without the fields that are null, as a struct's are that an object lacks."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _table(file: TextFile) -> Iterator[Any]:
+    """An open Parquet file. Raises InputError where it is damaged, or pyarrow is not installed."""
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         rule = "is a Parquet file, which needs the package pyarrow"
         raise InputError("", file.path, rule, "pip install 'minitron-mcore[parquet]'") from error
     with reading_text(file.path), parquet.ParquetFile(file.path) as table:
+        yield table
+
+
+def _rows(file: TextFile, keys: Sequence[str]) -> Iterator[Record]:
+    """Rows of a Parquet file: the strings of the columns `keys`, still as bytes."""
+    with _table(file) as table:
+        import pyarrow
+
         _check_columns(table.schema_arrow, keys, file.path)
         size, rows, number = file.size, table.metadata.num_rows, 0
         for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=list(keys)):

@@ -22,7 +22,6 @@ FLOORS = [
     {"inference"},
     {"evaluation", "bench"},
     {"importance", "pruning", "distillation"},
-    {"alignment"},
     {"training"},
     {"recipe"},
     {"estimate"},
