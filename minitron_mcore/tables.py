@@ -22,8 +22,9 @@ def table(
 
 
 def counted(number: int, what: str) -> str:
-    """1, "shape" -> "1 shape"; 1234 -> "1,234 shapes"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    """1, "shape" -> "1 shape"; 1234 -> "1,234 shapes"; 2, "microbatch" -> "2 microbatches"."""
+    ending = "es" if what.endswith(("tch", "sh", "ss", "x")) else "s"
+    return f"{number:,} {what}{'' if number == 1 else ending}"
 
 
 def markdown(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:

@@ -145,7 +145,8 @@ VERBS = {
         "minitron export checkpoint=distilled hf=Student-4B",
     ),
     "inspect": Verb(
-        "what a checkpoint, Hugging Face folder, scores file, plan or run's folder is, and whether it is whole",
+        "what a checkpoint, Hugging Face folder, scores file, plan, or folder of a run or search is, and whether it is "
+        "whole",
         ("path", "json", "verify", "trust"),
         "PATH → nothing",
         "minitron inspect student --verify",

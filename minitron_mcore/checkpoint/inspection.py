@@ -1,4 +1,4 @@
-"""What a folder of weights, or of a run, is, and whether it is whole.
+"""What a folder of weights, of a run, or of a search, is, and whether it is whole.
 
 Judged by names, shapes and sizes; integrity.py reads the tensors. Nothing here is a collective, and nothing writes.
 Every function returns a mapping that JSON can hold, or raises InputError naming the file and tensor that are wrong.
@@ -6,6 +6,7 @@ Every function returns a mapping that JSON can hold, or raises InputError naming
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from minitron_mcore.architecture import Architecture
+from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.conversion import units
 from minitron_mcore.checkpoint.folder import (
     TRACKER,
@@ -32,7 +33,7 @@ from minitron_mcore.checkpoint.manifest import type_name
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import read_mapping
+from minitron_mcore.files import first_line, read_mapping, reading
 from minitron_mcore.layout import parameter_table
 
 
@@ -57,6 +58,67 @@ def inspect_run(folder: Path) -> dict[str, Any]:
         "files": sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != "recipe.yaml"),
         "warnings": [],
     }
+
+
+CANDIDATES = "candidates.json"
+# What is told of each of a search's candidates.
+TOLD = ("rank", "total_parameters", "zero_shot", "loss", "tokens", "diverged")
+
+
+def is_search(folder: Path) -> bool:
+    """Whether `minitron search` wrote it."""
+    return (folder / CANDIDATES).is_file()
+
+
+def inspect_search(folder: Path) -> dict[str, Any]:
+    """What a search in `folder` has listed, what became of each candidate so far, and the winner; any one process
+    calls. A rank is known once the search has ended. Raises InputError for a list that cannot be read."""
+    listed, warnings = _json(folder / CANDIDATES), []
+    try:
+        teacher, rows = build_architecture(listed["teacher"]), {str(row["name"]): row for row in listed["candidates"]}
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError("", folder / CANDIDATES, "is not the list of a search, or is damaged") from error
+    results = {path.parent.name: _json(path) for path in sorted((folder / "candidates").glob("*/result.json"))}
+    if others := results.keys() - rows.keys():
+        warnings.append(f"{', '.join(sorted(others))}: tried before, and not in the grid that {CANDIDATES} lists")
+    plan, best = folder / "winner" / "plan.json", None
+    if plan.is_file():
+        same = (path.parent.name for path in (folder / "candidates").glob("*/plan.json") if _is_same(path, plan))
+        best = next(same, None)
+    candidates = {name: row | results.get(name, {}) for name, row in rows.items()}
+    return {
+        "path": str(folder),
+        "kind": "search",
+        "teacher": describe_architecture(teacher),
+        "budgets": listed.get("budgets", {}),
+        "combinations": listed.get("combinations"),
+        "shapes": listed.get("shapes"),
+        "listed": len(rows),
+        "evaluated": len(results),
+        "trained": sum(result.get("tokens", 0) > 0 for result in results.values()),
+        "candidates": {name: {key: row.get(key) for key in TOLD} for name, row in candidates.items()},
+        "correlation": listed.get("correlation"),
+        "winner": best,
+        "checkpoints": [str(path) for path in checkpoints_within(folder)],
+        "files": sorted(path.name for path in folder.iterdir() if path.is_file()),
+        "warnings": warnings,
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with reading(str(path)):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError("", path, "is not JSON", first_line(error)) from error
+    if not isinstance(found, dict):
+        raise InputError("", path, "is not JSON that holds names and values")
+    return found
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
 
 
 def describe_architecture(architecture: Architecture) -> dict[str, Any]:

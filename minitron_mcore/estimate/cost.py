@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from minitron_mcore.estimate.model import Setting
-from minitron_mcore.estimate.step_time import StepTime, step_time
+from minitron_mcore.estimate.step_time import StepTime, step_times
 from minitron_mcore.runtime.devices import Machine
 from minitron_mcore.training.budget import Shape, Timetable
 
@@ -68,7 +68,7 @@ def cost_of(timetable: Timetable, settings: Sequence[Setting], machine: Machine,
     def sizes(of: Setting | Shape) -> tuple[int, ...]:
         return of.sequence_length, of.global_batch_size, 0 if is_one else of.micro_batch_size
 
-    times = {sizes(setting): step_time(setting, machine) for setting in settings}
+    times = dict(zip(map(sizes, settings), step_times(settings, machine), strict=True))
     seconds = 0.0
     for first, then in pairwise([*timetable.starts, timetable.end]):
         seconds += (then.iteration - first.iteration) * times[sizes(first.shape)].total

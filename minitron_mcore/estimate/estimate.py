@@ -22,7 +22,7 @@ class Estimate:
     where: what says the teacher's shape. costs: of each training in the recipe's layout; None: that is not possible;
     (): no times are known. layouts: in which all trainings fit, the best first, of which `shown` are shown. fewest:
     those of the fewest GPUs. twice: the best of twice the GPUs. outlooks: what the student's loss may become. left_out:
-    titles of steps of which nothing is said.
+    titles of steps of which nothing is said. on_cpu: the `gpus` are ranks of this machine's CPU.
     """
 
     name: str
@@ -40,6 +40,12 @@ class Estimate:
     twice: Layout | None = None
     outlooks: tuple[Outlook, ...] = ()
     left_out: tuple[str, ...] = ()
+    on_cpu: bool = False
+
+    @property
+    def rank(self) -> str:
+        """What each of `gpus` is, in words."""
+        return "CPU rank" if self.on_cpu else "GPU"
 
     @property
     def problems(self) -> list[tuple[str, str]]:
@@ -74,6 +80,7 @@ def estimate_of(
     shown: int,
     *,
     is_timed: bool,
+    on_cpu: bool = False,
 ) -> Estimate:
     """Looks for the layouts, and works out times where `is_timed`.
 
@@ -81,7 +88,7 @@ def estimate_of(
     trainings, whatever their memory.
     """
     per_node = machine.gpus_per_node
-    told = Estimate(name, gpus, machine, limits, teacher, where, trainings, beside, shown=shown)
+    told = Estimate(name, gpus, machine, limits, teacher, where, trainings, beside, shown=shown, on_cpu=on_cpu)
     if not trainings:
         return told
     if not is_possible(trainings, gpus, per_node):

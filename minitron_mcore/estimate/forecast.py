@@ -22,6 +22,7 @@ from minitron_mcore.estimate.phases import teacher_pass, training_phases
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.model.recompute import Recompute, recompute_of
 from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.exhausted import is_out_of_memory
 from minitron_mcore.runtime.world import Memory, World
 from minitron_mcore.tables import table
@@ -57,7 +58,8 @@ class Forecast:
 
     def __str__(self) -> str:
         shown = sorted(((name, value) for name, value in self.parts.items() if value), key=lambda row: -row[1])
-        return f"{bytes_text(self.total)} ({', '.join(f'{name} {bytes_text(value)}' for name, value in shown)})"
+        where = "on the CPU" if self.setting.on_cpu else "on a GPU"
+        return f"{bytes_text(self.total)} {where} ({', '.join(f'{name} {bytes_text(value)}' for name, value in shown)})"
 
 
 def bytes_text(count: int) -> str:
@@ -199,10 +201,14 @@ def forecast_run(
 
 def fullest(settings: Sequence[Setting]) -> Forecast:
     """That of the setting which needs most, of those of a run, in the order of `settings_of`."""
-    # Of a batch size that ramps up, the last is the largest.
-    largest = {(each.sequence_length, each.micro_batch_size, each.micro_batch_key): each for each in settings}
-    found = max(map(forecast, largest.values()), key=lambda found: found.total)
-    return replace(found, beside=tuple(setting for setting in largest.values() if setting is not found.setting))
+    largest = largest_of(settings)
+    found = max(map(forecast, largest), key=lambda found: found.total)
+    return replace(found, beside=tuple(setting for setting in largest if setting is not found.setting))
+
+
+def largest_of(settings: Sequence[Setting]) -> list[Setting]:
+    """Those of which one needs most: of a batch size that ramps up, the last."""
+    return [*{(each.sequence_length, each.micro_batch_size, each.micro_batch_key): each for each in settings}.values()]
 
 
 def forecast_words(expected: Forecast, memory: Memory | None) -> list[str]:
@@ -231,7 +237,8 @@ _HOST_REMEDY = "set teacher.placement=sharded, or a teacher.parallel with more s
 
 
 def _copies(expected: Forecast) -> str:
-    return f"with a copy on each of {expected.setting.local_ranks} ranks"
+    ranks = expected.setting.local_ranks
+    return f"with a copy on each of {ranks:,} ranks" if ranks > 1 else "with a copy on its one rank"
 
 
 def _refuse(expected: Forecast, memory: Memory) -> None:
@@ -299,10 +306,19 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def holds(setting: Setting) -> bool:
     """Whether a run can have this setting."""
-    if setting.global_batch_size % (setting.micro_batch_size * setting.data_parallel):
-        return False
-    if setting.parallel.virtual_pipeline and setting.microbatches % setting.parallel.pipeline:
-        return False
+    s = setting
+    is_whole = is_whole_batch(s.global_batch_size, s.micro_batch_size, s.data_parallel, s.parallel)
+    return is_whole and holds_models(setting)
+
+
+def is_whole_batch(batch: int, micro_batch: int, data_parallel: int, parallel: ParallelConfig) -> bool:
+    """Whether a global batch is whole microbatches on every rank, as many as the interleaved schedule needs."""
+    microbatches, rest = divmod(batch, micro_batch * data_parallel)
+    return not rest and not (parallel.virtual_pipeline and microbatches % parallel.pipeline)
+
+
+def holds_models(setting: Setting) -> bool:
+    """Whether its layout can hold both models."""
     try:
         for shape, parallel in ((setting.student, setting.parallel), (setting.teacher, setting.teacher_layout)):
             if shape is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.errors import InputError, shown
-from minitron_mcore.estimate.forecast import Forecast, fullest, holds
+from minitron_mcore.estimate.forecast import Forecast, fullest, holds_models, is_whole_batch, largest_of
 from minitron_mcore.estimate.model import Setting
 from minitron_mcore.estimate.work import Limits, Training
 from minitron_mcore.layout import check_tensor_parallel, split_layers
@@ -117,7 +117,7 @@ def best_layouts(
     """Every `parallel` of `gpus` GPUs in which all trainings fit, the best first; none: there is none."""
     found = []
     for parallel in parallels(trainings, gpus, per_node):
-        choices = [choose(group, parallel, gpus, limits, seconds) for group in groups(trainings)]
+        choices = [choose(group, parallel, gpus, per_node, limits, seconds) for group in groups(trainings)]
         if all(choices):
             found.append(Layout(parallel, gpus, tuple(choice for choice in choices if choice)))
     return sorted(found, key=lambda layout: layout.order)
@@ -134,7 +134,7 @@ def groups(trainings: Sequence[Training]) -> list[list[Training]]:
 def is_possible(trainings: Sequence[Training], gpus: int, per_node: int) -> bool:
     """Whether any layout of so many GPUs holds the trainings, whatever their memory."""
     return any(
-        all(choose(group, parallel, gpus, Limits(), None) for group in groups(trainings))
+        all(choose(group, parallel, gpus, per_node, Limits(), None) for group in groups(trainings))
         for parallel in parallels(trainings, gpus, per_node)
     )
 
@@ -222,14 +222,15 @@ def chunk_counts(layers: int, pipeline: int) -> list[int | None]:
 
 
 def choose(
-    group: Sequence[Training], parallel: ParallelConfig, gpus: int, limits: Limits, seconds: Seconds
+    group: Sequence[Training], parallel: ParallelConfig, gpus: int, per_node: int, limits: Limits, seconds: Seconds
 ) -> Choice | None:
     """The best choice for the trainings of a section; None where none fits. For each micro batch size that which
     recomputes least, since every forward pass more costs more than what else could be changed."""
     best: Choice | None = None
-    data_parallel = gpus // parallel.replica_ranks
+    laid_out: dict[str, Any] = {"parallel": parallel, "data_parallel": gpus // parallel.replica_ranks}
+    laid_out["local_ranks"] = min(gpus, per_node)
     for size in micro_batches(group, parallel):
-        found = least(group, arranged(group, parallel, data_parallel, size), limits, seconds)
+        found = least(group, arranged(group, laid_out, size), limits, seconds)
         if found is None and best is None:
             continue
         if found is None or (best is not None and best.order < found.order):
@@ -241,22 +242,35 @@ def choose(
 def least(group: Sequence[Training], arranged: Iterable[Arranged], limits: Limits, seconds: Seconds) -> Choice | None:
     """The first arrangement that is possible and fits."""
     for rank, changes in arranged:
-        if any(changes["data_parallel"] % training.side_by_side for training in group):
+        if not all(is_whole(training, changes) for training in group):
             continue
-        settings = tuple(
-            tuple(
-                replace(each, **{**changes, "data_parallel": changes["data_parallel"] // training.side_by_side})
-                for each in training.settings
-            )
-            for training in group
-        )
-        if not all(map(holds, itertools.chain(*settings))):
+        # What needs most decides; a ramp-up has many sizes beside it.
+        most = [changed(training, largest_of(training.settings), changes) for training in group]
+        if not all(holds_models(settings[0]) for settings in most):
             continue
-        needed = max(map(fullest, settings), key=lambda found: found.total)
+        needed = max(map(fullest, most), key=lambda found: found.total)
         if limits.hold(needed.total, needed.host) is not False:
+            settings = tuple(changed(training, training.settings, changes) for training in group)
             time = sum(itertools.starmap(seconds, zip(group, settings, strict=True))) if seconds else None
             return Choice(group[0].sizes, settings, needed, time, rank)
     return None
+
+
+def is_whole(training: Training, changes: dict[str, Any]) -> bool:
+    """Whether the ranks can be divided among the trainings side by side, and every batch size among theirs."""
+    ranks, rest = divmod(changes["data_parallel"], training.side_by_side)
+    return not rest and all(
+        is_whole_batch(
+            each.global_batch_size, changes.get("micro_batch_size", each.micro_batch_size), ranks, changes["parallel"]
+        )
+        for each in training.settings
+    )
+
+
+def changed(training: Training, settings: Iterable[Setting], changes: dict[str, Any]) -> tuple[Setting, ...]:
+    """Some settings of `training`, laid out anew on its share of the ranks."""
+    own = {**changes, "data_parallel": changes["data_parallel"] // training.side_by_side}
+    return tuple(replace(each, **own) for each in settings)
 
 
 def micro_batches(group: Sequence[Training], parallel: ParallelConfig) -> list[int | None]:
@@ -266,17 +280,17 @@ def micro_batches(group: Sequence[Training], parallel: ParallelConfig) -> list[i
     return [each for each in sorted({*MICRO_BATCHES, *own}) if each <= max(most, *own)] if len(own) == 1 else [None]
 
 
-def arranged(
-    group: Sequence[Training], parallel: ParallelConfig, data_parallel: int, size: int | None
-) -> Iterator[Arranged]:
-    """What may be chosen for the trainings of a section in a layout, in the order in which it costs more."""
+def arranged(group: Sequence[Training], laid_out: dict[str, Any], size: int | None) -> Iterator[Arranged]:
+    """What may be chosen for the trainings of a section, in the order in which it costs more. laid_out: the fields of
+    Setting that the layout gives."""
+    parallel, data_parallel = laid_out["parallel"], laid_out["data_parallel"]
     own = next((each.setting for each in group if each.setting.teacher), group[0].setting)
     recomputed = [*RECOMPUTED, *([own.recompute] if own.recompute.method == "block" else [])]
     for (again, recompute), (kept, teacher) in itertools.product(
         enumerate(recomputed), enumerate(teachers(own, parallel, data_parallel))
     ):
-        changes: dict[str, Any] = {"parallel": parallel, "data_parallel": data_parallel, "recompute": recompute}
-        yield (again, kept, -(size or 1)), changes | teacher | ({} if size is None else {"micro_batch_size": size})
+        changes = laid_out | teacher | {"recompute": recompute}
+        yield (again, kept, -(size or 1)), changes | ({} if size is None else {"micro_batch_size": size})
 
 
 def teachers(setting: Setting, parallel: ParallelConfig, data_parallel: int) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ def record(estimate: Estimate) -> dict[str, Any]:
         MARK: 1,
         "name": e.name,
         "gpus": e.gpus,
+        "on_cpu": e.on_cpu,
         "machine": dataclasses.asdict(e.machine),
         "memory": {"device": e.limits.device, "usable": e.limits.usable, "host": e.limits.host},
         "teacher": {**shape(e.teacher), "where": e.where},
@@ -50,6 +51,7 @@ def training(each: Training, cost: Cost | None) -> dict[str, Any]:
     found, setting = each.forecast, each.setting
     return {
         "title": each.title,
+        "note": each.note or None,
         "section": each.section,
         "tokens": each.timetable.tokens,
         "iterations": each.timetable.iterations,

@@ -79,28 +79,74 @@ class StepTime:
         return self.flops_per_gpu / self.peak
 
 
+Stage = dict[str, float]  # seconds of one microbatch by part
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a step takes whatever the number of its microbatches: of a microbatch on each of the student's stages, and
+    of the teacher's where that one makes a pass ahead; of gradients, weights and optimizer. corrected: of the teacher's
+    own training, where it is trained."""
+
+    student: Sequence[Stage]
+    teacher: Sequence[Stage]
+    synchronised: Stage
+    corrected: Share | None
+
+
 def step_time(setting: Setting, machine: Machine) -> StepTime:
     """What a step of `setting` takes. Raises InputError where `machine` lacks a figure that it needs."""
+    return _step_time(setting, machine, _share_of(setting, machine))
+
+
+def step_times(settings: Sequence[Setting], machine: Machine) -> list[StepTime]:
+    """What a step of each takes. What settings share that differ by their global batch size alone, as those of a
+    ramp-up, is worked out once. Raises InputError as `step_time`."""
+    known: list[tuple[Setting, Share]] = []
+    found = []
+    for setting in settings:
+        alike = replace(setting, global_batch_size=0, micro_batch_key="")
+        share = next((share for other, share in known if other == alike), None)
+        if share is None:
+            share = _share_of(setting, machine)
+            known.append((alike, share))
+        found.append(_step_time(setting, machine, share))
+    return found
+
+
+def _share_of(setting: Setting, machine: Machine) -> Share:
+    s = setting
+    runs_ahead = s.teacher is not None and not s.teacher_trained
+    return Share(
+        _student_stages(s, machine),
+        _teacher_stages(s, machine) if runs_ahead else (),
+        _synchronisation(s, machine),
+        _share_of(_corrected(s), machine) if s.teacher_trained and s.teacher is not None else None,
+    )
+
+
+def _corrected(setting: Setting) -> Setting:
+    """The teacher's own training, of one that is corrected while it teaches."""
+    s, teacher = setting, setting.teacher
+    assert teacher is not None
+    chunk, again = s.teacher_chunk_tokens, s.teacher_recompute
+    return replace(s, student=teacher, teacher=None, teacher_trained=False, loss_chunk_tokens=chunk, recompute=again)
+
+
+def _step_time(setting: Setting, machine: Machine, share: Share) -> StepTime:
     s, parts = setting, defaultdict(float, dict.fromkeys(PARTS, 0.0))
     windows = ceil(s.microbatches / s.ahead) if s.teacher is not None else 1
-    student = _student_stages(s, machine)
-    _add_schedule(parts, student, s.microbatches, windows, s.parallel.virtual_pipeline or 1)
+    _add_schedule(parts, share.student, s.microbatches, windows, s.parallel.virtual_pipeline or 1)
     teacher_flops = 0.0
     if s.teacher is not None:
         teacher_flops = s.teacher.forward_flops_per_token(s.sequence_length)
-        if s.teacher_trained:
+        if share.corrected is not None:
             teacher_flops *= 3
-            alone = replace(
-                s,
-                student=s.teacher,
-                teacher=None,
-                loss_chunk_tokens=s.teacher_chunk_tokens,
-                recompute=s.teacher_recompute,
-            )
-            parts["teacher's training"] = step_time(alone, machine).total
+            parts["teacher's training"] = _step_time(_corrected(s), machine, share.corrected).total
         else:
-            _add_teacher(parts, s, machine, windows, student)
-    _add_synchronisation(parts, s, machine)
+            _add_teacher(parts, s, machine, windows, share)
+    for name, seconds in share.synchronised.items():
+        parts[name] += seconds
     tokens = s.global_batch_size * s.sequence_length
     # Token ids, labels, positions and masks, from the host.
     parts["data"] = 28 * s.tokens * s.microbatches / machine.host_bandwidth
@@ -126,9 +172,6 @@ def teacher_pass(setting: Setting, machine: Machine) -> Pass:
     assert s.teacher is not None
     tokens = s.micro_batch_size * s.sequence_length // own.context
     return Pass(machine, s.teacher, own, s.teacher_precision or s.precision, tokens, s.sequence_length, s.on_cpu)
-
-
-Stage = dict[str, float]  # seconds of one microbatch by part
 
 
 def _student_stages(setting: Setting, machine: Machine) -> list[Stage]:
@@ -214,18 +257,12 @@ def _add_schedule(
     parts["pipeline bubble"] += windows * (sum(totals) - totals[busiest]) / chunks
 
 
-def _add_teacher(
-    parts: dict[str, float], setting: Setting, machine: Machine, windows: int, student: Sequence[Stage]
-) -> None:
-    """The teacher's own forward pass ahead of each window, in its own layout, and what brings its layers and states."""
+def _teacher_stages(setting: Setting, machine: Machine) -> list[Stage]:
+    """What a microbatch of the teacher's own forward pass takes on each stage of its own layout, and what brings its
+    layers."""
     s, own = setting, setting.teacher_layout
     assert s.teacher is not None
     passing = teacher_pass(s, machine)
-    replicas = s.world_size // own.replica_ranks
-    # Of the microbatches of all the student's replicas, as many as a replica of the teacher runs in a window.
-    count = ceil(s.ahead * s.data_parallel / replicas)
-    if own.virtual_pipeline:
-        count = ceil(count / own.pipeline) * own.pipeline
     layer, fetch = passing.layer_forward(), _fetched(s, machine)
     # A layer is on its way while the one before it runs.
     waits = fetch if s.on_cpu else max(0.0, fetch - layer.total)
@@ -238,10 +275,22 @@ def _add_teacher(
             sends = len(chunks) * send(machine, passing.boundary(), world=s.world_size)
             stage["pipeline communication"] = _beside_work(own, sends, stage, s.on_cpu)
         stages.append(stage)
+    return stages
+
+
+def _add_teacher(parts: dict[str, float], setting: Setting, machine: Machine, windows: int, share: Share) -> None:
+    """The teacher's pass ahead of each window, and what brings its states."""
+    s, own = setting, setting.teacher_layout
+    assert s.teacher is not None
+    replicas = s.world_size // own.replica_ranks
+    # Of the microbatches of all the student's replicas, as many as a replica of the teacher runs in a window.
+    count = ceil(s.ahead * s.data_parallel / replicas)
+    if own.virtual_pipeline:
+        count = ceil(count / own.pipeline) * own.pipeline
     virtual = own.virtual_pipeline or 1
-    _add_schedule(parts, stages, windows * count, windows, virtual)
+    _add_schedule(parts, share.teacher, windows * count, windows, virtual)
     if own == s.parallel:
-        parts["pipeline bubble"] -= windows * _filled(stages, student, virtual)
+        parts["pipeline bubble"] -= windows * _filled(share.teacher, share.student, virtual)
     else:
         states = s.ahead * s.tokens * s.teacher.hidden_size * s.teacher_element
         shard = s.parallel.tensor if s.parallel.sequence else 1
@@ -266,7 +315,7 @@ def _fetched(setting: Setting, machine: Machine) -> float:
     return 0.0
 
 
-def _add_synchronisation(parts: dict[str, float], setting: Setting, machine: Machine) -> None:
+def _synchronisation(setting: Setting, machine: Machine) -> Stage:
     """Gradients reduced to their shards and weights gathered from them, over data- and context-parallel ranks; and the
     optimizer's own step. That of the stage with most parameters."""
     s, parallel = setting, setting.parallel
@@ -274,13 +323,14 @@ def _add_synchronisation(parts: dict[str, float], setting: Setting, machine: Mac
     shards, element = s.optimizer_shards, BYTES.get(s.precision, 2)
     reduced = gather(machine, 4 * count, shards, stride=parallel.tensor)
     gathered = gather(machine, element * count, shards, stride=parallel.tensor)
-    parts["data-parallel communication"] += (1 - machine.overlap) * (reduced + gathered)
+    found = {"data-parallel communication": (1 - machine.overlap) * (reduced + gathered)}
     if parallel.pipeline > 1 and not s.student.untie_embeddings_and_output_weights:
         table = 4 * s.student.padded_vocab_size / parallel.tensor * s.student.hidden_size
-        parts["pipeline communication"] += all_reduce(machine, table, 2, stride=s.world_size // parallel.pipeline)
+        found["pipeline communication"] = all_reduce(machine, table, 2, stride=s.world_size // parallel.pipeline)
     adam = TORCH_ADAM if s.on_cpu else FUSED_ADAM
     share = CLIPPED + adam + (0 if s.precision == "fp32" else 4)
-    parts["optimizer"] += traffic(machine, count * (EACH_PARAMETER + share / shards))
+    found["optimizer"] = traffic(machine, count * (EACH_PARAMETER + share / shards))
+    return found
 
 
 def _by_part(name: str, work: Seconds) -> Stage:

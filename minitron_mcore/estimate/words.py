@@ -13,7 +13,7 @@ from minitron_mcore.estimate.loss_points import Outlook
 from minitron_mcore.estimate.model import Setting
 from minitron_mcore.estimate.work import Beside, Limits, Training
 from minitron_mcore.pruning.targets import TARGETS
-from minitron_mcore.tables import table
+from minitron_mcore.tables import counted, table
 
 SHOWN = 4  # titles of what a layout cannot do
 
@@ -61,6 +61,8 @@ def _bytes(count: int) -> str:
 def training_lines(trainings: Sequence[Training], limits: Limits) -> Iterator[str]:
     """What the table of memory has no place for: the pipeline's stages, and what helps."""
     for training in trainings:
+        if training.note:
+            yield f"{training.title}: {training.note}"
         totals = [bytes_text(sum(parts.values())) for parts in training.stages()]
         if len(totals) > 1:
             yield f"{training.title}: a rank of each pipeline stage needs {', '.join(totals)}"
@@ -108,7 +110,7 @@ def cost_lines(training: Training, cost: Cost, limits: Limits) -> Iterator[str]:
     yield f"  a step    {seconds_text(step.total)}: {', '.join(shown)}"
     rate = f"{count_text(step.tokens_per_second)} tokens/s, {step.tokens_per_second / step.gpus:,.0f} a GPU"
     yield f"  speed     {rate}; {step.flops_per_gpu / 1e12:,.1f} TFLOP/s a GPU, MFU {step.utilization:.1%}"
-    spent = [span_text(cost.seconds), f"{cost.gpu_hours:,.0f} GPU-hours"]
+    spent = [span_text(cost.seconds), counted(round(cost.gpu_hours), "GPU-hour")]
     spent += [f"{price:,.0f} at {cost.price:g} an hour"] if price is not None else []
     spent += [f"{energy:,.0f} kWh"] if energy is not None else []
     yield f"  all steps {', '.join(spent)}"
@@ -129,7 +131,8 @@ def span_text(seconds: float) -> str:
 
 def total_line(costs: Sequence[Cost]) -> str:
     """All trainings together."""
-    words = [span_text(sum(cost.seconds for cost in costs)), f"{sum(cost.gpu_hours for cost in costs):,.0f} GPU-hours"]
+    words = [span_text(sum(cost.seconds for cost in costs))]
+    words.append(counted(round(sum(cost.gpu_hours for cost in costs)), "GPU-hour"))
     if None not in (prices := [cost.cost for cost in costs]):
         words.append(f"{sum(price or 0 for price in prices):,.0f}")
     if None not in (energies := [cost.energy for cost in costs]):
@@ -143,7 +146,7 @@ def layout_text(layout: Layout) -> str:
     sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "virtual_pipeline", "context")}
     sizes["data"] = layout.data_parallel
     words = [f"{name.replace('_', ' ')} {size}" for name, size in sizes.items() if size and size > 1]
-    return " x ".join(words) or "one GPU"
+    return " x ".join(words) or ("one CPU rank" if layout.choices[0].setting.on_cpu else "one GPU")
 
 
 def layout_table(layouts: Sequence[Layout], title: str) -> str:
@@ -177,17 +180,17 @@ def layout_blocks(e: Estimate) -> Iterator[str]:
         keys = e.layouts[0].keys(e.trainings)
         yield f"for the first of them set {' '.join(keys)}" if keys else "the first of them is the recipe's own"
     elif e.limits.usable is not None:
-        yield f"no layout of {e.gpus:,} GPUs fits"
+        yield f"no layout of {counted(e.gpus, e.rank)} fits"
     if e.fewest:
-        yield layout_table(e.fewest[:1], f"the fewest GPUs that would do: {e.fewest[0].gpus}")
+        yield layout_table(e.fewest[:1], f"the fewest {e.rank}s that would do: {e.fewest[0].gpus:,}")
     elif e.limits.usable is not None:
-        yield "no number of such GPUs would do"
+        yield f"no number of such {e.rank}s would do"
     best, twice = e.fastest, e.twice
     if best is not None and twice is not None and best.seconds and twice.seconds:
         more = 2 * twice.seconds / best.seconds - 1
         yield (
-            f"twice the GPUs, at best {layout_text(twice)}: {span_text(best.seconds)} -> {span_text(twice.seconds)}, "
-            f"GPU-hours {more:+.0%}"
+            f"twice the {e.rank}s, at best {layout_text(twice)}: {span_text(best.seconds)} -> "
+            f"{span_text(twice.seconds)}, GPU-hours {more:+.0%}"
         )
 
 
@@ -214,11 +217,19 @@ def precision_text(e: Estimate) -> str:
     return words
 
 
+def place_text(e: Estimate) -> str:
+    """Where the estimate is for: "64 x H100", or the ranks of this machine's CPU."""
+    if e.on_cpu:
+        return f"{counted(e.gpus, e.rank)} of this machine"
+    device = e.machine.device or "GPU"
+    return f"{e.gpus:,} x {device}" if e.gpus > 1 else f"one {device}"
+
+
 def report(estimate: Estimate) -> str:
     """All of it."""
     e = estimate
-    gpus = f"{e.gpus:,} x {e.machine.device or 'GPU'}" if e.gpus > 1 else f"one {e.machine.device or 'GPU'}"
-    lines = [f"estimate: {e.name} on {gpus}{precision_text(e)}", f"teacher  {shape_line(e.teacher)} ({e.where})"]
+    lines = [f"estimate: {e.name} on {place_text(e)}{precision_text(e)}"]
+    lines.append(f"teacher  {shape_line(e.teacher)} ({e.where})")
     students = dict.fromkeys(each.setting.student for each in e.trainings if each.section == "distill")
     lines += [f"student  {shape_line(student, e.teacher)}" for student in students]
     blocks = ["\n".join(lines), "\n".join(problem_lines(e))]

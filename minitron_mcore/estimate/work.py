@@ -39,7 +39,7 @@ class Training:
 
     section: by which it is trained. sizes: the section that says its batch sizes, which for a baseline is another.
     settings: one for each shape of the timetable. problem: why the layout is not possible; "": it is. side_by_side: so
-    many trainings by this timetable run at a time, each on its share of the GPUs.
+    many trainings by this timetable run at a time, each on its share of the GPUs. note: what its title does not say.
     """
 
     title: str
@@ -49,6 +49,7 @@ class Training:
     settings: tuple[Setting, ...]
     problem: str = ""
     side_by_side: int = 1
+    note: str = ""
 
     @property
     def setting(self) -> Setting:

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import SCORES_KIND, kind_of, whole_file
+from minitron_mcore.tables import counted
 
 AXES = ("hidden", "ffn", "heads", "layers")
 # The axes whose scores depend on the aggregations and the neuron site.
@@ -134,7 +135,7 @@ class Scores:
             return numpy.lib.stride_tricks.sliding_window_view(self.layers, length).sum(axis=1)
         if f"{metric}@{length}" not in self.depth:
             there = ", ".join(["block_influence", *self.depth])
-            rule = f"was not measured for blocks of {length} layers, only {there}"
+            rule = f"was not measured for blocks of {counted(length, 'layer')}, only {there}"
             remedy = f"score again with {metric} in importance.depth_metrics and {length} in importance.block_lengths"
             raise InputError("prune.depth_metric", metric, rule, remedy)
         return self.depth[f"{metric}@{length}"]

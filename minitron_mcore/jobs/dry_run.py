@@ -18,19 +18,20 @@ ENOUGH = 1 << 62  # bytes of a memory whose size is not given
 
 
 def planned_world(cluster: ClusterConfig, started: World) -> World:
-    """The ranks that the recipe's `cluster` names; those that were started where it names none."""
-    if cluster.gpus is None:
+    """The GPUs that the recipe's `cluster` describes, as many as were started where it does not say how many; the ranks
+    that were started where it describes none."""
+    if (cluster.gpus, cluster.device, cluster.gpu_memory) == (None, None, None):
         return started
+    gpus = cluster.gpus or started.size
     device, host = cluster.gpu_memory or ENOUGH, cluster.host_memory or ENOUGH
     memory = Memory(device, device, host, host) if cluster.gpu_memory or cluster.host_memory else None
-    local = min(cluster.gpus, cluster.gpus_per_node)
-    return World(size=cluster.gpus, local_size=local, device="cuda", memory=memory)
+    local = min(gpus, cluster.gpus_per_node)
+    return World(rank=started.rank, size=gpus, local_size=local, device="cuda", memory=memory)
 
 
 def dry_run(verb: str, job: Job, world: World) -> str:
     """What the job would do, in words."""
-    ranks = "1 rank" if world.size == 1 else f"{world.size:,} ranks"
-    lines = [f"minitron {verb} on {ranks}{layout_of(job.recipe, world)}"]
+    lines = [f"minitron {verb} on {counted(world.size, 'rank')}{layout_of(job.recipe, world)}"]
     if isinstance(job, RunJob):
         for number, (step, each) in enumerate(job.steps, start=1):
             lines.append(f"[{number}/{len(job.steps)}] {step.title}{'' if each else ': done before'}")
@@ -61,7 +62,7 @@ def _lines(job: Job, world: World) -> Iterator[str]:
         yield from _training_lines(job, world)
     if isinstance(job, SearchJob) and job.trials:
         trials, (_, tokens) = job.trials, job.trials.stops[-1]
-        on = f", {trials.side_by_side} at a time on {trials.world.size:,} ranks each" if world.size > 1 else ""
+        on = f", {trials.side_by_side} at a time on {counted(trials.world.size, 'rank')} each" if world.size > 1 else ""
         count = counted(len(trials.trials), "candidate")
         yield f"tries {count} for {tokens:,} tokens{on}; the one that needs most memory:"
         yield from _training_lines(trials.largest, trials.world, tokens)

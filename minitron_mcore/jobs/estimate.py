@@ -30,7 +30,7 @@ from minitron_mcore.jobs.measured import measured_machine
 from minitron_mcore.jobs.run import ESTIMATE
 from minitron_mcore.jobs.shape import find_shape
 from minitron_mcore.jobs.sketch import TEACHER, TRAININGS, Work, sketch
-from minitron_mcore.jobs.trials import own_world
+from minitron_mcore.jobs.trials import check_lanes, own_world
 from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ParallelConfig
@@ -75,6 +75,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Estim
         beside=tuple(besides(works, world)),
         shown=recipe.estimate.layouts,
         is_timed=machine.peak_flops is not None or machine.peak_flops_fp32 is not None,
+        on_cpu=world.device == "cpu",
     )
     estimate = dataclasses.replace(estimate, left_out=tuple(each.step.title for each in works if each.verb == WRITES))
     if recipe.estimate.curve:
@@ -111,7 +112,8 @@ def limits_of(recipe: Recipe, machine: Machine, world: World) -> Limits:
 
 def training_of(work: Work, world: World) -> Training:
     """A training in the recipe's own layout. Raises InputError for a budget or a schedule that cannot be."""
-    recipe, section, shape, world = work.recipe, work.verb, work.model, own_world(world, work.side_by_side)
+    recipe, section, shape, all_ranks = work.recipe, work.verb, work.model, world
+    world = own_world(all_ranks, work.side_by_side)
     train = getattr(recipe, section)
     timetable = plan_timetable(train, recipe.data.sequence_length, section)
     check_learning_rate(train, timetable, section)
@@ -122,6 +124,7 @@ def training_of(work: Work, world: World) -> Training:
     settings = settings_of(recipe, section, shape, timetable, world, work.teacher)
 
     def lay_out() -> None:
+        check_lanes(recipe.parallel, all_ranks, work.side_by_side)
         check_model(shape, recipe, world, section)
         check_recompute(train, shape, recipe.parallel, section)
         check_train(train, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, section)
@@ -129,7 +132,8 @@ def training_of(work: Work, world: World) -> Training:
             teacher_layout(recipe, Model("teacher.checkpoint", Path(), work.teacher), world)
 
     sizes = section if section != "train" or work.step.name == TEACHER else "distill"
-    return Training(work.step.title, section, sizes, timetable, tuple(settings), problem_of(lay_out), work.side_by_side)
+    problem, note = problem_of(lay_out), work.note
+    return Training(work.step.title, section, sizes, timetable, tuple(settings), problem, work.side_by_side, note)
 
 
 def problem_of(check: Callable[[], object]) -> str:

@@ -11,7 +11,7 @@ from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 
-ONE_OF = "a checkpoint, a Hugging Face folder, a scores file, a plan, or the folder of a run"
+ONE_OF = "a checkpoint, a Hugging Face folder, a scores file, a plan, or the folder of a run or of a search"
 
 
 @dataclass(frozen=True, kw_only=True)

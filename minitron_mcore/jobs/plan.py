@@ -18,6 +18,7 @@ from minitron_mcore.pruning.plan_file import PruningPlan, check_residual, check_
 from minitron_mcore.pruning.targets import no_target
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
+from minitron_mcore.tables import counted
 
 NEEDED = {"scores": "the file that `minitron score` wrote"}
 
@@ -80,7 +81,9 @@ def promised_shape(recipe: Recipe, teacher: Architecture) -> Architecture:
     is_measured = metric in importance.depth_metrics and length in importance.block_lengths
     if metric != "block_influence" and removed and recipe.student.layers is None and not is_measured:
         remedy = f"add {metric} to importance.depth_metrics and {length} to importance.block_lengths"
-        raise InputError("prune.depth_metric", metric, f"is not measured for blocks of {length} layers", remedy)
+        raise InputError(
+            "prune.depth_metric", metric, f"is not measured for blocks of {counted(length, 'layer')}", remedy
+        )
     if prune.variant and prune.variant not in (names := variant_names(importance)):
         remedy = "add it by importance.aggregations and importance.neuron_sites"
         raise InputError("prune.variant", prune.variant, f"is not among what is scored ({', '.join(names)})", remedy)

@@ -27,6 +27,7 @@ from minitron_mcore.tables import counted
 
 TRAININGS = ("train", "correct", "distill")
 TEACHER = "train-teacher"  # the name of its step
+GOES_ON = "all are tried, and the winner's trial counts as the first part of its distillation (search.schedule=distill)"
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class Work:
     """A step, and the shapes of its models.
 
     model: what is trained, read or, by `prune`, made. teacher: what it is taught by or cut from; None: by or from none.
-    side_by_side: so many of it run at a time, each on its share of the ranks.
+    side_by_side: so many of it run at a time, each on its share of the ranks. note: what its title does not say.
     """
 
     step: Step
     model: Architecture
     teacher: Architecture | None = None
     side_by_side: int = 1
+    note: str = ""
 
     @property
     def verb(self) -> str:
@@ -124,13 +126,17 @@ class _Sketch(Road):
         largest = max((each.architecture for each in candidates), key=lambda shape: shape.num_parameters)
         for made in winner_folders(Path(str(recipe.output))):
             self.promises.models[absolute(made)] = Model("output", made, largest)
-        count = len(candidates) - (recipe.search.schedule == "distill")
+        count, every = len(candidates), counted(len(candidates), "candidate")
+        title, note = f"try {every} as large", ""
+        if recipe.search.schedule == "distill":
+            count -= 1
+            title, note = f"try {count:,} of {every} as large", GOES_ON
         subsets = recipe.search.side_by_side
+        title += f", {subsets} side by side" if subsets > 1 else ""
         if tokens := -(-count // subsets) * trial_tokens(recipe.search, len(candidates)):
             distill = dataclasses.replace(recipe.distill, tokens=tokens, phases=[])
-            title = f"try {counted(count, 'candidate')} as large" + (f", {subsets} side by side" if subsets > 1 else "")
             trials = Step(step.name, title, "distill", dataclasses.replace(recipe, distill=distill))
-            self.works.append(Work(trials, largest, source, subsets))
+            self.works.append(Work(trials, largest, source, subsets, note))
 
     def _work(self, step: Step) -> tuple[Work, tuple[str, str] | None]:
         """The step's shapes, and the key and folder of the model that it makes, if any."""

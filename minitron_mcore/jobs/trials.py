@@ -31,6 +31,7 @@ from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.keys import flat
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, with_keys
+from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.world import World
 from minitron_mcore.search.candidates import Candidate
 from minitron_mcore.search.halving import RESULT, read_result
@@ -114,6 +115,7 @@ def resolve_trials(
     inputs.require(recipe, needed, inputs.budget_and_text("distill") if search.schedule == "distill" else inputs.TEXT)
     recipe = _with_budget(recipe, folder)
     own = own_world(world, search.side_by_side)
+    check_lanes(recipe.parallel, world, search.side_by_side)
     scoring = resolve_score(recipe, world, promises)
     teacher = inputs.find_reader(recipe, own, promises, "teacher.checkpoint")
     trials = tuple(_trial(recipe, candidate, folder) for candidate in candidates)
@@ -183,6 +185,20 @@ def own_world(world: World, count: int) -> World:
         raise InputError("search.side_by_side", count, rule, "each candidate trains on as many ranks as the others")
     size = world.size // count
     return dataclasses.replace(world, rank=world.rank % size, size=size)
+
+
+def check_lanes(parallel: ParallelConfig, world: World, count: int) -> None:
+    """Raise InputError where the ranks of one of `count` candidates side by side cannot hold a copy of the model,
+    though all ranks of `world` could."""
+    own, needed = world.size // count, parallel.replica_ranks
+    if count == 1 or own % needed == 0 or world.size % needed:
+        return
+    layout = f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}"
+    layout += f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
+    rule = f"leaves each candidate {own:,} of the {counted(world.size, 'rank')}, and one copy takes {layout} = {needed}"
+    fewer = max(each for each in range(1, count) if world.size % (each * needed) == 0)
+    remedy = f"set search.side_by_side={fewer}, start a multiple of {count * needed} ranks, or change parallel.*"
+    raise InputError("search.side_by_side", count, rule, remedy)
 
 
 def _trial(recipe: Recipe, candidate: Candidate, folder: Path) -> Trial:

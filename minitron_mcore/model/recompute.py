@@ -51,7 +51,7 @@ def check_recompute(train: TrainConfig, architecture: Architecture, parallel: Pa
     stages = split_layers(architecture.num_layers, parallel.pipeline, parallel.virtual_pipeline)
     chunks = sorted({len(chunk) for stage in stages for chunk in stage})
     if found.granularity == "full" and found.method == "uniform" and any(size % found.num_layers for size in chunks):
-        held = f"{' or '.join(map(str, chunks))} layers that a pipeline stage runs at a time"
+        held = f"{' or '.join(map(str, chunks))} layer{'s' * (chunks != [1])} that a pipeline stage runs at a time"
         rule = f"does not divide the {held}, as recompute_method=uniform needs"
         remedy = f"choose a divisor, or set {section}.recompute_method=block"
         raise InputError(f"{section}.recompute_num_layers", found.num_layers, rule, remedy)

@@ -11,8 +11,10 @@ from minitron_mcore.checkpoint.inspection import (
     inspect_checkpoint,
     inspect_hugging_face,
     inspect_run,
+    inspect_search,
     is_checkpoint,
     is_run,
+    is_search,
 )
 from minitron_mcore.checkpoint.integrity import verify_checkpoint, verify_hugging_face
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +32,7 @@ KINDS = {
     "scores": "scores of a teacher's axes",
     "plan": "pruning plan",
     "run": "folder of a run",
+    "search": "folder of a search",
 }
 # Shown in groups of three digits.
 COUNTS = ("parameters", "non_embedding_parameters", "stored_bytes", "bytes", "tokens")
@@ -42,6 +45,8 @@ def describe(path: Path) -> dict[str, Any]:
         return _with_tokenizer(inspect_checkpoint(path), tokenizer_folder(path))
     if path.is_dir() and is_run(path):
         return inspect_run(path)
+    if path.is_dir() and is_search(path):  # scores lie in it, as weights do in a Hugging Face folder
+        return inspect_search(path)
     if path.is_dir() and is_hugging_face(path):
         found = inspect_hugging_face(path)
         try:
@@ -56,13 +61,13 @@ def describe(path: Path) -> dict[str, Any]:
             return _scores(path)
         if head.lstrip().startswith(b"{"):
             return _plan(path)
-    remedy = "name a checkpoint, a Hugging Face folder, a scores file, a plan, or the folder of a run"
+    remedy = "name a checkpoint, a Hugging Face folder, a scores file, a plan, or the folder of a run or of a search"
     raise InputError("path", path, "is not recognised", remedy)
 
 
 def verify_weights(found: dict[str, Any], path: Path, progress: Progress = SILENT) -> list[str]:
     """Read every tensor of a folder of weights; adds to `found` what was read and returns the faults."""
-    if found["kind"] in ("scores", "plan", "run"):
+    if found["kind"] in ("scores", "plan", "run", "search"):
         found["warnings"] = [*found["warnings"], "verify=true has no effect: only folders of weights have checksums"]
         return []
     result = (verify_hugging_face if found["kind"] == "hugging_face" else verify_checkpoint)(path, progress)
@@ -127,6 +132,8 @@ def table(found: dict[str, Any]) -> str:
     shown = {name: value for name, value in found.items() if name not in ("path", "kind", "warnings")}
     if "lineage" in shown:
         shown["lineage"] = shown["lineage"] or "unknown"
+    if found["kind"] == "search":
+        shown["candidates"] = {name: _fared(row) for name, row in found["candidates"].items()}
     if verified:
         shown["verified"] = {**verified, "faults": len(verified["faults"])}
     rows = _rows(shown, "")
@@ -134,6 +141,17 @@ def table(found: dict[str, Any]) -> str:
     warnings = [f"WARNING: {warning}" for warning in found["warnings"]]
     warnings += [f"fault: {fault}" for fault in verified.get("faults", [])]
     return "\n".join([f"{found['path']}: {KINDS[found['kind']]}", *lines, *warnings])
+
+
+def _fared(row: dict[str, Any]) -> str:
+    """What became of a candidate of a search, in a line."""
+    words = [f"{row['total_parameters']:,} parameters"] if row["total_parameters"] else []
+    if row["tokens"] is None:
+        return ", ".join([*words, "not tried"])
+    words += [f"rank {row['rank']}"] if row["rank"] else []
+    for name, loss in (("untrained loss", row["zero_shot"]), ("loss", row["loss"])):
+        words += [f"{name} {loss:.4f}"] if loss is not None else []
+    return ", ".join([*words, f"{'diverged before' if row['diverged'] else 'after'} {row['tokens']:,} tokens"])
 
 
 def _rows(section: dict[str, Any], indent: str) -> list[tuple[str, str]]:

@@ -83,5 +83,5 @@ def table(candidates: Sequence[Candidate], budgets: Sequence[str] = ()) -> str:
 
 
 def in_words(figure: float) -> str:
-    """A count by its digits, another number by four of them."""
-    return f"{figure:,}" if isinstance(figure, int) else f"{figure:.4g}"
+    """A count, and any number from 1,000 on, by its digits before the point; another one by four digits."""
+    return f"{figure:,.0f}" if isinstance(figure, int) or abs(figure) >= 1000 else f"{figure:.4g}"

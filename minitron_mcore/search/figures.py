@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minitron_mcore.files import write_figure
 from minitron_mcore.search.ranking import Ranked, Ranking
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Axis of the plot by the figure on it.
 _LABELS = {
@@ -20,8 +24,13 @@ NAMED = 12  # so many candidates the legend names
 
 
 def write_costs(ranking: Ranking, path: Path) -> None:
+    """`costs_figure` as PNG, whole or not at all. One process calls."""
+    write_figure(path, costs_figure(ranking))
+
+
+def costs_figure(ranking: Ranking) -> Figure:
     """Loss against cost, one dot a candidate that trained to the end, with the Pareto front as a line and its
-    candidates named; those that halving stopped are hollow. PNG, whole or not at all. One process calls."""
+    candidates named; those that halving stopped are hollow."""
     from matplotlib.figure import Figure
 
     rows = [each for each in ranking.rows if each.result["loss"] is not None]
@@ -37,15 +46,22 @@ def write_costs(ranking: Ranking, path: Path) -> None:
         panel.plot(*point(each), "o", color="C0", fillstyle="full" if full else "none", ms=6)
     front = sorted((each for each in rows if each.on_front), key=point)
     panel.plot(*zip(*map(point, front), strict=True), color="C1", lw=1.5, zorder=0, label="Pareto front")
+    costs = [point(each)[0] for each in rows]
+    middle, rises = (min(costs) + max(costs)) / 2, ranking.cost.endswith("throughput")
     for each in front:
-        panel.annotate(each.candidate.name, point(each), textcoords="offset points", xytext=(6, 4), fontsize=7)
+        # Towards the middle, where there is room, and away from the line.
+        is_left = point(each)[0] < middle
+        shift, side = (6, "left") if is_left else (-6, "right")
+        drop, height = (4, "bottom") if is_left != rises else (-4, "top")
+        place, name = (shift, drop), each.candidate.name
+        panel.annotate(name, point(each), place, textcoords="offset points", ha=side, va=height, fontsize=7)
     if any(each.result["tokens"] < most for each in rows):
         panel.plot([], [], "o", color="C0", fillstyle="none", label="stopped by halving")
     panel.set_xlabel(_LABELS[ranking.cost])
     panel.set_ylabel("held-out LM loss, nats a token")
-    panel.margins(x=0.15)
+    panel.margins(x=0.15, y=0.1)
     panel.legend(fontsize=8)
-    write_figure(path, figure)
+    return figure
 
 
 def write_curves(ranking: Ranking, path: Path) -> None:

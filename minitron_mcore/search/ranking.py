@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_mcore.search.candidates import TIMED, Candidate
+from minitron_mcore.search.candidates import TIMED, Candidate, in_words
 from minitron_mcore.search.halving import Result, best_first, or_infinite, standing, survivors
 from minitron_mcore.tables import counted
 from minitron_mcore.tables import table as tabulate
@@ -163,7 +163,7 @@ def table(ranking: Ranking) -> str:
             each.zero_shot_rank,
             each.candidate.name,
             f"{each.candidate.figures['total_parameters']:,}",
-            *([f"{each.candidate.figures[ranking.cost]:.4g}"] if ranking.cost in TIMED else []),
+            *([in_words(each.candidate.figures[ranking.cost])] if ranking.cost in TIMED else []),
             _shown(each.result["zero_shot"]),
             _shown(each.result["loss"]),
             f"{each.result['tokens']:,}",

@@ -135,9 +135,7 @@ def within_budgets(candidates: Sequence[Candidate], budget: BudgetConfig) -> lis
     of = f"of {counted(len(candidates), 'shape')}"
     if not alone:
         raise InputError("search.budget", budget.given(), f"is met as a whole by none {of}", f"the nearest are {told}")
-    (least, most) = bounds[alone[0]]
-    between = " to ".join(in_words(_whole(end)) for end in (least, most))
-    rule, value = f"is met by none {of} ({between})", budget.given()[alone[0]]
+    rule, value = f"is met by none {of} ({_between(*bounds[alone[0]])})", budget.given()[alone[0]]
     raise InputError(f"search.budget.{alone[0]}", value, rule, f"the nearest are {told}")
 
 
@@ -171,18 +169,28 @@ def _middle(budget: tuple[str, tuple[float, float]]) -> tuple[str, float]:
 
 
 def _how_far(candidate: Candidate, bounds: Bounds) -> str:
-    """As "l2-h64-f128-q4-g2 with total_parameters 1,234 (5% above)"."""
+    """As "l2-h64-f128-q4-g2 with total_parameters 1,234 (5.0% above 1,175)": how far it is from the end that it is
+    beyond, and what that is."""
     told = []
     for name, share in exceeded(candidate, bounds).items():
-        value = candidate.figures[name]
-        side = "below" if value < bounds[name][0] else "above"
-        far = f"{100 * share:.1f}%" if share < 10 else f"{share:,.0f} times"
-        told.append(f"{name} {in_words(value)} ({far} {side})")
+        value, (least, most) = candidate.figures[name], bounds[name]
+        side, end = ("below", least) if value < least else ("above", most)
+        far = f"{100 * share:.1f}% {side}" if share < 10 else f"{value / end:,.0f} times"
+        told.append(f"{name} {in_words(value)} ({far} {in_words(_whole(end))})")
     return f"{candidate.name} with {', '.join(told)}"
 
 
+def _between(least: float, most: float) -> str:
+    """Both ends in one number format, or the one that there is."""
+    if math.isinf(most):
+        return f"at least {in_words(_whole(least))}"
+    ends = f"{in_words(_whole(least))} to " if least else "at most "
+    return ends + in_words(_whole(most))
+
+
 def _whole(end: float) -> float:
-    return int(end) if end.is_integer() else end
+    """Without what arithmetic leaves behind the point of a count."""
+    return round(end) if end >= 1000 or end.is_integer() else end
 
 
 def _reason(error: InputError) -> str:

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.tables import counted
 from minitron_mcore.training.config import PhaseConfig, TrainConfig
 
 SIZES = ("sequence_length", "global_batch_size", "micro_batch_size")
@@ -92,7 +93,7 @@ class Timetable:
     def __str__(self) -> str:
         sizes = _range([start.shape.global_batch_size for start in self.starts])
         lengths = _range([start.shape.sequence_length for start in self.starts])
-        return f"{self.iterations} iterations of {sizes} x {lengths} tokens, {self.tokens:,} in all"
+        return f"{counted(self.iterations, 'iteration')} of {sizes} x {lengths} tokens, {self.tokens:,} in all"
 
 
 def _range(values: list[int]) -> str:
@@ -202,4 +203,6 @@ def _check_shape(shape: Shape, keys: dict[str, str], train: TrainConfig, paralle
     microbatches = value // share
     if parallel.virtual_pipeline and microbatches % parallel.pipeline:
         needed = f"the interleaved schedule needs a multiple of parallel.pipeline={parallel.pipeline}"
-        raise InputError(key, given, f"{subject}makes {microbatches} microbatches, but {needed}", "change one of them")
+        raise InputError(
+            key, given, f"{subject}makes {counted(microbatches, 'microbatch')}, but {needed}", "change one of them"
+        )

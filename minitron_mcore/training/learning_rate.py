@@ -9,6 +9,7 @@ import math
 from itertools import groupby
 
 from minitron_mcore.errors import InputError
+from minitron_mcore.tables import counted
 from minitron_mcore.training.budget import Timetable, plan_timetable
 from minitron_mcore.training.config import TrainConfig
 
@@ -34,7 +35,7 @@ def check_learning_rate(train: TrainConfig, timetable: Timetable, section: str, 
     """
     tokens = f"{budget or section}.tokens={train.tokens}"
     if train.lr_warmup_iters >= timetable.iterations:
-        rule = f"must be less than the {timetable.iterations} iterations of {tokens}"
+        rule = f"must be less than the {counted(timetable.iterations, 'iteration')} of {tokens}"
         raise InputError(f"{section}.lr_warmup_iters", train.lr_warmup_iters, rule, "lower it")
     if train.lr_warmup_tokens >= timetable.tokens:
         key = f"{section}.lr_warmup_tokens"

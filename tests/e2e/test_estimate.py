@@ -114,6 +114,8 @@ def test_what_does_not_fit_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no layout of 8 GPUs fits" in shown and found["layouts"] == [] and found["fewest"][0]["gpus"] > 8
     shown, found = estimate(capsys, tmp_path, *LLAMA, "cluster.gpus=8", "cluster.gpu_memory=8Mi")
     assert "no number of such GPUs would do" in shown and found["fewest"] == []
+    shown, found = estimate(capsys, tmp_path, *LLAMA, "cluster.gpus=1", "cluster.gpu_memory=8Gi", "correct.tokens=0")
+    assert "no layout of 1 GPU fits" in shown
     shown, found = estimate(capsys, tmp_path, *LLAMA, "cluster.gpus=6", "cluster.device=H100")
     assert found["fits"] is False and found["trainings"][0]["memory"] is None
     assert shown.count("parallel.tensor=4 x parallel.pipeline=1 = 4 ranks for one copy of the model") == 1

@@ -108,6 +108,14 @@ def test_a_search_ends_with_its_ranking(root: Path, shown: str) -> None:
     for name in ("search.png", "curves.png"):
         assert imread(folder / name)[..., :3].std() > 0.01
     assert f"{full[0]['name']} -> {folder}/winner/distilled" in shown
+    # What `inspect` says of the folder.
+    found = json.loads(run_well("inspect", str(folder), "--json"))
+    assert (found["kind"], found["winner"], found["trained"]) == ("search", full[0]["name"], 3)
+    assert [(name, row["rank"], row["loss"]) for name, row in found["candidates"].items()] == [
+        (each["name"], place, each["loss"]) for place, each in enumerate(order, start=1)
+    ]
+    assert found["correlation"] == described["correlation"]
+    assert {Path(path).relative_to(folder).as_posix() for path in found["checkpoints"]} >= {"winner/distilled"}
 
 
 def test_a_list_does_not_lose_what_is_known(root: Path, shown: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minitron_mcore.tables import markdown, table
+from minitron_mcore.tables import counted, markdown, table
 
 ROWS = [("layers", 1234, "yes"), ("h", 5, "")]
 
@@ -14,6 +14,11 @@ def test_columns_are_as_wide_as_their_widest_cell() -> None:
         "h          5",
     ]
     assert table(ROWS, left=(0, 2), indent="  ").splitlines() == ["  layers  1234  yes", "  h          5"]
+
+
+def test_counts_agree_with_their_words() -> None:
+    told = [counted(number, what) for what in ("GPU", "microbatch", "epoch") for number in (1, 2000)]
+    assert told == ["1 GPU", "2,000 GPUs", "1 microbatch", "2,000 microbatches", "1 epoch", "2,000 epochs"]
 
 
 def test_markdown() -> None:

@@ -72,6 +72,7 @@ class Estimated:
     gpus: int
     device: str
     trainings: tuple[Spent, ...]
+    on_cpu: bool = False  # the `gpus` are ranks of a CPU
 
 
 def find_outcomes(place: Place) -> tuple[Outcome, ...]:
@@ -122,7 +123,8 @@ def find_estimate(place: Place) -> Estimated | None:
     machine = found.get("machine")
     device = machine.get("device") if isinstance(machine, dict) else None
     gpus = int(number(found.get("gpus")) or 0)
-    return Estimated(gpus, str(device or ""), tuple(_spent(row) for row in found["trainings"] if isinstance(row, dict)))
+    spent = tuple(_spent(row) for row in found["trainings"] if isinstance(row, dict))
+    return Estimated(gpus, str(device or ""), spent, found.get("on_cpu") is True)
 
 
 def _spent(row: Mapping[str, Any]) -> Spent:

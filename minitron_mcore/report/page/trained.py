@@ -8,6 +8,7 @@ from minitron_mcore.report.figures.curves import Line, against_tokens, shares
 from minitron_mcore.report.gather.report import Report
 from minitron_mcore.report.gather.trainings import RATES, STEP, Curve
 from minitron_mcore.report.page.parts import NONE, Drawn, Part, Section, Table, Words, decimals, duration, short, whole
+from minitron_mcore.tables import counted
 
 # Name in metrics.jsonl -> (title, axis). Drawn where a training logs it.
 CURVES = {
@@ -138,5 +139,5 @@ def cost(report: Report) -> Section | None:
         for each in found.trainings
     )
     head = ("training", "tokens", "time", "GPU-hours", "cost", "kWh", "GiB a rank")
-    where = f"{found.gpus} GPUs" + (f" ({found.device})" if found.device else "")
+    where = counted(found.gpus, "CPU rank" if found.on_cpu else "GPU") + (f" ({found.device})" if found.device else "")
     return Section("cost", "Cost", [Table(f"As estimated for {where}, before it ran", head, rows)])

@@ -276,7 +276,7 @@ BAD: list[tuple[str, list[str], str]] = [
     (
         "plan",
         [*SCORED, "plan=@/new.json", "prune.depth_metric=accuracy", "student.num_layers=2"],
-        "prune.depth_metric=accuracy was not measured for blocks of 1 layers, only block_influence, lm_loss",
+        "prune.depth_metric=accuracy was not measured for blocks of 1 layer, only block_influence, lm_loss",
     ),
     (
         "plan",

@@ -14,13 +14,14 @@ from minitron_mcore.estimate.cost import cost_of
 from minitron_mcore.estimate.estimate import Estimate
 from minitron_mcore.estimate.forecast import Forecast, forecast, stage_parts
 from minitron_mcore.estimate.layouts import best_layouts, is_possible, parallels, smallest
+from minitron_mcore.estimate.words import report
 from minitron_mcore.estimate.work import Limits
 from minitron_mcore.jobs.estimate import resolve, training_of
 from minitron_mcore.jobs.sketch import TRAININGS, sketch
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.recipe import load_recipe
 from minitron_mcore.runtime.config import ParallelConfig, check_sequence
-from minitron_mcore.runtime.world import World
+from minitron_mcore.runtime.world import Memory, World
 from tests.refusals import refuses
 
 ROOT = Path(__file__).parents[3]
@@ -91,6 +92,29 @@ def test_the_fewest_gpus() -> None:
     assert found.fewest[0] == first and first.gpus > 1
     assert not any(best_layouts(found.trainings, gpus, 8, found.limits) for gpus in range(1, first.gpus))
     assert smallest(found.trainings, 8, Limits(2**20)) == []
+
+
+def test_the_fewest_gpus_are_the_same_whatever_is_asked_for() -> None:
+    """Also where no number is; a node's host memory is then shared by its own ranks, not by those asked for."""
+    offloaded = ["teacher.placement=offloaded", "cluster.host_memory=64Gi", "cluster.gpu_memory=40Gi"]
+    for words in ([], CORRECTED, offloaded):
+        found = [estimate(*words, *gpus).fewest for gpus in ([], ["cluster.gpus=8"], ["cluster.gpus=64"])]
+        alike = [[(each.gpus, each.parallel, each.memory) for each in fewest] for fewest in found]
+        assert alike[0] and alike[0] == alike[1] == alike[2], words
+
+
+def test_it_is_said_what_ranks_an_estimate_is_for() -> None:
+    """Without a cluster those of this machine: of a CPU, which need other amounts, with its memory."""
+    own = [word for word in LLAMA if not word.startswith("cluster.")]
+    here = World(memory=Memory(2**30, 2**30, 2**30, 2**30))
+    told = resolve(load_recipe(None, own), here).estimate
+    assert told.on_cpu and told.limits.device == 2**30
+    shown = report(told)
+    assert shown.startswith("estimate: run on 1 CPU rank of this machine in bf16\n")
+    assert "no layout of 1 CPU rank fits" in shown and "GPU" not in shown
+    for words, place in (([], "one H100"), (["cluster.gpus=2", "cluster.device=null"], "2 x GPU")):
+        found = resolve(load_recipe(None, [*LLAMA, *words]), here).estimate
+        assert not found.on_cpu and f" on {place} in bf16" in report(found)
 
 
 def test_numbers_that_no_layout_holds_are_refused() -> None:

@@ -62,7 +62,9 @@ def test_host_memory_of_an_offloaded_teacher() -> None:
     (line,) = forecast_words(found, roomy.memory)
     assert "; host memory of a node: forecast 42.6 MiB" in line and "free 2.0 GiB of 4.0 GiB" in line
     (line,) = forecast_words(found, None)
-    assert line == f"memory of a rank: forecast {found}"
+    assert line == f"memory of a rank: forecast {found}" and " on a GPU (" in line
+    (line,) = forecast_words(forecast_of(recipe, world_of("cpu", 8)), None)
+    assert " on the CPU (" in line
 
     tight = world_of("cuda", 8, needed - 2**20, needed)
     _, warning = forecast_words(forecast_of(recipe, tight), tight.memory)
@@ -73,6 +75,9 @@ def test_host_memory_of_an_offloaded_teacher() -> None:
         forecast_of(recipe, world_of("cuda", 8, needed - 1, needed - 1))
     assert (caught.value.key, caught.value.value) == ("teacher.placement", "offloaded")
     assert "set teacher.placement=sharded" in caught.value.remedy
+
+    with pytest.raises(InputError, match="of host memory on a node, with a copy on its one rank, and a node has"):
+        forecast_of(recipe, world_of("cuda", 1, 0, needed // 8 - 1))
 
     resident = forecast_of(load_recipe(None, [*BUDGET, "precision=bf16"]), roomy)
     assert resident.host == 0 and "host memory" not in "".join(forecast_words(resident, roomy.memory))

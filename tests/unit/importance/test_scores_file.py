@@ -152,7 +152,10 @@ def test_depth_of_blocks() -> None:
     assert numpy.array_equal(scores.depth_of("lm_loss", 3), scores.depth["lm_loss@3"])
     for metric, length in (("lm_loss", 2), ("accuracy", 1)):
         with refuses(
-            "prune.depth_metric", metric, f"blocks of {length} layers", f"{metric} in importance.depth_metrics"
+            "prune.depth_metric",
+            metric,
+            f"blocks of {length} layer{'s' * (length > 1)}",
+            f"{metric} in importance.depth_metrics",
         ):
             scores.depth_of(metric, length)
     with refuses("scores", None, "have no block of 5 layers"):

@@ -36,6 +36,11 @@ def test_trials_are_one_distillation_of_the_largest(overrides: list[str], trials
     assert winner.recipe.distill.tokens == 94_000_000_000 and tried.model == winner.model
     # docs/search.md: the largest of the 18; of the five nearest to 8B one of 8.079B.
     assert round(tried.model.num_parameters / 1e9, 3) == (8.079 if "search.most=5" in overrides else 8.357)
+    # What is tried, and why one is not counted.
+    count = 5 if "search.most=5" in overrides else 18
+    goes_on = "search.schedule=search" not in overrides
+    assert tried.step.title == f"try {f'{count - 1} of {count}' if goes_on else count} candidates as large"
+    assert ("the winner's trial counts as the first part of its distillation" in tried.note) == goes_on
     assert [work.verb for work in works if work.model != teacher] == [
         "distill",
         "evaluate",

@@ -24,10 +24,15 @@ REFUSED: list[tuple[list[str], str]] = [
     (["search.halving.rungs=[129,130]"], "at iteration 4: the rungs are at 2, 2: name others"),
     (["search.halving.rungs=[512]"], "below search.tokens=512, which ends at iteration 4: the rungs are at 4"),
     (["search.side_by_side=3"], "search.side_by_side=3 does not divide the 4 ranks"),
-    (["search.side_by_side=4", "parallel.tensor=2"], "parallel.tensor"),
+    (
+        ["search.side_by_side=4", "parallel.tensor=2"],
+        "search.side_by_side=4 leaves each candidate 1 of the 4 ranks, and one copy takes parallel.tensor=2 x "
+        "parallel.pipeline=1 = 2: set search.side_by_side=2, start a multiple of 8 ranks, or change parallel.*",
+    ),
+    (["search.side_by_side=4", "parallel.tensor=8"], "parallel.tensor=8 x parallel.pipeline=1 = 8 ranks for one copy"),
     (["distill.correct_teacher=true"], "distill.correct_teacher=true would give every candidate another teacher"),
     (["prune.steps=2"], "prune.steps=2 scores between its steps, which only `run` does: leave prune.steps out here"),
-    (["prune.depth_metric=lm_loss"], "prune.depth_metric=lm_loss is not measured for blocks of 1 layers"),
+    (["prune.depth_metric=lm_loss"], "prune.depth_metric=lm_loss is not measured for blocks of 1 layer"),
     (["parallel.tensor=4"], "parallel.tensor=4"),
     (["teacher.checkpoint=@/none"], "teacher.checkpoint=@/none is not there"),
     (["scores=@/tokenizer.model"], "scores=@/tokenizer.model exists and is not a scores file"),
@@ -90,6 +95,10 @@ def test_dry_run(root: Path) -> None:
     world = World(size=4, local_size=4)
     shown = dry_run("search", resolve_job("search", recipe_of(root, grid), world), world)
     assert f"tries 3 candidates for {4 * BATCH} tokens, 2 at a time on 2 ranks each; the one that needs most" in shown
+    pair = World(size=2, local_size=2)
+    assert ", 2 at a time on 1 rank each; " in dry_run(
+        "search", resolve_job("search", recipe_of(root, grid), pair), pair
+    )
     assert (
         f"trains the first {4 * BATCH} tokens of 8 iterations of 4 x 32 tokens" in shown
         and "memory of a rank: forecast" in shown

@@ -148,7 +148,7 @@ def test_of_equal_blocks_the_later_goes() -> None:
     ("layers", "metric", "refusal"),
     [
         ("contiguous", "lm_loss", ("prune.depth_metric", "lm_loss", "was not measured for blocks of 3 layers")),
-        ("scattered", "logit_mse", ("prune.depth_metric", "logit_mse", "was not measured for blocks of 1 layers")),
+        ("scattered", "logit_mse", ("prune.depth_metric", "logit_mse", "was not measured for blocks of 1 layer")),
         ("middle", "lm_loss", ("prune.layers", "middle", "must be one of scattered, contiguous")),
     ],
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from minitron_mcore.search.candidates import Candidate
-from minitron_mcore.search.figures import write_costs, write_curves
+from minitron_mcore.search.figures import costs_figure, write_costs, write_curves
 from minitron_mcore.search.ranking import (
     halved,
     mean_ranks,
@@ -164,3 +164,26 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
         few, more = (imread(tmp_path / f"{name}-{number}.png")[..., :3] for number in (1, 4))
         assert few.std() > 0.01 and not np.array_equal(few, more)
     assert len([*tmp_path.iterdir()]) == 4
+
+
+@pytest.mark.parametrize("cost", ["total_parameters", "decode_throughput"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_names_stay_within_the_frame(cost: str, count: int) -> None:
+    """The last of them, at the right end, ran over it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    wide = TEACHER.replace(hidden_size=12288, ffn_hidden_size=49152, num_attention_heads=96, num_query_groups=96)
+    shapes = [
+        Candidate(wide.replace(num_layers=n), {"total_parameters": n * 10**9, "decode_throughput": 1000 / n})
+        for n in range(40, 40 + count)
+    ]
+    results = [result(each, 9.0, 4.0 - place / 10) for place, each in enumerate(shapes)]
+    figure = costs_figure(ranked(shapes, results, [cost]))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (panel,) = figure.axes
+    frame = panel.get_window_extent()
+    assert len(panel.texts) == count
+    for text in panel.texts:
+        box = text.get_window_extent(canvas.get_renderer())
+        assert frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1, text.get_text()

@@ -117,9 +117,22 @@ def test_a_space_that_holds_nothing_is_refused() -> None:
 def test_a_budget_that_nothing_meets_names_the_nearest() -> None:
     sizes = {2: plain_count(2, 48, 96, 6, 2), 3: plain_count(3, 48, 96, 6, 2)}
     over = 100 * (sizes[2] / 52500 - 1)
-    told = f"the nearest are l2-h48-f96-q6-g2 with total_parameters {sizes[2]:,} ({over:.1f}% above); l3-h48"
+    told = f"the nearest are l2-h48-f96-q6-g2 with total_parameters {sizes[2]:,} ({over:.1f}% above 52,500); l3-h48"
     with refuses("search.budget.total_parameters", 50000, "by none of 2 shapes (47,500 to 52,500)", told):
         space(num_layers=[2, 3], budget={"total_parameters": 50000})
+    # 0.93 x 500,000 leaves a rest behind the point, 1.07 x 500,000 none; an open end is not shown.
+    for asked, words in (
+        ({"total_parameters": 500000, "tolerance": 0.07}, "by none of 2 shapes (465,000 to 535,000)"),
+        ({"total_parameters": [None, 1500]}, "by none of 2 shapes (at most 1,500)"),
+        ({"flops_per_token": [10**15, None]}, "by none of 2 shapes (at least 1,000,000,000,000,000)"),
+    ):
+        (name, *_) = asked
+        with refuses(f"search.budget.{name}", asked[name], words, "the nearest are"):
+            space(num_layers=[2, 3], budget=asked)
+    # From the end that a shape is beyond, which is named; far beyond it, as a multiple.
+    told = f"with total_parameters {sizes[2]:,} ({sizes[2] / 2100:,.0f} times 2,100)"
+    with refuses("search.budget.total_parameters", 2000, "", told):
+        space(num_layers=[2, 3], budget={"total_parameters": 2000})
     # Each budget has a shape of its own, none meets both.
     budget = {"total_parameters": [None, sizes[2]], "non_embedding_parameters": [sizes[3] - 2 * 1003 * 48, None]}
     told = f"l2-h48-f96-q6-g2 with non_embedding_parameters {sizes[2] - 2 * 1003 * 48:,} "

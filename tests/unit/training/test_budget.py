@@ -84,6 +84,7 @@ def test_a_ramp_then_the_full_size() -> None:
     assert [step.shape.global_batch_size for step in timetable.steps()] == [4, 4, 4, 6, 6, 8, 8, 8, 8, 8]
     assert [step.tokens_before // 16 for step in timetable.steps()] == [0, 4, 8, 12, 18, 24, 32, 40, 48, 56]
     assert timetable.tokens == 16 * 64 and str(timetable) == "10 iterations of 4-8 x 16 tokens, 1,024 in all"
+    assert str(plan(tokens=9)).startswith("1 iteration of ")
 
 
 def test_phases_share_the_dataset_of_their_length() -> None:
@@ -138,7 +139,7 @@ def test_no_timetable(fields: dict[str, Any], words: str) -> None:
         (
             {"rampup_batch_size": [2, 2, 12]},
             {"pipeline": 2, "virtual_pipeline": 2},
-            "train.rampup_batch_size=[2, 2, 12] passes a batch size of 2, which makes 1 microbatches, "
+            "train.rampup_batch_size=[2, 2, 12] passes a batch size of 2, which makes 1 microbatch, "
             "but the interleaved schedule needs a multiple of parallel.pipeline=2: change one of them",
         ),
         (
