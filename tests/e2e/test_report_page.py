@@ -128,3 +128,25 @@ def test_the_keyboard_reaches_everything(browser: Browser, page: Path) -> None:
     browser.run("document.querySelector('summary').focus()")
     browser.press("Enter")
     assert browser.run("document.querySelector('details').open")
+
+
+def test_it_is_whole_on_paper(browser: Browser, page: Path) -> None:
+    """A4, of a reader whose screen is dark: white, no wider than the sheet, what they opened in full, nothing else."""
+    width = 718  # CSS pixels of 210 mm within Chromium's margins
+    browser.show(width, "dark")
+    browser.open(page)
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.call("Emulation.setEmulatedMedia", media="print", features=dark)
+    try:
+        assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert [each for each in browser.run(CONTRASTS) if each[0] < 4.5] == []
+        assert browser.run("document.documentElement.scrollWidth") == width
+        assert browser.run("[...document.querySelectorAll('details')].every(d => !d.getClientRects().length)")
+        browser.run("document.querySelectorAll('details').forEach(details => details.open = true)")
+        cut = "(node => node.scrollHeight > node.clientHeight || node.scrollWidth > node.clientWidth)"
+        assert browser.run("Math.max(...[...document.querySelectorAll('pre')].map(pre => pre.scrollHeight))") > 600
+        assert browser.run(f"[...document.querySelectorAll('pre, .scroll')].filter({cut}).length") == 0
+        assert browser.run("document.documentElement.scrollWidth") == width
+        assert browser.run("getComputedStyle(document.querySelector('h2')).breakAfter") == "avoid"
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")
