@@ -12,14 +12,15 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from tests.distributed.dense_reference import DenseModel, fill
 from tests.distributed.hf_cases import save_with_transformers
-from tests.distributed.models import LAYOUTS, assemble, my_batch, relative_error, start_layout, steady
-from tests.distributed.packed_rows import COUNT, alone, by_segment, drawn, packed
+from tests.distributed.models import LAYOUTS, SEQUENCE, assemble, my_batch, relative_error, start_layout, steady
+from tests.distributed.packed_rows import COUNT, LENGTHS, alone, by_segment, drawn, packed
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.state_loss_problem import CASES, build, dense_solution, solve_on_rank, weights_of
 
@@ -148,24 +149,45 @@ def test_each_tokens_loss() -> None:
                 torch.testing.assert_close(losses.double(), expected[number], rtol=1e-5, atol=1e-5)
 
 
-STEPS = 6
+STEPS, ROWS = 6, 8
+
+
+def chats() -> Any:
+    """As many chats as there are segments, of random tokens, of which all but the first third are learnt."""
+    from minitron_mcore.data.chat.prepared import Part
+
+    sizes = [length + 1 for row in LENGTHS for length in row]  # the last token is a label alone
+    tokens = torch.randint(0, VOCABULARY, (sum(sizes),), generator=torch.Generator().manual_seed(4))
+    learnt = [place >= size // 3 for size in sizes for place in range(size)]
+    starts = numpy.cumsum([0, *sizes])
+    return Part(tokens.int().numpy(), numpy.array(learnt), starts, None, sides=1)
 
 
 def distil_on_rank(parallel: dict[str, Any], world_size: int) -> list[dict[str, float]]:
-    """What each step on the packed rows reports: the teacher resident, all losses."""
+    """What each step on packed chats reports: the teacher resident, all losses."""
+    from minitron_mcore.data.chat.dataset import ChatDataset
+    from minitron_mcore.data.dataset import batches
+    from minitron_mcore.model.microbatch import to_device
+    from minitron_mcore.runtime.groups import data_place
     from minitron_mcore.training.config import TrainConfig
     from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
 
     models, objective = build(CASES[TOGETHER], start_layout(parallel, world_size))
-    train = TrainConfig(lr=3e-3, min_lr=1e-3, lr_warmup_iters=1, global_batch_size=8, micro_batch_size=4)
+    sizes: Any = {"global_batch_size": ROWS, "micro_batch_size": ROWS // 2}
+    train = TrainConfig(lr=3e-3, min_lr=1e-3, lr_warmup_iters=1, **sizes)
     chunks, timetable = wrap_model(models), steady(train, STEPS)
     optimizer = build_optimizer(chunks, train, "fp32")
     trained = Trained(chunks, optimizer, build_scheduler(optimizer, train, timetable))
-    batches = (my_batch(packed(VOCABULARY, 4)) for _ in range(STEPS))
-    return [train_step(trained, objective, timetable.at(step).shape, batch) for step, batch in enumerate(batches)]
+    data = ChatDataset(chats(), SEQUENCE, padding=0, seed=1, size=ROWS * STEPS, packing=True)
+    stream, history = batches(data, consumed_samples=0, **sizes, **data_place()), []
+    for step in range(STEPS):
+        batch = [to_device(next(stream)) for _ in range(2)]
+        assert all(microbatch.packed is not None for microbatch in batch), "rows of several chats"
+        history.append(train_step(trained, objective, timetable.at(step).shape, batch))
+    return history
 
 
-def test_distillation_on_packed_rows_trains() -> None:
+def test_distillation_on_packed_chats_trains() -> None:
     """Over two stages as on one rank: the losses to 1e-5, as everywhere, and they fall."""
     (single,) = run_on_ranks(distil_on_rank, 1, {}, 1)
     for rank in run_on_ranks(distil_on_rank, 2, {"pipeline": 2}, 2):
