@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
+from minitron_mcore.alignment.config import AlignConfig
 from minitron_mcore.bench.config import BenchConfig
 from minitron_mcore.data.chat.config import ChatConfig
 from minitron_mcore.data.config import DataConfig, PreprocessConfig, TokenizerConfig
@@ -125,6 +126,7 @@ class Recipe:
     correct: CorrectConfig = key(CorrectConfig, "correction of the teacher on the distillation's data")
     cache: CacheConfig = key(CacheConfig, "the teacher's targets in files")
     distill: DistillConfig = key(DistillConfig, "training of the student from its teacher")
+    align: AlignConfig = key(AlignConfig, "fine-tuning on answers, and preference optimisation")
     evaluate: EvaluateConfig = key(EvaluateConfig, "held-out LM loss")
     generate: GenerateConfig = key(GenerateConfig, "text that models write", may_change=True)
     run: RunConfig = key(RunConfig, "what `run` makes")

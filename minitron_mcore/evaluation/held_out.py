@@ -44,7 +44,8 @@ def held_out_batches(
 def mean_loss(
     chunks: list[torch.nn.Module], batches: Iterable[list[Microbatch]], objective: Objective
 ) -> dict[str, float]:
-    """Mean of each of the objective's losses over all counted tokens of `batches`, and the perplexity (`ppl`).
+    """Mean of each of the objective's losses over all that counts of `batches`, and of a next-token loss the perplexity
+    (`ppl`).
 
     Nothing is trained: modules in evaluation mode, no gradients. Every rank calls; the same result on every rank.
     """
@@ -58,7 +59,7 @@ def mean_loss(
             for name, value in means.items():
                 totals[name] = totals.get(name, 0.0) + value * tokens
     result = {name: value / (count or 1.0) for name, value in totals.items()}
-    return result | {"ppl": perplexity(result["lm loss"])}
+    return result | ({"ppl": perplexity(result["lm loss"])} if "lm loss" in result else {})
 
 
 def perplexity(loss: float) -> float:

@@ -9,8 +9,9 @@ Legend: b sequences of a micro-batch, s their tokens, padded to the longest; N s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -49,8 +50,21 @@ class Inputs:
         return cls(list(found), list(found.values()))
 
 
+def padded(sequence: Sequence[int], length: int) -> dict[str, torch.Tensor]:
+    """A sample of `length` tokens that reads `sequence`, padded on the right."""
+    tokens = torch.zeros(length, dtype=torch.int64)
+    tokens[: len(sequence)] = torch.tensor(sequence)
+    return {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(length), "position_ids": torch.arange(length)}
+
+
 def input_batches(
-    sequences: Sequence[Sequence[int]], micro_batch_size: int, group: int, length_multiple: int = 1, **place: int
+    sequences: Sequence[Any],
+    micro_batch_size: int,
+    group: int,
+    length_multiple: int = 1,
+    sample: Callable[[Any, int], dict[str, torch.Tensor]] = padded,
+    /,
+    **place: int,
 ) -> Iterator[Iterator[Microbatch]]:
     """The microbatches of all sequences for the data-parallel rank at `place` (data_parallel_rank,
     data_parallel_size), at most `group` at a time for one call of a schedule.
@@ -58,6 +72,7 @@ def input_batches(
     Sequences are sorted by length, the longest first, because those of one call are padded to one length (a multiple
     of `length_multiple`: tensor-parallel ranks, under sequence parallelism). Every rank gets equally many microbatches;
     fillers are not `valid`. `samples` are the sequences' numbers. Padding is on the right: no token sees it.
+    sample: makes a sample of a sequence and a length; of token ids by default.
     """
     order = sorted(range(len(sequences)), key=lambda number: (-len(sequences[number]), number))
     together = group * micro_batch_size * place["data_parallel_size"]
@@ -65,14 +80,8 @@ def input_batches(
         numbers = order[begin : begin + together]
         length = len(sequences[numbers[0]])
         length += -length % length_multiple
-        padded = {number: _padded(sequences[number], length) for number in numbers}
-        yield map(Microbatch.of, batches_once(padded, numbers, micro_batch_size=micro_batch_size, **place))
-
-
-def _padded(sequence: Sequence[int], length: int) -> dict[str, torch.Tensor]:
-    tokens = torch.zeros(length, dtype=torch.int64)
-    tokens[: len(sequence)] = torch.tensor(sequence)
-    return {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(length), "position_ids": torch.arange(length)}
+        samples = {number: sample(sequences[number], length) for number in numbers}
+        yield map(Microbatch.of, batches_once(samples, numbers, micro_batch_size=micro_batch_size, **place))
 
 
 def log_likelihoods(

@@ -234,6 +234,9 @@ COLUMNS: dict[str, tuple[Callable[[float], str], str]] = {
     "peak memory (GiB)": (_fixed(3), DETAIL),
     "learning-rate": ("{:.3E}".format, ALWAYS),
     "global batch size": (_fixed(0), DETAIL),
+    "loss": (_fixed(6), ALWAYS),
+    "rewards/accuracies": (_fixed(4), ALWAYS),
+    "rewards/margins": (_fixed(4), ALWAYS),
     "lm loss": (_fixed(6), ALWAYS),
     "logits distillation loss": (_fixed(6), ALWAYS),
     "teacher lm loss": (_fixed(6), ""),
@@ -243,6 +246,8 @@ COLUMNS: dict[str, tuple[Callable[[float], str], str]] = {
     "number of nan iterations": (_fixed(0), DETAIL),
 }
 OTHER = (_fixed(6), "")
+# What a short line of validation always has.
+ALWAYS_VALIDATED = ("loss", "rewards/accuracies", "rewards/margins", "lm loss", "ppl", "logits distillation loss")
 
 
 def train_line(iteration: int, iterations: int, row: dict[str, float], *, full: bool) -> str:
@@ -262,7 +267,7 @@ def validation_line(iteration: int, row: dict[str, float], *, full: bool) -> str
         sources.setdefault(name.partition(" validation")[2], []).append(name)
     lines = []
     for source, names in sources.items():
-        always = [f"{loss} validation{source}" for loss in ("lm loss", "ppl", "logits distillation loss")]
+        always = [f"{loss} validation{source}" for loss in ALWAYS_VALIDATED]
         first = names if full else [name for name in always if name in names]
         rest = [name for name in names if name not in first]
         lines.append(_line(f" validation at iteration {iteration} |", row, first, rest))

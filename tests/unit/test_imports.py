@@ -22,6 +22,7 @@ FLOORS = [
     {"inference"},
     {"evaluation", "bench"},
     {"importance", "pruning", "distillation"},
+    {"alignment"},
     {"training"},
     {"recipe"},
     {"estimate"},

@@ -1,0 +1,206 @@
+"""What a rank makes of the pairs and answers of problems.py: reported means, and every gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from minitron_mcore.architecture import Architecture
+from tests.distributed.alignment.problems import (
+    LENGTH,
+    draw_answers,
+    draw_models,
+    in_microbatches,
+    packed_rows_of,
+    rewards_of,
+    rows_of,
+)
+from tests.distributed.models import gather_named, my_batch, start_layout, steady
+
+# name -> (world size, parallel section)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1": (1, {}),
+    "TP2": (2, {"tensor": 2}),
+    "TP2-SP": (2, {"tensor": 2, "sequence": True}),
+    "PP2": (2, {"pipeline": 2}),
+    "PP2-VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "DP2": (2, {}),
+    "CP2": (2, {"context": 2}),
+    "TP2-PP2": (4, {"tensor": 2, "pipeline": 2}),
+}
+
+
+class Segments:
+    """Segments of problems.draw_answers, as `Prepared` has them."""
+
+    def __init__(self, answers: list[tuple[list[int], list[bool]]]) -> None:
+        self.tokens = numpy.array([token for ids, _ in answers for token in ids], dtype=numpy.int32)
+        self.counted = numpy.array([each for _, counted in answers for each in counted])
+        self.starts = numpy.cumsum([0, *(len(ids) for ids, _ in answers)])
+
+
+def build(architecture: Architecture, layout: Any, weights: Any, precision: str = "fp32") -> Any:
+    """This rank's chunks with global weights."""
+    from minitron_mcore.model.gpt import build_model
+    from tests.distributed.dense_reference import fill
+
+    models = build_model(architecture, layout, precision)
+    fill(models, architecture, weights)
+    return models
+
+
+def preference(architecture: Architecture, layout: Any, models: tuple[Any, Any], how: dict[str, Any]) -> Any:
+    """how: `method` and its numbers; `sft` and `mean` for answers. `resident`: the reference stays beside."""
+    from minitron_mcore.alignment.losses import PreferenceSettings
+    from minitron_mcore.alignment.objective import AnswerObjective, Pairs, PreferenceObjective
+    from minitron_mcore.alignment.reference import segment_log_probs
+    from minitron_mcore.distillation.logits.settings import LossSettings
+    from minitron_mcore.distillation.teacher.ahead import Teacher
+
+    settings = LossSettings(architecture.vocab_size, chunk_tokens=64)
+    numbers = {name: value for name, value in how.items() if name not in ("micro_batch", "resident", "mean")}
+    if how["method"] == "sft":
+        return AnswerObjective(settings)
+    preference = PreferenceSettings(**numbers)
+    teacher = known = None
+    if how.get("resident"):
+        teacher = Teacher(models[1], architecture)
+    elif preference.has_reference:
+        prepared = Segments(draw_answers(architecture.vocab_size))
+        values = segment_log_probs(models[1], prepared, range(len(prepared.starts) - 1), settings, micro_batch_size=3)
+        known = torch.from_numpy(values).to(torch.cuda.current_device())
+    pairs = Pairs(known, rewards_of().to(torch.cuda.current_device()))
+    return PreferenceObjective(settings, teacher, preference=preference, pairs=pairs)
+
+
+def batch_of(architecture: Architecture, how: dict[str, Any], seed: int = 0) -> Any:
+    """This rank's microbatches of the global batch."""
+    from minitron_mcore.model.microbatch import on_this_context_rank
+
+    rows, size = rows_of(draw_answers(architecture.vocab_size, seed)), how.get("micro_batch", 2)
+    if how.get("mean") == "samples":
+        rows["loss_mask"] = rows["loss_mask"] / rows["loss_mask"].sum(1, keepdim=True)
+    cut = in_microbatches(rows, size if how["method"] == "sft" else 2 * size)
+    return [on_this_context_rank(microbatch) for microbatch in my_batch(cut)]
+
+
+def first_steps(
+    architecture: Architecture, parallel: dict[str, Any], world_size: int, runs: list[dict[str, Any]], precision: str
+) -> list[dict[str, Any]]:
+    """Of each run the means and gradients of one global batch."""
+    from minitron_mcore.distillation.states.projection import finalize_gradients
+    from minitron_mcore.model.initialize import named_parameters
+    from minitron_mcore.model.schedule import evaluating
+    from minitron_mcore.training.step import wrap_model
+
+    layout = start_layout(parallel, world_size)
+    models = tuple(build(architecture, layout, weights, precision) for weights in draw_models(architecture))
+    for chunk in models[1]:
+        chunk.requires_grad_(False)
+    chunks = wrap_model(models[0])
+
+    # All-reduced, not reduce-scattered, so that every rank holds whole gradients to compare.
+    def finalize(*args: Any, force_all_reduce: bool = False, **kwargs: Any) -> None:
+        finalize_gradients(*args, force_all_reduce=True, **kwargs)
+
+    for model in models[0]:
+        model.config.finalize_model_grads_func = finalize
+    named: Any = [row for model in models[0] for row in named_parameters(model)]
+    found = []
+    for how in runs:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        objective = preference(architecture, layout, models, how)
+        means = objective.run(chunks, batch_of(architecture, how))
+        with evaluating(chunks):
+            held_out = objective.held_out().run(chunks, batch_of(architecture, how), forward_only=True)
+        gradients = gather_named([(key, layer, tensor.main_grad) for key, layer, tensor in named])
+        found.append({"means": means, "held_out": held_out, "gradients": gradients})
+    return found
+
+
+def several_steps(
+    architecture: Architecture, parallel: dict[str, Any], world_size: int, how: dict[str, Any], steps: int
+) -> list[dict[str, float]]:
+    """What each training step reports, from the reference on."""
+    from minitron_mcore.training.config import TrainConfig
+    from minitron_mcore.training.step import Trained, train_step
+
+    layout, weights = start_layout(parallel, world_size), draw_models(architecture)[1]
+    models = tuple(build(architecture, layout, weights) for _ in range(2))
+    for chunk in models[1]:
+        chunk.requires_grad_(False)
+    train = TrainConfig(lr=1e-3, min_lr=1e-3, global_batch_size=8, micro_batch_size=how.get("micro_batch", 2))
+    timetable = steady(train, iterations=steps)
+    trained, objective = Trained.of(models[0], train, timetable), preference(architecture, layout, models, how)
+    shape = timetable.at(0).shape
+    return [train_step(trained, objective, shape, batch_of(architecture, how)) for _ in range(steps)]
+
+
+def worked_out(
+    architecture: Architecture, parallel: dict[str, Any], world_size: int, folder: Path, dies_after: int | None
+) -> list[float] | None:
+    """The reference's log-probabilities, in blocks of three segments; None from a pass that dies after some blocks."""
+    from unittest import mock
+
+    from minitron_mcore.alignment import reference
+    from minitron_mcore.distillation.logits.settings import LossSettings
+    from minitron_mcore.runtime.start import start
+
+    layout = start_layout(parallel, world_size)
+    models = build(architecture, layout, draw_models(architecture)[1])
+    prepared, settings = Segments(draw_answers(architecture.vocab_size)), LossSettings(architecture.vocab_size)
+    original, blocks = reference.segment_log_probs, list[Any]()
+
+    def counting(*args: Any, **how: Any) -> Any:
+        if len(blocks) == dies_after:
+            raise KeyboardInterrupt
+        blocks.append(args[2])
+        return original(*args, **how)
+
+    given = models, prepared, folder, {"weights": "abc", "data": 1}, start(), settings
+    with mock.patch.object(reference, "segment_log_probs", counting):
+        try:
+            values = reference.work_out_reference(*given, micro_batch_size=2, block=3)
+        except KeyboardInterrupt:
+            return None
+    return [float(len(blocks)), *values.tolist()]
+
+
+def packed_means(architecture: Architecture, parallel: dict[str, Any], world_size: int) -> tuple[Any, Any]:
+    """Means of a global batch of pairs packed into rows, and unpacked."""
+    from minitron_mcore.model.microbatch import end_to_end
+
+    how = {"method": "dpo", "resident": True}
+    layout = start_layout(parallel, world_size)
+    models = tuple(build(architecture, layout, weights) for weights in draw_models(architecture))
+    objective = preference(architecture, layout, models, how)
+    rows = packed_rows_of(draw_answers(architecture.vocab_size), 2 * LENGTH)
+    packed = [end_to_end(microbatch) for microbatch in my_batch(in_microbatches(rows, 2))]
+    with torch.no_grad():
+        batches = packed, batch_of(architecture, how)
+        means = [objective.run(list(models[0]), batch, forward_only=True) for batch in batches]
+    return means[0], means[1]
+
+
+def segments_found(context: int) -> list[dict[str, Any]]:
+    """Of rows that bring pair 3 twice, and of padding: the segments' numbers, and the sums of what a token holds."""
+    from minitron_mcore.alignment.segments import Segments as Found
+    from minitron_mcore.model.microbatch import Microbatch, on_this_context_rank
+
+    start_layout({"context": context}, context)
+    segments, values = torch.full((4, 8), -1), torch.zeros(4, 8)
+    for row, (number, length) in enumerate(((6, 5), (7, 2), (6, 1), (7, 3))):
+        segments[row, :length] = number
+        values[row, :length] = 10 * row + torch.arange(1.0, length + 1)
+    found = []
+    for numbers in (segments, torch.full_like(segments, -1)):
+        whole = Microbatch(numbers, numbers, values, numbers, segments=numbers)
+        microbatch = on_this_context_rank(whole).to(torch.cuda.current_device())
+        here = Found.of(microbatch)
+        sums = here.sums(microbatch.loss_mask.transpose(0, 1))
+        found.append({"numbers": here.pairs.flatten().tolist(), "sums": sums.tolist()})
+    return found
