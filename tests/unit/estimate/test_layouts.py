@@ -96,7 +96,7 @@ def test_the_fewest_gpus() -> None:
 
 def test_the_fewest_gpus_are_the_same_whatever_is_asked_for() -> None:
     """Also where no number is; a node's host memory is then shared by its own ranks, not by those asked for."""
-    offloaded = ["teacher.placement=offloaded", "cluster.host_memory=64Gi", "cluster.gpu_memory=40Gi"]
+    offloaded = ["teacher.placement=offloaded", "cluster.host_memory=9Gi", "cluster.gpu_memory=52Gi"]
     for words in ([], CORRECTED, offloaded):
         found = [estimate(*words, *gpus).fewest for gpus in ([], ["cluster.gpus=8"], ["cluster.gpus=64"])]
         alike = [[(each.gpus, each.parallel, each.memory) for each in fewest] for fewest in found]
