@@ -9,6 +9,7 @@ must both be what the whole chat begins with. Where neither gives an answer's pl
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from minitron_mcore.runtime.libraries import imported
 
 FILE = "chat_template.jinja"
 KEY = "chat.template"
+SETTINGS, SPLIT = "tokenizer_config.json", "split_special_tokens"  # whether the names of marks in a text are cut up
 MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ENDLESS = int(1e30)  # tokens: what is too long is nothing that transformers is to warn of
 
@@ -39,11 +41,13 @@ Span = tuple[int, int]  # characters [start, end)
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """text: in Jinja. name: what messages call it. with_tools: another for chats with tools, where there is one."""
+    """text: in Jinja. name: what messages call it. with_tools: another for chats with tools, where there is one.
+    own: it lies beside the tokenizer already."""
 
     text: str
     name: str
     with_tools: str = ""
+    own: bool = False
 
     @property
     def digest(self) -> str:
@@ -54,11 +58,14 @@ class ChatTemplate:
         return self.with_tools or self.text if tools else self.text
 
     def save(self, folder: str | Path) -> None:
-        """Write it beside the tokenizer in `folder`, as transformers reads it there, in place of those that it had. One
-        process calls."""
+        """Write it beside the tokenizer in `folder`, as transformers reads it there, in place of those that it had; the
+        marks that it writes are the tokenizer's from then on. One process calls."""
         for name in files_of(str(folder), TEMPLATE_FILES):
             os.remove(os.path.join(folder, name))
         write_whole(Path(folder) / FILE, self.text)
+        settings = Path(folder) / SETTINGS
+        if settings.is_file() and (content := json.loads(settings.read_text(encoding="utf-8"))).get(SPLIT):
+            write_whole(settings, json.dumps({**content, SPLIT: False}, ensure_ascii=False, indent=1) + "\n")
 
 
 def find_template(given: Optional[str], tokenizer: Tokenizer) -> Optional[ChatTemplate]:
@@ -94,7 +101,7 @@ def _own(tokenizer: Tokenizer) -> Optional[ChatTemplate]:
         rule = f"is not given, and the tokenizer in {tokenizer.path} has several, none of them called default"
         raise InputError(KEY, None, rule, "name the file of one") from error
     name = f"the chat template of the tokenizer in {tokenizer.path}"
-    return ChatTemplate(text, name, "" if with_tools == text else with_tools)
+    return ChatTemplate(text, name, "" if with_tools == text else with_tools, own=True)
 
 
 def _check(template: ChatTemplate, given: str) -> None:
@@ -116,8 +123,10 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, template: Optional[ChatTemplate], *, last: bool = False) -> None:
         self.tokenizer, self.template, self.last = tokenizer, template, last
         self.hf = transformers_tokenizer(tokenizer)
-        # Of a model of SentencePiece too, the names of marks that a template writes are those marks.
-        self.hf.split_special_tokens, self.hf.model_max_length = False, ENDLESS
+        self.hf.model_max_length = ENDLESS
+        if template is not None and not template.own:
+            # Also of a tokenizer that cuts the names of its marks up, those that a template writes are the marks.
+            self.hf.split_special_tokens = False
         self.marks = tokenizer.added | frozenset(self.hf.all_special_ids)
         plain, marked = self._encode("x"), list(self.hf("x")["input_ids"])
         # What the tokenizer puts before every text.

@@ -259,6 +259,16 @@ def test_lines_that_break_a_rule(line: str, rule: str, tmp_path: Path, zephyr: T
     assert run(tmp_path, zephyr, path, bad_records="skip").parts["train"].units == 3
 
 
+def test_what_is_no_character_is_replaced_and_counted(tmp_path: Path, zephyr: Tokenizer) -> None:
+    path, lines = write(tmp_path / "chats.jsonl", CHATS), list[str]()
+    half, bad = (json.dumps(chat(text, "c")) for text in ("a \ud800 b", "x"))
+    path.write_bytes(path.read_bytes() + f"{half}\n{bad}".encode().replace(b"x", b"\xff"))
+    made = run(tmp_path, zephyr, path, report=lines.append)
+    assert made.parts["train"].units == 5
+    assert lines[0].startswith("WARNING: characters that are not UTF-8, replaced by U+FFFD: 2 (files: 1)")
+    assert lines[0].endswith(f"the first in {path}, line 4")
+
+
 def test_preferences_without_rewards_that_are_needed(tmp_path: Path, zephyr: Tokenizer) -> None:
     path = write(tmp_path / "pairs.jsonl", PAIRS)
     with refuses("chat.train", f"{path}, line 1", "has no chosen_reward and no rejected_reward"):

@@ -239,6 +239,26 @@ def test_rows_that_the_model_lacks_are_refused(family: Family) -> None:
         Encoder(tokenizer, None)(Completion("import", " json"))
 
 
+def test_an_exported_tokenizer_of_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Until it gets a template, the names of its marks are characters to it."""
+    from transformers import AutoTokenizer
+
+    save_for_transformers(tokenizer, str(tmp_path))
+    exported = load_tokenizer(str(tmp_path))
+    template, messages = template_of("zephyr", exported), turns("def f(self):", "  pass", system="Python.")
+    ids, learnt = Encoder(exported, template)(Chat(messages))
+    assert list(ids).count(exported.eos) == 3 and exported.tokenize("</s>") != [exported.eos]
+    template.save(tmp_path)
+    expected: Any = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        list(messages), return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert (ids.tolist(), learnt.tolist()) == (expected["input_ids"], [bool(x) for x in expected["assistant_masks"]])
+    again = load_tokenizer(str(tmp_path))
+    own = find_template(None, again)
+    assert own is not None and own.own and Encoder(again, own)(Chat(messages))[0].tolist() == ids.tolist()
+    assert again.fingerprint == exported.fingerprint
+
+
 def test_a_sentencepiece_tokenizer_of_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Its marks' names in a template are those marks, as for the exported tokenizer with the template beside it."""
     from transformers import AutoTokenizer
