@@ -24,7 +24,7 @@ from minitron_mcore.checkpoint.folder import TRACKER, beside, read_lineage
 from minitron_mcore.checkpoint.hf_config import INDEX, SINGLE
 from minitron_mcore.checkpoint.manifest import ALGORITHM, MANIFEST
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import copy_file
+from minitron_mcore.files import copy_file, write_whole
 
 FOLDER = "hugging_face"
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -101,6 +101,22 @@ def end_tokens(checkpoint: Path, eos: int) -> tuple[int, ...]:
     configs = (_json(beside_weights / "generation_config.json"), _source_config(checkpoint))
     named = next((found for config in configs if (found := config.get("eos_token_id")) is not None), eos)
     return tuple(named) if isinstance(named, list) else (named,)
+
+
+def stop_at(checkpoint: Path, end: int, marks: dict[str, Any]) -> None:
+    """Have texts that the model generates end at the token `end` too, as answers of a chat template do: written into
+    the checkpoint's generation_config.json, which an export takes along.
+
+    marks: `bos_token_id` and `eos_token_id` of the tokenizer, where the source has none.
+    """
+    marks = token_ids(checkpoint, marks)
+    ends = end_tokens(checkpoint, marks["eos_token_id"])
+    if end in ends:
+        return
+    path = beside(checkpoint, FOLDER) / "generation_config.json"
+    content = {**(_json(path) or {"_from_model_config": True, **marks}), "eos_token_id": [*ends, end]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def tokenizer_class(checkpoint: Path) -> dict[str, str]:

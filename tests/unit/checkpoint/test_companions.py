@@ -13,10 +13,12 @@ import yaml
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.companions import (
     carry_companions,
+    end_tokens,
     keep_companions,
     paths_below,
     refuse_adapter,
     source_card,
+    stop_at,
     token_ids,
     write_companions,
 )
@@ -245,3 +247,28 @@ def test_results_are_shown_where_they_are_of_this_iteration(tmp_path: Path) -> N
     assert "| mmlu | 5 | 9 | acc | 0.4000 ± 0.1000 |" in card and "held-out" not in card
     (folder / "results.json").write_text("{")
     assert "## Evaluation" not in card_of(folder, teacher)[1]
+
+
+@pytest.mark.parametrize(
+    ("files", "before"),
+    [
+        ({}, (2,)),
+        ({"config__json": '{"eos_token_id": 5, "bos_token_id": 4}'}, (5,)),
+        ({"generation_config__json": '{"eos_token_id": [7, 9], "temperature": 0.6}'}, (7, 9)),
+    ],
+    ids=["nothing", "config", "generation"],
+)
+def test_generation_ends_where_answers_do(tmp_path: Path, files: dict[str, str], before: tuple[int, ...]) -> None:
+    checkpoint = imported(tmp_path, None, **files)
+    stop_at(checkpoint, before[0], {"bos_token_id": 1, "eos_token_id": 2})
+    assert end_tokens(checkpoint, 2) == before, "it ends there already"
+    for _ in range(2):
+        stop_at(checkpoint, 11, {"bos_token_id": 1, "eos_token_id": 2})
+    assert end_tokens(checkpoint, 2) == (*before, 11)
+    write_companions(checkpoint, written(tmp_path / "exported"), {"eos_token_id": 2})
+    exported = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    assert exported["eos_token_id"] == [*before, 11]
+    if "generation_config__json" in files:
+        assert exported["temperature"] == 0.6
+    else:
+        assert exported["bos_token_id"] == (4 if files else 1)
