@@ -211,7 +211,7 @@ def transformers_answers(
         loss = model(**given, labels=labels[part]).loss / len(parts)
         loss.backward()
         total += loss.item()
-    return Expected({"loss": total}, gradients_of(model, architecture))
+    return Expected({"loss": total, "tokens": float((labels != -100).sum())}, gradients_of(model, architecture))
 
 
 def dense_log_probs(model: DenseModel, rows: dict[str, torch.Tensor]) -> torch.Tensor:

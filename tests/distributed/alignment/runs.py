@@ -18,19 +18,11 @@ from tests.distributed.alignment.problems import (
     rewards_of,
     rows_of,
 )
+from tests.distributed.models import LAYOUTS as WITHOUT_CONTEXT
 from tests.distributed.models import gather_named, my_batch, start_layout, steady
 
-# name -> (world size, parallel section)
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "1": (1, {}),
-    "TP2": (2, {"tensor": 2}),
-    "TP2-SP": (2, {"tensor": 2, "sequence": True}),
-    "PP2": (2, {"pipeline": 2}),
-    "PP2-VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
-    "DP2": (2, {}),
-    "CP2": (2, {"context": 2}),
-    "TP2-PP2": (4, {"tensor": 2, "pipeline": 2}),
-}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {**WITHOUT_CONTEXT, "CP2": (2, {"context": 2})}
+NOT_THE_LOSS = ("micro_batch", "resident", "mean", "packed")
 
 
 class Segments:
@@ -52,8 +44,9 @@ def build(architecture: Architecture, layout: Any, weights: Any, precision: str 
     return models
 
 
-def preference(architecture: Architecture, layout: Any, models: tuple[Any, Any], how: dict[str, Any]) -> Any:
-    """how: `method` and its numbers; `sft` and `mean` for answers. `resident`: the reference stays beside."""
+def preference(architecture: Architecture, layout: Any, both: tuple[Any, Any], how: dict[str, Any]) -> Any:
+    """how: `method` and its numbers; `sft` and `mean` for answers. `resident`: the reference stays beside. `packed`: of
+    `batch_of`."""
     from minitron_mcore.alignment.losses import PreferenceSettings
     from minitron_mcore.alignment.objective import AnswerObjective, Pairs, PreferenceObjective
     from minitron_mcore.alignment.reference import segment_log_probs
@@ -61,16 +54,16 @@ def preference(architecture: Architecture, layout: Any, models: tuple[Any, Any],
     from minitron_mcore.distillation.teacher.ahead import Teacher
 
     settings = LossSettings(architecture.vocab_size, chunk_tokens=64)
-    numbers = {name: value for name, value in how.items() if name not in ("micro_batch", "resident", "mean")}
+    numbers = {name: value for name, value in how.items() if name not in NOT_THE_LOSS}
     if how["method"] == "sft":
         return AnswerObjective(settings)
     preference = PreferenceSettings(**numbers)
     teacher = known = None
     if how.get("resident"):
-        teacher = Teacher(models[1], architecture)
+        teacher = Teacher(both[1], architecture)
     elif preference.has_reference:
         prepared = Segments(draw_answers(architecture.vocab_size))
-        values = segment_log_probs(models[1], prepared, range(len(prepared.starts) - 1), settings, micro_batch_size=3)
+        values = segment_log_probs(both[1], prepared, range(len(prepared.starts) - 1), settings, micro_batch_size=3)
         known = torch.from_numpy(values).to(torch.cuda.current_device())
     pairs = Pairs(known, rewards_of().to(torch.cuda.current_device()))
     return PreferenceObjective(settings, teacher, preference=preference, pairs=pairs)
@@ -80,6 +73,10 @@ def batch_of(architecture: Architecture, how: dict[str, Any], seed: int = 0) -> 
     """This rank's microbatches of the global batch."""
     from minitron_mcore.model.microbatch import on_this_context_rank
 
+    if how.get("packed"):
+        rows = packed_rows_of(draw_answers(architecture.vocab_size, seed), 2 * LENGTH)
+        packed = torch.ones(len(rows["tokens"]), dtype=torch.bool)
+        return my_batch(in_microbatches({**rows, "packed": packed}, 2))
     rows, size = rows_of(draw_answers(architecture.vocab_size, seed)), how.get("micro_batch", 2)
     if how.get("mean") == "samples":
         rows["loss_mask"] = rows["loss_mask"] / rows["loss_mask"].sum(1, keepdim=True)
@@ -92,8 +89,8 @@ def first_steps(
 ) -> list[dict[str, Any]]:
     """Of each run the means and gradients of one global batch."""
     from minitron_mcore.distillation.states.projection import finalize_gradients
+    from minitron_mcore.evaluation.held_out import mean_loss
     from minitron_mcore.model.initialize import named_parameters
-    from minitron_mcore.model.schedule import evaluating
     from minitron_mcore.training.step import wrap_model
 
     layout = start_layout(parallel, world_size)
@@ -115,8 +112,7 @@ def first_steps(
             chunk.zero_grad_buffer()  # type: ignore[operator]
         objective = preference(architecture, layout, models, how)
         means = objective.run(chunks, batch_of(architecture, how))
-        with evaluating(chunks):
-            held_out = objective.held_out().run(chunks, batch_of(architecture, how), forward_only=True)
+        held_out = mean_loss(chunks, [batch_of(architecture, how)], objective)
         gradients = gather_named([(key, layer, tensor.main_grad) for key, layer, tensor in named])
         found.append({"means": means, "held_out": held_out, "gradients": gradients})
     return found
@@ -168,22 +164,6 @@ def worked_out(
         except KeyboardInterrupt:
             return None
     return [float(len(blocks)), *values.tolist()]
-
-
-def packed_means(architecture: Architecture, parallel: dict[str, Any], world_size: int) -> tuple[Any, Any]:
-    """Means of a global batch of pairs packed into rows, and unpacked."""
-    from minitron_mcore.model.microbatch import end_to_end
-
-    how = {"method": "dpo", "resident": True}
-    layout = start_layout(parallel, world_size)
-    models = tuple(build(architecture, layout, weights) for weights in draw_models(architecture))
-    objective = preference(architecture, layout, models, how)
-    rows = packed_rows_of(draw_answers(architecture.vocab_size), 2 * LENGTH)
-    packed = [end_to_end(microbatch) for microbatch in my_batch(in_microbatches(rows, 2))]
-    with torch.no_grad():
-        batches = packed, batch_of(architecture, how)
-        means = [objective.run(list(models[0]), batch, forward_only=True) for batch in batches]
-    return means[0], means[1]
 
 
 def segments_found(context: int) -> list[dict[str, Any]]:

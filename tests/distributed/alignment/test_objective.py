@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.distributed.alignment.problems import Expected, dense_preference, draw_answers, rewards_of, rows_of
-from tests.distributed.alignment.runs import LAYOUTS, first_steps, packed_means, segments_found, several_steps
+from tests.distributed.alignment.runs import LAYOUTS, first_steps, segments_found, several_steps
 from tests.distributed.models import assemble, relative_error, tiny
 from tests.distributed.ranks import run_on_ranks
 
@@ -86,7 +86,7 @@ def test_against_float64(layout: str, tied: bool) -> None:
             assert relative_error(gradients[key], value) <= TOLERANCE, (name, key)
 
 
-STEPS = 10
+STEPS, FEWER_STEPS = 10, 4
 
 
 @pytest.fixture(scope="module")
@@ -111,24 +111,38 @@ def test_the_first_step_of_dpo(single: dict[str, list[dict[str, float]]]) -> Non
     assert all(row["loss"] == row["lm loss"] and row["mean length"] > 1 for row in single["answers"])
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"])
-def test_ten_steps_at_every_layout(layout: str, single: dict[str, list[dict[str, float]]]) -> None:
+@pytest.mark.parametrize(
+    ("layout", "steps"),
+    [
+        *((name, FEWER_STEPS) for name in LAYOUTS if name != "1"),
+        *(pytest.param(name, STEPS, marks=pytest.mark.slow) for name in LAYOUTS if name != "1"),
+    ],
+)
+def test_steps_are_those_of_one_rank(layout: str, steps: int, single: dict[str, list[dict[str, float]]]) -> None:
     """The reference's log-probabilities are worked out beforehand, at the layout, from rows of other lengths."""
     world_size, parallel = LAYOUTS[layout]
     for place, (name, how) in enumerate(TRAINED.items()):
         how = {**how, "micro_batch": (1, 4)[(place + len(layout)) % 2], "resident": False}
-        ranks = run_on_ranks(several_steps, world_size, tiny("llama"), parallel, world_size, how, STEPS)
-        for ours, theirs in zip(ranks[0], single[name], strict=True):
+        ranks = run_on_ranks(several_steps, world_size, tiny("llama"), parallel, world_size, how, steps)
+        assert len(ranks[0]) == steps
+        for ours, theirs in zip(ranks[0], single[name], strict=False):  # which has more steps
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE), name
             assert ours["grad-norm"] == pytest.approx(theirs["grad-norm"], rel=1e-3), name
 
 
 @pytest.mark.parametrize("layout", ["1", "TP2-SP", "PP2"])
-def test_packed_pairs(layout: str) -> None:
-    """Several pairs in a row, against each side in a row of its own."""
+def test_packed_rows(layout: str) -> None:
+    """Several pairs, or answers, in a row, against each segment in a row of its own."""
     world_size, parallel = LAYOUTS[layout]
-    for packed, apart in run_on_ranks(packed_means, world_size, tiny("llama"), parallel, world_size):
+    kinds: list[dict[str, Any]] = [{"method": "dpo", "beta": BETA, "resident": layout != "PP2"}, {"method": "sft"}]
+    runs = [{**how, "packed": packed} for how in kinds for packed in (True, False)]
+    ranks = run_on_ranks(first_steps, world_size, tiny("llama"), parallel, world_size, runs, "fp32")
+    for place in (0, 2):
+        packed, apart = (ranks[0][place + each]["means"] for each in (0, 1))
         assert packed == pytest.approx(apart, rel=TOLERANCE, abs=TOLERANCE)
+        gradients = [assemble([rank[place + each]["gradients"] for rank in ranks], tiny("llama")) for each in (0, 1)]
+        for key, value in gradients[1].items():
+            assert relative_error(gradients[0][key], value) <= TOLERANCE, key
 
 
 def test_bf16() -> None:

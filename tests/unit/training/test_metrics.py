@@ -98,6 +98,16 @@ def test_a_training_line_can_be_read() -> None:
     assert skipped.endswith("| number of skipped iterations: 2 |"), "as there is something to tell"
 
 
+def test_a_line_of_preferences_has_what_users_look_for() -> None:
+    rewards = {f"rewards/{name}": 0.25 for name in ("chosen", "rejected", "accuracies", "margins")}
+    row = {"learning-rate": 1e-6, "loss": 0.5, "sft loss": 30.0, **rewards, "logps/chosen": -30.0, "grad-norm": 2.0}
+    line = train_line(500, 10000, row, full=False)
+    shown = "loss: 0.500000 | rewards/accuracies: 0.2500 | rewards/margins: 0.2500 | grad-norm: 2.000 |"
+    assert line.startswith(f" iteration   500/10000 | learning-rate: 1.000E-06 | {shown}") and len(line) <= WIDTH
+    line = validation_line(500, {f"{name} validation": value for name, value in row.items()}, full=False)
+    assert "| loss validation: 0.500000 |" in line and "| rewards/accuracies validation: 0.250000 |" in line
+
+
 def test_very_large_numbers_have_an_exponent() -> None:
     large = {**STEP, "lm loss": 1e20, "logits distillation loss": math.inf, "grad-norm": 3.4e38}
     line = train_line(500, 10000, large, full=False)
