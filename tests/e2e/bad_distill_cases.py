@@ -92,7 +92,7 @@ DISTILL: list[Case] = [
             ("correct.min_lr=1", "correct.min_lr=1.0 must lie between 0 and lr="),
             (
                 "correct.lr_warmup_iters=9",
-                "correct.lr_warmup_iters=9 must be less than the 1 iterations of distill.tokens",
+                "correct.lr_warmup_iters=9 must be less than the 1 iteration of distill.tokens",
             ),
             ("correct.load=@/student", "correct.load=@/student does not go with distill.correct_teacher=true"),
             ("distill.checkpoint=@/new/corrected", "corrected is distill.checkpoint's own folder: name another"),

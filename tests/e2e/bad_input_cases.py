@@ -177,7 +177,7 @@ for _verb in ("train", "distill"):
         (_verb, [f"{_verb}.lr=-1"], f"{_verb}.lr=-1.0 must be finite and at least 0"),
         (_verb, [f"{_verb}.lr=nan"], f"{_verb}.lr=nan must be finite"),
         (_verb, [f"{_verb}.min_lr=1"], f"{_verb}.min_lr=1.0 must lie between 0 and lr=0.0003"),
-        (_verb, [f"{_verb}.lr_warmup_iters=1"], f"{_verb}.lr_warmup_iters=1 must be less than the 1 iterations"),
+        (_verb, [f"{_verb}.lr_warmup_iters=1"], f"{_verb}.lr_warmup_iters=1 must be less than the 1 iteration"),
         (_verb, [f"{_verb}.adam_beta2=1"], f"{_verb}.adam_beta2=1.0 must be at least 0 and below 1"),
         (_verb, [f"{_verb}.save_interval=-1"], f"{_verb}.save_interval=-1 must be at least 0"),
         (_verb, [f"{_verb}.eval_iters=-1"], f"{_verb}.eval_iters=-1 must be at least 0"),

@@ -47,7 +47,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["prune.step_tokens=-1"], "prune.step_tokens=-1 must be at least 0"),
     (["prune.step_loss=guess"], "prune.step_loss=guess must be one of distillation, next_token"),
     (["student.layers=[0,1]"], "student.layers=[0, 1] names the teacher's layers, but prune.steps=2 chooses again"),
-    (["distill.lr_warmup_iters=1"], "distill.lr_warmup_iters=1 must be less than the 1 iterations"),
+    (["distill.lr_warmup_iters=1"], "distill.lr_warmup_iters=1 must be less than the 1 iteration"),
     (["plan=@/plan.json"], "plan=@/plan.json is of one step, but prune.steps=2"),
 ]
 
