@@ -117,6 +117,13 @@ VERBS = {
         "command resumes",
         "torchrun --nproc-per-node 8 -m minitron_mcore distill --config recipe.yaml distill.tokens=94B",
     ),
+    "align": Verb(
+        "fine-tune a model on chats, or on preferences (DPO, IPO, RPO, SimPO), in one round or several "
+        "([docs/alignment.md](docs/alignment.md))",
+        ("align", "chat", *_TRAINS),
+        "align.load, chat.train → align.checkpoint, from which the same command resumes",
+        "torchrun --nproc-per-node 8 -m minitron_mcore align --config recipe.yaml align.method=dpo align.epochs=1",
+    ),
     "evaluate": Verb(
         "language-model loss, and tasks of the LM Evaluation Harness, of checkpoints at any layout and Hugging Face "
         "folders, in one table → `results.json` ([docs/evaluate.md](docs/evaluate.md))",

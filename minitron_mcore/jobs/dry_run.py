@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from minitron_mcore.estimate.forecast import bytes_text, forecast_words, stage_parts
+from minitron_mcore.jobs.align import AlignJob
 from minitron_mcore.jobs.job import Job, Model
 from minitron_mcore.jobs.run import RunJob
 from minitron_mcore.jobs.search import SearchJob
@@ -60,6 +61,11 @@ def _lines(job: Job, world: World) -> Iterator[str]:
                 yield f"{word}  {item.key}={item.path}: {item.what}"
     if isinstance(job, TrainingJob):
         yield from _training_lines(job, world)
+    if isinstance(job, AlignJob):
+        for this, training in job.rounds:
+            about = "" if this.config.tokens else ", about, since it is the samples that say how many"
+            yield f"{this.name or 'align'}: {this.config.method}{about}"
+            yield from _training_lines(training, world)
     if isinstance(job, SearchJob) and job.trials:
         trials, (_, tokens) = job.trials, job.trials.stops[-1]
         on = f", {trials.side_by_side} at a time on {counted(trials.world.size, 'rank')} each" if world.size > 1 else ""

@@ -11,6 +11,7 @@ from typing import Any
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.folder import check_architecture, latest_iteration
+from minitron_mcore.data.chat.template import ChatTemplate
 from minitron_mcore.data.described import describe_training
 from minitron_mcore.data.index import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
@@ -67,6 +68,16 @@ class Teaching:
 NOBODY = Teaching(None, {})
 
 
+@dataclass(frozen=True)
+class Chats:
+    """Prepared samples that a training reads in place of text: for how long, the files they come from, and the template
+    that they were written by, which the model keeps."""
+
+    timetable: Timetable
+    items: tuple[Item, ...]
+    template: ChatTemplate | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob(Job):
     """A training by the recipe's `section` into `folder`.
@@ -77,6 +88,7 @@ class TrainingJob(Job):
     wanted: the sample sets to build.
     lineage: what lineage.yaml says of where the weights come from.
     teaching: of `distill`.
+    chats: what is read in place of data.train.
     """
 
     section: str
@@ -90,6 +102,7 @@ class TrainingJob(Job):
     resumes: bool
     lineage: dict[str, Any]
     teaching: Teaching
+    chats: Chats | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -155,42 +168,39 @@ def resolve_training(
     compared: tuple[str, ...],
     lineage: dict[str, Any],
     teaching: Teaching = NOBODY,
+    *,
+    chats: Chats | None = None,
 ) -> TrainingJob:
     """The job that follows from the recipe's `section`; raises InputError.
 
-    compared: the sections in which a run that goes on must agree with the one in the folder.
+    compared: the sections in which a run that goes on must agree with the one in the folder. chats: what is read in
+    place of data.train.
     """
     train: TrainConfig = getattr(recipe, section)
     key = f"{section}.checkpoint"
     folder = inputs.output_folder(train.checkpoint, key)
     inputs.check_model(architecture, recipe, world, section)
     check_recompute(train, architecture, recipe.parallel, section)
-    refuse_other_run(folder, recipe, compared, key, section)
+    refuse_other_run(folder, recipe, compared, key, section, keeps_budget=chats is not None)
     resumes = latest_iteration(folder) is not None
     if resumes:
         check_architecture(folder, architecture)
     check_wandb(recipe.log, world.rank)
-    timetable = plan_timetable(train, recipe.data.sequence_length, section)
+    timetable = chats.timetable if chats else plan_timetable(train, recipe.data.sequence_length, section)
     check_train(train, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, section)
     check_learning_rate(train, timetable, section)
-    wanted = wanted_samples(recipe, section, timetable, teaching.samples)
-    described = describe_training(recipe.data, tokenizer, wanted, promises.prefixes)
-    data, notes, teacher = recipe.data, [*teaching.notes], teaching.model
-    if train.eval_iters and not described.has_validation:
-        notes.append(
-            f"there is no validation of the whole blend, because data.valid is not set and data.split={data.split} "
-            f"holds out less than one sample of {data.sequence_length + 1} tokens: preprocess.valid_fraction can hold "
-            f"out more, and {section}.eval_iters=0 says that none is wanted"
-        )
+    teacher = teaching.model
+    wanted = () if chats else wanted_samples(recipe, section, timetable, teaching.samples)
+    read, said = (chats.items, []) if chats else text_items(recipe, section, tokenizer, wanted, promises)
     reads: list[Model | Item] = [each for each in (source, teacher) if each]
     if teaching.cache:
         reads.append(Item("distill.teacher", str(teaching.cache), f"{teaching.samples:,} samples' targets"))
     shape = teacher.architecture if teacher else None
     return TrainingJob(
         recipe,
-        reads=(*reads, *inputs.data_items(described)),
+        reads=(*reads, *read),
         makes=tuple(filter(None, [Model(key, folder, architecture, None, tokenizer=tokenizer), teaching.corrected])),
-        notes=tuple(notes),
+        notes=(*teaching.notes, *said),
         section=section,
         folder=folder,
         architecture=architecture,
@@ -202,7 +212,23 @@ def resolve_training(
         resumes=resumes,
         lineage=lineage,
         teaching=teaching,
+        chats=chats,
     )
+
+
+def text_items(
+    recipe: Recipe, section: str, tokenizer: Tokenizer | None, wanted: tuple[Wanted, ...], promises: Promises
+) -> tuple[tuple[Item, ...], list[str]]:
+    """The token files of the recipe's `data`, and what is to be said of them. Raises InputError."""
+    data, notes = recipe.data, []
+    described = describe_training(data, tokenizer, wanted, promises.prefixes)
+    if getattr(recipe, section).eval_iters and not described.has_validation:
+        notes.append(
+            f"there is no validation of the whole blend, because data.valid is not set and data.split={data.split} "
+            f"holds out less than one sample of {data.sequence_length + 1} tokens: preprocess.valid_fraction can hold "
+            f"out more, and {section}.eval_iters=0 says that none is wanted"
+        )
+    return inputs.data_items(described), notes
 
 
 def wanted_samples(recipe: Recipe, section: str, timetable: Timetable, least: int) -> tuple[Wanted, ...]:

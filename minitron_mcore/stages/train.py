@@ -36,14 +36,20 @@ def run(job: TrainingJob, runtime: Runtime) -> Progress:
 def prepare(job: TrainingJob, runtime: Runtime) -> tuple[TrainingData, Forecast]:
     """The samples of `job`, as Megatron's datasets, and what the ranks will need of memory, printed beside what they
     have, once they are laid out; every rank calls."""
-    recipe, setting = job.recipe, job.forecast.setting
+    recipe = job.recipe
     assert job.tokenizer is not None
     lay_out(recipe.parallel, recipe.seed, runtime.world_size)
     data = build_training_data(recipe.data, job.tokenizer, job.wanted, job.config, seed=recipe.seed)
-    world = measured_world(runtime)
-    expected = forecast_run(recipe, job.section, job.architecture, job.timetable, world, setting.teacher)
+    return data, print_forecast(job, runtime)
+
+
+def print_forecast(job: TrainingJob, runtime: Runtime) -> Forecast:
+    """What the ranks, laid out, will need of memory, printed beside what they have; every rank calls."""
+    recipe, world = job.recipe, measured_world(runtime)
+    teacher = job.forecast.setting.teacher
+    expected = forecast_run(recipe, job.section, job.architecture, job.timetable, world, teacher)
     runtime.print("\n".join(forecast_words(expected, world.memory)))
-    return data, expected
+    return expected
 
 
 def load_or_initialize(job: TrainingJob) -> list[LanguageModel]:
@@ -97,9 +103,16 @@ def fit_model(
 
 def describe(job: TrainingJob, tokens: int) -> None:
     """Write what lies beside the weights in `job.folder`, trained on `tokens` tokens; one rank calls."""
+
+    def save_tokenizer(folder: str) -> None:
+        assert job.tokenizer is not None
+        job.tokenizer.save(folder)
+        if job.chats and job.chats.template:
+            job.chats.template.save(folder)
+
     assert job.tokenizer is not None
     facts = {**job.lineage, "tokens": tokens, "tokenizer": job.tokenizer.fingerprint, "sources": job.sources}
-    recipe, save = to_yaml(job.recipe), job.tokenizer.save
-    write_description(job.folder, job.architecture, lineage=facts, recipe=recipe, save_tokenizer=save)
+    recipe = to_yaml(job.recipe)
+    write_description(job.folder, job.architecture, lineage=facts, recipe=recipe, save_tokenizer=save_tokenizer)
     if job.source is not None:
         carry_companions(job.source.folder, job.folder)

@@ -1,0 +1,237 @@
+"""`align`: supervised fine-tuning and preference optimisation, in one round or several (arXiv 2408.11796, the paper's
+recipe of stages). Pure.
+
+Each round starts from the model of the one before, which is its reference too. How many samples there are, and so how
+many iterations `epochs` are, is known once their tokens are prepared: until then about.
+
+align.checkpoint/                one round
+                /NAME/           of several, the one align.stages.NAME
+                     chats/      the samples' tokens (data/chat/prepared.py)
+                     reference/  log-probabilities of the answers by the model that the round starts from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from minitron_mcore.alignment.config import BUDGETS, PREFERENCES, REFERENCED, REWARDED, AlignConfig
+from minitron_mcore.checkpoint.folder import latest_iteration
+from minitron_mcore.data.chat.config import ChatConfig
+from minitron_mcore.data.chat.dataset import ChatDataset
+from minitron_mcore.data.chat.described import Preparation, describe_chats
+from minitron_mcore.data.chat.prepared import Part, Prepared
+from minitron_mcore.data.corpus import Texts
+from minitron_mcore.data.records import read_objects
+from minitron_mcore.errors import InputError
+from minitron_mcore.jobs import inputs
+from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises, absolute
+from minitron_mcore.jobs.train import NOBODY, Chats, Teaching, TrainingJob, resolve_training
+from minitron_mcore.model.packing import check_packing
+from minitron_mcore.reading import merged, read
+from minitron_mcore.recipe import Recipe, unknown_key
+from minitron_mcore.runtime.world import World
+from minitron_mcore.training.budget import Timetable, plan_timetable
+
+FIRST = 1000  # records that are looked at to say about how many there are
+COMPARED = ("align", "chat")
+
+
+@dataclass(frozen=True)
+class Round:
+    """name: "" of the only one. recipe: with the round's own keys in `align` and `chat`."""
+
+    name: str
+    recipe: Recipe
+
+    @property
+    def key(self) -> str:
+        return f"align.stages.{self.name}" if self.name else "align"
+
+    @property
+    def config(self) -> AlignConfig:
+        return self.recipe.align
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.config.checkpoint))
+
+    @property
+    def chats(self) -> Path:
+        return Path(self.recipe.chat.cache_path or self.folder / "chats")
+
+    @property
+    def reference(self) -> Path:
+        return self.folder / "reference"
+
+    def length(self, *, pairs: bool) -> int:
+        """Positions of a row: of a pair's two sides, unless they are packed, a sequence each."""
+        return self.recipe.data.sequence_length * (2 if pairs and not self.recipe.chat.packing else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignJob(Job):
+    """rounds: in order, each with what is known of its training before its samples are prepared."""
+
+    world: World
+    promises: Promises
+    rounds: tuple[tuple[Round, TrainingJob], ...]
+
+    def training(self, this: Round, prepared: Prepared) -> TrainingJob:
+        """The training of a round whose samples are prepared. Raises InputError."""
+        before = self.promises
+        for each, known in self.rounds:
+            if each is this:
+                break
+            before = before.after(known) if latest_iteration(each.folder) is None else before
+        return resolve_round(this, self.world, before, prepared)
+
+
+def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> AlignJob:
+    """Every round of `align`; the same command goes on where it was cut off. Raises InputError."""
+    needed = {"align.load": "the folder of the model to align", "align.checkpoint": "the folder to write to"}
+    inputs.require(recipe, needed)
+    if absolute(str(recipe.align.load)) == absolute(str(recipe.align.checkpoint)):
+        raise InputError("align.checkpoint", recipe.align.checkpoint, "is align.load's own folder", "name another")
+    rounds: list[tuple[Round, TrainingJob]] = []
+    known = promises
+    for this in rounds_of(recipe):
+        training = resolve_round(this, world, known)
+        known = known.after(training)
+        rounds.append((this, training))
+    trainings = [training for _, training in rounds]
+    # What one round makes for the next is not read from elsewhere.
+    reads = [item for training in trainings for item in training.reads]
+    given = [item for item in reads if isinstance(item, Item) or item.iteration is not None]
+    return AlignJob(
+        recipe,
+        reads=tuple(given),
+        makes=tuple(made for training in trainings for made in training.makes),
+        notes=tuple(dict.fromkeys(note for training in trainings for note in training.notes)),
+        world=world,
+        promises=promises,
+        rounds=tuple(rounds),
+    )
+
+
+def rounds_of(recipe: Recipe) -> Iterator[Round]:
+    """The rounds that the recipe names, each with its own keys; raises InputError for a key that there is not."""
+    if not recipe.align.stages:
+        yield Round("", recipe)
+        return
+    load, under = recipe.align.load, str(recipe.align.checkpoint)
+    for name, given in recipe.align.stages.items():
+        key = f"align.stages.{name}"
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise InputError("align.stages", name, "is to be a folder's name", "use letters, digits, dot, - and _")
+        own = dict(given)
+        for taken in ("load", "checkpoint", "stages"):
+            if taken in own:
+                rule = "is not given to one round: each starts from the one before, in a folder of its name"
+                raise InputError(f"{key}.{taken}", own[taken], rule, f"leave it out, and give align.{taken}")
+        chat = read(ChatConfig, merged(_plain(recipe.chat), own.pop("chat", {})), f"{key}.chat", unknown_key)
+        base = _plain(recipe.align) | {"load": load, "checkpoint": str(Path(under) / name), "stages": {}}
+        if any(own.get(budget) for budget in BUDGETS):
+            base |= {budget: type(base[budget])() for budget in BUDGETS}
+        align = read(AlignConfig, merged(base, own), key, unknown_key)
+        yield Round(name, dataclasses.replace(recipe, name=f"{recipe.name}-{name}", align=align, chat=chat))
+        load = align.checkpoint
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    return dataclasses.asdict(section)
+
+
+def resolve_round(this: Round, world: World, promises: Promises, prepared: Prepared | None = None) -> TrainingJob:
+    """A round's training, of as many iterations as its `prepared` samples say, or about so many. Raises InputError."""
+    recipe, config, pairs = this.recipe, this.config, this.config.method in PREFERENCES
+    if not any(getattr(config, budget) for budget in BUDGETS):
+        names = ", ".join(f"{this.key}.{budget}" for budget in BUDGETS)
+        raise InputError(names, None, "are not given", "give one of them: the budget of the round")
+    if config.phases:
+        rule = "does not go with chats, whose rows are of one length"
+        raise InputError(f"{this.key}.phases", None, rule, "leave it out")
+    if recipe.chat.packing:
+        check_packing({"parallel": recipe.parallel})
+    source = inputs.find_model(config.load, "align.load", promises)
+    tokenizer = inputs.model_tokenizer(recipe, source, promises)
+    if tokenizer is None:
+        raise InputError("align.load", config.load, "is made by an earlier step", "align it by a command of its own")
+    tokenizer = inputs.fit_tokenizer(tokenizer, source.architecture, recipe)
+    preparation = prepared_of(this, tokenizer)
+    rows, units = known_rows(this, prepared) if prepared else about_rows(preparation, this)
+    length = this.length(pairs=pairs)
+    timetable = timetable_of(this, length, rows, units)
+    teaching = NOBODY
+    if config.reference == "resident" and config.method in REFERENCED:
+        teaching = Teaching(tokenizer, {}, source, recipe.parallel)
+    lineage = {"stage": "align", "method": config.method, "load": str(source.folder), "lineage": dict(source.lineage)}
+    items = tuple(
+        Item(texts.key, file.path, f"{file.size:,} bytes")
+        for texts in (preparation.train, preparation.valid)
+        if texts
+        for file in texts.files
+    )
+    chats = Chats(timetable, items, preparation.template)
+    shape = source.architecture
+    return resolve_training(
+        recipe, world, promises, "align", source, shape, tokenizer, COMPARED, lineage, teaching, chats=chats
+    )
+
+
+def prepared_of(this: Round, tokenizer: Any) -> Preparation:
+    """What the round's samples are made of. Raises InputError."""
+    recipe, method = this.recipe, this.config.method
+    return describe_chats(
+        recipe.chat,
+        tokenizer,
+        sequence_length=recipe.data.sequence_length,
+        pairs=method in PREFERENCES,
+        needs_rewards=method in REWARDED,
+        seed=recipe.seed,
+    )
+
+
+def timetable_of(this: Round, length: int, rows: int, units: int) -> Timetable:
+    """The budget as whole global batches of rows. Raises InputError."""
+    config = this.config
+    tokens = config.tokens
+    if not tokens:
+        passes = config.epochs or config.samples / units
+        # A product of rounded numbers, as of 0.1 epochs of 10 rows, is not to count a row too many.
+        tokens = math.ceil(round(passes * rows, 6)) * length
+    train = dataclasses.replace(config, tokens=tokens, samples=0, epochs=0.0, stages={})
+    return plan_timetable(train, length, "align")
+
+
+def dataset_of(this: Round, part: Part, prepared: Prepared, size: int | None = None) -> ChatDataset:
+    """The rows of a part, as the round reads them; `size`: of training, how many, in a random order."""
+    recipe = this.recipe
+    how: Any = {"padding": prepared.padding, "seed": recipe.seed, "size": size, "packing": recipe.chat.packing}
+    return ChatDataset(part, recipe.data.sequence_length, per_sample=this.config.mean == "samples", **how)
+
+
+def known_rows(this: Round, prepared: Prepared) -> tuple[int, int]:
+    """(rows of one pass, chats or pairs) of the samples that train."""
+    part = prepared.parts["train"]
+    return dataset_of(this, part, prepared).rows, part.units
+
+
+def about_rows(preparation: Preparation, this: Round) -> tuple[int, int]:
+    """The same before anything is prepared, about: the first records of each file stand for the rest."""
+    units = max(1, round(about_records(preparation.train) * (1 - this.recipe.chat.valid_fraction)))
+    return units, units
+
+
+def about_records(texts: Texts) -> int:
+    found = 0.0
+    for file in texts.files:
+        read = [read for _, _, read in islice(read_objects(file), FIRST)]
+        found += len(read) if len(read) < FIRST else len(read) * file.size / max(read[-1], 1)
+    return round(found)

@@ -1,0 +1,193 @@
+"""`align` as typed: the same numbers at every layout, packed or not; resumed bit for bit; several rounds; wrong input.
+
+Losses in fp32 agree to 1e-5 (relative) over six steps, and gradient norms to 1e-3: the same sums in another order, and
+what Adam makes of rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.distributed.ranks import run_on_ranks
+from tests.e2e.verbs import all_run_well, commands_on_rank, minitron, run_well
+
+WORDS = ("prune", "distil", "score", "plan")
+LAYOUTS = {
+    1: {"one rank": (), "micro-batch 4": ("align.micro_batch_size=4",)},
+    2: {
+        "TP2": ("parallel.tensor=2",),
+        "TP2-SP": ("parallel.tensor=2", "parallel.sequence=true"),
+        "PP2": ("parallel.pipeline=2",),
+        "DP2": (),
+    },
+}
+
+
+def chats() -> list[dict[str, Any]]:
+    asked = [f"{WORDS[number % 4]}{number % 7}" for number in range(12)]
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": word},
+                {"role": "assistant", "content": " ".join([word] * (1 + number % 3))},
+            ]
+        }
+        for number, word in enumerate(asked)
+    ]
+
+
+def pairs() -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": chat["messages"][:1],
+            "chosen": chat["messages"][1:],
+            "rejected": [{"role": "assistant", "content": WORDS[number % 4] + "0 plan1"}],
+            "chosen_reward": 2.0,
+            "rejected_reward": number % 3 / 2,
+        }
+        for number, chat in enumerate(chats())
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`recipe.yaml`, `chats.jsonl`, `pairs.jsonl`, and `model`, trained for three steps."""
+    folder = tmp_path_factory.mktemp("align")
+    for name, records in (("chats", chats()), ("pairs", pairs())):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sections = {
+        "tokenizer": {"model": str(words / "tokenizer.model")},
+        "data": {"train": str(words / "tokens_text_document"), "sequence_length": 128, "num_workers": 0, "split": "1"},
+        "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
+        | {"num_query_groups": 2, "kv_channels": 8, "max_position_embeddings": 512, "init_method_std": 0.2},
+        "train": {"tokens": 768, "global_batch_size": 4, "eval_iters": 0, "checkpoint": str(folder / "model")},
+        "chat": {"train": str(folder / "chats.jsonl"), "template": "chatml"},
+        "align": {"load": str(folder / "model"), "epochs": 2, "global_batch_size": 4, "lr": 1e-3, "min_lr": 1e-4},
+        "log": {"interval": 1, "wandb": "disabled", "tensorboard": False},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
+    all_run_well([["train", "--config", str(folder / "recipe.yaml")]])
+    return folder
+
+
+def align(place: Path, to: Path, *keys: str) -> list[str]:
+    return ["align", "--config", str(place / "recipe.yaml"), f"align.checkpoint={to}", *keys]
+
+
+def of_pairs(place: Path, method: str = "dpo") -> tuple[str, ...]:
+    return (f"chat.train={place / 'pairs.jsonl'}", f"align.method={method}")
+
+
+def steps(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row["kind"] == kind]
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_the_same_numbers_at_every_layout(place: Path, tmp_path: Path, method: str) -> None:
+    keys = of_pairs(place) if method == "dpo" else ()
+    made: dict[str, list[dict[str, Any]]] = {}
+    for world_size, layouts in LAYOUTS.items():
+        folders = {name: tmp_path / name.replace(" ", "-") for name in layouts}
+        all_run_well([align(place, folders[name], *keys, *layouts[name]) for name in layouts], world_size)
+        made |= {name: steps(folder) for name, folder in folders.items()}
+    whole = made.pop("one rank")
+    assert len(whole) == 6 and whole[-1]["loss"] < whole[0]["loss"]
+    assert method == "sft" or whole[0]["loss"] == pytest.approx(0.693147, rel=1e-5)
+    for name, rows in made.items():
+        for row, expected in zip(rows, whole, strict=True):
+            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5), name
+            assert row["grad-norm"] == pytest.approx(expected["grad-norm"], rel=1e-3), name
+
+
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(place: Path, tmp_path: Path) -> None:
+    """And what was prepared, and the reference, are not worked out again."""
+    keys = ["align.save_interval=1", "chat.packing=true", "chat.valid_fraction=0.2", "align.eval_interval=2"]
+    keys += ["data.sequence_length=512", "align.global_batch_size=1", "align.epochs=2", "align.eval_iters=1"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    all_run_well([align(place, whole, *of_pairs(place), *keys)])
+    shutil.copytree(whole, cut)
+    newest = max(int(folder.name.removeprefix("iter_")) for folder in cut.glob("iter_*"))
+    for number in range(3, newest + 1):
+        shutil.rmtree(cut / f"iter_{number:07d}")
+    (cut / "latest_checkpointed_iteration.txt").write_text("2")
+    shown = run_well(*align(place, cut, *of_pairs(place), *keys))
+    assert "resumed" in shown and "at iteration 2" in shown
+    kept = ("loss", "rewards/margins", "grad-norm", "logps/chosen")
+    for kind in ("train", "validation"):
+        ours, theirs = steps(cut, kind), steps(whole, kind)
+        assert len(ours) == len(theirs) > 1
+        for row, expected in zip(ours, theirs, strict=True):
+            same = [name for name in row if name.split(" validation")[0] in kept]
+            assert same and [row[name] for name in same] == [expected[name] for name in same]
+
+
+def test_rounds_follow_one_another(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "aligned"
+    stages = {
+        "sft": {"epochs": 1},
+        "rpo-1": {"method": "rpo_bwd_kl", "epochs": 1, "chat": {"train": str(place / "pairs.jsonl")}},
+        "rpo-2": {"method": "rpo_bwd_kl", "epochs": 1, "lr": 2e-3, "chat": {"train": str(place / "pairs.jsonl")}},
+    }
+    keys = f"align.stages={json.dumps(stages)}"
+    shown = run_well(*align(place, folder, keys))
+    assert "[3/3] rpo-2" in shown
+    assert "done before" in run_well(*align(place, folder, keys))
+    first, second = steps(folder / "rpo-1"), steps(folder / "rpo-2")
+    # Each starts as its own reference, which for the second is the model of the first.
+    assert first[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert second[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert abs(first[-1]["rewards/margins"]) > 1e-4
+    lineage = yaml.safe_load((folder / "rpo-2" / "lineage.yaml").read_text())
+    assert lineage["load"] == str(folder / "rpo-1") and lineage["lineage"]["method"] == "rpo_bwd_kl"
+    # What is exported writes by the template that it was trained with.
+    run_well("export", f"checkpoint={folder / 'rpo-2'}", f"hf={tmp_path / 'hf'}")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "hf"))
+    text = tokenizer.apply_chat_template(chats()[0]["messages"], tokenize=False)
+    assert "<|im_start|>user\nprune0<|im_end|>" in text
+
+
+BAD = {
+    "no budget": ("align.epochs=0", "align.tokens, align.samples, align.epochs are not given"),
+    "two budgets": ("align.tokens=1k", "both give the budget"),
+    "other keys": ("align.eta=2", "align.eta=2"),
+    "phases": ("align.phases=[{tokens: 64}]", "align.phases"),
+    "no files": ("chat.train=nowhere.jsonl", "nowhere.jsonl"),
+    "own folder": ("align.load=@/aligned", "is align.load's own folder"),
+    "a round's own load": ("align.stages={one: {load: x, epochs: 1}}", "align.stages.one.load"),
+    "an unknown key of a round": ("align.stages={one: {beat: 1}}", "align.stages.one.beat"),
+    "a round's name": ("align.stages={a/b: {epochs: 1}}", "folder's name"),
+    "rewards that are missing": ("align.method=rpo_sq", "pairs.jsonl"),
+    "context": ("parallel.context=2", "chat.packing"),
+}
+
+
+def test_wrong_input_is_one_sentence(place: Path, tmp_path: Path) -> None:
+    commands = []
+    for key, _ in BAD.values():
+        keys = [key.replace("@", str(tmp_path))]
+        if key == "align.method=rpo_sq":
+            bare = [{name: value for name, value in pair.items() if "reward" not in name} for pair in pairs()]
+            (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in bare))
+            keys.append(f"chat.train={tmp_path / 'pairs.jsonl'}")
+        if "context" in key:
+            keys.append("chat.packing=true")
+        commands.append(align(place, tmp_path / "aligned", *keys))
+    ((*results,),) = run_on_ranks(commands_on_rank, 1, commands)
+    for (code, shown), (name, (_, words)) in zip(results, BAD.items(), strict=True):
+        assert code == 2 and words in shown and "Traceback" not in shown, (name, shown)
+    assert not list(tmp_path.rglob("iter_*"))
+
+
+def test_a_dry_run_says_what_would_be_done(place: Path, tmp_path: Path) -> None:
+    code, shown = minitron(*align(place, tmp_path / "aligned", *of_pairs(place), "--dry-run"))
+    assert code == 0 and "6 iterations of 4 x 256 tokens" in shown and "forecast" in shown, shown
+    assert not (tmp_path / "aligned").exists()
