@@ -143,18 +143,16 @@ class Encoder:
         return numpy.array(ids, dtype=numpy.int32), numpy.array(learnt, dtype=bool)
 
     def _completion(self, sample: Completion) -> tuple[list[int], list[bool]]:
-        """As it is, behind the tokenizer's own mark and up to the end of sentence."""
-        text, eos = sample.prompt + sample.text, self.tokenizer.eos
-        if self.hf.is_fast:
-            ids, spans = self._encode_spans(text)
-            learnt = _inside(spans, [(len(sample.prompt), len(text))])
-        else:
-            before, ids = self._encode(sample.prompt), self._encode(text)
-            if ids[: len(before)] != before:
-                ids = before + self._encode(sample.text)
-            learnt = [place >= len(before) for place in range(len(ids))]
-        ending = [] if ids and ids[-1] == eos else [eos]
-        return [*self.opening, *ids, *ending], [*(False for _ in self.opening), *learnt, *(True for _ in ending)]
+        """As it is, behind the tokenizer's own mark and up to the end of sentence. The prompt's tokens are those that a
+        model is given to go on from, so none is of the prompt and of the answer."""
+        before, ids = self._encode(sample.prompt), self._encode(sample.prompt + sample.text)
+        if ids[: len(before)] != before:
+            ids = before + self._encode(sample.text)
+        if ids[-1:] != [self.tokenizer.eos]:
+            ids.append(self.tokenizer.eos)
+        given = len(self.opening) + len(before)
+        ids = [*self.opening, *ids]
+        return ids, [place >= given for place in range(len(ids))]
 
     def _chat(self, chat: Chat) -> tuple[list[int], list[bool]]:
         answers = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]

@@ -231,6 +231,28 @@ def test_texts_begin_with_one_bos_and_end_with_one_eos(name: str, family: Family
         assert list(again).count(tokenizer.bos) == 1 == list(again[-2:]).count(tokenizer.eos)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(("prompt", "text"), [("def", "import json"), ("self", ".x"), ("A: ", "json"), ("", "json")])
+def test_no_token_spans_prompt_and_answer(name: str, prompt: str, text: str, family: Family) -> None:
+    """Though together they may be one word: what is learnt follows the ids that the prompt alone has."""
+    tokenizer = family(name)
+    ids, learnt = Encoder(tokenizer, None)(Completion(prompt, text))
+    given = tokenizer.tokenize_prompt(prompt) if prompt else [tokenizer.bos] * (tokenizer.bos is not None)
+    assert ids[~learnt].tolist() == given and learnt[len(given) :].all()
+    assert tokenizer.detokenize(ids[learnt][:-1]).strip() == text and ids[-1] == tokenizer.eos
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answers_that_begin_with_white_space(name: str, family: Family) -> None:
+    """Of which some tokenizers' offsets leave out the white space."""
+    tokenizer = family(name)
+    template, chat = template_of(name, tokenizer), Chat(turns("a", "  b", "c", "\td \n"))
+    ids, learnt = Encoder(tokenizer, template)(chat)
+    assert learnt.tolist() == Encoder(tokenizer, unmarked(template))(chat)[1].tolist()
+    said = tokenizer.detokenize(ids[learnt])
+    assert "b" in said and "d" in said and "c" not in said and (name in ("llama-3.1", "nemotron") or "  b" in said)
+
+
 def test_rows_that_the_model_lacks_are_refused(family: Family) -> None:
     from dataclasses import replace
 
