@@ -22,8 +22,8 @@ BUDGETS = ("tokens", "samples", "epochs")
 class AlignConfig(TrainConfig):
     """Supervised fine-tuning of a model on the answers of chats, or preference optimisation on pairs of answers.
 
-    A sample is a chat, or a pair. Learning rates: the defaults suit `sft`; preferences take much less, as Zephyr's dpo
-    5e-7 with beta 0.01 (arXiv 2310.16944).
+    A sample is a chat, or a pair. The default learning rates suit `sft`; preferences take much less, as Zephyr's dpo
+    5e-7 (arXiv 2310.16944).
     """
 
     method: Annotated[str, OneOf(*METHODS)] = key("sft", "sft: the answers' next tokens; else of pairs of answers")

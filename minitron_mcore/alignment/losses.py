@@ -17,8 +17,8 @@ a pair's loss is, for
     rpo_sq       (β d - η g)²                                NeMo-Aligner's `preference_loss` of the same names;
     rpo_fwd_kl   KL(s(β d) || s(η g))                        β is its `ref_policy_kl_penalty`, η its `gt_reward_scale`,
     rpo_bwd_kl   KL(s(η g) || s(β d))                        KL between two coins. The last one is that of the report
-                                                             on Nemotron-4 340B (arXiv 2406.11704, section 3.3)
-    simpo        -(1 - e) log s(β d - γ) - e log s(γ - β d)  arXiv 2405.14734, equation 6; averaged by default
+                                                             on Nemotron-4 340B (arXiv 2406.11704)
+    simpo        -(1 - e) log s(β d - γ) - e log s(γ - β d)  arXiv 2405.14734; averaged by default
 
 and to each `sft_weight` times -log π(w) is added, NeMo-Aligner's `sft_loss_weight`, summed or averaged as in d.
 """
