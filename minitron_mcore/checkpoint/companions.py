@@ -103,16 +103,16 @@ def end_tokens(checkpoint: Path, eos: int) -> tuple[int, ...]:
     return tuple(named) if isinstance(named, list) else (named,)
 
 
-def stop_at(checkpoint: Path, end: int, marks: dict[str, Any]) -> None:
+def stop_at(checkpoint: Path, end: int | None, *, bos: int | None, eos: int) -> None:
     """Have texts that the model generates end at the token `end` too, as answers of a chat template do: written into
     the checkpoint's generation_config.json, which an export takes along.
 
-    marks: `bos_token_id` and `eos_token_id` of the tokenizer, where the source has none.
+    end: None: nothing is written. bos, eos: the tokenizer's, which count where the source names none.
     """
-    marks = token_ids(checkpoint, marks)
-    ends = end_tokens(checkpoint, marks["eos_token_id"])
-    if end in ends:
+    ends = end_tokens(checkpoint, eos)
+    if end is None or end in ends:
         return
+    marks = token_ids(checkpoint, {"bos_token_id": bos, "eos_token_id": eos})
     path = beside(checkpoint, FOLDER) / "generation_config.json"
     content = {**(_json(path) or {"_from_model_config": True, **marks}), "eos_token_id": [*ends, end]}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -178,7 +178,7 @@ def resolve_round(this: Round, world: World, promises: Promises, prepared: Prepa
         if texts
         for file in texts.files
     )
-    chats = Chats(timetable, items, preparation.template)
+    chats = Chats(timetable, items, preparation.template, prepared.ends_with if prepared else None)
     shape = source.architecture
     return resolve_training(
         recipe, world, promises, "align", source, shape, tokenizer, COMPARED, lineage, teaching, chats=chats

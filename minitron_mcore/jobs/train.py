@@ -71,11 +71,15 @@ NOBODY = Teaching(None, {})
 @dataclass(frozen=True)
 class Chats:
     """Prepared samples that a training reads in place of text: for how long, the files they come from, and the template
-    that they were written by, which the model keeps."""
+    that they were written by, which the model keeps.
+
+    ends_with: the mark at which the model's answers will end, once that is known.
+    """
 
     timetable: Timetable
     items: tuple[Item, ...]
     template: ChatTemplate | None
+    ends_with: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from minitron_mcore.checkpoint.companions import carry_companions
+from minitron_mcore.checkpoint.companions import carry_companions, stop_at
 from minitron_mcore.checkpoint.folder import write_description
 from minitron_mcore.checkpoint.folder_lock import one_writer
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
@@ -116,3 +116,4 @@ def describe(job: TrainingJob, tokens: int) -> None:
     write_description(job.folder, job.architecture, lineage=facts, recipe=recipe, save_tokenizer=save_tokenizer)
     if job.source is not None:
         carry_companions(job.source.folder, job.folder)
+    stop_at(job.folder, job.chats.ends_with if job.chats else None, bos=job.tokenizer.bos, eos=job.tokenizer.eod)

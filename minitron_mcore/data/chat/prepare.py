@@ -74,7 +74,8 @@ def prepare(
 def _write(what: Preparation, folder: Path, report: Callable[[str], None], progress: Progress) -> dict[str, Any]:
     """Write the parts; returns their counts."""
     names = ("train", *(["valid"] if what.valid is not None or what.config.valid_fraction else []))
-    writers = {name: PartWriter(folder / name, pairs=what.pairs) for name in names}
+    marks = what.tokenizer.added | {what.tokenizer.eos}
+    writers = {name: PartWriter(folder / name, pairs=what.pairs, marks=marks) for name in names}
     texts = [each for each in (what.train, what.valid) if each is not None]
     files = [file for each in texts for file in each.files]
     for note in (note for each in texts for note in each.notes):
@@ -157,11 +158,11 @@ def _refuse_empty(what: Preparation, name: str, writer: PartWriter) -> None:
 
 
 class PartWriter:
-    """The arrays of one part, and their counts."""
+    """The arrays of one part, and their counts. marks: tokens that no ordinary text has."""
 
-    def __init__(self, folder: Path, *, pairs: bool) -> None:
+    def __init__(self, folder: Path, *, pairs: bool, marks: frozenset[int]) -> None:
         folder.mkdir(parents=True)
-        self.folder, self.pairs = folder, pairs
+        self.folder, self.pairs, self.marks = folder, pairs, marks
         self.tokens = _Growing(folder / TOKENS, numpy.int32)
         self.counted = _Growing(folder / COUNTED, bool)
         self.lengths: list[int] = []
@@ -192,7 +193,7 @@ class PartWriter:
     def finish(self) -> None:
         self.tokens.close()
         self.counted.close()
-        if len(self.ends) == 1:
+        if len(self.ends) == 1 and self.ends <= self.marks:
             self.counts["ends_with"] = next(iter(self.ends))
         starts = numpy.concatenate([[0], numpy.cumsum(self.lengths, dtype=numpy.int64)]).astype(numpy.int64)
         numpy.save(self.folder / STARTS, starts)

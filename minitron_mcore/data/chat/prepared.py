@@ -68,7 +68,7 @@ class Prepared:
 
     @property
     def ends_with(self) -> Optional[int]:
-        """The token with which every answer that trains ends; None where they differ."""
+        """The mark with which every answer that trains ends; None where they differ, or end with ordinary text."""
         end = self.facts["parts"]["train"].get("ends_with")
         return None if end is None else int(end)
 

@@ -59,7 +59,9 @@ class ChatTemplate:
 
     def save(self, folder: str | Path) -> None:
         """Write it beside the tokenizer in `folder`, as transformers reads it there, in place of those that it had; the
-        marks that it writes are the tokenizer's from then on. One process calls."""
+        marks that it writes are the tokenizer's from then on. The tokenizer's own is there. One process calls."""
+        if self.own:
+            return
         for name in files_of(str(folder), TEMPLATE_FILES):
             os.remove(os.path.join(folder, name))
         write_whole(Path(folder) / FILE, self.text)

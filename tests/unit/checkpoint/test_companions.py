@@ -260,10 +260,11 @@ def test_results_are_shown_where_they_are_of_this_iteration(tmp_path: Path) -> N
 )
 def test_generation_ends_where_answers_do(tmp_path: Path, files: dict[str, str], before: tuple[int, ...]) -> None:
     checkpoint = imported(tmp_path, None, **files)
-    stop_at(checkpoint, before[0], {"bos_token_id": 1, "eos_token_id": 2})
+    stop_at(checkpoint, before[0], bos=1, eos=2)
+    stop_at(checkpoint, None, bos=1, eos=2)
     assert end_tokens(checkpoint, 2) == before, "it ends there already"
     for _ in range(2):
-        stop_at(checkpoint, 11, {"bos_token_id": 1, "eos_token_id": 2})
+        stop_at(checkpoint, 11, bos=1, eos=2)
     assert end_tokens(checkpoint, 2) == (*before, 11)
     write_companions(checkpoint, written(tmp_path / "exported"), {"eos_token_id": 2})
     exported = json.loads((tmp_path / "exported" / "generation_config.json").read_text())

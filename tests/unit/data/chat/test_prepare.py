@@ -333,3 +333,5 @@ def test_our_own_tokenizer(tmp_path: Path, corpus: Path) -> None:
     own = load_tokenizer(str(corpus / "tokenizer.model"))
     made = run(tmp_path, own, write(tmp_path / "chats.jsonl", CHATS))
     assert made.ends_with == own.eos and made.parts["train"].units == 3
+    # To this tokenizer <|im_end|> is characters, at the last of which nothing is to stop.
+    assert run(tmp_path, own, tmp_path / "chats.jsonl", template="chatml").ends_with is None

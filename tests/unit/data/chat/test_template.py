@@ -159,6 +159,8 @@ def test_the_tokenizers_own_template(tmp_path: Path, family: Family) -> None:
     (tmp_path / "chat_template.jinja").write_text("old")
     before = find_template(None, load_tokenizer(str(tmp_path)))
     assert before is not None and (before.text, before.for_tools([TOOL])) == ("old", "with tools")
+    before.save(tmp_path)
+    assert find_template(None, load_tokenizer(str(tmp_path))) == before, "both are kept"
     template = template_of("zephyr", given)
     template.save(tmp_path)
     own = find_template(None, load_tokenizer(str(tmp_path)))
