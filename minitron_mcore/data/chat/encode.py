@@ -98,7 +98,7 @@ def _unit(fields: dict[str, Any], encoder: Encoder, how: How) -> Unit:
         ids, learnt = encoder(parse_sample(fields, turns=how.turns))
         return _fit_chat((ids, learnt), how)
     pair: Pair = parse_pair(fields, turns=how.turns, needs_rewards=how.needs_rewards)
-    return fit_pair((encoder(pair.chosen), encoder(pair.rejected)), pair.rewards, encoder.opening, how)
+    return _fit_pair((encoder(pair.chosen), encoder(pair.rejected)), pair.rewards, how, bos=encoder.tokenizer.bos)
 
 
 def _fit_chat(side: Ids, how: How) -> Unit:
@@ -113,9 +113,9 @@ def _fit_chat(side: Ids, how: How) -> Unit:
     return Unit(((ids[:limit], learnt[:limit]),), is_cut=True)
 
 
-def fit_pair(sides: tuple[Ids, Ids], rewards: Optional[tuple[float, float]], opening: list[int], how: How) -> Unit:
+def _fit_pair(sides: tuple[Ids, Ids], rewards: Optional[tuple[float, float]], how: How, *, bos: Optional[int]) -> Unit:
     """A preference whose sides fit, each alone or, packed, together. Where it is cut, both sides lose the same tokens
-    from the beginning of their prompt, behind the tokenizer's mark; the answers stay whole."""
+    from the beginning of their prompt, behind `bos`; the answers stay whole."""
     for side in sides:
         _with_labels(side)
     (chosen, _), (rejected, _) = sides
@@ -127,7 +127,7 @@ def fit_pair(sides: tuple[Ids, Ids], rewards: Optional[tuple[float, float]], ope
         excess = -(-(len(chosen) + len(rejected) - 2 - how.sequence_length) // 2)
     if excess <= 0:
         return Unit(sides, rewards)
-    kept = len(opening) if list(chosen[: len(opening)]) == opening else 0
+    kept = int(chosen[0] == bos)
     prompt = min(_shared(chosen, rejected), *(int(learnt.argmax()) for _, learnt in sides))
     if not how.cut or excess >= prompt - kept:  # a token of the prompt stays, which predicts the answer's first
         return Unit()

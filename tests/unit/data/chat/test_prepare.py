@@ -227,6 +227,22 @@ def test_too_long_preferences(packing: bool, tmp_path: Path, zephyr: Tokenizer, 
     assert run(tmp_path, zephyr, path, sequence_length=8, too_long="cut", **common).parts["train"].units == 1
 
 
+def test_the_bos_that_a_template_writes_stays(tmp_path: Path, family: Callable[[str], Tokenizer]) -> None:
+    """Though the tokenizer itself puts none."""
+    family("mistral").save(str(tmp_path / "bare"))
+    file = tmp_path / "bare" / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
+    own = load_tokenizer(str(tmp_path / "bare"))
+    assert own.bos not in own.tokenize_prompt("one")
+    sides = [chat("one two three four", answer)["messages"] for answer in ("yes", "no")]
+    path = write(tmp_path / "pairs.jsonl", [{"chosen": sides[0], "rejected": sides[1]}])
+    common: Any = {"pairs": True, "template": "mistral"}
+    whole = segments(run(tmp_path, own, path, **common).parts["train"])
+    longest = max(len(ids) - 1 for ids, _ in whole)
+    cut = segments(run(tmp_path, own, path, sequence_length=longest - 4, too_long="cut", **common).parts["train"])
+    assert [ids for ids, _ in cut] == [[own.bos, *ids[5:]] for ids, _ in whole]
+
+
 def test_records_that_break_a_rule_are_refused_by_file_and_line(tmp_path: Path, zephyr: Tokenizer) -> None:
     path = write(tmp_path / "chats.jsonl", [CHATS[0], {}, {"messages": [{"role": "bot", "content": "x"}]}])
     with refuses("chat.train", f"{path}, line 2", "has only no keys", "or set chat.bad_records=skip"):
