@@ -19,6 +19,7 @@ from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.estimate.forecast import explaining_memory
 from minitron_mcore.jobs.align import Round, dataset_of
+from minitron_mcore.jobs.job import absolute
 from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.model.gpt import build_model
 from minitron_mcore.runtime.parallel import lay_out
@@ -88,8 +89,10 @@ def reference_of(
     recipe, source = job.recipe, job.source
     assert source is not None
     folder = this.reference / name
-    facts = {"weights": identify_weights(*source.place)["weights"], "samples": prepared.digest, "part": name}
-    facts |= {"precision": recipe.precision}
+    weights = identify_weights(*source.place)
+    if weights["weights"] is None:  # a checkpoint from elsewhere, without a manifest, is known by its place alone
+        weights["folder"] = str(absolute(source.folder))
+    facts = {**weights, "samples": prepared.digest, "part": name, "precision": recipe.precision}
     found: numpy.ndarray | None = runtime.on_main(partial(read_reference, folder, facts, part.segments))
     if found is not None:
         return found
