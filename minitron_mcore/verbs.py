@@ -112,9 +112,9 @@ VERBS = {
     ),
     "distill": Verb(
         "train the student on the teacher's distribution, for a budget of tokens",
-        ("student.checkpoint", "teacher", "distill", "correct", *_TRAINS),
-        "student.checkpoint, teacher.checkpoint (or a cache), data.train → distill.checkpoint, from which the same "
-        "command resumes",
+        ("student.checkpoint", "teacher", "distill", "chat", "correct", *_TRAINS),
+        "student.checkpoint, teacher.checkpoint (or a cache), data.train or chat.train → distill.checkpoint, from "
+        "which the same command resumes",
         "torchrun --nproc-per-node 8 -m minitron_mcore distill --config recipe.yaml distill.tokens=94B",
     ),
     "align": Verb(

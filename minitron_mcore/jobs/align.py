@@ -17,29 +17,23 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from minitron_mcore.alignment.config import BUDGETS, PREFERENCES, REFERENCED, REWARDED, AlignConfig
 from minitron_mcore.checkpoint.folder import latest_iteration
 from minitron_mcore.data.chat.config import ChatConfig
-from minitron_mcore.data.chat.dataset import ChatDataset
-from minitron_mcore.data.chat.described import Preparation, describe_chats
-from minitron_mcore.data.chat.prepared import Part, Prepared
-from minitron_mcore.data.corpus import Texts
-from minitron_mcore.data.records import read_objects
+from minitron_mcore.data.chat.prepared import Prepared
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs import inputs
+from minitron_mcore.jobs.chats import Chats, Samples, samples_of
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises, absolute
-from minitron_mcore.jobs.train import NOBODY, Chats, Teaching, TrainingJob, resolve_training
-from minitron_mcore.model.packing import check_packing
+from minitron_mcore.jobs.train import NOBODY, Teaching, TrainingJob, resolve_training
 from minitron_mcore.reading import merged, read
 from minitron_mcore.recipe import Recipe, unknown_key
 from minitron_mcore.runtime.world import World
 from minitron_mcore.training.budget import Timetable, plan_timetable
 
-FIRST = 1000  # records that are looked at to say about how many there are
 COMPARED = ("align", "chat")
 
 
@@ -63,16 +57,8 @@ class Round:
         return Path(str(self.config.checkpoint))
 
     @property
-    def chats(self) -> Path:
-        return Path(self.recipe.chat.cache_path or self.folder / "chats")
-
-    @property
     def reference(self) -> Path:
         return self.folder / "reference"
-
-    def length(self, *, pairs: bool) -> int:
-        """Positions of a row: of a pair's two sides, unless they are packed, a sequence each."""
-        return self.recipe.data.sequence_length * (2 if pairs and not self.recipe.chat.packing else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,88 +136,38 @@ def _plain(section: Any) -> dict[str, Any]:
 
 def resolve_round(this: Round, world: World, promises: Promises, prepared: Prepared | None = None) -> TrainingJob:
     """A round's training, of as many iterations as its `prepared` samples say, or about so many. Raises InputError."""
-    recipe, config, pairs = this.recipe, this.config, this.config.method in PREFERENCES
+    recipe, config, method = this.recipe, this.config, this.config.method
     if not any(getattr(config, budget) for budget in BUDGETS):
         names = ", ".join(f"{this.key}.{budget}" for budget in BUDGETS)
         raise InputError(names, None, "are not given", "give one of them: the budget of the round")
     if config.phases:
         rule = "does not go with chats, whose rows are of one length"
         raise InputError(f"{this.key}.phases", None, rule, "leave it out")
-    if recipe.chat.packing:
-        check_packing({"parallel": recipe.parallel})
     source = inputs.find_model(config.load, "align.load", promises)
     tokenizer = inputs.model_tokenizer(recipe, source, promises)
     if tokenizer is None:
         raise InputError("align.load", config.load, "is made by an earlier step", "align it by a command of its own")
     tokenizer = inputs.fit_tokenizer(tokenizer, source.architecture, recipe)
-    preparation = prepared_of(this, tokenizer)
-    rows, units = known_rows(this, prepared) if prepared else about_rows(preparation, this)
-    length = this.length(pairs=pairs)
-    timetable = timetable_of(this, length, rows, units)
+    asked: Any = {"pairs": method in PREFERENCES, "needs_rewards": method in REWARDED}
+    asked["per_sample"] = config.mean == "samples"
+    samples = samples_of(recipe, tokenizer, this.folder, {"parallel": recipe.parallel}, **asked)
+    samples = dataclasses.replace(samples, prepared=prepared)
     teaching = NOBODY
-    if config.reference == "resident" and config.method in REFERENCED:
+    if config.reference == "resident" and method in REFERENCED:
         teaching = Teaching(tokenizer, {}, source, recipe.parallel)
-    lineage = {"stage": "align", "method": config.method, "load": str(source.folder), "lineage": dict(source.lineage)}
-    items = tuple(
-        Item(texts.key, file.path, f"{file.size:,} bytes")
-        for texts in (preparation.train, preparation.valid)
-        if texts
-        for file in texts.files
-    )
-    chats = Chats(timetable, items, preparation.template, prepared.ends_with if prepared else None)
-    shape = source.architecture
+    lineage = {"stage": "align", "method": method, "load": str(source.folder), "lineage": dict(source.lineage)}
+    chats, shape = Chats(samples, timetable_of(config, samples)), source.architecture
     return resolve_training(
         recipe, world, promises, "align", source, shape, tokenizer, COMPARED, lineage, teaching, chats=chats
     )
 
 
-def prepared_of(this: Round, tokenizer: Any) -> Preparation:
-    """What the round's samples are made of. Raises InputError."""
-    recipe, method = this.recipe, this.config.method
-    return describe_chats(
-        recipe.chat,
-        tokenizer,
-        sequence_length=recipe.data.sequence_length,
-        pairs=method in PREFERENCES,
-        needs_rewards=method in REWARDED,
-        seed=recipe.seed,
-    )
-
-
-def timetable_of(this: Round, length: int, rows: int, units: int) -> Timetable:
+def timetable_of(config: AlignConfig, samples: Samples) -> Timetable:
     """The budget as whole global batches of rows. Raises InputError."""
-    config = this.config
-    tokens = config.tokens
+    (rows, units), tokens = samples.counts(), config.tokens
     if not tokens:
         passes = config.epochs or config.samples / units
         # A product of rounded numbers, as of 0.1 epochs of 10 rows, is not to count a row too many.
-        tokens = math.ceil(round(passes * rows, 6)) * length
+        tokens = math.ceil(round(passes * rows, 6)) * samples.row_length
     train = dataclasses.replace(config, tokens=tokens, samples=0, epochs=0.0, stages={})
-    return plan_timetable(train, length, "align")
-
-
-def dataset_of(this: Round, part: Part, prepared: Prepared, size: int | None = None) -> ChatDataset:
-    """The rows of a part, as the round reads them; `size`: of training, how many, in a random order."""
-    recipe = this.recipe
-    how: Any = {"padding": prepared.padding, "seed": recipe.seed, "size": size, "packing": recipe.chat.packing}
-    return ChatDataset(part, recipe.data.sequence_length, per_sample=this.config.mean == "samples", **how)
-
-
-def known_rows(this: Round, prepared: Prepared) -> tuple[int, int]:
-    """(rows of one pass, chats or pairs) of the samples that train."""
-    part = prepared.parts["train"]
-    return dataset_of(this, part, prepared).rows, part.units
-
-
-def about_rows(preparation: Preparation, this: Round) -> tuple[int, int]:
-    """The same before anything is prepared, about: the first records of each file stand for the rest."""
-    units = max(1, round(about_records(preparation.train) * (1 - this.recipe.chat.valid_fraction)))
-    return units, units
-
-
-def about_records(texts: Texts) -> int:
-    found = 0.0
-    for file in texts.files:
-        read = [read for _, _, read in islice(read_objects(file), FIRST)]
-        found += len(read) if len(read) < FIRST else len(read) * file.size / max(read[-1], 1)
-    return round(found)
+    return plan_timetable(train, samples.row_length, "align")

@@ -16,6 +16,7 @@ from minitron_mcore.distillation.states.map import check_hidden_states
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs import inputs
 from minitron_mcore.jobs.cache import check_cache_serves, lineage_of
+from minitron_mcore.jobs.chats import Chats, samples_of
 from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.jobs.job import NOTHING, Model, Promises, absolute
 from minitron_mcore.jobs.train import Teaching, TrainingJob, resolve_training
@@ -36,8 +37,11 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Train
     cache = cache_folder(distill.teacher)
     needed = {key: "the folder of the pruned student", "distill.checkpoint": "the folder to write to"}
     needed |= {} if cache else {"teacher.checkpoint": "the folder of the teacher"}
-    inputs.require(recipe, needed, inputs.budget_and_text("distill"))
+    reads_chats = recipe.chat.train is not None
+    inputs.require(recipe, needed, inputs.budget_and_text("distill", is_text=not reads_chats))
     check_teacher_keys(recipe)
+    if reads_chats:
+        check_chat_keys(recipe, cache)
     student = inputs.find_model(inputs.value_at(recipe, key), key, promises)
     shape, folder = student.architecture, str(distill.checkpoint)
     if absolute(folder) in [absolute(each) for each in (student.folder, teacher) if each]:
@@ -56,9 +60,38 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Train
         raise InputError("distill.top_k", distill.top_k, rule, "lower it")
     origin = {"checkpoint": str(student.folder), **student.lineage}
     lineage = {"stage": "distill", "student": origin, "teacher": teaching.lineage}
+    chats = None
+    if reads_chats:
+        compared = (*compared, "chat")
+        chats = chats_of(recipe, teaching)
     return resolve_training(
-        recipe, world, promises, "distill", student, shape, teaching.tokenizer, compared, lineage, teaching
+        recipe, world, promises, "distill", student, shape, teaching.tokenizer, compared, lineage, teaching, chats=chats
     )
+
+
+def check_chat_keys(recipe: Recipe, cache: Path | None) -> None:
+    """Raise InputError for keys that do not go with chats in place of text."""
+    if recipe.data.train is not None:
+        rule = "and data.train both name what is learnt from"
+        raise InputError("chat.train", recipe.chat.train, rule, "leave one of them out")
+    if cache is not None:
+        rule = "holds the targets of text, not of chats"
+        raise InputError("distill.teacher", recipe.distill.teacher, rule, "leave it out, and give teacher.checkpoint")
+    if recipe.distill.phases:
+        rule = "does not go with chats, whose rows are of one length"
+        raise InputError("distill.phases", None, rule, "leave it out")
+
+
+def chats_of(recipe: Recipe, teaching: Teaching) -> Chats:
+    """The answers of chats, as the student learns what the teacher says there (distilled supervised fine-tuning, arXiv
+    2310.16944, section 3.1, with the teacher's distribution in place of its words). Raises InputError."""
+    if teaching.tokenizer is None:
+        rule = "is made by an earlier step of the run, so its tokenizer is not known yet"
+        raise InputError("teacher.checkpoint", recipe.teacher.checkpoint, rule, "distil by a command of its own")
+    layouts = {"parallel": recipe.parallel}
+    layouts |= {"teacher.parallel": recipe.teacher.parallel} if recipe.teacher.parallel else {}
+    samples = samples_of(recipe, teaching.tokenizer, Path(str(recipe.distill.checkpoint)), layouts)
+    return Chats(samples, plan_timetable(recipe.distill, samples.row_length, "distill"))
 
 
 def model_teaching(recipe: Recipe, world: World, promises: Promises, student: Model) -> Teaching:

@@ -49,9 +49,9 @@ def require(recipe: Recipe, needed: dict[str, str], later: dict[str, str] | None
         raise InputError(", ".join(missing), None, "are not given", remedy)
 
 
-def budget_and_text(section: str) -> dict[str, str]:
-    """What every training needs besides folders, for `require`."""
-    return {f"{section}.tokens": "the budget in tokens, as 2B", **TEXT}
+def budget_and_text(section: str, *, is_text: bool = True) -> dict[str, str]:
+    """What every training needs besides folders, for `require`; is_text: it reads text, not chats."""
+    return {f"{section}.tokens": "the budget in tokens, as 2B", **(TEXT if is_text else {})}
 
 
 def value_at(recipe: Any, key: str) -> Any:

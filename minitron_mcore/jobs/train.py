@@ -11,13 +11,13 @@ from typing import Any
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.checkpoint.folder import check_architecture, latest_iteration
-from minitron_mcore.data.chat.template import ChatTemplate
 from minitron_mcore.data.described import describe_training
 from minitron_mcore.data.index import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.forecast import Forecast, forecast_run
 from minitron_mcore.jobs import inputs
+from minitron_mcore.jobs.chats import Chats
 from minitron_mcore.jobs.continuation import refuse_other_run, sources
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises, absolute
 from minitron_mcore.model.recompute import check_recompute
@@ -66,20 +66,6 @@ class Teaching:
 
 
 NOBODY = Teaching(None, {})
-
-
-@dataclass(frozen=True)
-class Chats:
-    """Prepared samples that a training reads in place of text: for how long, the files they come from, and the template
-    that they were written by, which the model keeps.
-
-    ends_with: the mark at which the model's answers will end, once that is known.
-    """
-
-    timetable: Timetable
-    items: tuple[Item, ...]
-    template: ChatTemplate | None
-    ends_with: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +181,7 @@ def resolve_training(
     check_learning_rate(train, timetable, section)
     teacher = teaching.model
     wanted = () if chats else wanted_samples(recipe, section, timetable, teaching.samples)
-    read, said = (chats.items, []) if chats else text_items(recipe, section, tokenizer, wanted, promises)
+    read, said = (chats.samples.items, []) if chats else text_items(recipe, section, tokenizer, wanted, promises)
     reads: list[Model | Item] = [each for each in (source, teacher) if each]
     if teaching.cache:
         reads.append(Item("distill.teacher", str(teaching.cache), f"{teaching.samples:,} samples' targets"))

@@ -96,7 +96,7 @@ def on_this_context_rank(microbatch: Microbatch) -> Microbatch:
     The groups must stand. No communication.
     """
     group = context_group()
-    assert microbatch.packed is None or group.size() == 1, "packed rows are not cut (packing.check_packing)"
+    assert microbatch.packed is None or group.size() == 1, "packed rows are not cut (runtime.config.check_packing)"
     rows = microbatch.by_row().items()
     parts: Any = {name: context_part(value, 1, group.rank(), group.size()) for name, value in rows}
     return replace(microbatch, **parts)

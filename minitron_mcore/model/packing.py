@@ -14,9 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_mcore.errors import InputError
-from minitron_mcore.runtime.config import ParallelConfig
-
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -47,12 +44,3 @@ class Packed:
 
     def to(self, device: Any) -> Packed:
         return Packed(self.boundaries.to(device, non_blocking=True), self.lengths)
-
-
-def check_packing(layouts: dict[str, ParallelConfig], key: str = "chat.packing") -> None:
-    """Raise InputError where packed rows, which `key` asks for, cannot be run in one of `layouts`: by their names the
-    sections that lay a model over the ranks (`parallel`, `teacher.parallel`)."""
-    for name, parallel in layouts.items():
-        if parallel.context > 1:
-            rule = f"does not go with {name}.context={parallel.context}, since segments are not cut over ranks"
-            raise InputError(key, True, rule, f"set {key}=false, or {name}.context=1")

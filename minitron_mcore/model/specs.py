@@ -103,7 +103,7 @@ class SDPACoreAttention(MegatronModule):
 
         Of packed segments: query [t, n, d], key and value [t, g, d] -> [t, n * d], each segment by itself."""
         if packed_seq_params is not None:
-            assert self.context_group is None, "packed segments are not cut over ranks (packing.check_packing)"
+            assert self.context_group is None, "packed segments are not cut over ranks (runtime.config.check_packing)"
             lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
             # Split once, so that backward puts the gradients together once.
             parts = (part.unsqueeze(1).split(lengths) for part in (query, key, value))

@@ -65,6 +65,15 @@ def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel
         raise InputError(f"{key}.tensor", parallel.tensor, rule, remedy)
 
 
+def check_packing(layouts: dict[str, ParallelConfig], key: str = "chat.packing") -> None:
+    """Raise InputError where packed rows, which `key` asks for, cannot be run in one of `layouts`: by their names the
+    sections that lay a model over the ranks (`parallel`, `teacher.parallel`)."""
+    for name, parallel in layouts.items():
+        if parallel.context > 1:
+            rule = f"does not go with {name}.context={parallel.context}, since segments are not cut over ranks"
+            raise InputError(key, True, rule, f"set {key}=false, or {name}.context=1")
+
+
 def check_sequence(
     length: int, parallel: ParallelConfig, key: str = "data.sequence_length", layout: str = "parallel"
 ) -> None:

@@ -18,24 +18,20 @@ from minitron_mcore.data.chat.prepared import Part, Prepared
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.estimate.forecast import explaining_memory
-from minitron_mcore.jobs.align import Round, dataset_of
+from minitron_mcore.jobs.align import Round
 from minitron_mcore.jobs.job import absolute
 from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.model.gpt import build_model
-from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.distill import load_teacher
-from minitron_mcore.stages.train import fit_model, load_or_initialize, print_forecast
-from minitron_mcore.training.budget import Shape
-from minitron_mcore.training.job import Progress, TrainingData, batch_reader, data_order, step_reader
+from minitron_mcore.stages.train import fit_model, load_or_initialize, prepare
+from minitron_mcore.training.job import Progress
 
 
 def run_round(this: Round, job: TrainingJob, prepared: Prepared, runtime: Runtime) -> Progress:
     """One round to its budget; every rank calls."""
-    recipe, config = job.recipe, this.config
-    lay_out(recipe.parallel, recipe.seed, runtime.world_size)
-    data = training_data(this, job, prepared)
-    memory = print_forecast(job, runtime)
+    config = this.config
+    data, memory = prepare(job, runtime)
     settings = LossSettings(job.architecture.vocab_size, chunk_tokens=config.loss_chunk_tokens)
     with explaining_memory(memory, "while loading"):
         given = this, job, prepared, settings, runtime
@@ -51,19 +47,6 @@ def run_round(this: Round, job: TrainingJob, prepared: Prepared, runtime: Runtim
             settings, teacher, preference=preference, pairs=known["train"], valid=known.get("valid")
         )
     return fit_model(job, runtime, chunks, objective, data, memory)
-
-
-def training_data(this: Round, job: TrainingJob, prepared: Prepared) -> TrainingData:
-    """The rows that train and those that validate; any rank calls."""
-    (length,) = job.timetable.samples_needed()
-    dataset = dataset_of(this, prepared.parts["train"], prepared, job.timetable.samples)
-    training = {length: dataset}
-    read_valid = {}
-    if "valid" in prepared.parts and this.config.eval_iters:
-        shape = Shape(0, length, this.config.global_batch_size, this.config.micro_batch_size)
-        read_valid[""] = batch_reader(dataset_of(this, prepared.parts["valid"], prepared), shape)
-    read_train = step_reader(training, num_workers=job.recipe.data.num_workers)
-    return TrainingData(training, read_train, read_valid, data_order(training))
 
 
 def pairs_of(

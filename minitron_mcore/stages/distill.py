@@ -15,6 +15,7 @@ from minitron_mcore.jobs.train import Teaching, TrainingJob
 from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.recompute import KEEP_ALL, recompute_of
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.stages.chats import prepare_samples
 from minitron_mcore.stages.train import describe, fit_model, load_or_initialize, prepare
 from minitron_mcore.training.job import Progress, TrainingData
 from minitron_mcore.training.teaching import TrainedTeacher
@@ -22,6 +23,9 @@ from minitron_mcore.training.teaching import TrainedTeacher
 
 def run(job: TrainingJob, runtime: Runtime) -> Progress:
     """Distil to `distill.tokens`; the same command goes on where it was cut off. Every rank calls."""
+    if job.chats:
+        chats = dataclasses.replace(job.chats, samples=prepare_samples(job.chats.samples, runtime))
+        job = dataclasses.replace(job, chats=chats)
     data, memory = prepare(job, runtime)
     with explaining_memory(memory, "while loading"):
         teacher = find_teacher(job, runtime, data)

@@ -18,6 +18,7 @@ from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.recipe import to_yaml
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime, measured_world
+from minitron_mcore.stages.chats import chat_data
 from minitron_mcore.training.job import Job, Progress, TrainingData, build_training_data
 from minitron_mcore.training.loop import fit
 from minitron_mcore.training.teaching import TrainedTeacher
@@ -34,22 +35,19 @@ def run(job: TrainingJob, runtime: Runtime) -> Progress:
 
 
 def prepare(job: TrainingJob, runtime: Runtime) -> tuple[TrainingData, Forecast]:
-    """The samples of `job`, as Megatron's datasets, and what the ranks will need of memory, printed beside what they
+    """The samples of `job`, text or prepared chats, and what the ranks will need of memory, printed beside what they
     have, once they are laid out; every rank calls."""
     recipe = job.recipe
     assert job.tokenizer is not None
     lay_out(recipe.parallel, recipe.seed, runtime.world_size)
-    data = build_training_data(recipe.data, job.tokenizer, job.wanted, job.config, seed=recipe.seed)
-    return data, print_forecast(job, runtime)
-
-
-def print_forecast(job: TrainingJob, runtime: Runtime) -> Forecast:
-    """What the ranks, laid out, will need of memory, printed beside what they have; every rank calls."""
-    recipe, world = job.recipe, measured_world(runtime)
-    teacher = job.forecast.setting.teacher
+    if job.chats:
+        data = chat_data(job)
+    else:
+        data = build_training_data(recipe.data, job.tokenizer, job.wanted, job.config, seed=recipe.seed)
+    world, teacher = measured_world(runtime), job.forecast.setting.teacher
     expected = forecast_run(recipe, job.section, job.architecture, job.timetable, world, teacher)
     runtime.print("\n".join(forecast_words(expected, world.memory)))
-    return expected
+    return data, expected
 
 
 def load_or_initialize(job: TrainingJob) -> list[LanguageModel]:
@@ -104,11 +102,13 @@ def fit_model(
 def describe(job: TrainingJob, tokens: int) -> None:
     """Write what lies beside the weights in `job.folder`, trained on `tokens` tokens; one rank calls."""
 
+    samples = job.chats and job.chats.samples
+
     def save_tokenizer(folder: str) -> None:
         assert job.tokenizer is not None
         job.tokenizer.save(folder)
-        if job.chats and job.chats.template:
-            job.chats.template.save(folder)
+        if samples and samples.preparation.template:
+            samples.preparation.template.save(folder)
 
     assert job.tokenizer is not None
     facts = {**job.lineage, "tokens": tokens, "tokenizer": job.tokenizer.fingerprint, "sources": job.sources}
@@ -116,4 +116,4 @@ def describe(job: TrainingJob, tokens: int) -> None:
     write_description(job.folder, job.architecture, lineage=facts, recipe=recipe, save_tokenizer=save_tokenizer)
     if job.source is not None:
         carry_companions(job.source.folder, job.folder)
-    stop_at(job.folder, job.chats.ends_with if job.chats else None, bos=job.tokenizer.bos, eos=job.tokenizer.eod)
+    stop_at(job.folder, samples.ends_with if samples else None, bos=job.tokenizer.bos, eos=job.tokenizer.eod)

@@ -63,7 +63,7 @@ def place(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     sections = {
         "tokenizer": {"model": str(words / "tokenizer.model")},
-        "data": {"train": str(words / "tokens_text_document"), "sequence_length": 128, "num_workers": 0, "split": "1"},
+        "data": {"sequence_length": 128, "num_workers": 0, "split": "1"},
         "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
         | {"num_query_groups": 2, "kv_channels": 8, "max_position_embeddings": 512, "init_method_std": 0.2},
         "train": {"tokens": 768, "global_batch_size": 4, "eval_iters": 0, "checkpoint": str(folder / "model")},
@@ -72,7 +72,8 @@ def place(words: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "log": {"interval": 1, "wandb": "disabled", "tensorboard": False},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
-    all_run_well([["train", "--config", str(folder / "recipe.yaml")]])
+    text = f"data.train={words / 'tokens_text_document'}"
+    all_run_well([["train", "--config", str(folder / "recipe.yaml"), text]])
     return folder
 
 
@@ -153,6 +154,45 @@ def test_rounds_follow_one_another(place: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path / "hf"))
     text = tokenizer.apply_chat_template(chats()[0]["messages"], tokenize=False)
     assert "<|im_start|>user\nprune0<|im_end|>" in text
+
+
+def test_a_student_learns_what_its_teacher_says_in_chats(place: Path, tmp_path: Path) -> None:
+    """`distill` on the counted tokens of chats, packed and not, at TP2 and PP2; its next-token loss is `sft`'s."""
+    scores, student = tmp_path / "scores.safetensors", tmp_path / "student"
+    shared = ["--config", str(place / "recipe.yaml"), f"teacher.checkpoint={place / 'model'}", f"scores={scores}"]
+    shared += [f"student.checkpoint={student}"]
+    pruned = ["student.ffn_hidden_size=32", "importance.method=magnitude"]
+    all_run_well([[verb, *shared, *pruned] for verb in ("score", "prune")])
+    sizes = [
+        f"distill.{key}" for key in ("global_batch_size=4", "lr=1e-3", "min_lr=1e-4", "kd_weight=1", "lm_weight=0")
+    ]
+    sizes += ["distill.tokens=3072"]
+
+    def distil(name: str, *keys: str) -> list[str]:
+        return ["distill", *shared, *sizes, f"distill.checkpoint={tmp_path / name}", *keys]
+
+    packed = ("chat.packing=true", "data.sequence_length=256", "distill.tokens=3072")
+    all_run_well(
+        [
+            distil("one"),
+            distil("one-packed", *packed),
+            align(place, tmp_path / "sft", f"align.load={student}"),
+        ]
+    )
+    two = ("tensor", "pipeline")
+    kinds: dict[str, tuple[str, ...]] = {"": (), "-packed": packed}
+    layouts = {f"{name}{kind}": (f"parallel.{name}=2", *keys) for name in two for kind, keys in kinds.items()}
+    all_run_well([distil(name, *keys) for name, keys in layouts.items()], 2)
+    for kind in ("", "-packed"):
+        whole = steps(tmp_path / f"one{kind}")
+        assert whole[-1]["logits distillation loss"] < whole[0]["logits distillation loss"]
+        for name in two:
+            for row, expected in zip(steps(tmp_path / f"{name}{kind}"), whole, strict=True):
+                for loss in ("logits distillation loss", "lm loss", "teacher lm loss"):
+                    assert row[loss] == pytest.approx(expected[loss], rel=1e-5), (name, kind, loss)
+    assert steps(tmp_path / "one")[0]["lm loss"] == pytest.approx(steps(tmp_path / "sft")[0]["lm loss"], rel=1e-6)
+    code, shown = minitron(*distil("both", f"data.train={place / 'x'}"))
+    assert code == 2 and "data.train both name what is learnt from" in shown
 
 
 BAD = {

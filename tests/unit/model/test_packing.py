@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.model.microbatch import Microbatch
-from minitron_mcore.model.packing import Packed, check_packing
-from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.model.packing import Packed
+from minitron_mcore.runtime.config import ParallelConfig, check_packing
 
 
 def test_boundaries_of_the_drawn_example() -> None:

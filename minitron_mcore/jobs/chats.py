@@ -1,0 +1,119 @@
+"""Chats and preferences that a training reads in place of text: of what, in which rows, for how long. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+from minitron_mcore.data.chat.described import Preparation, describe_chats
+from minitron_mcore.data.chat.prepared import Prepared
+from minitron_mcore.data.corpus import Texts
+from minitron_mcore.data.records import read_objects
+from minitron_mcore.data.tokenizer import Tokenizer
+from minitron_mcore.jobs.job import Item
+from minitron_mcore.recipe import Recipe
+from minitron_mcore.runtime.config import ParallelConfig, check_packing
+from minitron_mcore.training.budget import Timetable
+
+if TYPE_CHECKING:
+    from minitron_mcore.data.chat.dataset import ChatDataset
+
+FIRST = 1000  # records that are looked at to say about how many there are
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `preparation` makes, in a folder within `folder`.
+
+    per_sample: every answer weighs the same, not every token. prepared: None: they are still to be made.
+    """
+
+    preparation: Preparation
+    folder: Path
+    per_sample: bool = False
+    prepared: Optional[Prepared] = None
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The files that are read."""
+        parts = filter(None, (self.preparation.train, self.preparation.valid))
+        return tuple(Item(part.key, file.path, f"{file.size:,} bytes") for part in parts for file in part.files)
+
+    @property
+    def row_length(self) -> int:
+        """Positions of a row: of a pair's two sides, unless they are packed, a sequence each."""
+        what = self.preparation
+        return what.sequence_length * (2 if what.pairs and not what.config.packing else 1)
+
+    @property
+    def ends_with(self) -> Optional[int]:
+        """The mark at which the model's answers will end, where that is known."""
+        return self.prepared.ends_with if self.prepared else None
+
+    def dataset(self, part: str, size: Optional[int] = None) -> ChatDataset:
+        """The rows of `train` or `valid`; `size`: of training, how many, in a random order."""
+        from minitron_mcore.data.chat.dataset import ChatDataset  # torch, which `estimate` does without
+
+        what, prepared = self.preparation, self.prepared
+        assert prepared is not None, "the samples are not prepared"
+        return ChatDataset(
+            prepared.parts[part],
+            what.sequence_length,
+            padding=prepared.padding,
+            seed=what.seed,
+            size=size,
+            packing=what.config.packing,
+            per_sample=self.per_sample,
+        )
+
+    def counts(self) -> tuple[int, int]:
+        """(rows of one pass, chats or preferences) that train; before they are prepared about: the first records of
+        each file stand for the rest."""
+        if self.prepared is not None:
+            return self.dataset("train").rows, self.prepared.parts["train"].units
+        about = about_records(self.preparation.train) * (1 - self.preparation.config.valid_fraction)
+        return (max(1, round(about)),) * 2
+
+
+@dataclass(frozen=True)
+class Chats:
+    """`samples`, for the `timetable`."""
+
+    samples: Samples
+    timetable: Timetable
+
+
+def samples_of(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    folder: Path,
+    layouts: dict[str, ParallelConfig],
+    *,
+    pairs: bool = False,
+    needs_rewards: bool = False,
+    per_sample: bool = False,
+) -> Samples:
+    """What the recipe's `chat` section names, for a training into `folder`; `layouts`: by their names the sections that
+    lay the models over the ranks. Raises InputError."""
+    if recipe.chat.packing:
+        check_packing(layouts)
+    what = describe_chats(
+        recipe.chat,
+        tokenizer,
+        sequence_length=recipe.data.sequence_length,
+        pairs=pairs,
+        needs_rewards=needs_rewards,
+        seed=recipe.seed,
+    )
+    return Samples(what, Path(recipe.chat.cache_path or folder / "chats"), per_sample)
+
+
+def about_records(texts: Texts) -> int:
+    """How many records there are, from the first of each file."""
+    found = 0.0
+    for file in texts.files:
+        read = [read for _, _, read in islice(read_objects(file), FIRST)]
+        found += len(read) if len(read) < FIRST else len(read) * file.size / max(read[-1], 1)
+    return round(found)
