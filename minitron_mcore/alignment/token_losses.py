@@ -19,14 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitron_mcore.distillation.logits.loss import Model, Run, Wanted, sweep
+from minitron_mcore.distillation.logits.loss import Model, Run, Wanted, on_every_shard, sweep
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.model.vocab_parallel import VocabularyShard
 
@@ -51,9 +47,7 @@ def token_losses(
 
     All its ranks call, on the last stage.
     """
-    if tp_group is not None and tp_group.size() > 1:
-        split = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
-        hidden_SBH = split(hidden_SBH, group=tp_group)
+    hidden_SBH = on_every_shard(hidden_SBH, tp_group, sequence_parallel)
     assert hidden_SBH.shape[:2] == labels_SB.shape == counted_SB.shape, "hidden states of the labels' tokens"
     counted_N = counted_SB.flatten()
     places_P = counted_N.nonzero().squeeze(1)

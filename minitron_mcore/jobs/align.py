@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.alignment.config import BUDGETS, PREFERENCES, REFERENCED, REWARDED, AlignConfig
-from minitron_mcore.checkpoint.folder import latest_iteration
 from minitron_mcore.data.chat.config import ChatConfig
 from minitron_mcore.data.chat.prepared import Prepared
 from minitron_mcore.errors import InputError
@@ -70,13 +69,8 @@ class AlignJob(Job):
     rounds: tuple[tuple[Round, TrainingJob], ...]
 
     def training(self, this: Round, prepared: Prepared) -> TrainingJob:
-        """The training of a round whose samples are prepared. Raises InputError."""
-        before = self.promises
-        for each, known in self.rounds:
-            if each is this:
-                break
-            before = before.after(known) if latest_iteration(each.folder) is None else before
-        return resolve_round(this, self.world, before, prepared)
+        """The training of a round whose samples are prepared, once those before it are done. Raises InputError."""
+        return resolve_round(this, self.world, self.promises, prepared)
 
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> AlignJob:

@@ -32,7 +32,7 @@ def run(job: AlignJob, runtime: Runtime) -> Progress:
             runtime.print(f"align: [{number}/{count}] {this.name}{': done before' if done else ''}")
             if done:
                 continue
-        progress = run_round(this, training, samples.prepared, runtime)
+        progress = run_round(this, training, runtime)
         if runtime.stop_signal and number < count:
             raise SystemExit(exit_code(runtime.stop_signal))
         gc.collect()

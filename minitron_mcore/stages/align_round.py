@@ -28,9 +28,11 @@ from minitron_mcore.stages.train import fit_model, load_or_initialize, prepare
 from minitron_mcore.training.job import Progress
 
 
-def run_round(this: Round, job: TrainingJob, prepared: Prepared, runtime: Runtime) -> Progress:
+def run_round(this: Round, job: TrainingJob, runtime: Runtime) -> Progress:
     """One round to its budget; every rank calls."""
     config = this.config
+    assert job.chats and job.chats.samples.prepared
+    prepared = job.chats.samples.prepared
     data, memory = prepare(job, runtime)
     settings = LossSettings(job.architecture.vocab_size, chunk_tokens=config.loss_chunk_tokens)
     with explaining_memory(memory, "while loading"):

@@ -107,11 +107,9 @@ def logit_loss(
     if isinstance(teacher, Model) and len(teacher.weight) != len(weight_VH):
         rule = f"are not the student's {len(weight_VH)}: both models need one padded vocabulary"
         raise InputError("rows of the teacher's head on a rank", len(teacher.weight), rule)
-    if tp_group is not None and tp_group.size() > 1:
-        split = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
-        hidden_SBH = split(hidden_SBH, group=tp_group)
-        if isinstance(teacher, Model):
-            teacher = Model(split(teacher.hidden.detach(), group=tp_group), teacher.weight)
+    hidden_SBH = on_every_shard(hidden_SBH, tp_group, sequence_parallel)
+    if isinstance(teacher, Model):
+        teacher = Model(on_every_shard(teacher.hidden.detach(), tp_group, sequence_parallel), teacher.weight)
     if not hidden_SBH.shape[:2] == labels_SB.shape == loss_mask_SB.shape:
         shapes = f"labels {list(labels_SB.shape)} and loss mask {list(loss_mask_SB.shape)}"
         raise InputError("hidden states", list(hidden_SBH.shape[:2]), f"must agree with {shapes} in [sequence, batch]")
@@ -128,6 +126,14 @@ def logit_loss(
     losses = dict(zip(REPORTED, by_token, strict=True))
     sums = {name: torch.dot(loss_N, mask_N) for name, loss_N in losses.items() if loss_N is not None}
     return LogitLossOutput(loss, sums, mask_N.sum(), by_token[0].view(labels_SB.shape))
+
+
+def on_every_shard(hidden_SBH: Tensor, tp_group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
+    """Final hidden states of the full sequence, whose gradient is the sum of what every vocabulary shard has of it."""
+    if tp_group is None or tp_group.size() == 1:
+        return hidden_SBH
+    split = gather_from_sequence_parallel_region if sequence_parallel else copy_to_tensor_model_parallel_region
+    return split(hidden_SBH, group=tp_group)
 
 
 def sweep(
