@@ -20,6 +20,7 @@ from typing import Any, Optional
 
 import numpy
 
+from minitron_mcore.data.chat.beginnings import Beginnings, dividers
 from minitron_mcore.data.chat.config import TEMPLATES
 from minitron_mcore.data.chat.forms import Chat, Completion, Message, RecordError, Sample
 from minitron_mcore.data.templating import templating, transformers_tokenizer
@@ -129,6 +130,8 @@ class Encoder:
         if template is not None and not template.own:
             # Also of a tokenizer that cuts the names of its marks up, those that a template writes are the marks.
             self.hf.split_special_tokens = False
+        self.dividers = dividers(self.hf)
+        self.names = self.hf.special_tokens_map
         self.marks = tokenizer.added | frozenset(self.hf.all_special_ids)
         plain, marked = self._encode("x"), list(self.hf("x")["input_ids"])
         # What the tokenizer puts before every text.
@@ -164,8 +167,8 @@ class Encoder:
             ids, characters = self._encode_spans(text)
             learnt = _inside(characters, self._spans_of(chat, answers, wanted, text, spans))
         else:
-            ids = self._encode(text)
-            learnt = self._by_prefixes(chat, wanted, ids)
+            whole = Beginnings(self.hf, text, self.dividers)
+            ids, learnt = whole.ids, self._by_prefixes(chat, wanted, whole)
         if not any(learnt):
             raise RecordError(f"has no token that is learnt, by {self._name}", "change its messages or the template")
         return ids, learnt
@@ -182,26 +185,28 @@ class Encoder:
             raise RecordError(rule, "use a template with one {% generation %} for each answer")
         return [span for span in spans if span[0] >= len(before)]
 
-    def _by_prefixes(self, chat: Chat, wanted: list[int], ids: list[int]) -> list[bool]:
-        learnt = [False] * len(ids)
+    def _by_prefixes(self, chat: Chat, wanted: list[int], whole: Beginnings) -> list[bool]:
+        learnt = [False] * len(whole.ids)
         for place in wanted:
-            before = self._encode(self._render(chat, place, is_opened=True)[0])
-            to_here = ids if place + 1 == len(chat.messages) else self._encode(self._render(chat, place + 1)[0])
-            if ids[: len(before)] != before or ids[: len(to_here)] != to_here or len(before) >= len(to_here):
+            start = whole.count(self._render(chat, place, is_opened=True)[0])
+            is_last = place + 1 == len(chat.messages)
+            end = len(whole.ids) if is_last else whole.count(self._render(chat, place + 1)[0])
+            if start is None or end is None or start >= end:
                 rule = (
                     f"has an answer, message {place + 1}, that cannot be told from the rest: {self._name} has no "
                     "{% generation %} marks, and the ids of the messages up to it are not what those of the whole chat "
                     "begin with"
                 )
                 raise RecordError(rule, "mark the assistant's words in the template")
-            end = self._end(to_here, len(before))
-            learnt[len(before) : end] = [True] * (end - len(before))
+            end = self._end(whole.ids, start, end)
+            learnt[start:end] = [True] * (end - start)
         return learnt
 
-    def _end(self, ids: list[int], start: int) -> int:
-        """Where the answer ids[start:] ends: white space behind its last mark is the template's, not said by anyone."""
-        last = next((place for place in reversed(range(start, len(ids))) if ids[place] in self.marks), None)
-        return len(ids) if last is None or self.hf.decode(ids[last + 1 :]).strip() else last + 1
+    def _end(self, ids: list[int], start: int, end: int) -> int:
+        """Where the answer ids[start:end] does: white space behind its last mark is the template's, not said by
+        anyone."""
+        last = next((place for place in reversed(range(start, end)) if ids[place] in self.marks), None)
+        return end if last is None or self.hf.decode(ids[last + 1 : end]).strip() else last + 1
 
     @property
     def _name(self) -> str:
@@ -216,9 +221,9 @@ class Encoder:
         if self.template is None:
             rule = f"is not given, and the tokenizer in {self.tokenizer.path} has no chat template"
             raise InputError(KEY, None, rule, f"name a Jinja file, or one of {', '.join(TEMPLATES)}")
-        text, names = self.template.for_tools(chat.tools), self.hf.special_tokens_map
+        text = self.template.for_tools(chat.tools)
         try:
-            return _render(text, chat.messages[:number], chat.tools, names, is_opened)
+            return _render(text, chat.messages[:number], chat.tools, self.names, is_opened)
         except Exception as error:  # whatever the template raises
             raise RecordError(f"does not suit {self._name} ({first_line(error)})", "change its messages") from error
 
