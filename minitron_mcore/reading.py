@@ -91,7 +91,8 @@ def override_value(text: str) -> Any:
 
 
 def put(tree: dict[str, Any], path: str, value: Any, default: Callable[[str], Any]) -> None:
-    """Set the key `path`, as in distill.phases[1].tokens, in `tree`; a section is merged with the one that is there.
+    """Set the key `path`, as in distill.phases[1].tokens, in `tree`; a section is merged with the one that is there;
+    an empty one, {}, takes its place.
 
     default: what is at a path that the tree lacks. Raises InputError for an entry that a list lacks.
     """
@@ -105,7 +106,7 @@ def put(tree: dict[str, Any], path: str, value: Any, default: Callable[[str], An
         there = node[step] if isinstance(step, int) else node.get(step)
         walked = f"{walked}[{step}]" if isinstance(step, int) else f"{walked}.{step}".lstrip(".")
         if place == len(steps) - 1:
-            is_merged = isinstance(value, dict) and isinstance(there, dict)
+            is_merged = bool(value) and isinstance(value, dict) and isinstance(there, dict)
             node[step] = merged(there, value) if is_merged else value
         elif isinstance(steps[place + 1], int):
             node[step] = copy.deepcopy(default(walked)) if there is None else there

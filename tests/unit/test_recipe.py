@@ -130,8 +130,9 @@ def test_the_standard_librarys_source_is_named() -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_the_recipes_of_the_repository_load(config: Path) -> None:
     recipe = load_recipe(str(config), [])
-    trains = not config.name.startswith("ablate-")
+    trains = not config.name.startswith(("ablate-", "align-"))
     assert (recipe.distill.tokens + recipe.search.tokens > 0) == trains and recipe.name != Recipe().name
+    assert (recipe.align.load is not None) == config.name.startswith("align-")
     assert len(CONFIGS) >= 2
 
 
@@ -303,6 +304,15 @@ def test_a_list_of_sections(tmp_path: Path) -> None:
     given = load_recipe(None, ["train.phases=[{tokens: 5}, {sequence_length: 8}]"])
     assert given.train.phases == [PhaseConfig(tokens=5), PhaseConfig(sequence_length=8)]
     assert load_recipe(write(tmp_path, to_yaml(given)), []) == given
+
+
+def test_an_empty_section_on_the_command_line_takes_the_place_of_the_one_that_is_there(tmp_path: Path) -> None:
+    """As align.stages={} is typed for one round of a recipe of several."""
+    config = write(tmp_path, "align: {lr: 1.0, stages: {sft: {lr: 2.0}}}\ntrain: {lr: 3.0}\n")
+    given = load_recipe(config, ["align.stages={}", "train={}"])
+    assert given.align.stages == {} and given.align.lr == 1.0
+    assert given.train == TrainConfig()
+    assert load_recipe(config, ["align={stages: {dpo: {}}}"]).align.stages == {"sft": {"lr": 2.0}, "dpo": {}}
 
 
 def test_an_entry_of_a_list_on_the_command_line(tmp_path: Path) -> None:
