@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from minitron_mcore.estimate.model import Setting
-from minitron_mcore.estimate.step_time import StepTime, step_times
+from minitron_mcore.estimate.step_time import ForwardPass, StepTime, reference_pass, step_times
 from minitron_mcore.runtime.devices import Machine
 from minitron_mcore.training.budget import Shape, Timetable
 
@@ -26,6 +26,7 @@ class Cost:
     last: StepTime  # of the shape that the training ends with
     price: float | None = None
     power: float | None = None
+    before: ForwardPass | None = None  # of the reference, before training; `seconds` has its own
 
     @property
     def hours(self) -> float:
@@ -51,15 +52,18 @@ class Cost:
 
     @property
     def tokens_per_second(self) -> float:
-        """The mean over the whole training."""
-        return self.tokens / self.seconds
+        """The mean over all steps."""
+        return self.tokens / (self.seconds - (self.before.seconds if self.before else 0.0))
 
 
-def cost_of(timetable: Timetable, settings: Sequence[Setting], machine: Machine, side_by_side: int = 1) -> Cost:
+def cost_of(
+    timetable: Timetable, settings: Sequence[Setting], machine: Machine, side_by_side: int = 1, referenced: int = 0
+) -> Cost:
     """Of every iteration of `timetable`.
 
     settings: one for each of its shapes, in any order; of another micro batch size where all its shapes have one.
-    side_by_side: so many such trainings run at a time, each on GPUs of its own: the time is that of one.
+    side_by_side: so many such trainings run at a time, each on GPUs of its own: the time is that of one. referenced: so
+    many sequences' log-probabilities are worked out before.
 
     Raises InputError where `machine` lacks a figure that the time of a step needs.
     """
@@ -73,7 +77,14 @@ def cost_of(timetable: Timetable, settings: Sequence[Setting], machine: Machine,
     for first, then in pairwise([*timetable.starts, timetable.end]):
         seconds += (then.iteration - first.iteration) * times[sizes(first.shape)].total
     last = times[sizes(timetable.starts[-1].shape)]
-    price, power = machine.price, machine.power
+    before = reference_pass(settings[-1], machine, referenced) if referenced else None
     return Cost(
-        side_by_side * settings[0].world_size, timetable.iterations, timetable.tokens, seconds, last, price, power
+        side_by_side * settings[0].world_size,
+        timetable.iterations,
+        timetable.tokens,
+        seconds + (before.seconds if before else 0.0),
+        last,
+        machine.price,
+        machine.power,
+        before,
     )

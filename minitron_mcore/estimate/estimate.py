@@ -19,7 +19,8 @@ from minitron_mcore.runtime.devices import Machine
 class Estimate:
     """All that is said of a recipe called `name` on `gpus` GPUs of `machine`.
 
-    where: what says the teacher's shape. costs: of each training in the recipe's layout; None: that is not possible;
+    where: what says the teacher's shape; None: nothing does, as for `align` alone. aligned: the shape that
+    `align` is of, and what says it. costs: of each training in the recipe's layout; None: that is not possible;
     (): no times are known. layouts: in which all trainings fit, the best first, of which `shown` are shown. fewest:
     those of the fewest GPUs. twice: the best of twice the GPUs. outlooks: what the student's loss may become. left_out:
     titles of steps of which nothing is said. on_cpu: the `gpus` are ranks of this machine's CPU.
@@ -29,7 +30,7 @@ class Estimate:
     gpus: int
     machine: Machine
     limits: Limits
-    teacher: Architecture
+    teacher: Architecture | None
     where: str
     trainings: tuple[Training, ...]
     beside: tuple[Beside, ...]
@@ -41,6 +42,7 @@ class Estimate:
     outlooks: tuple[Outlook, ...] = ()
     left_out: tuple[str, ...] = ()
     on_cpu: bool = False
+    aligned: tuple[Architecture, str] | None = None
 
     @property
     def rank(self) -> str:
@@ -64,6 +66,11 @@ class Estimate:
         return None if self.limits.usable is None else True
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is known of all trainings how long they are."""
+        return not any(each.unknown for each in self.trainings)
+
+    @property
     def fastest(self) -> Layout | None:
         return self.layouts[0] if self.layouts and self.costs else None
 
@@ -73,7 +80,7 @@ def estimate_of(
     gpus: int,
     machine: Machine,
     limits: Limits,
-    teacher: Architecture,
+    teacher: Architecture | None,
     where: str,
     trainings: tuple[Training, ...],
     beside: tuple[Beside, ...],
@@ -95,11 +102,11 @@ def estimate_of(
         raise _no_layout(trainings, gpus, per_node)
 
     def seconds(training: Training, settings: Sequence[Setting]) -> float:
-        return cost_of(training.timetable, settings, machine).seconds
+        return cost_of(training.timetable, settings, machine, referenced=training.referenced).seconds
 
     how = seconds if is_timed else None
     costs = [
-        None if each.problem else cost_of(each.timetable, each.settings, machine, each.side_by_side)
+        None if each.problem else cost_of(each.timetable, each.settings, machine, each.side_by_side, each.referenced)
         for each in trainings
         if how
     ]

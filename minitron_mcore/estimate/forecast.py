@@ -143,21 +143,29 @@ def settings_of(
     timetable: Timetable,
     world: World,
     teacher: Architecture | None = None,
+    sides: int = 0,
 ) -> list[Setting]:
-    """One setting for each shape in the `timetable` of the recipe's `section`, that of the smallest batch first."""
+    """One setting for each shape in the `timetable` of the recipe's `section`, that of the smallest batch first.
+
+    sides: of a training on pairs of answers, the sequences that a row of theirs is; its teacher is the reference, which
+    lies as the student does. 0: of any other.
+    """
     train: TrainConfig = getattr(recipe, section)
     distill, shapes = recipe.distill, dict.fromkeys(start.shape for start in timetable.starts)
     taught: dict[str, Any] = {
         "teacher": teacher,
-        "teacher_parallel": recipe.teacher.parallel,
         "teacher_precision": recipe.teacher.precision,
         "teacher_placement": recipe.teacher.placement,
-        "teacher_window": distill.teacher_window,
-        "teacher_trained": distill.correct_teacher,
-        "teacher_chunk_tokens": recipe.correct.loss_chunk_tokens,
-        "teacher_recompute": recompute_of(recipe.correct),
-        "hidden_states": distill.hidden_states,
     }
+    if not sides:
+        taught |= {
+            "teacher_parallel": recipe.teacher.parallel,
+            "teacher_window": distill.teacher_window,
+            "teacher_trained": distill.correct_teacher,
+            "teacher_chunk_tokens": recipe.correct.loss_chunk_tokens,
+            "teacher_recompute": recompute_of(recipe.correct),
+            "hidden_states": distill.hidden_states,
+        }
     return [
         Setting(
             student=architecture,
@@ -174,6 +182,8 @@ def settings_of(
             micro_batch_key=size_keys(train, shape, section)["micro_batch_size"],
             local_ranks=world.local_size,
             host_free=world.memory.host_free if world.memory else None,
+            preference=sides > 0,
+            sides=sides or 1,
             **(taught if teacher else {}),
         )
         for shape in sorted(shapes, key=lambda shape: shape.global_batch_size)
@@ -187,13 +197,15 @@ def forecast_run(
     timetable: Timetable,
     world: World,
     teacher: Architecture | None = None,
+    sides: int = 0,
 ) -> Forecast:
     """The most that any shape in the `timetable` of the recipe's `section` needs on a rank.
 
-    teacher: the one that runs beside the student; None: none does. Raises InputError where what is held throughout
-    (weights, gradients, optimizer, teacher) exceeds a device's memory, or offloaded layers exceed a node's.
+    teacher: the one that runs beside the student; None: none does. sides: as in `settings_of`. Raises InputError where
+    what is held throughout (weights, gradients, optimizer, teacher) exceeds a device's memory, or offloaded layers
+    exceed a node's.
     """
-    found = fullest(settings_of(recipe, section, architecture, timetable, world, teacher))
+    found = fullest(settings_of(recipe, section, architecture, timetable, world, teacher, sides))
     if world.memory is not None:
         _refuse(found, world.memory)
     return found
@@ -285,7 +297,7 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if s.teacher_trained and (s.teacher_chunk_tokens or default_chunk_tokens(s.tokens)) > LEAST_CHUNK:
         yield "correct chunk", f"correct.loss_chunk_tokens={LEAST_CHUNK}", {"teacher_chunk_tokens": LEAST_CHUNK}
     if s.teacher is not None and not s.teacher_trained:  # a trained teacher takes neither key
-        if parallel.pipeline < (s.teacher_window or s.microbatches):
+        if not s.preference and parallel.pipeline < (s.teacher_window or s.microbatches):
             yield "window", f"{section}.teacher_window={parallel.pipeline}", {"teacher_window": parallel.pipeline}
         if s.data_parallel > 1:
             yield "placement", "teacher.placement=sharded", {"teacher_placement": "sharded"}
@@ -293,7 +305,7 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
         if s.host_free is None or teacher.host_bytes(offloaded) <= s.host_free:
             yield "placement", "teacher.placement=offloaded", {"teacher_placement": "offloaded"}
     parts = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
-    if parallel.tensor > 1 and not parallel.sequence and s.sequence_length % parts == 0:
+    if parallel.tensor > 1 and not parallel.sequence and s.length % parts == 0:
         yield "sequence", "parallel.sequence=true", {"parallel": replace(parallel, sequence=True)}
     if s.data_parallel == 1 or s.data_parallel % 2 == 0:
         ranks = "" if s.data_parallel > 1 else " on twice the ranks"

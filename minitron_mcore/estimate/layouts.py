@@ -96,7 +96,7 @@ class Layout:
                 if again[0] != again[1] and again[1].granularity == "full":
                     found |= {f"{section}.recompute_{name}": (None, "") for name in ("method", "num_layers")}
             taught = next((pair for pair in zip(choice.settings, group, strict=True) if pair[0][0].teacher), None)
-            if taught is not None:
+            if taught is not None and not taught[1].setting.preference:
                 setting, recipes = taught[0][0], taught[1].setting
                 found["teacher.placement"] = setting.teacher_placement, recipes.teacher_placement
                 found["distill.teacher_window"] = setting.teacher_window, recipes.teacher_window
@@ -178,7 +178,7 @@ def parallels(trainings: Sequence[Training], gpus: int, per_node: int) -> Iterat
     """The layouts that the shapes, their sequences and the number of GPUs allow: tensor parallelism within a node, with
     sequence parallelism wherever it is possible; contexts in powers of two, where the recipe cuts sequences."""
     shapes = dict.fromkeys(shape for training in trainings for shape in shapes_of(training))
-    lengths = {setting.sequence_length for training in trainings for setting in training.settings}
+    lengths = {setting.length for training in trainings for setting in training.settings}
     layers = min(shape.num_layers for shape in shapes)
     apart = [own for training in trainings if (own := training.setting.teacher_parallel)]
     for tensor in divisors(gpus, per_node):
@@ -295,8 +295,8 @@ def arranged(group: Sequence[Training], laid_out: dict[str, Any], size: int | No
 
 def teachers(setting: Setting, parallel: ParallelConfig, data_parallel: int) -> list[dict[str, Any]]:
     """Where a teacher may lie and how far it may run ahead, in the order in which they cost more. One that is trained,
-    or has a layout of its own, stays as the recipe has it."""
-    if setting.teacher is None or setting.teacher_trained or setting.teacher_parallel is not None:
+    or has a layout of its own, or is a reference, stays as the recipe has it."""
+    if setting.teacher is None or setting.teacher_trained or setting.teacher_parallel or setting.preference:
         return [{}]
     own = setting.teacher_window - setting.teacher_window % parallel.pipeline
     windows = dict.fromkeys([own, *([4 * parallel.pipeline] if own == 0 else []), parallel.pipeline])

@@ -45,6 +45,8 @@ class Setting:
     teacher_chunk_tokens: int | None = None  # `loss_chunk_tokens` of the corrected teacher's own pass
     teacher_recompute: Recompute = KEEP_ALL
     hidden_states: HiddenStatesConfig | None = None  # losses between inner states; None: there are none
+    preference: bool = False  # pairs of answers are trained on, and the teacher is their reference
+    sides: int = 1  # sequences that lie side by side in a row of `sequence_length`: of a pair that is not packed, two
 
     @property
     def microbatches(self) -> int:
@@ -54,6 +56,11 @@ class Setting:
     def tokens(self) -> int:
         """Tokens of a microbatch on a rank."""
         return self.micro_batch_size * self.sequence_length // self.parallel.context
+
+    @property
+    def length(self) -> int:
+        """Tokens of what attends to itself alone."""
+        return self.sequence_length // self.sides
 
     @property
     def ahead(self) -> int:
@@ -225,7 +232,7 @@ def layer_activations(setting: Setting) -> int:
     sharded = element * (3 * q + (0 if gathered else 3 * k)) + 4 * a.num_attention_heads
     if a.qk_layernorm:
         sharded += (8 if widens_norms(s) else element) * (q + k) + 4 * (a.num_attention_heads + a.num_query_groups)
-    length = s.tokens // s.micro_batch_size
+    length = s.tokens // (s.micro_batch_size * s.sides)
     tables = 4 * element * int(a.kv_channels * a.rotary_percent) * length
     split = tensor if s.parallel.sequence else 1
     return s.tokens * whole // split + s.tokens * sharded // tensor + gathered + mlp_activations(s) + tables

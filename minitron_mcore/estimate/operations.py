@@ -10,7 +10,7 @@ and of all key-value groups, V padded vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.distillation.config import default_chunk_tokens
@@ -201,21 +201,39 @@ class Pass:
 LOGITS = {False: (12, 20), True: (40, 90)}
 
 
-def loss_seconds(student: Pass, teacher: Pass | None, chunk_tokens: int | None, *, recompute: bool = False) -> Seconds:
+def head_seconds(run: Pass, chunk: int) -> float:
+    """The output head for a chunk of tokens, to fp32 logits."""
+    columns, hidden = run.model.padded_vocab_size / run.parallel.tensor, run.model.hidden_size
+    moved = BYTES[run.wide] * (chunk + columns) * hidden + 4 * chunk * columns
+    return operation(run.machine, 2 * chunk * hidden * columns, moved, run.wide)
+
+
+def log_prob_seconds(run: Pass, chunk_tokens: int | None) -> Seconds:
+    """Of the tokens' log-probabilities alone, without gradients: the head, and one pass over the logits."""
+    machine, tensor, tokens = run.machine, run.parallel.tensor, run.tokens
+    chunk = min(chunk_tokens or default_chunk_tokens(tokens), tokens)
+    logits, chunks = chunk * run.model.padded_vocab_size / tensor, tokens / chunk
+    compute = head_seconds(run, chunk) + traffic(machine, LOGITS[run.on_cpu][False] * logits / 2)
+    kernels = (10 if run.on_cpu else 4) * machine.kernel_latency
+    between = chunks * gather(machine, 64 * chunk * tensor, tensor) if tensor > 1 else 0.0
+    return Seconds(chunks * (compute + kernels), tensor=between)
+
+
+def loss_seconds(student: Pass, teacher: Pass | None, chunk_tokens: int | None, *, again: bool = False) -> Seconds:
     """Of the loss between logits, on the last stage: both heads, the losses, and the gradients of the student's states
-    and head, by chunks of tokens, each of which reads the heads and the head's fp32 gradient."""
+    and head, by chunks of tokens, each of which reads the heads and the head's fp32 gradient.
+
+    again: the tokens' losses come first, in a sweep of their own; their weights are known only then.
+    """
     machine, tensor, tokens = student.machine, student.parallel.tensor, student.tokens
     columns = student.model.padded_vocab_size / tensor
     chunk = min(chunk_tokens or default_chunk_tokens(tokens), tokens)
     h, wide = student.model.hidden_size, student.wide
     element, logits = BYTES[wide], chunk * columns
-
-    def head(hidden: int) -> float:
-        moved = element * (chunk + columns) * hidden + 4 * logits
-        return operation(machine, 2 * chunk * hidden * columns, moved, wide)
-
     of_logits = LOGITS[student.on_cpu][teacher is not None]
-    compute = head(h) + (head(teacher.model.hidden_size) if teacher is not None else 0.0)
+    compute = head_seconds(student, chunk)
+    if teacher is not None:
+        compute += head_seconds(replace(teacher, parallel=student.parallel, precision=student.precision), chunk)
     compute += traffic(machine, of_logits * logits)
     if wide == "bf16":  # the gradient in their type
         compute += traffic(machine, 6 * logits)
@@ -224,8 +242,8 @@ def loss_seconds(student: Pass, teacher: Pass | None, chunk_tokens: int | None, 
     compute += operation(machine, flops, element * (logits + chunk * h) + 8 * columns * h, wide)
     chunks = tokens / chunk
     seconds = Seconds(chunks * (compute + (20 if student.on_cpu else 8) * machine.kernel_latency))
-    if recompute:
-        seconds += Seconds(chunks * (head(h) + traffic(machine, of_logits * logits / 2)))
+    if again:
+        seconds += log_prob_seconds(student, chunk_tokens)
     if tensor > 1:
         # A gather of some numbers a token in each chunk, the states over the sequence, and their gradient.
         states = student.element * tokens * h

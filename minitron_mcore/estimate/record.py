@@ -14,6 +14,7 @@ from minitron_mcore.estimate.loss_points import Outlook
 from minitron_mcore.estimate.work import Beside, Training
 
 MARK = "minitron_estimate"  # the first key of the file, by which it is known
+WHOLE = ("seconds", "gpu_hours", "cost", "kilowatt_hours")  # what is of a whole training
 
 
 def record(estimate: Estimate) -> dict[str, Any]:
@@ -26,7 +27,8 @@ def record(estimate: Estimate) -> dict[str, Any]:
         "on_cpu": e.on_cpu,
         "machine": dataclasses.asdict(e.machine),
         "memory": {"device": e.limits.device, "usable": e.limits.usable, "host": e.limits.host},
-        "teacher": {**shape(e.teacher), "where": e.where},
+        "teacher": {**shape(e.teacher), "where": e.where} if e.teacher else None,
+        "aligned": {**shape(e.aligned[0]), "where": e.aligned[1]} if e.aligned else None,
         "trainings": [training(each, cost) for each, cost in zip_longest(e.trainings, e.costs)],
         "stages": [beside(each) for each in e.beside],
         "left_out": list(e.left_out),
@@ -53,19 +55,20 @@ def training(each: Training, cost: Cost | None) -> dict[str, Any]:
         "title": each.title,
         "note": each.note or None,
         "section": each.section,
-        "tokens": each.timetable.tokens,
-        "iterations": each.timetable.iterations,
+        "unknown": each.unknown or None,
+        "tokens": None if each.unknown else each.timetable.tokens,
+        "iterations": None if each.unknown else each.timetable.iterations,
         "model": shape(setting.student),
         "parallel": dataclasses.asdict(setting.parallel) | {"data": setting.data_parallel},
         "problem": each.problem or None,
         "memory": None if found is None else {"total": found.total, "parts": found.parts, "host": found.host},
         "memory_by_stage": each.stages(),
-        "cost": None if cost is None else spent(cost),
+        "cost": None if cost is None else spent(cost) | dict.fromkeys(WHOLE if each.unknown else ()),
     }
 
 
 def spent(cost: Cost) -> dict[str, Any]:
-    """What a step takes by part, with its FLOPs, and what the whole training costs."""
+    """What a step takes by part, with its FLOPs, what came before all steps, and what the whole training costs."""
     step = cost.last
     return {
         "step": {"seconds": step.total, "parts": step.parts, "tokens": step.tokens},
@@ -74,6 +77,7 @@ def spent(cost: Cost) -> dict[str, Any]:
         "tokens_per_second": step.tokens_per_second,
         "flops_per_gpu": step.flops_per_gpu,
         "mfu": step.utilization,
+        "reference": dataclasses.asdict(cost.before) if cost.before else None,
         "seconds": cost.seconds,
         "gpu_hours": cost.gpu_hours,
         "cost": cost.cost,
@@ -83,13 +87,14 @@ def spent(cost: Cost) -> dict[str, Any]:
 
 def layout(each: Layout, e: Estimate) -> dict[str, Any]:
     """A layout, with what to set for it."""
+    seconds = each.seconds if e.is_whole else None
     return {
         "gpus": each.gpus,
         "parallel": dataclasses.asdict(each.parallel) | {"data": each.data_parallel},
         "keys": each.keys(e.trainings),
         "memory": each.memory,
-        "seconds": each.seconds,
-        "gpu_hours": None if each.seconds is None else each.gpus * each.seconds / 3600,
+        "seconds": seconds,
+        "gpu_hours": None if seconds is None else each.gpus * seconds / 3600,
     }
 
 

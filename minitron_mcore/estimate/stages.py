@@ -22,7 +22,7 @@ from minitron_mcore.runtime.config import ParallelConfig
 Parts = dict[str, int]
 
 # Microbatches a pipeline stage that are read ahead (model/schedule.py: GROUP; evaluation/held_out.py).
-READ_AHEAD = {"score": 16, "cache": 16, "evaluate": 4}
+READ_AHEAD = {"score": 16, "cache": 16, "evaluate": 4, "reference": 16}
 # Bytes an entry of a chunk of logits while ids are drawn from it: logits and means in fp32, and four tensors of 64-bit
 # random numbers. While the likeliest are chosen: logits, a copy without them and their logarithms of sums; of a shard
 # 64-bit keys of values and columns beside three 32-bit tensors.
@@ -90,6 +90,18 @@ def evaluate_parts(run: Pass, stage: int) -> Parts:
     chunk = min(default_chunk_tokens(run.tokens), run.tokens)
     logits = 4 * chunk * run.vocabulary * (1 + run.on_cpu) + _widened_head(run)
     return _fullest(held, working, {"loss": logits + _final_states(run)})
+
+
+def reference_parts(run: Pass, chunk_tokens: int | None, stage: int) -> Parts:
+    """Log-probabilities of answers, before preferences are trained: those of counted tokens, whose final states are
+    gathered, by chunks, on the last stage. At most, which is where every token counts."""
+    held = forward_parts(run, stage)
+    working = {"layer at work": held.pop("layer at work")}
+    if stage < run.parallel.pipeline - 1:
+        return held | working
+    chunk = min(chunk_tokens or default_chunk_tokens(run.tokens), run.tokens)
+    logits = 4 * chunk * run.vocabulary * (1 + run.on_cpu) + _widened_head(run)
+    return _fullest(held, working, {"loss": logits + 2 * _final_states(run)})
 
 
 def cache_parts(run: Pass, cache: CacheConfig, stage: int) -> Parts:

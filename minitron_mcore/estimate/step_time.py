@@ -21,8 +21,9 @@ from minitron_mcore.architecture import BYTES
 from minitron_mcore.distillation.states.map import WIDE_SITES, holder, needs_projection, pairs
 from minitron_mcore.estimate import teacher as teacher_memory
 from minitron_mcore.estimate.model import Setting, local_parameters
-from minitron_mcore.estimate.operations import Pass, Seconds, loss_seconds
+from minitron_mcore.estimate.operations import Pass, Seconds, log_prob_seconds, loss_seconds
 from minitron_mcore.estimate.rates import all_reduce, gather, product, send, traffic
+from minitron_mcore.estimate.stages import READ_AHEAD
 from minitron_mcore.layout import axis_sizes, split_layers, stage_of
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.devices import Machine
@@ -139,7 +140,7 @@ def _step_time(setting: Setting, machine: Machine, share: Share) -> StepTime:
     _add_schedule(parts, share.student, s.microbatches, windows, s.parallel.virtual_pipeline or 1)
     teacher_flops = 0.0
     if s.teacher is not None:
-        teacher_flops = s.teacher.forward_flops_per_token(s.sequence_length)
+        teacher_flops = s.teacher.forward_flops_per_token(s.length)
         if share.corrected is not None:
             teacher_flops *= 3
             parts["teacher's training"] = _step_time(_corrected(s), machine, share.corrected).total
@@ -154,16 +155,41 @@ def _step_time(setting: Setting, machine: Machine, share: Share) -> StepTime:
         dict(parts),
         tokens,
         s.world_size,
-        tokens * s.student.training_flops_per_token(s.sequence_length),
+        tokens * s.student.training_flops_per_token(s.length),
         tokens * teacher_flops,
         machine.peak(s.precision),
     )
 
 
+@dataclass(frozen=True)
+class ForwardPass:
+    """Over all sequences of a set once, without gradients."""
+
+    seconds: float
+    tokens: int
+    flops: float
+
+
+def reference_pass(setting: Setting, machine: Machine, sequences: int) -> ForwardPass:
+    """What works out the log-probabilities of so many sequences, each as long as they may be (alignment/reference.py):
+    by the model of `setting` before it is trained, `micro_batch_size` sequences at a time."""
+    alone = replace(
+        setting, sequence_length=setting.length, sides=1, teacher_parallel=None, teacher_placement="resident"
+    )
+    alone = replace(alone, teacher=alone.student, teacher_precision=None)
+    stages, parts = _teacher_stages(alone, machine), defaultdict(float, dict.fromkeys(PARTS, 0.0))
+    _merge(stages[-1], _by_part("loss", log_prob_seconds(student_pass(alone, machine), alone.loss_chunk_tokens)))
+    microbatches = ceil(sequences / (alone.micro_batch_size * alone.data_parallel))
+    calls = ceil(microbatches / (READ_AHEAD["reference"] * alone.parallel.pipeline))
+    _add_schedule(parts, stages, microbatches, calls, alone.parallel.virtual_pipeline or 1)
+    tokens = sequences * alone.length
+    return ForwardPass(sum(parts.values()), tokens, tokens * alone.student.forward_flops_per_token(alone.length))
+
+
 def student_pass(setting: Setting, machine: Machine) -> Pass:
     """The student's microbatches on a rank."""
     s = setting
-    return Pass(machine, s.student, s.parallel, s.precision, s.tokens, s.sequence_length, s.on_cpu)
+    return Pass(machine, s.student, s.parallel, s.precision, s.tokens, s.length, s.on_cpu)
 
 
 def teacher_pass(setting: Setting, machine: Machine) -> Pass:
@@ -171,7 +197,7 @@ def teacher_pass(setting: Setting, machine: Machine) -> Pass:
     s, own = setting, setting.teacher_layout
     assert s.teacher is not None
     tokens = s.micro_batch_size * s.sequence_length // own.context
-    return Pass(machine, s.teacher, own, s.teacher_precision or s.precision, tokens, s.sequence_length, s.on_cpu)
+    return Pass(machine, s.teacher, own, s.teacher_precision or s.precision, tokens, s.length, s.on_cpu)
 
 
 def _student_stages(setting: Setting, machine: Machine) -> list[Stage]:
@@ -182,7 +208,7 @@ def _student_stages(setting: Setting, machine: Machine) -> list[Stage]:
     of_teacher = replace(of_teacher, parallel=s.parallel, tokens=s.tokens) if of_teacher else None
     if s.teacher_trained and s.teacher is not None:
         of_teacher = replace(passing, model=s.teacher)
-    loss = loss_seconds(passing, of_teacher, s.loss_chunk_tokens)
+    loss = loss_seconds(passing, of_teacher, s.loss_chunk_tokens, again=s.preference)
     stages, last = [], s.parallel.pipeline - 1
     for number, chunks in enumerate(
         split_layers(s.student.num_layers, s.parallel.pipeline, s.parallel.virtual_pipeline)

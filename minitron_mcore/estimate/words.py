@@ -91,7 +91,7 @@ def beside_table(stages: Sequence[Beside], limits: Limits) -> str:
         mostly = ", ".join(f"{name} {bytes_text(value)}" for name, value in largest if value)
         fits = fits_text(limits, stage.total, stage.host) if stage.total else ""
         rows.append((stage.title, _bytes(stage.total), _bytes(stage.host), fits, mostly))
-    return table(rows, ("beside them", "a rank", "host of a node", "", "mostly"), left=(0, 3, 4))
+    return "" if not rows else table(rows, ("beside them", "a rank", "host of a node", "", "mostly"), left=(0, 3, 4))
 
 
 def cost_lines(training: Training, cost: Cost, limits: Limits) -> Iterator[str]:
@@ -99,21 +99,28 @@ def cost_lines(training: Training, cost: Cost, limits: Limits) -> Iterator[str]:
     step, price, energy = cost.last, cost.cost, cost.energy
     found = training.forecast
     unfit = found is not None and limits.hold(found.total, found.host) is False
-    yield f"{training.title}: {training.timetable}{', if it fitted' if unfit else ''}"
+    timetable = training.timetable.each if training.unknown else str(training.timetable)
+    yield f"{training.title}: {timetable}{', if it fitted' if unfit else ''}"
     flops = f"{step.student_flops / step.tokens:.3g} a token"
     if step.teacher_flops:
         flops += f" of the student, {step.teacher_flops / step.tokens:.3g} of the teacher"
     whole = (step.student_flops + step.teacher_flops) / step.tokens * cost.tokens
-    yield f"  FLOPs     {flops}; {whole:.3g} in all"
+    yield f"  FLOPs     {flops}" + ("" if training.unknown else f"; {whole:.3g} in all")
     parts = sorted(((seconds, name) for name, seconds in step.parts.items()), reverse=True)
     shown = [f"{name} {seconds_text(seconds)}" for seconds, name in parts if seconds >= 0.005 * step.total]
     yield f"  a step    {seconds_text(step.total)}: {', '.join(shown)}"
     rate = f"{count_text(step.tokens_per_second)} tokens/s, {step.tokens_per_second / step.gpus:,.0f} a GPU"
     yield f"  speed     {rate}; {step.flops_per_gpu / 1e12:,.1f} TFLOP/s a GPU, MFU {step.utilization:.1%}"
+    if training.unknown:
+        yield f"  all steps not known: {training.unknown}"
+        return
+    if cost.before is not None:
+        read = f"{count_text(cost.before.tokens)} tokens forward, {cost.before.flops:.3g} FLOPs"
+        yield f"  reference {span_text(cost.before.seconds)} before the first step: {read}"
     spent = [span_text(cost.seconds), counted(round(cost.gpu_hours), "GPU-hour")]
     spent += [f"{price:,.0f} at {cost.price:g} an hour"] if price is not None else []
     spent += [f"{energy:,.0f} kWh"] if energy is not None else []
-    yield f"  all steps {', '.join(spent)}"
+    yield f"  {'all steps' if cost.before is None else 'in all   '} {', '.join(spent)}"
 
 
 def seconds_text(seconds: float) -> str:
@@ -129,15 +136,16 @@ def span_text(seconds: float) -> str:
     return f"{seconds:.1f} seconds"
 
 
-def total_line(costs: Sequence[Cost]) -> str:
-    """All trainings together."""
+def total_line(costs: Sequence[Cost], unknown: Sequence[str] = ()) -> str:
+    """All trainings together. unknown: titles of those that are not counted."""
     words = [span_text(sum(cost.seconds for cost in costs))]
     words.append(counted(round(sum(cost.gpu_hours for cost in costs)), "GPU-hour"))
     if None not in (prices := [cost.cost for cost in costs]):
         words.append(f"{sum(price or 0 for price in prices):,.0f}")
     if None not in (energies := [cost.energy for cost in costs]):
         words.append(f"{sum(energy or 0 for energy in energies):,.0f} kWh")
-    return f"all trainings: {', '.join(words)}"
+    but = f" but {' and '.join(unknown)}" if unknown else ""
+    return f"all trainings{but}: {', '.join(words)}"
 
 
 def layout_text(layout: Layout) -> str:
@@ -149,8 +157,8 @@ def layout_text(layout: Layout) -> str:
     return " x ".join(words) or ("one CPU rank" if layout.choices[0].setting.on_cpu else "one GPU")
 
 
-def layout_table(layouts: Sequence[Layout], title: str) -> str:
-    """A row a layout; where trainings of several sections differ, theirs in turn."""
+def layout_table(layouts: Sequence[Layout], title: str, *, is_whole: bool = True) -> str:
+    """A row a layout; where trainings of several sections differ, theirs in turn. is_whole: of Estimate."""
 
     def each(layout: Layout, of: Callable[[Setting], object]) -> str:
         words = [str(of(choice.setting)) for choice in layout.choices]
@@ -161,7 +169,7 @@ def layout_table(layouts: Sequence[Layout], title: str) -> str:
         taught = next((choice.setting for choice in layout.choices if choice.setting.teacher), None)
         row = [layout_text(layout), bytes_text(layout.memory), each(layout, lambda s: s.micro_batch_size)]
         row += [each(layout, lambda s: s.recompute.granularity or "-"), taught.teacher_placement if taught else "-"]
-        if layout.seconds is not None:
+        if layout.seconds is not None and is_whole:
             row += [span_text(layout.seconds), f"{layout.gpus * layout.seconds / 3600:,.0f}"]
         rows.append(row)
     header = [title, "memory", "micro batch", "recomputes", "teacher", "takes", "GPU-hours"]
@@ -176,7 +184,7 @@ def layout_blocks(e: Estimate) -> Iterator[str]:
         order = "the fastest first" if e.costs else "the least recomputed and cut first, as no times are known"
         several = f"{len(e.layouts)} layouts of {e.gpus:,} fit, {order}"
         title = several if len(e.layouts) > 1 else f"the only layout of {e.gpus:,} that fits"
-        yield layout_table(e.layouts[: e.shown], title)
+        yield layout_table(e.layouts[: e.shown], title, is_whole=e.is_whole)
         keys = e.layouts[0].keys(e.trainings)
         yield f"for the first of them set {' '.join(keys)}" if keys else "the first of them is the recipe's own"
     elif e.limits.usable is not None:
@@ -186,7 +194,7 @@ def layout_blocks(e: Estimate) -> Iterator[str]:
     elif e.limits.usable is not None:
         yield f"no number of such {e.rank}s would do"
     best, twice = e.fastest, e.twice
-    if best is not None and twice is not None and best.seconds and twice.seconds:
+    if best is not None and twice is not None and best.seconds and twice.seconds and e.is_whole:
         more = 2 * twice.seconds / best.seconds - 1
         yield (
             f"twice the {e.rank}s, at best {layout_text(twice)}: {span_text(best.seconds)} -> "
@@ -229,9 +237,10 @@ def report(estimate: Estimate) -> str:
     """All of it."""
     e = estimate
     lines = [f"estimate: {e.name} on {place_text(e)}{precision_text(e)}"]
-    lines.append(f"teacher  {shape_line(e.teacher)} ({e.where})")
+    lines += [f"teacher  {shape_line(e.teacher)} ({e.where})"] if e.teacher else []
     students = dict.fromkeys(each.setting.student for each in e.trainings if each.section == "distill")
     lines += [f"student  {shape_line(student, e.teacher)}" for student in students]
+    lines += [f"aligned  {shape_line(e.aligned[0])} ({e.aligned[1]})"] if e.aligned else []
     blocks = ["\n".join(lines), "\n".join(problem_lines(e))]
     if any(training.forecast for training in e.trainings):
         blocks.append(memory_table(e.trainings, e.limits))
@@ -241,8 +250,10 @@ def report(estimate: Estimate) -> str:
         blocks.append(f"left out: {', '.join(e.left_out)}, {what}")
     known = [(training, cost) for training, cost in zip(e.trainings, e.costs, strict=False) if cost is not None]
     blocks += ["\n".join(cost_lines(training, cost, e.limits)) for training, cost in known]
-    if len(known) > 1:
-        blocks.append(total_line([cost for _, cost in known]))
+    whole = [cost for each, cost in known if not each.unknown]
+    unknown = [each.title for each, _ in known if each.unknown]
+    if whole and len(known) > 1:
+        blocks.append(total_line(whole, unknown))
     if not e.trainings:
         blocks.append("no training: give it a budget of tokens, as distill.tokens=94B")
     elif not e.costs:

@@ -40,6 +40,8 @@ class Training:
     section: by which it is trained. sizes: the section that says its batch sizes, which for a baseline is another.
     settings: one for each shape of the timetable. problem: why the layout is not possible; "": it is. side_by_side: so
     many trainings by this timetable run at a time, each on its share of the GPUs. note: what its title does not say.
+    referenced: so many sequences' log-probabilities are worked out before, by the model that training starts from.
+    unknown: why nobody knows how many iterations there are, of which `timetable` has one; "": it has all.
     """
 
     title: str
@@ -50,6 +52,8 @@ class Training:
     problem: str = ""
     side_by_side: int = 1
     note: str = ""
+    referenced: int = 0
+    unknown: str = ""
 
     @property
     def setting(self) -> Setting:

@@ -25,7 +25,7 @@ from minitron_mcore.data.chat.config import ChatConfig
 from minitron_mcore.data.chat.prepared import Prepared
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs import inputs
-from minitron_mcore.jobs.chats import Chats, Samples, samples_of
+from minitron_mcore.jobs.chats import Chats, samples_of
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises, absolute
 from minitron_mcore.jobs.train import NOBODY, Teaching, TrainingJob, resolve_training
 from minitron_mcore.reading import merged, read
@@ -131,12 +131,7 @@ def _plain(section: Any) -> dict[str, Any]:
 def resolve_round(this: Round, world: World, promises: Promises, prepared: Prepared | None = None) -> TrainingJob:
     """A round's training, of as many iterations as its `prepared` samples say, or about so many. Raises InputError."""
     recipe, config, method = this.recipe, this.config, this.config.method
-    if not any(getattr(config, budget) for budget in BUDGETS):
-        names = ", ".join(f"{this.key}.{budget}" for budget in BUDGETS)
-        raise InputError(names, None, "are not given", "give one of them: the budget of the round")
-    if config.phases:
-        rule = "does not go with chats, whose rows are of one length"
-        raise InputError(f"{this.key}.phases", None, rule, "leave it out")
+    check_round(this)
     source = inputs.find_model(config.load, "align.load", promises)
     tokenizer = inputs.model_tokenizer(recipe, source, promises)
     if tokenizer is None:
@@ -150,18 +145,30 @@ def resolve_round(this: Round, world: World, promises: Promises, prepared: Prepa
     if config.reference == "resident" and method in REFERENCED:
         teaching = Teaching(tokenizer, {}, source, recipe.parallel)
     lineage = {"stage": "align", "method": method, "load": str(source.folder), "lineage": dict(source.lineage)}
-    chats, shape = Chats(samples, timetable_of(config, samples)), source.architecture
+    timetable = timetable_of(config, samples.row_length, *samples.counts())
+    chats, shape = Chats(samples, timetable), source.architecture
     return resolve_training(
         recipe, world, promises, "align", source, shape, tokenizer, COMPARED, lineage, teaching, chats=chats
     )
 
 
-def timetable_of(config: AlignConfig, samples: Samples) -> Timetable:
-    """The budget as whole global batches of rows. Raises InputError."""
-    (rows, units), tokens = samples.counts(), config.tokens
+def check_round(this: Round) -> None:
+    """Raise InputError for a round without a budget, or with keys that do not go with chats."""
+    if not any(getattr(this.config, budget) for budget in BUDGETS):
+        names = ", ".join(f"{this.key}.{budget}" for budget in BUDGETS)
+        raise InputError(names, None, "are not given", "give one of them: the budget of the round")
+    if this.config.phases:
+        rule = "does not go with chats, whose rows are of one length"
+        raise InputError(f"{this.key}.phases", None, rule, "leave it out")
+
+
+def timetable_of(config: AlignConfig, row_length: int, rows: int, units: int) -> Timetable:
+    """The budget as whole global batches of rows of `row_length` tokens; a pass over the data is of so many `rows`, and
+    of `units` chats or preferences. Raises InputError."""
+    tokens = config.tokens
     if not tokens:
         passes = config.epochs or config.samples / units
         # A product of rounded numbers, as of 0.1 epochs of 10 rows, is not to count a row too many.
-        tokens = math.ceil(round(passes * rows, 6)) * samples.row_length
+        tokens = math.ceil(round(passes * rows, 6)) * row_length
     train = dataclasses.replace(config, tokens=tokens, samples=0, epochs=0.0, stages={})
-    return plan_timetable(train, samples.row_length, "align")
+    return plan_timetable(train, row_length, "align")

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
+from minitron_mcore.data.chat.config import ChatConfig
 from minitron_mcore.data.chat.described import Preparation, describe_chats
 from minitron_mcore.data.chat.prepared import Prepared
 from minitron_mcore.data.corpus import Texts
@@ -42,10 +43,14 @@ class Samples:
         return tuple(Item(part.key, file.path, f"{file.size:,} bytes") for part in parts for file in part.files)
 
     @property
+    def sides(self) -> int:
+        """Sequences that a row of pairs is; 0: a row of chats."""
+        return sides_of(self.preparation.pairs, self.preparation.config)
+
+    @property
     def row_length(self) -> int:
-        """Positions of a row: of a pair's two sides, unless they are packed, a sequence each."""
-        what = self.preparation
-        return what.sequence_length * (2 if what.pairs and not what.config.packing else 1)
+        """Positions of a row."""
+        return self.preparation.sequence_length * (self.sides or 1)
 
     @property
     def ends_with(self) -> Optional[int]:
@@ -73,8 +78,7 @@ class Samples:
         each file stand for the rest."""
         if self.prepared is not None:
             return self.dataset("train").rows, self.prepared.parts["train"].units
-        about = about_records(self.preparation.train) * (1 - self.preparation.config.valid_fraction)
-        return (max(1, round(about)),) * 2
+        return (about_units(self.preparation.train, self.preparation.config),) * 2
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,16 @@ def samples_of(
         seed=recipe.seed,
     )
     return Samples(what, Path(recipe.chat.cache_path or folder / "chats"), per_sample)
+
+
+def sides_of(pairs: bool, config: ChatConfig) -> int:
+    """Sequences that a row of pairs is: one for each side, unless they are packed; 0: of no pairs."""
+    return pairs * (1 if config.packing else 2)
+
+
+def about_units(texts: Texts, config: ChatConfig) -> int:
+    """About how many chats or preferences of `texts` train; a row for each is the most that packed ones take."""
+    return max(1, round(about_records(texts) * (1 - config.valid_fraction)))
 
 
 def about_records(texts: Texts) -> int:

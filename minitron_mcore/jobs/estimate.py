@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from minitron_mcore.architecture import Architecture
@@ -28,12 +29,13 @@ from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.measured import measured_machine
 from minitron_mcore.jobs.run import ESTIMATE
-from minitron_mcore.jobs.shape import find_shape
-from minitron_mcore.jobs.sketch import TEACHER, TRAININGS, Work, sketch
+from minitron_mcore.jobs.shape import find_shape, says_a_teacher
+from minitron_mcore.jobs.sketch import TEACHER, TRAININGS, Work, sketch_road
+from minitron_mcore.jobs.sketch_rounds import RoundSketch, has_rounds, made_by, sketch_rounds
 from minitron_mcore.jobs.trials import check_lanes, own_world
 from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.config import ParallelConfig, check_packing
 from minitron_mcore.runtime.devices import Machine, machine_of
 from minitron_mcore.runtime.world import World
 from minitron_mcore.training.budget import check_train, plan_timetable
@@ -59,10 +61,14 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Estim
     machine, world = machine_of(recipe.cluster), planned_world(recipe.cluster, world)
     if recipe.estimate.measured is not None:
         machine = measured_machine(recipe.estimate.measured, machine, world.device)
-    teacher, where = find_shape(recipe, promises)
-    works = sketch(recipe, teacher)
-    if recipe.cache.folder:
-        works.append(Work(Step("cache", "cache the teacher's targets", "cache", recipe), teacher))
+    teacher, where, works, made = None, "", [], {}
+    if says_a_teacher(recipe) or not has_rounds(recipe):
+        teacher, where = find_shape(recipe, promises)
+        road = sketch_road(recipe, teacher)
+        works, made = road.works, made_by(recipe, road)
+        if recipe.cache.folder:
+            works.append(Work(Step("cache", "cache the teacher's targets", "cache", recipe), teacher))
+    rounds = sketch_rounds(recipe, made) if has_rounds(recipe) else []
     target = target_of(recipe)
     estimate = estimate_of(
         recipe.name,
@@ -71,13 +77,18 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Estim
         limits_of(recipe, machine, world),
         teacher,
         where,
-        trainings=tuple(training_of(work, world) for work in works if work.verb in TRAININGS),
-        beside=tuple(besides(works, world)),
+        trainings=(
+            *(training_of(work, world) for work in works if work.verb in TRAININGS),
+            *(training_of_round(each, world) for each in rounds),
+        ),
+        beside=(*besides(works, world), *references(rounds, world)),
         shown=recipe.estimate.layouts,
         is_timed=machine.peak_flops is not None or machine.peak_flops_fp32 is not None,
         on_cpu=world.device == "cpu",
     )
-    estimate = dataclasses.replace(estimate, left_out=tuple(each.step.title for each in works if each.verb == WRITES))
+    left_out = tuple(each.step.title for each in works if each.verb == WRITES)
+    aligned = (rounds[0].model, f"align.load={recipe.align.load}") if rounds else None
+    estimate = dataclasses.replace(estimate, left_out=left_out, aligned=aligned)
     if recipe.estimate.curve:
         estimate = dataclasses.replace(estimate, outlooks=tuple(outlooks_of(recipe, recipe.estimate.curve)))
     makes = (Item("estimate.output", str(target), "the estimate"),) if target else ()
@@ -136,6 +147,38 @@ def training_of(work: Work, world: World) -> Training:
     return Training(work.step.title, section, sizes, timetable, tuple(settings), problem, work.side_by_side, note)
 
 
+def training_of_round(each: RoundSketch, world: World) -> Training:
+    """A round of `align` in the recipe's own layout. Raises InputError for a budget or a schedule that cannot be."""
+    this, shape, timetable = each.this, each.model, each.timetable
+    recipe, config = this.recipe, this.config
+    if not each.unknown:
+        check_learning_rate(config, timetable, "align")
+    check_model(shape, recipe, World(device=world.device), "align", ParallelConfig())
+    settings = [
+        dataclasses.replace(setting, section=this.key, micro_batch_key=f"{this.key}.micro_batch_size")
+        for setting in settings_of(recipe, "align", shape, timetable, world, each.reference, each.sides)
+    ]
+
+    def lay_out() -> None:
+        check_model(shape, recipe, world, "align")
+        check_recompute(config, shape, recipe.parallel, "align")
+        check_train(config, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, "align")
+        if recipe.chat.packing:
+            check_packing({"parallel": recipe.parallel})
+
+    return Training(
+        each.title,
+        this.key,
+        this.key,
+        timetable,
+        tuple(settings),
+        problem_of(lay_out),
+        note=each.note,
+        referenced=each.referenced,
+        unknown=each.unknown,
+    )
+
+
 def problem_of(check: Callable[[], object]) -> str:
     """What `check` refuses, in words; "" where it does not."""
     try:
@@ -153,6 +196,25 @@ def besides(works: list[Work], world: World) -> Iterator[Beside]:
             continue
         seen[work.verb, work.model] = None
         yield beside_of(work, world)
+
+
+def references(rounds: list[RoundSketch], world: World) -> Iterator[Beside]:
+    """The passes that work out log-probabilities before rounds, each kind once."""
+    seen: set[tuple[object, ...]] = set()
+    for each in rounds:
+        recipe, config = each.this.recipe, each.this.config
+        known = each.model, config.micro_batch_size, config.loss_chunk_tokens
+        if not each.referenced or known in seen:
+            continue
+        seen.add(known)
+        title, verb, parallel = f"reference of {each.title}", "reference", recipe.parallel
+        if problem := problem_of(partial(check_model, each.model, recipe, world)):
+            yield Beside(title, verb, problem=problem)
+            continue
+        sizes = recipe.data.sequence_length, config.micro_batch_size
+        run = Pass(verb, each.model, parallel, recipe.precision, *sizes, world.device == "cpu")
+        parts = [stages.reference_parts(run, config.loss_chunk_tokens, stage) for stage in range(parallel.pipeline)]
+        yield Beside(title, verb, tuple(parts))
 
 
 def beside_of(work: Work, world: World) -> Beside:

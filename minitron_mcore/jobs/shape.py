@@ -37,6 +37,11 @@ def find_shape(recipe: Recipe, promises: Promises = NOTHING) -> tuple[Architectu
     return _new(recipe, promises), "model"
 
 
+def says_a_teacher(recipe: Recipe) -> bool:
+    """Whether `find_shape` has where to look."""
+    return bool(recipe.teacher.checkpoint or recipe.hf) or recipe.model.num_layers is not None
+
+
 def shape_at(folder: str, key: str, recipe: Recipe) -> Architecture:
     """Of a checkpoint, or of a folder with architecture.yaml or config.json alone, which the recipe names by `key`.
 

@@ -57,6 +57,11 @@ def sketch(recipe: Recipe, teacher: Architecture) -> list[Work]:
     """What `run` would do by the recipe, of a teacher of this shape. Trainings without a budget are left out, and where
     no student is said all that would be done with one. Raises InputError where a shape cannot be.
     """
+    return sketch_road(recipe, teacher).works
+
+
+def sketch_road(recipe: Recipe, teacher: Architecture) -> Sketch:
+    """The same, with the models that are made on the way. Raises InputError."""
     folder = Path(recipe.output or "run")
     # A tokenizer and tokens are there or will be; their steps need no GPU.
     told: dict[str, Any] = {
@@ -73,9 +78,9 @@ def sketch(recipe: Recipe, teacher: Architecture) -> list[Work]:
         told["student"] = given_student(recipe, teacher)
     recipe = with_keys(recipe, told)
     is_pruned = searched or bool(recipe.run.students) or recipe.student.is_named
-    road = _Sketch(folder, World(), promises, teacher=teacher, is_pruned=is_pruned)
+    road = Sketch(folder, World(), promises, teacher=teacher, is_pruned=is_pruned)
     lay_road(recipe, road)
-    return road.works
+    return road
 
 
 def given_student(recipe: Recipe, teacher: Architecture) -> StudentConfig:
@@ -98,7 +103,7 @@ def given_student(recipe: Recipe, teacher: Architecture) -> StudentConfig:
 
 
 @dataclass
-class _Sketch(Road):
+class Sketch(Road):
     """Lays steps without resolving them, and promises the shapes that they make."""
 
     teacher: Architecture = field(kw_only=True)

@@ -185,7 +185,7 @@ def resolve_training(
     reads: list[Model | Item] = [each for each in (source, teacher) if each]
     if teaching.cache:
         reads.append(Item("distill.teacher", str(teaching.cache), f"{teaching.samples:,} samples' targets"))
-    shape = teacher.architecture if teacher else None
+    shape, sides = teacher.architecture if teacher else None, chats.samples.sides if chats else 0
     return TrainingJob(
         recipe,
         reads=(*reads, *read),
@@ -198,7 +198,7 @@ def resolve_training(
         tokenizer=tokenizer,
         timetable=timetable,
         wanted=wanted,
-        forecast=forecast_run(recipe, section, architecture, timetable, world, shape),
+        forecast=forecast_run(recipe, section, architecture, timetable, world, shape, sides),
         resumes=resumes,
         lineage=lineage,
         teaching=teaching,

@@ -90,10 +90,15 @@ class Timetable:
         ends = ((first.shape, first.after(then.iteration - first.iteration)) for first, then in stretches)
         return {shape.sequence_length: end.first_sample for shape, end in ends}
 
-    def __str__(self) -> str:
+    @property
+    def each(self) -> str:
+        """What an iteration is, in words."""
         sizes = _range([start.shape.global_batch_size for start in self.starts])
         lengths = _range([start.shape.sequence_length for start in self.starts])
-        return f"{counted(self.iterations, 'iteration')} of {sizes} x {lengths} tokens, {self.tokens:,} in all"
+        return f"{sizes} x {lengths} tokens"
+
+    def __str__(self) -> str:
+        return f"{counted(self.iterations, 'iteration')} of {self.each}, {self.tokens:,} in all"
 
 
 def _range(values: list[int]) -> str:

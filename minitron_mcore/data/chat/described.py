@@ -86,8 +86,8 @@ def describe_chats(
 
     Raises InputError for files that are missing or hold no records, and for a template that is missing or broken.
     """
-    train = _texts(config.train, "chat.train", config)
-    valid = None if config.valid is None else _texts(config.valid, "chat.valid", config)
+    train = find_texts(config.train, "chat.train", config)
+    valid = None if config.valid is None else find_texts(config.valid, "chat.valid", config)
     template = find_template(config.template, tokenizer)
     if template is None and config.texts == "turns":
         rule = f"is not given, and the tokenizer in {tokenizer.path} has no chat template for chat.texts=turns"
@@ -101,7 +101,8 @@ def digest_of(settings: dict[str, Any], sources: dict[str, list[dict[str, str]]]
     return hashlib.sha256(json.dumps([settings, content], sort_keys=True).encode()).hexdigest()
 
 
-def _texts(sources: Sources, key: str, config: ChatConfig) -> Texts:
+def find_texts(sources: Sources, key: str, config: ChatConfig) -> Texts:
+    """The files that `sources` names by `key`. Raises InputError for files that are missing or hold no records."""
     if sources is None:
         raise InputError(key, None, "is not set", "name a file, folder or glob of JSON lines or Parquet")
     notes: list[str] = []

@@ -66,6 +66,7 @@ def test_a_recipe_with_the_keys_of_a_layout_is_what_was_estimated() -> None:
     world, kinds = World(size=64, local_size=8, device="cuda"), set()
     for layout in found.layouts[::4]:
         recipe = load_recipe(None, [*LLAMA, *asked, *layout.keys(found.trainings)])
+        assert found.teacher is not None
         works = [each for each in sketch(recipe, found.teacher) if each.verb in TRAININGS]
         again = [training_of(each, world) for each in works]
         assert [each.problem for each in again] == ["", ""]
