@@ -61,6 +61,8 @@ def _bytes(count: int) -> str:
 def training_lines(trainings: Sequence[Training], limits: Limits) -> Iterator[str]:
     """What the table of memory has no place for: the pipeline's stages, and what helps."""
     for training in trainings:
+        if training.unknown:
+            yield f"{training.title}: how long it takes is not known, since {training.unknown}"
         if training.note:
             yield f"{training.title}: {training.note}"
         totals = [bytes_text(sum(parts.values())) for parts in training.stages()]
@@ -99,7 +101,7 @@ def cost_lines(training: Training, cost: Cost, limits: Limits) -> Iterator[str]:
     step, price, energy = cost.last, cost.cost, cost.energy
     found = training.forecast
     unfit = found is not None and limits.hold(found.total, found.host) is False
-    timetable = training.timetable.each if training.unknown else str(training.timetable)
+    timetable = f"iterations of {training.timetable.each}" if training.unknown else str(training.timetable)
     yield f"{training.title}: {timetable}{', if it fitted' if unfit else ''}"
     flops = f"{step.student_flops / step.tokens:.3g} a token"
     if step.teacher_flops:
@@ -112,7 +114,6 @@ def cost_lines(training: Training, cost: Cost, limits: Limits) -> Iterator[str]:
     rate = f"{count_text(step.tokens_per_second)} tokens/s, {step.tokens_per_second / step.gpus:,.0f} a GPU"
     yield f"  speed     {rate}; {step.flops_per_gpu / 1e12:,.1f} TFLOP/s a GPU, MFU {step.utilization:.1%}"
     if training.unknown:
-        yield f"  all steps not known: {training.unknown}"
         return
     if cost.before is not None:
         read = f"{count_text(cost.before.tokens)} tokens forward, {cost.before.flops:.3g} FLOPs"

@@ -204,7 +204,7 @@ def references(rounds: list[RoundSketch], world: World) -> Iterator[Beside]:
     for each in rounds:
         recipe, config = each.this.recipe, each.this.config
         known = each.model, config.micro_batch_size, config.loss_chunk_tokens
-        if not each.referenced or known in seen:
+        if not each.reads_before or known in seen:
             continue
         seen.add(known)
         title, verb, parallel = f"reference of {each.title}", "reference", recipe.parallel

@@ -54,6 +54,11 @@ class RoundSketch:
         is_resident = self.this.config.reference == "resident" and self.this.config.method in REFERENCED
         return self.model if is_resident else None
 
+    @property
+    def reads_before(self) -> bool:
+        """Whether the reference's log-probabilities are worked out before training."""
+        return self.this.config.method in REFERENCED and self.reference is None
+
 
 def has_rounds(recipe: Recipe) -> bool:
     return bool(recipe.align.stages or recipe.align.tokens or recipe.align.samples or recipe.align.epochs)
@@ -97,7 +102,7 @@ def sketch_round(this: Round, model: Architecture) -> RoundSketch:
     # A row for each sample, however many of them a pass has: the most where rows are packed.
     timetable = timetable_of(one, row_length, units or 1, units or 1)
     notes = [f"about {counted(units, 'sample')}, as the first records of each file say"] if units else []
-    if chat.packing and not config.tokens:
+    if chat.packing and not config.tokens and not unknown:
         notes.append("packed, it takes at most a row for each sample, and fewer the shorter they are")
     pairs = 0
     if config.method in REFERENCED and config.reference == "precomputed" and not unknown:

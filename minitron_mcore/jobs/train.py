@@ -98,6 +98,11 @@ class TrainingJob(Job):
     def config(self) -> TrainConfig:
         return getattr(self.recipe, self.section)
 
+    @property
+    def sides(self) -> int:
+        """Sequences that a row of pairs is; 0: no pairs are read."""
+        return self.chats.samples.sides if self.chats else 0
+
     @cached_property
     def sources(self) -> dict[str, Any]:
         """What the recipe reads, for lineage.yaml of every save: files are looked at once."""

@@ -45,8 +45,7 @@ def prepare(job: TrainingJob, runtime: Runtime) -> tuple[TrainingData, Forecast]
     else:
         data = build_training_data(recipe.data, job.tokenizer, job.wanted, job.config, seed=recipe.seed)
     world, teacher = measured_world(runtime), job.forecast.setting.teacher
-    sides = job.chats.samples.sides if job.chats else 0
-    expected = forecast_run(recipe, job.section, job.architecture, job.timetable, world, teacher, sides)
+    expected = forecast_run(recipe, job.section, job.architecture, job.timetable, world, teacher, job.sides)
     runtime.print("\n".join(forecast_words(expected, world.memory)))
     return data, expected
 

@@ -12,6 +12,8 @@ import pytest
 from minitron_mcore.architecture import build_architecture, save_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.estimate import Estimate
+from minitron_mcore.estimate.record import record
+from minitron_mcore.estimate.words import report
 from minitron_mcore.jobs.estimate import resolve
 from minitron_mcore.recipe import load_recipe
 from minitron_mcore.runtime.world import World
@@ -101,6 +103,13 @@ def test_epochs_of_files_elsewhere_are_not_guessed(tmp_path: Path) -> None:
     assert "align.stages.sft.epochs counts passes over chat.train=/nowhere/chats, which is not on this" in sft.unknown
     assert sft.forecast is not None and found.fits is True and not found.is_whole and not dpo.unknown
     assert dpo.timetable.iterations == 10
+    shown = report(found)
+    assert "align sft: how long it takes is not known, since align.stages.sft.epochs counts passes" in shown
+    assert "align sft: iterations of 8 x 128 tokens\n" in shown and "all trainings but align sft: " in shown
+    assert "takes  GPU-hours" not in shown and "twice the" not in shown
+    written = record(found)
+    assert written["trainings"][0]["tokens"] is None and written["trainings"][0]["cost"]["gpu_hours"] is None
+    assert written["layouts"][0]["seconds"] is None and written["trainings"][1]["cost"]["reference"]["tokens"] > 0
 
 
 def test_rounds_go_by_their_own_keys(tmp_path: Path) -> None:
