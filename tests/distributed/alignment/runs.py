@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 import torch
 
 from minitron_mcore.architecture import Architecture
@@ -21,7 +22,12 @@ from tests.distributed.alignment.problems import (
 from tests.distributed.models import LAYOUTS as WITHOUT_CONTEXT
 from tests.distributed.models import gather_named, my_batch, start_layout, steady
 
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {**WITHOUT_CONTEXT, "CP2": (2, {"context": 2})}
+MIXED = "TP2-SP-PP2"
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    **WITHOUT_CONTEXT,
+    "CP2": (2, {"context": 2}),
+    MIXED: (4, {"tensor": 2, "sequence": True, "pipeline": 2}),
+}
 NOT_THE_LOSS = ("micro_batch", "resident", "mean", "packed")
 
 
@@ -32,6 +38,15 @@ class Segments:
         self.tokens = numpy.array([token for ids, _ in answers for token in ids], dtype=numpy.int32)
         self.counted = numpy.array([each for _, counted in answers for each in counted])
         self.starts = numpy.cumsum([0, *(len(ids) for ids, _ in answers)])
+
+
+def quick(*layouts: str) -> list[Any]:
+    """All layouts but one rank, as parameters of a test: these in every run, the rest in the slow one."""
+    return [
+        layout if layout in layouts else pytest.param(layout, marks=pytest.mark.slow)
+        for layout in LAYOUTS
+        if layout != "1"
+    ]
 
 
 def build(architecture: Architecture, layout: Any, weights: Any, precision: str = "fp32") -> Any:

@@ -29,16 +29,22 @@ TOGETHER = "all-mse"
 VOCABULARY = CASES[TOGETHER].student.vocab_size
 # name -> (layout, micro-batch, what backward computes again, cases)
 RUNS: dict[str, tuple[str, int, Recompute, tuple[str, ...]]] = {
-    **{
-        f"{layout}, micro-batch {size}": (layout, size, KEEP_ALL, (TOGETHER,))
-        for layout in LAYOUTS
-        for size in (1, 4)
-        if layout != "TP2-PP2" or size == 4
-    },
+    **{f"{layout}, micro-batch {size}": (layout, size, KEEP_ALL, (TOGETHER,)) for layout in LAYOUTS for size in (1, 4)},
     "other losses and families": ("TP2-SP", 2, KEEP_ALL, ("all-dynamic", "all-nemotron")),
     "recomputed": ("1", 4, Recompute("full", "uniform", 2), (TOGETHER,)),
     "recomputed, PP2-VPP2": ("PP2-VPP2", 4, Recompute("full"), (TOGETHER,)),
     "recomputed in part, TP2-SP": ("TP2-SP", 1, Recompute("full", "block", 3), (TOGETHER,)),
+}
+# What `make test` runs: both sizes on one rank and through both schedules, and one of every split.
+QUICK = {
+    *(
+        "1, micro-batch 1",
+        "1, micro-batch 4",
+        "PP2-VPP2, micro-batch 1",
+        "DP2, micro-batch 4",
+        "TP2-PP2, micro-batch 4",
+    ),
+    *("other losses and families", "recomputed, PP2-VPP2", "recomputed in part, TP2-SP"),
 }
 
 
@@ -53,17 +59,23 @@ def solve_all_on_rank(names: list[str], world_size: int) -> dict[str, dict[str, 
 
 
 @cache
-def solved(world_size: int) -> dict[str, list[dict[str, Any]]]:
+def solved_together(world_size: int, quick: bool) -> dict[str, list[dict[str, Any]]]:
     """What each rank found, by run."""
-    names = [name for name, (layout, *_) in RUNS.items() if LAYOUTS[layout][0] == world_size]
+    names = [
+        name for name, (layout, *_) in RUNS.items() if LAYOUTS[layout][0] == world_size and quick == (name in QUICK)
+    ]
     ranks = run_on_ranks(solve_all_on_rank, world_size, names, world_size)
     return {name: [rank[name] for rank in ranks] for name in names}
+
+
+def solved(name: str) -> list[dict[str, Any]]:
+    return solved_together(LAYOUTS[RUNS[name][0]][0], name in QUICK)[name]
 
 
 @cache
 def dense(case: str) -> dict[str, Any]:
     run = "1, micro-batch 4" if case == TOGETHER else "other losses and families"
-    projection = solved(LAYOUTS[RUNS[run][0]][0])[run][0][case]["projection"]
+    projection = solved(run)[0][case]["projection"]
     return dense_solution(CASES[case], projection, drawn(VOCABULARY, seed=3))
 
 
@@ -81,11 +93,12 @@ def assert_as_alone(ranks: list[dict[str, Any]], case: str) -> None:
         assert relative_error(gradient, expected["gradients"][key]) <= 1e-5, key
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_losses_and_gradients_against_float64(name: str) -> None:
-    layout, _, _, cases = RUNS[name]
-    for case in cases:
-        assert_as_alone(solved(LAYOUTS[layout][0])[name], case)
+    for case in RUNS[name][-1]:
+        assert_as_alone(solved(name), case)
 
 
 def test_rows_of_one_segment_each_are_no_different() -> None:

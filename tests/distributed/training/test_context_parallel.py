@@ -196,9 +196,10 @@ def trained(layout: str, teacher: bool) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("layout", "teacher"),
     [
-        *((layout, False) for layout in LAYOUTS if layout not in ("1", "CP2-TP2-SP")),
-        *(("CP2", True), ("CP2-TP2-SP", True)),
-        pytest.param("CP2-TP2-SP", False, marks=pytest.mark.slow),  # with a teacher it is as above, and more
+        *((layout, False) for layout in ("CP2-PP2", "CP2-DP2")),
+        *((layout, True) for layout in ("CP2", "CP2-TP2-SP")),
+        # With a teacher it is as above, and more.
+        *(pytest.param(layout, False, marks=pytest.mark.slow) for layout in ("CP2", "CP2-TP2", "CP2-TP2-SP")),
     ],
 )
 def test_cut_sequences_train_alike(layout: str, teacher: bool) -> None:
