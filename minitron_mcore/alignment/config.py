@@ -1,5 +1,7 @@
 """Recipe section `align`: everything of `train`, and what answers are trained for."""
 
+import dataclasses
+import math
 from typing import Annotated, Any, Optional
 
 from minitron_mcore.errors import InputError
@@ -77,3 +79,14 @@ class AlignConfig(TrainConfig):
     def averages(self) -> bool:
         """Whether an answer's log-probabilities are averaged over its tokens."""
         return self.method in AVERAGED if self.log_probs is None else self.log_probs == "mean"
+
+
+def in_tokens(config: AlignConfig, rows: int, units: int, row_length: int) -> AlignConfig:
+    """The budget as one of tokens, rows times their length, where a pass has so many `rows`, which hold `units`
+    samples."""
+    tokens = config.tokens
+    if not tokens:
+        passes = config.epochs or config.samples / units
+        # A product of rounded numbers, as of 0.1 epochs of 10 rows, is not to count a row too many.
+        tokens = math.ceil(round(passes * rows, 6)) * row_length
+    return dataclasses.replace(config, tokens=tokens, samples=0, epochs=0.0, stages={})

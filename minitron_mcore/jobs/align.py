@@ -13,14 +13,13 @@ align.checkpoint/                one round
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.alignment.config import BUDGETS, PREFERENCES, REFERENCED, REWARDED, AlignConfig
+from minitron_mcore.alignment.config import BUDGETS, PREFERENCES, REFERENCED, REWARDED, AlignConfig, in_tokens
 from minitron_mcore.data.chat.config import ChatConfig
 from minitron_mcore.data.chat.prepared import Prepared
 from minitron_mcore.errors import InputError
@@ -165,10 +164,4 @@ def check_round(this: Round) -> None:
 def timetable_of(config: AlignConfig, row_length: int, rows: int, units: int) -> Timetable:
     """The budget as whole global batches of rows of `row_length` tokens; a pass over the data is of so many `rows`, and
     of `units` chats or preferences. Raises InputError."""
-    tokens = config.tokens
-    if not tokens:
-        passes = config.epochs or config.samples / units
-        # A product of rounded numbers, as of 0.1 epochs of 10 rows, is not to count a row too many.
-        tokens = math.ceil(round(passes * rows, 6)) * row_length
-    train = dataclasses.replace(config, tokens=tokens, samples=0, epochs=0.0, stages={})
-    return plan_timetable(train, row_length, "align")
+    return plan_timetable(in_tokens(config, rows, units, row_length), row_length, "align")

@@ -112,6 +112,8 @@ def describe(job: TrainingJob, tokens: int) -> None:
 
     assert job.tokenizer is not None
     facts = {**job.lineage, "tokens": tokens, "tokenizer": job.tokenizer.fingerprint, "sources": job.sources}
+    if samples and samples.prepared:
+        facts["samples"] = samples.prepared.digest
     recipe = to_yaml(job.recipe)
     write_description(job.folder, job.architecture, lineage=facts, recipe=recipe, save_tokenizer=save_tokenizer)
     if job.source is not None:

@@ -66,6 +66,7 @@ class MetricsLog:
         numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._write_line(iteration, kind, numbers)
         if shown is not None:
+            shown = once(shown)
             full = self.log.console == "full"
             line = train_line(iteration, self.iterations, shown, full=full) if kind == "train" else None
             print(line or validation_line(iteration, shown, full=full), flush=True)
@@ -246,8 +247,14 @@ COLUMNS: dict[str, tuple[Callable[[float], str], str]] = {
     "number of nan iterations": (_fixed(0), DETAIL),
 }
 OTHER = (_fixed(6), "")
+LM = "lm loss"  # with what follows it in a name; without its first word, the loss that is trained
 # What a short line of validation always has.
 ALWAYS_VALIDATED = ("loss", "rewards/accuracies", "rewards/margins", "lm loss", "ppl", "logits distillation loss")
+
+
+def once(row: dict[str, float]) -> dict[str, float]:
+    """Without the next-token loss where `loss`, the loss that is trained, is the same: fine-tuning logs both names."""
+    return {name: value for name, value in row.items() if not (name.startswith(LM) and row.get(name[3:]) == value)}
 
 
 def train_line(iteration: int, iterations: int, row: dict[str, float], *, full: bool) -> str:

@@ -14,7 +14,7 @@ import pytest
 from minitron_mcore.report.gather.report import gather
 from minitron_mcore.report.page.render import render
 from tests.chromium import NAMES, PROGRAM, Browser
-from tests.unit.report.run_folder import write_bench, write_evaluation, write_run, write_search
+from tests.unit.report.run_folder import write_bench, write_evaluation, write_rounds, write_run, write_search
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=f"needs one of {', '.join(NAMES)}")
 
@@ -60,6 +60,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has everything."""
     folder = write_run(tmp_path_factory.mktemp("page") / "small")
     write_search(folder / "search")
+    write_rounds(folder / "aligned")
     write_bench(write_evaluation(folder / "evaluation"))
     target = folder / "report.html"
     target.write_text(render(gather(folder)))
@@ -81,7 +82,7 @@ def test_it_is_whole_and_legible(browser: Browser, page: Path, width: int, schem
     assert len(contrasts) > 300
     assert [each for each in contrasts if each[0] < 4.5] == []
     drawings: list[dict[str, Any]] = browser.run(DRAWN)
-    assert len(drawings) == 17
+    assert len(drawings) == 23
     for each in drawings:
         assert each["width"] > 0.75 * min(width, 480) and each["height"] > 80 and each["shapes"] > 8, each
         assert each["smallest"] > 9 and not each["outside"] and not each["overlapping"], each
@@ -98,7 +99,7 @@ def test_it_is_named_for_those_who_do_not_see_it(browser: Browser, page: Path) -
         return [(each.get("name", {}).get("value", ""), each.get("description", {}).get("value", "")) for each in found]
 
     images = told("img") + told("image")
-    assert len(images) == 17 and all(any(character.isdigit() for character in " ".join(image)) for image in images)
+    assert len(images) == 23 and all(any(character.isdigit() for character in " ".join(image)) for image in images)
     assert [len(told(landmark)) for landmark in ("main", "navigation", "banner", "contentinfo")] == [1, 1, 1, 1]
     headings = browser.run("[...document.querySelectorAll('h1, h2, h3')].map(node => node.tagName)")
     assert headings[0] == "H1" and {*headings[1:]} == {"H2"}

@@ -11,7 +11,7 @@ from typing import Any, Optional
 import numpy
 import torch
 
-from minitron_mcore.data.chat.packing import pack
+from minitron_mcore.data.chat.packing import rows_of
 from minitron_mcore.data.chat.prepared import Part
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids", "segments")
@@ -47,11 +47,7 @@ class ChatDataset:
         self.fields = (*FIELDS, "packed") if packing else FIELDS
         learnt = part.learnt()
         self._weights = 1.0 / numpy.maximum(learnt, 1) if per_sample else numpy.ones(len(learnt))
-        lengths = part.positions().reshape(part.units, part.sides)
-        whole = lengths.sum(1) if packing else lengths.max(1)
-        assert part.units and whole.max() <= sequence_length, "prepared for another sequence length"
-        # Of each row its units; None: the row's own number.
-        self._rows = pack(whole.tolist(), sequence_length, seed=seed) if packing else None
+        self._rows = rows_of(part, sequence_length, packing=packing, seed=seed)
         self.rows = len(self._rows) if self._rows is not None else part.units  # of one pass
         self.size = self.rows if size is None else size
         self._is_shuffled = size is not None

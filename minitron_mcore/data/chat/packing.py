@@ -5,6 +5,18 @@ from __future__ import annotations
 import bisect
 import random
 from collections.abc import Sequence
+from typing import Optional
+
+from minitron_mcore.data.chat.prepared import Part
+
+
+def rows_of(part: Part, sequence_length: int, *, packing: bool, seed: int) -> Optional[list[list[int]]]:
+    """Of each row of one pass its units, chats or preferences, by their numbers; None: each has one, that of its own
+    number. Both sides of a preference are packed into one row."""
+    lengths = part.positions().reshape(part.units, part.sides)
+    whole = lengths.sum(1) if packing else lengths.max(1)
+    assert part.units and whole.max() <= sequence_length, "prepared for another sequence length"
+    return pack(whole.tolist(), sequence_length, seed=seed) if packing else None
 
 
 def pack(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:

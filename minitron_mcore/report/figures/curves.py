@@ -18,12 +18,18 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """place: of its colour and its dashes; the same in every figure of a page. dots: measured at these points alone."""
+    """place: of its colour and its dashes; the same in every figure of a page. dots: measured at these points alone.
+    is_dashed: the second of two lines of a colour, of which the first is whole; None: as the colour has it."""
 
     label: str
     place: int
     points: Points
     dots: Points = ()
+    is_dashed: bool | None = None
+
+    @property
+    def dashes(self) -> Any:
+        return DASHES[self.place % len(DASHES)] if self.is_dashed is None else DASHES[2 * self.is_dashed]
 
 
 def thinned(points: Points) -> Points:
@@ -47,10 +53,11 @@ def against_tokens(name: str, title: str, lines: Sequence[Line], ylabel: str, *,
     with drawing(3.3 + 0.16 * math.ceil(len(lines) / 2)) as figure:
         panel = figure.subplots()
         for line in lines:
-            dashes = DASHES[line.place % len(DASHES)]
             points = thinned(line.points)
             if points:
-                panel.plot(*zip(*points, strict=True), color=color(line.place), ls=dashes, lw=1.3, label=line.label)
+                panel.plot(
+                    *zip(*points, strict=True), color=color(line.place), ls=line.dashes, lw=1.3, label=line.label
+                )
             if line.dots:
                 label = None if points else line.label
                 panel.plot(*zip(*line.dots, strict=True), "o", color=color(line.place), ms=3.5, label=label)

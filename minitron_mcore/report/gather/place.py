@@ -32,7 +32,7 @@ ONE_OF = "name the folder of a run, of a search, of a training or of a checkpoin
 
 @dataclass(frozen=True)
 class Place:
-    """A folder that something can be said of. kind: "run", "search", "training", "checkpoint" or "part".
+    """A folder that something can be said of. kind: "run", "search", "training", "rounds", "checkpoint" or "part".
 
     parts: it, and the folders in it that hold files of KNOWN, in the road's order. recipe: what made it; None where
     that cannot be read.
@@ -90,12 +90,25 @@ def find_place(path: Path) -> Place:
         path = path.parent
     recipe = read_recipe(path)
     named = [*recipe.run.students] if recipe else []
-    parts = tuple(sorted(_parts(path), key=lambda part: _order(part.relative_to(path).parts, named)))
+    found = {part: rounds_before(part) for part in _parts(path)}
+    parts = tuple(sorted(found, key=lambda part: _order(part.relative_to(path).parts, named, found[part] or 0)))
+    has_rounds = any(part.parent == path and rounds is not None for part, rounds in found.items())
     is_run = (path / "recipe.yaml").is_file() and (path / "done").is_dir()
-    if not is_run and not any(_is_near(part.relative_to(path).parts) for part in parts):
+    if not is_run and not has_rounds and not any(_is_near(part.relative_to(path).parts) for part in parts):
         what = "is a Hugging Face folder" if is_hugging_face(path) else "is neither a run nor a part of one"
         raise InputError("path", path, what, ONE_OF)
-    return Place(path, "run" if is_run else _kind(path), parts, recipe)
+    kind = "run" if is_run else _kind(path)
+    return Place(path, "rounds" if kind == "part" and has_rounds else kind, parts, recipe)
+
+
+def rounds_before(part: Path) -> int | None:
+    """Of a round of an alignment, how many its model went through before it; None of anything else."""
+    lineage: Any = read_mapping_of(part / "lineage.yaml")
+    stages = []
+    while isinstance(lineage, dict) and lineage.get("stage") == "align":
+        stages.append(lineage)
+        lineage = lineage.get("lineage")
+    return len(stages) - 1 if stages else None
 
 
 def _kind(folder: Path) -> str:
@@ -125,14 +138,14 @@ def _parts(folder: Path) -> Iterator[Path]:
         ]
 
 
-def _order(names: tuple[str, ...], students: list[str]) -> tuple[Any, ...]:
+def _order(names: tuple[str, ...], students: list[str], rounds: int) -> tuple[Any, ...]:
     """The teacher first, then its students in the recipe's order, each before and after its distillation, then what
-    they are compared with."""
+    they are compared with; the rounds of an alignment one after another."""
     rooms = ("teacher", "corrected", "search", "students", "baselines")
     first = rooms.index(names[0]) if names and names[0] in rooms else -1 if not names else len(rooms)
     student = students.index(names[1]) if len(names) > 1 and names[1] in students else len(students)
     last = {"pruned": 1, "distilled": 2, "corrected": 3}.get(names[-1], 0) if names else 0
-    return first, student, names[:-1], last, names
+    return first, student, names[:-1], last, rounds, names
 
 
 def read_recipe(folder: Path) -> Recipe | None:

@@ -18,6 +18,7 @@ from minitron_mcore.report.gather.outcomes import (
 )
 from minitron_mcore.report.gather.place import Place, find_place
 from minitron_mcore.report.gather.road import Road, find_road
+from minitron_mcore.report.gather.rounds import Round, find_rounds
 from minitron_mcore.report.gather.trainings import Training, find_trainings
 
 
@@ -29,6 +30,7 @@ class Report:
     road: Road | None
     models: Models
     trainings: tuple[Training, ...]
+    rounds: tuple[Round, ...]
     outcomes: tuple[Outcome, ...]
     scores: tuple[Score, ...]
     speeds: Speeds | None
@@ -55,11 +57,13 @@ def gather(folder: Path, planned: Sequence[tuple[str, str]] = ()) -> Report:
     """What lies in `folder`. planned: (name in done/, title) of every step of a run, where they are known. Raises
     InputError where `folder` is neither a run nor a part of one. One process calls."""
     place = find_place(folder)
+    trainings = find_trainings(place)
     return Report(
         place,
         find_road(place, planned),
         find_models(place),
-        find_trainings(place),
+        trainings,
+        find_rounds(place, trainings),
         find_outcomes(place),
         find_scores(place),
         find_speeds(place),

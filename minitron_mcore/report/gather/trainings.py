@@ -12,10 +12,11 @@ from typing import Any
 from minitron_mcore.errors import InputError
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.report.gather.place import METRICS, Place, read_lines, read_mapping_of, read_recipe
+from minitron_mcore.report.gather.samples import align_timetable
 from minitron_mcore.training.budget import Timetable, plan_timetable
 
 Curve = tuple[tuple[float, float], ...]  # (tokens, value)
-SECTIONS = ("train", "distill", "correct")
+SECTIONS = ("train", "distill", "correct", "align")
 STEP, PEAK = "elapsed time per iteration (ms)", "peak memory (GiB)"
 RATES = ("tokens per second", "throughput per GPU (TFLOP/s/GPU)", "model FLOPs utilization (%)")
 
@@ -28,6 +29,7 @@ class Training:
 
     label: str
     section: str
+    part: Path
     curves: dict[str, Curve]
     validation: dict[str, Curve]
     done: int
@@ -56,7 +58,7 @@ def _training(place: Place, part: Path) -> Training | None:
     if not steps:
         return None
     section = _section(part)
-    timetable = _timetable(read_recipe(part) or place.recipe, section)
+    timetable = _timetable(part, read_recipe(part) or place.recipe, section)
     tokens_at = _tokens_at(timetable, steps)
     timed = [row for row in steps if number(row.get(STEP)) is not None]
     times = [moment for row in rows if (moment := number(row.get("time"))) is not None]
@@ -65,6 +67,7 @@ def _training(place: Place, part: Path) -> Training | None:
     return Training(
         label=place.label(part),
         section=section,
+        part=part,
         curves=_curves(steps, tokens_at),
         validation=_validation([row for row in rows if row["kind"] == "validation"], tokens_at),
         done=done,
@@ -85,9 +88,11 @@ def _section(part: Path) -> str:
     return {"distilled": "distill", "corrected": "correct"}.get(part.name, "train")
 
 
-def _timetable(recipe: Recipe | None, section: str) -> Timetable | None:
+def _timetable(part: Path, recipe: Recipe | None, section: str) -> Timetable | None:
     if recipe is None:
         return None
+    if section == "align":
+        return align_timetable(part, recipe)
     try:
         return plan_timetable(getattr(recipe, section), recipe.data.sequence_length, section)
     except InputError:

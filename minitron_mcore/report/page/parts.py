@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Union
 
 from minitron_mcore.report.figures.svg import count_words
+from minitron_mcore.tables import table
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Table:
     left: tuple[int, ...] = ()
     is_folded: bool = False
     kind: str = field(default="table", init=False)
+
+
+def in_words(part: Table) -> str:
+    """A table for the terminal, under its caption."""
+    return f"{part.caption}\n{table(part.rows, part.head, left=(0, *part.left), indent='  ')}\n"
 
 
 @dataclass(frozen=True)

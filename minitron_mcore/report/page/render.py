@@ -8,18 +8,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from minitron_mcore import __version__
 from minitron_mcore.report.gather.report import Report
-from minitron_mcore.report.page import came_from, chosen, made, measured, trained
+from minitron_mcore.report.page import aligned, came_from, chosen, made, measured, trained
 from minitron_mcore.report.page.parts import short
 
 KINDS = {
     "run": "run",
     "search": "search",
     "training": "training",
+    "rounds": "rounds of alignment",
     "checkpoint": "checkpoint",
     "part": "part of a run",
 }
 ORDER = (
     *(made.losses, made.road, made.shapes, chosen.importance, chosen.depth, chosen.cuts, trained.training),
+    aligned.alignment,
     *(measured.tasks, measured.written, measured.speed, made.search),
     *(trained.throughput, trained.memory, trained.cost),
 )

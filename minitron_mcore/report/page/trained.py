@@ -19,6 +19,7 @@ CURVES = {
     "learning-rate": ("Learning rate", "rate"),
 }
 LOGARITHMIC = ("grad-norm",)
+ALIGNED = {"align": ("lm loss",)}  # drawn among the rounds of an alignment, as `loss`
 
 
 def training(report: Report) -> Section | None:
@@ -31,7 +32,8 @@ def training(report: Report) -> Section | None:
         lines = [
             Line(each.label, shades[each.label], curve, each.validation.get(name, ()))
             for each in report.trainings
-            if len(curve := [point for point in each.curves.get(name, ()) if point[1] > 0]) > 1
+            if name not in ALIGNED.get(each.section, ())
+            and len(curve := [point for point in each.curves.get(name, ()) if point[1] > 0]) > 1
         ]
         if not lines:
             continue
@@ -57,7 +59,7 @@ def training(report: Report) -> Section | None:
 
 
 def _last(curves: Mapping[str, Curve]) -> str:
-    curve = curves.get("lm loss")
+    curve = curves.get("loss") or curves.get("lm loss")  # of an alignment, and of any other training
     return decimals(curve[-1][1], 4) if curve else NONE
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import yaml
 
 from minitron_mcore.architecture import Architecture, build_architecture, save_architecture
@@ -135,6 +136,69 @@ def write_search(folder: Path) -> Path:
     budgets = {"tolerance": 0.05, "total_parameters": [10_000, None]}
     write_json(folder / "candidates.json", {"budgets": budgets, "correlation": -1.0, "shapes": 4, "candidates": rows})
     return folder
+
+
+# Of an alignment, in the order of its rounds, which is not that of their names.
+ROUNDS: dict[str, dict[str, Any]] = {
+    "sft": {"epochs": 2},
+    "rpo-1": {"method": "rpo_bwd_kl", "epochs": 1.5, "eta": 2, "reference": "resident"},
+    "again": {"method": "dpo", "tokens": 10 * 2 * LENGTH * BATCH, "label_smoothing": 0.1},
+}
+SAMPLES = 20  # that train, of 24 records
+
+
+def write_rounds(folder: Path) -> Path:
+    """Three rounds of an alignment, of which the last was cut off half-way."""
+    lineage: dict[str, Any] = {"stage": "train", "tokens": 640}
+    load = "/models/distilled"
+    for name, keys in ROUNDS.items():
+        own, method = folder / name, keys.get("method", "sft")
+        lineage = {"stage": "align", "method": method, "load": load, "samples": name, "lineage": lineage, "tokens": 0}
+        write_round(own, method, until=10 if method == "sft" else 5)
+        given = [f"align.{key}={value}" for key, value in keys.items()]
+        given += [f"align.global_batch_size={BATCH}", f"align.load={load}", f"align.checkpoint={own}"]
+        (own / "recipe.yaml").write_text(to_yaml(load_recipe(None, [f"data.sequence_length={LENGTH}", *given])))
+        (own / "lineage.yaml").write_text(yaml.safe_dump(lineage))
+        load = str(own)
+        for digest in (name, "older"):  # what another command has left there
+            write_samples(own / "chats" / digest, digest, sides=1 if method == "sft" else 2)
+    return folder
+
+
+def write_round(folder: Path, method: str, until: int) -> None:
+    describe(folder, teacher(), "align")
+    lines = []
+    for iteration in range(1, until + 1):
+        row: dict[str, Any] = {"loss": 2.0 - iteration / 16, "learning-rate": 1e-5, "grad-norm": 0.5}
+        row["share of counted tokens"] = 0.5
+        if method == "sft":
+            row |= {"lm loss": row["loss"], "mean length": 12.0}
+        else:
+            margin = iteration / 8
+            row |= {"rewards/chosen": margin - 1, "rewards/rejected": -1.0, "rewards/margins": margin}
+            row |= {"rewards/accuracies": iteration / 10, "logps/chosen": -20.0, "logps/rejected": -20.0 - margin}
+            row |= {"mean length chosen": 12.0, "mean length rejected": 10.0, "sft loss": 20.0}
+        for kind in ("train", *(["validation"] if iteration in (1, until) else [])):
+            told = {f"{name} validation": value for name, value in row.items() if "-" not in name}
+            facts = {"consumed samples": iteration * BATCH, **row} if kind == "train" else told
+            lines.append({"iteration": iteration, "kind": kind, "time": 1.7e9 + iteration, **facts})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_samples(folder: Path, digest: str, sides: int) -> None:
+    """As `prepare` writes them: 20 samples that train, 3 held out, 1 left out."""
+    counts = {"read": SAMPLES + 1, "kept": SAMPLES, "cut": 2, "too_long": 1, "skipped": 0}
+    counts |= {"tokens": 8 * sides * SAMPLES, "learnt": 2 * sides * SAMPLES}
+    parts = {"train": counts, "valid": {**counts, "read": 3, "kept": 3, "cut": 0, "too_long": 0}}
+    files = [{"path": f"/data/{digest}.jsonl", "xxh3_128": "0"}]
+    facts = {"kind": "pairs" if sides == 2 else "chats", "digest": digest, "padding": 0}
+    for name in parts:
+        (folder / name).mkdir(parents=True)
+        starts = numpy.arange(sides * int(parts[name]["kept"]) + 1) * 8
+        numpy.save(folder / name / "starts.npy", starts)
+        numpy.save(folder / name / "tokens.npy", numpy.zeros(starts[-1], dtype=numpy.int32))
+        numpy.save(folder / name / "counted.npy", numpy.ones(starts[-1], dtype=bool))
+    write_json(folder / "facts.json", {**facts, "parts": parts, "sources": {"train": files}})
 
 
 def write_json(path: Path, value: Any) -> None:

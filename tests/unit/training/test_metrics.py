@@ -54,6 +54,25 @@ def test_a_line_is_there_once_it_is_written(tmp_path: Path) -> None:
     metrics.close()
 
 
+def test_the_console_shows_a_loss_of_two_names_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fine-tuning logs its loss under the name that all alignment has and under that of a next-token loss: files and
+    dashboards have both. Another loss than the next token's is shown beside it."""
+    row = {"loss": 2.5, "lm loss": 2.5, "grad-norm": 0.25}
+    held_out = {"loss validation": 1.5, "lm loss validation": 1.5, "ppl validation": 4.5}
+    other = {"loss": 0.5, "lm loss": 2.25}
+    log_rows(tmp_path, [(1, row, "train"), (1, held_out, "validation"), (2, other, "train")])
+    assert capsys.readouterr().out.splitlines() == [
+        " iteration  1/20 | loss: 2.500000 | grad-norm: 0.250 |",
+        " validation at iteration 1 | loss validation: 1.500000 | ppl validation: 4.500000 |",
+        " iteration  2/20 | loss: 0.500000 | lm loss: 2.250000 |",
+    ]
+    log_rows(tmp_path / "full", [(1, row, "train")], console="full")
+    assert capsys.readouterr().out.count("2.500000") == 1
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lm loss"] for line in lines if line["kind"] == "train"] == [2.5, 2.25]
+    assert lines[1]["lm loss validation"] == 1.5
+
+
 def test_the_console_shows_a_line_for_each_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"lm loss validation": 1.5, "lm loss validation wiki": 1.0, "ppl validation wiki": 2.5}
     log_rows(tmp_path, [(20, row, "validation")])
