@@ -40,4 +40,4 @@ def chat_data(job: TrainingJob) -> TrainingData:
         shape = Shape(0, length, config.global_batch_size, config.micro_batch_size)
         read_valid[""] = batch_reader(samples.dataset("valid"), shape)
     read_train = step_reader(training, num_workers=job.recipe.data.num_workers)
-    return TrainingData(training, read_train, read_valid, data_order(training))
+    return TrainingData(training, read_train, read_valid, data_order(training), samples.sides or 1)

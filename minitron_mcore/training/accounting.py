@@ -163,6 +163,7 @@ def throughput(job: Job, step_seconds: float, tokens: dict[int, float]) -> dict[
     worked out twice does not count, and the whole score matrix of attention does.
     """
     per_gpu = 1 / step_seconds / job.runtime.world_size
+    tokens = {length // job.data.sides: count for length, count in tokens.items()}
     student = sum(job.architecture.training_flops_per_token(length) * count for length, count in tokens.items())
     count = sum(tokens.values())
     total = "throughput per GPU (TFLOP/s/GPU)"

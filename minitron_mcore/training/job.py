@@ -64,12 +64,14 @@ class TrainingData:
 
     read_valid: by the source's name, "" for the whole blend; empty: no validation.
     order: of the samples, by `data_order`.
+    sides: sequences that a row of training is, as a pair of answers is two: attention is counted within each.
     """
 
     datasets: dict[int, Any]
     read_train: StepReader
     read_valid: dict[str, BatchReader]
     order: dict[int, str]
+    sides: int = 1
 
 
 @dataclass

@@ -10,10 +10,11 @@ import pytest
 
 from minitron_mcore.architecture import build_architecture
 from minitron_mcore.errors import InputError
+from minitron_mcore.estimate.forecast import forecast
 from minitron_mcore.estimate.model import Setting, local_parameters
 from minitron_mcore.estimate.operations import Pass
 from minitron_mcore.estimate.rates import gather
-from minitron_mcore.estimate.step_time import PARTS, _add_schedule, step_time
+from minitron_mcore.estimate.step_time import PARTS, _add_schedule, reference_pass, step_time
 from minitron_mcore.model.recompute import Recompute
 from minitron_mcore.runtime.config import ClusterConfig, ParallelConfig
 from minitron_mcore.runtime.devices import Machine, machine_of
@@ -78,6 +79,38 @@ def test_one_rank_by_hand() -> None:
     assert found.total == pytest.approx(tokens * (student + teacher + heads) / PEAK, rel=1e-9)
     assert found.tokens_per_second == pytest.approx(tokens / found.total)
     assert set(found.parts) == set(PARTS)
+
+
+def test_a_pair_is_two_sequences() -> None:
+    """Both sides in a row take what two sequences take, in time and in memory, at every layout."""
+    for parallel in (ALONE, ParallelConfig(tensor=2, sequence=True), ParallelConfig(pipeline=2, context=2)):
+        pair = setting(parallel, 2, sequence_length=2 * LENGTH, sides=2)
+        two = setting(parallel, 2, micro_batch_size=2, global_batch_size=2 * BATCH)
+        found, expected = step_time(pair, H100), step_time(two, H100)
+        assert (found.parts, found.student_flops) == (expected.parts, expected.student_flops)
+        assert forecast(pair).parts == forecast(two).parts
+
+
+def test_preferences_sweep_over_the_logits_once_more() -> None:
+    """Forward for the losses, before their weights are known: one product with the head more."""
+    plain, found = (step_time(setting(preference=is_pair), IDEAL).parts for is_pair in (False, True))
+    again = found.pop("loss") - plain.pop("loss")
+    assert again == pytest.approx(BATCH * LENGTH / 8 * 2 * 128256 * 4096 / PEAK, rel=1e-9) and found == plain
+
+
+def test_the_reference_by_hand() -> None:
+    """Forward over ten sequences: layers, causal scores and the head. Over eight ranks that is as long as two take; two
+    stages share the layers, and wait for each other once."""
+    layers = LLAMA.forward_flops_per_token(0, output_head=False) + 32 * 2 * LENGTH * 4096
+    head = 2 * 128256 * 4096
+    pair = setting(data_parallel=1, sequence_length=2 * LENGTH, sides=2, preference=True)
+    found = reference_pass(pair, IDEAL, 10)
+    assert found.seconds == pytest.approx(10 * LENGTH * (layers + head) / PEAK, rel=1e-9)
+    assert found.tokens == 10 * LENGTH and found.flops == 10 * LENGTH * LLAMA.forward_flops_per_token(LENGTH)
+    ranks = reference_pass(replace(pair, data_parallel=8), IDEAL, 10)
+    assert ranks.seconds == pytest.approx(2 * LENGTH * (layers + head) / PEAK, rel=1e-9)
+    staged = reference_pass(replace(pair, parallel=ParallelConfig(pipeline=2)), IDEAL, 10)
+    assert staged.seconds == pytest.approx(LENGTH * (10 * (layers / 2 + head) + layers / 2) / PEAK, rel=1e-9)
 
 
 def test_operations_are_counted_as_in_training() -> None:

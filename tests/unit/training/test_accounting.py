@@ -35,6 +35,7 @@ def job_of(**log: Any) -> Any:
         runtime=SimpleNamespace(world_size=4),
         architecture=student,
         objective=Objective(LossSettings(vocab_size=100)),
+        data=SimpleNamespace(sides=1),
         teaching=None,
         log=LogConfig(**log),
         precision="fp32",
@@ -53,6 +54,11 @@ def test_throughput_counts_the_teacher() -> None:
     expected = 3 * student.forward_flops_per_token(32) * rate / 4 / 1e12
     assert alone[TOTAL] == pytest.approx(expected)
     assert TEACHER not in alone and STUDENT not in alone
+
+    job.data.sides = 2  # a pair of answers: each attends to itself alone
+    expected_of_pairs = 3 * student.forward_flops_per_token(16) * rate / 4 / 1e12
+    assert throughput(job, 0.5, tokens)[TOTAL] == pytest.approx(expected_of_pairs)
+    job.data.sides = 1
 
     job.objective.teacher = SimpleNamespace(architecture=wide)
     both = throughput(job, 0.5, tokens)
