@@ -101,7 +101,6 @@ def fit_model(
 
 def describe(job: TrainingJob, tokens: int) -> None:
     """Write what lies beside the weights in `job.folder`, trained on `tokens` tokens; one rank calls."""
-
     samples = job.chats and job.chats.samples
 
     def save_tokenizer(folder: str) -> None:
@@ -112,8 +111,7 @@ def describe(job: TrainingJob, tokens: int) -> None:
 
     assert job.tokenizer is not None
     facts = {**job.lineage, "tokens": tokens, "tokenizer": job.tokenizer.fingerprint, "sources": job.sources}
-    if samples and samples.prepared:
-        facts["samples"] = samples.prepared.digest
+    facts |= {"samples": samples.prepared.digest} if samples and samples.prepared else {}
     recipe = to_yaml(job.recipe)
     write_description(job.folder, job.architecture, lineage=facts, recipe=recipe, save_tokenizer=save_tokenizer)
     if job.source is not None:
