@@ -26,6 +26,8 @@ CURVES: dict[str, tuple[str, dict[str, str]]] = {
 # Names in the table of held-out values, in this order; what else is logged follows.
 FIRST = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
 TWICE = "lm loss"  # with sft the same as `loss`
+# Of one set of samples they are the same at every validation.
+UNCHANGED = ("mean length", "share of counted tokens")
 
 
 def alignment(report: Report) -> Section | None:
@@ -107,7 +109,7 @@ def _held_out(report: Report) -> Iterator[Table]:
 
 
 def _ordered(each: Round) -> Mapping[str, Any]:
-    found = dict(each.ends())
+    found = {name: curve for name, curve in each.ends() if not name.startswith(UNCHANGED)}
     names = [*(name for name in FIRST if name in found), *(name for name in found if name not in FIRST)]
     return {name: found[name] for name in names if name != TWICE or "loss" not in found}
 
