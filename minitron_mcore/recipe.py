@@ -200,6 +200,9 @@ def unknown_key(path: str, value: Any, beside: list[str]) -> InputError:
         name, value = next(iter(value.items()))
         path = f"{path}.{name}"
     nearest, leaf = _nearest(path, beside), path.rpartition(".")[2]
+    name, colon, rest = path.partition(":")
+    if colon and rest and value in (None, ""):
+        return InputError(path, None, NO_KEY, f"put a blank behind the colon: {name.rpartition('.')[2]}: {rest}")
     known = "" if nearest.rpartition(".")[2] == leaf else named_here(path)
     return InputError(path, None, NO_KEY, known or f"the nearest is {nearest}")
 

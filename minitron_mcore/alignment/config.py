@@ -20,6 +20,15 @@ SMOOTHED = ("dpo", "simpo")
 BUDGETS = ("tokens", "samples", "epochs")
 
 
+def idle_with(method: str) -> list[str]:
+    """The keys that have no effect with a method."""
+    idle = ["beta", "sft_weight", "log_probs"] if method == "sft" else ["mean"]
+    idle += [] if method in REWARDED else ["eta"]
+    idle += [] if method == "simpo" else ["gamma"]
+    idle += [] if method in SMOOTHED else ["label_smoothing"]
+    return idle + ([] if method in REFERENCED else ["reference"])
+
+
 @section
 class AlignConfig(TrainConfig):
     """Supervised fine-tuning of a model on the answers of chats, or preference optimisation on pairs of answers.
@@ -63,17 +72,9 @@ class AlignConfig(TrainConfig):
         if len(given) > 1:
             rule = f"and align.{given[1]}={getattr(self, given[1])} both give the budget"
             raise InputError(given[0], getattr(self, given[0]), rule, "leave one of them out")
-        why, idle = f"with align.method={self.method}", []
-        if self.method == "sft":
-            idle += ["beta", "eta", "gamma", "label_smoothing", "sft_weight", "log_probs", "reference"]
-        else:
-            idle += ["mean"]
-        idle += [] if self.method in REWARDED else ["eta"]
-        idle += [] if self.method == "simpo" else ["gamma"]
-        idle += [] if self.method in SMOOTHED else ["label_smoothing"]
-        idle += [] if self.method in REFERENCED else ["reference"]
         if not self.stages:  # which may differ in their method
-            refuse_idle(self, dict.fromkeys(idle, why), "leave it out, or choose another align.method")
+            why = dict.fromkeys(idle_with(self.method), f"with align.method={self.method}")
+            refuse_idle(self, why, "leave it out, or choose another align.method")
 
     @property
     def averages(self) -> bool:

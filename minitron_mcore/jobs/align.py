@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.alignment.config import BUDGETS, PREFERENCES, REFERENCED, REWARDED, AlignConfig, in_tokens
+from minitron_mcore.alignment.config import (
+    BUDGETS,
+    PREFERENCES,
+    REFERENCED,
+    REWARDED,
+    AlignConfig,
+    idle_with,
+    in_tokens,
+)
 from minitron_mcore.data.chat.config import ChatConfig
 from minitron_mcore.data.chat.prepared import Prepared
 from minitron_mcore.errors import InputError
@@ -104,7 +112,7 @@ def rounds_of(recipe: Recipe) -> Iterator[Round]:
     if not recipe.align.stages:
         yield Round("", recipe)
         return
-    load, under = recipe.align.load, str(recipe.align.checkpoint)
+    load, under, template = recipe.align.load, str(recipe.align.checkpoint), recipe.chat.template
     for name, given in recipe.align.stages.items():
         key = f"align.stages.{name}"
         if not re.fullmatch(r"\w[\w.-]*", name):
@@ -115,9 +123,14 @@ def rounds_of(recipe: Recipe) -> Iterator[Round]:
                 rule = "is not given to one round: each starts from the one before, in a folder of its name"
                 raise InputError(f"{key}.{taken}", own[taken], rule, f"leave it out, and give align.{taken}")
         chat = read(ChatConfig, merged(_plain(recipe.chat), own.pop("chat", {})), f"{key}.chat", unknown_key)
+        template = chat.template or template  # it stays with the model, as between two commands
+        chat = dataclasses.replace(chat, template=template)
         base = _plain(recipe.align) | {"load": load, "checkpoint": str(Path(under) / name), "stages": {}}
         if any(own.get(budget) for budget in BUDGETS):
             base |= {budget: type(base[budget])() for budget in BUDGETS}
+        # What `align` says for rounds of other methods is not this one's.
+        idle = idle_with(str(own.get("method", base["method"])))
+        base |= {entry.name: entry.default for entry in dataclasses.fields(AlignConfig) if entry.name in idle}
         align = read(AlignConfig, merged(base, own), key, unknown_key)
         yield Round(name, dataclasses.replace(recipe, name=f"{recipe.name}-{name}", align=align, chat=chat))
         load = align.checkpoint

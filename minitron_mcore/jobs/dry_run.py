@@ -63,7 +63,7 @@ def _lines(job: Job, world: World) -> Iterator[str]:
         yield from _training_lines(job, world)
     if isinstance(job, AlignJob):
         for this, training in job.rounds:
-            about = "" if this.config.tokens else ", about, since it is the samples that say how many"
+            about = "" if this.config.tokens else "; about, until the samples are prepared"
             yield f"{this.name or 'align'}: {this.config.method}{about}"
             yield from _training_lines(training, world)
     if isinstance(job, SearchJob) and job.trials:

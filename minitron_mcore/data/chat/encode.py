@@ -45,12 +45,16 @@ class Task:
 
 @dataclass
 class Unit:
-    """A chat has one side, a preference two. No sides: it is left out, as too long or, with a `fault`, as skipped."""
+    """A chat has one side, a preference two. No sides: it is left out, as too long or, with a `fault`, as skipped.
+
+    needed: the sequence length at which it would be whole.
+    """
 
     sides: tuple[Ids, ...] = ()
     rewards: Optional[tuple[float, float]] = None
     is_cut: bool = False
     fault: str = ""
+    needed: int = 0
 
 
 @dataclass
@@ -107,10 +111,11 @@ def _fit_chat(side: Ids, how: How) -> Unit:
     limit = how.sequence_length + 1
     if len(ids) <= limit:
         return Unit((_with_labels(side),))
+    needed = len(ids) - 1
     # What is left must have something to learn.
     if not how.cut or not learnt[1:limit].any():
-        return Unit()
-    return Unit(((ids[:limit], learnt[:limit]),), is_cut=True)
+        return Unit(needed=needed)
+    return Unit(((ids[:limit], learnt[:limit]),), is_cut=True, needed=needed)
 
 
 def _fit_pair(sides: tuple[Ids, Ids], rewards: Optional[tuple[float, float]], how: How, *, bos: Optional[int]) -> Unit:
@@ -121,19 +126,20 @@ def _fit_pair(sides: tuple[Ids, Ids], rewards: Optional[tuple[float, float]], ho
     (chosen, _), (rejected, _) = sides
     if numpy.array_equal(chosen, rejected):
         raise RecordError("has answers that are the same tokens")
-    longest = max(len(chosen), len(rejected)) - 1
-    excess = longest - how.sequence_length
+    needed = max(len(chosen), len(rejected)) - 1
+    excess = needed - how.sequence_length
     if how.packing:
-        excess = -(-(len(chosen) + len(rejected) - 2 - how.sequence_length) // 2)
+        needed = len(chosen) + len(rejected) - 2
+        excess = -(-(needed - how.sequence_length) // 2)
     if excess <= 0:
         return Unit(sides, rewards)
     kept = int(chosen[0] == bos)
     prompt = min(_shared(chosen, rejected), *(int(learnt.argmax()) for _, learnt in sides))
     if not how.cut or excess >= prompt - kept:  # a token of the prompt stays, which predicts the answer's first
-        return Unit()
+        return Unit(needed=needed)
     gone = slice(kept, kept + excess)
     cut = tuple((numpy.delete(ids, gone), numpy.delete(learnt, gone)) for ids, learnt in sides)
-    return Unit(cut, rewards, is_cut=True)
+    return Unit(cut, rewards, is_cut=True, needed=needed)
 
 
 def _with_labels(side: Ids) -> Ids:

@@ -4,6 +4,7 @@
     conversations   [{"from", "value"}, …], system, tools   a chat, as ShareGPT has it
     prompt          completion                              texts, or messages
     input           output                                  the same
+    instruction     output; input or none                   texts, as Alpaca has it
     prompt          chosen, rejected                        a preference, of texts or messages; the prompt may be left
                                                             out where both answers begin with it
 
@@ -22,15 +23,22 @@ from typing import Any, Optional, Union
 
 Message = dict[str, Any]
 
-# What other collections call a role.
+# What other collections call a role, in small letters or not.
 ROLES = {name: name for name in ("system", "developer", "user", "assistant", "tool")}
-ROLES |= {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant"}
+ROLES |= {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+}
 ROLES |= {"model": "assistant", "observation": "tool", "function_response": "tool", "function": "tool"}
 OPENERS = ("system", "developer")
 # Who may speak after whom; None: at the beginning, or after the opening instructions alone.
 NEXT = {None: ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("tool", "assistant")}
 
-CHATS = "messages, conversations, prompt and completion, or input and output"
+CHATS = "messages, conversations, prompt and completion, input and output, or instruction and output"
 SAME = "has the same answer as chosen and as rejected"
 PAIRS = "chosen and rejected, with or without prompt"
 TEXTS = (("prompt", "completion"), ("input", "output"))
@@ -90,13 +98,15 @@ def parse_sample(fields: Mapping[str, Any], *, turns: bool = False) -> Sample:
             if isinstance(system := fields.get("system"), str) and system and messages[0]["role"] not in OPENERS:
                 messages = [{"role": "system", "content": system}, *messages]
             return _chat(messages, _tools(fields))
+    if fields.get("instruction") is not None and fields.get("output") is not None:
+        return _continued(_instruction(fields), fields["output"], ("instruction", "output"), _tools(fields), turns)
     for before, after in TEXTS:
         if fields.get(before) is not None and fields.get(after) is not None:
             return _continued(fields[before], fields[after], (before, after), _tools(fields), turns)
     remedy = "rename its keys or leave it out"
     if _value(fields, "chosen") is not None:
-        remedy = "preferences need a method that reads them"
-    raise RecordError(f"has only {_names(fields)}, not {CHATS}", remedy)
+        remedy = "preferences need a method that reads them, as align.method=dpo"
+    raise RecordError(f"has {_only(fields)}, not {CHATS}", remedy)
 
 
 def parse_pair(fields: Mapping[str, Any], *, turns: bool = False, needs_rewards: bool = False) -> Pair:
@@ -117,6 +127,14 @@ def parse_pair(fields: Mapping[str, Any], *, turns: bool = False, needs_rewards:
     else:
         sides = _message_sides(prompt, *answers, tools)
     return Pair(sides[0], sides[1], rewards)
+
+
+def _instruction(fields: Mapping[str, Any]) -> str:
+    """What is asked for, and behind a blank line what it is about, if anything."""
+    for key in ("instruction", "input"):
+        if not isinstance(fields.get(key) or "", str):
+            raise RecordError(f"has {_kind(fields[key])} as {key}, not a text")
+    return "\n\n".join(fields[key] for key in ("instruction", "input") if fields.get(key))
 
 
 def _continued(before: Any, after: Any, keys: tuple[str, str], tools: Any, turns: bool) -> Sample:
@@ -207,27 +225,27 @@ def _messages(value: Any, key: str) -> list[Message]:
     """Messages by the names that templates know. Raises RecordError."""
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        rule = "is empty" if value == [] or value == "" else f"is {_kind(value)}"
-        raise RecordError(f"has a {key} that {rule}, not messages")
-    return [_message(each, f"{key}, message {place}") for place, each in enumerate(value, start=1)]
+        kind = "an empty list" if value == [] else _kind(value)
+        raise RecordError(f"has in {key} {kind}, not messages")
+    return [_message(each, f"message {place} of {key}") for place, each in enumerate(value, start=1)]
 
 
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, Mapping):
-        raise RecordError(f"has in {where} {_kind(value)}, not a message")
+        raise RecordError(f"has as {where} {_kind(value)}, not a message")
     rest = {name: each for name, each in value.items() if each is not None}
     role = rest.pop("role", None) or rest.pop("from", None)
     if not isinstance(role, str):
         raise RecordError(
-            f"has in {where} no role, only {_names(rest)}", "messages have role and content, or from and value"
+            f"has no role in {where}, only {_names(rest)}", "messages have role and content, or from and value"
         )
-    if role not in ROLES:
-        raise RecordError(f"has in {where} the unknown role {role!r}", f"roles are {', '.join(ROLES)}")
+    if role.lower() not in ROLES:
+        raise RecordError(f"has the unknown role {role!r} in {where}", f"roles are {', '.join(ROLES)}")
     name = "content" if "content" in rest else "value"
     content, calls = rest.pop(name, None), rest.get("tool_calls")
     if content is None and not calls:
-        raise RecordError(f"has in {where} no content, only {_names(value)}")
-    message = {"role": ROLES[role], "content": _text(content, where), **rest}
+        raise RecordError(f"has no content in {where}, only {_names(value)}")
+    message = {"role": ROLES[role.lower()], "content": _text(content, where), **rest}
     if calls:
         message["tool_calls"] = [_call(each) for each in calls] if isinstance(calls, list) else calls
     return message
@@ -242,8 +260,8 @@ def _text(content: Any, where: str) -> str:
     parts = content if isinstance(content, list) else [content]
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            kind = part.get("type", _kind(part)) if isinstance(part, Mapping) else _kind(part)
-            raise RecordError(f"has in {where} content of type {kind}, not text")
+            kind = f"of type {part.get('type')}" if isinstance(part, Mapping) else f"that is {_kind(part)}"
+            raise RecordError(f"has content {kind}, not text, in {where}")
     return "".join(part["text"] for part in parts)
 
 
@@ -298,6 +316,12 @@ def _names(fields: Mapping[str, Any]) -> str:
     return ", ".join(sorted(name for name, value in fields.items() if value is not None)) or "no keys"
 
 
+def _only(fields: Mapping[str, Any]) -> str:
+    names = _names(fields)
+    return names if names == "no keys" else f"only {names}"
+
+
 def _kind(value: Any) -> str:
     names = {"str": "a text", "dict": "an object", "list": "a list", "NoneType": "null", "bool": "true or false"}
+    names |= {"int": "a number", "float": "a number"}
     return names.get(type(value).__name__, f"a {type(value).__name__}")

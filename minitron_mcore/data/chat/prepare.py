@@ -154,7 +154,8 @@ def _refuse_empty(what: Preparation, name: str, writer: PartWriter) -> None:
         rule = "holds out no record that can be used"
         raise InputError("chat.valid_fraction", what.config.valid_fraction, rule, "raise it, or name chat.valid")
     sources = what.config.train if name == "train" else what.config.valid
-    raise InputError(f"chat.{name}", sources, f"has no record that can be used: {writer.in_words(what)}")
+    remedy = "" if not writer.counts["too_long"] else "raise data.sequence_length, or name other files"
+    raise InputError(f"chat.{name}", sources, f"has no record that can be used: {writer.in_words(what)}", remedy)
 
 
 class PartWriter:
@@ -173,6 +174,8 @@ class PartWriter:
     def add(self, unit: Unit) -> None:
         counts = self.counts
         counts["read"] += 1
+        if unit.needed:
+            counts["longest"] = max(counts.get("longest", 0), unit.needed)
         if not unit.sides:
             counts["skipped" if unit.fault else "too_long"] += 1
             if unit.fault:
@@ -211,6 +214,8 @@ class PartWriter:
             words.append(f"{counts['cut']:,} cut to data.sequence_length={what.sequence_length}")
         if counts["too_long"]:
             words.append(f"{counts['too_long']:,} left out, longer than data.sequence_length={what.sequence_length}")
+        if longest := counts.get("longest"):
+            words.append(f"{longest:,} would hold them all")
         if counts["skipped"]:
             words.append(f"{counts['skipped']:,} skipped, the first: {counts['first_skipped']}")
         return "; ".join(words)

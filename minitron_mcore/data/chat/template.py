@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Optional
@@ -132,6 +132,7 @@ class Encoder:
             self.hf.split_special_tokens = False
         self.dividers = dividers(self.hf)
         self.names = self.hf.special_tokens_map
+        self.written: set[str] = set()  # of tools and calls, what the template has been seen to write
         self.marks = tokenizer.added | frozenset(self.hf.all_special_ids)
         plain, marked = self._encode("x"), list(self.hf("x")["input_ids"])
         # What the tokenizer puts before every text.
@@ -163,6 +164,7 @@ class Encoder:
         answers = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]
         wanted = [place for place in answers if place >= chat.first][-1 if self.last else 0 :]
         text, spans = self._render(chat, len(chat.messages))
+        self._refuse_lost(chat, text)
         if spans is not None and self.hf.is_fast:
             ids, characters = self._encode_spans(text)
             learnt = _inside(characters, self._spans_of(chat, answers, wanted, text, spans))
@@ -172,6 +174,22 @@ class Encoder:
         if not any(learnt):
             raise RecordError(f"has no token that is learnt, by {self._name}", "change its messages or the template")
         return ids, learnt
+
+    def _refuse_lost(self, chat: Chat, text: str) -> None:
+        """Raise RecordError where the template leaves the chat's tools or calls out, as one that has no form for them
+        does without a word."""
+        called = tuple({name: each[name] for name in each if name != "tool_calls"} for each in chat.messages)
+        for what, without in (("tools", replace(chat, tools=None)), ("tool calls", replace(chat, messages=called))):
+            if without == chat or what in self.written:
+                continue
+            try:
+                is_lost = self._render(without, len(chat.messages))[0] == text
+            except RecordError:  # it cannot do without them
+                is_lost = False
+            if is_lost:
+                remedy = "use a template that has a form for them, or leave it out"
+                raise RecordError(f"has {what}, which {self._name} leaves out", remedy)
+            self.written.add(what)
 
     def _spans_of(self, chat: Chat, answers: list[int], wanted: list[int], text: str, spans: list[Span]) -> list[Span]:
         """Those of the template's spans that are of the answers `wanted`, the last ones."""

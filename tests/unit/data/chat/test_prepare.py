@@ -197,7 +197,11 @@ def test_too_long_chats(tmp_path: Path, zephyr: Tokenizer, encode: Encoder) -> N
     lines: list[str] = []
     left_out = run(tmp_path, zephyr, path, sequence_length=limit - 1, report=lines.append)
     assert len(segments(left_out.parts["train"])) == 3
-    assert f"2 left out, longer than data.sequence_length={limit - 1}" in lines[0]
+    words = f"2 left out, longer than data.sequence_length={limit - 1}; {max(sizes) - 1} would hold them all"
+    assert words in lines[0]
+    assert len(segments(run(tmp_path, zephyr, path, sequence_length=max(sizes) - 1).parts["train"])) == 5
+    with refuses("chat.train", path, "0 chats of 5 records; 5 left out", "raise data.sequence_length"):
+        run(tmp_path, zephyr, path, sequence_length=2)
     cut = run(tmp_path, zephyr, path, sequence_length=limit - 1, too_long="cut", report=lines.append)
     found = segments(cut.parts["train"])
     assert found[:3] == segments(left_out.parts["train"]) and len(found) == 4, "of the last one no answer is left"
@@ -245,13 +249,13 @@ def test_the_bos_that_a_template_writes_stays(tmp_path: Path, family: Callable[[
 
 def test_records_that_break_a_rule_are_refused_by_file_and_line(tmp_path: Path, zephyr: Tokenizer) -> None:
     path = write(tmp_path / "chats.jsonl", [CHATS[0], {}, {"messages": [{"role": "bot", "content": "x"}]}])
-    with refuses("chat.train", f"{path}, line 2", "has only no keys", "or set chat.bad_records=skip"):
+    with refuses("chat.train", f"{path}, line 2", "has no keys", "or set chat.bad_records=skip"):
         run(tmp_path, zephyr, path)
     assert not list((tmp_path / "out").glob("*"))
     lines: list[str] = []
     made = run(tmp_path, zephyr, path, bad_records="skip", report=lines.append)
     assert made.facts["parts"]["train"]["skipped"] == 2 and made.parts["train"].units == 1
-    assert f"2 skipped, the first: {path}, line 2, has only no keys" in lines[0]
+    assert f"2 skipped, the first: {path}, line 2, has no keys" in lines[0]
     valid = write(tmp_path / "valid.jsonl", [{"text": "x"}])
     with refuses("chat.valid", f"{valid}, line 1", "has only text"):
         run(tmp_path, zephyr, write(path, CHATS), valid=str(valid))

@@ -144,6 +144,14 @@ def test_tools_are_not_left_out_in_silence(name: str, family: Family) -> None:
     for tools, messages in (((TOOL,), CHATS["one"]), (None, WITH_TOOLS)):
         with pytest.raises(RecordError, match="has no form for"):
             encode(Chat(messages, tools))
+    # Others' templates do it without a word.
+    silent = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}{% endfor %}"
+    encode = Encoder(tokenizer, ChatTemplate(silent, "theirs"))
+    for tools, messages, what in (((TOOL,), CHATS["one"], "tools"), (None, WITH_TOOLS, "tool calls")):
+        with pytest.raises(RecordError, match=f"has {what}, which theirs leaves out"):
+            encode(Chat(messages, tools))
+    written = silent.replace("{{ message.content }}", "{{ message.tool_calls or message.content }}{{ tools }}")
+    Encoder(tokenizer, ChatTemplate(written, "theirs"))(Chat(WITH_TOOLS, (TOOL,)))
 
 
 def test_the_tokenizers_own_template(tmp_path: Path, family: Family) -> None:
