@@ -92,7 +92,8 @@ def loss_buffers(setting: Setting) -> int:
 
     In bf16 the logits' gradient in bf16 too; on CPU instead bf16 heads in fp32, and logits of a few rows. Under
     sequence parallelism the gathered hidden states of both models. Where there are stages, what the last one has
-    received ahead and the gradient that it has sent. The head's gradient goes straight into the gradient buffer.
+    received ahead and the gradient that it has sent. The head's gradient goes straight into the gradient buffer. Of
+    pairs of answers the states of the counted tokens, at most all, and their gradient (alignment/token_losses.py).
     """
     s, element = setting, BYTES[setting.precision]
     shard = s.student.padded_vocab_size // s.parallel.tensor
@@ -100,7 +101,7 @@ def loss_buffers(setting: Setting) -> int:
     models = [(s.student.hidden_size, element)]
     if s.teacher is not None:
         models.append((s.teacher.hidden_size, s.teacher_element))
-    buffers = 4 * chunk * shard * len(models) + element * s.student.hidden_size * s.tokens
+    buffers = 4 * chunk * shard * len(models) + element * s.student.hidden_size * s.tokens * (3 if s.preference else 1)
     if s.on_cpu:
         buffers += 4 * shard * sum(hidden for hidden, size in models if size < 4)
         buffers += 4 * max(shard, min(CACHED_ENTRIES, chunk * shard))

@@ -1,4 +1,5 @@
-"""The forecast of scoring, evaluating, caching, pruning and exporting against torch's CPU allocator at its peak.
+"""The forecast of scoring, evaluating, caching, a reference's pass, pruning and exporting against torch's CPU allocator
+at its peak.
 
 Each within 12%: a forward pass is forecast by the widest layer's tensors, which were counted, not derived; the smaller
 vectors and gloo's scratch are not counted. What a quicker case covers is slow.
@@ -12,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -26,6 +29,7 @@ from minitron_mcore.estimate.stages import (
     export_bytes,
     kept_states,
     prune_bytes,
+    reference_parts,
     score_parts,
 )
 from minitron_mcore.importance.config import ImportanceConfig
@@ -78,6 +82,7 @@ def peak_of_pass(case: Case, folder: str) -> tuple[int, int]:
     """(pipeline stage, bytes at most) of a pass over a few microbatches, the model's weights among them."""
     from megatron.core import parallel_state
 
+    from minitron_mcore.alignment.reference import segment_log_probs
     from minitron_mcore.distillation.cache.draw import make_targets
     from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
@@ -111,6 +116,12 @@ def peak_of_pass(case: Case, folder: str) -> tuple[int, int]:
         elif case.verb == "evaluate":
             groups = in_calls(batches(), interleaved=len(chunks) > 1, each=4)
             mean_loss(list(chunks), groups, Objective(LossSettings(shape.vocab_size)))
+        elif case.verb == "reference":
+            count = 16 * layout.pipeline * size
+            ids = numpy.random.default_rng(1).integers(0, shape.vocab_size, count * (LENGTH + 1), dtype=numpy.int32)
+            starts = numpy.arange(count + 1) * (LENGTH + 1)
+            full = SimpleNamespace(tokens=ids, counted=numpy.ones(len(ids), dtype=bool), starts=starts)
+            segment_log_probs(chunks, full, range(count), LossSettings(shape.vocab_size), micro_batch_size=size)
         else:
             cache = CacheConfig(**case.section)
             settings = {**vars(cache), "vocab_size": shape.vocab_size, "temperature": 1.0, "seed": 3}
@@ -145,6 +156,9 @@ DEPTH = {"depth_metrics": ["lm_loss", "logit_mse"]}
         Case("evaluate", "1", "bf16", 8, "nemotron"),
         slow("evaluate", "TP2", "bf16", 4),
         slow("evaluate", "TP2-SP", "fp32", 8),
+        Case("reference", "1", "fp32", 4),
+        slow("reference", "PP2", "bf16", 4),
+        slow("reference", "TP2-SP", "fp32", 8, "nemotron"),
         Case("cache", "1", "fp32", 1, section={"proposal_temperature": 2.0}),
         slow("cache", "1", "bf16", 1, section={"method": "top_k"}),
         slow("cache", "TP2", "bf16", 1, section={"method": "top_k"}),
@@ -162,6 +176,8 @@ def test_a_pass(case: Case, tmp_path: Path) -> None:
             parts, host = score_parts(run, importance, stage), kept_states(run, importance, 1)
         elif case.verb == "evaluate":
             parts = evaluate_parts(run, stage)
+        elif case.verb == "reference":
+            parts = reference_parts(run, None, stage)
         else:
             parts = cache_parts(run, CacheConfig(**case.section), stage)
         expected = sum(parts.values()) + host
