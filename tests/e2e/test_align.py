@@ -6,6 +6,7 @@ what Adam makes of rounding.
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -226,6 +227,77 @@ def test_wrong_input_is_one_sentence(place: Path, tmp_path: Path) -> None:
     for (code, shown), (name, (_, words)) in zip(results, BAD.items(), strict=True):
         assert code == 2 and words in shown and "Traceback" not in shown, (name, shown)
     assert not list(tmp_path.rglob("iter_*"))
+
+
+ASKED = {"role": "user", "content": "plan1"}
+# Thoughts stand before the last answer alone, so that of an earlier one the place is not known.
+THINKING = (
+    "{% for m in messages %}{{ m.role }} {% if loop.last and m.role == 'assistant' %}thought {% endif %}{{ m.content }}"
+    "\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+def said(text: str, role: str = "assistant") -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+# Name -> (method, record, template, the rule).
+BAD_RECORDS: dict[str, tuple[str, Any, str, str]] = {
+    "no key": ("sft", {"text": "plan1"}, "chatml", "has only text, not messages"),
+    "an empty answer": ("sft", {"messages": [ASKED, said(" ")]}, "chatml", "has an empty answer: message 2"),
+    "an unknown role": ("sft", {"messages": [ASKED, said("plan1", "bot")]}, "chatml", "the unknown role 'bot'"),
+    "out of turn": ("sft", {"messages": [ASKED, ASKED, said("plan1")]}, "chatml", "has roles out of turn: message 2"),
+    "a template without marks": (
+        "sft",
+        {"messages": [ASKED, said("plan1"), ASKED, said("plan2")]},
+        "@/thinking.jinja",
+        "message 2, that cannot be told from the rest",
+    ),
+    "no rejected": ("dpo", {"prompt": "plan1", "chosen": "plan2"}, "chatml", "has no rejected, only chosen, prompt"),
+    "chosen = rejected": (
+        "dpo",
+        {"prompt": "plan1", "chosen": "plan2", "rejected": "plan2"},
+        "chatml",
+        "has the same answer as chosen and as rejected",
+    ),
+    "no rewards": (
+        "rpo_fwd_kl",
+        {"prompt": "plan1", "chosen": "plan2", "rejected": "plan3"},
+        "chatml",
+        "has no chosen_reward and no rejected_reward",
+    ),
+}
+
+
+def test_records_that_break_a_rule(place: Path, tmp_path: Path, corpus: Path) -> None:
+    """Exit code 2, one sentence with key, file, line and rule, before anything is trained; or, by key, left out and
+    counted. Whatever is skipped, a damaged file is refused, and so is another tokenizer than the model's."""
+    (tmp_path / "thinking.jinja").write_text(THINKING)
+    good = {"sft": chats(), "dpo": pairs(), "rpo_fwd_kl": pairs()}
+    commands = []
+    for name, (method, record, template, _) in BAD_RECORDS.items():
+        records = [*good[method][:4], record]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+        keys = [f"chat.train={tmp_path / name}.jsonl", f"align.method={method}"]
+        keys.append(f"chat.template={template.replace('@', str(tmp_path))}")
+        commands.append(align(place, tmp_path / "aligned", *keys))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress((place / "chats.jsonl").read_bytes())[:-20])
+    cut = align(place, tmp_path / "aligned", f"chat.train={tmp_path}/cut.jsonl.gz", "chat.bad_records=skip")
+    other = align(place, tmp_path / "aligned", f"tokenizer.model={corpus / 'tokenizer.model'}")
+    skipped = [*commands[0], "chat.bad_records=skip", "align.epochs=1"]
+    ((*results,),) = run_on_ranks(commands_on_rank, 1, [*commands, cut, other, skipped])
+    *_, (code, shown) = results
+    assert code == 0 and "4 chats of 5 records" in shown and "1 skipped, the first: " in shown, shown
+    shutil.rmtree(tmp_path / "aligned")
+    for (code, shown), (name, (_, _, _, rule)) in zip(results, BAD_RECORDS.items(), strict=False):
+        where = f"chat.train={tmp_path / name}.jsonl, line 5"
+        assert code == 2 and where in shown and rule in shown and "chat.bad_records=skip" in shown, (name, shown)
+        assert "Traceback" not in shown and len(shown.strip().splitlines()[-1]) > len(where), (name, shown)
+    for code, shown in results[-3:-1]:
+        assert code == 2 and "Traceback" not in shown, shown
+    assert "cut.jsonl.gz is damaged or cut off" in results[-3][1], results[-3]
+    assert "is not the tokenizer that" in results[-2][1] and "tokenizer.model=" in results[-2][1], results[-2]
 
 
 def test_a_dry_run_says_what_would_be_done(place: Path, tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ CHATS = {
     "one": turns("Sort [3, 1].", "[1, 3]"),
     "several": turns("a = 1\n", "def f():\n    return 1", "and  then?", "größer 🙂", "x", "y \n"),
     "system": turns("Read it.", "import json", "More.", "json.load(file)", system="You are brief."),
+    "empty instructions": ({"role": "system", "content": ""}, *turns("a", "b", "c", "d")),
+    "an empty question": turns("", "a"),
+    "white space behind": turns("a  \n", "b \n\n", "c", "d\t "),
+    "signs": turns("größer 🙂 漢字", "日本 👩‍👩‍👧 é", "e\u0301", "\ufb01 ½"),
 }
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 TOOL = {"type": "function", "function": {"name": "add", "description": "a sum", "parameters": {"type": "object"}}}
@@ -96,6 +100,24 @@ def test_ids_and_masks_are_those_of_transformers(name: str, chat: str, family: F
     assert ids.tolist() == expected["input_ids"] and ids.dtype == numpy.int32
     assert learnt.tolist() == [bool(each) for each in expected["assistant_masks"]]
     assert tokenizer.bos is None or list(ids).count(tokenizer.bos) == (name in ("llama-3.1", "mistral"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_name_of_a_mark_in_what_is_said_is_the_mark(name: str, family: Family) -> None:
+    """As to transformers. What is learnt is no other for it: that is told by characters, or by prefixes."""
+    tokenizer = family(name)
+    template, pieces = template_of(name, tokenizer), tokenizer.pieces()
+    names = " ".join(pieces[mark] for mark in sorted(tokenizer.added))
+    messages = turns(f"a {names} b", "json", f"{names}", f"def {names} f")
+    ids, learnt = Encoder(tokenizer, template)(Chat(messages))
+    expected = theirs(tokenizer, template, messages)
+    assert (ids.tolist(), learnt.tolist()) == (expected["input_ids"], [bool(x) for x in expected["assistant_masks"]])
+    plain, _ = Encoder(tokenizer, template)(Chat(turns("a b", "json", "x", "def f")))
+    for mark in tokenizer.added:
+        assert ids.tolist().count(mark) == plain.tolist().count(mark) + 3, pieces[mark]
+    assert Encoder(tokenizer, unmarked(template))(Chat(messages))[1].tolist() == learnt.tolist()
+    said, given = tokenizer.detokenize(ids[learnt]), tokenizer.detokenize(ids[~learnt])
+    assert "json" in said and "def" in said and "json" not in given and "def" not in given
 
 
 @pytest.mark.parametrize("chat", CHATS)
