@@ -40,7 +40,10 @@ class Segments:
         whole_BS = _whole(microbatch.segments, group)
         is_token = whole_BS >= 0
         before_BS = torch.nn.functional.pad(whole_BS[:, :-1], (1, 0), value=-2)  # a row begins a segment
-        starts = is_token & (whole_BS != before_BS)
+        begins = whole_BS != before_BS
+        if microbatch.packed is not None:  # one row may end and the next begin with the same segment, of two passes
+            begins.view(-1)[microbatch.packed.boundaries[:-1].long()] = True
+        starts = is_token & begins
         numbers_R = whole_BS[starts]
         places_BS = (starts.flatten().cumsum(0).view_as(whole_BS) - 1).masked_fill(~is_token, len(numbers_R))
         return cls(numbers_R, context_part(places_BS, 1, group.rank(), group.size()).transpose(0, 1))

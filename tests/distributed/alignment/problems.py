@@ -236,16 +236,18 @@ def dense_preference(
     return Expected({"loss": loss.item()}, gradients)
 
 
-def packed_rows_of(segments: list[tuple[list[int], list[bool]]], length: int) -> dict[str, torch.Tensor]:
+def packed_rows_of(
+    segments: list[tuple[list[int], list[bool]]], length: int, multiple: int = 2
+) -> dict[str, torch.Tensor]:
     """As many pairs in a row of `length` as it holds, in order, both sides of a pair one after the other; positions
-    begin anew with every segment. An even number of rows."""
+    begin anew with every segment. Rows of padding alone make their number a multiple of `multiple`."""
     apart, sizes = rows_of(segments), [len(ids) - 1 for ids, _ in segments]
     lines: list[list[int]] = [[]]
     for first in range(0, len(segments), 2):
         if sum(sizes[number] for number in (*lines[-1], first, first + 1)) > length:
             lines.append([])
         lines[-1] += [first, first + 1]
-    lines += [[]] * (len(lines) % 2)
+    lines += [[]] * (-len(lines) % multiple)
     rows = {name: torch.zeros(len(lines), length, dtype=value.dtype) for name, value in apart.items()}
     rows["segments"] -= 1
     for row, numbers in enumerate(lines):

@@ -12,6 +12,7 @@ import torch
 from minitron_mcore.architecture import Architecture
 from tests.distributed.alignment.problems import (
     LENGTH,
+    PAIRS,
     draw_answers,
     draw_models,
     in_microbatches,
@@ -28,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP2": (2, {"context": 2}),
     MIXED: (4, {"tensor": 2, "sequence": True, "pipeline": 2}),
 }
-NOT_THE_LOSS = ("micro_batch", "resident", "mean", "packed")
+NOT_THE_LOSS = ("micro_batch", "resident", "mean")
 
 
 class Segments:
@@ -60,8 +61,7 @@ def build(architecture: Architecture, layout: Any, weights: Any, precision: str 
 
 
 def preference(architecture: Architecture, layout: Any, both: tuple[Any, Any], how: dict[str, Any]) -> Any:
-    """how: `method` and its numbers; `sft` and `mean` for answers. `resident`: the reference stays beside. `packed`: of
-    `batch_of`."""
+    """how: `method` and its numbers; `sft` and `mean` for answers. `resident`: the reference stays beside."""
     from minitron_mcore.alignment.losses import PreferenceSettings
     from minitron_mcore.alignment.objective import AnswerObjective, Pairs, PreferenceObjective
     from minitron_mcore.alignment.reference import segment_log_probs
@@ -88,10 +88,6 @@ def batch_of(architecture: Architecture, how: dict[str, Any], seed: int = 0) -> 
     """This rank's microbatches of the global batch."""
     from minitron_mcore.model.microbatch import on_this_context_rank
 
-    if how.get("packed"):
-        rows = packed_rows_of(draw_answers(architecture.vocab_size, seed), 2 * LENGTH)
-        packed = torch.ones(len(rows["tokens"]), dtype=torch.bool)
-        return my_batch(in_microbatches({**rows, "packed": packed}, 2))
     rows, size = rows_of(draw_answers(architecture.vocab_size, seed)), how.get("micro_batch", 2)
     if how.get("mean") == "samples":
         rows["loss_mask"] = rows["loss_mask"] / rows["loss_mask"].sum(1, keepdim=True)
@@ -151,6 +147,83 @@ def several_steps(
     return [train_step(trained, objective, shape, batch_of(architecture, how)) for _ in range(steps)]
 
 
+STEP = 2 * PAIRS  # segments of a global batch
+
+
+def batch_of_step(answers: list[Any], step: int, how: dict[str, Any]) -> Any:
+    """This rank's microbatches of the pairs, or chats, that a step has to itself; packed in rows of which one is filled
+    to its last position, and some are padding alone."""
+    from minitron_mcore.model.microbatch import on_this_context_rank
+
+    mine = answers[STEP * step : STEP * (step + 1)]
+    if how["packed"]:
+        fills = sum(len(ids) - 1 for ids, _ in mine[:4])  # two pairs, which no third one follows in their row
+        rows = packed_rows_of(mine, max(fills, 2 * LENGTH), multiple=8)
+        rows["packed"] = torch.ones(len(rows["tokens"]), dtype=torch.bool)
+    else:
+        rows = rows_of(mine)
+    rows["segments"][rows["segments"] >= 0] += STEP * step
+    sides = 1 if how["packed"] or how["method"] == "sft" else 2
+    cut = my_batch(in_microbatches(rows, sides * how["micro_batch"]))
+    return [on_this_context_rank(microbatch) for microbatch in cut]
+
+
+def trained_on_rank(
+    architecture: Architecture, parallel: dict[str, Any], world_size: int, runs: list[dict[str, Any]], steps: int
+) -> list[list[dict[str, Any]]]:
+    """Of each run what each of its training steps reports, and the gradients that it takes.
+
+    Adam with a large epsilon, so that it is nearly linear: with a small one a gradient of rounding alone would move a
+    weight as far as any other."""
+    from minitron_mcore.alignment import objective as objectives
+    from minitron_mcore.alignment.losses import PreferenceSettings
+    from minitron_mcore.alignment.reference import segment_log_probs
+    from minitron_mcore.distillation.logits.settings import LossSettings
+    from minitron_mcore.distillation.states.projection import finalize_gradients
+    from minitron_mcore.distillation.teacher.ahead import Teacher
+    from minitron_mcore.model.initialize import named_parameters
+    from minitron_mcore.training.config import TrainConfig
+    from minitron_mcore.training.step import Trained, train_step
+
+    layout, vocab_size = start_layout(parallel, world_size), architecture.vocab_size
+    answers, settings = draw_answers(vocab_size, pairs=PAIRS * steps), LossSettings(vocab_size, chunk_tokens=64)
+    found = []
+    for how in runs:
+        models: Any = tuple(build(architecture, layout, weights) for weights in draw_models(architecture))
+        objective: Any = objectives.AnswerObjective(settings)
+        if how["method"] != "sft":
+            preference = PreferenceSettings(how["method"], beta=0.3)
+            if how.get("resident"):
+                teacher, pairs = Teacher(models[1], architecture), objectives.Pairs()
+            else:
+                numbers, sizes = range(len(answers)), {"micro_batch_size": 8}
+                values = segment_log_probs(models[1], Segments(answers), numbers, settings, **sizes)
+                teacher, pairs = None, objectives.Pairs(torch.from_numpy(values).to(torch.cuda.current_device()))
+            objective = objectives.PreferenceObjective(settings, teacher, preference=preference, pairs=pairs)
+        train = TrainConfig(lr=0.3, min_lr=0.1, adam_eps=0.1, clip_grad=0.0, global_batch_size=PAIRS)
+        timetable = steady(train, iterations=20)
+        trained = Trained.of(models[0], train, timetable)
+        named: Any = [row for model in models[0] for row in named_parameters(model)]
+        taken: list[Any] = []
+
+        # All-reduced, not reduce-scattered, so that every rank holds whole gradients to compare.
+        def finalize(
+            *args: Any, named: Any = named, taken: Any = taken, force_all_reduce: bool = False, **kw: Any
+        ) -> None:
+            finalize_gradients(*args, force_all_reduce=True, **kw)
+            taken.append(gather_named([(key, layer, tensor.main_grad) for key, layer, tensor in named]))
+
+        for model in models[0]:
+            model.config.finalize_model_grads_func = finalize
+        history = []
+        for step in range(steps):
+            batch = batch_of_step(answers, step, how)
+            means = train_step(trained, objective, timetable.at(step).shape, batch)
+            history.append({"means": means, "gradients": taken[step]})
+        found.append(history)
+    return found
+
+
 def worked_out(
     architecture: Architecture, parallel: dict[str, Any], world_size: int, folder: Path, dies_after: int | None
 ) -> list[float] | None:
@@ -199,3 +272,16 @@ def segments_found(context: int) -> list[dict[str, Any]]:
         sums = here.sums(microbatch.loss_mask.transpose(0, 1))
         found.append({"numbers": here.pairs.flatten().tolist(), "sums": sums.tolist()})
     return found
+
+
+def packed_segments_found() -> tuple[list[int], list[float]]:
+    """Of two rows that one and the same chat fills to the end, as of two passes: its numbers, and sums of ones."""
+    from minitron_mcore.alignment.segments import Segments as Found
+    from minitron_mcore.model.microbatch import Microbatch
+
+    start_layout({}, 1)
+    numbers, ones = torch.full((2, 4), 6), torch.ones(2, 4)
+    rows = {"tokens": numbers, "labels": numbers, "loss_mask": ones, "position_ids": numbers, "segments": numbers}
+    microbatch = Microbatch.of({**rows, "packed": torch.tensor([True, True])}).to(torch.cuda.current_device())
+    found = Found.of(microbatch)
+    return found.numbers.tolist(), found.sums(microbatch.loss_mask.transpose(0, 1)).tolist()

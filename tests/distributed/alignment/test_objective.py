@@ -1,6 +1,5 @@
 """The objectives of alignment where no other code is asked: RPO against its formulas in float64 on the dense model,
-tied heads, the first step of a model that is its own reference, steps at every layout (ten in the slow suite), packed
-pairs, bf16.
+tied heads, the first step of a model that is its own reference, bf16.
 
 fp32 on our side: means to 1e-5 relative, gradients to 1e-5 by relative Frobenius norm, as in test_trl.py.
 """
@@ -15,7 +14,14 @@ import pytest
 import torch
 
 from tests.distributed.alignment.problems import Expected, dense_preference, draw_answers, rewards_of, rows_of
-from tests.distributed.alignment.runs import LAYOUTS, MIXED, first_steps, segments_found, several_steps
+from tests.distributed.alignment.runs import (
+    LAYOUTS,
+    MIXED,
+    first_steps,
+    packed_segments_found,
+    segments_found,
+    several_steps,
+)
 from tests.distributed.models import assemble, relative_error, tiny
 from tests.distributed.ranks import run_on_ranks
 
@@ -96,7 +102,7 @@ def test_against_float64(layout: str, tied: bool) -> None:
             assert relative_error(gradients[key], value) <= TOLERANCE, (name, key)
 
 
-STEPS, FEWER_STEPS = 10, 3
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -119,41 +125,6 @@ def test_the_first_step_of_dpo(single: dict[str, list[dict[str, float]]]) -> Non
     assert history[-1]["loss"] < 0.6 < 0.9 < history[-1]["rewards/accuracies"]
     assert single["answers"][-1]["loss"] < 0.9 * single["answers"][0]["loss"]
     assert all(row["loss"] == row["lm loss"] and row["mean length"] > 1 for row in single["answers"])
-
-
-@pytest.mark.parametrize(
-    ("layout", "steps"),
-    [
-        # TP2-SP and PP2 are trained through the verb in tests/e2e/test_align.py.
-        *((name, FEWER_STEPS) for name in ("PP2-VPP2", "DP2", "TP2-PP2", "CP2")),
-        *(pytest.param(name, STEPS, marks=pytest.mark.slow) for name in LAYOUTS if name != "1"),
-    ],
-)
-def test_steps_are_those_of_one_rank(layout: str, steps: int, single: dict[str, list[dict[str, float]]]) -> None:
-    """The reference's log-probabilities are worked out beforehand, at the layout, from rows of other lengths."""
-    world_size, parallel = LAYOUTS[layout]
-    for place, (name, how) in enumerate(TRAINED.items()):
-        how = {**how, "micro_batch": (1, 4)[(place + len(layout)) % 2], "resident": False}
-        ranks = run_on_ranks(several_steps, world_size, tiny("llama"), parallel, world_size, how, steps)
-        assert len(ranks[0]) == steps
-        for ours, theirs in zip(ranks[0], single[name], strict=False):  # which has more steps
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE), name
-            assert ours["grad-norm"] == pytest.approx(theirs["grad-norm"], rel=1e-3), name
-
-
-@pytest.mark.parametrize("layout", [MIXED, *(pytest.param(name, marks=pytest.mark.slow) for name in ("1", "PP2"))])
-def test_packed_rows(layout: str) -> None:
-    """Several pairs, or answers, in a row, against each segment in a row of its own."""
-    world_size, parallel = LAYOUTS[layout]
-    kinds: list[dict[str, Any]] = [{"method": "dpo", "beta": BETA, "resident": layout != "PP2"}, {"method": "sft"}]
-    runs = [{**how, "packed": packed} for how in kinds for packed in (True, False)]
-    ranks = run_on_ranks(first_steps, world_size, tiny("llama"), parallel, world_size, runs, "fp32")
-    for place in (0, 2):
-        packed, apart = (ranks[0][place + each]["means"] for each in (0, 1))
-        assert packed == pytest.approx(apart, rel=TOLERANCE, abs=TOLERANCE)
-        gradients = [assemble([rank[place + each]["gradients"] for rank in ranks], tiny("llama")) for each in (0, 1)]
-        for key, value in gradients[1].items():
-            assert relative_error(gradients[0][key], value) <= TOLERANCE, key
 
 
 def test_bf16() -> None:
@@ -181,3 +152,7 @@ def test_segments_are_found(world_size: int, context: int) -> None:
             {"numbers": [6, 7, 6, 7], "sums": [1.0 + 2 + 3 + 4 + 5, 11.0 + 12, 21.0, 31.0 + 32 + 33]},
             {"numbers": [], "sums": []},
         ]
+
+
+def test_one_segment_in_two_packed_rows() -> None:
+    assert run_on_ranks(packed_segments_found, 1) == [([6, 6], [4.0, 4.0])]

@@ -94,6 +94,22 @@ def test_trl_agrees_at_every_layout(layout: str, folder: Path) -> None:
             assert relative_error(gradients[key], value) <= TOLERANCE, (case, key)
 
 
+def test_the_supervised_term(folder: Path) -> None:
+    """trl's is the mean over the chosen answers' tokens of a batch; ours, of sums, over its pairs."""
+    architecture, weight = tiny("llama"), 0.3
+    answers = draw_answers(architecture.vocab_size)
+    both = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, weight]}
+    theirs = trl_dpo(folder, architecture, answers, beta=0.3, **both)
+    tokens = sum(sum(counted[1:]) for _, counted in answers[0::2])
+    how = {"method": "dpo", "beta": 0.3, "sft_weight": weight * (len(answers) // 2) / tokens, "micro_batch": 4}
+    ((found,),) = run_on_ranks(first_steps, 1, architecture, {}, 1, [how], "fp32")
+    assert found["means"]["loss"] == pytest.approx(theirs.means["loss"], rel=TOLERANCE)
+    assert abs(theirs.means["loss"] - expected(folder)["dpo"].means["loss"]) > 1
+    gradients = assemble([found["gradients"]], architecture)
+    for key, value in theirs.gradients.items():
+        assert relative_error(gradients[key], value) <= TOLERANCE, key
+
+
 def trl_losses(kind: str, of_P2: torch.Tensor, numbers: dict[str, float]) -> Any:
     """(losses, rewards of the chosen, of the rejected) by trl's CPO trainer, whose losses know of no reference: given
     log-ratios they are those of DPO and IPO."""
