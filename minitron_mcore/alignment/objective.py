@@ -27,8 +27,8 @@ from minitron_mcore.runtime.pace import timed
 
 SHARE = "share of counted tokens"
 LENGTH = "mean length"  # of what counts of a sample, in tokens
-# Sums that `run` makes ratios of.
-_COUNTED, _TOKENS, _SEGMENTS = "counted tokens", "tokens of samples", "segments"
+# Sums that `reported` makes ratios of.
+_SUMS = _COUNTED, _TOKENS, _SEGMENTS = "counted tokens", "tokens of samples", "segments"
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,9 @@ class PreferenceObjective(Objective):
     def held_out(self) -> PreferenceObjective:
         return replace(self, pairs=self.valid or self.pairs)
 
-    def run(
-        self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool = False
-    ) -> dict[str, float]:
-        """As Objective.run: means over pairs by the names of losses.METRICS, `share of counted tokens`, and, of pairs,
-        `num_tokens`."""
-        return _with_ratios(super().run(chunks, batch, forward_only=forward_only))
+    def reported(self, means: dict[str, float]) -> dict[str, float]:
+        """Means over pairs by the names of losses.METRICS, and `share of counted tokens`."""
+        return _with_ratios(means)
 
     def loss(self, model: LanguageModel, hidden_SBH: Tensor, microbatch: Microbatch) -> LossSums:
         """Sums over the microbatch's pairs; last stage only (see model/schedule.py)."""
@@ -108,11 +105,8 @@ class AnswerObjective(Objective):
     def held_out(self) -> AnswerObjective:
         return self
 
-    def run(
-        self, chunks: list[torch.nn.Module], batch: list[Microbatch], *, forward_only: bool = False
-    ) -> dict[str, float]:
-        means = _with_ratios(super().run(chunks, batch, forward_only=forward_only))
-        return {"loss": means["lm loss"], **means}
+    def reported(self, means: dict[str, float]) -> dict[str, float]:
+        return {"loss": means["lm loss"], **_with_ratios(means)}
 
     def loss(self, model: LanguageModel, hidden_SBH: Tensor, microbatch: Microbatch) -> LossSums:
         total, num_tokens, sums = super().loss(model, hidden_SBH, microbatch)
@@ -134,7 +128,7 @@ def _token_counts(microbatch: Microbatch, counted_SB: Tensor) -> dict[str, Tenso
 
 def _with_ratios(means: dict[str, float]) -> dict[str, float]:
     """Of sums over one number the ratios that are reported; 0 where there is nothing to divide by."""
-    counted, tokens = means.pop(_COUNTED), means.pop(_TOKENS)
+    counted, rest = means[_COUNTED], {name: value for name, value in means.items() if name not in _SUMS}
     if _SEGMENTS in means:
-        means[LENGTH] = counted / (means.pop(_SEGMENTS) or 1.0)
-    return means | {SHARE: counted / (tokens or 1.0)}
+        rest[LENGTH] = counted / (means[_SEGMENTS] or 1.0)
+    return rest | {SHARE: counted / (means[_TOKENS] or 1.0)}

@@ -61,6 +61,10 @@ class Objective:
             states.update(means, trains=not forward_only)
         return means
 
+    def reported(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged of the means that `run` gives, of one batch, or of several together."""
+        return means
+
     def _pass(self, chunks: list[torch.nn.Module], batch: list[Microbatch], forward_only: bool) -> dict[str, float]:
         def run_ahead(window: list[Microbatch]) -> None:
             if self.teacher is not None:

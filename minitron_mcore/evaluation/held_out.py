@@ -58,7 +58,7 @@ def mean_loss(
             count += tokens
             for name, value in means.items():
                 totals[name] = totals.get(name, 0.0) + value * tokens
-    result = {name: value / (count or 1.0) for name, value in totals.items()}
+    result = objective.reported({name: value / (count or 1.0) for name, value in totals.items()})
     return result | ({"ppl": perplexity(result["lm loss"])} if "lm loss" in result else {})
 
 

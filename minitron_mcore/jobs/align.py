@@ -28,12 +28,14 @@ from minitron_mcore.alignment.config import (
     idle_with,
     in_tokens,
 )
+from minitron_mcore.checkpoint.folder import identify_weights, latest_iteration, read_lineage
 from minitron_mcore.data.chat.config import ChatConfig
 from minitron_mcore.data.chat.prepared import Prepared
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs import inputs
 from minitron_mcore.jobs.chats import Chats, samples_of
-from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises, absolute
+from minitron_mcore.jobs.continuation import read_so_far
+from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises, absolute
 from minitron_mcore.jobs.train import NOBODY, Teaching, TrainingJob, resolve_training
 from minitron_mcore.reading import merged, read
 from minitron_mcore.recipe import Recipe, unknown_key
@@ -62,22 +64,29 @@ class Round:
     def folder(self) -> Path:
         return Path(str(self.config.checkpoint))
 
-    @property
-    def reference(self) -> Path:
-        return self.folder / "reference"
-
 
 @dataclass(frozen=True, kw_only=True)
 class AlignJob(Job):
-    """rounds: in order, each with what is known of its training before its samples are prepared."""
+    """The rounds in order, and of each its training, as far as it is known before there are prepared samples, which say
+    how long it is, and the model of the round before."""
 
     world: World
     promises: Promises
-    rounds: tuple[tuple[Round, TrainingJob], ...]
+    rounds: tuple[Round, ...]
+    trainings: tuple[TrainingJob, ...]
 
-    def training(self, this: Round, prepared: Prepared) -> TrainingJob:
-        """The training of a round whose samples are prepared, once those before it are done. Raises InputError."""
-        return resolve_round(this, self.world, self.promises, prepared)
+    def training(self, number: int, prepared: Prepared) -> TrainingJob:
+        """The training of the round `number`, from 0, in full: its samples are prepared, the rounds before it done.
+        Raises InputError."""
+        this, later = self.rounds[number], self.rounds[number + 1 :]
+        training = resolve_round(this, self.world, self.promises, prepared)
+        done, last = latest_iteration(this.folder), training.timetable.iterations
+        begun = next((each for each in later if latest_iteration(each.folder) is not None), None)
+        if begun and done != last:
+            rule = f"stands at iteration {done or 0} of {last}, but the round {begun.name} has begun from it already"
+            remedy = f"give {this.key} the budget that it had, or name another align.checkpoint"
+            raise InputError("align.checkpoint", this.folder, rule, remedy)
+        return training
 
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> AlignJob:
@@ -86,13 +95,10 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Align
     inputs.require(recipe, needed)
     if absolute(str(recipe.align.load)) == absolute(str(recipe.align.checkpoint)):
         raise InputError("align.checkpoint", recipe.align.checkpoint, "is align.load's own folder", "name another")
-    rounds: list[tuple[Round, TrainingJob]] = []
-    known = promises
-    for this in rounds_of(recipe):
-        training = resolve_round(this, world, known)
-        known = known.after(training)
-        rounds.append((this, training))
-    trainings = [training for _, training in rounds]
+    rounds, trainings, known = tuple(rounds_of(recipe)), [], promises
+    for this in rounds:
+        trainings.append(resolve_round(this, world, known))
+        known = known.after(trainings[-1])
     # What one round makes for the next is not read from elsewhere.
     reads = [item for training in trainings for item in training.reads]
     given = [item for item in reads if isinstance(item, Item) or item.iteration is not None]
@@ -103,7 +109,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Align
         notes=tuple(dict.fromkeys(note for training in trainings for note in training.notes)),
         world=world,
         promises=promises,
-        rounds=tuple(rounds),
+        rounds=rounds,
+        trainings=tuple(trainings),
     )
 
 
@@ -153,12 +160,15 @@ def resolve_round(this: Round, world: World, promises: Promises, prepared: Prepa
     asked["per_sample"] = config.mean == "samples"
     samples = samples_of(recipe, tokenizer, this.folder, {"parallel": recipe.parallel}, **asked)
     samples = dataclasses.replace(samples, prepared=prepared)
-    teaching = NOBODY
-    if config.reference == "resident" and method in REFERENCED:
-        teaching = Teaching(tokenizer, {}, source, recipe.parallel)
     lineage = {"stage": "align", "method": method, "load": str(source.folder), "lineage": dict(source.lineage)}
-    timetable = timetable_of(config, samples.row_length, *samples.counts())
-    chats, shape = Chats(samples, timetable), source.architecture
+    teaching = NOBODY
+    if method in REFERENCED:
+        source, notes = same_reference(this, source)
+        if source.iteration is not None:
+            lineage["reference"] = identify_weights(*source.place)
+        beside = config.reference == "resident"
+        teaching = Teaching(tokenizer, {}, source if beside else None, recipe.parallel if beside else None, notes=notes)
+    chats, shape = Chats.of(samples, config, "align"), source.architecture
     return resolve_training(
         recipe, world, promises, "align", source, shape, tokenizer, COMPARED, lineage, teaching, chats=chats
     )
@@ -178,3 +188,16 @@ def timetable_of(config: AlignConfig, row_length: int, rows: int, units: int) ->
     """The budget as whole global batches of rows of `row_length` tokens; a pass over the data is of so many `rows`, and
     of `units` chats or preferences. Raises InputError."""
     return plan_timetable(in_tokens(config, rows, units, row_length), row_length, "align")
+
+
+def same_reference(this: Round, source: Model) -> tuple[Model, tuple[str, ...]]:
+    """`source` at the iteration that a run in the round's folder began from, which is its reference, and what is to be
+    said of that. Raises InputError where it is not there any more, or has changed."""
+    if source.iteration is None or latest_iteration(this.folder) is None:
+        return source, ()
+    before = read_lineage(this.folder).get("reference", {})
+    began = read_so_far(before, source, "align.checkpoint", this.folder, "was aligned so far against", "reference")
+    if began == source.iteration:
+        return source, ()
+    note = f"goes on from iteration {began} of align.load={source.folder}, its reference; the newest is"
+    return dataclasses.replace(source, iteration=began), (f"{note} {source.iteration}",)

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
+from minitron_mcore.alignment.config import BUDGETS, AlignConfig, in_tokens
 from minitron_mcore.data.chat.config import ChatConfig
 from minitron_mcore.data.chat.described import Preparation, describe_chats
 from minitron_mcore.data.chat.prepared import Prepared
@@ -16,7 +17,8 @@ from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.jobs.job import Item
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ParallelConfig, check_packing
-from minitron_mcore.training.budget import Timetable
+from minitron_mcore.training.budget import Timetable, plan_timetable
+from minitron_mcore.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from minitron_mcore.data.chat.dataset import ChatDataset
@@ -87,6 +89,25 @@ class Chats:
 
     samples: Samples
     timetable: Timetable
+
+    @classmethod
+    def of(cls, samples: Samples, train: TrainConfig, section: str) -> Chats:
+        """For the budget of `section`, as whole global batches of rows: of as many iterations as the prepared samples
+        say, or about so many. Raises InputError."""
+        return cls(samples, plan_timetable(budget_in_tokens(train, samples), samples.row_length, section))
+
+
+def budget_in_tokens(train: TrainConfig, samples: Samples) -> TrainConfig:
+    """With the budget in tokens, whichever way it is given; about, before the samples are prepared."""
+    if train.tokens or not isinstance(train, AlignConfig):
+        return train
+    return in_tokens(train, *samples.counts(), samples.row_length)
+
+
+def budget_of(train: TrainConfig) -> tuple[str, int | float]:
+    """The key by which the budget is given, and its value."""
+    given = [(name, value) for name in BUDGETS if (value := getattr(train, name, 0))]
+    return given[0] if given else ("tokens", train.tokens)
 
 
 def samples_of(

@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from minitron_mcore.checkpoint.folder import find_checkpoint, iteration_folder, latest_iteration, read_lineage
+from minitron_mcore.checkpoint.folder import (
+    find_checkpoint,
+    identify_weights,
+    iteration_folder,
+    latest_iteration,
+    read_lineage,
+)
 from minitron_mcore.data.blend import as_number
 from minitron_mcore.distillation.cache.file import DESCRIPTION
 from minitron_mcore.distillation.config import CACHE
 from minitron_mcore.errors import InputError, shown
 from minitron_mcore.files import read_mapping
+from minitron_mcore.jobs.chats import Chats, budget_in_tokens, budget_of
+from minitron_mcore.jobs.job import Model
 from minitron_mcore.keys import entry_of, is_path, options_of, section_of
 from minitron_mcore.model.config import LEFT_OUT
 from minitron_mcore.recipe import Recipe
@@ -41,12 +50,14 @@ def refuse_other_run(
     stage: str | None = None,
     *,
     keeps_budget: bool = False,
+    chats: Chats | None = None,
 ) -> None:
     """Raise InputError where `folder` holds a run of another recipe, which would be overwritten or mixed.
 
     Compares `sections`, the seed and the precision with the stored recipe, ignoring keys that do not affect results;
     and, where `stage`, a section of training, is given, that a checkpoint there is of that stage. Its budget may change
-    as far as what is done, and the learning rate so far, stay the same; not at all where it `keeps_budget`.
+    as far as what is done, and the learning rate so far, stay the same; not at all where it `keeps_budget`. chats: what
+    is trained on in place of text.
     """
     stored_file = folder / "recipe.yaml"
     if not stored_file.is_file():
@@ -73,7 +84,7 @@ def refuse_other_run(
             rule = f"holds another run: {path} is {shown(there)} there and {shown(here)} here"
             raise InputError(key, folder, rule, f"name another folder, or delete that one{hint}")
     if stage is not None and not keeps_budget:
-        refuse_other_budget(folder, recipe, stored, stage)
+        refuse_other_budget(folder, recipe, stored, stage, chats)
 
 
 def sources(recipe: Recipe) -> dict[str, Any]:
@@ -174,8 +185,11 @@ def _settled(entry: Any, value: Any) -> Any:
     return [[part.get(name) for name in kept] for part in value]
 
 
-def refuse_other_budget(folder: Path, recipe: Recipe, stored: dict[str, Any], section: str) -> None:
-    """Raise InputError where a run in `folder`, of the recipe `stored`, cannot go on to the budget of `section`."""
+def refuse_other_budget(
+    folder: Path, recipe: Recipe, stored: dict[str, Any], section: str, chats: Chats | None = None
+) -> None:
+    """Raise InputError where a run in `folder`, of the recipe `stored`, cannot go on to the budget of `section`. Where
+    that depends on how many samples there are, nothing is refused before they are prepared."""
     iteration = latest_iteration(folder)
     if iteration is None or section not in stored:
         return
@@ -187,4 +201,30 @@ def refuse_other_budget(folder: Path, recipe: Recipe, stored: dict[str, Any], se
         return
     fields["phases"] = [PhaseConfig(**phase) for phase in fields["phases"]]
     before, length = dataclasses.replace(train, **fields), recipe.data.sequence_length
-    check_continuation((before, length), (train, length), iteration, section)
+    named = budget_of(before), budget_of(train)
+    if chats is not None:
+        if not chats.samples.prepared and not (before.tokens and train.tokens):
+            return
+        before, train = (budget_in_tokens(each, chats.samples) for each in (before, train))
+        length = chats.samples.row_length
+    check_continuation((before, length), (train, length), iteration, section, named)
+
+
+def read_so_far(before: Mapping[str, Any], model: Model, key: str, folder: Path | str, does: str, noun: str) -> int:
+    """The iteration of `model` that the run in `folder`, of the recipe's `key`, has read so far; its newest where that
+    is not said.
+
+    before: what that run's lineage says: `iteration`, and `weights`, as `identify_weights` gives them. does, noun: what
+    the run does with the model, and what it calls it, for the error. Raises InputError where that iteration is not
+    there any more, or has changed.
+    """
+    _, newest = model.place
+    if "iteration" not in before:
+        return newest
+    iteration, named = int(before["iteration"]), f"in {model.key}={model.folder}"
+    is_there = iteration_folder(model.folder, iteration).is_dir()
+    if is_there and before.get("weights") in (None, identify_weights(model.folder, iteration)["weights"]):
+        return iteration
+    wrong = f"has other weights {named}" if is_there else f"is not {named}, where the newest is {newest}"
+    rule = f"{does} iteration {iteration} of its {noun}, which {wrong}"
+    raise InputError(key, folder, rule, f"name or restore that {noun}, or name another folder")

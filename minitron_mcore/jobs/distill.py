@@ -17,7 +17,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.jobs import inputs
 from minitron_mcore.jobs.cache import check_cache_serves, lineage_of
 from minitron_mcore.jobs.chats import Chats, samples_of
-from minitron_mcore.jobs.continuation import refuse_other_run
+from minitron_mcore.jobs.continuation import read_so_far, refuse_other_run
 from minitron_mcore.jobs.job import NOTHING, Model, Promises, absolute
 from minitron_mcore.jobs.train import Teaching, TrainingJob, resolve_training
 from minitron_mcore.model.recompute import check_recompute
@@ -91,7 +91,7 @@ def chats_of(recipe: Recipe, teaching: Teaching) -> Chats:
     layouts = {"parallel": recipe.parallel}
     layouts |= {"teacher.parallel": recipe.teacher.parallel} if recipe.teacher.parallel else {}
     samples = samples_of(recipe, teaching.tokenizer, Path(str(recipe.distill.checkpoint)), layouts)
-    return Chats(samples, plan_timetable(recipe.distill, samples.row_length, "distill"))
+    return Chats.of(samples, recipe.distill, "distill")
 
 
 def model_teaching(recipe: Recipe, world: World, promises: Promises, student: Model) -> Teaching:
@@ -147,15 +147,9 @@ def taught_so_far(student: str | None, teacher: Model) -> int:
         return newest
     lineage = read_lineage(Path(student))
     before = lineage.get("teacher", {})
-    if lineage.get("stage") != "distill" or "targets" in before or "iteration" not in before:
+    if lineage.get("stage") != "distill" or "targets" in before:
         return newest
-    iteration, named = int(before["iteration"]), f"in teacher.checkpoint={teacher.folder}"
-    is_there = iteration_folder(teacher.folder, iteration).is_dir()
-    if is_there and before.get("weights") in (None, identify_weights(teacher.folder, iteration)["weights"]):
-        return iteration
-    wrong = f"has other weights {named}" if is_there else f"is not {named}, where the newest is {newest}"
-    rule = f"was distilled so far from iteration {iteration} of its teacher, which {wrong}"
-    raise InputError("distill.checkpoint", student, rule, "name or restore that teacher, or name another folder")
+    return read_so_far(before, teacher, "distill.checkpoint", student, "was distilled so far from", "teacher")
 
 
 def check_teacher_keys(recipe: Recipe) -> None:

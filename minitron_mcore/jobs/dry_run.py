@@ -62,7 +62,7 @@ def _lines(job: Job, world: World) -> Iterator[str]:
     if isinstance(job, TrainingJob):
         yield from _training_lines(job, world)
     if isinstance(job, AlignJob):
-        for this, training in job.rounds:
+        for this, training in zip(job.rounds, job.trainings, strict=True):
             about = "" if this.config.tokens else "; about, until the samples are prepared"
             yield f"{this.name or 'align'}: {this.config.method}{about}"
             yield from _training_lines(training, world)

@@ -176,7 +176,7 @@ def resolve_training(
     folder = inputs.output_folder(train.checkpoint, key)
     inputs.check_model(architecture, recipe, world, section)
     check_recompute(train, architecture, recipe.parallel, section)
-    refuse_other_run(folder, recipe, compared, key, section, keeps_budget=chats is not None)
+    refuse_other_run(folder, recipe, compared, key, section, chats=chats)
     resumes = latest_iteration(folder) is not None
     if resumes:
         check_architecture(folder, architecture)

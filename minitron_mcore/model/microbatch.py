@@ -108,7 +108,8 @@ def to_device(batch: Mapping[str, Tensor]) -> Microbatch:
 
 
 def uncounted(microbatch: Microbatch) -> Microbatch:
-    """A copy none of whose tokens and samples count, and to which no teacher's states belong."""
+    """A copy none of whose tokens, segments and samples count, and to which no teacher's states belong."""
     valid = torch.zeros_like(microbatch.tokens[:, 0] if microbatch.valid is None else microbatch.valid)
-    mask = torch.zeros_like(microbatch.loss_mask)
-    return replace(microbatch, loss_mask=mask, valid=valid, is_filler=True, teacher=TeacherPart())
+    mask, segments = torch.zeros_like(microbatch.loss_mask), microbatch.segments
+    none = None if segments is None else torch.full_like(segments, -1)
+    return replace(microbatch, loss_mask=mask, segments=none, valid=valid, is_filler=True, teacher=TeacherPart())

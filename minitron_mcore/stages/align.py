@@ -23,17 +23,18 @@ def run(job: AlignJob, runtime: Runtime) -> Progress:
     The samples of all rounds are prepared before anything is trained: what is wrong with one of them is told at once.
     """
     progress, count = Progress(), len(job.rounds)
-    ready = [prepare_samples(known.chats.samples, runtime) for _, known in job.rounds if known.chats]
-    for number, ((this, _), samples) in enumerate(zip(job.rounds, ready, strict=True), start=1):
-        assert samples.prepared is not None
-        training = all_or_none(partial(job.training, this, samples.prepared))
+    prepared = [prepare_samples(known.chats.samples, runtime).prepared for known in job.trainings if known.chats]
+    for number, samples in enumerate(prepared):
+        assert samples is not None
+        training = all_or_none(partial(job.training, number, samples))
         if count > 1:
-            done = latest_iteration(this.folder) == training.timetable.iterations
-            runtime.print(f"align: [{number}/{count}] {this.name}{': done before' if done else ''}")
+            done = latest_iteration(training.folder) == training.timetable.iterations
+            title = f"[{number + 1}/{count}] {job.rounds[number].name}"
+            runtime.print(f"align: {title}{': done before' if done else ''}")
             if done:
                 continue
-        progress = run_round(this, training, runtime)
-        if runtime.stop_signal and number < count:
+        progress = run_round(training, runtime)
+        if runtime.stop_signal and number + 1 < count:
             raise SystemExit(exit_code(runtime.stop_signal))
         gc.collect()
         torch.cuda.empty_cache()

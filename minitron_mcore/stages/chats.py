@@ -13,7 +13,7 @@ from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.budget import Shape
-from minitron_mcore.training.job import TrainingData, batch_reader, data_order, step_reader
+from minitron_mcore.training.job import TrainingData, data_order, once_reader, step_reader
 
 
 def prepare_samples(samples: Samples, runtime: Runtime) -> Samples:
@@ -29,7 +29,8 @@ def prepare_samples(samples: Samples, runtime: Runtime) -> Samples:
 
 
 def chat_data(job: TrainingJob) -> TrainingData:
-    """The prepared rows that train and those that validate; any rank calls."""
+    """The prepared rows that train, and those that validate: as many as `eval_iters` global batches, or all of them,
+    once, where there are fewer. Any rank calls."""
     assert job.chats is not None
     samples, config = job.chats.samples, job.config
     (length,) = job.timetable.samples_needed()
@@ -38,6 +39,8 @@ def chat_data(job: TrainingJob) -> TrainingData:
     assert samples.prepared is not None
     if "valid" in samples.prepared.parts and config.eval_iters:
         shape = Shape(0, length, config.global_batch_size, config.micro_batch_size)
-        read_valid[""] = batch_reader(samples.dataset("valid"), shape)
+        layouts = (job.recipe.parallel, job.teaching.layout)
+        whole = any(layout.virtual_pipeline is not None for layout in layouts if layout)
+        read_valid[""] = once_reader(samples.dataset("valid"), shape, whole=whole)
     read_train = step_reader(training, num_workers=job.recipe.data.num_workers)
     return TrainingData(training, read_train, read_valid, data_order(training), samples.sides or 1)

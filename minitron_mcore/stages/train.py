@@ -6,7 +6,6 @@ import dataclasses
 
 from minitron_mcore.checkpoint.companions import carry_companions, stop_at
 from minitron_mcore.checkpoint.folder import write_description
-from minitron_mcore.checkpoint.folder_lock import one_writer
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
@@ -16,6 +15,7 @@ from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import initialize
 from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.recipe import to_yaml
+from minitron_mcore.runtime.folder_lock import one_writer
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime, measured_world
 from minitron_mcore.stages.chats import chat_data

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from minitron_mcore.checkpoint.folder import latest_iteration
-from minitron_mcore.checkpoint.folder_lock import TRAINING_LOCK
 from minitron_mcore.files import copy_file, writing
 from minitron_mcore.jobs.distill import resolve as resolve_distill
 from minitron_mcore.jobs.prune import resolve as resolve_prune
 from minitron_mcore.jobs.trials import Trial, Trials
 from minitron_mcore.recipe import with_keys
 from minitron_mcore.runtime.agree import all_or_none
+from minitron_mcore.runtime.folder_lock import TRAINING_LOCK
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.whole_folder import whole_folder
 from minitron_mcore.stages import prune

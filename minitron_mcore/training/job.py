@@ -15,14 +15,14 @@ import numpy
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.data.config import DataConfig
-from minitron_mcore.data.dataset import Batch, batches, build_datasets
+from minitron_mcore.data.dataset import Batch, batches, batches_once, build_datasets
 from minitron_mcore.data.described import training_parts
 from minitron_mcore.data.index import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.distillation.cache.file import token_checksum
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.microbatch import Microbatch, to_device
+from minitron_mcore.model.microbatch import Microbatch, to_device, uncounted
 from minitron_mcore.runtime.groups import data_group, data_place
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.budget import Shape, Step, Timetable
@@ -137,6 +137,23 @@ def batch_reader(dataset: Any, shape: Shape) -> BatchReader:
     return read
 
 
+def once_reader(dataset: Any, shape: Shape, *, whole: bool) -> BatchReader:
+    """Reads what `batch_reader` reads, but no sample twice: the last global batch is smaller, or none is left.
+
+    whole: it is filled up with microbatches that do not count, for schedules that take no other number of them.
+    """
+
+    def read(first_sample: int, number: int) -> Iterator[list[Microbatch]]:
+        end = min(first_sample + number * shape.global_batch_size, len(dataset))
+        samples = range(min(first_sample, end), end)
+        stream = map(to_device, batches_once(dataset, samples, micro_batch_size=shape.micro_batch_size, **data_place()))
+        count = _microbatches(shape)
+        while batch := list(itertools.islice(stream, count)):
+            yield batch + [uncounted(batch[-1]) for _ in range(count - len(batch) if whole else 0)]
+
+    return read
+
+
 def step_reader(datasets: dict[int, Any], *, num_workers: int = 0) -> StepReader:
     """Reads each phase from the dataset of its sequence length, in Megatron's order."""
 
@@ -169,5 +186,9 @@ def _stream(dataset: Any, first_sample: int, shape: Shape, num_workers: int) -> 
 
 
 def _next_batch(stream: Iterator[Batch], shape: Shape) -> list[Microbatch]:
-    count = shape.global_batch_size // (shape.micro_batch_size * data_group().size())
-    return [to_device(microbatch) for microbatch in itertools.islice(stream, count)]
+    return [to_device(microbatch) for microbatch in itertools.islice(stream, _microbatches(shape))]
+
+
+def _microbatches(shape: Shape) -> int:
+    """Of a global batch, on each data-parallel rank."""
+    return shape.global_batch_size // (shape.micro_batch_size * data_group().size())

@@ -47,22 +47,30 @@ def check_learning_rate(train: TrainConfig, timetable: Timetable, section: str, 
 
 
 def check_continuation(
-    before: tuple[TrainConfig, int], now: tuple[TrainConfig, int], iteration: int, section: str
+    before: tuple[TrainConfig, int],
+    now: tuple[TrainConfig, int],
+    iteration: int,
+    section: str,
+    named: tuple[tuple[str, float], tuple[str, float]] | None = None,
 ) -> None:
     """Raise InputError where a run that stands at `iteration` cannot go on to another budget.
 
     before, now: (section, `data.sequence_length`) that the run was made with, and that it is to go on with. What was
-    trained must be the same in both, batch by batch, and so must the learning rate up to here.
+    trained must be the same in both, batch by batch, and so must the learning rate up to here. named: of both the key
+    and value of the budget, where the user has not given it in tokens.
     """
     train, other = before[0], now[0]
+    was, (key, value) = named or (("tokens", train.tokens), ("tokens", other.tokens))
+    given = f"{section}.{key}"
     timetable, planned = (plan_timetable(config, length, section) for config, length in (before, now))
     done = timetable.at(iteration).tokens_before
     if planned.tokens < done:
-        rule = f"is less than the {done} that {section}.checkpoint={other.checkpoint} has been trained on"
-        raise InputError(f"{section}.tokens", other.tokens, rule, "give as many or more")
+        less = f"less than the {done}" if key == "tokens" else f"{planned.tokens} tokens, less than the {done}"
+        rule = f"is {less} that {section}.checkpoint={other.checkpoint} has been trained on"
+        raise InputError(given, value, rule, "give as many or more")
     if planned.iterations < iteration or _shapes(timetable, iteration) != _shapes(planned, iteration):
-        given = f"{section}.tokens={other.tokens} and {section}.phases give"
-        rule = f"holds a run of {iteration} iterations with other batch sizes or sequence lengths than {given}"
+        asked = f"{given}={value} and {section}.phases give"
+        rule = f"holds a run of {iteration} iterations with other batch sizes or sequence lengths than {asked}"
         remedy = f"change only what comes after its {done} tokens"
         raise InputError(f"{section}.checkpoint", other.checkpoint, rule, remedy)
     start = min(decay_start(train, timetable), decay_start(other, planned))
@@ -72,10 +80,10 @@ def check_continuation(
         raise InputError(f"{section}.lr_warmup_iters", train.lr_warmup_iters, rule, "change only what comes after it")
     same_end = (timetable.tokens, train.lr_wsd_decay_tokens) == (planned.tokens, other.lr_wsd_decay_tokens)
     if done > start and not same_end:
-        rule = f"cannot replace {section}.tokens={train.tokens} after {done} tokens, because the learning rate"
+        rule = f"cannot replace {section}.{was[0]}={was[1]} after {done} tokens, because the learning rate"
         why = f"({section}.lr_decay_style={train.lr_decay_style}) already decays towards the old budget's end"
         remedy = "keep the old budget; a constant rate can go on, and WSD before its decay"
-        raise InputError(f"{section}.tokens", other.tokens, f"{rule} {why}", remedy)
+        raise InputError(given, value, f"{rule} {why}", remedy)
 
 
 def _shapes(timetable: Timetable, iteration: int) -> list[tuple[int, int, int]]:

@@ -131,6 +131,7 @@ def train_step(
     with timed(timers, "objective", 0):
         means = objective.run(chunks, batch)
     means.pop("num_tokens")
+    means = objective.reported(means)
     means["learning-rate"] = optimizer.param_groups[0]["lr"]
     with timed(timers, "optimizer", 0):
         means["grad-norm"] = apply_gradients(optimizer, losses_finite=not not_finite(means))

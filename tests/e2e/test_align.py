@@ -130,6 +130,93 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(place: Path, tmp_path: Path)
             assert same and [row[name] for name in same] == [expected[name] for name in same]
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_what_is_held_out_is_measured_once(place: Path, tmp_path: Path, method: str) -> None:
+    """Whatever the sizes of batches: `eval_iters` asks for more than there is, and the same numbers come out as of one
+    training step, at a learning rate of 0, over the same rows. 1e-6: sums in another order."""
+    held_out, keys = tmp_path / "held-out.jsonl", ["align.lr=0", "align.min_lr=0"]
+    records = chats() if method == "sft" else pairs()
+    held_out.write_text("".join(json.dumps(record) + "\n" for record in records[:5]))
+    keys += [*of_pairs(place), "align.sft_weight=0.1"] if method == "dpo" else []
+    once = [*keys, f"chat.train={held_out}", "align.global_batch_size=5", "align.epochs=1"]
+    valid = [*keys, f"chat.valid={held_out}", "align.epochs=0.5"]
+    packed = ["chat.packing=true", "data.sequence_length=256"]
+    sizes = {
+        "four": [],
+        "two-by-two": ["align.global_batch_size=2", "align.micro_batch_size=2"],
+        "eight": ["align.global_batch_size=8", "align.micro_batch_size=4"],
+        "packed": [*packed, "align.global_batch_size=2"],
+    }
+    all_run_well(
+        [
+            align(place, tmp_path / "once", *once),
+            *(align(place, tmp_path / name, *valid, *sizes[name]) for name in sizes),
+        ]
+    )
+    ranks = {"DP2": [], "DP2-eight": sizes["eight"], "PP2": ["parallel.pipeline=2"]}
+    all_run_well([align(place, tmp_path / name, *valid, *ranks[name]) for name in ranks], 2)
+    (expected,) = steps(tmp_path / "once")
+    names = ["loss", "share of counted tokens"]
+    names += ["mean length"] if method == "sft" else ["rewards/margins", "logps/rejected", "sft loss"]
+    for name in [*sizes, *ranks]:
+        row = steps(tmp_path / name, "validation")[-1]
+        found = {key: row[f"{key} validation"] for key in names}
+        assert found == pytest.approx({key: expected[key] for key in names}, rel=1e-6, abs=1e-6), name
+
+
+def test_a_budget_that_is_changed_on_the_way(place: Path, tmp_path: Path) -> None:
+    """As of every training: more of a constant rate goes on bit for bit, in whatever unit; a rate that decays towards
+    the old end does not, nor a round from which another has begun. A reference that has gone is told of."""
+    folder, whole, decays = (tmp_path / name for name in ("longer", "whole", "decays"))
+    keys = [*of_pairs(place), "align.lr_decay_style=constant"]
+    stages: dict[str, dict[str, Any]] = {
+        "one": {"epochs": 1, "lr_decay_style": "constant"},
+        "two": {
+            "method": "dpo",
+            "epochs": 1,
+            "lr_decay_style": "constant",
+            "chat": {"train": str(place / "pairs.jsonl")},
+        },
+    }
+
+    def walk(**epochs: int) -> list[str]:
+        given = {name: {**stage, "epochs": epochs.get(name, 1)} for name, stage in stages.items()}
+        return align(place, tmp_path / "rounds", f"align.stages={json.dumps(given)}")
+
+    commands = [
+        align(place, folder, *keys, "align.epochs=1"),
+        align(place, folder, *keys, "align.epochs=0", "align.samples=24"),
+        align(place, whole, *keys, "align.epochs=2"),
+        align(place, decays, "align.epochs=1"),
+        align(place, decays, "align.epochs=2"),
+        align(place, folder, *keys, "align.epochs=1"),
+        align(place, folder, *keys, "align.epochs=2", "align.beta=0.2"),
+        walk(),
+        walk(one=2),
+        walk(two=2),
+    ]
+    ((*results,),) = run_on_ranks(commands_on_rank, 1, commands)
+    refused = {
+        4: "align.epochs=2.0 cannot replace align.epochs=1.0 after 1536 tokens, because the learning rate",
+        5: "align.epochs=1.0 is 3072 tokens, less than the 6144 that align.checkpoint",
+        6: "holds another run: align.beta is 0.1 there and 0.2 here",
+        8: f"{tmp_path / 'rounds' / 'one'} stands at iteration 3 of 6, but the round two has begun from it already",
+    }
+    for number, (code, shown) in enumerate(results):
+        assert code == (2 if number in refused else 0) and refused.get(number, "") in shown, (commands[number], shown)
+    assert "at iteration 3 of 6" in results[1][1] and "at iteration 3 of 6" in results[9][1]
+    kept = ("iteration", "loss", "rewards/margins", "grad-norm", "learning-rate")
+    ours, theirs = ([[row[name] for name in kept] for row in steps(each)] for each in (folder, whole))
+    assert ours == theirs and len(ours) == 6
+    assert len(steps(tmp_path / "rounds" / "one")) == 3 and len(steps(tmp_path / "rounds" / "two")) == 6
+
+    lineage = folder / "lineage.yaml"
+    said = yaml.safe_load(lineage.read_text())
+    lineage.write_text(yaml.safe_dump({**said, "reference": {**said["reference"], "iteration": 1}}))
+    code, shown = minitron(*align(place, folder, *keys, "align.epochs=2"))
+    assert code == 2 and "was aligned so far against iteration 1 of its reference, which is not in align.load=" in shown
+
+
 def test_rounds_follow_one_another(place: Path, tmp_path: Path) -> None:
     folder = tmp_path / "aligned"
     stages = {

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from minitron_mcore.checkpoint.folder_lock import TRAINING_LOCK, FolderLock
 from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.folder_lock import TRAINING_LOCK, FolderLock
 from tests.e2e.test_bad_input import RECIPE
 from tests.e2e.verbs import all_run_well, minitron, run_well
 

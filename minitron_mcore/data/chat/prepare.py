@@ -1,7 +1,8 @@
 """Files of chats or preferences -> a folder of prepared samples (prepared.py says what lies in it).
 
 The folder is named by a digest of all that decides what is in it, so that the next run finds it; it is written aside
-and renamed when it is whole.
+and renamed when it is whole. Of several processes that want the same one, one writes and the others wait for it; where
+the file system has no locks, all write, and the first to be done is right for all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import functools
 import json
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,51 +28,82 @@ from minitron_mcore.data.preprocess import RECORD_BYTES, TASK_BYTES, in_order, i
 from minitron_mcore.data.records import Replacements, read_objects
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import writing
+from minitron_mcore.runtime.folder_lock import FolderLock
 from minitron_mcore.runtime.progress import Progress, progress
 from minitron_mcore.tables import counted
 
 ROW_BYTES = 1 << 10  # what a Parquet row is taken to weigh
 MUCH_BYTES = 1 << 23  # on the disk, of which several processes are sooner done in spite of starting
 NAME_LENGTH = 16  # of the digest
+POLL_SECONDS = 0.2
 COUNTS = ("read", "kept", "cut", "too_long", "skipped", "tokens", "learnt")  # of records, and of tokens
 
 
 def prepare(
     what: Preparation, folder: Path, *, report: Callable[[str], None] = print, progress: Progress = progress
 ) -> Prepared:
-    """The prepared samples of `what`, in a folder within `folder`; what is there already is not made again.
+    """The prepared samples of `what`, in a folder within `folder`; what is there already, or is just being made by
+    another process, is not made again.
 
-    One process calls. Raises InputError, with nothing left behind, for a record that breaks a rule (unless they are
-    skipped), a file that is damaged, and where no record is left.
+    One process of a job calls. Raises InputError, with nothing left behind, for a record that breaks a rule (unless
+    they are skipped), a file that is damaged, and where no record is left.
     """
     sources, settings = what.sources(), what.settings()
     digest = digest_of(settings, sources)
     place = folder / digest[:NAME_LENGTH]
     if (place / FACTS).is_file():
         return load_prepared(place)
-    aside = Path(f"{place}.partial")
-    with writing(f"chat.cache_path={folder}"):
-        for left in (aside, place):
-            shutil.rmtree(left, ignore_errors=True)
-        try:
-            parts = _write(what, aside, report, progress)
-            facts = {
-                "kind": what.kind,
-                "digest": digest,
-                "settings": settings,
-                "padding": what.tokenizer.eos,
-                "tokenizer": {"path": what.tokenizer.path, "fingerprint": what.tokenizer.fingerprint},
-                "template": what.template and {"name": what.template.name, "digest": what.template.digest},
-                "sources": sources,
-                "parts": parts,
-            }
-            text = json.dumps(facts, indent=2, ensure_ascii=False)
-            (aside / FACTS).write_text(text + "\n", encoding="utf-8")
-            os.replace(aside, place)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+    with writing(f"chat.cache_path={folder}"), _alone(place, report) as is_sure:
+        if not (place / FACTS).is_file():  # else it was made while this process waited
+            for left in (place, *(folder.glob(f"{place.name}*.partial") if is_sure else ())):
+                shutil.rmtree(left, ignore_errors=True)  # of killed processes
+            aside = Path(f"{place}.{uuid.uuid4().hex[:8]}.partial")
+            try:
+                facts = {"kind": what.kind, "digest": digest, "settings": settings, "sources": sources}
+                facts["parts"] = _write(what, aside, report, progress)
+                _publish(aside, place, facts | _described(what))
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     return load_prepared(place)
+
+
+def _described(what: Preparation) -> dict[str, Any]:
+    """What facts.json says beside what decides the digest."""
+    return {
+        "padding": what.tokenizer.eos,
+        "tokenizer": {"path": what.tokenizer.path, "fingerprint": what.tokenizer.fingerprint},
+        "template": what.template and {"name": what.template.name, "digest": what.template.digest},
+    }
+
+
+@contextmanager
+def _alone(place: Path, report: Callable[[str], None]) -> Iterator[bool]:
+    """Within the `with` no other process makes `place`; whether that is sure, which without file locks it is not."""
+    lock = FolderLock(place.with_name(f".{place.name}.lock"), InputError("", place, "is being made"))
+    is_told = False
+    while True:
+        try:
+            lock.take()
+            break
+        except InputError:
+            if not is_told:
+                report(f"chat: waiting for another command, which prepares {place}")
+            is_told = True
+            time.sleep(POLL_SECONDS)
+    try:
+        yield lock.is_sure
+    finally:
+        lock.release()
+
+
+def _publish(aside: Path, place: Path, facts: dict[str, Any]) -> None:
+    """Write the facts, which make the folder whole, and give it its name; unless another process was first with it."""
+    (aside / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        os.replace(aside, place)
+    except OSError:
+        if not (place / FACTS).is_file():
+            raise
 
 
 def _write(what: Preparation, folder: Path, report: Callable[[str], None], progress: Progress) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from minitron_mcore.files import writing
 from minitron_mcore.keys import flat
 
 if TYPE_CHECKING:
-    from minitron_mcore.checkpoint.folder_lock import FolderLock
+    from minitron_mcore.runtime.folder_lock import FolderLock
 
 # Shards that lack samples, and which.
 Missing = list[tuple[int, range]]

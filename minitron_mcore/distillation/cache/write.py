@@ -10,7 +10,6 @@ from typing import Any
 import numpy
 import torch
 
-from minitron_mcore.checkpoint.folder_lock import FolderLock
 from minitron_mcore.data.dataset import Dataset
 from minitron_mcore.distillation.cache.draw import make_targets
 from minitron_mcore.distillation.cache.file import LOCK, CacheReader, encode_targets, token_checksum, write_shard
@@ -20,6 +19,7 @@ from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.model.schedule import visit_final_states
 from minitron_mcore.runtime.agree import all_or_none
+from minitron_mcore.runtime.folder_lock import FolderLock
 from minitron_mcore.runtime.groups import data_group, on_last_stage, tensor_group
 from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.start import Runtime

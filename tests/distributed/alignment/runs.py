@@ -123,6 +123,7 @@ def first_steps(
             chunk.zero_grad_buffer()  # type: ignore[operator]
         objective = preference(architecture, layout, models, how)
         means = objective.run(chunks, batch_of(architecture, how))
+        means = {"num_tokens": means["num_tokens"], **objective.reported(means)}
         held_out = mean_loss(chunks, [batch_of(architecture, how)], objective)
         gradients = gather_named([(key, layer, tensor.main_grad) for key, layer, tensor in named])
         found.append({"means": means, "held_out": held_out, "gradients": gradients})

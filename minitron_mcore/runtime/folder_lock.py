@@ -69,7 +69,10 @@ class FolderLock:
             folder.mkdir(parents=True, exist_ok=True)
             if _held.get(_identity(self.file)) == os.getpid():
                 raise self.refusal
-            stream = self.file.open("ab")
+            try:
+                stream = self.file.open("ab")
+            except FileNotFoundError:
+                continue  # whoever had it made the folder, and removed it
             try:
                 fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.is_sure = True

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from minitron_mcore.checkpoint.folder_lock import FolderLock, one_writer
 from minitron_mcore.distillation.cache.write import cache_lock
 from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.folder_lock import FolderLock, one_writer
 
 SECOND = """
 import sys
 from pathlib import Path
-from minitron_mcore.checkpoint.folder_lock import one_writer
+from minitron_mcore.runtime.folder_lock import one_writer
 from minitron_mcore.errors import InputError
 try:
     with one_writer({"train.checkpoint": Path(sys.argv[1])}):
