@@ -19,7 +19,8 @@ Points = Sequence[tuple[float, float]]
 @dataclass(frozen=True)
 class Line:
     """place: of its colour and its dashes; the same in every figure of a page. dots: measured at these points alone.
-    is_dashed: the second of two lines of a colour, of which the first is whole; None: as the colour has it."""
+    is_dashed: the second of two lines of a colour, of which the first is whole, and its dots are hollow; None: as the
+    colour has it."""
 
     label: str
     place: int
@@ -60,7 +61,8 @@ def against_tokens(name: str, title: str, lines: Sequence[Line], ylabel: str, *,
                 )
             if line.dots:
                 label = None if points else line.label
-                panel.plot(*zip(*line.dots, strict=True), "o", color=color(line.place), ms=3.5, label=label)
+                style: dict[str, Any] = {"fillstyle": "none" if line.is_dashed else "full", "ms": 3.5, "label": label}
+                panel.plot(*zip(*line.dots, strict=True), "o", color=color(line.place), **style)
         panel.set_xscale("log")
         if log_y:
             panel.set_yscale("log")

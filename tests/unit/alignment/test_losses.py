@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from minitron_mcore.alignment.config import METHODS, PREFERENCES, AlignConfig
 from minitron_mcore.alignment.losses import FORMULAS, METRICS, PreferenceSettings, pair_losses
+from minitron_mcore.alignment.objective import LENGTH, SHARE
 from minitron_mcore.errors import InputError
 
 PAIRS = 6
@@ -187,3 +190,11 @@ def test_settings_follow_the_section() -> None:
 def test_refusals(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         AlignConfig(**given)
+
+
+def test_the_documentation_has_the_name_of_all_that_is_logged() -> None:
+    """What pairs and answers report beside the step's own numbers."""
+    text = (Path(__file__).parents[3] / "docs" / "alignment.md").read_text(encoding="utf-8")
+    _, _, logged = text.partition("## What is logged\n")
+    named = {*re.findall(r"`([^`]+)`", logged.partition("\n## ")[0])}
+    assert {*METRICS, SHARE, LENGTH, "lm loss"} <= named
