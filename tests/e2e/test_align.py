@@ -19,13 +19,11 @@ from tests.distributed.ranks import run_on_ranks
 from tests.e2e.verbs import all_run_well, commands_on_rank, minitron, run_well
 
 WORDS = ("prune", "distil", "score", "plan")
-LAYOUTS = {
-    1: {"one rank": (), "micro-batch 4": ("align.micro_batch_size=4",)},
-    2: {
-        "TP2": ("parallel.tensor=2",),
-        "TP2-SP": ("parallel.tensor=2", "parallel.sequence=true"),
-        "PP2": ("parallel.pipeline=2",),
-        "DP2": (),
+LAYOUTS: dict[str, dict[int, dict[str, tuple[str, ...]]]] = {
+    "sft": {1: {"one rank": ()}, 2: {"PP2": ("parallel.pipeline=2",)}},
+    "dpo": {
+        1: {"one rank": (), "micro-batch 4": ("align.micro_batch_size=4",)},
+        2: {"TP2-SP": ("parallel.tensor=2", "parallel.sequence=true"), "DP2": ()},
     },
 }
 
@@ -93,9 +91,10 @@ def steps(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_the_same_numbers_at_every_layout(place: Path, tmp_path: Path, method: str) -> None:
+    """Of the losses themselves, every layout is in tests/distributed/alignment; here, that the verb hands them on."""
     keys = of_pairs(place) if method == "dpo" else ()
     made: dict[str, list[dict[str, Any]]] = {}
-    for world_size, layouts in LAYOUTS.items():
+    for world_size, layouts in LAYOUTS[method].items():
         folders = {name: tmp_path / name.replace(" ", "-") for name in layouts}
         all_run_well([align(place, folders[name], *keys, *layouts[name]) for name in layouts], world_size)
         made |= {name: steps(folder) for name, folder in folders.items()}
@@ -246,7 +245,7 @@ def test_rounds_follow_one_another(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_student_learns_what_its_teacher_says_in_chats(place: Path, tmp_path: Path) -> None:
-    """`distill` on the counted tokens of chats, packed and not, at TP2 and PP2; its next-token loss is `sft`'s."""
+    """`distill` on the counted tokens of chats, packed at TP2, not packed at PP2; its next-token loss is `sft`'s."""
     scores, student = tmp_path / "scores.safetensors", tmp_path / "student"
     shared = ["--config", str(place / "recipe.yaml"), f"teacher.checkpoint={place / 'model'}", f"scores={scores}"]
     shared += [f"student.checkpoint={student}"]
@@ -268,17 +267,14 @@ def test_a_student_learns_what_its_teacher_says_in_chats(place: Path, tmp_path: 
             align(place, tmp_path / "sft", f"align.load={student}"),
         ]
     )
-    two = ("tensor", "pipeline")
-    kinds: dict[str, tuple[str, ...]] = {"": (), "-packed": packed}
-    layouts = {f"{name}{kind}": (f"parallel.{name}=2", *keys) for name in two for kind, keys in kinds.items()}
-    all_run_well([distil(name, *keys) for name, keys in layouts.items()], 2)
+    layouts = [distil("two", "parallel.pipeline=2"), distil("two-packed", "parallel.tensor=2", *packed)]
+    all_run_well(layouts, 2)
     for kind in ("", "-packed"):
         whole = steps(tmp_path / f"one{kind}")
         assert whole[-1]["logits distillation loss"] < whole[0]["logits distillation loss"]
-        for name in two:
-            for row, expected in zip(steps(tmp_path / f"{name}{kind}"), whole, strict=True):
-                for loss in ("logits distillation loss", "lm loss", "teacher lm loss"):
-                    assert row[loss] == pytest.approx(expected[loss], rel=1e-5), (name, kind, loss)
+        for row, expected in zip(steps(tmp_path / f"two{kind}"), whole, strict=True):
+            for loss in ("logits distillation loss", "lm loss", "teacher lm loss"):
+                assert row[loss] == pytest.approx(expected[loss], rel=1e-5), (kind, loss)
     assert steps(tmp_path / "one")[0]["lm loss"] == pytest.approx(steps(tmp_path / "sft")[0]["lm loss"], rel=1e-6)
     code, shown = minitron(*distil("both", f"data.train={place / 'x'}"))
     assert code == 2 and "data.train both name what is learnt from" in shown

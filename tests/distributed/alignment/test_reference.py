@@ -14,7 +14,7 @@ import torch
 from minitron_mcore.alignment.reference import read_reference
 from minitron_mcore.errors import InputError
 from tests.distributed.alignment.problems import dense_log_probs, draw_answers, draw_models, rows_of
-from tests.distributed.alignment.runs import LAYOUTS, worked_out
+from tests.distributed.alignment.runs import LAYOUTS, MIXED, quick, worked_out
 from tests.distributed.dense_reference import DenseModel
 from tests.distributed.models import tiny
 from tests.distributed.ranks import run_on_ranks
@@ -48,7 +48,7 @@ def test_against_the_dense_model(whole: tuple[Path, list[float]]) -> None:
     assert len(exact) == SEGMENTS and float(exact.max()) < -1
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"])
+@pytest.mark.parametrize("layout", quick("PP2-VPP2", "DP2", "CP2", MIXED))
 def test_every_layout(whole: tuple[Path, list[float]], layout: str, tmp_path: Path) -> None:
     assert work_out(tmp_path, layout)[1:] == pytest.approx(whole[1], rel=1e-5)
 

@@ -38,9 +38,7 @@ COMMON = [
     "seed=5",
 ]
 LAYOUTS = {
-    "TP2": ["parallel.tensor=2"],
     "TP2-SP": ["parallel.tensor=2", "parallel.sequence=true", "cache.micro_batch_size=2"],
-    "PP2": ["parallel.pipeline=2", "cache.micro_batch_size=3"],
     "PP2-VPP2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     "DP2": ["cache.micro_batch_size=4"],
 }
@@ -181,7 +179,7 @@ def test_drawn_from_the_dense_model(root: Path, shown: dict[str, tuple[str, str]
 
 
 def refuse_on_rank(root: Path, cases: list[list[str]]) -> list[str]:
-    return [cache(root, [*LAYOUTS["TP2"], *overrides])[1] for overrides in cases]
+    return [cache(root, ["parallel.tensor=2", *overrides])[1] for overrides in cases]
 
 
 def test_refusals(root: Path, shown: dict[str, tuple[str, str]]) -> None:

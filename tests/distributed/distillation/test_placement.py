@@ -25,6 +25,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2-VPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "PP2-VPP2-DP2": (4, {"pipeline": 2, "virtual_pipeline": 2}),
 }
+SLOW = ("DP2", "PP2-VPP2")  # PP2-VPP2-DP2 is both
 PLACEMENTS = ("sharded", "offloaded")
 
 
@@ -102,7 +103,11 @@ def states_on_rank(
 
 @pytest.mark.parametrize(
     ("variant", "layout", "precision"),
-    [*(("llama", layout, "fp32") for layout in LAYOUTS), ("nemotron-tied", "PP2-VPP2", "bf16")],
+    [
+        *(("llama", layout, "fp32") for layout in LAYOUTS if layout not in SLOW),
+        ("nemotron-tied", "PP2-VPP2", "bf16"),
+        *(pytest.param("llama", layout, "fp32", marks=pytest.mark.slow) for layout in SLOW),
+    ],
 )
 def test_states_are_those_of_a_resident_teacher(variant: str, layout: str, precision: str, checkpoint: Any) -> None:
     world_size, parallel = LAYOUTS[layout]

@@ -18,13 +18,14 @@ from tests.distributed.models import LAYOUTS, assemble, relative_error
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.state_loss_problem import CASES, dense_solution, solve_on_rank
 
-# Everything at once at every layout; each site alone where nothing is shared out, and where heads and tokens are.
+# Everything at once at every layout, each site alone where nothing is shared out; what hangs on heads where they are.
 TOGETHER = ["all-mse", "all-cosine", "all-dynamic"]
-ALONE = {"1", "TP2-SP"}
+HEADS = ["all-nemotron", "relation-heads"]
+SLOW = {"TP2", "PP2"}  # TP2-PP2 is both
 
 
 def cases_of(layout: str) -> list[str]:
-    return list(CASES) if layout in ALONE else TOGETHER
+    return {"1": list(CASES), "TP2-SP": [*TOGETHER, *HEADS]}.get(layout, TOGETHER)
 
 
 def put_together(ranks: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
@@ -54,7 +55,14 @@ def dense(name: str) -> dict[str, Any]:
     return dense_solution(CASES[name], solved("1")[name]["projection"])
 
 
-@pytest.mark.parametrize(("layout", "name"), [(layout, name) for layout in LAYOUTS for name in cases_of(layout)])
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        pytest.param(layout, name, marks=[pytest.mark.slow] if layout in SLOW else [])
+        for layout in LAYOUTS
+        for name in cases_of(layout)
+    ],
+)
 def test_against_dense_float64(layout: str, name: str) -> None:
     compare(name, solved(layout)[name])
 

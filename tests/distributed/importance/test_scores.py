@@ -37,17 +37,20 @@ SEED = 11
 LAYOUTS: dict[int, list[tuple[dict[str, Any], tuple[int, ...]]]] = {
     1: [({}, (1, 2, 4))],
     2: [
-        ({"tensor": 2}, (1, 2, 4)),
-        ({"pipeline": 2}, (1, 2, 4)),
-        ({"pipeline": 2, "virtual_pipeline": 2}, (1, 2, 4)),
-        ({"tensor": 2, "sequence": True}, (1, 2, 4)),
-        ({}, (1, 2, 4)),
+        ({"tensor": 2}, (4,)),
+        ({"pipeline": 2}, (4,)),
+        ({"pipeline": 2, "virtual_pipeline": 2}, (1, 4)),
+        ({"tensor": 2, "sequence": True}, (2,)),
+        ({}, (1, 4)),
     ],
     4: [
-        ({"tensor": 2, "pipeline": 2}, (1, 2, 4)),
-        ({"tensor": 2, "pipeline": 2, "sequence": True}, (1, 2, 4)),
-        ({"pipeline": 2, "virtual_pipeline": 2}, (1, 2, 4)),
+        ({"tensor": 2, "pipeline": 2, "sequence": True}, (2,)),
+        ({"pipeline": 2, "virtual_pipeline": 2}, (1, 4)),
     ],
+}
+EVERY = {
+    **{size: [(parallel, (1, 2, 4)) for parallel, _ in layouts] for size, layouts in LAYOUTS.items()},
+    4: [(parallel, (1, 2, 4)) for parallel in ({"tensor": 2, "pipeline": 2}, *(each for each, _ in LAYOUTS[4]))],
 }
 # Name -> architecture; qwen has norms on queries and keys, and biases.
 MODELS = {
@@ -116,10 +119,10 @@ def models_at(parallel: dict[str, Any], world_size: int) -> list[str]:
     return list(MODELS) if world_size == 2 and parallel in FEW else list(MANY)
 
 
-def scores_on_rank(world_size: int) -> dict[Any, Any]:
-    """Every layout of this world size, every model, every micro-batch size."""
+def scores_on_rank(world_size: int, layouts: list[tuple[dict[str, Any], tuple[int, ...]]]) -> dict[Any, Any]:
+    """The layouts, every model, their micro-batch sizes."""
     results = {}
-    for parallel, sizes in LAYOUTS[world_size]:
+    for parallel, sizes in layouts:
         layout = start_layout(parallel, world_size)
         for model in models_at(parallel, world_size):
             architecture, chunks = build(model, layout)
@@ -210,10 +213,16 @@ def count_cuts_alike(found: dict[str, Any], expected: dict[str, Any], model: str
     return count
 
 
-@pytest.mark.parametrize("world_size", list(LAYOUTS))
-def test_every_layout_and_micro_batch_size(world_size: int) -> None:
-    ranks = run_on_ranks(scores_on_rank, world_size, world_size)
-    cases = [len(models_at(parallel, world_size)) * len(sizes) for parallel, sizes in LAYOUTS[world_size]]
+@pytest.mark.parametrize(
+    ("world_size", "layouts"),
+    [
+        *((size, LAYOUTS[size]) for size in LAYOUTS),
+        *(pytest.param(size, EVERY[size], marks=pytest.mark.slow) for size in (2, 4)),
+    ],
+)
+def test_every_layout_and_micro_batch_size(world_size: int, layouts: Any) -> None:
+    ranks = run_on_ranks(scores_on_rank, world_size, world_size, layouts)
+    cases = [len(models_at(parallel, world_size)) * len(sizes) for parallel, sizes in layouts]
     assert len(ranks[0]) == sum(cases)
     for key, variants in ranks[0].items():
         assert len(variants) == 18 and next(iter(variants)) == DEFAULT

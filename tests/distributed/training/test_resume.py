@@ -101,7 +101,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"of": of}
 
 
-@pytest.mark.parametrize("layout", ["1", "TP2", "DP2", "PP2-VPP2", "1-bf16", "DP2-bf16"])
+@pytest.mark.parametrize(
+    "layout",
+    ["TP2", "DP2", "PP2-VPP2", "DP2-bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("1", "1-bf16"))],
+)
 def test_same_layout_is_bit_for_bit(layout: str, whole: dict[str, Any], tmp_path: Path) -> None:
     name, _, precision = layout.partition("-bf16")
     precision = "bf16" if layout.endswith("bf16") else "fp32"
@@ -118,15 +121,14 @@ def test_same_layout_is_bit_for_bit(layout: str, whole: dict[str, Any], tmp_path
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("TP2", "1"),
-        ("TP2", "PP2"),
         ("TP2", "DP2"),
-        ("1", "TP2"),
-        ("PP2", "TP2"),
-        ("DP2", "TP2"),
         ("PP2-VPP2", "TP2"),
         ("TP2", "PP2-VPP2"),
         ("DP2", "TP2-PP2"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("TP2", "1"), ("TP2", "PP2"), ("1", "TP2"), ("PP2", "TP2"), ("DP2", "TP2"))
+        ),
     ],
 )
 def test_another_layout_agrees(before: str, after: str, whole: dict[str, Any], tmp_path: Path) -> None:
