@@ -58,7 +58,8 @@ def measured_steps(folder: str, device: str) -> list[tuple[Setting, float]]:
         raise InputError(KEY, folder, "has no steps with their time in metrics.jsonl", _REMEDY)
     recipe, section = load_recipe(str(needed[1]), []), str(read_lineage(path).get("stage"))
     if section not in TRAININGS:
-        raise InputError(KEY, folder, f"was made by {section}, which is no training", _REMEDY)
+        what = "whose steps are not of texts" if section == "align" else "which is no training"
+        raise InputError(KEY, folder, f"was made by {section}, {what}", _REMEDY)
     teacher = _teacher(recipe, folder) if section == "distill" and recipe.distill.teacher is None else None
     timetable = plan_timetable(getattr(recipe, section), recipe.data.sequence_length, section)
     size = round(statistics.median(row[RATE] / row[EACH] for row in rows))

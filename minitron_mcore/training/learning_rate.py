@@ -33,7 +33,8 @@ def check_learning_rate(train: TrainConfig, timetable: Timetable, section: str, 
 
     budget: the section that `timetable`, and so `train.tokens`, is of; None: `section` itself.
     """
-    tokens = f"{budget or section}.tokens={train.tokens}"
+    budgeted = f"the budget, {timetable.tokens} tokens"  # of align, which may be given in samples or epochs
+    tokens = f"{budget or section}.tokens={train.tokens}" if train.tokens else budgeted
     if train.lr_warmup_iters >= timetable.iterations:
         rule = f"must be less than the {counted(timetable.iterations, 'iteration')} of {tokens}"
         raise InputError(f"{section}.lr_warmup_iters", train.lr_warmup_iters, rule, "lower it")

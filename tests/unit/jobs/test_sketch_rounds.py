@@ -141,7 +141,7 @@ def test_a_student_that_the_road_makes(tmp_path: Path) -> None:
         (["align.samples=8", "align.load=null"], "align.load is not given"),
         (["align.samples=8", "align.load=/nowhere"], "align.load=/nowhere is not there"),
         (["align.samples=8", "align.phases=[{tokens: 64}]"], "align.phases does not go with chats"),
-        (["align.samples=8", "align.lr_warmup_iters=9"], "align.lr_warmup_iters"),
+        (["align.samples=8", "align.lr_warmup_iters=9"], "less than the 1 iteration of the budget, 1024 tokens"),
     ],
 )
 def test_wrong_input(tmp_path: Path, words: list[str], said: str) -> None:
