@@ -11,7 +11,7 @@ from minitron_mcore.alignment.config import BUDGETS, AlignConfig, in_tokens
 from minitron_mcore.data.chat.config import ChatConfig
 from minitron_mcore.data.chat.described import Preparation, describe_chats
 from minitron_mcore.data.chat.prepared import Prepared
-from minitron_mcore.data.corpus import Texts
+from minitron_mcore.data.corpus import Texts, check_folder
 from minitron_mcore.data.records import read_objects
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.jobs.job import Item
@@ -124,6 +124,8 @@ def samples_of(
     lay the models over the ranks. Raises InputError."""
     if recipe.chat.packing:
         check_packing(layouts)
+    if recipe.chat.cache_path:
+        check_folder(recipe.chat.cache_path, "chat.cache_path")
     what = describe_chats(
         recipe.chat,
         tokenizer,

@@ -102,6 +102,8 @@ def parse_sample(fields: Mapping[str, Any], *, turns: bool = False) -> Sample:
         return _continued(_instruction(fields), fields["output"], ("instruction", "output"), _tools(fields), turns)
     for before, after in TEXTS:
         if fields.get(before) is not None and fields.get(after) is not None:
+            if fields.get("label") is False:  # a collection of good and bad answers, as for KTO
+                raise RecordError("has an answer with label=false, one that is not to be learnt", "leave it out")
             return _continued(fields[before], fields[after], (before, after), _tools(fields), turns)
     remedy = "rename its keys or leave it out"
     if _value(fields, "chosen") is not None:

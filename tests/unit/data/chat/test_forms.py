@@ -136,6 +136,7 @@ def message(role: str, text: Any) -> dict[str, Any]:
         ({"messages": [{"content": "q"}]}, "has no role in message 1 of messages, only content"),
         ({"messages": [message("bot", "q")]}, "the unknown role 'bot' in message 1 of messages"),
         ({"instruction": ["i"], "output": "a"}, "has a list as instruction, not a text"),
+        ({"prompt": "p", "completion": "a", "label": False}, "has an answer with label=false, one that is not to be"),
         ({"messages": [{"role": "user"}]}, "has no content in message 1 of messages"),
         ({"messages": [message("user", 3)]}, "content that is a number, not text"),
         ({"messages": [message("user", [{"type": "image", "url": "x"}]), ANSWER]}, "content of type image, not text"),
