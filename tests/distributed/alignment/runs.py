@@ -175,7 +175,7 @@ def trained_on_rank(
     """Of each run what each of its training steps reports, and the gradients that it takes.
 
     Adam with a large epsilon, so that it is nearly linear: with a small one a gradient of rounding alone would move a
-    weight as far as any other. At ten times the learning rate rounding grows tenfold with every step."""
+    weight as far as any other. At thirty times the learning rate rounding grows tenfold with every step."""
     from minitron_mcore.alignment import objective as objectives
     from minitron_mcore.alignment.losses import PreferenceSettings
     from minitron_mcore.alignment.reference import segment_log_probs
@@ -201,7 +201,7 @@ def trained_on_rank(
                 values = segment_log_probs(models[1], Segments(answers), numbers, settings, **sizes)
                 teacher, pairs = None, objectives.Pairs(torch.from_numpy(values).to(torch.cuda.current_device()))
             objective = objectives.PreferenceObjective(settings, teacher, preference=preference, pairs=pairs)
-        train = TrainConfig(lr=0.03, min_lr=0.01, adam_eps=0.1, clip_grad=0.0, global_batch_size=PAIRS)
+        train = TrainConfig(lr=0.01, min_lr=0.003, adam_eps=0.1, clip_grad=0.0, global_batch_size=PAIRS)
         timetable = steady(train, iterations=20)
         trained = Trained.of(models[0], train, timetable)
         named: Any = [row for model in models[0] for row in named_parameters(model)]
