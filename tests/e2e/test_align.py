@@ -270,6 +270,7 @@ def test_a_student_learns_what_its_teacher_says_in_chats(place: Path, tmp_path: 
         [
             distil("one"),
             distil("one-packed", *packed),
+            distil("taught", *packed, "distill.correct_teacher=true", f"correct.checkpoint={tmp_path / 'teacher'}"),
             align(place, tmp_path / "sft", f"align.load={student}"),
         ]
     )
@@ -282,6 +283,10 @@ def test_a_student_learns_what_its_teacher_says_in_chats(place: Path, tmp_path: 
             for loss in ("logits distillation loss", "lm loss", "teacher lm loss"):
                 assert row[loss] == pytest.approx(expected[loss], rel=1e-5), (kind, loss)
     assert steps(tmp_path / "one")[0]["lm loss"] == pytest.approx(steps(tmp_path / "sft")[0]["lm loss"], rel=1e-6)
+    # A teacher that is corrected on the chats on the way begins with the same loss, and ends with a lower one.
+    still, corrected = ([row["teacher lm loss"] for row in steps(tmp_path / name)] for name in ("one-packed", "taught"))
+    assert corrected[0] == still[0] and corrected[-1] < still[-1]
+    assert (tmp_path / "teacher" / "tokenizer" / "chat_template.jinja").is_file()
     code, shown = minitron(*distil("both", f"data.train={place / 'x'}"))
     assert code == 2 and "data.train both name what is learnt from" in shown
 
