@@ -28,6 +28,7 @@ from minitron_mcore.bench.engines import LLAMA_CPP, OURS, Child, EngineError, ma
 
 ENGINES_FILE = Path(__file__).with_name("engines") / "worker.py"
 FOLDER = Path(os.environ.get("MINITRON_SERVING", Path.home() / ".cache" / "minitron_mcore" / "serving"))
+BEHIND = "lib/python*/site-packages/behind.pth"
 # Engine -> what pip installs. Those of LAYERED see this environment's packages (torch, transformers) behind their own.
 PACKAGES = {
     LLAMA_CPP: ["xllamacpp"],
@@ -69,8 +70,8 @@ def install(engine: str, folder: Path) -> None:
     pip = [str(python_of(engine, folder)), "-m", "pip"]
     subprocess.run([*pip, "install", "--quiet", *PACKAGES[engine]], check=True)
     if engine in LAYERED:
-        (site,) = place.glob("lib/python*/site-packages")
-        (site / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (site,) = place.glob(str(Path(BEHIND).parent))
+        (site / Path(BEHIND).name).write_text(sysconfig.get_path("purelib") + "\n")
     if engine == "vllm":  # of another torch, and not needed
         subprocess.run([*pip, "uninstall", "--quiet", "-y", "torchvision", "torchaudio", "torchcodec"], check=True)
     if engine == LLAMA_CPP:
@@ -168,7 +169,13 @@ def our_tokens(checkpoint: Path) -> list[list[int]]:
 
 
 def installed(folder: Path) -> list[str]:
-    return [engine for engine in PACKAGES if python_of(engine, folder).exists()]
+    """Of a layered engine the environment below it may have gone since."""
+    return [
+        engine
+        for engine in PACKAGES
+        if python_of(engine, folder).exists()
+        and all(Path(path.read_text().strip()).is_dir() for path in (folder / engine).glob(BEHIND))
+    ]
 
 
 def compare(
