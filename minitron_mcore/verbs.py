@@ -119,7 +119,7 @@ VERBS = {
     ),
     "align": Verb(
         "fine-tune a model on chats, or on preferences (DPO, IPO, RPO, SimPO), in one round or several "
-        "([docs/alignment.md](docs/alignment.md))",
+        "([docs/alignment.md](docs/alignment.md); the papers' in `configs/align-*.yaml`)",
         ("align", "chat", *_TRAINS),
         "align.load, chat.train → align.checkpoint, from which the same command resumes",
         "torchrun --nproc-per-node 8 -m minitron_mcore align --config recipe.yaml align.method=dpo align.epochs=1",
@@ -159,8 +159,8 @@ VERBS = {
         "minitron inspect student --verify",
     ),
     "estimate": Verb(
-        "what a recipe needs and costs on a cluster, from shapes alone: memory by part, layouts, time, cost "
-        "([docs/estimate.md](docs/estimate.md))",
+        "what a recipe needs and costs on a cluster, from shapes alone: memory by part, layouts, time, cost, "
+        "of `run` and of the rounds of `align` ([docs/estimate.md](docs/estimate.md))",
         ("estimate", "cluster", *_ROAD, "precision", "seed", "parallel", "hf", "plan"),
         "a recipe, the teacher's architecture.yaml or config.json → estimate.output",
         "minitron estimate --config recipe.yaml cluster.gpus=256 cluster.device=H100",

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 CHAT = {"messages": [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three"}]}
 PAIR = {"prompt": "one", "chosen": "two", "rejected": "three", "chosen_reward": 2.0, "rejected_reward": 1.0}
 # recipe -> its model, the GPUs of its head, and what each round reads
-RECIPES = {
+RECIPES: dict[str, tuple[str, int, dict[str, str]]] = {
+    "align-quickstart": ("quickstart-width", 2, {"sft": "chats", "dpo": "pairs"}),
     "align-zephyr": ("mistral-7b", 8, {"sft": "chats", "dpo": "pairs"}),
     "align-minitron": (
         "llama-3.1-minitron-4b-width",
@@ -45,12 +46,16 @@ def test_estimate_says_what_a_dry_run_says(
     assert cli.main(["align", *recipe, *data, *there, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     trains = [int(each.replace(",", "")) for each in re.findall(r"trains ([\d,]+) iterations", shown)]
-    forecasts = re.findall(r"memory of a rank: forecast ([\d.]+ GiB)", shown)
+    forecasts = re.findall(r"memory of a rank: forecast ([\d.]+ [GM]iB)", shown)
     assert len(trains) == len(rounds) and not (tmp_path / "aligned").exists()
 
     target = tmp_path / "estimate.json"
     alone = [f"align.load={ROOT}/configs/models/{shape}", f"estimate.output={target}"]
+    if name == "align-quickstart":  # its epochs are of files that are there
+        alone += data
     assert cli.main(["estimate", *recipe, *alone]) == 0
     trainings = json.loads(target.read_text())["trainings"]
     assert [each["iterations"] for each in trainings] == trains
-    assert [f"{each['memory']['total'] / 2**30:.1f} GiB" for each in trainings] == forecasts
+    units = [(each.split()[1], {"GiB": 2**30, "MiB": 2**20}[each.split()[1]]) for each in forecasts]
+    totals = [each["memory"]["total"] for each in trainings]
+    assert [f"{total / size:.1f} {unit}" for total, (unit, size) in zip(totals, units, strict=True)] == forecasts

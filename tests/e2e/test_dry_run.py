@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_align_recipes import RECIPES as ALIGNMENTS
+
 ROOT = Path(__file__).parents[2]
 RANKS = {"quickstart": 2, "ablate-quickstart": 2, "llama-3.1-8b-to-4b-width": 4}
 # What is said of each; None: nothing is refused.
@@ -36,7 +38,8 @@ def overrides(name: str, folder: Path) -> list[str]:
 
 
 def test_every_recipe_is_tried() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == CONFIGS.keys() | SEARCHES.keys()
+    recipes = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert recipes == CONFIGS.keys() | SEARCHES.keys() | ALIGNMENTS.keys()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
