@@ -36,7 +36,10 @@ FLAGS = {
     "train.lr_wsd_decay_tokens: samples x data.sequence_length": "lr_wsd_decay_samples",
     "train.clip_grad": "gradient_clip_val",
     "no key: Adam is the optimizer": "optimizer",
-    "no key: it is always so here": "use_distributed_optimizer overlap_grad_reduce",
+    "no key: it is always so here": "use_distributed_optimizer",
+    "no key: it is so where they are overlapped": "align_grad_reduce align_param_gather",
+    "train.overlap_param_gather: from the step on": "overlap_param_gather_with_optimizer_step",
+    "train.ddp_bucket_size: parameters of a bucket": "ddp_num_buckets",
     # Precision and memory.
     "precision: bf16": "bf16",
     "precision: fp32 or bf16": "fp16",

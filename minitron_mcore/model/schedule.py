@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from minitron_mcore.model.gpt import LanguageModel, unwrap
 from minitron_mcore.model.microbatch import Microbatch, uncounted
 from minitron_mcore.model.packing import Packed
 from minitron_mcore.runtime.groups import data_group, pipeline_group
+from minitron_mcore.runtime.overlap import gradients_held
 from minitron_mcore.runtime.repairs import divide_gradients
 
 # (loss to train, number of counted tokens, sums to report), all summed over the microbatch's tokens.
@@ -63,10 +64,13 @@ def run_schedule(
     # Megatron would finalise gradients in each call, by a whole number of tokens.
     finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, None
     try:
-        for part in (batch[start : start + size] for start in range(0, len(batch), size)):
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
             if prepare is not None:
                 prepare(part)
-            rows += _call_schedule(chunks, part, loss_of, begin, forward_only=forward_only)
+            more = start + size < len(batch) and not forward_only
+            with gradients_held(config, chunks) if more else nullcontext():
+                rows += _call_schedule(chunks, part, loss_of, begin, forward_only=forward_only)
     finally:
         config.finalize_model_grads_func = finalize
     if finalize is not None and not forward_only:

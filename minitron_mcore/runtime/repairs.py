@@ -1,7 +1,9 @@
 """Repairs of the few places where megatron-core is silently wrong, each with its reason and a test.
 
-They apply to 0.16.1 and 0.19.2 alike, except two: the error of a full disk, from 0.17 on, and gradients where token
-weights sum to less than 1, from 0.18 on. test_repairs.py and test_full_disk.py of tests/distributed fail without them.
+They apply to 0.16.1 and 0.19.2 alike, except three: the error of a full disk, from 0.17 on; gradients where token
+weights sum to less than 1, from 0.18 on; and the optimizer's state of several buckets, which Megatron-LM's own main
+branch has repaired since (its pull request 5077). test_repairs.py and test_full_disk.py of tests/distributed fail
+without them.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import queue
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -39,12 +41,34 @@ def optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *
     Torch's Adam (no Apex, no Transformer Engine) needs two repairs: before its first step (which a save may precede,
     where all steps so far were skipped) there is no `step` to save, on which state_dict asserts; and every call with
     `is_loading` leaves one `step` tensor shared by all parameters, which then counts once a parameter.
+
+    A third, of whatever Adam: where gradients lie in several buckets, each is padded to a multiple of 128 and of the
+    ranks. The state is gathered without the padding and cut up as if it were there: of every parameter after the first
+    padding the state of others would be saved, fp32 weights included.
     """
-    for part in _distributed_optimizers(optimizer):
-        _fill_empty_adam_state(part.optimizer)
-    state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
+    with ExitStack() as stack:
+        for part in _distributed_optimizers(optimizer):
+            _fill_empty_adam_state(part.optimizer)
+            stack.enter_context(_padding_kept(part))
+        state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
     separate_steps(optimizer)
     return state
+
+
+@contextmanager
+def _padding_kept(part: Any) -> Iterator[None]:
+    """Within the `with`, the padding of a buffer's buckets counts as part of them."""
+    padded = [each for buffer in part.buffers for each in (buffer, *buffer.buckets)]
+    kept, sizes = [each.numel_unpadded for each in padded], part.per_bucket_numel_unpadded
+    try:
+        part.per_bucket_numel_unpadded = part.per_bucket_numel
+        for each in padded:
+            each.numel_unpadded = each.grad_data.numel()
+        yield
+    finally:
+        part.per_bucket_numel_unpadded = sizes
+        for each, numel in zip(padded, kept, strict=True):
+            each.numel_unpadded = numel
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:

@@ -72,6 +72,15 @@ class TrainConfig:
     recompute_num_layers: Optional[int] = key(
         None, "with full: layers in a row (1), or in all of a chunk for block", at_least=1, may_change=True
     )
+    overlap_grad_reduce: Optional[bool] = key(
+        None, "reduce gradients over data-parallel ranks during backward; null: on CUDA", may_change=True
+    )
+    overlap_param_gather: Optional[bool] = key(
+        None, "gather the weights under what follows a step, not in it; null: on CUDA", may_change=True
+    )
+    ddp_bucket_size: Optional[int] = key(
+        None, "parameters reduced at a time; null: 40 million, or 1 million a rank", at_least=1, may_change=True
+    )
     max_skipped_iterations: int = key(
         5, "so many in a row, skipped because the loss or gradients are NaN, end the run", at_least=1, may_change=True
     )
@@ -85,6 +94,9 @@ class TrainConfig:
         if self.lr_decay_style != "WSD":
             idle = {"lr_wsd_decay_tokens": f"with lr_decay_style={self.lr_decay_style}"}
             refuse_idle(self, idle, "leave it out, or set lr_decay_style=WSD")
+        if self.overlap_grad_reduce is False:
+            idle = {"ddp_bucket_size": "with overlap_grad_reduce=false, which reduces all gradients at once"}
+            refuse_idle(self, idle, "leave it out, or set overlap_grad_reduce=true")
         if self.recompute_granularity != "full":
             given = self.recompute_granularity or "null"
             words = f"with recompute_granularity={given}, which recomputes no whole layer"

@@ -22,6 +22,7 @@ from minitron_mcore.distillation.states.projection import finalize_gradients
 from minitron_mcore.files import writing
 from minitron_mcore.model.gpt import DTYPES, LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.runtime.overlap import NOTHING, Overlap, adopt_head, finish_gathering, prepare, start_gathering
 from minitron_mcore.runtime.pace import timed
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.budget import Shape, Timetable
@@ -42,9 +43,15 @@ class Trained(NamedTuple):
 
     @classmethod
     def of(cls, models: list[LanguageModel], train: TrainConfig, timetable: Timetable) -> Trained:
-        chunks = wrap_model(models)
+        chunks = wrap_model(models, overlap_of(train))
         optimizer = build_optimizer(chunks, train, "bf16" if models[0].config.bf16 else "fp32")
         return cls(chunks, optimizer, build_scheduler(optimizer, train, timetable))
+
+    def apply_gradients(self, *, losses_finite: bool) -> float:
+        """`apply_gradients` below; overlapped weights are then on their way to all ranks. Every rank calls."""
+        grad_norm = apply_gradients(self.optimizer, losses_finite=losses_finite)
+        start_gathering(self.chunks)
+        return grad_norm
 
     def zero_gradients(self) -> None:
         for chunk in self.chunks:
@@ -65,6 +72,7 @@ class Trained(NamedTuple):
             with writing(str(folder)):
                 describe()
 
+        finish_gathering(self.chunks)
         state = training_state(*self, progress, is_loading=False)
         is_first = runtime.on_main(lambda: latest_iteration(folder) is None)
         if is_first:
@@ -74,13 +82,27 @@ class Trained(NamedTuple):
             runtime.on_main(tell)
 
 
-def wrap_model(chunks: list[LanguageModel]) -> list[torch.nn.Module]:
+def overlap_of(train: TrainConfig) -> Overlap:
+    """What the section asks for; by default everything on CUDA, and nothing on the CPU, where nothing is won by it."""
+    on_cuda = torch.cuda.is_available()
+    grad_reduce, param_gather = (
+        on_cuda if given is None else given for given in (train.overlap_grad_reduce, train.overlap_param_gather)
+    )
+    return Overlap(grad_reduce, param_gather, train.ddp_bucket_size)
+
+
+def wrap_model(chunks: list[LanguageModel], overlap: Overlap = NOTHING) -> list[torch.nn.Module]:
     """Each chunk in Megatron's DDP: fp32 gradients in contiguous buffers, reduce-scattered to the optimizer."""
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, **overlap.ddp_fields()
+    )
     wrapped: list[torch.nn.Module] = []
     for index, chunk in enumerate(chunks):
         chunk.config.finalize_model_grads_func = finalize_gradients
         wrapped.append(DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0))
+        if chunk.post_process:
+            adopt_head(wrapped[-1], chunk.head_weight(), chunk.decoder.final_layernorm)
+    prepare(wrapped, chunks[0].config)
     return wrapped
 
 
@@ -88,7 +110,8 @@ def build_optimizer(chunks: list[torch.nn.Module], train: TrainConfig, precision
     """Adam in Megatron's DistributedOptimizer at every layout, so that a checkpoint resumes at any other layout."""
     adam: dict[str, Any] = {name: getattr(train, name) for name in ADAM}
     types: dict[str, Any] = {"bf16": precision == "bf16", "params_dtype": DTYPES[precision]}
-    config = OptimizerConfig(optimizer="adam", use_distributed_optimizer=True, **types, **adam)
+    gather = {"overlap_param_gather": cast(Any, chunks[0]).ddp_config.overlap_param_gather}
+    config = OptimizerConfig(optimizer="adam", use_distributed_optimizer=True, **types, **adam, **gather)
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)  # type: ignore[arg-type]
 
 
@@ -134,7 +157,7 @@ def train_step(
     means = objective.reported(means)
     means["learning-rate"] = optimizer.param_groups[0]["lr"]
     with timed(timers, "optimizer", 0):
-        means["grad-norm"] = apply_gradients(optimizer, losses_finite=not not_finite(means))
+        means["grad-norm"] = trained.apply_gradients(losses_finite=not not_finite(means))
     scheduler.step(increment=shape.tokens)
     return {**means, "global batch size": float(shape.global_batch_size)}
 

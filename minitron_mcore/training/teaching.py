@@ -23,7 +23,7 @@ from minitron_mcore.model.schedule import LossSums, run_schedule
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.budget import Timetable
 from minitron_mcore.training.config import CorrectConfig
-from minitron_mcore.training.step import Trained, apply_gradients, not_finite, set_schedule
+from minitron_mcore.training.step import Trained, not_finite, set_schedule
 
 
 class TrainedTeacher(Teacher):
@@ -65,7 +65,7 @@ class TrainedTeacher(Teacher):
         """
         _, optimizer, scheduler = self.trained
         learning_rate = optimizer.param_groups[0]["lr"]
-        grad_norm = apply_gradients(optimizer, losses_finite=not not_finite(self._means))
+        grad_norm = self.trained.apply_gradients(losses_finite=not not_finite(self._means))
         scheduler.step(increment=tokens)
         row = {"lm loss": self._means["lm loss"], "learning-rate": learning_rate, "grad-norm": grad_norm}
         return {f"teacher {name}": value for name, value in row.items()}

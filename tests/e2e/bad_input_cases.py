@@ -194,6 +194,11 @@ for _verb in ("train", "distill"):
         ),
         (
             _verb,
+            [f"{_verb}.overlap_grad_reduce=false", f"{_verb}.ddp_bucket_size=1000"],
+            f"{_verb}.ddp_bucket_size=1000 has no effect with overlap_grad_reduce=false, which reduces all gradients",
+        ),
+        (
+            _verb,
             [f"{_verb}.lr_decay_style=cosin"],
             "must be one of cosine, linear, constant, WSD: did you mean cosine?",
         ),

@@ -12,8 +12,7 @@ with D of divergences.py, or of outcomes.py where the teacher is given by few ou
 Gradients are computed only where grad mode and `requires_grad` ask for them. Where the head has an fp32 `main_grad`,
 its gradient is added there: during forward, and then `loss` must enter the trained loss with factor 1 (backward
 checks), or with `recompute` during backward. Extra memory beyond the gradients: one fp32 buffer of [chunk, V] for each
-model; in bf16 one more for the logit gradient on CUDA, widened heads on CPU. Under Megatron's DDP it needs
-`overlap_grad_reduce` off.
+model; in bf16 one more for the logit gradient on CUDA, widened heads on CPU.
 
 A chunk is: the products that give its logits; what chunk.py makes of them, the losses and the logits' gradient in their
 place; the two products with it. On the CPU an elementwise pass goes over as many rows at a time as stay in cache; on
@@ -186,7 +185,7 @@ def sweep(
 
 class _LogitLoss(torch.autograd.Function):
     """Where the head has a `main_grad`, autograd gets no gradient for it (Megatron's hook then adds nothing, but still
-    adds the embedding's where that is the same parameter; with `overlap_grad_reduce` the hook insists on one)."""
+    adds the embedding's where that is the same parameter; overlapped, runtime/overlap.py tells it so)."""
 
     @staticmethod
     def forward(

@@ -19,6 +19,7 @@ from minitron_mcore.layout import BESIDE_THE_MODEL
 from minitron_mcore.model.gpt import LanguageModel, unwrap
 from minitron_mcore.model.initialize import draw_normal
 from minitron_mcore.runtime.groups import data_group, pipeline_group, tensor_group
+from minitron_mcore.runtime.overlap import before_finalizing
 
 NAME = "state_projection"
 assert f"{NAME}.".startswith(BESIDE_THE_MODEL)
@@ -40,6 +41,9 @@ class Projection(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         # Megatron's gradient norm counts a parameter that is marked so on no rank, and this one on the first stage.
         self.weight.shared = pipeline_group().rank() > 0  # type: ignore[attr-defined]
+        # In a bucket of its own, as the embedding that stages share, every stage has the same part of it on a rank, and
+        # adds up what its data-parallel ranks have reduced.
+        self.weight.shared_embedding = True  # type: ignore[attr-defined]
         chunk.add_module(NAME, self)
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
@@ -54,8 +58,9 @@ class Projection(torch.nn.Module):
 
 
 def finalize_gradients(models: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-    """Megatron's own, once the gradients of a projection, if any, are added up over the stages. Every rank calls."""
+    """Megatron's own; then the gradients of a projection, if any, are added up over the stages. Every rank calls."""
+    before_finalizing(models)
+    finalize_model_grads(models, *args, **kwargs)
     projection = getattr(unwrap(models[0]), NAME, None)
     if projection is not None and pipeline_group().size() > 1:
         torch.distributed.all_reduce(projection.weight.main_grad, group=pipeline_group())
-    finalize_model_grads(models, *args, **kwargs)

@@ -7,9 +7,12 @@ tells that the repair can go.
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import pytest
+import torch
+from packaging.version import Version
 
 from tests.distributed.models import LAYOUTS, global_batch, my_batch, start_layout, steady, tiny
 from tests.distributed.ranks import run_on_ranks
@@ -194,3 +197,42 @@ def load_step_on_rank(folder: str) -> str:
 def test_loading_adam_needs_its_step(tmp_path: Any) -> None:
     (result,) = run_on_ranks(load_step_on_rank, 1, str(tmp_path))
     assert result == "'step'"
+
+
+def buckets_on_rank() -> tuple[int, int, int]:
+    """How many parameters' means of gradients a save would mix up, without the repair and with it, and of how many."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    from minitron_mcore.checkpoint.store import model_state
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.runtime.overlap import Overlap
+    from minitron_mcore.runtime.repairs import SHARDING, optimizer_state
+    from minitron_mcore.training.config import TrainConfig
+    from minitron_mcore.training.step import build_optimizer, wrap_model
+
+    layout = start_layout({}, 1)
+    models = build_model(tiny("llama", num_layers=1), layout, "fp32")
+    chunks: Any = wrap_model(models, Overlap(grad_reduce=True, bucket_size=5000))
+    optimizer: Any = build_optimizer(chunks, TrainConfig(), "fp32")
+    for parameter in models[0].parameters():
+        parameter.main_grad.normal_()  # type: ignore[attr-defined]
+    optimizer.step()
+    (part,) = optimizer.chained_optimizers
+    means = {id(p): part._get_main_param_and_optimizer_states(p)["exp_avg"].flatten() for p in models[0].parameters()}
+
+    def mixed_up(state: Any) -> int:
+        saved = {row.key: row.data.flatten() for row in nested_values(state) if "exp_avg." in getattr(row, "key", "")}
+        rows = [(f"optimizer.state.exp_avg.{row.key}", means[id(row.data)]) for row in nested_values(weights)]
+        assert len(rows) == len(means) == len(saved)
+        return sum(not torch.equal(saved[name], mean) for name, mean in rows)
+
+    weights = model_state(chunks)["model"]
+    plain = optimizer.sharded_state_dict({"model": weights}, metadata=SHARDING)
+    return mixed_up(plain), mixed_up(optimizer_state(optimizer, {"model": weights}, is_loading=False)), len(means)
+
+
+def test_a_save_of_several_buckets_keeps_every_parameter_its_own_state() -> None:
+    unrepaired, repaired, number = run_on_ranks(buckets_on_rank, 1)[0]
+    assert repaired == 0 < number
+    if Version(metadata.version("megatron-core")) < Version("0.18"):
+        assert unrepaired > number // 2

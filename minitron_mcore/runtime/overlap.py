@@ -1,0 +1,118 @@
+"""Data-parallel communication under the computation, by Megatron's DDP and DistributedOptimizer.
+
+Gradients are reduced by buckets while the backward pass of the last microbatch goes on, and weights are gathered from
+the step on, under whatever comes before the layer that needs them: the next batch, a teacher that runs ahead. Megatron
+does both, in hooks of the parameters and modules. What stands here tells it what it cannot know: that the output head's
+gradient is there without autograd having passed it, that the head is read outside of its module, that further
+microbatches follow in another call of the schedule.
+
+`chunks` below are a model's in Megatron's DDP; what is not overlapped, or in no DDP, is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class Overlap(NamedTuple):
+    """What is overlapped; bucket_size: parameters of a bucket, None: Megatron's, 40 million or 1 million a rank."""
+
+    grad_reduce: bool = False
+    param_gather: bool = False
+    bucket_size: int | None = None
+
+    def ddp_fields(self) -> dict[str, Any]:
+        """Of DistributedDataParallelConfig."""
+        return {
+            "overlap_grad_reduce": self.grad_reduce,
+            "overlap_param_gather": self.param_gather,
+            # `start_gathering` starts all of them: the hooks are to wait, and start none.
+            "align_param_gather": self.param_gather,
+            "bucket_size": self.bucket_size,
+        }
+
+
+NOTHING = Overlap()
+
+
+def prepare(chunks: Sequence[Any], config: TransformerConfig) -> None:
+    """What is set on chunks and their `config` when they have been wrapped, as Megatron-LM's training sets it."""
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        held, started = [chunk.no_sync for chunk in chunks], [chunk.start_grad_sync for chunk in chunks]
+        config.no_sync_func = held if len(chunks) > 1 else held[0]
+        config.grad_sync_func = started if len(chunks) > 1 else started[0]
+    if chunks[0].ddp_config.overlap_param_gather:
+        for group in _groups(chunks):
+            group.param_gather_dispatched = True  # the weights are whole until the first step
+
+
+def adopt_head(chunk: Any, head: torch.Tensor, before: torch.nn.Module) -> None:
+    """Let the `head` of a wrapped chunk be overlapped like other weights, though the loss adds its gradient to
+    `main_grad` and reads it outside of its module, once the module `before` has run."""
+    if chunk.ddp_config.overlap_grad_reduce:
+
+        def nothing_to_add(gradients: tuple[torch.Tensor | None, ...]) -> None:
+            # A tied head may get the embedding's gradient here, which is then added as it is. Without one, Megatron's
+            # hook wants to see some gradient, and not to add it: a view of one number takes no memory.
+            head.grad_added_to_main_grad = gradients[0] is None  # type: ignore[attr-defined]
+            if gradients[0] is None:
+                head.grad = head.new_zeros(()).expand_as(head)
+
+        node: Any = head.view_as(head).grad_fn
+        node.next_functions[0][0].register_prehook(nothing_to_add)
+    if chunk.ddp_config.overlap_param_gather:
+        group = chunk.param_to_bucket_group[head]
+        before.register_forward_pre_hook(lambda *_: group.finish_param_sync(skip_next_bucket_dispatch=True))
+
+
+@contextmanager
+def gradients_held(config: TransformerConfig, chunks: Sequence[Any]) -> Iterator[None]:
+    """Within the `with` no gradient is reduced, since further calls of the schedule add to it."""
+    if config.no_sync_func is None:
+        yield
+        return
+    kept = config.no_sync_func, config.grad_sync_func
+    config.no_sync_func = config.grad_sync_func = None
+    try:
+        with ExitStack() as stack:
+            for chunk in chunks:
+                stack.enter_context(chunk.no_sync())
+            yield
+    finally:
+        config.no_sync_func, config.grad_sync_func = kept
+
+
+def before_finalizing(chunks: Sequence[Any]) -> None:
+    """Leave nothing open that `finalize_model_grads` takes for granted: gathered weights that no module of this stage
+    has waited for are waited for, and gradients whose reduction nothing has started, since one of them was in no
+    microbatch's graph this time, are reduced. The same ones on all data-parallel ranks, which call."""
+    for group in _groups(chunks):
+        if group.param_gather_handle is not None:
+            group.finish_param_sync(skip_next_bucket_dispatch=True)
+        reduces = group.ddp_config.overlap_grad_reduce and not group.is_first_batch
+        if reduces and group.grad_reduce_handle is None:
+            group.start_grad_sync(force_all_reduce=chunks[0].force_all_reduce)
+
+
+def start_gathering(chunks: Sequence[Any]) -> None:
+    """Start to gather the weights after a step; every module waits for its own. Every rank calls."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync()
+
+
+def finish_gathering(chunks: Sequence[Any]) -> None:
+    """Wait for all weights, for one who reads them outside of a forward pass. Every rank calls."""
+    for group in _groups(chunks):
+        if group.ddp_config.overlap_param_gather:
+            group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+
+def _groups(chunks: Sequence[Any]) -> Iterator[Any]:
+    return (group for chunk in chunks if isinstance(chunk, DistributedDataParallel) for group in chunk.bucket_groups)
