@@ -1,8 +1,8 @@
 """Overlapped reductions and gathers give the training that there is without them.
 
-Gradients and weights to 1e-6, by norm, of the largest: sums over two ranks are the same in any order, those over more ranks or
-of a bucket cut elsewhere are not. Every second step reduces whole gradients, which are compared; the others reduce
-parts of them, as a run does. Buckets are small, so that each model has several.
+Gradients and weights to 1e-6, by norm, of the largest: sums over two ranks are the same in any order, those over more
+ranks or of a bucket cut elsewhere are not. Every second step reduces whole gradients, which are compared; the others
+reduce parts of them, as a run does. Buckets are small, so that each model has several.
 """
 
 from __future__ import annotations
