@@ -100,7 +100,7 @@ def wrap_model(chunks: list[LanguageModel], overlap: Overlap = NOTHING) -> list[
     for index, chunk in enumerate(chunks):
         chunk.config.finalize_model_grads_func = finalize_gradients
         wrapped.append(DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0))
-        if chunk.post_process:
+        if chunk.post_process and (overlap.grad_reduce or overlap.param_gather):
             adopt_head(wrapped[-1], chunk.head_weight(), chunk.decoder.final_layernorm)
     prepare(wrapped, chunks[0].config)
     return wrapped

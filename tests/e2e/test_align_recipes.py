@@ -42,6 +42,8 @@ def test_estimate_says_what_a_dry_run_says(
 
     recipe = ["--config", str(ROOT / "configs" / f"{name}.yaml"), f"cluster.gpus={gpus}", "cluster.gpu_memory=80Gi"]
     data = [f"align.stages.{each}.chat.train={tmp_path}/{kind}.jsonl" for each, kind in rounds.items()]
+    if name == "align-quickstart":
+        data += [f"align.stages.{each}.chat.valid={tmp_path}/{kind}.jsonl" for each, kind in rounds.items()]
     there = [f"align.load={load}", f"align.checkpoint={tmp_path}/aligned", f"tokenizer.model={words}/tokenizer.model"]
     assert cli.main(["align", *recipe, *data, *there, "--dry-run"]) == 0
     shown = capsys.readouterr().out
