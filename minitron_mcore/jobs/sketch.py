@@ -53,15 +53,11 @@ class Work:
         return self.step.recipe
 
 
-def sketch(recipe: Recipe, teacher: Architecture) -> list[Work]:
-    """What `run` would do by the recipe, of a teacher of this shape. Trainings without a budget are left out, and where
-    no student is said all that would be done with one. Raises InputError where a shape cannot be.
-    """
-    return sketch_road(recipe, teacher).works
-
-
 def sketch_road(recipe: Recipe, teacher: Architecture) -> Sketch:
-    """The same, with the models that are made on the way. Raises InputError."""
+    """What `run` would do by the recipe, of a teacher of this shape (`works`), and the models that are made on the way.
+    Trainings without a budget are left out, and where no student is said all that would be done with one. Raises
+    InputError where a shape cannot be.
+    """
     folder = Path(recipe.output or "run")
     # A tokenizer and tokens are there or will be; their steps need no GPU.
     told: dict[str, Any] = {

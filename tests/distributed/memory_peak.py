@@ -159,12 +159,17 @@ def peak_on_rank(case: Case, folder: str) -> tuple[int, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         torch.empty(1)  # the total before
         _train(case, recipe, folder)
+    return parallel_state.get_pipeline_model_parallel_rank(), most_allocated(profiler, folder)
+
+
+def most_allocated(profiler: Any, folder: str) -> int:
+    """Bytes that were allocated at most, above those that were when `profiler` began; its trace lies in `folder`."""
     trace = Path(folder) / f"rank{torch.distributed.get_rank()}.json"
     profiler.export_chrome_trace(str(trace))
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
     events.sort(key=lambda event: event["ts"])
     totals = [event["args"]["Total Allocated"] for event in events]
-    return parallel_state.get_pipeline_model_parallel_rank(), max(totals) - totals[0]
+    return max(totals) - totals[0]
 
 
 def count_every_thread() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from minitron_mcore.estimate.forecast import settings_of, stage_parts
 from minitron_mcore.jobs.align import timetable_of
 from minitron_mcore.recipe import Recipe, load_recipe
 from minitron_mcore.runtime.world import World
-from tests.distributed.memory_peak import STUDENT, VOCABULARY, count_every_thread, load_teacher
+from tests.distributed.memory_peak import STUDENT, VOCABULARY, count_every_thread, load_teacher, most_allocated
 from tests.distributed.models import start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
 
@@ -63,12 +62,7 @@ def peak_on_rank(words: tuple[str, ...], folder: str) -> tuple[int, int]:
                 rows = ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(4, LENGTH), places
                 batch.append(Microbatch(*rows, segments=numbers))
             train_step(trained, objective, timetable.starts[-1].shape, batch)
-    trace = Path(folder) / f"rank{torch.distributed.get_rank()}.json"
-    profiler.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    totals = [event["args"]["Total Allocated"] for event in events]
-    return parallel_state.get_pipeline_model_parallel_rank(), max(totals) - totals[0]
+    return parallel_state.get_pipeline_model_parallel_rank(), most_allocated(profiler, folder)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from minitron_mcore.estimate.layouts import best_layouts, is_possible, parallels
 from minitron_mcore.estimate.words import report
 from minitron_mcore.estimate.work import Limits
 from minitron_mcore.jobs.estimate import resolve, training_of
-from minitron_mcore.jobs.sketch import TRAININGS, sketch
+from minitron_mcore.jobs.sketch import TRAININGS, sketch_road
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.recipe import load_recipe
 from minitron_mcore.runtime.config import ParallelConfig, check_sequence
@@ -67,7 +67,7 @@ def test_a_recipe_with_the_keys_of_a_layout_is_what_was_estimated() -> None:
     for layout in found.layouts[::4]:
         recipe = load_recipe(None, [*LLAMA, *asked, *layout.keys(found.trainings)])
         assert found.teacher is not None
-        works = [each for each in sketch(recipe, found.teacher) if each.verb in TRAININGS]
+        works = [each for each in sketch_road(recipe, found.teacher).works if each.verb in TRAININGS]
         again = [training_of(each, world) for each in works]
         assert [each.problem for each in again] == ["", ""]
         assert max(each.forecast.total for each in again if each.forecast) == layout.memory

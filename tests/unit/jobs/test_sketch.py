@@ -9,7 +9,7 @@ import pytest
 from minitron_mcore.architecture import build_architecture, save_architecture
 from minitron_mcore.jobs.job import resolve
 from minitron_mcore.jobs.shape import find_shape
-from minitron_mcore.jobs.sketch import sketch
+from minitron_mcore.jobs.sketch import sketch_road
 from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.recipe import load_recipe
 from minitron_mcore.runtime.world import World
@@ -30,7 +30,7 @@ def works(folder: Path, *words: str) -> list[tuple[str, str]]:
     """(title, sizes of the model and of its teacher) of each step for a teacher whose shape alone is there."""
     save_architecture(TEACHER, folder / "architecture.yaml")
     recipe = load_recipe(None, [f"teacher.checkpoint={folder}", f"output={folder}/run", *words])
-    found = sketch(recipe, find_shape(recipe)[0])
+    found = sketch_road(recipe, find_shape(recipe)[0]).works
     return [
         (each.step.title, "".join(f"{a.num_layers}x{a.ffn_hidden_size} " for a in (each.model, each.teacher) if a))
         for each in found
@@ -42,7 +42,7 @@ def test_as_run_resolves_it(tmp_path: Path) -> None:
     recipe = load_recipe(QUICKSTART, [f"output={tmp_path}/run"])
     world = World(size=2, local_size=2, device="cuda")
     jobs = {step.title: job for step, job in resolve("run", recipe, world).steps}  # type: ignore[attr-defined]
-    found = sketch(recipe, find_shape(recipe)[0])
+    found = sketch_road(recipe, find_shape(recipe)[0]).works
     assert [each.step.title for each in found] == [*jobs][2:], "all but the tokenizer and the tokens"
     trainings = 0
     for each in found:

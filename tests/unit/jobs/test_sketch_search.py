@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minitron_mcore.checkpoint.folder import read_architecture
-from minitron_mcore.jobs.sketch import sketch
+from minitron_mcore.jobs.sketch import sketch_road
 from minitron_mcore.recipe import load_recipe
 from minitron_mcore.search.config import HalvingConfig, SearchConfig
 from minitron_mcore.search.halving import trial_tokens
@@ -30,7 +30,7 @@ STEPS = 1_887_436_800  # 400 steps of 1152 x 4096 tokens
 def test_trials_are_one_distillation_of_the_largest(overrides: list[str], trials: int) -> None:
     recipe = load_recipe(str(ROOT / "configs" / "search-nemotron-8b.yaml"), overrides)
     teacher = read_architecture(ROOT / "configs" / "models" / "nemotron-4-15b")
-    works = sketch(recipe, teacher)
+    works = sketch_road(recipe, teacher).works
     tried, winner = (work for work in works if work.verb == "distill")
     assert tried.recipe.distill.tokens == trials and tried.teacher == winner.teacher == teacher
     assert winner.recipe.distill.tokens == 94_000_000_000 and tried.model == winner.model
