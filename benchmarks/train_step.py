@@ -1,21 +1,25 @@
 """Tokens a second of our training step against a plain transformers + AdamW loop, on the same model, data and threads.
 
     python benchmarks/train_step.py                  one process (TP = 1), ratio to the plain loop
-    python benchmarks/train_step.py --tensor 2       our step alone on two ranks (TP = 2), as well
+    python benchmarks/train_step.py --tensor 2       and on two ranks (TP = 2), which share the threads
 
-Both sides: fp32, SDPA attention, AdamW, clipping at 1.0, the same weights, the same random ids, the same number of
-threads, one micro-batch an iteration. Repeats are interleaved; medians are compared. Ends with one JSON line.
+All sides: fp32, SDPA attention, AdamW, clipping at 1.0, the same weights, the same random ids, the same number of
+threads, one micro-batch an iteration. Repeats are interleaved; medians are compared. The losses of the first steps must
+be equal. Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ SHAPE = {
     "rotary_base": 10000.0,
 }
 BATCH, SEQUENCE = 8, 256
+Run = Callable[[int, int], tuple[float, float]]  # (number of the first step, how many) -> seconds, last loss
 
 
 def ids(step: int) -> torch.Tensor:
@@ -158,44 +163,78 @@ def hugging_face_weights(ours: Ours) -> dict[str, torch.Tensor]:
 
 
 def seconds_of(side: Any, first: int, steps: int) -> tuple[float, float]:
+    """Seconds that `steps` steps from number `first` on took, and the last one's loss."""
     started = time.perf_counter()
     for number in range(first, first + steps):
         loss = side.step(number)
     return time.perf_counter() - started, loss
 
 
-def compare(repeats: int, steps: int, threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    ours = Ours(tensor=1)
-    plain = Plain(ours)
-    losses = [(ours.step(number), plain.step(number)) for number in range(3)]
-    times: dict[str, list[float]] = {"ours": [], "plain": []}
+class Ranks:
+    """Our step on several ranks, in processes that sleep until they are asked. words: options for each of them."""
+
+    def __init__(self, count: int, threads: int, *words: str) -> None:
+        each = str(max(1, threads // count))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(
+            [*command, __file__, "--threads", each, *words], env={**os.environ, "OMP_NUM_THREADS": each}, **pipes
+        )
+
+    def seconds(self, first: int, steps: int) -> tuple[float, float]:
+        """As `seconds_of`, of the first rank."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{first} {steps}\n")
+        self.process.stdin.flush()
+        answer = next(line for line in self.process.stdout if line.startswith("["))
+        seconds, loss = json.loads(answer)
+        return seconds, loss
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def rank_main(options: argparse.Namespace) -> None:
+    """What each of `Ranks` runs: the steps that the first one reads, until its input ends."""
+    torch.set_num_threads(options.threads)
+    ours = Ours(tensor=options.tensor)
+    while True:
+        words = sys.stdin.readline().split() if ours.runtime.is_main else []
+        asked = torch.tensor([int(word) for word in words] or [0, 0])
+        torch.distributed.broadcast(asked, src=0)
+        first, steps = asked.tolist()
+        if not steps:
+            return
+        result = seconds_of(ours, first, steps)
+        if ours.runtime.is_main:
+            print(json.dumps(result), flush=True)
+
+
+def compare(sides: dict[str, Run], repeats: int, steps: int) -> dict[str, Any]:
+    """Tokens a second of every side, and what part they are of the other sides'; the losses of the first steps, which
+    are refused where they differ."""
+    losses = [[run(number, 1)[1] for run in sides.values()] for number in range(3)]
+    assert all(max(row) - min(row) < 1e-4 for row in losses), losses
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats):
-        first = 3 + repeat * steps
-        order = [("ours", ours), ("plain", plain)]
-        for name, side in order if repeat % 2 == 0 else reversed(order):
-            times[name].append(seconds_of(side, first, steps)[0])
+        for name in list(sides)[:: 1 if repeat % 2 == 0 else -1]:
+            times[name].append(sides[name](3 + repeat * steps, steps)[0])
     rates = {name: BATCH * SEQUENCE * steps / statistics.median(values) for name, values in times.items()}
-    pairs = [theirs / mine for mine, theirs in zip(times["ours"], times["plain"], strict=True)]
+    ratios = {}
+    for name, other in itertools.combinations(sides, 2):
+        pairs = [there / here for here, there in zip(times[name], times[other], strict=True)]
+        quartiles = statistics.quantiles(pairs, method="inclusive")
+        ratios[f"{name} / {other}"] = {
+            "medians": round(rates[name] / rates[other], 4),
+            "pairs": [round(value, 4) for value in (min(pairs), *quartiles, max(pairs))],
+        }
     return {
         "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},
-        "ratio": round(rates["ours"] / rates["plain"], 4),
-        "ratio_of_pairs_median": round(statistics.median(pairs), 4),
-        "losses_first_steps": [[round(a, 6), round(b, 6)] for a, b in losses],
-        "repeats": repeats,
-        "steps": steps,
-        "threads": threads,
+        "ratios": ratios,
+        "losses_first_steps": [[round(loss, 6) for loss in row] for row in losses],
     }
-
-
-def rank_main(repeats: int, steps: int, threads: int) -> None:
-    """What each rank of `--tensor N` runs."""
-    torch.set_num_threads(threads)
-    ours = Ours(tensor=int(os.environ["WORLD_SIZE"]))
-    seconds_of(ours, 0, 3)
-    times = [seconds_of(ours, 3 + repeat * steps, steps)[0] for repeat in range(repeats)]
-    if ours.runtime.is_main:
-        print(json.dumps({"tokens_per_second": round(BATCH * SEQUENCE * steps / statistics.median(times), 1)}))
 
 
 def main() -> None:
@@ -206,40 +245,23 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=1)
     options = parser.parse_args()
     if "WORLD_SIZE" in os.environ:
-        rank_main(options.repeats, options.steps, options.threads)
+        rank_main(options)
         return
-    result: dict[str, Any] = {"benchmark": "train_step", **compare(options.repeats, options.steps, options.threads)}
-    print(
-        f"ours {result['tokens_per_second']['ours']:.0f} tokens/s, transformers + AdamW "
-        f"{result['tokens_per_second']['plain']:.0f} tokens/s: {result['ratio']:.3f}x"
-    )
+    torch.set_num_threads(options.threads)
+    ours = Ours(tensor=1)
+    sides: dict[str, Run] = {"ours": partial(seconds_of, ours), "transformers": partial(seconds_of, Plain(ours))}
+    started: list[Ranks] = []
     if options.tensor > 1:
-        each = max(1, options.threads // options.tensor)
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(options.tensor),
-            __file__,
-            "--repeats",
-            str(options.repeats),
-            "--steps",
-            str(options.steps),
-            "--threads",
-            str(each),
-        ]
-        output = subprocess.run(
-            command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": str(each)}
-        ).stdout
-        rate = json.loads(output.strip().splitlines()[-1])["tokens_per_second"]
-        result[f"tensor_{options.tensor}"] = {
-            "tokens_per_second": rate,
-            "threads_a_rank": each,
-            "ratio_to_plain": round(rate / result["tokens_per_second"]["plain"], 4),
-        }
-        print(f"ours at TP = {options.tensor}, {each} thread(s) a rank: {rate:.0f} tokens/s")
-    print(json.dumps(result))
+        started.append(Ranks(options.tensor, options.threads, "--tensor", str(options.tensor)))
+        sides = {f"tensor {options.tensor}": started[0].seconds, **sides}
+    result = {"benchmark": "train_step", **compare(sides, options.repeats, options.steps), "threads": options.threads}
+    for ranks in started:
+        ranks.close()
+    for name, rate in result["tokens_per_second"].items():
+        print(f"{name:14}{rate:8.0f} tokens/s")
+    for name, ratio in result["ratios"].items():
+        print(f"{name}: {ratio['medians']:.3f} (pairs: least, quartiles, most {ratio['pairs']})")
+    print(json.dumps({**result, "repeats": options.repeats, "steps": options.steps}))
 
 
 if __name__ == "__main__":
