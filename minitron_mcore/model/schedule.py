@@ -6,6 +6,7 @@ microbatches; every rank of a data-parallel replica holds the same.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,7 @@ LossFunction = Callable[[LanguageModel, torch.Tensor, Microbatch], LossSums]
 Begin = Callable[[LanguageModel, Microbatch], None]
 Visit = Callable[[LanguageModel, torch.Tensor, Microbatch], Any]  # a chunk, its output, what it ran
 
+_LETTERS, _SUMS = 1024, 64  # room for the names of sums, and for the sums
 GROUP = 16  # microbatches a pipeline stage in one call of the schedule: filling it then costs a sixteenth at most
 
 
@@ -171,22 +173,33 @@ def sequence_params(packed: Packed) -> PackedSeqParams:
     return PackedSeqParams("thd", **where, max_seqlen_q=packed.longest, max_seqlen_kv=packed.longest)
 
 
+@functools.cache
+def _letters(names: str, device: Any) -> torch.Tensor:
+    """Kept, since a copy to the device would make the host wait for it."""
+    assert len(names) <= _LETTERS, f"room for {_LETTERS} letters, not for {names}"
+    return torch.tensor([*names.encode(), *[0] * (_LETTERS - len(names))], dtype=torch.float64, device=device)
+
+
 def _mean_over_tokens(rows: list[dict[str, torch.Tensor]], stage_sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Sums over microbatches, stages and data-parallel ranks, divided by the number of tokens; equal on all ranks."""
-
-    def total(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        sums = torch.stack([torch.stack([value.detach().double() for value in row.values()]) for row in rows]).sum(0)
-        torch.distributed.all_reduce(sums, group=data_group(with_context=True))
-        return sums
-
-    stages, box = pipeline_group(), [dict(zip(rows[0], total(rows).tolist(), strict=True)) if rows else {}]
-    if stages.size() > 1:
-        last = torch.distributed.get_global_rank(stages, stages.size() - 1)
-        torch.distributed.broadcast_object_list(box, src=last, group=stages)
-    sums = box[0]
+    """Sums over microbatches, stages and data-parallel ranks, divided by the number of tokens; equal on all ranks.
+    The host waits for the device once."""
+    stages, device = pipeline_group(), torch.cuda.current_device()
+    values = [torch.stack([value.detach().double() for value in row.values()]) for row in rows]
+    sums = torch.stack(values).sum(0) if values else torch.zeros(0, dtype=torch.float64, device=device)
     if stage_sums:
-        further = total([stage_sums])
-        torch.distributed.all_reduce(further, group=stages)
-        sums |= dict(zip(stage_sums, further.tolist(), strict=True))
-    count = sums["num_tokens"] or 1.0
-    return {name: value if name == "num_tokens" else value / count for name, value in sums.items()}
+        sums = torch.cat([torch.stack([value.detach().double() for value in stage_sums.values()]), sums])
+    torch.distributed.all_reduce(sums, group=data_group(with_context=True))
+    names = "\n".join(rows[0]) if rows else ""
+    if stages.size() > 1:
+        # Which sums there are only the last stage knows: their names go with them, a number each character.
+        box = torch.cat([_letters(names, device), torch.zeros(_SUMS, dtype=torch.float64, device=device)])
+        box[_LETTERS : _LETTERS + len(sums)] = sums
+        torch.distributed.all_reduce(box, group=stages)
+        told = box.tolist()
+        names, found = bytes(int(letter) for letter in told[:_LETTERS] if letter).decode(), told[_LETTERS:]
+    else:
+        found = sums.tolist()
+    own = dict(zip(stage_sums, found, strict=False))
+    totals = dict(zip(names.split("\n"), found[len(own) :], strict=False)) | own
+    count = totals["num_tokens"] or 1.0
+    return {name: value if name == "num_tokens" else value / count for name, value in totals.items()}

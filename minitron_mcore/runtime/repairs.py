@@ -135,9 +135,10 @@ def divide_gradients(chunks: list[torch.nn.Module], counted: torch.Tensor) -> No
     group = parallel_state.get_pipeline_model_parallel_group()
     torch.distributed.broadcast(counted, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     torch.distributed.all_reduce(counted, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    if counted > 0:
-        for chunk in chunks:
-            cast(DistributedDataParallel, chunk).scale_gradients(1.0 / counted)
+    # On the device: the host waits for nothing here.
+    factor: Any = torch.where(counted > 0, 1.0 / counted, 1.0)
+    for chunk in chunks:
+        cast(DistributedDataParallel, chunk).scale_gradients(factor)
 
 
 def _distributed_optimizers(optimizer: MegatronOptimizer) -> list[Any]:

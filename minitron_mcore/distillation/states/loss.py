@@ -99,6 +99,9 @@ class StateLosses:
         # Pair -> the microbatches whose state was computed without gradients, to be computed again in backward.
         self._later: defaultdict[Pair, deque[Microbatch]] = defaultdict(deque)
         self._clear()
+        # Without sequence parallelism a rank's sum is the whole one; of attention relations it has its heads' alone.
+        is_shared = [self._config.sequence_parallel or key == "attention_relation" for key in self._sums]
+        self._is_shared = torch.tensor(is_shared, device=torch.cuda.current_device())
         # The pairs whose student state this rank has, by the teacher's state that they use.
         self._uses = Counter(
             (pair.site, pair.teacher_layer)
@@ -116,14 +119,11 @@ class StateLosses:
         """Each site's loss, and the states' size, summed over the counted tokens that this pipeline stage has seen
         since the last call; zero where it has no pair. Every rank calls."""
         names, total = [METRICS.get(key, key) for key in self._sums], torch.stack(list(self._sums.values()))
-        # Without sequence parallelism a rank's sum is the whole one; of attention relations it has its heads' alone.
-        is_shared = [self._config.sequence_parallel or key == "attention_relation" for key in self._sums]
-        shared = torch.tensor(is_shared, device=total.device)
-        parts = torch.where(shared, total, total.new_zeros(()))
+        parts = torch.where(self._is_shared, total, total.new_zeros(()))
         torch.distributed.all_reduce(parts, group=tensor_group())
         self._clear()
         self._microbatch = None
-        return dict(zip(names, torch.where(shared, parts, total), strict=True))
+        return dict(zip(names, torch.where(self._is_shared, parts, total), strict=True))
 
     def resume(self, alpha: float | None) -> None:
         """Go on with the dynamic weight that a run before this one had worked out; a fixed one is the recipe's."""
