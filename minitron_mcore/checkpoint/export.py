@@ -1,4 +1,4 @@
-"""Megatron checkpoint -> Hugging Face folder, one parameter (of one layer) in memory at a time.
+"""Megatron checkpoint -> Hugging Face folder, a few blocks in memory at a time, on as many threads.
 
     HF/config.json, generation_config.json, README.md
     HF/model.safetensors, or model-00001-of-0000N.safetensors … with model.safetensors.index.json
@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from minitron_mcore.checkpoint.blocks import Rows, rearranged
 from minitron_mcore.checkpoint.companions import token_ids, tokenizer_class, write_companions
-from minitron_mcore.checkpoint.conversion import units
+from minitron_mcore.checkpoint.conversion import Unit, units
 from minitron_mcore.checkpoint.folder import read_architecture
 from minitron_mcore.checkpoint.hf_config import INDEX, SINGLE
 from minitron_mcore.checkpoint.manifest import StoredPiece, type_name, write_manifest
@@ -103,7 +104,7 @@ class _Export:
         """One safetensors file. One parameter makes several tensors, so the stream continues across files."""
         entries, path = self.files[number], place / self.names[number]
         with writing(f"hf={self.target}"):
-            self.stored += write_safetensors(path, entries, bar.over(islice(self.stream, len(entries)), _size))
+            self.stored += write_safetensors(path, entries, list(islice(self.stream, len(entries))), bar.advance)
 
     def finish(
         self, place: Path, card: Callable[[], str] | None, save_tokenizer: Callable[[Path], None] | None
@@ -127,14 +128,14 @@ class _Export:
                 save_tokenizer(place)
             write_manifest(place, self.stored)
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
+    def _tensors(self) -> Iterator[Rows]:
         for unit in self.units:
-            key, shape = unit.parameter.key, unit.parameter.shape(self.architecture)
-            yield from unit.layout.split(self.reader.read(key, unit.layer, shape), self.architecture)
+            stored = self.reader.rows(unit.parameter.key, unit.layer, unit.parameter.shape(self.architecture))
+            for index in range(len(unit.names)):
+                yield rearranged(partial(self._split, unit, index), [stored])
 
-
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.nbytes
+    def _split(self, unit: Unit, index: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        return unit.layout.split(parts[0], self.architecture)[index]
 
 
 def _ask_transformers(config: dict[str, Any], target: Path) -> None:

@@ -30,10 +30,10 @@ def import_checkpoint(
 ) -> CheckedWeights:
     """Write the weights of the Hugging Face folder `source` as iteration 0 of `target`, in their stored dtype.
 
-    Every rank calls, after `use_layout(parallel)`. A rank reads the parts it stores, one parameter after another, and
-    holds no more than one. Raises InputError on every rank, naming file and tensor, if tensors are missing, unknown, of
-    another shape, cut off, all zero, or hold NaN or Inf (unless `allow`, the recipe's, lets them through), and if
-    `target` cannot be written, which messages call `called`; nothing is left behind then.
+    Every rank calls, after `use_layout(parallel)`. A rank reads the parts it stores block by block, on a few threads,
+    and holds a block for each. Raises InputError on every rank, naming file and tensor, if tensors are missing,
+    unknown, of another shape, cut off, all zero, or hold NaN or Inf (unless `allow`, the recipe's, lets them through),
+    and if `target` cannot be written, which messages call `called`; nothing is left behind then.
     """
     check_tensor_parallel(architecture, parallel.tensor)
     here = stage_parameters(architecture, parallel.pipeline, pipeline_group().rank())
@@ -60,8 +60,8 @@ def import_checkpoint(
 def _sources(folder: SafetensorsFolder, unit: Unit, architecture: Architecture, rank: int, size: int) -> list[Source]:
     """What tensor-parallel `rank` stores of `unit`; nothing of a replicated parameter that another rank stores."""
     pieces = shard_pieces(unit.parameter, architecture, folder.dtype(unit.names[0]), unit.layer, rank, size)
-    if unit.parameter.gated:  # gate and up are stored one after the other: no need to hold both
-        reads = [partial(folder.read_slice, unit, index, architecture, rank, size) for index in range(2)]
+    if unit.parameter.gated:  # gate and up are stored one after the other
+        parts = [folder.slice(unit, index, architecture, rank, size) for index in range(2)]
     else:
-        reads = [partial(folder.read_part, unit, architecture, rank, size)]
-    return [Source(piece, read) for piece, read in zip(pieces, reads, strict=False)]
+        parts = [folder.part(unit, architecture, rank, size)]
+    return [Source(piece, part) for piece, part in zip(pieces, parts, strict=False)]

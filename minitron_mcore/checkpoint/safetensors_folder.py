@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.blocks import Rows, rearranged
 from minitron_mcore.checkpoint.conversion import Unit
 from minitron_mcore.checkpoint.hf_config import INDEX, SINGLE
 from minitron_mcore.checkpoint.safetensors_file import SafetensorsFile
@@ -31,7 +32,8 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 class SafetensorsFolder:
-    """`look(name, part)` is called with every part of a tensor that is read, before it is joined with others."""
+    """`look(name, part)` is called with every part of a tensor that is read, before it is joined with others, by
+    whichever thread reads it."""
 
     def __init__(self, source: Path, look: Callable[[str, torch.Tensor], None] = lambda name, part: None) -> None:
         self.source = source
@@ -127,18 +129,18 @@ class SafetensorsFolder:
             rule = f"holds a {HEAD} that is not {embedding}, though config.json says tie_word_embeddings=true"
             raise InputError("", self.path(HEAD), rule, "write false there, or delete the tensor")
 
-    def read_part(self, unit: Unit, architecture: Architecture, rank: int, size: int) -> torch.Tensor:
-        """Tensor-parallel `rank`'s part of a checkpoint tensor [layout.local_shape], vocabulary padding as zeros."""
-        parts = [self.read_slice(unit, index, architecture, rank, size) for index in range(len(unit.names))]
-        local = unit.layout.join(parts, architecture)
-        assert tuple(local.shape) == local_shape(unit.parameter, architecture, size), (unit, local.shape)
-        return local.contiguous()
+    def part(self, unit: Unit, architecture: Architecture, rank: int, size: int) -> Rows:
+        """Tensor-parallel `rank`'s part of a checkpoint tensor [layout.local_shape], vocabulary padding as zeros.
 
-    def read_slice(self, unit: Unit, index: int, architecture: Architecture, rank: int, size: int) -> torch.Tensor:
-        """Tensor-parallel `rank`'s part of the `index`-th Hugging Face tensor of `unit`, padded like `read_part`.
-
-        Only the part is read.
+        Nothing is read before its rows are asked for.
         """
+        slices = [self.slice(unit, index, architecture, rank, size) for index in range(len(unit.names))]
+        local = rearranged(lambda parts: unit.layout.join(parts, architecture), slices)
+        assert local.shape == local_shape(unit.parameter, architecture, size), (unit, local.shape)
+        return local
+
+    def slice(self, unit: Unit, index: int, architecture: Architecture, rank: int, size: int) -> Rows:
+        """Tensor-parallel `rank`'s part of the `index`-th Hugging Face tensor of `unit`, padded like `part`."""
         name, axis = unit.names[index], unit.parameter.shard_axis or 0
         file, shape = self._file(name), list(unit.shapes(architecture)[index])
         if unit.parameter.shard_axis is None:
@@ -146,9 +148,19 @@ class SafetensorsFolder:
         full = architecture.padded_vocab_size if "vocab" in unit.parameter.axes else shape[axis]
         start, stop = (min(edge * full // size, shape[axis]) for edge in (rank, rank + 1))
         shape[axis] = full // size
-        make = torch.empty if stop - start == shape[axis] else torch.zeros
-        local = make(shape, dtype=file.dtype(name))
-        part = local.narrow(axis, 0, stop - start)
-        file.read_into(name, part, axis, start)
-        self.look(name, part)
-        return local.to(self.dtype(name))
+        stored, dtype = file.dtype(name), self.dtype(name)
+
+        def fill(target: torch.Tensor, row: int) -> None:
+            local = target if stored == dtype else torch.empty(target.shape, dtype=stored)
+            held = local
+            if axis == 0:
+                held = local[: max(0, min(stop - start - row, len(local)))]
+                local[len(held) :].zero_()
+                file.read_into(name, held, 0, start + row)
+            else:
+                file.read_into(name, held, axis, start, row)
+            self.look(name, held)
+            if local is not target:
+                target.copy_(local)
+
+        return Rows(tuple(shape), dtype, fill)

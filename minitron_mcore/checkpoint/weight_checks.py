@@ -7,6 +7,7 @@ of zeros is found even though it becomes part of a fused tensor that is sharded 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,14 +59,18 @@ class WeightChecks:
 
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
+        self._lock = threading.Lock()
 
     def look(self, name: str, part: torch.Tensor) -> None:
-        """`part` of the Hugging Face tensor `name`; each element must be seen once, on one rank."""
+        """`part` of the Hugging Face tensor `name`; each element must be seen once, on one rank.
+
+        Any thread may call.
+        """
         found = Seen()
         if part.numel():
-            low, high = (float(edge) for edge in torch.aminmax(part))  # NaN where there is one anywhere
-            found = Seen(part.numel(), math.isfinite(low) and math.isfinite(high), low == high == 0)
-        self.seen[name] = self.seen.get(name, Seen()) + found
+            found = Seen(part.numel(), *(_look_at_bits(part) if part.is_cpu else _look_at_values(part)))
+        with self._lock:
+            self.seen[name] = self.seen.get(name, Seen()) + found
 
     def judge(
         self,
@@ -98,3 +103,26 @@ class WeightChecks:
             rule = f"parameters were read, but the architecture in config.json has {architecture.num_parameters:,}"
             raise InputError("", f"{count:,}", rule)
         return CheckedWeights(count, len(totals), zeros, tuple(allowed))
+
+
+def _look_at_values(part: torch.Tensor) -> tuple[bool, bool]:
+    """Whether all elements are finite, and whether all are zero."""
+    low, high = (float(edge) for edge in torch.aminmax(part))  # NaN where there is one anywhere
+    return math.isfinite(low) and math.isfinite(high), low == high == 0
+
+
+def _look_at_bits(part: torch.Tensor) -> tuple[bool, bool]:
+    """The same by the bits of floating-point numbers on the host, several times as fast and on one thread.
+
+    As integers with a sign the positive numbers are ordered by their size, and above all negative ones; as integers
+    without, so are the negative ones, above all positive ones. NaN and Inf are the largest of either.
+    """
+    size = 8 * part.dtype.itemsize
+    signed = part.detach().contiguous().view(_INTEGERS[size]).numpy()
+    sign, infinite = 1 << (size - 1), int(part.new_tensor(math.inf).view(_INTEGERS[size]))
+    largest, negative = int(signed.max()), int(signed.view(f"u{size // 8}").max())
+    finite = largest < infinite and negative < sign + infinite
+    return finite, largest <= 0 and negative in (0, sign)
+
+
+_INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}

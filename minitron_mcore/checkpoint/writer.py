@@ -1,4 +1,4 @@
-"""Checkpoints written as a stream: one parameter at a time is in memory, whatever the size of the shard.
+"""Checkpoints written as a stream: a few blocks, or one parameter, are in memory, whatever the size of the shard.
 
 The result is the torch_dist checkpoint that `dist_checkpointing.save` would write, with a manifest of its checksums:
 
@@ -28,12 +28,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.serialization import skip_data
 from torch.utils.serialization import config
 
 from minitron_mcore.architecture import Architecture
+from minitron_mcore.checkpoint.blocks import Mover, Rows, rows_of
 from minitron_mcore.checkpoint.folder import finish_iteration, unfinished_folder
-from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, stored_piece, write_manifest
-from minitron_mcore.checkpoint.safetensors_file import write_in_blocks
+from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, type_name, write_manifest
 from minitron_mcore.checkpoint.unpickle import read_metadata
 from minitron_mcore.checkpoint.versions import is_object, save_common
 from minitron_mcore.checkpoint.way_back import common_part, extra_states, write_beside
@@ -65,11 +66,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """A piece, and `read`, which gives its tensor, of as many elements, when it is its turn to be written. It may run
-    collectives if all ranks concerned order their sources alike."""
+    """A piece, and its tensor, of as many elements: rows that any thread may ask for, or `read`, which gives it whole
+    when it is its turn to be written. That may run collectives if all ranks concerned order their sources alike."""
 
     piece: Piece
-    read: Callable[[], torch.Tensor]
+    read: Rows | Callable[[], torch.Tensor]
 
 
 def shard_pieces(
@@ -128,10 +129,10 @@ def save_stream(
 
     With an `architecture`, what other projects on megatron-core need to load it is written too (way_back.py).
 
-    One source's tensor is in memory at a time. `judge` is called on every rank when all is written, and may
-    refuse it; what it gives is returned. Every error is raised on every rank, and nothing of the iteration is left
-    behind. An InputError of `read` passes unchanged; a full or forbidden disk becomes one, which calls the folder
-    `called`.
+    Of sources that are read one tensor is in memory at a time, of rows a few blocks. `judge` is called on every rank
+    when all is written, and may refuse it; what it gives is returned. Every error is raised on every rank, and nothing
+    of the iteration is left behind. An InputError of `read` passes unchanged; a full or forbidden disk becomes one,
+    which calls the folder `called`.
     """
     chosen = list(sources)
     objects = extra_states(architecture) if architecture is not None and runtime.is_main else []
@@ -273,7 +274,8 @@ def _write_item(piece: Piece) -> dcp.WriteItem:
 
 
 class _StreamWriter(dcp.FileSystemWriter):
-    """Reads one source after another, and writes its tensors, when torch asks for the rank's data; then `objects`."""
+    """Writes the rank's data when torch asks for it: what torch.save puts around tensors, with holes for their
+    elements, and `objects`; then the elements of the sources, which fill the holes."""
 
     def __init__(self, path: Path, sources: list[Source], objects: list[ShardedObject], bar: Bar) -> None:
         super().__init__(path, thread_count=1)
@@ -295,47 +297,76 @@ class _StreamWriter(dcp.FileSystemWriter):
         results: list[WriteResult] = []
         with (Path(self.path) / name).open("wb") as stream:
 
-            def put(index: MetadataIndex, content: Any) -> None:
+            def put(index: MetadataIndex, content: Any) -> int:
+                """Where the elements belong, which are left out."""
                 assert next(items).index == index, index
                 start = stream.tell()
-                _save(content, stream)
+                hole = _save(content, stream)
                 length = stream.tell() - start
                 results.append(WriteResult(index, length, _StorageInfo(name, start, length)))
+                return hole
 
-            for source in self.sources:
-                piece, tensor = source.piece, source.read()
-                assert tensor.dtype == piece.dtype, piece
-                # torch.save stores the whole storage that a view refers to.
-                whole = tensor.detach().cpu().contiguous().view(piece.shape)
-                whole = whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
-                self.stored.append(stored_piece(piece.key, piece.offsets, whole))
-                put(MetadataIndex(piece.key, torch.Size(piece.offsets)), whole)
-                del tensor, whole  # or they would be in memory beside the next ones
-                self.bar.advance(piece.num_bytes)
+            places = []
+            for piece in (source.piece for source in self.sources):
+                with skip_data():  # memory that is not written to costs nothing
+                    untouched = torch.empty(piece.shape, dtype=piece.dtype)
+                    places.append(put(MetadataIndex(piece.key, torch.Size(piece.offsets)), untouched))
+                    del untouched
             for value in self.objects:  # as megatron-core stores them: the list of their parts
                 put(MetadataIndex(value.unique_key), [value.data])
             stream.flush()
+            self._fill(stream.fileno(), places)
             os.fsync(stream.fileno())
         return results
 
+    def _fill(self, descriptor: int, places: list[int]) -> None:
+        """Write every source's elements at its place."""
+        mover = Mover(self.bar.advance)
+        checksums: dict[int, str] = {}
+        for number, (source, place) in enumerate(zip(self.sources, places, strict=True)):
+            if not isinstance(source.read, Rows):  # in order: the ranks may read together
+                tensor = source.read()
+                assert (tensor.nbytes, tensor.dtype) == (source.piece.num_bytes, source.piece.dtype), source.piece
+                flat = tensor.detach().cpu().reshape(-1)
+                checksums[number] = mover.move(rows_of(flat), descriptor, place)
+                del tensor, flat  # or they would be in memory beside the next ones
+        jobs = {number: source.read for number, source in enumerate(self.sources) if isinstance(source.read, Rows)}
+        for number, rows in jobs.items():
+            piece = self.sources[number].piece
+            assert (prod(rows.shape), rows.dtype) == (prod(piece.shape), piece.dtype), piece
+        found = mover.all([(rows, descriptor, places[number]) for number, rows in jobs.items()])
+        checksums.update(zip(jobs, found, strict=True))
+        for number, source in enumerate(self.sources):
+            piece = source.piece
+            stored = StoredPiece(piece.key, piece.offsets, piece.shape, type_name(piece.dtype), checksums[number])
+            self.stored.append(stored)
 
-def _save(content: Any, stream: BinaryIO) -> None:
+
+def _save(content: Any, stream: BinaryIO) -> int:
+    """Where a hole was left for a tensor's elements, if there was."""
+    parts = _Parts(stream)
     try:
-        torch.save(content, _InBlocks(stream))  # type: ignore[arg-type]
+        torch.save(content, parts)  # type: ignore[arg-type]
     except RuntimeError as error:
         # On a full disk torch, closing its archive, reports only that the archive is broken.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise cause from None
+    return parts.hole
 
 
-class _InBlocks:
+class _Parts:
     """The part of a file's interface that torch.save needs."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.stream = stream
+        self.stream, self.hole = stream, stream.tell()
 
     def write(self, content: bytes | memoryview) -> int:
-        return write_in_blocks(self.stream, memoryview(content))
+        return self.stream.write(content)
+
+    def seek(self, offset: int, whence: int) -> int:
+        """Over elements that are left out."""
+        self.hole = self.stream.tell()
+        return self.stream.seek(offset, whence)
 
     def flush(self) -> None:
         self.stream.flush()

@@ -1,5 +1,6 @@
 """How many bytes of memory a rank needs for what stands beside the trainings: scoring, evaluating, caching, which run a
-model forward, and pruning and exporting, which hold one parameter at a time in host memory. Pure.
+model forward, and pruning, scoring by magnitude and exporting, which hold one parameter at a time, or a few blocks, in
+host memory. Pure.
 
 Weights and sums are exact; what a forward pass holds at once was fitted to the CPU's allocator and holds within 15%
 there (tests/distributed/estimate/test_stage_peaks.py). Not counted: as in forecast.py.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from minitron_mcore.architecture import BYTES, Architecture
+from minitron_mcore.checkpoint.blocks import BLOCK, MOST_THREADS
 from minitron_mcore.distillation.config import CacheConfig, default_chunk_tokens
 from minitron_mcore.estimate.model import local_parameters
 from minitron_mcore.importance.config import LOGIT_METRICS, TEXT_METRICS, ImportanceConfig, variant_names
@@ -27,6 +29,7 @@ READ_AHEAD = {"score": 16, "cache": 16, "evaluate": 4, "reference": 16}
 # random numbers. While the likeliest are chosen: logits, a copy without them and their logarithms of sums; of a shard
 # 64-bit keys of values and columns beside three 32-bit tensors.
 _DRAWN, _CHOSEN, _CHOSEN_OF_SHARD = 40, 16, 36
+MAGNITUDE_CHUNK = 2**22  # importance/magnitude.py: values that are in memory as float64 at a time
 DEPTH_CHUNK = 512  # evaluation/token_values.py: tokens whose logits exist at a time
 
 
@@ -174,13 +177,19 @@ def prune_bytes(teacher: Architecture, student: Architecture, parallel: Parallel
 
 
 def export_bytes(model: Architecture, precision: str) -> int:
-    """Host memory of the first rank of `export`: one parameter, beside it the stored half that it is filled from where
-    it is a gated fc1, and queries, keys and values where it is all of these."""
-    largest = 0
+    """Host memory of the first rank of `export` at most: for each thread a block, and what it is picked from."""
+    largest = max(prod(row.shape(model)) for row in parameter_table(model))
+    return MOST_THREADS * 2 * min(BLOCK, BYTES.get(precision, 2) * largest)
+
+
+def magnitude_bytes(model: Architecture, precision: str) -> int:
+    """Host memory of a rank of `score` by magnitude: one parameter, and the stored piece that it is filled from, half
+    of it where it is a gated fc1; or a chunk of it in float64, and its squares."""
+    most, size = 0, BYTES.get(precision, 2)
     for row in parameter_table(model):
-        parts = 2 if "qkv" in row.axes else 1
-        largest = max(largest, parts * prod(row.shape(model)) * (3 if row.gated else 2) // 2)
-    return BYTES.get(precision, 2) * largest
+        count = prod(row.shape(model))
+        most = max(most, size * count * (3 if row.gated else 4) // 2, size * count + 16 * min(count, MAGNITUDE_CHUNK))
+    return most
 
 
 def _stage(run: Pass, stage: int) -> list[list[int]]:

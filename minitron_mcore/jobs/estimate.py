@@ -223,7 +223,8 @@ def beside_of(work: Work, world: World) -> Beside:
     parallel, method = dataclasses.replace(recipe.parallel, context=1), recipe.importance.method
     if verb == "export" or (verb == "score" and method != "activation"):
         # One process reads; of random scores nothing.
-        return Beside(title, verb, host=stages.export_bytes(shape, recipe.precision) * (method != "random"))
+        count = stages.export_bytes if verb == "export" else stages.magnitude_bytes
+        return Beside(title, verb, host=count(shape, recipe.precision) * (verb == "export" or method != "random"))
     reads_text = verb != "prune"
     if problem := problem_of(lambda: check_model(shape, recipe, world, None, parallel, reads_text=reads_text)):
         return Beside(title, verb, problem=problem)

@@ -1,5 +1,5 @@
-"""The forecast of scoring, evaluating, caching, a reference's pass, pruning and exporting against torch's CPU allocator
-at its peak.
+"""The forecast of scoring, evaluating, caching, a reference's pass, pruning and magnitudes against torch's CPU
+allocator at its peak; of exporting, on threads that it does not tell of, in tests/e2e/test_convert_memory.py.
 
 Each within 12%: a forward pass is forecast by the widest layer's tensors, which were counted, not derived; the smaller
 vectors and gloo's scratch are not counted. What a quicker case covers is slow.
@@ -26,8 +26,8 @@ from minitron_mcore.estimate.stages import (
     Pass,
     cache_parts,
     evaluate_parts,
-    export_bytes,
     kept_states,
+    magnitude_bytes,
     prune_bytes,
     reference_parts,
     score_parts,
@@ -40,7 +40,6 @@ from tests.distributed.ranks import run_on_ranks
 
 LENGTH, TOLERANCE = 256, 0.12
 SHAPE = {"vocab_size": 4096, "max_position_embeddings": LENGTH, "hidden_size": 256, "ffn_hidden_size": 768}
-# For transformers the width is a multiple of the heads.
 WHOLE = {**SHAPE, "num_attention_heads": 8, "vocab_size": 512}
 SMALL = {**WHOLE, "hidden_size": 192, "ffn_hidden_size": 512}
 
@@ -185,10 +184,10 @@ def test_a_pass(case: Case, tmp_path: Path) -> None:
 
 
 def peaks_on_the_host(parallel: dict[str, Any], folder: str) -> tuple[int, int]:
-    """Bytes that pruning, and on the first rank exporting, hold at most, of a checkpoint of one rank's pieces."""
-    from minitron_mcore.checkpoint.export import export_checkpoint
+    """Bytes that pruning, and scoring by magnitude, hold at most, of a checkpoint of one rank's pieces."""
     from minitron_mcore.checkpoint.folder import write_description
     from minitron_mcore.checkpoint.store import as_chunks, model_state, save_state
+    from minitron_mcore.importance.magnitude import magnitude_scores
     from minitron_mcore.importance.scores import random_scores
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
@@ -199,7 +198,7 @@ def peaks_on_the_host(parallel: dict[str, Any], folder: str) -> tuple[int, int]:
     from minitron_mcore.runtime.start import start
 
     runtime, teacher, student = start(), tiny("llama", **WHOLE), tiny("llama", **SMALL)
-    layout, (source, target, hf) = ParallelConfig(**parallel), (Path(folder) / name for name in ("t", "s", "hf"))
+    layout, (source, target) = ParallelConfig(**parallel), (Path(folder) / name for name in ("t", "s"))
     start_layout({}, runtime.world_size)
     chunks = build_model(teacher, ParallelConfig(), "fp32")
     initialize(chunks, teacher, seed=1)
@@ -211,15 +210,15 @@ def peaks_on_the_host(parallel: dict[str, Any], folder: str) -> tuple[int, int]:
     use_layout(layout, runtime.world_size)
     with peak(folder) as pruning:
         prune_checkpoint((source, 0), plan, target, runtime)
-    with peak(folder) as exporting:
-        export_checkpoint(source, 0, hf, runtime)
-    return pruning[0], exporting[0]
+    with peak(folder) as reading:
+        magnitude_scores(source, 0, teacher)
+    return pruning[0], reading[0]
 
 
-def test_what_prune_and_export_hold(tmp_path: Path) -> None:
-    """Two ranks cut a student out of whole parameters; the first one exports."""
+def test_what_is_held_of_a_checkpoint(tmp_path: Path) -> None:
+    """Two ranks cut a student out of whole parameters, and read whole ones for their magnitudes."""
     teacher, student = tiny("llama", **WHOLE), tiny("llama", **SMALL)
     ranks = run_on_ranks(peaks_on_the_host, 2, {"tensor": 2}, str(tmp_path))
     expected = prune_bytes(teacher, student, ParallelConfig(tensor=2), "fp32")
     assert expected == pytest.approx(max(pruned for pruned, _ in ranks), rel=TOLERANCE)
-    assert export_bytes(teacher, "fp32") == pytest.approx(ranks[0][1], rel=TOLERANCE)
+    assert magnitude_bytes(teacher, "fp32") == pytest.approx(max(read for _, read in ranks), rel=TOLERANCE)
