@@ -10,9 +10,7 @@ The result is the torch_dist checkpoint that `dist_checkpointing.save` would wri
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,9 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
@@ -33,19 +29,12 @@ from torch.utils.serialization import config
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.blocks import Mover, Rows, rows_of
-from minitron_mcore.checkpoint.folder import finish_iteration, unfinished_folder
-from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, type_name, write_manifest
-from minitron_mcore.checkpoint.unpickle import read_metadata
-from minitron_mcore.checkpoint.versions import is_object, save_common
-from minitron_mcore.checkpoint.way_back import common_part, extra_states, write_beside
-from minitron_mcore.errors import InputError, Interrupted, StorageError
-from minitron_mcore.files import nearest_folder, not_written
+from minitron_mcore.checkpoint.iteration import write_iteration
+from minitron_mcore.checkpoint.manifest import StoredPiece, type_name
+from minitron_mcore.checkpoint.way_back import extra_states
 from minitron_mcore.layout import Parameter, shard_slices
 from minitron_mcore.runtime.progress import Bar
 from minitron_mcore.runtime.start import Runtime
-
-# On a full disk torch.save may report only a broken archive, when the system's own error got lost.
-_ARCHIVE_BROKEN = ("inline_container.cc", "PyTorchStreamWriter failed", "iostream error")
 
 
 @dataclass(frozen=True)
@@ -151,99 +140,6 @@ def save_stream(
 
     write_iteration(folder, iteration, runtime, write, {}, architecture, called)
     return judged[0]
-
-
-def write_iteration(
-    folder: Path,
-    iteration: int,
-    runtime: Runtime,
-    write: Callable[[Path], list[StoredPiece]],
-    common: dict[str, Any],
-    architecture: Architecture | None,
-    called: str | None = None,
-    hint: str = "",
-) -> None:
-    """Have `write` fill a temporary folder, on every rank, and make it the finished `iteration` of `folder`.
-
-    `write` returns the pieces that this rank stored, the first of them weights, and raises on every rank if it does on
-    one. `common` is stored beside them, and for an `architecture` what other projects on megatron-core need (see
-    way_back.py). All ranks call. After an error nothing of the iteration is left behind. Raises InputError, which calls
-    the folder `called`, if it cannot be made, and StorageError, ending with `hint`, if the disk is full.
-    """
-    existed, called, temporary = folder.exists(), called or str(folder), unfinished_folder(folder, iteration)
-
-    def begin() -> None:
-        with explaining_disk(folder, called, hint):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-
-    def finish() -> None:
-        with explaining_disk(folder, called, hint):
-            common["content_metadata"] = {"iteration": iteration}
-            if architecture is not None:
-                common.update(common_part(architecture, iteration))
-                write_beside(temporary, architecture, stored[0].dtype if stored else "float32")
-            save_common(common, temporary)
-            save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
-            write_manifest(temporary, (piece for pieces in ranks for piece in pieces), _objects(temporary))
-            finish_iteration(folder, temporary, iteration)
-
-    try:
-        with explaining_disk(folder, called, hint):
-            runtime.on_main(begin)
-            stored = write(temporary)
-            ranks: list[Any] = [stored]
-            if runtime.world_size > 1:
-                ranks = [None] * runtime.world_size
-                torch.distributed.gather_object(stored, ranks if runtime.is_main else None, dst=0)
-            runtime.on_main(finish)
-    except (Exception, CheckpointException, Interrupted):
-        if runtime.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if not existed:
-                shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _objects(place: Path) -> dict[str, str]:
-    """Checksums of the objects stored beside tensors, by key."""
-    metadata = read_metadata(place)
-    return {
-        index.fqn: bytes_checksum(place / info.relative_path, info.offset, info.length)
-        for index, info in metadata.storage_data.items()
-        if is_object(metadata.state_dict_metadata[index.fqn])
-    }
-
-
-@contextmanager
-def explaining_disk(folder: Path, called: str, hint: str = "") -> Iterator[None]:
-    """Within, an error of the disk under `folder` is raised as one sentence, which calls the folder `called`: a
-    StorageError, ending with `hint`, if the disk is full or broken, else an InputError."""
-    try:
-        yield
-    except (Exception, CheckpointException) as error:
-        told = _told(error, folder, called, hint)
-        if told is error:
-            raise
-        raise told from error
-
-
-def _told(error: BaseException, folder: Path, called: str, hint: str) -> BaseException:
-    """What the user sees of an error that torch gathered from the ranks: the first sentence meant for a user."""
-    failures = error.failures.values() if isinstance(error, CheckpointException) else [[error]]
-    causes = [failure[0] for failure in failures]
-    # Sentences for a user come before errors of the disk, whatever rank they are from.
-    for cause in sorted(causes, key=lambda cause: not isinstance(cause, InputError)):
-        if isinstance(cause, InputError):
-            return cause
-        if isinstance(cause, OSError):
-            return not_written(called, cause, hint)
-    for cause in causes:
-        words = " ".join(str(cause).split())
-        if isinstance(cause, RuntimeError) and any(part in words for part in _ARCHIVE_BROKEN):
-            free = f"{shutil.disk_usage(nearest_folder(folder)).free / 1e6:,.1f} MB"
-            return StorageError("", called, f"cannot be written: {words[:200]}, with {free} free on its disk{hint}")
-    return error
 
 
 class _StreamPlanner(dcp.DefaultSavePlanner):

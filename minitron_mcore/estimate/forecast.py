@@ -40,6 +40,7 @@ class Forecast:
     parts: dict[str, int]
     setting: Setting
     host: int = 0  # beside the devices, of a node's host memory
+    snapshot: int = 0  # beside the devices, of a node's host memory, while a checkpoint is written in the background
     beside: tuple[Setting, ...] = ()  # the run's other shapes, none of which needs more
 
     @property
@@ -53,7 +54,7 @@ class Forecast:
     def table(self) -> str:
         """One line per part, the largest first."""
         rows = [*sorted(self.parts.items(), key=lambda row: -row[1]), ("together", self.total)]
-        rows.append(("host memory of a node", self.host))
+        rows += [("host memory of a node", self.host), ("checkpoint, in a node's host memory", self.snapshot)]
         return table([(name, bytes_text(value)) for name, value in rows if value], indent="  ")
 
     def __str__(self) -> str:
@@ -75,8 +76,12 @@ def bytes_text(count: int) -> str:
 def forecast(setting: Setting) -> Forecast:
     """What the fullest pipeline stage needs, of a layout that can hold the models."""
     host = teacher.host_bytes(setting)
-    stages = [Forecast(stage_parts(setting, stage), setting, host) for stage in _stages_that_count(setting)]
-    return max(stages, key=lambda stage: stage.total)
+    stages = [
+        Forecast(stage_parts(setting, stage), setting, host, _snapshot(setting, stage))
+        for stage in _stages_that_count(setting)
+    ]
+    fullest = max(stages, key=lambda stage: stage.total)
+    return replace(fullest, snapshot=max(stage.snapshot for stage in stages))
 
 
 def _stages_that_count(setting: Setting) -> Iterable[int]:
@@ -101,6 +106,8 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
         # tokens, labels and position_ids of 8 bytes, loss_mask of 4
         "batch": 28 * s.tokens * s.microbatches,
     }
+    if s.async_save and s.on_cpu:  # a fork shares them until they are written to again
+        parts["checkpoint being written"] = parts["weights"] + parts["gradients"] + parts["optimizer state"]
     phases = training_phases(s, stage, beside=projection, working=working)
     if parallel.sequence and model.uses_local_layers(s):  # of what all layers gather
         wide = max([s.student, *([s.teacher] if s.teacher and s.teacher_trained else [])], key=lambda a: a.hidden_size)
@@ -110,6 +117,8 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
         if s.teacher_trained:
             numbers = model.local_parameters(s.teacher, parallel, stage)
             parts["teacher's training"] = 4 * numbers + _optimizer_state(s, numbers)
+            if s.async_save and s.on_cpu:
+                parts["checkpoint being written"] += parts["teacher weights"] + parts["teacher's training"]
             phases.append({"teacher's training pass": _correction_pass(s, stage)})
         at_work = teacher_pass(s) + teacher.teacher_layers_at_work(s)
         phases.append({"teacher's forward": at_work, "teacher's states on their way": teacher.travelling(s, stage)})
@@ -119,6 +128,17 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
         parts["teacher's inner states"] = targets
         parts["inner states' losses"] = saved * model.passes(s, stage)
     return parts | max(phases, key=lambda phase: sum(phase.values()))
+
+
+def _snapshot(setting: Setting, stage: int) -> int:
+    """Host memory of a node that holds, of each rank, the weights and what Megatron's optimizer gathers of fp32 weights
+    and moments (on all data-parallel ranks, of which the first then writes it). 0 where the host is the device."""
+    s = setting
+    if not s.async_save or s.on_cpu:
+        return 0
+    trained = [s.student, *([s.teacher] if s.teacher and s.teacher_trained else [])]
+    of_rank = sum((BYTES[s.precision] + 12) * model.local_parameters(each, s.parallel, stage) for each in trained)
+    return s.local_ranks * of_rank
 
 
 def _optimizer_state(setting: Setting, count: int) -> int:
@@ -182,6 +202,7 @@ def settings_of(
             micro_batch_key=size_keys(train, shape, section)["micro_batch_size"],
             local_ranks=world.local_size,
             host_free=world.memory.host_free if world.memory else None,
+            async_save=train.async_save,
             preference=sides > 0,
             sides=sides or 1,
             **(taught if teacher else {}),
@@ -229,9 +250,9 @@ def forecast_words(expected: Forecast, memory: Memory | None) -> list[str]:
     if memory is None:
         return [said]
     said += f"; free {bytes_text(memory.free)} of {bytes_text(memory.total)}"
-    if expected.host:
+    if host := expected.host + expected.snapshot:
         there = f"free {bytes_text(memory.host_free)} of {bytes_text(memory.host_total)}"
-        said += f"; host memory of a node: forecast {bytes_text(expected.host)}, {there}"
+        said += f"; host memory of a node: forecast {bytes_text(host)}, {there}"
     lines = [said]
     if expected.total > memory.free:
         exceeds = f"WARNING: the forecast exceeds the free memory by {bytes_text(expected.total - memory.free)}"
@@ -241,6 +262,12 @@ def forecast_words(expected: Forecast, memory: Memory | None) -> list[str]:
             f"WARNING: teacher.placement=offloaded needs {bytes_text(expected.host - memory.host_free)} more of a "
             f"node's host memory than is free, {_copies(expected)}, and the system may kill the run without a message: "
             f"{_HOST_REMEDY}"
+        )
+    elif host > memory.host_free:
+        key = f"{expected.setting.section}.async_save"
+        lines.append(
+            f"WARNING: {key}=true needs {bytes_text(expected.snapshot)} of a node's host memory while a checkpoint is "
+            f"written, {bytes_text(host - memory.host_free)} more than is free: set {key}=false"
         )
     return lines
 
@@ -289,6 +316,8 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield "micro_batch_size", f"{s.micro_batch_key or f'{section}.micro_batch_size'}=1", {"micro_batch_size": 1}
     if (s.loss_chunk_tokens or default_chunk_tokens(s.tokens)) > LEAST_CHUNK:
         yield "chunk", f"{section}.loss_chunk_tokens={LEAST_CHUNK}", {"loss_chunk_tokens": LEAST_CHUNK}
+    if s.async_save and s.on_cpu:
+        yield "async_save", f"{section}.async_save=false", {"async_save": False}
     again = "at the cost of one more forward pass,"
     if s.recompute.granularity != "full":
         yield "recompute", f"{section}.recompute_granularity=full, {again}", {"recompute": Recompute("full")}

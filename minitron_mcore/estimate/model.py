@@ -46,6 +46,7 @@ class Setting:
     teacher_recompute: Recompute = KEEP_ALL
     hidden_states: HiddenStatesConfig | None = None  # losses between inner states; None: there are none
     preference: bool = False  # pairs of answers are trained on, and the teacher is their reference
+    async_save: bool = False  # a checkpoint is written while training goes on
     sides: int = 1  # sequences that lie side by side in a row of `sequence_length`: of a pair that is not packed, two
 
     @property

@@ -9,14 +9,19 @@ without them.
 from __future__ import annotations
 
 import functools
+import gc
+import inspect
 import queue
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -45,11 +50,17 @@ def optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *
     A third, of whatever Adam: where gradients lie in several buckets, each is padded to a multiple of 128 and of the
     ranks. The state is gathered without the padding and cut up as if it were there: of every parameter after the first
     padding the state of others would be saved, fp32 weights included.
+
+    To save, Megatron gathers the shards of the data-parallel ranks, by half a dozen copies of them. Where there is one
+    such rank, its tensors are taken as they are: do not step before they are written.
     """
     with ExitStack() as stack:
         for part in _distributed_optimizers(optimizer):
             _fill_empty_adam_state(part.optimizer)
-            stack.enter_context(_padding_kept(part))
+            is_alone = not is_loading and part.data_parallel_group.size() == 1
+            stack.enter_context(_taken_whole(part) if is_alone else _padding_kept(part))
+        gc.freeze()  # Megatron then collects garbage, which takes as long in torch's heap as to write 1 GB
+        stack.callback(gc.unfreeze)
         state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
     separate_steps(optimizer)
     return state
@@ -102,6 +113,27 @@ def save_without_helper() -> None:
         filesystem_async._results_queue = queue.SimpleQueue()
 
 
+def plan_save(strategy: TorchDistSaveShardedStrategy, state: Any, folder: Path) -> AsyncRequest:
+    """The strategy's asynchronous save, planned and not begun. All ranks call.
+
+    From 0.18 on it is nvidia-resiliency-ext's unless megatron-core's own is asked for by name.
+    """
+    known = inspect.signature(strategy.async_save).parameters
+    own = {"async_strategy": "mcore"} if "async_strategy" in known else {}
+    return strategy.async_save(state, folder, **own)
+
+
+def own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, for a tensor on the host, as a storage that ends with the tensor.
+
+    A saver copies a part of a larger storage before it writes, since the whole storage would be written.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.dim() or not tensor.numel():
+        return tensor
+    flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(flat).view(tensor.dtype).view(tensor.shape)
+
+
 @contextmanager
 def write_errors() -> Iterator[list[Exception]]:
     """Within the `with`, the list collects the errors met while a save of this process wrote its data.
@@ -139,6 +171,38 @@ def divide_gradients(chunks: list[torch.nn.Module], counted: torch.Tensor) -> No
     factor: Any = torch.where(counted > 0, 1.0 / counted, 1.0)
     for chunk in chunks:
         cast(DistributedDataParallel, chunk).scale_gradients(factor)
+
+
+class _ByStart:
+    """In place of a buffer: flat tensors, each found by the slice of the buffer in which it would lie."""
+
+    def __init__(self, tensors: dict[int, torch.Tensor]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, place: slice) -> torch.Tensor:
+        return self.tensors[place.start]
+
+
+@contextmanager
+def _taken_whole(part: Any) -> Iterator[None]:
+    part.get_parameter_state_dp_zero = functools.partial(_whole_state, part)
+    try:
+        yield
+    finally:
+        del part.get_parameter_state_dp_zero
+
+
+def _whole_state(part: Any, **how: Any) -> dict[Any, Any]:
+    """`get_parameter_state_dp_zero` of an optimizer that one rank has for itself, without a copy."""
+    state: dict[Any, Any] = {"buckets_coalesced": True}
+    for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
+        found: dict[str, dict[int, torch.Tensor]] = {key: {} for key in ("param", "exp_avg", "exp_avg_sq")}
+        for parameter, (start, *_) in buffer.param_index_map.items():
+            tensors = part._get_main_param_and_optimizer_states(parameter)
+            for key, by_start in found.items():
+                by_start[start] = tensors[key].detach().float().view(-1)
+        state[number] = {dtype: {key: _ByStart(tensors) for key, tensors in found.items()} for dtype in ranges}
+    return state
 
 
 def _distributed_optimizers(optimizer: MegatronOptimizer) -> list[Any]:

@@ -60,6 +60,12 @@ class TrainConfig:
         at_least=0,
         may_change=True,
     )
+    async_save: bool = key(
+        False, "write checkpoints while training goes on; needs host memory for a copy of the state", may_change=True
+    )
+    on_save_error: Annotated[str, OneOf("stop", "continue")] = key(
+        "stop", "what to do if a checkpoint on the way cannot be written; the last one must be", may_change=True
+    )
     loss_chunk_tokens: Optional[int] = key(
         None, "tokens whose logits exist at a time; null: a 16th, at least 128", at_least=1, may_change=True
     )

@@ -7,11 +7,10 @@ DistributedOptimizer step, learning-rate step, metrics, now and then validation 
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import torch
 
-from minitron_mcore.checkpoint.folder import drop_iteration, latest_iteration, read_lineage
+from minitron_mcore.checkpoint.folder import latest_iteration, read_lineage
 from minitron_mcore.checkpoint.store import load_training_state
 from minitron_mcore.errors import DivergedError, InputError
 from minitron_mcore.evaluation.held_out import mean_loss
@@ -24,6 +23,7 @@ from minitron_mcore.runtime.progress import Bar
 from minitron_mcore.training.accounting import StepTimers, account, split_line
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
+from minitron_mcore.training.saving import Saver
 from minitron_mcore.training.signals import StopRequest
 from minitron_mcore.training.start_check import check_teacher
 from minitron_mcore.training.step import Trained, not_finite, set_schedule, train_step
@@ -60,6 +60,9 @@ def fit(job: Job) -> Progress:
 
     metrics = MetricsLog(job.folder, job.log, job.iterations, name=job.name, recipe=job.recipe)
     stop = StopRequest()
+    # The newest checkpoint, if it is to make room for the next: also the one of an earlier stop.
+    interim = progress.iteration if job.until is not None and progress.iteration else None
+    saver = Saver(job, trained, interim)
     try:
         # In a log the lines of the training itself have rate and time left.
         shown = runtime.progress(
@@ -67,10 +70,14 @@ def fit(job: Job) -> Progress:
         )
         with stop.outliving_the_reader(), shown as bar:
             # Asked once more: a signal may come while the last checkpoint is saved.
-            runtime.stop_signal = _iterate(job, progress, trained, metrics, stop, bar) or stop.on_any_rank()
+            runtime.stop_signal = _iterate(job, progress, trained, metrics, stop, bar, saver) or stop.on_any_rank()
             if runtime.stop_signal and progress.iteration < job.ends_at:
                 saved = f"{name_of(runtime.stop_signal)}: saved {job.folder} at iteration {progress.iteration}"
                 runtime.print(f"{saved} of {job.iterations}; the same command goes on")
+        saver.close()
+    except BaseException as error:
+        saver.leave(in_order=isinstance(error, Exception))
+        raise
     finally:
         metrics.close(finished=progress.iteration == job.ends_at)
         stop.restore()
@@ -80,7 +87,15 @@ def fit(job: Job) -> Progress:
     return progress
 
 
-def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog, stop: StopRequest, bar: Bar) -> int:
+def _iterate(
+    job: Job,
+    progress: Progress,
+    trained: Trained,
+    metrics: MetricsLog,
+    stop: StopRequest,
+    bar: Bar,
+    saver: Saver,
+) -> int:
     """From `progress`, which is updated, to `job.ends_at`, or to the one in which a signal asked to stop.
 
     Returns that signal, or 0; the same on every rank."""
@@ -93,8 +108,6 @@ def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog
     pace = Pace(progress.consumed_tokens)  # validation and saving count too
     timers.attach(trained.chunks, trained.optimizer, job.objective)
     timers.start()
-    # The newest checkpoint, if it is to make room for the next: also the one of an earlier stop.
-    interim = progress.iteration if job.until is not None and progress.iteration else None
     end = job.timetable.at(job.ends_at).tokens_before
     for step, batch in timers.batches(itertools.chain([first], steps)):
         row = train_step(trained, job.objective, step.shape, batch, timers.timers)
@@ -123,30 +136,14 @@ def _iterate(job: Job, progress: Progress, trained: Trained, metrics: MetricsLog
         if job.data.read_valid and (last or _is_due(progress.iteration, train.eval_interval)):
             progress.metrics = validate(trained.chunks, job)
             metrics.write(progress.iteration, progress.metrics, shown=progress.metrics, kind="validation")
-        asked_to_stop = stop.on_any_rank()
+        asked_to_stop, writing = stop.exchange(saver.state)
+        saver.attend(writing)
         if last or asked_to_stop or _is_due(progress.iteration, job.save_interval):
-            save(job, progress, trained)
-            if train.save_interval is None:
-                drop(job, interim)
-                interim = progress.iteration
+            saver.save(progress, at_once=bool(last or asked_to_stop))
         if last or asked_to_stop:
             return asked_to_stop
         timers.start()
     raise AssertionError("the steps ended before the last iteration")
-
-
-def save(job: Job, progress: Progress, trained: Trained) -> None:
-    """A checkpoint of the iteration that `progress` has reached; every rank calls."""
-    if job.teaching is not None:
-        job.teaching.save(progress.iteration, progress.consumed_tokens, job.runtime)
-    trained.save(job.folder, vars(progress).copy(), job.runtime, job.architecture, lambda: job.describe(progress))
-
-
-def drop(job: Job, iteration: int | None) -> None:
-    """Remove the checkpoint of `iteration` once a newer one has taken its place; every rank calls."""
-    if iteration is not None:
-        for folder in [job.folder] + ([job.teaching.folder] if job.teaching is not None else []):
-            job.runtime.on_main(partial(drop_iteration, folder, iteration))
 
 
 def describe_newest(job: Job, progress: Progress) -> None:

@@ -41,9 +41,13 @@ class StopRequest:
 
     def on_any_rank(self) -> int:
         """The signal that asked any rank to stop, 0 for none. Every rank calls, once per iteration."""
-        number = torch.tensor(self.number, device=torch.cuda.current_device())
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        return int(number.item())
+        return self.exchange()[0]
+
+    def exchange(self, *values: int) -> list[int]:
+        """`on_any_rank`, and beside it the largest on any rank of each of `values`, in the same message."""
+        numbers = torch.tensor([self.number, *values], device=torch.cuda.current_device())
+        torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+        return [int(number) for number in numbers.tolist()]
 
     def outliving_the_reader(self) -> contextlib.redirect_stdout[Any]:
         """Within the `with`, output that nobody reads is no failure, but a request to stop (SIGPIPE)."""

@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import latest_iteration
-from minitron_mcore.checkpoint.store import save_state, training_state
+from minitron_mcore.checkpoint.store import SaveUnderWay, save_state, training_state
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.states.projection import finalize_gradients
 from minitron_mcore.files import writing
@@ -68,6 +68,25 @@ class Trained(NamedTuple):
         could read without.
         """
 
+        state, tell = self._described(folder, progress, runtime, describe)
+        save_state(folder, progress["iteration"], state, runtime, architecture)
+        tell()
+
+    def begin_save(
+        self, folder: Path, progress: dict[str, Any], runtime: Runtime, architecture: Architecture, describe: Describe
+    ) -> SaveUnderWay:
+        """`save`, which another process goes on with: to be finished, by all ranks, before the next one begins.
+
+        `describe` may be called when it is finished: it must still tell of the iteration that `progress` names.
+        """
+        state, tell = self._described(folder, progress, runtime, describe)
+        return SaveUnderWay(folder, progress["iteration"], state, runtime, architecture, then=tell)
+
+    def _described(
+        self, folder: Path, progress: dict[str, Any], runtime: Runtime, describe: Describe
+    ) -> tuple[Any, Callable[[], None]]:
+        """The state to save, and what to call on all ranks when it is saved."""
+
         def tell() -> None:
             with writing(str(folder)):
                 describe()
@@ -77,9 +96,7 @@ class Trained(NamedTuple):
         is_first = runtime.on_main(lambda: latest_iteration(folder) is None)
         if is_first:
             runtime.on_main(tell)
-        save_state(folder, progress["iteration"], state, runtime, architecture)
-        if not is_first:
-            runtime.on_main(tell)
+        return state, lambda: None if is_first else runtime.on_main(tell)
 
 
 def overlap_of(train: TrainConfig) -> Overlap:

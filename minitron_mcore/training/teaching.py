@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from minitron_mcore.checkpoint.store import load_training_state
+from minitron_mcore.checkpoint.store import SaveUnderWay, load_training_state
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.teacher.ahead import Teacher
@@ -74,6 +74,11 @@ class TrainedTeacher(Teacher):
         """A checkpoint of the teacher, written before the student's of this iteration. All ranks call."""
         progress = {"iteration": iteration}
         self.trained.save(self.folder, progress, runtime, self.architecture, lambda: self.tell(tokens))
+
+    def begin_save(self, iteration: int, tokens: int, runtime: Runtime) -> SaveUnderWay:
+        """`save`, which another process goes on with; to be finished before the student's. All ranks call."""
+        progress = {"iteration": iteration}
+        return self.trained.begin_save(self.folder, progress, runtime, self.architecture, lambda: self.tell(tokens))
 
     def resume(self, iteration: int, tokens: int) -> None:
         """Resume from the checkpoint of `iteration`, after `tokens` tokens. All ranks call. Raises InputError."""

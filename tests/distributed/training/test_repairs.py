@@ -206,7 +206,7 @@ def buckets_on_rank() -> tuple[int, int, int]:
     from minitron_mcore.checkpoint.store import model_state
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.runtime.overlap import Overlap
-    from minitron_mcore.runtime.repairs import SHARDING, optimizer_state
+    from minitron_mcore.runtime.repairs import SHARDING, _padding_kept, optimizer_state
     from minitron_mcore.training.config import TrainConfig
     from minitron_mcore.training.step import build_optimizer, wrap_model
 
@@ -228,7 +228,10 @@ def buckets_on_rank() -> tuple[int, int, int]:
 
     weights = model_state(chunks)["model"]
     plain = optimizer.sharded_state_dict({"model": weights}, metadata=SHARDING)
-    return mixed_up(plain), mixed_up(optimizer_state(optimizer, {"model": weights}, is_loading=False)), len(means)
+    with _padding_kept(part):  # as where there are several ranks: one alone does not gather
+        gathered = optimizer.sharded_state_dict({"model": weights}, metadata=SHARDING)
+    repaired = mixed_up(gathered) + mixed_up(optimizer_state(optimizer, {"model": weights}, is_loading=False))
+    return mixed_up(plain), repaired, len(means)
 
 
 def test_a_save_of_several_buckets_keeps_every_parameter_its_own_state() -> None:
@@ -236,3 +239,54 @@ def test_a_save_of_several_buckets_keeps_every_parameter_its_own_state() -> None
     assert repaired == 0 < number
     if Version(metadata.version("megatron-core")) < Version("0.18"):
         assert unrepaired > number // 2
+
+
+def states_on_rank(parallel: dict[str, Any], world_size: int, precision: str) -> tuple[int, list[str], int]:
+    """(tensors, those whose values Megatron's own gathering has otherwise, those that are the optimizer's own memory)
+    of an optimizer's state after one step."""
+    import torch
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from minitron_mcore.checkpoint.store import model_state
+    from minitron_mcore.distillation.logits.settings import LossSettings
+    from minitron_mcore.distillation.objective import Objective
+    from minitron_mcore.model.gpt import build_model
+    from minitron_mcore.model.initialize import initialize
+    from minitron_mcore.runtime.repairs import SHARDING, optimizer_state
+    from minitron_mcore.training.config import TrainConfig
+    from minitron_mcore.training.step import Trained, train_step
+
+    layout = start_layout(parallel, world_size)
+    architecture = tiny("llama")
+    models = build_model(architecture, layout, precision)
+    initialize(models, architecture, seed=11)
+    train = TrainConfig(global_batch_size=8)
+    timetable = steady(train, 10)
+    trained = Trained.of(models, train, timetable)
+    objective = Objective(LossSettings(vocab_size=architecture.vocab_size))
+    train_step(trained, objective, timetable.at(0).shape, my_batch(global_batch(architecture.vocab_size)))
+    (tensors,) = model_state(trained.chunks).values()
+    ours = optimizer_state(trained.optimizer, tensors, is_loading=False)
+    theirs = trained.optimizer.sharded_state_dict(tensors, is_loading=False, metadata=SHARDING)
+    rows = [
+        {(part.key, part.global_offset): part for part in nested_values(state) if isinstance(part, ShardedTensor)}
+        for state in (ours, theirs)
+    ]
+    assert rows[0].keys() == rows[1].keys()
+    own = {tensor.data_ptr() for part in trained.optimizer.chained_optimizers for tensor in _held(part.optimizer)}
+    unlike = [str(place) for place, part in rows[0].items() if not torch.equal(part.data.cpu(), rows[1][place].data)]
+    return len(rows[0]), unlike, sum(part.data.data_ptr() in own for part in rows[0].values())
+
+
+def _held(adam: Any) -> list[Any]:
+    return [tensor for parameter, state in adam.state.items() for tensor in (parameter, *state.values())]
+
+
+@pytest.mark.parametrize(("layout", "precision"), [("1", "fp32"), ("TP2", "bf16")])
+def test_the_state_of_a_rank_alone_is_taken_as_it_is(layout: str, precision: str) -> None:
+    """What Megatron makes by gathering from one rank, and no copy of it."""
+    world_size, parallel = LAYOUTS[layout]
+    for count, unlike, shared in run_on_ranks(states_on_rank, world_size, parallel, world_size, precision):
+        assert count > 50 and unlike == []
+        assert shared > 0.5 * count  # a gated fc1 is stored as two parts, of which one begins elsewhere

@@ -20,9 +20,15 @@ STEPS, CUT = 6, 3
 
 
 def fit_on_rank(
-    parallel: dict[str, Any], world_size: int, folder: str, precision: str = "fp32", save_interval: int | None = CUT
+    parallel: dict[str, Any],
+    world_size: int,
+    folder: str,
+    precision: str = "fp32",
+    save_interval: int | None = CUT,
+    **keys: Any,
 ) -> dict[str, Any]:
-    """`fit` in `folder`, resuming if it holds a checkpoint: the losses it logged and the final weights."""
+    """`fit` in `folder`, resuming if it holds a checkpoint: the losses it logged and the final weights. keys: of the
+    section, beside."""
     import json
 
     from minitron_mcore.checkpoint.folder import write_description
@@ -44,7 +50,8 @@ def fit_on_rank(
         for step in timetable.steps(iteration):
             yield step, my_batch(global_batch(architecture.vocab_size, step.iteration))
 
-    train = TrainConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=2, global_batch_size=8, save_interval=save_interval)
+    keys = {"lr": 1e-2, "min_lr": 1e-3, "lr_warmup_iters": 2, "global_batch_size": 8, **keys}
+    train = TrainConfig(save_interval=save_interval, **keys)
     target = Path(folder)
     fit(
         Job(
@@ -77,12 +84,12 @@ def run(layout: str, folder: Path, precision: str = "fp32") -> tuple[dict[int, A
     return ranks[0]["history"], assemble([rank["weights"] for rank in ranks], tiny("llama"))
 
 
-def cut_off(folder: Path, target: Path) -> None:
-    """What a run killed after its checkpoint at CUT leaves: later work half-written, and the tracker on CUT."""
+def cut_off(folder: Path, target: Path, cut: int = CUT) -> None:
+    """What a run killed after its checkpoint at `cut` leaves: later work half-written, and the tracker on `cut`."""
     shutil.copytree(folder, target)
     (target / f"iter_{STEPS:07d}" / "metadata.json").unlink()
     (target / f"iter_{STEPS:07d}").rename(target / f".unfinished_iter_{STEPS:07d}")
-    (target / "latest_checkpointed_iteration.txt").write_text(str(CUT))
+    (target / "latest_checkpointed_iteration.txt").write_text(str(cut))
     (target / "metrics.jsonl").unlink()
 
 

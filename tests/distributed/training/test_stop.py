@@ -19,7 +19,7 @@ from minitron_mcore.checkpoint import folder as checkpoint_folder
 from minitron_mcore.checkpoint import store, writer
 from minitron_mcore.checkpoint.folder import TRACKER, latest_iteration
 from minitron_mcore.runtime.interrupt import SIGNALS
-from minitron_mcore.training import loop
+from minitron_mcore.training import saving as saving_module
 from tests.distributed.models import LAYOUTS
 from tests.distributed.ranks import run_on_ranks
 from tests.distributed.training import test_resume
@@ -61,11 +61,11 @@ def terminated_after_the_last_save(parallel: dict[str, Any], world_size: int, fo
         if progress.iteration == STEPS and torch.distributed.get_rank() == world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    save, loop.save = loop.save, saving
+    save, saving_module.save = saving_module.save, saving
     try:
         fit_on_rank(parallel, world_size, folder)
     finally:
-        loop.save = save
+        saving_module.save = save
     return told[-1].stop_signal
 
 
@@ -189,17 +189,17 @@ def test_a_second_ctrl_c_is_not_waited_for(tmp_path: Path) -> None:
 def saved_on_rank(folder: str, save_interval: int | None) -> list[list[str]]:
     """Which iterations lie in the folder after each checkpoint."""
     seen: list[list[str]] = []
-    drop = loop.drop_iteration
+    drop = saving_module.drop_iteration
 
     def seeing(place: Path, iteration: int) -> None:
         seen.append(sorted(path.name for path in place.glob("iter_*")))
         drop(place, iteration)
 
-    loop.drop_iteration = seeing  # type: ignore[assignment]
+    saving_module.drop_iteration = seeing  # type: ignore[assignment]
     try:
         fit_on_rank({}, 1, folder, save_interval=save_interval)
     finally:
-        loop.drop_iteration = drop
+        saving_module.drop_iteration = drop
     return [*seen, sorted(path.name for path in Path(folder).glob("*iter_*") if path.is_dir())]
 
 

@@ -133,6 +133,24 @@ def test_host_memory_of_a_node() -> None:
     assert forecast(eight).host == host_bytes(eight) and "host memory of a node" in forecast(eight).table()
 
 
+def test_a_checkpoint_that_is_written_while_training_goes_on() -> None:
+    """On the CPU a fork, whose memory is copied as it is written to; from GPUs, each rank's copy on the host."""
+    count = 8 * LAYER + 2 * 1024 * 64 + 64
+    saving = setting(async_save=True, local_ranks=4, teacher=None)
+    assert (
+        forecast(saving).snapshot == 4 * (2 + 12) * count and forecast(replace(saving, async_save=False)).snapshot == 0
+    )
+    assert "checkpoint being written" not in stage_parts(saving, 0)
+    assert "checkpoint, in a node's host memory" in forecast(saving).table()
+    on_cpu = replace(saving, on_cpu=True, data_parallel=4)
+    assert stage_parts(on_cpu, 0)["checkpoint being written"] == (2 + 4 + 3) * count
+    assert forecast(on_cpu).snapshot == 0
+    assert any("distill.async_save=false saves" in line for line in advice(forecast(on_cpu), 9))
+    trained = replace(on_cpu, teacher=TEACHER, teacher_trained=True)
+    teacher_count = 16 * TEACHER_LAYER + 2 * 1024 * 128 + 128
+    assert stage_parts(trained, 0)["checkpoint being written"] == (2 + 4 + 3) * (count + teacher_count)
+
+
 def test_what_the_host_cannot_hold_is_not_advised() -> None:
     heavy = setting(teacher=TEACHER.replace(num_layers=64), data_parallel=2, local_ranks=2)
     needed = host_bytes(replace(heavy, teacher_placement="offloaded"))

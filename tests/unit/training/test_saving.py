@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from minitron_mcore.training import step
+from minitron_mcore.checkpoint.store import SaveUnderWay
+from minitron_mcore.errors import StorageError
+from minitron_mcore.training import saving, step
 from minitron_mcore.training.config import TrainConfig
-from minitron_mcore.training.job import Job
+from minitron_mcore.training.job import Job, Progress
 
 
 class OneRank:
@@ -41,6 +43,102 @@ def test_a_save_that_fails_is_not_described(monkeypatch: pytest.MonkeyPatch, tmp
             done.append("failed")
     # The first one comes with its description: nobody could read it without.
     assert done == ["described 1", "saved 1", "saved 2", "described 2", "failed"]
+
+
+class Written:
+    """A save in the background, whose writers go on until they are stopped or told that they are done."""
+
+    def __init__(self, name: str, iteration: int, done: list[str], fails: bool) -> None:
+        self.name, self.iteration, self.done, self.fails = f"{name} {iteration}", iteration, done, fails
+        self.state = SaveUnderWay.WRITING
+
+    def finish(self) -> None:
+        self.done.append(f"{'failed' if self.fails else 'finished'} {self.name}")
+        if self.fails:
+            raise StorageError("", "x", "cannot be written")
+
+    def stop(self) -> None:
+        self.done.append(f"stopped {self.name}")
+
+
+def saver_of(done: list[str], fails: set[str], monkeypatch: pytest.MonkeyPatch, **keys: Any) -> saving.Saver:
+    """Of a student and the teacher that is trained with it; `done` is told of everything in order."""
+
+    def begin(name: str, iteration: int) -> Written:
+        done.append(f"begun {name} {iteration}")
+        return Written(name, iteration, done, f"{name} {iteration}" in fails)
+
+    monkeypatch.setattr(
+        saving, "drop_iteration", lambda folder, iteration: done.append(f"dropped {folder} {iteration}")
+    )
+    monkeypatch.setattr(saving, "save", lambda job, progress, trained: done.append(f"saved {progress.iteration}"))
+    teaching = SimpleNamespace(folder="teacher", begin_save=lambda iteration, *_: begin("teacher", iteration))
+    job: Any = SimpleNamespace(
+        teaching=teaching,
+        folder="student",
+        architecture=None,
+        train=TrainConfig(async_save=True, **keys),
+        runtime=SimpleNamespace(print=done.append, is_main=True),
+    )
+    trained: Any = SimpleNamespace(begin_save=lambda folder, state, *_: begin("student", state["iteration"]))
+    return saving.Saver(job, trained)
+
+
+def test_saves_in_the_background_are_finished_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher's first, since the student's is resumed with it; the one before goes when both are there."""
+    done: list[str] = []
+    saver = saver_of(done, set(), monkeypatch)
+    assert saver.state == SaveUnderWay.DONE
+    saver.save(Progress(iteration=2), at_once=False)
+    assert saver.state == SaveUnderWay.WRITING
+    saver.attend(SaveUnderWay.WRITING)  # of another rank
+    assert done == ["begun teacher 2", "begun student 2"]
+    saver.attend(SaveUnderWay.DONE)
+    saver.save(Progress(iteration=4), at_once=False)
+    saver.save(Progress(iteration=5), at_once=True)
+    saver.close()
+    both = [["begun teacher 2", "begun student 2"], ["begun teacher 4", "begun student 4"]]
+    finished = [["finished teacher 2", "finished student 2"], ["finished teacher 4", "finished student 4"]]
+    dropped = [["dropped student 2", "dropped teacher 2"], ["dropped student 4", "dropped teacher 4"]]
+    waited = [line for line in done if line.startswith("waited ")]
+    assert len(waited) == 1 and waited[0].endswith(
+        " s for the checkpoint of iteration 4, which was still being written"
+    )
+    expected = [*both[0], *finished[0], *both[1], *finished[1], *dropped[0], *waited, "saved 5", *dropped[1]]
+    assert sorted(done) == sorted(expected)
+    kept = [line for line in done if not line.startswith("dropped")]  # by a thread of its own
+    assert kept == [line for line in expected if not line.startswith("dropped")]
+
+
+@pytest.mark.parametrize("fails", ["teacher 4", "student 4"])
+def test_a_save_that_fails_leaves_the_one_before(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    saver = saver_of(done, {fails}, monkeypatch, on_save_error="continue")
+    for iteration in (2, 4, 6):
+        saver.save(Progress(iteration=iteration), at_once=False)
+        saver.attend(SaveUnderWay.FAILED if fails.endswith(str(iteration)) else SaveUnderWay.DONE)
+    saver.close()
+    warning = "WARNING: no checkpoint of iteration 4, and training goes on: x cannot be written"
+    assert warning in done and f"failed {fails}" in done and "finished student 4" not in done
+    assert [line for line in done if "dropped" in line] == ["dropped student 2", "dropped teacher 2"]
+    assert done.index(warning) < done.index("finished student 6")
+
+    stopping = saver_of(done, {fails}, monkeypatch)
+    stopping.save(Progress(iteration=4), at_once=False)
+    with pytest.raises(StorageError, match="cannot be written"):
+        stopping.attend(SaveUnderWay.FAILED)
+    # The last one must not fail, whatever became of one before.
+    last = saver_of(done, {fails}, monkeypatch, on_save_error="continue")
+    last.save(Progress(iteration=4), at_once=False)
+    last.save(Progress(iteration=5), at_once=True)
+    assert done[-1] == "saved 5"
+
+    def fail(*arguments: Any) -> None:
+        raise StorageError("", "y", "cannot be written")
+
+    monkeypatch.setattr(saving, "save", fail)
+    with pytest.raises(StorageError, match="y cannot be written"):
+        last.save(Progress(iteration=6), at_once=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,155 @@
+"""When a training's checkpoints are written, finished and dropped, and what a save that fails means.
+
+With `async_save` a checkpoint is written while training goes on (checkpoint/store.py: SaveUnderWay) and finished at the
+end of a later iteration: when every rank has written its part, when the next one is due, or when the training ends.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from minitron_mcore.checkpoint.folder import drop_iteration
+from minitron_mcore.checkpoint.store import SaveUnderWay
+from minitron_mcore.errors import StorageError
+from minitron_mcore.runtime.agree import all_come
+from minitron_mcore.training.job import Job, Progress
+from minitron_mcore.training.step import Trained
+
+PATIENCE = 10.0  # seconds that a rank which failed waits for the others, before what they write together is lost
+
+
+class Saver:
+    """The checkpoints of a job. Every rank makes one, and calls each method at the same iteration."""
+
+    def __init__(self, job: Job, trained: Trained, interim: int | None = None) -> None:
+        """interim: the newest iteration, if it is to make room for the next."""
+        self.job, self.trained, self.interim = job, trained, interim
+        self._under_way: list[SaveUnderWay] = []  # of one iteration: the teacher's, if it is trained, and the student's
+        self._dropping: list[threading.Thread] = []
+
+    @property
+    def state(self) -> int:
+        """How far this rank is with what is being written (`SaveUnderWay.state`)."""
+        return max((save.state for save in self._under_way), default=SaveUnderWay.DONE)
+
+    def save(self, progress: Progress, *, at_once: bool) -> None:
+        """A checkpoint of the iteration that `progress` has reached, after any that is still being written.
+
+        at_once: it is whole on return, whatever `async_save` says, and a failure is raised, whatever `on_save_error`.
+        """
+        self.wait()
+        if at_once or not self.job.train.async_save:
+            self._try(partial(self._save_now, progress), progress.iteration, raises=at_once)
+        else:
+            self._try(partial(self._begin, progress), progress.iteration)
+
+    def attend(self, state: int) -> None:
+        """Finish what is being written, if it can be without waiting. state: the largest of all ranks' `state`."""
+        if self._under_way and state != SaveUnderWay.WRITING:
+            if state == SaveUnderWay.FAILED:
+                self._stop()
+            self._finish()
+
+    def wait(self) -> None:
+        """Finish what is being written, and say how long that took."""
+        if self._under_way:
+            begun, iteration = time.monotonic(), self._under_way[0].iteration
+            self._finish()
+            words = f"waited {time.monotonic() - begun:.1f} s for the checkpoint of iteration {iteration}"
+            self.job.runtime.print(f"{words}, which was still being written")
+
+    def leave(self, *, in_order: bool) -> None:
+        """Once an error has ended the training: finish what is being written, where every rank comes to do so.
+
+        in_order: else the process is to end at once, and what is being written is lost."""
+        try:
+            if self._under_way and in_order and all_come(within=PATIENCE):
+                self.wait()
+        except (Exception, CheckpointException) as error:  # the error that ended the training is to be seen
+            self.job.runtime.print(f"WARNING: {error}")
+        self._stop()
+        self._under_way = []
+        self.close()
+
+    def close(self) -> None:
+        """Wait until what was dropped is gone."""
+        for thread in self._dropping:
+            thread.join()
+        self._dropping = []
+
+    def _stop(self) -> None:
+        for save in self._under_way:
+            save.stop()
+
+    def _save_now(self, progress: Progress) -> None:
+        save(self.job, progress, self.trained)
+        self._replace(progress.iteration)
+
+    def _begin(self, progress: Progress) -> None:
+        job, said = self.job, replace(progress)  # which goes on while this one is written
+        try:
+            if job.teaching is not None:
+                self._under_way.append(job.teaching.begin_save(said.iteration, said.consumed_tokens, job.runtime))
+            state = vars(said).copy()
+            begun = self.trained.begin_save(
+                job.folder, state, job.runtime, job.architecture, lambda: job.describe(said)
+            )
+            self._under_way.append(begun)
+        except (Exception, CheckpointException):
+            self._stop()
+            self._under_way = []
+            raise
+
+    def _finish(self) -> None:
+        under_way, self._under_way = self._under_way, []
+        iteration = under_way[0].iteration
+
+        def finish() -> None:
+            try:
+                while under_way:
+                    under_way[0].finish()
+                    under_way.pop(0)
+            finally:
+                for left in under_way:
+                    left.stop()
+            self._replace(iteration)
+
+        self._try(finish, iteration)
+
+    def _try(self, work: Callable[[], None], iteration: int, *, raises: bool = False) -> None:
+        """Do a save's `work`, which raises on every rank if it does on one."""
+        try:
+            work()
+        except StorageError as error:
+            if raises or self.job.train.on_save_error == "stop":
+                raise
+            self.job.runtime.print(f"WARNING: no checkpoint of iteration {iteration}, and training goes on: {error}")
+
+    def _replace(self, iteration: int) -> None:
+        """Count `iteration` as the newest, and drop the one before if it was to make room."""
+        job = self.job
+        if job.train.save_interval is not None:
+            return
+        if self.interim is not None:
+            folders = [job.folder] + ([job.teaching.folder] if job.teaching is not None else [])
+            for folder in folders:
+                drop = partial(drop_iteration, folder, self.interim)
+                if not job.train.async_save:
+                    job.runtime.on_main(drop)
+                elif job.runtime.is_main:  # to unlink gigabytes takes as long as a step
+                    self._dropping.append(threading.Thread(target=drop, name="drop"))
+                    self._dropping[-1].start()
+        self.interim = iteration
+
+
+def save(job: Job, progress: Progress, trained: Trained) -> None:
+    """A checkpoint of the iteration that `progress` has reached; every rank calls."""
+    if job.teaching is not None:
+        job.teaching.save(progress.iteration, progress.consumed_tokens, job.runtime)
+    trained.save(job.folder, vars(progress).copy(), job.runtime, job.architecture, lambda: job.describe(progress))
