@@ -152,5 +152,6 @@ def _told(error: BaseException, folder: Path, called: str, hint: str) -> BaseExc
         words = " ".join(str(cause).split())
         if isinstance(cause, RuntimeError) and any(part in words for part in _ARCHIVE_BROKEN):
             free = f"{shutil.disk_usage(nearest_folder(folder)).free / 1e6:,.1f} MB"
-            return StorageError("", called, f"cannot be written: {words[:200]}, with {free} free on its disk{hint}")
+            rule = f"cannot be written: its archive broke off, as on a full disk, which has {free} free ({words[:200]})"
+            return StorageError("", called, rule + hint)
     return error
