@@ -62,13 +62,15 @@ def key(
     remedy: str = "",
     may_change: bool = False,
     budget: bool = False,
+    compare: bool = True,
     **bounds: float,
 ) -> Any:
     """A key of a section: its default (of a section, its class), what it means, and what it may be.
 
     filled: a list needs an entry; distinct: it names each once. remedy: what to do about a value out of range.
     may_change: a run that goes on may have another value, since the results do not depend on it. budget: it says how
-    long a training is, and may change with what is left of it. bounds: at_least, above, at_most or below.
+    long a training is, and may change with what is left of it. compare: sections that differ in it are not equal.
+    bounds: at_least, above, at_most or below.
     """
     metadata = {
         **{_CONSTRAINTS[name]: bound for name, bound in bounds.items()},
@@ -83,7 +85,7 @@ def key(
         return dataclasses.field(default_factory=default, metadata=metadata)
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=functools.partial(copy.deepcopy, default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, compare=compare)
 
 
 @dataclass_transform()

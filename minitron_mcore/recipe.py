@@ -27,7 +27,7 @@ from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.reading import filled, load_text, override_value, put, read
 from minitron_mcore.report.config import ReportConfig
-from minitron_mcore.runtime.config import ClusterConfig, ParallelConfig
+from minitron_mcore.runtime.config import INSTANCES, ClusterConfig, ParallelConfig
 from minitron_mcore.search.config import AblateConfig, SearchConfig
 from minitron_mcore.training.config import CorrectConfig, LogConfig, TrainConfig
 
@@ -61,6 +61,11 @@ class TeacherConfig:
     precision: Optional[Annotated[str, OneOf("fp32", "bf16", "fp8")]] = key(
         None, "fp8 needs Transformer Engine; null: the recipe's"
     )
+
+    def __post_init__(self) -> None:
+        if self.parallel is not None and (count := self.parallel.num_distributed_optimizer_instances) > 1:
+            rule = "has no effect on a teacher that lies by itself, which has no optimizer"
+            raise InputError(f"parallel.{INSTANCES}", count, rule, "leave it out")
 
 
 @section

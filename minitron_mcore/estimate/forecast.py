@@ -22,7 +22,7 @@ from minitron_mcore.estimate.phases import teacher_pass, training_phases
 from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.model.recompute import Recompute, recompute_of
 from minitron_mcore.recipe import Recipe
-from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.config import INSTANCES, ParallelConfig
 from minitron_mcore.runtime.exhausted import is_out_of_memory
 from minitron_mcore.runtime.world import Memory, World
 from minitron_mcore.tables import table
@@ -336,6 +336,12 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
     parts = parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1)
     if parallel.tensor > 1 and not parallel.sequence and s.length % parts == 0:
         yield "sequence", "parallel.sequence=true", {"parallel": replace(parallel, sequence=True)}
+    if parallel.num_distributed_optimizer_instances > 1:
+        yield (
+            "instances",
+            f"parallel.{INSTANCES}=1",
+            {"parallel": replace(parallel, num_distributed_optimizer_instances=1)},
+        )
     if s.data_parallel == 1 or s.data_parallel % 2 == 0:
         ranks = "" if s.data_parallel > 1 else " on twice the ranks"
         for name in ("tensor", "pipeline"):
@@ -349,7 +355,8 @@ def holds(setting: Setting) -> bool:
     """Whether a run can have this setting."""
     s = setting
     is_whole = is_whole_batch(s.global_batch_size, s.micro_batch_size, s.data_parallel, s.parallel)
-    return is_whole and holds_models(setting)
+    instances = s.parallel.num_distributed_optimizer_instances
+    return is_whole and s.data_parallel * s.parallel.context % instances == 0 and holds_models(setting)
 
 
 def is_whole_batch(batch: int, micro_batch: int, data_parallel: int, parallel: ParallelConfig) -> bool:

@@ -190,11 +190,19 @@ def parallels(trainings: Sequence[Training], gpus: int, per_node: int) -> Iterat
             if any(gpus % own.replica_ranks or own.context != context for own in apart):
                 continue
             for chunks in chunk_counts(layers, pipeline):
-                plain = ParallelConfig(tensor=tensor, pipeline=pipeline, virtual_pipeline=chunks, context=context)
+                count = instances_of(trainings, gpus // tensor // pipeline)
+                plain = ParallelConfig(tensor, pipeline, chunks, context, num_distributed_optimizer_instances=count)
                 wanted = [replace(plain, sequence=True)] if tensor > 1 else []
                 cut = [p for p in (*wanted, plain) if all(_possible(check_sequence, length, p) for length in lengths)]
                 fits = all(_possible(split_layers, shape.num_layers, pipeline, chunks) for shape in shapes)
                 yield from cut[:1] if fits else ()
+
+
+def instances_of(trainings: Sequence[Training], alike: int) -> int:
+    """As many instances of the optimizer as the recipe has, where they divide the `alike` ranks of a shard in all
+    trainings; else one."""
+    count = trainings[0].setting.parallel.num_distributed_optimizer_instances
+    return count if all(alike % (count * each.side_by_side) == 0 for each in trainings) else 1
 
 
 def contexts_of(trainings: Sequence[Training]) -> list[int]:

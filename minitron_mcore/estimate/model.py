@@ -70,7 +70,8 @@ class Setting:
 
     @property
     def optimizer_shards(self) -> int:
-        return self.data_parallel * self.parallel.context
+        """Ranks over which the optimizer's state is cut: those of one instance."""
+        return self.data_parallel * self.parallel.context // self.parallel.num_distributed_optimizer_instances
 
     @property
     def world_size(self) -> int:

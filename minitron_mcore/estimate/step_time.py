@@ -343,11 +343,14 @@ def _fetched(setting: Setting, machine: Machine) -> float:
 
 def _synchronisation(setting: Setting, machine: Machine) -> Stage:
     """Gradients reduced to their shards and weights gathered from them, over data- and context-parallel ranks; and the
-    optimizer's own step. That of the stage with most parameters."""
+    optimizer's own step. That of the stage with most parameters. Instances of the optimizer do so each over its own
+    ranks, and add up the shards between them."""
     s, parallel = setting, setting.parallel
     count = max(local_parameters(s.student, parallel, stage) for stage in range(parallel.pipeline))
     shards, element = s.optimizer_shards, BYTES.get(s.precision, 2)
     reduced = gather(machine, 4 * count, shards, stride=parallel.tensor)
+    instances, apart = parallel.num_distributed_optimizer_instances, parallel.tensor * shards
+    reduced += all_reduce(machine, 4 * count / shards, instances, stride=apart)
     gathered = gather(machine, element * count, shards, stride=parallel.tensor)
     found = {"data-parallel communication": (1 - machine.overlap) * (reduced + gathered)}
     if parallel.pipeline > 1 and not s.student.untie_embeddings_and_output_weights:

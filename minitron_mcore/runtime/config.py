@@ -5,6 +5,8 @@ from typing import Optional
 from minitron_mcore.errors import InputError
 from minitron_mcore.keys import key, section
 
+INSTANCES = "num_distributed_optimizer_instances"  # Megatron's
+
 
 @section
 class ParallelConfig:
@@ -17,6 +19,10 @@ class ParallelConfig:
     )
     context: int = key(1, "ranks that a sequence is cut over", at_least=1)
     sequence: bool = key(False, "sequence parallelism; needs tensor > 1")
+    # The same layout for a model, hence not compared.
+    num_distributed_optimizer_instances: int = key(
+        1, "copies of the optimizer's state, each cut over as many data-parallel ranks", at_least=1, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.virtual_pipeline is not None and self.pipeline == 1:
@@ -63,6 +69,12 @@ def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel
         rule = f"x {key}.pipeline={parallel.pipeline}{context} = {ranks} ranks for one copy of the model, but {started}"
         remedy = f"start a multiple of {ranks}, or change {key}.* (--dry-run takes cluster.gpus for the ranks)"
         raise InputError(f"{key}.tensor", parallel.tensor, rule, remedy)
+    instances, data = parallel.num_distributed_optimizer_instances, world_size // ranks
+    if data * parallel.context % instances:
+        of = f"ranks of a shard, {data} data-parallel x {key}.context={parallel.context}"
+        of = f"{of} = {data * parallel.context}" if parallel.context > 1 else f"data-parallel ranks, {data}"
+        remedy = "set a number that does, or start other ranks"
+        raise InputError(f"{key}.{INSTANCES}", instances, f"does not divide the number of {of}", remedy)
 
 
 def check_packing(layouts: dict[str, ParallelConfig], key: str = "chat.packing") -> None:

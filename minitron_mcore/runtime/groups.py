@@ -35,6 +35,13 @@ def data_group(*, with_context: bool = False) -> ProcessGroup:
     return parallel_state.get_data_parallel_group(with_context_parallel=with_context)
 
 
+def optimizer_instances() -> int:
+    """Copies of the optimizer's state that the layout has, each of them cut over its part of the data-parallel ranks of
+    all parts of a sequence."""
+    part = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True)
+    return data_group(with_context=True).size() // part.size()
+
+
 def data_place() -> dict[str, int]:
     """Which data-parallel rank this is, and of how many, as what reads data takes it."""
     return {"data_parallel_rank": data_group().rank(), "data_parallel_size": data_group().size()}

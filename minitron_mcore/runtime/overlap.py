@@ -19,6 +19,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from minitron_mcore.runtime.repairs import remember_reductions
+
 
 class Overlap(NamedTuple):
     """What is overlapped; bucket_size: parameters of a bucket, None: Megatron's, 40 million or 1 million a rank."""
@@ -44,6 +46,8 @@ NOTHING = Overlap()
 def prepare(chunks: Sequence[Any], config: TransformerConfig) -> None:
     """What is set on chunks and their `config` when they have been wrapped, as Megatron-LM's training sets it."""
     if chunks[0].ddp_config.overlap_grad_reduce:
+        if chunks[0].ddp_config.num_distributed_optimizer_instances > 1:
+            remember_reductions(list(_groups(chunks)))
         held, started = [chunk.no_sync for chunk in chunks], [chunk.start_grad_sync for chunk in chunks]
         config.no_sync_func = held if len(chunks) > 1 else held[0]
         config.grad_sync_func = started if len(chunks) > 1 else started[0]

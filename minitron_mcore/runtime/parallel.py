@@ -42,7 +42,7 @@ def use_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Make Megatron's process groups for `parallel`; all ranks call. Nothing happens if they stand already."""
     global _current
     check_layout(parallel, world_size)
-    if layout_stands() and _current == parallel:
+    if layout_stands() and repr(_current) == repr(parallel):  # instances of the optimizer included
         return
     release_layout()
     with own_interface(world_size):
@@ -51,6 +51,7 @@ def use_layout(parallel: ParallelConfig, world_size: int) -> None:
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
             context_parallel_size=parallel.context,
+            num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
             distributed_timeout_minutes=collective_timeout() // timedelta(minutes=1),
         )
     _current = dataclasses.replace(parallel)

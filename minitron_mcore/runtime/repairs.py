@@ -12,7 +12,7 @@ import functools
 import gc
 import inspect
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+_ON_ITS_STREAM = object()  # in a handle's place: what waits is the stream
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -155,6 +156,30 @@ def write_errors() -> Iterator[list[Exception]]:
         yield met
     finally:
         writer.write_preloaded_data = staticmethod(original)
+
+
+def remember_reductions(groups: Sequence[Any]) -> None:
+    """Let DDP's bucket groups know that their gradients are being reduced where there are several instances of the
+    optimizer and reductions are overlapped.
+
+    With one instance a handle says so. With several there is none, since a stream of their own carries them: in the
+    first step those that the pipeline has started are reduced again at its end, and sums of sums come out.
+    """
+    for group in groups:
+        group.start_grad_sync = functools.partial(_start_once, group)
+        group.finish_grad_sync = functools.partial(_finish, group)
+
+
+def _start_once(group: Any, **how: Any) -> None:
+    if group.is_first_batch and group.grad_reduce_handle is not None:
+        return
+    type(group).start_grad_sync(group, **how)
+    group.grad_reduce_handle = _ON_ITS_STREAM
+
+
+def _finish(group: Any, **how: Any) -> None:
+    type(group).finish_grad_sync(group, **how)
+    group.grad_reduce_handle = None
 
 
 def divide_gradients(chunks: list[torch.nn.Module], counted: torch.Tensor) -> None:

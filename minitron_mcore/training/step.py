@@ -22,6 +22,7 @@ from minitron_mcore.distillation.states.projection import finalize_gradients
 from minitron_mcore.files import writing
 from minitron_mcore.model.gpt import DTYPES, LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.runtime.groups import optimizer_instances
 from minitron_mcore.runtime.overlap import NOTHING, Overlap, adopt_head, finish_gathering, prepare, start_gathering
 from minitron_mcore.runtime.pace import timed
 from minitron_mcore.runtime.start import Runtime
@@ -111,7 +112,10 @@ def overlap_of(train: TrainConfig) -> Overlap:
 def wrap_model(chunks: list[LanguageModel], overlap: Overlap = NOTHING) -> list[torch.nn.Module]:
     """Each chunk in Megatron's DDP: fp32 gradients in contiguous buffers, reduce-scattered to the optimizer."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, **overlap.ddp_fields()
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        num_distributed_optimizer_instances=optimizer_instances(),
+        **overlap.ddp_fields(),
     )
     wrapped: list[torch.nn.Module] = []
     for index, chunk in enumerate(chunks):

@@ -21,6 +21,11 @@ DISTILL: list[Case] = [
     ("distill", ["distill.checkpoint=@/teacher"], "is the student's or the teacher's own folder"),
     ("distill", ["teacher.parallel.sequence=true"], "teacher.parallel.sequence=true cuts the sequence over"),
     ("distill", ["teacher.precision=fp16"], "teacher.precision=fp16 must be one of fp32, bf16, fp8"),
+    (
+        "distill",
+        ["teacher.parallel.num_distributed_optimizer_instances=2"],
+        "teacher.parallel.num_distributed_optimizer_instances=2 has no effect on a teacher that lies by itself",
+    ),
     ("distill", ["teacher.precision=fp8"], "teacher.precision=fp8 needs Transformer Engine and a CUDA device"),
     ("distill", ["distill.temperature=0"], "distill.temperature=0.0 must lie between 0.001 and 100"),
     ("distill", ["distill.temperature=1e4"], "distill.temperature=10000.0 must lie between 0.001 and 100"),

@@ -110,6 +110,18 @@ LAYOUTS += [
         ["parallel.context=2", "data.sequence_length=18"],
         "data.sequence_length=18 is not a multiple of 2 x parallel.context=2 = 4 (18 / 4 = 4.5)",
     ),
+    (
+        2,
+        "train",
+        ["parallel.num_distributed_optimizer_instances=3"],
+        "parallel.num_distributed_optimizer_instances=3 does not divide the number of data-parallel ranks, 2: set",
+    ),
+    (
+        2,
+        "train",
+        ["parallel.context=2", "parallel.num_distributed_optimizer_instances=3"],
+        "does not divide the number of ranks of a shard, 1 data-parallel x parallel.context=2 = 2: set",
+    ),
     (2, "score", ["parallel.context=2"], "parallel.context=2 is not possible in `score`, which needs a whole sequence"),
     (2, "run", ["parallel.context=2"], "parallel.context=2 is not possible in `run`, which needs a whole sequence"),
     (

@@ -77,6 +77,15 @@ def test_a_recipe_with_the_keys_of_a_layout_is_what_was_estimated() -> None:
     assert len(kinds) > 2, "several kinds of choices are tried"
 
 
+def test_layouts_keep_the_instances_of_the_optimizer_that_they_can() -> None:
+    found = estimate("parallel.num_distributed_optimizer_instances=4", "cluster.gpus=32")
+    counts = [(p.num_distributed_optimizer_instances, 32 // p.replica_ranks) for p in parallels(found.trainings, 32, 8)]
+    assert all(count == (1 if data % 4 else 4) for count, data in counts)
+    assert {count for count, _ in counts} == {1, 4}
+    changed = next(layout for layout in found.layouts if layout.data_parallel % 4)
+    assert "parallel.num_distributed_optimizer_instances=1" in changed.keys(found.trainings)
+
+
 def test_the_fastest_comes_first_and_fits() -> None:
     found = estimate("cluster.gpus=64", "cluster.gpu_memory=16Gi")
     times = [layout.seconds or 0 for layout in found.layouts]

@@ -172,6 +172,19 @@ def test_data_parallel_volume() -> None:
     assert half == pytest.approx(found / 2)
 
 
+def test_instances_of_the_optimizer_gather_each_in_its_own_node() -> None:
+    """16 ranks as 2 instances of 8: 7/8 of gradients and weights within a node, and between the nodes an all-reduce of
+    each rank's eighth of the gradients, at what one GPU sends, instead of 15/16 of all over all links."""
+    machine = replace(IDEAL, intra_node_bandwidth=450e9, inter_node_bandwidth=50e9)
+    two = ParallelConfig(num_distributed_optimizer_instances=2)
+    own = setting(two, data_parallel=16)
+    count = local_parameters(LLAMA, two, 0)
+    within, between = 6 * count * 7 / 8 / 450e9, 2 * 4 * count / 8 * 1 / 2 / 50e9
+    assert step_time(own, machine).parts["data-parallel communication"] == pytest.approx(within + between)
+    held = forecast(own).parts["optimizer state"], forecast(replace(own, parallel=ALONE)).parts["optimizer state"]
+    assert held[0] == pytest.approx(2 * held[1])
+
+
 def test_a_ring_over_nodes_uses_all_their_links() -> None:
     """Of 32 ranks on 4 nodes, neighbours: 8 x 50 GB/s, below the 450 inside; every eighth rank: 50 GB/s."""
     machine = replace(IDEAL, inter_node_bandwidth=50e9, intra_node_bandwidth=450e9, inter_node_latency=1e-5)
