@@ -65,7 +65,7 @@ class Run:
     parallel: tuple[Any, ...] = ()  # fields of ParallelConfig, in order
     recompute: str = ""
     teacher: Architecture | None = None
-    cluster: dict[str, Any] = field(default_factory=lambda: {"overlap": 1.0})
+    cluster: dict[str, Any] = field(default_factory=dict)
 
     def time(self) -> StepTime:
         parallel = ParallelConfig(*self.parallel)
@@ -85,7 +85,7 @@ class Run:
 
 
 _BRIDGE, _TITAN, _OPTIMIZER = "Megatron-Bridge 25.11", "torchtitan 2024-12", "Model-Optimizer"
-_500W = {"overlap": 1.0, "memory_bandwidth": 2400.0}
+_500W = {"memory_bandwidth": 2400.0}
 _KEPT = "weights are gathered and parts of layers run again otherwise than here"
 _PEER = (
     "the peer holds whole fp32 logits of both models, runs the teacher inside each microbatch, and its hours include"

@@ -32,6 +32,9 @@ class Setting:
     loss_chunk_tokens: int | None  # None: config.default_chunk_tokens
     recompute: Recompute = KEEP_ALL  # of the student's pass
     on_cpu: bool = False
+    overlap_grad_reduce: bool | None = None  # as the keys of training; None: on a GPU
+    overlap_param_gather: bool | None = None
+    ddp_bucket_size: int | None = None  # None: Megatron's
     section: str = "train"  # of the recipe, for the names of keys
     micro_batch_key: str = ""  # its full key, perhaps of a phase; empty: the section's
     local_ranks: int = 1  # ranks of a node, which share its host memory

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from minitron_mcore.architecture import BYTES
 from minitron_mcore.distillation.states.map import WIDE_SITES, holder, needs_projection, pairs
 from minitron_mcore.estimate import teacher as teacher_memory
 from minitron_mcore.estimate.model import Setting, local_parameters
 from minitron_mcore.estimate.operations import Pass, Seconds, log_prob_seconds, loss_seconds
+from minitron_mcore.estimate.overlap import gathering, gathering_wait, reduction, reduction_wait
 from minitron_mcore.estimate.rates import all_reduce, gather, product, send, traffic
 from minitron_mcore.estimate.stages import READ_AHEAD
 from minitron_mcore.layout import axis_sizes, split_layers, stage_of
@@ -86,12 +86,14 @@ Stage = dict[str, float]  # seconds of one microbatch by part
 @dataclass(frozen=True)
 class Share:
     """What a step takes whatever the number of its microbatches: of a microbatch on each of the student's stages, and
-    of the teacher's where that one makes a pass ahead; of gradients, weights and optimizer. corrected: of the teacher's
-    own training, where it is trained."""
+    of the teacher's where that one makes a pass ahead; of gradients, weights and optimizer. gathering: seconds that the
+    student would wait for its weights if nothing ran ahead of it. corrected: of the teacher's own training, where it is
+    trained."""
 
     student: Sequence[Stage]
     teacher: Sequence[Stage]
     synchronised: Stage
+    gathering: float
     corrected: Share | None
 
 
@@ -121,7 +123,7 @@ def _share_of(setting: Setting, machine: Machine) -> Share:
     return Share(
         _student_stages(s, machine),
         _teacher_stages(s, machine) if runs_ahead else (),
-        _synchronisation(s, machine),
+        *_synchronisation(s, machine),
         _share_of(_corrected(s), machine) if s.teacher_trained and s.teacher is not None else None,
     )
 
@@ -138,16 +140,17 @@ def _step_time(setting: Setting, machine: Machine, share: Share) -> StepTime:
     s, parts = setting, defaultdict(float, dict.fromkeys(PARTS, 0.0))
     windows = ceil(s.microbatches / s.ahead) if s.teacher is not None else 1
     _add_schedule(parts, share.student, s.microbatches, windows, s.parallel.virtual_pipeline or 1)
-    teacher_flops = 0.0
+    teacher_flops = ahead = 0.0
     if s.teacher is not None:
         teacher_flops = s.teacher.forward_flops_per_token(s.length)
         if share.corrected is not None:
             teacher_flops *= 3
             parts["teacher's training"] = _step_time(_corrected(s), machine, share.corrected).total
         else:
-            _add_teacher(parts, s, machine, windows, share)
+            ahead = _add_teacher(parts, s, machine, windows, share)
     for name, seconds in share.synchronised.items():
         parts[name] += seconds
+    parts["data-parallel communication"] += max(0.0, share.gathering - ahead)
     tokens = s.global_batch_size * s.sequence_length
     # Token ids, labels, positions and masks, from the host.
     parts["data"] = 28 * s.tokens * s.microbatches / machine.host_bandwidth
@@ -304,23 +307,31 @@ def _teacher_stages(setting: Setting, machine: Machine) -> list[Stage]:
     return stages
 
 
-def _add_teacher(parts: dict[str, float], setting: Setting, machine: Machine, windows: int, share: Share) -> None:
-    """The teacher's pass ahead of each window, and what brings its states."""
+def _add_teacher(parts: dict[str, float], setting: Setting, machine: Machine, windows: int, share: Share) -> float:
+    """Add the teacher's pass ahead of each window, and what brings its states. Returns for how long the links between
+    data-parallel ranks are free before the student begins."""
     s, own = setting, setting.teacher_layout
     assert s.teacher is not None
     replicas = s.world_size // own.replica_ranks
-    # Of the microbatches of all the student's replicas, as many as a replica of the teacher runs in a window.
-    count = ceil(s.ahead * s.data_parallel / replicas)
-    if own.virtual_pipeline:
-        count = ceil(count / own.pipeline) * own.pipeline
+
+    def run(microbatches: int) -> int:
+        """Of so many on each of the student's replicas, what a replica of the teacher runs."""
+        count = ceil(microbatches * s.data_parallel / replicas)
+        return ceil(count / own.pipeline) * own.pipeline if own.virtual_pipeline else count
+
+    count, last = run(s.ahead), run(s.microbatches - (windows - 1) * s.ahead)
     virtual = own.virtual_pipeline or 1
-    _add_schedule(parts, share.teacher, windows * count, windows, virtual)
+    _add_schedule(parts, share.teacher, (windows - 1) * count + last, windows, virtual)
     if own == s.parallel:
         parts["pipeline bubble"] -= windows * _filled(share.teacher, share.student, virtual)
     else:
         states = s.ahead * s.tokens * s.teacher.hidden_size * s.teacher_element
         shard = s.parallel.tensor if s.parallel.sequence else 1
         parts["teacher's states sent"] = windows * send(machine, states / shard, world=s.world_size)
+    taken = max(stage["teacher"] for stage in share.teacher)
+    if s.teacher_placement == "sharded":
+        taken -= _fetched(s, machine) * ceil(s.teacher.num_layers / own.pipeline)
+    return count * max(0.0, taken)
 
 
 def _filled(teacher: Sequence[Stage], student: Sequence[Stage], chunks: int) -> float:
@@ -341,25 +352,29 @@ def _fetched(setting: Setting, machine: Machine) -> float:
     return 0.0
 
 
-def _synchronisation(setting: Setting, machine: Machine) -> Stage:
-    """Gradients reduced to their shards and weights gathered from them, over data- and context-parallel ranks; and the
-    optimizer's own step. That of the stage with most parameters. Instances of the optimizer do so each over its own
-    ranks, and add up the shards between them."""
-    s, parallel = setting, setting.parallel
+def _synchronisation(setting: Setting, machine: Machine) -> tuple[Stage, float]:
+    """(what a step takes at its end, how long the next one's first forward pass would wait): gradients reduced to their
+    shards and weights gathered from them, over data- and context-parallel ranks; and the optimizer's own step. That of
+    the stage with most parameters, or that everything waits for."""
+    s, parallel, waits = setting, setting.parallel, 0.0
     count = max(local_parameters(s.student, parallel, stage) for stage in range(parallel.pipeline))
-    shards, element = s.optimizer_shards, BYTES.get(s.precision, 2)
-    reduced = gather(machine, 4 * count, shards, stride=parallel.tensor)
-    instances, apart = parallel.num_distributed_optimizer_instances, parallel.tensor * shards
-    reduced += all_reduce(machine, 4 * count / shards, instances, stride=apart)
-    gathered = gather(machine, element * count, shards, stride=parallel.tensor)
-    found = {"data-parallel communication": (1 - machine.overlap) * (reduced + gathered)}
+    reduced, gathered = reduction(s, machine, count), gathering(s, machine, count)
+    if machine.overlap is not None:
+        reduced, gathered = (1 - machine.overlap) * reduced, (1 - machine.overlap) * gathered
+    elif not s.on_cpu:  # on the CPU both would share its cores
+        passing = student_pass(s, machine)
+        if s.overlap_grad_reduce is not False:
+            reduced = reduction_wait(s, machine, passing.layer_backward().total)
+        if s.overlap_param_gather is not False:
+            gathered, waits = 0.0, gathering_wait(s, machine, passing.layer_forward().total)
+    found = {"data-parallel communication": reduced + gathered}
     if parallel.pipeline > 1 and not s.student.untie_embeddings_and_output_weights:
         table = 4 * s.student.padded_vocab_size / parallel.tensor * s.student.hidden_size
         found["pipeline communication"] = all_reduce(machine, table, 2, stride=s.world_size // parallel.pipeline)
     adam = TORCH_ADAM if s.on_cpu else FUSED_ADAM
     share = CLIPPED + adam + (0 if s.precision == "fp32" else 4)
-    found["optimizer"] = traffic(machine, count * (EACH_PARAMETER + share / shards))
-    return found
+    found["optimizer"] = traffic(machine, count * (EACH_PARAMETER + share / s.optimizer_shards))
+    return found, waits
 
 
 def _by_part(name: str, work: Seconds) -> Stage:

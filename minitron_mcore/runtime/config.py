@@ -55,7 +55,12 @@ class ClusterConfig:
     intra_node_bandwidth: Optional[float] = key(None, "GB/s that a GPU sends to others of its node", above=0)
     inter_node_bandwidth: Optional[float] = key(None, "GB/s that a GPU sends to other nodes", above=0)
     efficiency: Optional[float] = key(None, "share of the peak that matrix products reach", above=0, at_most=1)
-    overlap: float = key(0, "share of data-parallel communication that backward hides", at_least=0, at_most=1)
+    overlap: Optional[float] = key(
+        None,
+        "share of data-parallel communication that is hidden; null: worked out from `overlap_*`",
+        at_least=0,
+        at_most=1,
+    )
     price: Optional[float] = key(None, "of a GPU for an hour, in any currency; null: no cost", at_least=0)
     power: Optional[float] = key(None, "watts of a GPU with its share of node and cooling", above=0)
 

@@ -98,7 +98,7 @@ class Machine:
     inter_node_latency: float = 2e-5
     gpus_per_node: int = 8
     efficiency: float = EFFICIENCY
-    overlap: float = 0.0
+    overlap: float | None = None  # None: worked out (estimate/overlap.py)
     power: float | None = None
     price: float | None = None
 

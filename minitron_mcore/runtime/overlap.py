@@ -105,10 +105,12 @@ def before_finalizing(chunks: Sequence[Any]) -> None:
 
 
 def start_gathering(chunks: Sequence[Any]) -> None:
-    """Start to gather the weights after a step; every module waits for its own. Every rank calls."""
+    """Start to gather the weights after a step, those of the first layers first, though buckets lie in the order of
+    backward: every module waits for its own. Every rank calls."""
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync()
+            for group in reversed([*_groups([chunk])]):
+                group.start_param_sync()
 
 
 def finish_gathering(chunks: Sequence[Any]) -> None:

@@ -163,7 +163,7 @@ def test_the_interleaved_schedule_sends_while_it_works() -> None:
 
 def test_data_parallel_volume() -> None:
     """fp32 gradients to their shards, bf16 weights back: 7/8 of each over the links of a node."""
-    machine = replace(IDEAL, intra_node_bandwidth=450e9)
+    machine = replace(IDEAL, intra_node_bandwidth=450e9, overlap=0.0)
     found = step_time(setting(), machine).parts["data-parallel communication"]
     count = local_parameters(LLAMA, ParallelConfig(), 0)
     assert found == pytest.approx((4 + 2) * count * 7 / 8 / 450e9)
@@ -175,7 +175,7 @@ def test_data_parallel_volume() -> None:
 def test_instances_of_the_optimizer_gather_each_in_its_own_node() -> None:
     """16 ranks as 2 instances of 8: 7/8 of gradients and weights within a node, and between the nodes an all-reduce of
     each rank's eighth of the gradients, at what one GPU sends, instead of 15/16 of all over all links."""
-    machine = replace(IDEAL, intra_node_bandwidth=450e9, inter_node_bandwidth=50e9)
+    machine = replace(IDEAL, intra_node_bandwidth=450e9, inter_node_bandwidth=50e9, overlap=0.0)
     two = ParallelConfig(num_distributed_optimizer_instances=2)
     own = setting(two, data_parallel=16)
     count = local_parameters(LLAMA, two, 0)
@@ -239,6 +239,13 @@ def test_where_the_teacher_lies() -> None:
     apart = step_time(setting(**taught, teacher_parallel=ParallelConfig(tensor=2)), H100)
     assert apart.parts["teacher's states sent"] == pytest.approx(8 * LENGTH * 4096 * 2 / 450e9, rel=0.01)
     assert apart.parts["teacher"] == pytest.approx(resident.parts["teacher"], rel=0.05), "the same work, divided"
+
+
+def test_a_window_that_is_not_full_runs_no_further() -> None:
+    """Of 64 microbatches on a rank 24 and 24 and 16, as many in all as in one window."""
+    own = setting(student=STUDENT, teacher=LLAMA, data_parallel=1)
+    one, three = (step_time(replace(own, teacher_window=window), H100).parts["teacher"] for window in (0, 24))
+    assert three == pytest.approx(one)
 
 
 def test_a_corrected_teacher_trains() -> None:
