@@ -1,24 +1,28 @@
 """How long training stands still for a checkpoint that is written while it goes on, beside one that it waits for.
 
     python benchmarks/save.py                  118 million parameters, fp32, 1.9 GB with Adam's moments, one rank
+    python benchmarks/save.py --ranks 2        the same on two data-parallel ranks, each with half the optimizer's state
     python benchmarks/save.py --repeats 7 --folder /scratch/x      on another disk; on a GPU where there is one
 
 Each repeat saves the same state twice: while training waits, and then in the background under steps of training.
-Stalled is the time within the calls that begin and finish the second. How much longer its steps take than steps without
-a save is said beside it, since the writer shares the processor's cores and copies what training changes.
-The manifests must be equal. Medians over the repeats; ends with one JSON line.
+Stalled is the time within the calls that begin and finish the second, of the first rank. How much longer its steps take
+than steps without a save is said beside it, since the writer shares the processor's cores and copies what training
+changes. The manifests must be equal. Medians over the repeats; ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +63,14 @@ class Training:
         from minitron_mcore.training.step import Trained
 
         self.folder, self.runtime = folder, start()
-        use_layout(ParallelConfig(), 1)
+        use_layout(ParallelConfig(), self.runtime.world_size)
         seed_everything(1)
         self.architecture = build_architecture(SHAPE)
         models = build_model(self.architecture, ParallelConfig(), "fp32")
         initialize(models, self.architecture, seed=1)
         self.parameters = sum(parameter.numel() for parameter in models[0].parameters())
-        train = TrainConfig(tokens=1000 * BATCH * SEQUENCE, global_batch_size=BATCH, micro_batch_size=BATCH)
+        batch = BATCH * self.runtime.world_size
+        train = TrainConfig(tokens=1000 * batch * SEQUENCE, global_batch_size=batch, micro_batch_size=BATCH)
         timetable = plan_timetable(train, SEQUENCE, "train")
         self.shape = timetable.at(0).shape
         self.trained = Trained.of(models, train, timetable)
@@ -86,6 +91,12 @@ class Training:
 
         return seconds(lambda: train_step(self.trained, self.objective, self.shape, self.batch))
 
+    @staticmethod
+    def _on_any_rank(state: int) -> int:
+        number = torch.tensor(state, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+        return int(number)
+
     def _arguments(self, name: str) -> tuple[Any, ...]:
         return self.folder / name, {"iteration": 1}, self.runtime, self.architecture, lambda: None
 
@@ -100,7 +111,7 @@ class Training:
         under_way = self.trained.begin_save(*self._arguments("goes on"))
         beginning = time.perf_counter() - begun
         steps = [self.step()]
-        while under_way.state == under_way.WRITING:
+        while self._on_any_rank(under_way.state) == under_way.WRITING:
             steps.append(self.step())
         between = time.perf_counter() - begun
         return beginning, seconds(under_way.finish), between, steps
@@ -118,7 +129,7 @@ def measure(repeats: int, folder: Path) -> dict[str, Any]:
     rows: list[dict[str, float]] = []
     for repeat in range(repeats):
         for name in ("waits", "goes on"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            training.runtime.on_main(partial(shutil.rmtree, folder / name, ignore_errors=True))
         plain = statistics.mean(training.step() for _ in range(3))
 
         waited = training.save()
@@ -136,9 +147,8 @@ def measure(repeats: int, folder: Path) -> dict[str, Any]:
                 "slower_steps": (sum(steps) - plain * len(steps)) / waited,
             }
         )
-        print(
-            f"repeat {repeat + 1}: " + ", ".join(f"{name} {value:.3f}" for name, value in rows[-1].items()), flush=True
-        )
+        said = ", ".join(f"{name} {value:.3f}" for name, value in rows[-1].items())
+        training.runtime.print(f"repeat {repeat + 1}: {said}")
     median = {name: round(statistics.median(row[name] for row in rows), 4) for name in rows[0]}
     size = sum(path.stat().st_size for path in (folder / "waits").rglob("*.distcp"))
     return {
@@ -149,6 +159,7 @@ def measure(repeats: int, folder: Path) -> dict[str, Any]:
         **median,
         "stalled_spread": [round(bound([row["stalled"] for row in rows]), 4) for bound in (min, max)],
         "repeats": repeats,
+        "ranks": training.runtime.world_size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -162,17 +173,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks, started by torchrun")
     parser.add_argument("--hidden-size", type=int, default=1024, help="of 4 layers; a multiple of 16")
     parser.add_argument("--small", action="store_true", help="a model of a few megabytes, for a trial")
     parser.add_argument("--folder", type=Path, help="where to save; a temporary folder by default")
     options = parser.parse_args()
+    if options.ranks > 1 and "RANK" not in os.environ:
+        with tempfile.TemporaryDirectory(dir=options.folder) as shared:
+            launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.ranks}"]
+            raise SystemExit(subprocess.call([*launch, *sys.argv, f"--folder={shared}"]))
     torch.set_num_threads(options.threads)
     wide = options.hidden_size
     SHAPE.update(hidden_size=wide, ffn_hidden_size=wide * 43 // 16, kv_channels=wide // 8)
     if options.small:
         SHAPE.update(num_layers=2, hidden_size=128, ffn_hidden_size=256, kv_channels=16)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        print(json.dumps(measure(options.repeats, Path(folder))))
+    if options.ranks > 1:
+        found = measure(options.repeats, options.folder)
+    else:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            found = measure(options.repeats, Path(folder))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

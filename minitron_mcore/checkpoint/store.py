@@ -190,8 +190,10 @@ class SaveUnderWay:
 
     def stop(self) -> None:
         """End this rank's part, if it still runs: nothing is left of the iteration, and `finish` fails on all ranks."""
-        if self._writing is not None:
+        if self._writing is not None and self._writing.is_running:
             self._writing.stop()
+            # No OSError: what is told is why another rank failed, if one did.
+            self._failure = self._failure or RuntimeError("the checkpoint was given up")
         if self._made.runtime.is_main:
             shutil.rmtree(self._made.temporary, ignore_errors=True)
 

@@ -131,14 +131,14 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
 
 
 def _snapshot(setting: Setting, stage: int) -> int:
-    """Host memory of a node that holds, of each rank, the weights and what Megatron's optimizer gathers of fp32 weights
-    and moments (on all data-parallel ranks, of which the first then writes it). 0 where the host is the device."""
+    """Host memory of a node that holds, of each rank, the weights and its share of fp32 weights and moments. 0 where
+    the host is the device."""
     s = setting
     if not s.async_save or s.on_cpu:
         return 0
     trained = [s.student, *([s.teacher] if s.teacher and s.teacher_trained else [])]
-    of_rank = sum((BYTES[s.precision] + 12) * model.local_parameters(each, s.parallel, stage) for each in trained)
-    return s.local_ranks * of_rank
+    counts = [model.local_parameters(each, s.parallel, stage) for each in trained]
+    return s.local_ranks * sum(BYTES[s.precision] * count + 12 * -(-count // s.optimizer_shards) for count in counts)
 
 
 def _optimizer_state(setting: Setting, count: int) -> int:

@@ -27,6 +27,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+from minitron_mcore.runtime.optimizer_pieces import own_pieces
+
 _ON_ITS_STREAM = object()  # in a handle's place: what waits is the stream
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -52,14 +54,13 @@ def optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *
     ranks. The state is gathered without the padding and cut up as if it were there: of every parameter after the first
     padding the state of others would be saved, fp32 weights included.
 
-    To save, Megatron gathers the shards of the data-parallel ranks, by half a dozen copies of them. Where there is one
-    such rank, its tensors are taken as they are: do not step before they are written.
+    To save, every rank gives what it holds (optimizer_pieces.py) and Megatron gathers nothing: do not step before it is
+    written.
     """
     with ExitStack() as stack:
         for part in _distributed_optimizers(optimizer):
             _fill_empty_adam_state(part.optimizer)
-            is_alone = not is_loading and part.data_parallel_group.size() == 1
-            stack.enter_context(_taken_whole(part) if is_alone else _padding_kept(part))
+            stack.enter_context(_padding_kept(part) if is_loading else _taken_in_pieces(part))
         gc.freeze()  # Megatron then collects garbage, which takes as long in torch's heap as to write 1 GB
         stack.callback(gc.unfreeze)
         state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING)
@@ -198,36 +199,13 @@ def divide_gradients(chunks: list[torch.nn.Module], counted: torch.Tensor) -> No
         cast(DistributedDataParallel, chunk).scale_gradients(factor)
 
 
-class _ByStart:
-    """In place of a buffer: flat tensors, each found by the slice of the buffer in which it would lie."""
-
-    def __init__(self, tensors: dict[int, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-    def __getitem__(self, place: slice) -> torch.Tensor:
-        return self.tensors[place.start]
-
-
 @contextmanager
-def _taken_whole(part: Any) -> Iterator[None]:
-    part.get_parameter_state_dp_zero = functools.partial(_whole_state, part)
+def _taken_in_pieces(part: Any) -> Iterator[None]:
+    part.sharded_param_state_fully_reshardable = functools.partial(own_pieces, part)
     try:
         yield
     finally:
-        del part.get_parameter_state_dp_zero
-
-
-def _whole_state(part: Any, **how: Any) -> dict[Any, Any]:
-    """`get_parameter_state_dp_zero` of an optimizer that one rank has for itself, without a copy."""
-    state: dict[Any, Any] = {"buckets_coalesced": True}
-    for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
-        found: dict[str, dict[int, torch.Tensor]] = {key: {} for key in ("param", "exp_avg", "exp_avg_sq")}
-        for parameter, (start, *_) in buffer.param_index_map.items():
-            tensors = part._get_main_param_and_optimizer_states(parameter)
-            for key, by_start in found.items():
-                by_start[start] = tensors[key].detach().float().view(-1)
-        state[number] = {dtype: {key: _ByStart(tensors) for key, tensors in found.items()} for dtype in ranges}
-    return state
+        del part.sharded_param_state_fully_reshardable
 
 
 def _distributed_optimizers(optimizer: MegatronOptimizer) -> list[Any]:

@@ -200,13 +200,13 @@ def test_loading_adam_needs_its_step(tmp_path: Any) -> None:
 
 
 def buckets_on_rank() -> tuple[int, int, int]:
-    """How many parameters' means of gradients a save would mix up, without the repair and with it, and of how many."""
+    """How many parameters' means of gradients gathering mixes up, without the repair and with it, and of how many."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     from minitron_mcore.checkpoint.store import model_state
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.runtime.overlap import Overlap
-    from minitron_mcore.runtime.repairs import SHARDING, _padding_kept, optimizer_state
+    from minitron_mcore.runtime.repairs import SHARDING, _padding_kept
     from minitron_mcore.training.config import TrainConfig
     from minitron_mcore.training.step import build_optimizer, wrap_model
 
@@ -228,32 +228,35 @@ def buckets_on_rank() -> tuple[int, int, int]:
 
     weights = model_state(chunks)["model"]
     plain = optimizer.sharded_state_dict({"model": weights}, metadata=SHARDING)
-    with _padding_kept(part):  # as where there are several ranks: one alone does not gather
+    with _padding_kept(part):
         gathered = optimizer.sharded_state_dict({"model": weights}, metadata=SHARDING)
-    repaired = mixed_up(gathered) + mixed_up(optimizer_state(optimizer, {"model": weights}, is_loading=False))
-    return mixed_up(plain), repaired, len(means)
+    return mixed_up(plain), mixed_up(gathered), len(means)
 
 
-def test_a_save_of_several_buckets_keeps_every_parameter_its_own_state() -> None:
+def test_several_buckets_gathered_keep_every_parameter_its_own_state() -> None:
     unrepaired, repaired, number = run_on_ranks(buckets_on_rank, 1)[0]
     assert repaired == 0 < number
     if Version(metadata.version("megatron-core")) < Version("0.18"):
         assert unrepaired > number // 2
 
 
-def states_on_rank(parallel: dict[str, Any], world_size: int, precision: str) -> tuple[int, list[str], int]:
-    """(tensors, those whose values Megatron's own gathering has otherwise, those that are the optimizer's own memory)
-    of an optimizer's state after one step."""
-    import torch
+Placed = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # key, offsets, sizes, the whole's shape
+
+
+def states_on_rank(parallel: dict[str, Any], world_size: int, precision: str) -> tuple[list[Placed], list[str], int]:
+    """Of an optimizer's state after one step, with several buckets: the pieces that this rank saves, those whose values
+    Megatron's own gathering has otherwise, and how many of all are the optimizer's own memory."""
+    from contextlib import ExitStack
+
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 
     from minitron_mcore.checkpoint.store import model_state
     from minitron_mcore.distillation.logits.settings import LossSettings
     from minitron_mcore.distillation.objective import Objective
     from minitron_mcore.model.gpt import build_model
     from minitron_mcore.model.initialize import initialize
-    from minitron_mcore.runtime.repairs import SHARDING, optimizer_state
+    from minitron_mcore.runtime.repairs import SHARDING, _padding_kept, optimizer_state
     from minitron_mcore.training.config import TrainConfig
     from minitron_mcore.training.step import Trained, train_step
 
@@ -261,32 +264,62 @@ def states_on_rank(parallel: dict[str, Any], world_size: int, precision: str) ->
     architecture = tiny("llama")
     models = build_model(architecture, layout, precision)
     initialize(models, architecture, seed=11)
-    train = TrainConfig(global_batch_size=8)
+    train = TrainConfig(global_batch_size=8, overlap_grad_reduce=True, ddp_bucket_size=5000)
     timetable = steady(train, 10)
     trained = Trained.of(models, train, timetable)
     objective = Objective(LossSettings(vocab_size=architecture.vocab_size))
     train_step(trained, objective, timetable.at(0).shape, my_batch(global_batch(architecture.vocab_size)))
-    (tensors,) = model_state(trained.chunks).values()
+    chunks = model_state(trained.chunks)
+    tensors: Any = next(iter(chunks.values())) if len(chunks) == 1 else dict(enumerate(chunks.values()))
     ours = optimizer_state(trained.optimizer, tensors, is_loading=False)
-    theirs = trained.optimizer.sharded_state_dict(tensors, is_loading=False, metadata=SHARDING)
-    rows = [
-        {(part.key, part.global_offset): part for part in nested_values(state) if isinstance(part, ShardedTensor)}
-        for state in (ours, theirs)
-    ]
-    assert rows[0].keys() == rows[1].keys()
-    own = {tensor.data_ptr() for part in trained.optimizer.chained_optimizers for tensor in _held(part.optimizer)}
-    unlike = [str(place) for place, part in rows[0].items() if not torch.equal(part.data.cpu(), rows[1][place].data)]
-    return len(rows[0]), unlike, sum(part.data.data_ptr() in own for part in rows[0].values())
+    parts: list[Any] = trained.optimizer.chained_optimizers
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(_padding_kept(part))
+        theirs = trained.optimizer.sharded_state_dict(tensors, is_loading=False, metadata=SHARDING)
+    apply_factories(theirs)
+    pieces, wholes = (
+        [part for part in nested_values(state) if isinstance(part, ShardedTensor)] for state in (ours, theirs)
+    )
+    gathered: dict[str, torch.Tensor] = {}  # of each key what this rank has of it, and NaN elsewhere
+    for whole in wholes:
+        gathered.setdefault(whole.key, torch.full(whole.global_shape, torch.nan))[whole.global_slice()] = whole.data
+    unlike = [piece.key for piece in pieces if not torch.equal(piece.data, gathered[piece.key][piece.global_slice()])]
+    own = {held.untyped_storage().data_ptr() for part in parts for held in _held(part.optimizer)}
+    is_own = [piece.data.untyped_storage().data_ptr() in own for piece in pieces]
+    saved = [piece for piece in pieces if is_main_replica(piece.replica_id)]
+    return (
+        [(piece.key, piece.global_offset, tuple(piece.data.shape), piece.global_shape) for piece in saved],
+        unlike,
+        is_own.count(False),
+    )
 
 
 def _held(adam: Any) -> list[Any]:
     return [tensor for parameter, state in adam.state.items() for tensor in (parameter, *state.values())]
 
 
-@pytest.mark.parametrize(("layout", "precision"), [("1", "fp32"), ("TP2", "bf16")])
-def test_the_state_of_a_rank_alone_is_taken_as_it_is(layout: str, precision: str) -> None:
-    """What Megatron makes by gathering from one rank, and no copy of it."""
+@pytest.mark.parametrize(
+    ("layout", "data", "precision"),
+    [
+        ("1", 1, "fp32"),
+        ("TP2", 1, "bf16"),
+        ("DP2", 1, "bf16"),
+        *(pytest.param(name, 2, "fp32", marks=pytest.mark.slow) for name in ("DP2", "TP2", "PP2")),
+        pytest.param("PP2-VPP2", 1, "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_every_rank_saves_what_it_holds_of_the_optimizer(layout: str, data: int, precision: str) -> None:
+    """The ranks' pieces are over the optimizer's own memory, hold what Megatron gathers, and make up every tensor."""
     world_size, parallel = LAYOUTS[layout]
-    for count, unlike, shared in run_on_ranks(states_on_rank, world_size, parallel, world_size, precision):
-        assert count > 50 and unlike == []
-        assert shared > 0.5 * count  # a gated fc1 is stored as two parts, of which one begins elsewhere
+    ranks = run_on_ranks(states_on_rank, world_size * data, parallel, world_size * data, precision)
+    covered: dict[str, torch.Tensor] = {}
+    for saved, unlike, copied in ranks:
+        assert unlike == [] and copied == 0
+        for key, offsets, sizes, shape in saved:
+            place = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+            covered.setdefault(key, torch.zeros(shape, dtype=torch.int32))[place] += 1
+    assert len(covered) == 3 * 9  # of the model's nine names
+    assert all(bool((count == 1).all()) for count in covered.values())
+    if data > 1:  # what no rank has whole
+        assert any(len(sizes) > 2 and sizes[-1] < shape[-1] for saved, *_ in ranks for _, _, sizes, shape in saved)
