@@ -11,6 +11,7 @@ fill the end of the last shard, or whole shards.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,20 @@ from minitron_mcore.errors import InputError
 
 # Stands for -inf on a rank that holds only padding: exp of it is zero, and its difference with itself is not NaN.
 ABSENT = -1e30
+
+
+class Gathering(NamedTuple):
+    """A collective under way: `wait` for it gives every rank's statistics, [R, K, C]."""
+
+    gathered: Tensor
+    sent: Tensor | None = None  # [K, C], held until it has been sent
+    work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        """On CUDA the current stream waits, not the host."""
+        if self.work is not None:
+            self.work.wait()
+        return self.gathered
 
 
 @dataclass(frozen=True)
@@ -49,12 +64,19 @@ class VocabularyShard:
         return index_C.masked_fill(~here_C, 0), here_C
 
     def gather(self, statistics_KC: Tensor) -> Tensor:
-        """Every rank's statistics, [R, K, C]: the one collective of a chunk (none where one rank holds everything)."""
+        """Every rank's statistics, [R, K, C]. All ranks call."""
+        return self.start_gather(statistics_KC).wait()
+
+    def start_gather(self, statistics_KC: Tensor) -> Gathering:
+        """`gather`, to be waited for later: the one collective of some tokens (none where one rank has everything). All
+        ranks start theirs in the same order."""
         if self.group is None:
-            return statistics_KC.unsqueeze(0)
-        gathered = statistics_KC.new_empty(self.group.size(), *statistics_KC.shape)
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), statistics_KC.contiguous(), group=self.group)
-        return gathered
+            return Gathering(statistics_KC.unsqueeze(0))
+        sent_KC = statistics_KC.contiguous()
+        gathered_RKC = sent_KC.new_empty(self.group.size(), *sent_KC.shape)
+        into_RKC = gathered_RKC.flatten(0, 1)
+        work = dist.all_gather_into_tensor(into_RKC, sent_KC, group=self.group, async_op=True)
+        return Gathering(gathered_RKC, sent_KC, work)
 
 
 def local_softmax(logits_CV: Tensor, out_CV: Tensor) -> tuple[Tensor, Tensor]:

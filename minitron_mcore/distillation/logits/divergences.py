@@ -48,10 +48,10 @@ def maximum_and_column(x_CV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def softmax_statistics(
-    x_CV: Tensor, temperature: float, top: bool, *, in_place: bool = False
+    x_CV: Tensor, temperature: float, top: bool, *, out: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """[C] each: `maximum`; `sum` of exp(x - maximum); `plain_sum`, the same at temperature 1; `top`, the column of the
-    maximum (the lowest of several), if asked. And exp(x - maximum) itself, [C, V], in x's memory if `in_place`."""
+    maximum (the lowest of several), if asked. And exp(x - maximum) itself, [C, V], in `out`, which may be x."""
     found: dict[str, Tensor] = {}
     if top:
         found["maximum"], column_C = maximum_and_column(x_CV)
@@ -59,7 +59,7 @@ def softmax_statistics(
     else:
         found["maximum"] = x_CV.amax(-1)
     maximum_C1 = found["maximum"].unsqueeze(1)
-    exponent_CV = x_CV.sub_(maximum_C1) if in_place else x_CV - maximum_C1
+    exponent_CV = torch.sub(x_CV, maximum_C1, out=out)
     if temperature != 1.0:
         found["plain_sum"] = (exponent_CV * temperature).exp_().sum(-1)
     exponential_CV = exponent_CV.exp_()

@@ -18,13 +18,18 @@ A chunk is: the products that give its logits; what chunk.py makes of them, the 
 place; the two products with it. On the CPU an elementwise pass goes over as many rows at a time as stay in cache; on
 CUDA it is compiled to one kernel.
 
+Over several shards the logits of a large enough chunk come in two halves, so that a half's collective runs beside
+products: the first one's beside the second's logits, the second's beside the student's logits of the next chunk's first
+half. These go to where the first half's teacher logits were, which nothing needs any more: the two buffers change roles
+from chunk to chunk, and nothing is held for the overlap. The products with the gradient are the whole chunk's.
+
 Legend: S sequence, B batch, N = S * B tokens, C tokens of a chunk, H hidden size, V this rank's vocabulary shard, K
 outcomes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,8 +43,8 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minitron_mcore.distillation.config import default_chunk_tokens
-from minitron_mcore.distillation.logits.chunk import losses_and_gradient
+from minitron_mcore.distillation.config import LEAST_CHUNK, default_chunk_tokens
+from minitron_mcore.distillation.logits.chunk import Found, Steps, Target, losses_by_steps
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.logits.sparse_target import SparseTarget
 from minitron_mcore.errors import InputError
@@ -154,33 +159,95 @@ def sweep(
             grad_weight_VH = own_VH = torch.zeros_like(student.weight, dtype=torch.float32)
     tokens = labels_N.shape[0]
     chunk_size = min(settings.chunk_tokens or default_chunk_tokens(tokens), tokens)
-    models = [student, teacher] if isinstance(teacher, Model) else [student]
-    heads = [product_operand(model.weight[: shard.width]) for model in models]
-    buffers = weight_N.new_empty(len(models), chunk_size, shard.width)  # the chunks take turns in them
+    # Halves of fewer tokens would cost the products more than a collective takes.
+    halves = 2 if shard.group is not None and chunk_size >= 2 * LEAST_CHUNK else 1
+    products = [_Head.of(model, shard) for model in (student, teacher) if isinstance(model, Model)]
+    buffers = list(weight_N.new_empty(len(products), chunk_size, shard.width))
     losses: dict[str, Tensor] = {}
-    for start in range(0, tokens, chunk_size):
-        rows = slice(start, min(start + chunk_size, tokens))
-        logits = [buffer[: rows.stop - rows.start] for buffer in buffers]
-        hidden = [product_operand(model.hidden[rows].to(model.weight.dtype)) for model in models]
-        for logits_CV, hidden_CH, head_VH in zip(logits, hidden, heads, strict=True):
-            product_(logits_CV, hidden_CH, head_VH.t())
-            if shard.absent:
-                logits_CV.fill_(ABSENT)
-        target = teacher.rows(rows) if isinstance(teacher, SparseTarget) else logits[1] if teacher else None
-        found, gradient_CV = losses_and_gradient(logits[0], target, labels_N[rows], settings, shard, any(wanted))
-        for name, value_C in found.items():
-            losses.setdefault(name, weight_N.new_empty(tokens))[rows] = value_C.float()
-        if gradient_CV is None:
-            continue
-        gradient_CV = gradient_CV.to(heads[0].dtype)
-        # The tokens' weights go to the narrow factors of the products instead of the [C, V] gradient.
-        weight_C1 = weight_N[rows].unsqueeze(1) * settings.scale
-        if grad_hidden_NH is not None:
-            part_CH = weight_N.new_empty(gradient_CV.shape[0], grad_hidden_NH.shape[1])
-            grad_hidden_NH[rows] = product_(part_CH, gradient_CV, heads[0]).mul_(weight_C1)
-        if grad_weight_VH is not None:
-            add_product_(grad_weight_VH[: shard.width], gradient_CV.t(), (hidden[0] * weight_C1).to(heads[0].dtype))
+    chunks = [_parts(start, min(start + chunk_size, tokens), halves) for start in range(0, tokens, chunk_size)]
+    ahead_CV: Tensor | None = None  # the student's logits of a chunk's first part
+    for number, parts in enumerate(chunks):
+        chunk, running = slice(parts[0].start, parts[-1].stop), []
+        for rows in parts:
+            here = slice(rows.start - chunk.start, rows.stop - chunk.start)
+            x_CV = products[0].logits(rows, buffers[0][here]) if ahead_CV is None else ahead_CV
+            ahead_CV = None
+            target: Target = teacher.rows(rows) if isinstance(teacher, SparseTarget) else None
+            if len(products) == 2:
+                target = products[1].logits(rows, buffers[1][here])
+            steps = losses_by_steps(x_CV, target, labels_N[rows], settings, shard, any(wanted))
+            next(steps)
+            running.append((rows, steps))
+        for rows, found in _finished(running):
+            for name, value_C in found.items():
+                losses.setdefault(name, weight_N.new_empty(tokens))[rows] = value_C.float()
+            if len(products) == 2 and rows is not parts[-1] and number + 1 < len(chunks):
+                following = chunks[number + 1][0]
+                ahead_CV = products[0].logits(following, buffers[1][: following.stop - following.start])
+        if any(wanted):
+            products[0].gradients_(chunk, buffers[0], weight_N, settings.scale, grad_hidden_NH, grad_weight_VH)
+        if ahead_CV is not None:
+            buffers.reverse()
     return losses, grad_hidden_NH, own_VH
+
+
+class _Head(NamedTuple):
+    """A model's products of some tokens, `rows` of all."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H], as products take it
+    dtype: torch.dtype  # of the model, to which hidden states are rounded
+    absent: bool
+
+    @classmethod
+    def of(cls, model: Model, shard: VocabularyShard) -> _Head:
+        return cls(model.hidden, product_operand(model.weight[: shard.width]), model.weight.dtype, shard.absent)
+
+    def states(self, rows: slice) -> Tensor:
+        return product_operand(self.hidden[rows].to(self.dtype))
+
+    def logits(self, rows: slice, out_CV: Tensor) -> Tensor:
+        product_(out_CV, self.states(rows), self.weight.t())
+        return out_CV.fill_(ABSENT) if self.absent else out_CV
+
+    def gradients_(
+        self,
+        rows: slice,
+        gradient_CV: Tensor,
+        weight_N: Tensor,
+        scale: float,
+        hidden_NH: Tensor | None,
+        head_VH: Tensor | None,
+    ) -> None:
+        """Set that of the hidden states and add to the head's, from the logits' before weights and scale."""
+        gradient_CV = gradient_CV[: rows.stop - rows.start].to(self.weight.dtype)
+        # The tokens' weights go to the narrow factors of the products instead of the [C, V] gradient.
+        weight_C1 = weight_N[rows].unsqueeze(1) * scale
+        if hidden_NH is not None:
+            part_CH = weight_N.new_empty(gradient_CV.shape[0], hidden_NH.shape[1])
+            hidden_NH[rows] = product_(part_CH, gradient_CV, self.weight).mul_(weight_C1)
+        if head_VH is not None:
+            weighted_CH = (self.states(rows) * weight_C1).to(self.weight.dtype)
+            add_product_(head_VH[: self.weight.shape[0]], gradient_CV.t(), weighted_CH)
+
+
+def _parts(start: int, stop: int, count: int) -> list[slice]:
+    """These tokens in at most so many parts, the first ones no smaller than the others."""
+    each = -(-(stop - start) // count)
+    return [slice(begin, min(begin + each, stop)) for begin in range(start, stop, each)]
+
+
+def _finished(running: list[tuple[slice, Steps[tuple[Found, Tensor | None]]]]) -> Iterator[tuple[slice, Found]]:
+    """The losses of each part, as soon as it has them: the parts take their steps in turn, so that one's collective is
+    under way while another works."""
+    while running:
+        rows, steps = running.pop(0)
+        try:
+            next(steps)
+        except StopIteration as end:
+            yield rows, end.value[0]
+        else:
+            running.append((rows, steps))
 
 
 class _LogitLoss(torch.autograd.Function):
