@@ -2,10 +2,12 @@
 
     python benchmarks/train_step.py                  one process (TP = 1), ratio to the plain loop
     python benchmarks/train_step.py --tensor 2       and on two ranks (TP = 2), which share the threads
+    python benchmarks/train_step.py --data 2         and on two that share the batch, with overlap and without
 
 All sides: fp32, SDPA attention, AdamW, clipping at 1.0, the same weights, the same random ids, the same number of
-threads, one micro-batch an iteration. Repeats are interleaved; medians are compared. The losses of the first steps must
-be equal. Ends with one JSON line.
+threads, one micro-batch an iteration on each rank. Overlapped, gradients are reduced in buckets of 400,000 parameters,
+as many as a layer has, and weights gathered under the next step's forward pass. Repeats are interleaved; medians are
+compared. The losses of the first steps must be equal. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ SHAPE = {
     "rotary_base": 10000.0,
 }
 BATCH, SEQUENCE = 8, 256
+BUCKET = 400_000
 Run = Callable[[int, int], tuple[float, float]]  # (number of the first step, how many) -> seconds, last loss
 
 
@@ -51,9 +54,9 @@ def ids(step: int) -> torch.Tensor:
 
 
 class Ours:
-    """One step of the training loop at the given tensor parallelism."""
+    """One step of the training loop at the given tensor parallelism, on the rest of the ranks by data parallelism."""
 
-    def __init__(self, tensor: int) -> None:
+    def __init__(self, tensor: int, overlap: bool = False) -> None:
         from minitron_mcore.architecture import build_architecture
         from minitron_mcore.distillation.logits.settings import LossSettings
         from minitron_mcore.distillation.objective import Objective
@@ -64,7 +67,7 @@ class Ours:
         from minitron_mcore.runtime.start import start
         from minitron_mcore.training.budget import plan_timetable
         from minitron_mcore.training.config import TrainConfig
-        from minitron_mcore.training.step import Trained, build_optimizer, build_scheduler, train_step, wrap_model
+        from minitron_mcore.training.step import Trained, train_step
 
         self.runtime = start()
         layout = ParallelConfig(tensor=tensor)
@@ -74,22 +77,21 @@ class Ours:
         self.models = build_model(self.architecture, layout, "fp32")
         initialize(self.models, self.architecture, seed=1)
         budget = 1000 * BATCH * SEQUENCE
-        train = TrainConfig(tokens=budget, lr=1e-3, min_lr=1e-3, lr_decay_style="constant", global_batch_size=BATCH)
+        keys: dict[str, Any] = {"overlap_grad_reduce": overlap, "overlap_param_gather": overlap}
+        keys |= {"ddp_bucket_size": BUCKET if overlap else None, "lr_decay_style": "constant"}
+        train = TrainConfig(tokens=budget, lr=1e-3, min_lr=1e-3, global_batch_size=BATCH, **keys)
         timetable = plan_timetable(train, SEQUENCE, "train")
-        chunks = wrap_model(self.models)
-        optimizer = build_optimizer(chunks, train, "fp32")
-        scheduler = build_scheduler(optimizer, train, timetable)
+        trained = Trained.of(self.models, train, timetable)
         objective = Objective(LossSettings(vocab_size=self.architecture.vocab_size))
-        self._step = lambda batch: train_step(
-            Trained(chunks, optimizer, scheduler), objective, timetable.at(0).shape, batch
-        )
+        self._step = lambda batch: train_step(trained, objective, timetable.at(0).shape, batch)
 
     def step(self, number: int) -> float:
         from minitron_mcore.model.microbatch import Microbatch
+        from minitron_mcore.runtime.groups import data_group
 
-        tokens = ids(number)
-        positions = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
-        mask = torch.ones(BATCH, SEQUENCE)
+        tokens = ids(number).chunk(data_group().size())[data_group().rank()]
+        positions = torch.arange(SEQUENCE).expand(len(tokens), SEQUENCE)
+        mask = torch.ones(len(tokens), SEQUENCE)
         batch = Microbatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), mask, positions)
         return self._step([batch])["lm loss"]
 
@@ -199,7 +201,7 @@ class Ranks:
 def rank_main(options: argparse.Namespace) -> None:
     """What each of `Ranks` runs: the steps that the first one reads, until its input ends."""
     torch.set_num_threads(options.threads)
-    ours = Ours(tensor=options.tensor)
+    ours = Ours(tensor=options.tensor, overlap=options.overlap)
     while True:
         words = sys.stdin.readline().split() if ours.runtime.is_main else []
         asked = torch.tensor([int(word) for word in words] or [0, 0])
@@ -243,6 +245,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps a repeat")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--data", type=int, default=1)
+    parser.add_argument("--overlap", action="store_true", help=argparse.SUPPRESS)  # of `Ranks`
     options = parser.parse_args()
     if "WORLD_SIZE" in os.environ:
         rank_main(options)
@@ -254,11 +258,15 @@ def main() -> None:
     if options.tensor > 1:
         started.append(Ranks(options.tensor, options.threads, "--tensor", str(options.tensor)))
         sides = {f"tensor {options.tensor}": started[0].seconds, **sides}
+    if options.data > 1:
+        started += [Ranks(options.data, options.threads, *words) for words in (["--overlap"], [])]
+        data = dict(zip((f"data {options.data}, overlapped", f"data {options.data}"), started[-2:], strict=True))
+        sides = {**{name: ranks.seconds for name, ranks in data.items()}, **sides}
     result = {"benchmark": "train_step", **compare(sides, options.repeats, options.steps), "threads": options.threads}
     for ranks in started:
         ranks.close()
     for name, rate in result["tokens_per_second"].items():
-        print(f"{name:14}{rate:8.0f} tokens/s")
+        print(f"{name:18}{rate:8.0f} tokens/s")
     for name, ratio in result["ratios"].items():
         print(f"{name}: {ratio['medians']:.3f} (pairs: least, quartiles, most {ratio['pairs']})")
     print(json.dumps({**result, "repeats": options.repeats, "steps": options.steps}))

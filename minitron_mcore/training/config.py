@@ -79,10 +79,10 @@ class TrainConfig:
         None, "with full: layers in a row (1), or in all of a chunk for block", at_least=1, may_change=True
     )
     overlap_grad_reduce: Optional[bool] = key(
-        None, "reduce gradients over data-parallel ranks during backward; null: on CUDA", may_change=True
+        None, "reduce gradients during backward; null: on CUDA, and with overlap_param_gather", may_change=True
     )
     overlap_param_gather: Optional[bool] = key(
-        None, "gather the weights under what follows a step, not in it; null: on CUDA", may_change=True
+        None, "gather weights under what follows a step; null: on CUDA, with overlap_grad_reduce", may_change=True
     )
     ddp_bucket_size: Optional[int] = key(
         None, "parameters reduced at a time; null: 40 million, or 1 million a rank", at_least=1, may_change=True
@@ -101,6 +101,9 @@ class TrainConfig:
             idle = {"lr_wsd_decay_tokens": f"with lr_decay_style={self.lr_decay_style}"}
             refuse_idle(self, idle, "leave it out, or set lr_decay_style=WSD")
         if self.overlap_grad_reduce is False:
+            if self.overlap_param_gather:
+                rule = "needs overlap_grad_reduce, which cuts the weights into the buckets that are gathered"
+                raise InputError("overlap_param_gather", True, rule, "set overlap_grad_reduce=true, or leave both out")
             idle = {"ddp_bucket_size": "with overlap_grad_reduce=false, which reduces all gradients at once"}
             refuse_idle(self, idle, "leave it out, or set overlap_grad_reduce=true")
         if self.recompute_granularity != "full":

@@ -101,11 +101,11 @@ class Trained(NamedTuple):
 
 
 def overlap_of(train: TrainConfig) -> Overlap:
-    """What the section asks for; by default everything on CUDA, and nothing on the CPU, where nothing is won by it."""
-    on_cuda = torch.cuda.is_available()
-    grad_reduce, param_gather = (
-        on_cuda if given is None else given for given in (train.overlap_grad_reduce, train.overlap_param_gather)
-    )
+    """What the section asks for; by default everything on CUDA, and nothing on the CPU, where nothing is won by it.
+    Weights are gathered by the buckets of the gradients, so not alone."""
+    on_cuda, reduce, gather = torch.cuda.is_available(), train.overlap_grad_reduce, train.overlap_param_gather
+    grad_reduce = on_cuda or bool(gather) if reduce is None else reduce
+    param_gather = on_cuda and grad_reduce if gather is None else gather
     return Overlap(grad_reduce, param_gather, train.ddp_bucket_size)
 
 

@@ -211,6 +211,11 @@ for _verb in ("train", "distill"):
         ),
         (
             _verb,
+            [f"{_verb}.overlap_grad_reduce=false", f"{_verb}.overlap_param_gather=true"],
+            f"{_verb}.overlap_param_gather=true needs overlap_grad_reduce, which cuts the weights into the buckets",
+        ),
+        (
+            _verb,
             [f"{_verb}.lr_decay_style=cosin"],
             "must be one of cosine, linear, constant, WSD: did you mean cosine?",
         ),

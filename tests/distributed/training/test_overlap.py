@@ -248,6 +248,7 @@ def reduced_early(order: list[str]) -> int:
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DP4": {},
+    "TP2-DP2": {"tensor": 2},
     "TP2-SP-DP2": {"tensor": 2, "sequence": True},
     "CP2-DP2": {"context": 2},
     "PP2-DP2": {"pipeline": 2},

@@ -17,7 +17,9 @@ from minitron_mcore.training.config import TrainConfig
         (True, {}, (True, True, None)),
         (False, {}, (False, False, None)),
         (True, {"overlap_param_gather": False, "ddp_bucket_size": 7}, (True, False, 7)),
+        (True, {"overlap_grad_reduce": False}, (False, False, None)),
         (False, {"overlap_grad_reduce": True}, (True, False, None)),
+        (False, {"overlap_param_gather": True}, (True, True, None)),
     ],
 )
 def test_default_is_by_device(
