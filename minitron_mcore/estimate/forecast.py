@@ -24,6 +24,7 @@ from minitron_mcore.model.recompute import Recompute, recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import INSTANCES, ParallelConfig
 from minitron_mcore.runtime.exhausted import is_out_of_memory
+from minitron_mcore.runtime.user_buffers import BUFFERS
 from minitron_mcore.runtime.world import Memory, World
 from minitron_mcore.tables import table
 from minitron_mcore.training.budget import Timetable, size_keys
@@ -108,6 +109,8 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
     }
     if s.async_save and s.on_cpu:  # a fork shares them until they are written to again
         parts["checkpoint being written"] = parts["weights"] + parts["gradients"] + parts["optimizer state"]
+    if s.tp_comm_overlap and parallel.sequence:
+        parts["user buffers"] = BUFFERS * 2 * s.tokens * s.student.hidden_size
     phases = training_phases(s, stage, beside=projection, working=working)
     if parallel.sequence and model.uses_local_layers(s):  # of what all layers gather
         wide = max([s.student, *([s.teacher] if s.teacher and s.teacher_trained else [])], key=lambda a: a.hidden_size)
@@ -197,6 +200,7 @@ def settings_of(
             micro_batch_size=shape.micro_batch_size,
             loss_chunk_tokens=train.loss_chunk_tokens,
             recompute=recompute_of(train),
+            tp_comm_overlap=train.tp_comm_overlap,
             on_cpu=world.device == "cpu",
             overlap_grad_reduce=train.overlap_grad_reduce,
             overlap_param_gather=train.overlap_param_gather,
@@ -340,11 +344,8 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if parallel.tensor > 1 and not parallel.sequence and s.length % parts == 0:
         yield "sequence", "parallel.sequence=true", {"parallel": replace(parallel, sequence=True)}
     if parallel.num_distributed_optimizer_instances > 1:
-        yield (
-            "instances",
-            f"parallel.{INSTANCES}=1",
-            {"parallel": replace(parallel, num_distributed_optimizer_instances=1)},
-        )
+        alone = replace(parallel, num_distributed_optimizer_instances=1)
+        yield "instances", f"parallel.{INSTANCES}=1", {"parallel": alone}
     if s.data_parallel == 1 or s.data_parallel % 2 == 0:
         ranks = "" if s.data_parallel > 1 else " on twice the ranks"
         for name in ("tensor", "pipeline"):

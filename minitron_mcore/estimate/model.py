@@ -31,6 +31,7 @@ class Setting:
     micro_batch_size: int
     loss_chunk_tokens: int | None  # None: config.default_chunk_tokens
     recompute: Recompute = KEEP_ALL  # of the student's pass
+    tp_comm_overlap: bool = False  # tensor-parallel ranks exchange states during products
     on_cpu: bool = False
     overlap_grad_reduce: bool | None = None  # as the keys of training; None: on a GPU
     overlap_param_gather: bool | None = None

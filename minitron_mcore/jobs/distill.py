@@ -171,6 +171,7 @@ def check_teacher_keys(recipe: Recipe) -> None:
         "correct.tokens": (0,),
         "correct.load": (None,),
         "correct.phases": ([],),
+        "correct.tp_comm_overlap": (False,),  # the buffers are the student's
         "correct.rampup_batch_size": (None,),
     }
     for key, allowed in with_correction.items():

@@ -24,6 +24,7 @@ from minitron_mcore.estimate.stages import Parts, Pass
 from minitron_mcore.estimate.work import Beside, Limits, Training
 from minitron_mcore.jobs.distill import check_teacher_keys
 from minitron_mcore.jobs.dry_run import planned_world
+from minitron_mcore.jobs.exchange import exchange_of
 from minitron_mcore.jobs.inputs import check_model, teacher_layout
 from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
@@ -138,6 +139,7 @@ def training_of(work: Work, world: World) -> Training:
         check_lanes(recipe.parallel, all_ranks, work.side_by_side)
         check_model(shape, recipe, world, section)
         check_recompute(train, shape, recipe.parallel, section)
+        exchange_of(recipe, section, shape, world, timetable)
         check_train(train, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, section)
         if work.teacher is not None:
             teacher_layout(recipe, Model("teacher.checkpoint", Path(), work.teacher), world)
@@ -162,6 +164,7 @@ def training_of_round(each: RoundSketch, world: World) -> Training:
     def lay_out() -> None:
         check_model(shape, recipe, world, "align")
         check_recompute(config, shape, recipe.parallel, "align")
+        exchange_of(recipe, "align", shape, world, timetable)
         check_train(config, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, "align")
         if recipe.chat.packing:
             check_packing({"parallel": recipe.parallel})

@@ -19,10 +19,12 @@ from minitron_mcore.estimate.forecast import Forecast, forecast_run
 from minitron_mcore.jobs import inputs
 from minitron_mcore.jobs.chats import Chats
 from minitron_mcore.jobs.continuation import refuse_other_run, sources
+from minitron_mcore.jobs.exchange import exchange_of
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises, absolute
-from minitron_mcore.model.recompute import check_recompute
+from minitron_mcore.model.recompute import check_recompute, recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.runtime.user_buffers import Exchange
 from minitron_mcore.runtime.world import World
 from minitron_mcore.training.budget import Timetable, check_train, plan_timetable
 from minitron_mcore.training.config import TrainConfig
@@ -79,6 +81,7 @@ class TrainingJob(Job):
     lineage: what lineage.yaml says of where the weights come from.
     teaching: of `distill`.
     chats: what is read in place of data.train.
+    exchange: what tensor-parallel ranks exchange states through during products; None: nothing is asked for.
     """
 
     section: str
@@ -93,10 +96,16 @@ class TrainingJob(Job):
     lineage: dict[str, Any]
     teaching: Teaching
     chats: Chats | None = None
+    exchange: Exchange | None = None
 
     @property
     def config(self) -> TrainConfig:
         return getattr(self.recipe, self.section)
+
+    @property
+    def passes(self) -> dict[str, Any]:
+        """How the model's training passes go, by the names of `build_model`."""
+        return {"recompute": recompute_of(self.config), "tp_comm_overlap": self.config.tp_comm_overlap}
 
     @property
     def sides(self) -> int:
@@ -208,6 +217,7 @@ def resolve_training(
         lineage=lineage,
         teaching=teaching,
         chats=chats,
+        exchange=exchange_of(recipe, section, architecture, world, timetable),
     )
 
 

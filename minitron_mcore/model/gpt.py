@@ -69,11 +69,12 @@ def transformer_config(
     *,
     bare_layers: bool = False,
     recompute: Recompute = KEEP_ALL,
+    tp_comm_overlap: bool = False,
 ) -> TransformerConfig:
     """Megatron's config of `architecture` under `parallel`. Raises InputError for a layout that cannot hold it.
 
     precision: fp32, bf16, or fp8: the layers' products in fp8 by Transformer Engine, all else as in bf16.
-    bare_layers: their weights are kept elsewhere.
+    bare_layers: their weights are kept elsewhere. tp_comm_overlap: as `build_model`.
     """
     a = architecture
     check_tensor_parallel(a, parallel.tensor)
@@ -94,6 +95,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
+        tp_comm_overlap=tp_comm_overlap,
         pipeline_model_parallel_layout=_uneven_layout(stages, parallel),
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -161,14 +163,18 @@ def build_model(
     groups: ProcessGroupCollection | None = None,
     bare_layers: bool = False,
     recompute: Recompute = KEEP_ALL,
+    tp_comm_overlap: bool = False,
 ) -> list[LanguageModel]:
     """This rank's chunks of the model (one, or one a virtual stage), with memory for the weights but no values.
 
     Every rank calls, after `use_layout(parallel)`, or with the `groups` of another layout that `parallel` describes.
     Fill it with `initialize` or a checkpoint. `bare_layers`: layers have no memory for their weights either, which
     are kept elsewhere (distillation/teacher/placement.py). `recompute`: what backward computes again.
+    `tp_comm_overlap`: layers exchange states through Transformer Engine's user buffers (runtime/user_buffers.py), which
+    must be there whenever the model runs.
     """
-    config = transformer_config(architecture, parallel, precision, bare_layers=bare_layers, recompute=recompute)
+    passes: dict[str, Any] = {"recompute": recompute, "tp_comm_overlap": tp_comm_overlap}
+    config = transformer_config(architecture, parallel, precision, bare_layers=bare_layers, **passes)
     groups = groups or ProcessGroupCollection.use_mpu_process_groups()
     stage = groups.pp.rank()
     if config.pipeline_model_parallel_layout is not None:

@@ -13,11 +13,11 @@ from minitron_mcore.estimate.forecast import Forecast, explaining_memory, foreca
 from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import initialize
-from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.recipe import to_yaml
 from minitron_mcore.runtime.folder_lock import one_writer
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime, measured_world
+from minitron_mcore.runtime.user_buffers import user_buffers
 from minitron_mcore.stages.chats import chat_data
 from minitron_mcore.training.job import Job, Progress, TrainingData, build_training_data
 from minitron_mcore.training.loop import fit
@@ -53,7 +53,7 @@ def prepare(job: TrainingJob, runtime: Runtime) -> tuple[TrainingData, Forecast]
 def load_or_initialize(job: TrainingJob) -> list[LanguageModel]:
     """The model to train, with its first weights; where a run goes on the loop loads them. Every rank calls."""
     recipe, architecture = job.recipe, job.architecture
-    chunks = build_model(architecture, recipe.parallel, recipe.precision, recompute=recompute_of(job.config))
+    chunks = build_model(architecture, recipe.parallel, recipe.precision, **job.passes)
     if job.resumes:
         return chunks
     if job.source is not None:
@@ -77,7 +77,7 @@ def fit_model(
     recipe = job.recipe
     teaching = objective.teacher if isinstance(objective.teacher, TrainedTeacher) else None
     folders = {f"{job.section}.checkpoint": job.folder} | ({"correct.checkpoint": teaching.folder} if teaching else {})
-    with one_writer(folders), explaining_memory(memory, "while training"):
+    with one_writer(folders), explaining_memory(memory, "while training"), user_buffers(job.exchange):
         return fit(
             Job(
                 chunks=chunks,

@@ -84,6 +84,9 @@ class TrainConfig:
     overlap_param_gather: Optional[bool] = key(
         None, "gather weights under what follows a step; null: on CUDA, with overlap_grad_reduce", may_change=True
     )
+    tp_comm_overlap: bool = key(
+        False, "exchange states of tensor-parallel ranks during products; needs Transformer Engine", may_change=True
+    )
     ddp_bucket_size: Optional[int] = key(
         None, "parameters reduced at a time; null: 40 million, or 1 million a rank", at_least=1, may_change=True
     )

@@ -110,18 +110,6 @@ LAYOUTS += [
         ["parallel.context=2", "data.sequence_length=18"],
         "data.sequence_length=18 is not a multiple of 2 x parallel.context=2 = 4 (18 / 4 = 4.5)",
     ),
-    (
-        2,
-        "train",
-        ["parallel.num_distributed_optimizer_instances=3"],
-        "parallel.num_distributed_optimizer_instances=3 does not divide the number of data-parallel ranks, 2: set",
-    ),
-    (
-        2,
-        "train",
-        ["parallel.context=2", "parallel.num_distributed_optimizer_instances=3"],
-        "does not divide the number of ranks of a shard, 1 data-parallel x parallel.context=2 = 2: set",
-    ),
     (2, "score", ["parallel.context=2"], "parallel.context=2 is not possible in `score`, which needs a whole sequence"),
     (2, "run", ["parallel.context=2"], "parallel.context=2 is not possible in `run`, which needs a whole sequence"),
     (
@@ -203,16 +191,6 @@ for _verb in ("train", "distill"):
             _verb,
             [f"{_verb}.recompute_num_layers=1"],
             f"{_verb}.recompute_num_layers=1 has no effect with recompute_granularity=null",
-        ),
-        (
-            _verb,
-            [f"{_verb}.overlap_grad_reduce=false", f"{_verb}.ddp_bucket_size=1000"],
-            f"{_verb}.ddp_bucket_size=1000 has no effect with overlap_grad_reduce=false, which reduces all gradients",
-        ),
-        (
-            _verb,
-            [f"{_verb}.overlap_grad_reduce=false", f"{_verb}.overlap_param_gather=true"],
-            f"{_verb}.overlap_param_gather=true needs overlap_grad_reduce, which cuts the weights into the buckets",
         ),
         (
             _verb,

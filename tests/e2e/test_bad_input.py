@@ -21,11 +21,12 @@ from tests.e2e.bad_distill_cases import DISTILL
 from tests.e2e.bad_estimate_cases import ESTIMATE
 from tests.e2e.bad_generate_cases import GENERATE
 from tests.e2e.bad_input_cases import CASES, Case
+from tests.e2e.bad_overlap_cases import OVERLAP
 from tests.e2e.bad_report_cases import REPORT
 from tests.e2e.bad_search_cases import SEARCH
 from tests.e2e.verbs import all_typed, typed
 
-ALL = (*CASES, *DISTILL, *SEARCH, *ESTIMATE, *GENERATE, *REPORT, *BENCH)
+ALL = (*CASES, *DISTILL, *SEARCH, *ESTIMATE, *GENERATE, *REPORT, *BENCH, *OVERLAP)
 TRACKER = "latest_checkpointed_iteration.txt"
 ROOT = Path(__file__).parents[2]
 # What no description says: it is found only while text or tensors are read.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tests.distributed.models import global_batch, my_batch, start_layout, steady, tiny
@@ -23,7 +25,7 @@ def trace_on_rank(overlapped: bool) -> tuple[list[float], float]:
     layout, architecture = start_layout({}, 2), tiny("llama", num_layers=2)
     models = build_model(architecture, layout, "fp32")
     initialize(models, architecture, seed=1)
-    keys = {"overlap_grad_reduce": overlapped, "overlap_param_gather": overlapped}
+    keys: dict[str, Any] = {"overlap_grad_reduce": overlapped, "overlap_param_gather": overlapped}
     train = TrainConfig(global_batch_size=8, micro_batch_size=2, ddp_bucket_size=5000 if overlapped else None, **keys)
     timetable = steady(train, 3)
     trained = Trained.of(models, train, timetable)

@@ -132,7 +132,8 @@ def test_which_keys_may_differ() -> None:
     everywhere = (
         *("checkpoint", "micro_batch_size", "eval_interval", "eval_iters", "save_interval", "loss_chunk_tokens"),
         *("recompute_granularity", "recompute_method", "recompute_num_layers", "max_skipped_iterations"),
-        *("overlap_grad_reduce", "overlap_param_gather", "ddp_bucket_size"),
+        *("overlap_grad_reduce", "overlap_param_gather", "ddp_bucket_size", "tp_comm_overlap"),
+        *("async_save", "on_save_error"),
     )
     expected = {f"{section}.{name}" for section in trained for name in everywhere}
     expected |= {"distill.recompute_loss", "distill.teacher_window", "distill.check_teacher"}
