@@ -4,8 +4,9 @@
     python benchmarks/convert.py --layers 32         the whole model: 16 GB, four times that on the disk
 
 Timed, in interleaved repeats, medians compared: copying the files; `import` on one rank and on two (TP = 2); `export`
-on one rank. All of them write new files and fsync them; what was written before is flushed first; the source is in the
-page cache as far as memory allows. Start-up of the processes is not counted. Beside it the processor's time, of all
+on one rank. Each runs in a process that has just started, the copy too: what the memory was used for before must not
+tell them apart. All of them write new files and fsync them; what was written before is flushed first; the source is in
+the page cache as far as memory allows. Start-up of the processes is not counted. Beside it the processor's time, of all
 ranks together, which says more where the machine is shared.
 
 Memory: the largest resident set (VmHWM, mapped files included) of each rank, a fresh process, against an empty process
@@ -115,19 +116,17 @@ def make_source(folder: Path, shape: dict[str, Any], max_shard_bytes: int) -> di
     }
 
 
-def copy(source: Path, target: Path) -> tuple[float, float]:
-    """Seconds to copy the files and see them on the disk, and of them the processor's."""
-    started, worked = time.perf_counter(), time.process_time()
+def copy(source: Path, target: Path) -> None:
+    """Copy the files and see them on the disk."""
     target.mkdir()
     for path in sorted(source.iterdir()):
         shutil.copyfile(path, target / path.name)
         with (target / path.name).open("rb+") as stream:
             os.fsync(stream.fileno())
-    return time.perf_counter() - started, time.process_time() - worked
 
 
 def convert_on_rank(job: str, source: Path, target: Path) -> tuple[float, float]:
-    """One rank of one job, import or export; seconds from when all ranks have started until all are done, and the
+    """One rank of one job, copy, import or export; seconds from when all ranks have started until all are done, and the
     processor's in this one."""
     from transformers import AutoConfig
 
@@ -146,7 +145,9 @@ def convert_on_rank(job: str, source: Path, target: Path) -> tuple[float, float]
     AutoConfig.for_model("llama")  # which has transformers imported
     runtime.barrier()
     started, worked = time.perf_counter(), time.process_time()
-    if architecture is not None:
+    if job == "copy":
+        copy(source, target)
+    elif architecture is not None:
         import_checkpoint(source, target, architecture, parallel, runtime)
         if runtime.is_main:
             write_description(target, architecture, lineage={}, recipe="", save_tokenizer=None)
@@ -238,7 +239,7 @@ def measure(root: Path, shape: dict[str, Any], repeats: int, max_shard_bytes: in
     worked: dict[str, list[float]] = {name: [] for name in seconds}
     peaks: dict[str, list[list[float]]] = {"import_1": [], "import_tp2": [], "export_1": []}
     jobs = {
-        "copy": ("copy", 0, source, root / "copy"),
+        "copy": ("copy", 1, source, root / "copy"),
         "import_1": ("import", 1, source, checkpoint),
         "import_tp2": ("import", 2, source, pair),
         "export_1": ("export", 1, checkpoint, exported),
@@ -250,15 +251,13 @@ def measure(root: Path, shape: dict[str, Any], repeats: int, max_shard_bytes: in
             job, ranks, given, target = jobs[name]
             shutil.rmtree(target, ignore_errors=True)
             os.sync()
-            if job == "copy":
-                for found, value in zip((seconds, worked), copy(given, target), strict=True):
-                    found[name].append(value)
-                shutil.rmtree(target)
-                continue
             rows = launch(job, ranks, given, target, root)
             seconds[name].append(max(row["seconds"] for row in rows))
             worked[name].append(sum(row["worked"] for row in rows))
-            peaks[name].append([row["peak"] for row in rows])
+            if job == "copy":
+                shutil.rmtree(target)
+            else:
+                peaks[name].append([row["peak"] for row in rows])
         equal = equal and same_tensors(source, exported)
         print(
             f"repeat {repeat + 1}: " + ", ".join(f"{name} {times[-1]:.1f} s" for name, times in seconds.items()),
@@ -298,7 +297,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-shard-bytes", type=int, default=5_000_000_000)
     parser.add_argument("--folder", type=Path, help="where to work; by default the system's temporary folder")
-    parser.add_argument("--job", choices=("import", "export"), help=argparse.SUPPRESS)
+    parser.add_argument("--job", choices=("copy", "import", "export"), help=argparse.SUPPRESS)
     parser.add_argument("--paths", nargs=3, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:

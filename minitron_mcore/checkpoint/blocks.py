@@ -21,6 +21,9 @@ import xxhash
 from minitron_mcore.checkpoint.manifest import tensor_bytes
 
 BLOCK = 1 << 20  # bytes, which stay in a core's own cache: up to twice as fast as larger ones
+# Larger writes have Linux look for as much memory in one piece. A virtual machine may have given such pieces back to
+# its host, and then a write takes five times as long (docs/log.md, 2026-11-30).
+WRITE = 1 << 17
 MOST_THREADS = 4
 THREADS = max(2, min(MOST_THREADS, os.cpu_count() or 1))  # two also on one core: one works while the other waits
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -96,7 +99,7 @@ def read_at(path: Path, offset: int, target: torch.Tensor) -> None:
 def write_at(descriptor: int, content: memoryview, offset: int) -> None:
     """Write all of `content` at `offset` of a file that is open."""
     while len(content):
-        count = os.pwrite(descriptor, content[:BLOCK], offset)
+        count = os.pwrite(descriptor, content[:WRITE], offset)
         content, offset = content[count:], offset + count
 
 
