@@ -3,7 +3,7 @@
     python benchmarks/gate/ratios.py [--only kd_step score] [--table FILE]
 
 Runs each benchmark of ratios.yaml, one after another, and compares the ratios in its closing JSON line with the table.
-Prints a row a ratio; exit code 1 where one is too high in every try, or where a benchmark fails.
+Prints a row a ratio; exit code 1 where one is too high, or too low, in every try, or where a benchmark fails.
 """
 
 from __future__ import annotations
@@ -37,24 +37,29 @@ def value_at(result: Any, path: str) -> float:
     return float(result)
 
 
+def holds(ratio: dict[str, Any], value: float) -> bool:
+    """Whether `value` lies where the row lets it: up to `at_most`, or from `at_least` on."""
+    return bool(ratio.get("at_least", value) <= value <= ratio.get("at_most", value))
+
+
 def check(benchmark: dict[str, Any], tries: int) -> bool:
     """Run it until every ratio has held once; print a row a ratio. Whether all have held."""
-    command, lowest = benchmark["command"], dict[str, float]()
+    command, ratios = benchmark["command"], benchmark["ratios"]
+    best = dict[str, float]()
     for _ in range(tries):
         result = measured(command)
-        for ratio in benchmark["ratios"]:
-            value = value_at(result, ratio["at"])
-            lowest[ratio["at"]] = min(value, lowest.get(ratio["at"], value))
-        if all(lowest[ratio["at"]] <= ratio["at_most"] for ratio in benchmark["ratios"]):
+        for ratio in ratios:
+            value, better = value_at(result, ratio["at"]), max if "at_least" in ratio else min
+            best[ratio["at"]] = better(value, best.get(ratio["at"], value))
+        if all(holds(ratio, best[ratio["at"]]) for ratio in ratios):
             break
-    held = True
-    for ratio in benchmark["ratios"]:
-        value, name = lowest[ratio["at"]], f"{command.split('.')[0]} {ratio['at']}"
-        well = value <= ratio["at_most"]
-        words = "holds" if well else f"TOO HIGH: perhaps {ratio['breaks']}"
-        print(f"{name:44} {value:10.3g}   was {ratio['was']:.3g}, at most {ratio['at_most']:.3g}   {words}", flush=True)
-        held = held and well
-    return held
+    for ratio in ratios:
+        value, name = best[ratio["at"]], f"{command.split('.')[0]} {ratio['at']}"
+        bound, wrong = ("at_least", "TOO LOW") if "at_least" in ratio else ("at_most", "TOO HIGH")
+        words = "holds" if holds(ratio, value) else f"{wrong}: perhaps {ratio['breaks']}"
+        limit = f"{bound.replace('_', ' ')} {ratio[bound]:.3g}"
+        print(f"{name:44} {value:10.3g}   was {ratio['was']:.3g}, {limit}   {words}", flush=True)
+    return all(holds(ratio, best[ratio["at"]]) for ratio in ratios)
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,9 @@ NOTHING = Overlap()
 
 def prepare(chunks: Sequence[Any], config: TransformerConfig) -> None:
     """What is set on chunks and their `config` when they have been wrapped, as Megatron-LM's training sets it."""
+    for group in _groups(chunks):
+        if _is_alone(group):
+            group.start_grad_sync, group.start_param_sync = partial(_scale_gradients, group), _nothing_to_gather
     if chunks[0].ddp_config.overlap_grad_reduce:
         if chunks[0].ddp_config.num_distributed_optimizer_instances > 1:
             remember_reductions(list(_groups(chunks)))
@@ -54,6 +58,24 @@ def prepare(chunks: Sequence[Any], config: TransformerConfig) -> None:
     if chunks[0].ddp_config.overlap_param_gather:
         for group in _groups(chunks):
             group.param_gather_dispatched = True  # the weights are whole until the first step
+
+
+def _is_alone(group: Any) -> bool:
+    """Whether the only data-parallel rank, not overlapped, would reduce and gather: gloo copies gradients and weights
+    whole for that."""
+    keys = group.ddp_config
+    overlapped = keys.overlap_grad_reduce or keys.overlap_param_gather
+    instances = keys.num_distributed_optimizer_instances
+    return not overlapped and instances == 1 and group.intra_distributed_optimizer_instance_size == 1
+
+
+def _scale_gradients(group: Any, force_all_reduce: bool | None = False) -> None:
+    for bucket in group.buckets:
+        if bucket.gradient_scaling_factor != 1.0:
+            bucket.grad_data *= bucket.gradient_scaling_factor
+
+
+def _nothing_to_gather(force_sync: bool = False) -> None: ...
 
 
 def adopt_head(chunk: Any, head: torch.Tensor, before: torch.nn.Module) -> None:
