@@ -142,20 +142,8 @@ def activations(setting: Setting, stage: int, ended: int = 0) -> int:
     outputs = boundary * (running if s.on_cpu else min(running, 1))
     if stage == parallel.pipeline - 1 and running:
         shard = parallel.tensor if parallel.sequence else 1
-        outputs += norm_bytes(s) * s.tokens * s.student.hidden_size // shard - boundary
+        outputs += 2 * BYTES[s.precision] * s.tokens * s.student.hidden_size // shard - boundary
     return running * kept // len(chunks) + outputs
-
-
-def widens_norms(setting: Setting) -> bool:
-    """Whether norms work in fp32, step by step."""
-    return setting.on_cpu and setting.student.normalization == "RMSNorm"
-
-
-def norm_bytes(setting: Setting) -> int:
-    """Bytes a channel and token of what a norm keeps and gives: its input and the normed input, or also that one in
-    fp32, without its weight."""
-    element = BYTES[setting.precision]
-    return 8 + element if widens_norms(setting) else 2 * element
 
 
 def uses_local_layers(setting: Setting) -> bool:
@@ -227,17 +215,16 @@ def layer_activations(setting: Setting) -> int:
     the normed input of the product behind it, 4 h. Sharded over T: the fused projection's output q + 2 k (its values
     are read in backward), queries and keys after rotation q + k, attention's output q; where keys and values are
     gathered over context-parallel ranks these instead, of the whole sequence, and queries twice. Of a gated MLP fc1's
-    output 2 f, the activated gate, the other half and fc2's input 3 f; of another one fc1's activated output and fc2's
-    input 2 f. In fp32: a norm's deviation a token, a head's logarithm of sums. Rotary tables: sine and cosine of
-    queries and keys. On CPU an RMS norm keeps its input and the normed input in fp32.
+    output 2 f and fc2's input f; of another one fc1's activated output and fc2's input 2 f. In fp32: a norm's deviation
+    a token, a head's logarithm of sums. Rotary tables: sine and cosine of queries and keys.
     """
     s, a, tensor, element = setting, setting.student, setting.parallel.tensor, BYTES[setting.precision]
     q, k = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
-    whole = 2 * (norm_bytes(s) * a.hidden_size + 4)
+    whole = 4 * element * a.hidden_size + 8
     gathered = gathered_keys(s)
     sharded = element * (3 * q + (0 if gathered else 3 * k)) + 4 * a.num_attention_heads
     if a.qk_layernorm:
-        sharded += (8 if widens_norms(s) else element) * (q + k) + 4 * (a.num_attention_heads + a.num_query_groups)
+        sharded += element * (q + k) + 4 * (a.num_attention_heads + a.num_query_groups)
     length = s.tokens // (s.micro_batch_size * s.sides)
     tables = 4 * element * int(a.kv_channels * a.rotary_percent) * length
     split = tensor if s.parallel.sequence else 1
@@ -247,5 +234,5 @@ def layer_activations(setting: Setting) -> int:
 def mlp_activations(setting: Setting) -> int:
     """The part of `layer_activations` that comes after the input of the MLP."""
     s, a = setting, setting.student
-    width = (5 if a.gated_linear_unit else 2) * a.ffn_hidden_size
+    width = (3 if a.gated_linear_unit else 2) * a.ffn_hidden_size
     return BYTES[s.precision] * s.tokens * width // s.parallel.tensor

@@ -36,9 +36,9 @@ class Traffic:
     kernels: tuple[float, float]  # how many operations a layer has
 
 
-# On a GPU norm and rotation are each one kernel, activations torch's own. On the CPU an RMS norm is five operations.
-FUSED = Traffic((2, 5), (3, 3), (4, 6), (5, 13), (4, 7), (14, 24))
-ELEMENTWISE = Traffic((7, 14), (3, 3), (14, 20), (5, 13), (4, 7), (40, 70))
+# On a GPU norm and rotation are each one kernel. A gated activation, and on the CPU an RMS norm: model/elementwise.py.
+FUSED = Traffic((2, 5), (3, 3), (4, 6), (5, 11), (4, 7), (14, 24))
+ELEMENTWISE = Traffic((5, 12), (3, 3), (14, 20), (5, 11), (4, 7), (40, 60))
 
 
 # Under context parallelism the local attention runs twice, on keys put in order, which makes half as many again.

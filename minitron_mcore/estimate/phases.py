@@ -17,7 +17,6 @@ from minitron_mcore.estimate.model import (
     mlp_activations,
     passes,
     recomputed_activations,
-    widens_norms,
 )
 
 Phase = dict[str, int]  # bytes by part
@@ -41,8 +40,8 @@ def training_phases(setting: Setting, stage: int, *, beside: int = 0, working: i
         left = chunks * s.ahead - (chunks - 1) * s.parallel.pipeline - 1
         others = activations(s, stage, ended=max(1, passes(s, stage) - left))
         found.append({"activations": others, "embedding's gradient": embedding_gradient(s)})
-    if s.on_cpu:  # Adam goes through the parameters one by one, gloo reduces a copy of the gradients
-        found.append({"optimizer's step": 8 * min(_largest_parameter(s, stage), shard)})
+    if s.on_cpu:  # gradients are clipped parameter by parameter, gloo reduces a copy of them
+        found.append({"optimizer's step": 4 * min(_largest_parameter(s, stage), shard)})
         found.append({"reduced gradients": 4 * _largest_buffer(s, stage, count)})
     else:  # torch's Adam works on all weights at once
         found.append({"optimizer's step": 4 * shard})
@@ -59,9 +58,10 @@ def layer_at_work(setting: Setting) -> int:
     """What backward holds at most, in the stage's last layer, beside all that forward has kept.
 
     Gradients of its input and output, 2 h, and of the widest tensors in between; or while a product's backward runs,
-    fc2's input f and the gradient of fc2's weight, then fc1's output and weight, when what follows fc1 is given up. On
-    CPU an RMS norm's backward makes six tensors in fp32. Where attention gathers keys and values itself, it has four
-    times their gradients, when all that follows attention is given up.
+    fc2's input f and the gradient of fc2's weight, then fc1's output and weight, when what follows fc1 is given up. A
+    gated activation's backward has the gradients of its output f and of its input 2 f, and one product f. Where
+    attention gathers keys and values itself, it has four times their gradients, when all that follows attention is
+    given up.
     """
     s, a, element = setting, setting.student, BYTES[setting.precision]
     tensor, heads = s.parallel.tensor, a.num_attention_heads * a.kv_channels
@@ -69,12 +69,10 @@ def layer_at_work(setting: Setting) -> int:
     weight = weight_gradient(s) * a.hidden_size * ffn
     wide = element * s.tokens
     found = [
-        wide * (hidden + max((1 + gates) * ffn, 2 * heads // tensor)),
+        wide * (hidden + max(2 * gates * ffn, 2 * heads // tensor)),
         wide * (hidden + ffn) + weight,
         wide * (hidden - ffn) + gates * weight,
     ]
-    if widens_norms(s):
-        found.append(24 * s.tokens * a.hidden_size // (tensor if s.parallel.sequence else 1))
     if gathered := gathered_keys(s):
         found.append(wide * hidden + 2 * gathered - mlp_activations(s))
     return max(found)
@@ -114,11 +112,11 @@ def loss_buffers(setting: Setting) -> int:
 
 def teacher_pass(setting: Setting) -> int:
     """The teacher's widest layer without gradients, in its own layout: the model's input, a block's input and its norm,
-    3 h; fc1's output 2 f, the activated gate, the other half and their product, or without a gate 3 f in all; or the
-    fused projection, queries and keys after rotation, and attention's output, 3 q + 3 k."""
+    3 h; fc1's output 2 f and the product of its halves, or without a gate 3 f in all too; or the fused projection,
+    queries and keys after rotation, and attention's output, 3 q + 3 k."""
     s, a, tensor = setting, setting.teacher, setting.teacher_layout.tensor
     assert a is not None
-    mlp = (5 if a.gated_linear_unit else 3) * a.ffn_hidden_size
+    mlp = 3 * a.ffn_hidden_size
     attention = 3 * (a.num_attention_heads + a.num_query_groups) * a.kv_channels
     return s.teacher_element * s.tokens * (3 * a.hidden_size + max(mlp, attention) // tensor)
 

@@ -63,12 +63,12 @@ def forward_parts(run: Pass, stage: int) -> Parts:
     """Weights, what the widest layer holds at once, and the batch, on a rank of pipeline stage `stage`.
 
     A layer holds the block's input, the residual, the normed input and the output, n h each, under sequence parallelism
-    a part of it but for the gathered input; and sharded over T: of a gated MLP fc1's output 2 f, both halves and their
-    product, 3 f; of another one 3 f in all; of attention queries, keys and values before and after rotation.
+    a part of it but for the gathered input; and sharded over T: of an MLP 3 f, of a gated one fc1's output and the
+    product of its halves; of attention queries, keys and values before and after rotation.
     """
     a, parallel = run.model, run.parallel
     widths = axis_sizes(a)
-    sharded = max((5 if a.gated_linear_unit else 3) * a.ffn_hidden_size, 2 * widths["qkv"] + 2 * widths["heads"])
+    sharded = max(3 * a.ffn_hidden_size, 2 * widths["qkv"] + 2 * widths["heads"])
     split = parallel.tensor if parallel.sequence else 1
     whole = a.hidden_size + 3 * a.hidden_size // split
     arriving = 2 * a.hidden_size // split if parallel.pipeline > 1 else 0  # from the stage before, and to the next

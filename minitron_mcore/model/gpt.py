@@ -20,7 +20,7 @@ from minitron_mcore.architecture import Architecture, RopeScaling
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import check_tensor_parallel, checkpoint_key, parameter_table, split_layers
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
-from minitron_mcore.model.specs import HAVE_TE, block_submodules
+from minitron_mcore.model.specs import HAVE_TE, block_submodules, rotary_fields
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.cpu_adapter import transformer_fields
 from minitron_mcore.runtime.repairs import pipeline_communication
@@ -86,6 +86,7 @@ def transformer_config(
     return TransformerConfig(
         **{name: getattr(a, name) for name in SHARED_FIELDS},
         activation_func=ACTIVATIONS[a.activation],
+        use_te_activation_func=a.gated_linear_unit and a.activation == "silu",  # in name: model/specs.py
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -112,6 +113,7 @@ def transformer_config(
         **recompute.megatron_fields(),
         **pipeline_communication(parallel.virtual_pipeline),
         **transformer_fields(),
+        **rotary_fields(),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec as get_gpt_layer_te_spec
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -24,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.nn.attention.bias import causal_lower_right
 
 from minitron_mcore.errors import InputError
+from minitron_mcore.model.elementwise import packed_rotary, rms_norm, rotary, swiglu
 from minitron_mcore.runtime.groups import context_group, held_chunks, in_order
 
 
@@ -36,10 +38,9 @@ def apply_norm(
     """
     if config.layernorm_zero_centered_gamma:
         weight = weight + 1
-    width = (x.shape[-1],)
     if config.normalization == "RMSNorm":
-        return torch.nn.functional.rms_norm(x, width, weight, config.layernorm_epsilon)
-    return torch.nn.functional.layer_norm(x, width, weight, bias, config.layernorm_epsilon)
+        return rms_norm(x, weight, config.layernorm_epsilon)
+    return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, config.layernorm_epsilon)
 
 
 class Norm(torch.nn.Module):
@@ -64,6 +65,13 @@ class Norm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return apply_norm(x, self.weight, self.bias, self.config)
+
+
+class SwiGLU(MegatronModule):
+    """The activation of a SiLU-gated MLP. Megatron's own adds a zero to one half, and keeps both halves twice."""
+
+    def forward(self, both: torch.Tensor) -> torch.Tensor:
+        return swiglu(both)
 
 
 class SDPACoreAttention(MegatronModule):
@@ -142,6 +150,15 @@ def use_transformer_engine(config: TransformerConfig) -> bool:
     return bool(HAVE_TE) and torch.cuda.is_available() and config.bf16
 
 
+def rotary_fields() -> dict[str, bool]:
+    """TransformerConfig's fields of the rotation: where Megatron looks for Transformer Engine's kernel and finds none,
+    on the CPU, it gets ours. Its own operations write every head twice, and a gradient of zeros for no channels."""
+    if torch.cuda.is_available():
+        return {}
+    rope_utils.fused_apply_rotary_pos_emb, rope_utils.fused_apply_rotary_pos_emb_thd = rotary, packed_rotary
+    return {"apply_rope_fusion": True}
+
+
 class BareLayer(TransformerLayer):
     """A layer without memory for its weights, which are fetched before it runs (distillation/teacher/placement.py)."""
 
@@ -161,6 +178,8 @@ def block_submodules(
     """
     fused = use_transformer_engine(config)
     layer = get_gpt_layer_te_spec(qk_layernorm=config.qk_layernorm) if fused else _local(config)
+    if config.use_te_activation_func:  # a module as Transformer Engine's are, which gets both halves (model/gpt.py)
+        layer.submodules.mlp.submodules.activation_func = SwiGLU
     if bare_layers:
         layer = replace(layer, module=BareLayer)
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -133,7 +134,23 @@ def build_optimizer(chunks: list[torch.nn.Module], train: TrainConfig, precision
     types: dict[str, Any] = {"bf16": precision == "bf16", "params_dtype": DTYPES[precision]}
     gather = {"overlap_param_gather": cast(Any, chunks[0]).ddp_config.overlap_param_gather}
     config = OptimizerConfig(optimizer="adam", use_distributed_optimizer=True, **types, **adam, **gather)
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)  # type: ignore[arg-type]
+    optimizer: MegatronOptimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)  # type: ignore[arg-type]
+    for part in getattr(optimizer, "chained_optimizers", (optimizer,)):
+        if isinstance(part.optimizer, torch.optim.Adam):
+            _in_one_pass(part.optimizer)
+    return optimizer
+
+
+def _in_one_pass(adam: torch.optim.Adam) -> None:
+    """Let torch's Adam step in its fused kernel, which on the CPU it does not choose by itself. Only while it steps: in
+    a checkpoint the choice would go along to another device."""
+
+    def choose(*unused: Any, fused: bool | None) -> None:
+        for group in adam.param_groups:
+            group["fused"] = fused if all(parameter.is_cpu for parameter in group["params"]) else None
+
+    adam.register_step_pre_hook(partial(choose, fused=True))
+    adam.register_step_post_hook(partial(choose, fused=None))
 
 
 def build_scheduler(optimizer: MegatronOptimizer, train: TrainConfig, timetable: Timetable) -> OptimizerParamScheduler:

@@ -9,12 +9,13 @@ of its own is slow.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from minitron_mcore.estimate.forecast import stage_parts
-from tests.distributed.memory_peak import CASES, peak_on_rank
+from tests.distributed.memory_peak import CASES, SEQUENCE, Case, peak_on_rank
 from tests.distributed.ranks import run_on_ranks
 
 # One for every part of the forecast: losses between states, stages, placements, what is recomputed; then what the
@@ -42,3 +43,19 @@ def test_the_peak_is_forecast(name: str, tmp_path: Path) -> None:
 
 def test_the_cases_are_named() -> None:
     assert set(QUICK) <= set(CASES)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_next_token_training_never_holds_all_logits(tensor: int, tmp_path: Path) -> None:
+    """Beside a step that is told to take all tokens at once, a step as it is by default needs less by their fp32
+    logits, but for those of a chunk and for what else then is the most; and both are forecast."""
+    vocabulary, layout = 16384, (f"parallel.tensor={tensor}",)
+    case = Case(tensor, layout, student={"vocab_size": vocabulary, "num_layers": 2}, teacher=None, microbatches=1)
+    whole = replace(case, words=(*layout, f"train.loss_chunk_tokens={2 * SEQUENCE}"))
+    measured = []
+    for each in (case, whole):
+        measured.append(max(peak for _, peak in run_on_ranks(peak_on_rank, tensor, each, str(tmp_path))))
+        expected = sum(stage_parts(each.forecast().setting, 0).values())
+        assert 0.95 <= expected / measured[-1] <= 1.12, (expected, measured)
+    logits = 4 * 2 * SEQUENCE * vocabulary // tensor
+    assert measured[1] - measured[0] >= 0.6 * logits, (measured, logits)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from minitron_mcore.layout import parameter_table
+from tests.distributed.alignment.problems import gradients_of, transformers_model
 from tests.distributed.dense_reference import DenseModel
 from tests.distributed.models import (
     LAYOUTS,
@@ -255,3 +256,21 @@ def test_it_learns(family: str) -> None:
     single = trained(family, "1", FEWER_STEPS)
     assert all(row["grad-norm"] > 0 for row in single["history"])
     assert all(float(value.norm()) > 0 for value in single["gradients"].values())
+
+
+@pytest.mark.parametrize("layout", ["1", "TP2", "TP2-SP", "PP2"])
+def test_against_transformers(layout: str) -> None:
+    """Loss and every gradient of the first step, by chunks of tokens here, from whole logits there."""
+    ours, student = trained("llama", layout, FEWER_STEPS), architecture_of("llama")
+    model = transformers_model(student, ours["weights"])
+    batch = global_batch(student.vocab_size)
+    count = sum(float(part["loss_mask"].sum()) for part in batch)
+    total = torch.zeros(())
+    for part in batch:
+        logits = model(part["tokens"]).logits
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), part["labels"], reduction="none")
+        total = total + (loss * part["loss_mask"]).sum() / count
+    total.backward()
+    assert ours["sums"]["lm loss"] == pytest.approx(total.item(), rel=1e-5)
+    for name, expected in gradients_of(model, student).items():
+        assert relative_error(ours["gradients"][name], expected) <= 1e-5, name

@@ -17,7 +17,7 @@ from tests.unit.estimate.test_memory import STUDENT, setting
 
 FULL = {"recompute_granularity": "full"}
 BOUNDARY = 2 * 128 * 64  # a layer's input: 128 tokens of 64 channels, in bf16
-MLP = 2 * 128 * 5 * 128  # fc1's output and what follows it, of a gated MLP of 128
+MLP = 2 * 128 * 3 * 128  # fc1's output and fc2's input, of a gated MLP of 128
 
 
 def saved(recompute: Recompute, parallel: dict[str, Any] | None = None) -> tuple[int, int]:
