@@ -49,7 +49,7 @@ CASES: dict[
     str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], Callable[[torch.dtype], list[Any]]]
 ] = {
     "norm": (
-        lambda *given: rms_norm(*given, 1e-3),
+        lambda x, weight: rms_norm(x, weight, 1e-3),
         norm_in_float64,
         lambda dtype: [heads(dtype), torch.linspace(-1, 2, WIDTH).to(dtype)],
     ),
@@ -96,7 +96,12 @@ def test_a_frozen_input_gets_no_gradient() -> None:
 def test_only_inputs_are_kept() -> None:
     kept: list[torch.Tensor] = []
     x, weight, both = torch.randn(4, 8, requires_grad=True), torch.ones(8), torch.randn(4, 8, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         rms_norm(x, weight, 1e-5)
         swiglu(both)
         rotary(torch.randn(4, 1, 2, 8, requires_grad=True), angles_of(8, length=4))
