@@ -11,6 +11,7 @@ aggregations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,7 +19,8 @@ import torch
 # Which sums each aggregation is made from: abs = Σ|S|, sum = ΣS, square = ΣS².
 SUMS = {"mean": ("abs",), "l2": ("square",), "var": ("sum", "square")}
 
-CACHED = 2**17  # values that fit a core's cache
+CACHED = 2**18  # fp32 numbers of a thread that stay in its core's cache
+ADDED = 16  # numbers that are added in fp32 before their sum goes on in float64
 
 
 def sums_for(aggregations: Sequence[str]) -> tuple[str, ...]:
@@ -30,8 +32,8 @@ def sequence_sums(values_SBC: torch.Tensor, names: Sequence[str]) -> torch.Tenso
     """The sums `names` of every sample and channel over this part of the sequence: [len(names), b, C].
 
     float64, except that Σ|S| alone on a GPU stays in its kernel's float32. Values may be of any floating type. With
-    `sum`, squares are summed about the mean, because the variance's ΣS² − (ΣS)²/n would cancel in float32; the two are
-    put together in float64.
+    `sum`, squares are summed about the mean or near it, because the variance's ΣS² − (ΣS)²/n would cancel in float32;
+    the two are put together in float64.
     """
     return (_sums_on_cuda if values_SBC.is_cuda else _sums_on_cpu)(values_SBC, names)
 
@@ -60,27 +62,52 @@ def _sums_on_cuda(values_SBC: torch.Tensor, names: Sequence[str]) -> torch.Tenso
 def _sums_on_cpu(values_SBC: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
     """All sums over one piece of the sequence while it is in the cache.
 
-    On the CPU vector_norm is not vectorised over a leading axis, and fresh memory costs more than the arithmetic in it:
-    hence the scratch buffers, which are reused for every piece.
+    Token k of every piece is added to slot k, and the slots are added up at the end: elementwise passes alone, in which
+    a thread meets the numbers that it wrote in the pass before. A reduction over the leading axis deals them out by
+    channel instead, so that they travel between the cores.
     """
-    shape, num_channels = values_SBC.shape[1:], values_SBC[0].numel()
-    values_SX = values_SBC.reshape(-1, num_channels)
-    size = min(len(values_SX), max(1, CACHED * torch.get_num_threads() // max(1, num_channels)))
-    wide, scratch = torch.empty(2, size, num_channels)
-    result = {name: torch.zeros(num_channels, dtype=torch.float64) for name in {*names, "square"}}
-    for piece in values_SX.split(size):
-        count, into = len(piece), scratch[: len(piece)]
-        values = piece if piece.dtype == torch.float32 else wide[:count].copy_(piece)
-        if "sum" in names:
-            total = values.sum(0)
-            result["square"] += torch.sub(values, total / count, out=into).square_().sum(0)
-            result["sum"] += total
-            result["square"].addcmul_(total.double(), total.double(), value=1 / count)
-        elif "square" in names:
-            result["square"] += torch.mul(values, values, out=into).sum(0)
-        if "abs" in names:
-            result["abs"] += torch.abs(values, out=into).sum(0)
-    return torch.stack([result[name] for name in names]).unflatten(1, shape)
+    if values_SBC.numel() <= CACHED // 2:  # a norm for each head, a number for each token: calls cost more than sums
+        wide = values_SBC.double()
+        exact = {"abs": wide.abs, "square": wide.square, "sum": wide.double}
+        return torch.stack([exact[name]().sum(0) for name in names])
+    numbers = (2 + len(names)) * values_SBC[0].numel()  # of one token: itself, a temporary, the slots
+    size = max(1, min(len(values_SBC), CACHED * torch.get_num_threads() // numbers))
+    wide, scratch = torch.empty(2, size, *values_SBC.shape[1:])
+    slots = torch.zeros(len(names), size, *values_SBC.shape[1:])
+    slot = dict(zip(names, slots, strict=True))
+    totals = torch.zeros(len(names), *values_SBC.shape[1:], dtype=torch.float64)
+    about = _near_mean(values_SBC) if "sum" in names else None
+    for number, piece in enumerate(values_SBC.split(size), 1):
+        if len(piece) < size:  # the last
+            wide, scratch = wide[: len(piece)], scratch[: len(piece)]
+            slot = {name: buffer[: len(piece)] for name, buffer in slot.items()}
+        values = piece if piece.dtype == torch.float32 else wide.copy_(piece)
+        if about is not None:
+            slot["sum"] += torch.sub(values, about, out=scratch)
+            slot["square"].addcmul_(scratch, scratch)
+        elif "square" in slot:
+            slot["square"].addcmul_(values, values)
+        if "abs" in slot:
+            slot["abs"] += torch.abs(values, out=scratch)
+        if number % ADDED == 0:
+            totals += slots.sum(1)
+            slots.zero_()
+    totals += slots.sum(1)
+    if about is not None:
+        total, center, count = dict(zip(names, totals, strict=True)), about.double(), len(values_SBC)
+        total["square"].addcmul_(center, 2 * total["sum"] + count * center)
+        total["sum"].add_(center, alpha=count)
+    return totals
+
+
+def _near_mean(values_SBC: torch.Tensor) -> torch.Tensor:
+    """The mean of √s tokens, evenly spaced, fp32 [b, C]: near enough to keep a variance from cancelling.
+
+    Of s tokens one that is M away from all others, as a text's first may be, leaves a variance of M² / s, and moves the
+    mean of √s of them by M / √s at most, whose square is no more.
+    """
+    stride = math.isqrt(len(values_SBC))
+    return values_SBC[stride // 2 :: stride].mean(0, dtype=torch.float32)
 
 
 def from_sums(sums: Mapping[str, torch.Tensor], count: torch.Tensor | float, aggregation: str) -> torch.Tensor:
@@ -110,11 +137,11 @@ class SampleSums:
         self.sequence = tuple(sequence)
         self.totals = torch.zeros(len(self.sequence), 2, rows, channels, dtype=torch.float64, device=device)
 
-    def add(self, values_ARBC: torch.Tensor, valid_B: torch.Tensor, rows: torch.Tensor) -> None:
-        """Add a microbatch's values of the given rows (int64 [R']); samples with `valid` 0 do not count."""
-        weighted = values_ARBC * valid_B.to(values_ARBC)[:, None]
-        both = torch.stack([weighted.sum(2), (weighted * values_ARBC).sum(2)], dim=1)
-        self.totals.index_add_(2, rows, both)
+    def add(self, values_ARBC: torch.Tensor, valid_B: torch.Tensor | None, rows: torch.Tensor) -> None:
+        """Add a microbatch's values of the given rows (int64 [R']); samples with `valid` 0 do not count; None: all."""
+        weighted = values_ARBC if valid_B is None else values_ARBC * valid_B.to(values_ARBC)[:, None]
+        self.totals[:, 0].index_add_(1, rows, weighted.sum(2))
+        self.totals[:, 1].index_add_(1, rows, (weighted * values_ARBC).sum(2))
 
     def over_batch(self, batch: str, sequence: str, num_samples: float) -> torch.Tensor:
         """The score [R, C] after aggregating over the sequence, then over `num_samples` samples."""

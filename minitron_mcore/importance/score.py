@@ -139,7 +139,9 @@ class _Collector:
         self.recorded: dict[Measure, list[tuple[int, int, torch.Tensor]]] = {each: [] for each in wanted}
         self.rounds = {id(chunk): 0 for chunk in chunks}
         self.micro_batch_size = 0
-        self.bad: list[torch.Tensor] = []
+        # Since the last look: sums over the channels, [R, b] of each measure and microbatch, and each row's place.
+        self.totals: list[torch.Tensor] = []
+        self.places: list[int] = []
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -156,13 +158,12 @@ class _Collector:
 
     def finish_microbatch(self, chunk: LanguageModel, microbatch: Microbatch) -> None:
         """Add what the hooks recorded while `chunk` ran `microbatch`. All tensor-parallel ranks are here at once."""
-        valid = torch.ones_like(microbatch.tokens[:, 0]) if microbatch.valid is None else microbatch.valid
-        valid_B = valid.to(torch.float64)
-        self.micro_batch_size = len(valid_B)
+        valid_B = None if microbatch.valid is None else microbatch.valid.to(torch.float64)
+        self.micro_batch_size = len(microbatch.tokens) if valid_B is None else len(valid_B)
         number = self.rounds[id(chunk)] * data_group().size() + data_group().rank()
         self.rounds[id(chunk)] += 1
         if chunk is self.chunks[0]:
-            self.num_samples += valid_B.sum()
+            self.num_samples += self.micro_batch_size if valid_B is None else valid_B.sum()
         for index, (each, sequence) in enumerate(self.wanted.items()):
             if not self.recorded[each]:
                 continue
@@ -173,19 +174,22 @@ class _Collector:
                 torch.distributed.all_reduce(sums_KRBC, group=tensor_group())
                 length *= self.tensor_size
             values_ARBC = over_sequence(sums_KRBC, sums_for(sequence), length, sequence)
-            row_numbers = _row_numbers(rows, self.device)
-            self.sums[each].add(values_ARBC, valid_B, row_numbers)
-            bad_ARB = ~values_ARBC.isfinite().all(dim=-1) & (valid_B > 0)
-            # Noted on the device: microbatch, layer and measure as one number, so that the smallest is the earliest
-            # place in the earliest microbatch.
-            places_R = number * (self.architecture.num_layers + 1) + row_numbers // each.rows_per_layer
-            bad_R = bad_ARB.any(dim=-1).any(dim=0)
-            self.bad.append(torch.where(bad_R, places_R * len(self.wanted) + index, _NONE).min())
+            self.sums[each].add(values_ARBC, valid_B, _row_numbers(rows, self.device))
+            # None is negative, so that a total is finite where all of it is.
+            total_RB = values_ARBC.sum(dim=(0, -1))
+            self.totals.append(total_RB if valid_B is None else total_RB.where(valid_B > 0, 0.0))
+            # Microbatch, layer and measure as one number: the smallest is the earliest place in the earliest of them.
+            places = (number * (self.architecture.num_layers + 1) + row // each.rows_per_layer for row in rows)
+            self.places += [place * len(self.wanted) + index for place in places]
 
     def check_finite(self) -> None:
         """Raise InputError, on every rank, if any rank has seen NaN or Inf since the last call."""
-        worst = torch.stack(self.bad).min() if self.bad else torch.tensor(_NONE, device=self.device)
-        self.bad.clear()
+        worst = torch.tensor(_NONE, device=self.device)
+        if self.totals:
+            is_bad = ~torch.cat([total_RB.sum(-1) for total_RB in self.totals]).isfinite()
+            worst = torch.tensor(self.places, device=self.device).where(is_bad, _NONE).min()
+        self.totals.clear()
+        self.places.clear()
         torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MIN)
         if worst.item() == _NONE:
             return
@@ -215,4 +219,9 @@ class _Collector:
         count = self.num_samples * float(answers and pipeline_group().rank() == 0)
         torch.distributed.all_reduce(count)
         num_samples = float(count)
-        return lambda what, batch, sequence: merged[what].over_batch(batch, sequence, num_samples).cpu().numpy()
+
+        @cache  # a variant may differ from another in its neurons alone
+        def aggregate(what: Measure, batch: str, sequence: str) -> numpy.ndarray:
+            return merged[what].over_batch(batch, sequence, num_samples).cpu().numpy()
+
+        return aggregate

@@ -75,6 +75,21 @@ def test_variance_survives_a_large_mean() -> None:
         assert_close(scores(values, [], parts)["mean", "var"], expected(values, "mean", "var"), tolerance=1e-5)
 
 
+def test_variance_in_pieces_survives_large_means_and_a_token_far_from_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a text's first token is in some channels. Squares about zero would be off by 1e-3 and more."""
+    torch.manual_seed(0)
+    values = 300 + torch.randn(1500, 2, 4)
+    values[0] += 5000
+    monkeypatch.setattr(aggregate, "CACHED", 8 * 7 * 5)
+    for channels in (values, values[1:]):
+        names = ("square", "sum")
+        sums = dict(zip(names, aggregate._sums_on_cpu(channels, names), strict=True))
+        found = aggregate.from_sums(sums, len(channels), "var")
+        torch.testing.assert_close(found, channels.double().var(0, correction=0), rtol=1e-6, atol=0)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_cuts_parts_and_fillers_change_nothing(data: st.DataObject) -> None:
