@@ -24,6 +24,7 @@ from minitron_mcore.estimate.model import Setting  # noqa: E402
 from minitron_mcore.estimate.operations import Pass, loss_seconds  # noqa: E402
 from minitron_mcore.estimate.roofline import serving_figures  # noqa: E402
 from minitron_mcore.estimate.step_time import StepTime, step_time  # noqa: E402
+from minitron_mcore.model.fp8 import Fp8  # noqa: E402
 from minitron_mcore.model.recompute import Recompute  # noqa: E402
 from minitron_mcore.runtime.config import ClusterConfig, ParallelConfig  # noqa: E402
 from minitron_mcore.runtime.devices import machine_of  # noqa: E402
@@ -72,7 +73,8 @@ class Run:
         setting = Setting(
             student=self.student,
             parallel=parallel,
-            precision=self.precision,
+            precision="bf16" if self.precision == "fp8" else self.precision,
+            fp8=Fp8() if self.precision == "fp8" else None,
             data_parallel=self.gpus // parallel.replica_ranks,
             sequence_length=self.length,
             global_batch_size=self.batch,

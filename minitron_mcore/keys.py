@@ -68,9 +68,9 @@ def key(
     """A key of a section: its default (of a section, its class), what it means, and what it may be.
 
     filled: a list needs an entry; distinct: it names each once. remedy: what to do about a value out of range.
-    may_change: a run that goes on may have another value, since the results do not depend on it. budget: it says how
-    long a training is, and may change with what is left of it. compare: sections that differ in it are not equal.
-    bounds: at_least, above, at_most or below.
+    may_change: a run that goes on may have another value, since the results do not depend on it, or by no more than the
+    rounding of narrow types. budget: it says how long a training is, and may change with what is left of it. compare:
+    sections that differ in it are not equal. bounds: at_least, above, at_most or below.
     """
     metadata = {
         **{_CONSTRAINTS[name]: bound for name, bound in bounds.items()},

@@ -43,8 +43,11 @@ FLAGS = {
     # Precision and memory.
     "precision: bf16": "bf16",
     "precision: fp32 or bf16": "fp16",
-    "teacher.precision: fp8, of the teacher alone": "fp8_format",
+    "no key: main weights are cut over the ranks, and bf16 ones gathered": "fp8_param_gather fp8_param",
+    "no key: gradients are fp32, as the loss adds the output head's to them": "main_grads_dtype",
+    "no key: the largest of 1,024 steps, with fp8_recipe=delayed": "fp8_amax_history_len fp8_amax_compute_algo",
     "precision": "params_dtype",
+    "train.fp8_format": "fp8 fp8_hybrid fp8_e4m3",
     "train.recompute_granularity: selective": "recompute_activations",
     "train.recompute_granularity": "activations_checkpoint_granularity",
     "train.recompute_method": "activations_checkpoint_method",

@@ -20,6 +20,7 @@ from minitron_mcore.estimate import model, teacher
 from minitron_mcore.estimate.model import Setting
 from minitron_mcore.estimate.phases import teacher_pass, training_phases
 from minitron_mcore.layout import check_tensor_parallel, split_layers
+from minitron_mcore.model.fp8 import fp8_of
 from minitron_mcore.model.recompute import Recompute, recompute_of
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import INSTANCES, ParallelConfig
@@ -27,11 +28,12 @@ from minitron_mcore.runtime.exhausted import is_out_of_memory
 from minitron_mcore.runtime.user_buffers import BUFFERS
 from minitron_mcore.runtime.world import Memory, World
 from minitron_mcore.tables import table
+from minitron_mcore.training.adam_state import AdamState
 from minitron_mcore.training.budget import Timetable, size_keys
 from minitron_mcore.training.config import TrainConfig
 
 # Held from the first step to the last; the others come and go within a step.
-STATIC = ("weights", "gradients", "optimizer state", "teacher weights", "teacher's training")
+STATIC = ("weights", "fp8 weights", "gradients", "optimizer state", "teacher weights", "teacher's training")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
     parts = {
         "weights": element * count,
         "gradients": 4 * count,
-        "optimizer state": _optimizer_state(s, count),
+        "optimizer state": model.optimizer_state(s, count, s.adam),
         # tokens, labels and position_ids of 8 bytes, loss_mask of 4
         "batch": 28 * s.tokens * s.microbatches,
     }
@@ -111,6 +113,8 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
         parts["checkpoint being written"] = parts["weights"] + parts["gradients"] + parts["optimizer state"]
     if s.tp_comm_overlap and parallel.sequence:
         parts["user buffers"] = BUFFERS * 2 * s.tokens * s.student.hidden_size
+    if s.fp8 is not None:
+        parts["fp8 weights"] = model.quantised_weights(s, stage)
     phases = training_phases(s, stage, beside=projection, working=working)
     if parallel.sequence and model.uses_local_layers(s):  # of what all layers gather
         wide = max([s.student, *([s.teacher] if s.teacher and s.teacher_trained else [])], key=lambda a: a.hidden_size)
@@ -119,7 +123,8 @@ def stage_parts(setting: Setting, stage: int) -> dict[str, int]:
         parts["teacher weights"] = teacher.teacher_weights(s, stage)
         if s.teacher_trained:
             numbers = model.local_parameters(s.teacher, parallel, stage)
-            parts["teacher's training"] = 4 * numbers + _optimizer_state(s, numbers)
+            parts["teacher's training"] = 4 * numbers + model.optimizer_state(s, numbers, s.teacher_adam)
+            parts["teacher's training"] += model.quantised_weights(model.corrected(s), stage)
             if s.async_save and s.on_cpu:
                 parts["checkpoint being written"] += parts["teacher weights"] + parts["teacher's training"]
             phases.append({"teacher's training pass": _correction_pass(s, stage)})
@@ -144,19 +149,9 @@ def _snapshot(setting: Setting, stage: int) -> int:
     return s.local_ranks * sum(BYTES[s.precision] * count + 12 * -(-count // s.optimizer_shards) for count in counts)
 
 
-def _optimizer_state(setting: Setting, count: int) -> int:
-    """Adam's two fp32 moments of a rank's share; with bf16 weights, their fp32 copy too."""
-    return (8 if setting.precision == "fp32" else 12) * -(-count // setting.optimizer_shards)
-
-
 def _correction_pass(setting: Setting, stage: int) -> int:
     """What the teacher's own training pass keeps: as any model of its shape, with the chunks of its own section."""
-    s, shape = setting, setting.teacher
-    assert shape is not None
-    alone = replace(
-        s, student=shape, teacher=None, loss_chunk_tokens=s.teacher_chunk_tokens, recompute=s.teacher_recompute
-    )
-    return max(sum(phase.values()) for phase in training_phases(alone, stage))
+    return max(sum(phase.values()) for phase in training_phases(model.corrected(setting), stage))
 
 
 def settings_of(
@@ -187,6 +182,8 @@ def settings_of(
             "teacher_trained": distill.correct_teacher,
             "teacher_chunk_tokens": recipe.correct.loss_chunk_tokens,
             "teacher_recompute": recompute_of(recipe.correct),
+            "teacher_fp8": fp8_of(recipe.correct),
+            "teacher_adam": AdamState.of(recipe.correct),
             "hidden_states": distill.hidden_states,
         }
     return [
@@ -201,6 +198,8 @@ def settings_of(
             loss_chunk_tokens=train.loss_chunk_tokens,
             recompute=recompute_of(train),
             tp_comm_overlap=train.tp_comm_overlap,
+            fp8=fp8_of(train),
+            adam=AdamState.of(train),
             on_cpu=world.device == "cpu",
             overlap_grad_reduce=train.overlap_grad_reduce,
             overlap_param_gather=train.overlap_param_gather,

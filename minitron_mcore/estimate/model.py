@@ -7,15 +7,17 @@ stage, h hidden, f ffn, q and k widths of all query heads and of all key-value g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
 from minitron_mcore.architecture import BYTES, Architecture
 from minitron_mcore.distillation.config import HiddenStatesConfig
 from minitron_mcore.layout import local_shape, parameter_table, split_layers
+from minitron_mcore.model.fp8 import Fp8
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.training.adam_state import FULL, AdamState
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Setting:
     loss_chunk_tokens: int | None  # None: config.default_chunk_tokens
     recompute: Recompute = KEEP_ALL  # of the student's pass
     tp_comm_overlap: bool = False  # tensor-parallel ranks exchange states during products
+    fp8: Fp8 | None = None  # which of the student's products are in fp8
+    adam: AdamState = FULL  # the types of the optimizer's state
     on_cpu: bool = False
     overlap_grad_reduce: bool | None = None  # as the keys of training; None: on a GPU
     overlap_param_gather: bool | None = None
@@ -48,10 +52,17 @@ class Setting:
     teacher_trained: bool = False  # corrected while it teaches, with gradients and an optimizer of its own
     teacher_chunk_tokens: int | None = None  # `loss_chunk_tokens` of the corrected teacher's own pass
     teacher_recompute: Recompute = KEEP_ALL
+    teacher_fp8: Fp8 | None = None  # of its training
+    teacher_adam: AdamState = FULL
     hidden_states: HiddenStatesConfig | None = None  # losses between inner states; None: there are none
     preference: bool = False  # pairs of answers are trained on, and the teacher is their reference
     async_save: bool = False  # a checkpoint is written while training goes on
     sides: int = 1  # sequences that lie side by side in a row of `sequence_length`: of a pair that is not packed, two
+
+    @property
+    def products(self) -> str:
+        """The type of the student's products, by whose peak its step is measured."""
+        return "fp8" if self.fp8 else self.precision
 
     @property
     def microbatches(self) -> int:
@@ -110,6 +121,23 @@ def _chunk_layers(num_layers: int, pipeline: int, virtual_pipeline: int | None) 
     return tuple(tuple(map(len, stage)) for stage in split_layers(num_layers, pipeline, virtual_pipeline))
 
 
+def narrow_layers(setting: Setting, stage: int) -> list[list[bool]]:
+    """Of each layer of each of a stage's chunks, whether its products are in fp8."""
+    s, parallel, total = setting, setting.parallel, setting.student.num_layers
+    if s.fp8 is None:
+        return [[False] * count for count in chunk_layers(s.student, parallel)[stage]]
+    chunks = split_layers(total, parallel.pipeline, parallel.virtual_pipeline)[stage]
+    return [[s.fp8.holds(layer, total) for layer in chunk] for chunk in chunks]
+
+
+def quantised_weights(setting: Setting, stage: int) -> int:
+    """Bytes of the fp8 copies of matrices that Transformer Engine keeps from a step's first microbatch on: two, one of
+    them transposed, as products in fp8 want both factors row by row (on Hopper; newer devices may do with one)."""
+    layers = sum(map(sum, narrow_layers(setting, stage)))
+    sizes = shard_sizes(setting.student, setting.parallel.tensor)[0]
+    return 2 * layers * sum(size for size, is_matrix in sizes if is_matrix)
+
+
 @cache
 def shard_sizes(architecture: Architecture, tensor: int) -> tuple[tuple[tuple[int, bool], ...], int, int]:
     """Of one of `tensor` shards: (numbers, whether it is a matrix) of each of a layer's parameters; numbers of the
@@ -127,6 +155,20 @@ def shard_sizes(architecture: Architecture, tensor: int) -> tuple[tuple[tuple[in
     return tuple(layer), embedding, head
 
 
+def optimizer_state(setting: Setting, count: int, adam: AdamState) -> int:
+    """Adam's two moments of a rank's share, in fp32 unless `adam` says otherwise; with bf16 weights, their copy too."""
+    return adam.bytes_each(setting.precision) * -(-count // setting.optimizer_shards)
+
+
+def corrected(setting: Setting) -> Setting:
+    """The teacher's own training, of one that is corrected while it teaches."""
+    s, teacher = setting, setting.teacher
+    assert teacher is not None
+    chunk, again = s.teacher_chunk_tokens, s.teacher_recompute
+    alone = replace(s, student=teacher, teacher=None, teacher_trained=False, loss_chunk_tokens=chunk, recompute=again)
+    return replace(alone, fp8=s.teacher_fp8, adam=s.teacher_adam)
+
+
 def activations(setting: Setting, stage: int, ended: int = 0) -> int:
     """What autograd keeps of the microbatches in flight on `stage` until their backward, but for `ended` passes.
 
@@ -134,10 +176,9 @@ def activations(setting: Setting, stage: int, ended: int = 0) -> int:
     the final norm, and what that one keeps and gives.
     """
     s = setting
-    layer, mlp, boundary = _layer_parts(s)
-    parallel = s.parallel
-    chunks = chunk_layers(s.student, parallel)[stage]
-    kept = sum(_kept(s.recompute, count, layer, mlp, boundary) for count in chunks)
+    boundary, parallel = boundary_bytes(s), s.parallel
+    chunks = narrow_layers(s, stage)
+    kept = sum(_kept(s, chunk) for chunk in chunks)
     running = passes(s, stage) - ended
     outputs = boundary * (running if s.on_cpu else min(running, 1))
     if stage == parallel.pipeline - 1 and running:
@@ -163,18 +204,14 @@ def gathered_keys(setting: Setting) -> int:
 
 def recomputed_activations(setting: Setting, stage: int) -> int:
     """The most that a backward on `stage` recomputes at a time."""
-    layer, mlp, _ = _layer_parts(setting)
     recompute = setting.recompute
+    narrow = all(map(all, narrow_layers(setting, stage)))
     if recompute.granularity == "selective":
-        return mlp
+        return mlp_activations(setting, narrow=narrow)
     if recompute.granularity == "full":
-        return layer * (recompute.num_layers if recompute.method == "uniform" else 1)
+        layers = recompute.num_layers if recompute.method == "uniform" else 1
+        return layers * layer_activations(setting, narrow=narrow)
     return 0
-
-
-def _layer_parts(setting: Setting) -> tuple[int, int, int]:
-    """Bytes of a microbatch that a layer keeps, that its MLP keeps of these, and of a layer's input."""
-    return layer_activations(setting), mlp_activations(setting), boundary_bytes(setting)
 
 
 def boundary_bytes(setting: Setting) -> int:
@@ -183,16 +220,18 @@ def boundary_bytes(setting: Setting) -> int:
     return BYTES[s.precision] * s.tokens * s.student.hidden_size // shard
 
 
-def _kept(recompute: Recompute, layers: int, layer: int, mlp: int, boundary: int) -> int:
-    """Bytes that a pass keeps of a chunk of `layers`."""
-    if recompute.granularity == "selective":
-        return layers * (layer - mlp)
-    if recompute.granularity != "full":
-        return layers * layer
-    if recompute.method == "uniform":
-        return layers // recompute.num_layers * boundary
-    again = min(recompute.num_layers, layers)
-    return again * boundary + (layers - again) * layer
+def _kept(setting: Setting, layers: list[bool]) -> int:
+    """Bytes that a pass keeps of a chunk of `layers`, of each whether its products are in fp8."""
+    recompute, boundary = setting.recompute, boundary_bytes(setting)
+    if recompute.granularity == "full" and recompute.method == "uniform":
+        return len(layers) // recompute.num_layers * boundary
+    again = min(recompute.num_layers, len(layers)) if recompute.granularity == "full" else 0
+    kept = again * boundary
+    for narrow in set(layers[again:]):
+        each = layer_activations(setting, narrow=narrow)
+        each -= mlp_activations(setting, narrow=narrow) if recompute.granularity == "selective" else 0
+        kept += layers[again:].count(narrow) * each
+    return kept
 
 
 def passes(setting: Setting, stage: int) -> int:
@@ -208,7 +247,7 @@ def passes_in_flight(pipeline: int, stage: int, chunks: int, microbatches: int) 
     return min((pipeline - stage - 1) * 2 + (chunks - 1) * pipeline + 1, microbatches * chunks)
 
 
-def layer_activations(setting: Setting) -> int:
+def layer_activations(setting: Setting, *, narrow: bool = False) -> int:
     """Bytes that one layer saves for backward of a microbatch, by an attention that keeps no scores.
 
     Whole on each rank, or its part of the sequence under sequence parallelism: the input of each of the two norms and
@@ -217,22 +256,29 @@ def layer_activations(setting: Setting) -> int:
     gathered over context-parallel ranks these instead, of the whole sequence, and queries twice. Of a gated MLP fc1's
     output 2 f and fc2's input f; of another one fc1's activated output and fc2's input 2 f. In fp32: a norm's deviation
     a token, a head's logarithm of sums. Rotary tables: sine and cosine of queries and keys.
+
+    narrow: its products are in fp8. Of its input each then keeps a copy of a byte a number: in place of the normed
+    inputs and of fc2's, beside attention's output, which attention keeps too.
     """
     s, a, tensor, element = setting, setting.student, setting.parallel.tensor, BYTES[setting.precision]
     q, k = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
-    whole = 4 * element * a.hidden_size + 8
+    whole = 2 * ((element + (1 if narrow else element)) * a.hidden_size + 4)
     gathered = gathered_keys(s)
     sharded = element * (3 * q + (0 if gathered else 3 * k)) + 4 * a.num_attention_heads
     if a.qk_layernorm:
         sharded += element * (q + k) + 4 * (a.num_attention_heads + a.num_query_groups)
+    if narrow:
+        sharded += q
     length = s.tokens // (s.micro_batch_size * s.sides)
     tables = 4 * element * int(a.kv_channels * a.rotary_percent) * length
     split = tensor if s.parallel.sequence else 1
-    return s.tokens * whole // split + s.tokens * sharded // tensor + gathered + mlp_activations(s) + tables
+    return (
+        s.tokens * whole // split + s.tokens * sharded // tensor + gathered + mlp_activations(s, narrow=narrow) + tables
+    )
 
 
-def mlp_activations(setting: Setting) -> int:
+def mlp_activations(setting: Setting, *, narrow: bool = False) -> int:
     """The part of `layer_activations` that comes after the input of the MLP."""
-    s, a = setting, setting.student
-    width = (3 if a.gated_linear_unit else 2) * a.ffn_hidden_size
-    return BYTES[s.precision] * s.tokens * width // s.parallel.tensor
+    s, a, element = setting, setting.student, BYTES[setting.precision]
+    width = element * (3 if a.gated_linear_unit else 2) - (element - 1 if narrow else 0)
+    return width * s.tokens * a.ffn_hidden_size // s.parallel.tensor

@@ -44,7 +44,7 @@ def training_phases(setting: Setting, stage: int, *, beside: int = 0, working: i
         found.append({"optimizer's step": 4 * min(_largest_parameter(s, stage), shard)})
         found.append({"reduced gradients": 4 * _largest_buffer(s, stage, count)})
     else:  # torch's Adam works on all weights at once
-        found.append({"optimizer's step": 4 * shard})
+        found.append({"optimizer's step": 0 if s.adam.is_aware else 4 * shard})
     return found
 
 
@@ -61,15 +61,17 @@ def layer_at_work(setting: Setting) -> int:
     fc2's input f and the gradient of fc2's weight, then fc1's output and weight, when what follows fc1 is given up. A
     gated activation's backward has the gradients of its output f and of its input 2 f, and one product f. Where
     attention gathers keys and values itself, it has four times their gradients, when all that follows attention is
-    given up.
+    given up. In fp8 what comes back to fc1 is also there as two copies of a byte a number.
     """
     s, a, element = setting, setting.student, BYTES[setting.precision]
     tensor, heads = s.parallel.tensor, a.num_attention_heads * a.kv_channels
     ffn, hidden, gates = a.ffn_hidden_size // tensor, 2 * a.hidden_size, 2 if a.gated_linear_unit else 1
     weight = weight_gradient(s) * a.hidden_size * ffn
     wide = element * s.tokens
+    copies = 2 * s.tokens * gates * ffn if s.fp8 else 0
     found = [
         wide * (hidden + max(2 * gates * ffn, 2 * heads // tensor)),
+        copies + wide * (hidden + (1 + gates) * ffn),
         wide * (hidden + ffn) + weight,
         wide * (hidden - ffn) + gates * weight,
     ]

@@ -19,7 +19,7 @@ from math import ceil
 
 from minitron_mcore.distillation.states.map import WIDE_SITES, holder, needs_projection, pairs
 from minitron_mcore.estimate import teacher as teacher_memory
-from minitron_mcore.estimate.model import Setting, local_parameters
+from minitron_mcore.estimate.model import Setting, corrected, local_parameters, narrow_layers, quantised_weights
 from minitron_mcore.estimate.operations import Pass, Seconds, log_prob_seconds, loss_seconds
 from minitron_mcore.estimate.overlap import gathering, gathering_wait, reduction, reduction_wait
 from minitron_mcore.estimate.rates import all_reduce, gather, product, send, traffic
@@ -27,6 +27,7 @@ from minitron_mcore.estimate.stages import READ_AHEAD
 from minitron_mcore.layout import axis_sizes, split_layers, stage_of
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.devices import Machine
+from minitron_mcore.training.adam_state import FULL
 
 # Bytes that the optimizer's step reads and writes: for each parameter of a rank (gradients set to zero, divided by the
 # tokens), and for each of its share (norm and clipping, then Adam: fused on a GPU, torch's operations on the CPU).
@@ -124,16 +125,8 @@ def _share_of(setting: Setting, machine: Machine) -> Share:
         _student_stages(s, machine),
         _teacher_stages(s, machine) if runs_ahead else (),
         *_synchronisation(s, machine),
-        _share_of(_corrected(s), machine) if s.teacher_trained and s.teacher is not None else None,
+        _share_of(corrected(s), machine) if s.teacher_trained and s.teacher is not None else None,
     )
-
-
-def _corrected(setting: Setting) -> Setting:
-    """The teacher's own training, of one that is corrected while it teaches."""
-    s, teacher = setting, setting.teacher
-    assert teacher is not None
-    chunk, again = s.teacher_chunk_tokens, s.teacher_recompute
-    return replace(s, student=teacher, teacher=None, teacher_trained=False, loss_chunk_tokens=chunk, recompute=again)
 
 
 def _step_time(setting: Setting, machine: Machine, share: Share) -> StepTime:
@@ -145,7 +138,7 @@ def _step_time(setting: Setting, machine: Machine, share: Share) -> StepTime:
         teacher_flops = s.teacher.forward_flops_per_token(s.length)
         if share.corrected is not None:
             teacher_flops *= 3
-            parts["teacher's training"] = _step_time(_corrected(s), machine, share.corrected).total
+            parts["teacher's training"] = _step_time(corrected(s), machine, share.corrected).total
         else:
             ahead = _add_teacher(parts, s, machine, windows, share)
     for name, seconds in share.synchronised.items():
@@ -160,7 +153,7 @@ def _step_time(setting: Setting, machine: Machine, share: Share) -> StepTime:
         s.world_size,
         tokens * s.student.training_flops_per_token(s.length),
         tokens * teacher_flops,
-        machine.peak(s.precision),
+        machine.peak(s.products),
     )
 
 
@@ -206,18 +199,20 @@ def teacher_pass(setting: Setting, machine: Machine) -> Pass:
 def _student_stages(setting: Setting, machine: Machine) -> list[Stage]:
     """What a microbatch takes on each stage, forward and backward."""
     s, passing = setting, student_pass(setting, machine)
-    forward, backward, loss = passing.layer_forward(), passing.layer_backward(), Seconds()
+    # By whether a layer's products are in fp8.
+    passes = {False: passing} | ({True: replace(passing, precision="fp8")} if s.fp8 else {})
+    step = {narrow: each.layer_forward() + each.layer_backward() for narrow, each in passes.items()}
     of_teacher = teacher_pass(s, machine) if s.teacher is not None and not s.teacher_trained else None
     of_teacher = replace(of_teacher, parallel=s.parallel, tokens=s.tokens) if of_teacher else None
     if s.teacher_trained and s.teacher is not None:
         of_teacher = replace(passing, model=s.teacher)
     loss = loss_seconds(passing, of_teacher, s.loss_chunk_tokens, again=s.preference)
     stages, last = [], s.parallel.pipeline - 1
-    for number, chunks in enumerate(
-        split_layers(s.student.num_layers, s.parallel.pipeline, s.parallel.virtual_pipeline)
-    ):
-        again = sum((_recomputed(s, passing, len(chunk)) for chunk in chunks), Seconds())
-        work = (forward + backward) * sum(map(len, chunks))
+    for number in range(s.parallel.pipeline):
+        chunks, again, work = narrow_layers(s, number), Seconds(), Seconds()
+        for narrow, each in passes.items():
+            again += sum((_recomputed(s, each, chunk, narrow) for chunk in chunks), Seconds())
+            work += step[narrow] * sum(chunk.count(narrow) for chunk in chunks)
         if number == 0:
             work += passing.embedding_forward() + passing.embedding_backward()
         stage = _by_part("student", work)
@@ -239,14 +234,15 @@ def _beside_work(parallel: ParallelConfig, sends: float, stage: Stage, on_cpu: b
     return max(0.0, sends - sum(stage.values())) if hides else sends
 
 
-def _recomputed(setting: Setting, passing: Pass, layers: int) -> Seconds:
-    """What backward works out again of a chunk of so many layers."""
+def _recomputed(setting: Setting, passing: Pass, chunk: list[bool], narrow: bool) -> Seconds:
+    """What backward works out again of a chunk's layers that are `narrow`, or not."""
     recompute = setting.recompute
     if recompute.granularity == "selective":
-        return passing.mlp_forward() * layers
+        return passing.mlp_forward() * chunk.count(narrow)
     if recompute.granularity != "full":
         return Seconds()
-    return passing.layer_forward() * (layers if recompute.method == "uniform" else min(recompute.num_layers, layers))
+    again = chunk if recompute.method == "uniform" else chunk[: recompute.num_layers]
+    return passing.layer_forward() * again.count(narrow)
 
 
 def _inner_states(setting: Setting, machine: Machine, stage: int) -> float:
@@ -362,7 +358,7 @@ def _synchronisation(setting: Setting, machine: Machine) -> tuple[Stage, float]:
     if machine.overlap is not None:
         reduced, gathered = (1 - machine.overlap) * reduced, (1 - machine.overlap) * gathered
     elif not s.on_cpu:  # on the CPU both would share its cores
-        passing = student_pass(s, machine)
+        passing = replace(student_pass(s, machine), precision=s.products)
         if s.overlap_grad_reduce is not False:
             reduced = reduction_wait(s, machine, passing.layer_backward().total)
         if s.overlap_param_gather is not False:
@@ -371,9 +367,12 @@ def _synchronisation(setting: Setting, machine: Machine) -> tuple[Stage, float]:
     if parallel.pipeline > 1 and not s.student.untie_embeddings_and_output_weights:
         table = 4 * s.student.padded_vocab_size / parallel.tensor * s.student.hidden_size
         found["pipeline communication"] = all_reduce(machine, table, 2, stride=s.world_size // parallel.pipeline)
-    adam = TORCH_ADAM if s.on_cpu else FUSED_ADAM
+    # What its types save of 12 bytes of state is neither read nor written.
+    adam = TORCH_ADAM if s.on_cpu else FUSED_ADAM - 2 * (FULL.bytes_each("bf16") - s.adam.bytes_each("bf16"))
     share = CLIPPED + adam + (0 if s.precision == "fp32" else 4)
-    found["optimizer"] = traffic(machine, count * (EACH_PARAMETER + share / s.optimizer_shards))
+    # Of each matrix in fp8, the bf16 weight read once and its two copies written (`quantised_weights`).
+    casts = 2 * max(quantised_weights(s, stage) for stage in range(parallel.pipeline))
+    found["optimizer"] = traffic(machine, count * (EACH_PARAMETER + share / s.optimizer_shards) + casts)
     return found, waits
 
 

@@ -218,7 +218,7 @@ def outlook_lines(outlooks: Sequence[Outlook], most: int = 5) -> Iterator[str]:
 
 def precision_text(e: Estimate) -> str:
     """In which precision the trainings are; of fp32, a recipe's default, how much faster bf16 would multiply."""
-    precisions = dict.fromkeys(each.setting.precision for each in e.trainings)
+    precisions = dict.fromkeys(each.setting.products for each in e.trainings)
     words = f" in {' and '.join(precisions)}" if precisions else ""
     fp32, bf16 = e.machine.peak_flops_fp32, e.machine.peak_flops
     if "fp32" in precisions and fp32 and bf16 and bf16 > fp32:

@@ -29,6 +29,7 @@ from minitron_mcore.jobs.inputs import check_model, teacher_layout
 from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises
 from minitron_mcore.jobs.measured import measured_machine
+from minitron_mcore.jobs.narrow import check_narrow
 from minitron_mcore.jobs.run import ESTIMATE
 from minitron_mcore.jobs.shape import find_shape, says_a_teacher
 from minitron_mcore.jobs.sketch import TEACHER, TRAININGS, Work, sketch_road
@@ -140,6 +141,7 @@ def training_of(work: Work, world: World) -> Training:
         check_model(shape, recipe, world, section)
         check_recompute(train, shape, recipe.parallel, section)
         exchange_of(recipe, section, shape, world, timetable)
+        check_narrow(recipe, section, shape, world, timetable)
         check_train(train, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, section)
         if work.teacher is not None:
             teacher_layout(recipe, Model("teacher.checkpoint", Path(), work.teacher), world)
@@ -165,6 +167,7 @@ def training_of_round(each: RoundSketch, world: World) -> Training:
         check_model(shape, recipe, world, "align")
         check_recompute(config, shape, recipe.parallel, "align")
         exchange_of(recipe, "align", shape, world, timetable)
+        check_narrow(recipe, "align", shape, world, timetable)
         check_train(config, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, "align")
         if recipe.chat.packing:
             check_packing({"parallel": recipe.parallel})

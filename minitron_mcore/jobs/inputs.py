@@ -23,7 +23,8 @@ from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import refuse_closed
 from minitron_mcore.jobs.job import Item, Model, Promises, absolute
-from minitron_mcore.layout import axis_sizes, check_tensor_parallel, split_layers
+from minitron_mcore.jobs.narrow import check_teacher
+from minitron_mcore.layout import check_tensor_parallel, split_layers
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.pruning.targets import TARGETS, student_shape
 from minitron_mcore.recipe import Recipe
@@ -174,25 +175,13 @@ def teacher_layout(recipe: Recipe, teacher: Model, world: World) -> ParallelConf
     if own is None or own == recipe.parallel:
         own, key = recipe.parallel, "parallel"
     if recipe.teacher.precision == "fp8":
-        check_fp8(architecture, own.tensor, world)
+        check_teacher(architecture, own.tensor, world, recipe.cluster)
     check_model(architecture, recipe, world, "distill", own, key)
     if own.context != recipe.parallel.context:
         rule = f"is not parallel.context={recipe.parallel.context}"
         remedy = "teacher and student read the same parts of a sequence, so give both one number"
         raise InputError("teacher.parallel.context", own.context, rule, remedy)
     return own
-
-
-def check_fp8(architecture: Architecture, tensor: int, world: World) -> None:
-    """Raise InputError where the products of a teacher at tensor-parallel size `tensor` cannot be in fp8."""
-    key, remedy = "teacher.precision", "set teacher.precision=bf16"
-    if world.device == "cpu":
-        raise InputError(key, "fp8", "needs Transformer Engine and a CUDA device, which are not here", remedy)
-    for name, axis in {"hidden_size": "hidden", "ffn_hidden_size": "ffn", "query heads' width": "heads"}.items():
-        width, share = axis_sizes(architecture)[axis], 1 if axis == "hidden" else tensor
-        if width % (16 * share):
-            rule = f"needs multiples of 16 on every rank, and {name}={width} at tensor={share} is none"
-            raise InputError(key, "fp8", rule, remedy)
 
 
 def model_tokenizer(recipe: Recipe, model: Model, promises: Promises) -> Tokenizer | None:

@@ -21,7 +21,9 @@ from minitron_mcore.jobs.chats import Chats
 from minitron_mcore.jobs.continuation import refuse_other_run, sources
 from minitron_mcore.jobs.exchange import exchange_of
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises, absolute
-from minitron_mcore.model.recompute import check_recompute, recompute_of
+from minitron_mcore.jobs.narrow import check_narrow, check_teacher
+from minitron_mcore.model.fp8 import passes_of
+from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.user_buffers import Exchange
@@ -105,12 +107,28 @@ class TrainingJob(Job):
     @property
     def passes(self) -> dict[str, Any]:
         """How the model's training passes go, by the names of `build_model`."""
-        return {"recompute": recompute_of(self.config), "tp_comm_overlap": self.config.tp_comm_overlap}
+        return {**passes_of(self.config), "tp_comm_overlap": self.config.tp_comm_overlap}
 
     @property
     def sides(self) -> int:
         """Sequences that a row of pairs is; 0: no pairs are read."""
         return self.chats.samples.sides if self.chats else 0
+
+    def check_types(self, world: World) -> None:
+        """Raise InputError where products in fp8, or a narrow optimizer's state, are not to be had on `world`, of the
+        model and of a teacher beside it."""
+        recipe, teaching = self.recipe, self.teaching
+        check_narrow(recipe, self.section, self.architecture, world, self.timetable)
+        if teaching.corrected is not None:
+            check_narrow(recipe, "correct", teaching.corrected.architecture, world, self.timetable, self.section)
+        if teaching.model and teaching.layout and self.section == "distill" and recipe.teacher.precision == "fp8":
+            check_teacher(teaching.model.architecture, teaching.layout.tensor, world, recipe.cluster)
+
+    def forecast_on(self, world: World) -> Forecast:
+        """What the ranks of `world`, whose memory and GPUs are known, will need. Raises InputError."""
+        self.check_types(world)
+        teacher = self.forecast.setting.teacher
+        return forecast_run(self.recipe, self.section, self.architecture, self.timetable, world, teacher, self.sides)
 
     @cached_property
     def sources(self) -> dict[str, Any]:
@@ -200,7 +218,7 @@ def resolve_training(
     if teaching.cache:
         reads.append(Item("distill.teacher", str(teaching.cache), f"{teaching.samples:,} samples' targets"))
     shape, sides = teacher.architecture if teacher else None, chats.samples.sides if chats else 0
-    return TrainingJob(
+    job = TrainingJob(
         recipe,
         reads=(*reads, *read),
         makes=tuple(filter(None, [Model(key, folder, architecture, None, tokenizer=tokenizer), teaching.corrected])),
@@ -219,6 +237,8 @@ def resolve_training(
         chats=chats,
         exchange=exchange_of(recipe, section, architecture, world, timetable),
     )
+    job.check_types(world)
+    return job
 
 
 def text_items(

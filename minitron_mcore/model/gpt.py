@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from minitron_mcore.architecture import Architecture, RopeScaling
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import check_tensor_parallel, checkpoint_key, parameter_table, split_layers
+from minitron_mcore.model.fp8 import OF_TEACHER, Fp8
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.model.specs import HAVE_TE, block_submodules, rotary_fields
 from minitron_mcore.runtime.config import ParallelConfig
@@ -70,18 +71,22 @@ def transformer_config(
     bare_layers: bool = False,
     recompute: Recompute = KEEP_ALL,
     tp_comm_overlap: bool = False,
+    fp8: Fp8 | None = None,
 ) -> TransformerConfig:
     """Megatron's config of `architecture` under `parallel`. Raises InputError for a layout that cannot hold it.
 
-    precision: fp32, bf16, or fp8: the layers' products in fp8 by Transformer Engine, all else as in bf16.
-    bare_layers: their weights are kept elsewhere. tp_comm_overlap: as `build_model`.
+    precision: fp32, bf16, or fp8: bf16 with the products of all layers in fp8, as `OF_TEACHER` has it.
+    bare_layers: their weights are kept elsewhere. fp8: which products of a bf16 model are in fp8.
+    tp_comm_overlap: as `build_model`.
     """
     a = architecture
     check_tensor_parallel(a, parallel.tensor)
-    fp8 = precision == "fp8"
-    if fp8 and not HAVE_TE:
-        raise InputError("teacher.precision", "fp8", "needs Transformer Engine, which is not installed", "use bf16")
-    dtype = DTYPES["bf16" if fp8 else precision]
+    if precision == "fp8":
+        precision, fp8 = "bf16", OF_TEACHER
+    if fp8 is not None and not HAVE_TE:
+        remedy = "`python -c 'import transformer_engine.pytorch'` says why"
+        raise InputError("", "fp8", "needs Transformer Engine, which cannot be imported here", remedy)
+    dtype = DTYPES[precision]
     stages = split_layers(a.num_layers, parallel.pipeline, parallel.virtual_pipeline)
     return TransformerConfig(
         **{name: getattr(a, name) for name in SHARED_FIELDS},
@@ -101,15 +106,12 @@ def transformer_config(
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        fp8="hybrid" if fp8 else None,
-        # Each tensor scaled by what it holds: no history to be kept over the ranks of a group, which Megatron takes
-        # from the global groups, and none to warm up.
-        fp8_recipe="tensorwise" if fp8 else "delayed",
         # Else Transformer Engine keeps a quantised copy of every layer's weights from a pass's first microbatch on,
         # whoever keeps the weights themselves.
         disable_parameter_transpose_cache=bare_layers,
         calculate_per_token_loss=True,
         persist_layer_norm=False,
+        **(fp8.megatron_fields() if fp8 else {}),
         **recompute.megatron_fields(),
         **pipeline_communication(parallel.virtual_pipeline),
         **transformer_fields(),
@@ -166,6 +168,7 @@ def build_model(
     bare_layers: bool = False,
     recompute: Recompute = KEEP_ALL,
     tp_comm_overlap: bool = False,
+    fp8: Fp8 | None = None,
 ) -> list[LanguageModel]:
     """This rank's chunks of the model (one, or one a virtual stage), with memory for the weights but no values.
 
@@ -174,9 +177,10 @@ def build_model(
     are kept elsewhere (distillation/teacher/placement.py). `recompute`: what backward computes again.
     `tp_comm_overlap`: layers exchange states through Transformer Engine's user buffers (runtime/user_buffers.py), which
     must be there whenever the model runs.
+    `fp8`: which products are in fp8.
     """
-    passes: dict[str, Any] = {"recompute": recompute, "tp_comm_overlap": tp_comm_overlap}
-    config = transformer_config(architecture, parallel, precision, bare_layers=bare_layers, **passes)
+    how: dict[str, Any] = {"bare_layers": bare_layers, "recompute": recompute, "fp8": fp8}
+    config = transformer_config(architecture, parallel, precision, **how, tp_comm_overlap=tp_comm_overlap)
     groups = groups or ProcessGroupCollection.use_mpu_process_groups()
     stage = groups.pp.rank()
     if config.pipeline_model_parallel_layout is not None:

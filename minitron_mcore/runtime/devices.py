@@ -71,10 +71,10 @@ def find_device(name: str) -> Device | None:
     return DEVICES[max(known, key=len)] if known else None
 
 
-def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak of a device by its name; None if the table lacks it."""
+def peak_tflops(device_name: str, precision: str = "bf16") -> float | None:
+    """Dense peak of a device by its name, of bf16 or fp8 products; None if the table lacks it."""
     found = find_device(device_name)
-    return found.bf16 if found else None
+    return (found.fp8 if precision == "fp8" else found.bf16) if found else None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -15,7 +15,15 @@ from torch.distributed import distributed_c10d as c10d
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime import agree, cpu_adapter
 from minitron_mcore.runtime.progress import Bar, progress
-from minitron_mcore.runtime.world import Memory, World, collective_timeout, host_memory, own_interface, read_world
+from minitron_mcore.runtime.world import (
+    Memory,
+    World,
+    collective_timeout,
+    engine_version,
+    host_memory,
+    own_interface,
+    read_world,
+)
 
 
 @dataclass
@@ -94,11 +102,29 @@ def stop() -> None:
 
 
 def measured_world(runtime: Runtime) -> World:
-    """The world as it is, with the memory of the rank, and of the node, that has least; every rank calls."""
-    mine = torch.tensor([*device_memory(runtime.local_size), *host_memory()], device=runtime.device)
+    """The world as it is, with the memory of the rank, and of the node, that has least, and the oldest of the GPUs;
+    every rank calls."""
+    on_cuda = runtime.device.type == "cuda"
+    major, minor = torch.cuda.get_device_capability() if on_cuda else (0, 0)
+    mine = torch.tensor(
+        [*device_memory(runtime.local_size), *host_memory(), 100 * major + minor], device=runtime.device
+    )
     torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MIN)
-    place = runtime.rank, runtime.world_size, runtime.local_rank, runtime.local_size
-    return World(*place, device=runtime.device.type, memory=Memory(*mine.tolist()))
+    *memory, oldest = mine.tolist()
+    world = World(
+        runtime.rank,
+        runtime.world_size,
+        runtime.local_rank,
+        runtime.local_size,
+        device=runtime.device.type,
+        memory=Memory(*memory),
+        engine=engine_version(),
+    )
+    if not on_cuda:
+        return world
+    built_with = [int(part) for part in str(torch.version.cuda).split(".")[:2] if part.isdecimal()]
+    cuda = (built_with[0], built_with[1]) if len(built_with) == 2 else None
+    return replace(world, capability=divmod(oldest, 100), cuda=cuda)
 
 
 def device_memory(local_ranks: int) -> tuple[int, int]:

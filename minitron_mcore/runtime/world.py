@@ -8,6 +8,8 @@ allocation's SLURM variables, the cluster's network interface) are neither used 
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -50,6 +52,9 @@ class World:
     address: str | None = None  # where the ranks meet, for torch.distributed; None for a process that is alone
     device: str = "cpu"  # or "cuda"
     memory: Memory | None = None  # None: not known
+    engine: str | None = None  # version of Transformer Engine, "" where it is not installed; None: not known
+    capability: tuple[int, int] | None = None  # compute capability of the oldest GPU; None: not known
+    cuda: tuple[int, int] | None = None  # that torch was built with; None: not known
 
 
 def read_world(env: Mapping[str, str]) -> World:
@@ -113,12 +118,23 @@ def _first_host(node_list: str) -> str:
 
 
 def on_this_machine(world: World) -> World:
-    """`world` with its device and, on a CPU, the memory of a rank: its share of the node's."""
+    """`world` with what is installed, its device and, on a CPU, the memory of a rank: its share of the node's."""
+    world = replace(world, engine=engine_version())
     if os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         return replace(world, device="cuda")
     free, total = host_memory()
     share = Memory(free // world.local_size, total // world.local_size, free, total)
     return replace(world, device="cpu", memory=share)
+
+
+def engine_version() -> str:
+    """Of Transformer Engine, which is not imported for it; "" where it is not installed, "?" where it says none."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return ""
+    try:
+        return importlib.metadata.version("transformer_engine")
+    except importlib.metadata.PackageNotFoundError:
+        return "?"
 
 
 def host_memory() -> tuple[int, int]:

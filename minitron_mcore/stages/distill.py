@@ -12,8 +12,8 @@ from minitron_mcore.distillation.states.loss import StateLosses
 from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.estimate.forecast import Forecast, explaining_memory
 from minitron_mcore.jobs.train import Teaching, TrainingJob
+from minitron_mcore.model.fp8 import passes_of
 from minitron_mcore.model.gpt import LanguageModel
-from minitron_mcore.model.recompute import KEEP_ALL, recompute_of
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.chats import prepare_samples
 from minitron_mcore.stages.train import describe, fit_model, load_or_initialize, prepare
@@ -81,7 +81,7 @@ def load_teacher(job: TrainingJob, teaching: Teaching) -> Teacher:
         recipe.teacher.precision or recipe.precision,
         layout=teaching.layout,
         placement=recipe.teacher.placement,
-        recompute=recompute_of(recipe.correct) if teaching.corrected else KEEP_ALL,
+        **(passes_of(recipe.correct) if teaching.corrected else {}),
     )
     if teaching.corrected is None:
         return teacher

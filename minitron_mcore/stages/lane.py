@@ -20,9 +20,9 @@ from minitron_mcore.files import writing
 from minitron_mcore.importance.scores import Scores
 from minitron_mcore.jobs.plan import plan_at
 from minitron_mcore.jobs.trials import Trial, Trials
+from minitron_mcore.model.fp8 import passes_of
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.microbatch import Microbatch
-from minitron_mcore.model.recompute import recompute_of
 from minitron_mcore.pruning.apply import load_pruned
 from minitron_mcore.pruning.plan_file import PruningPlan, save_plan
 from minitron_mcore.runtime.agree import all_or_none
@@ -57,9 +57,7 @@ class Lane:
         with explaining_memory(memory, "while loading"):
             # The teacher, whatever layout and placement it has, is loaded once for all.
             self._teacher = self._teacher or find_teacher(job, runtime, data)
-            chunks = build_model(
-                job.architecture, recipe.parallel, recipe.precision, recompute=recompute_of(job.config)
-            )
+            chunks = build_model(job.architecture, recipe.parallel, recipe.precision, **passes_of(job.config))
             if result is None or not job.resumes:
                 load_pruned(self.trials.teacher.place, plan, as_chunks(chunks))
         if result is None:

@@ -9,7 +9,7 @@ from minitron_mcore.checkpoint.folder import write_description
 from minitron_mcore.checkpoint.store import as_chunks, load_weights
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
-from minitron_mcore.estimate.forecast import Forecast, explaining_memory, forecast_run, forecast_words
+from minitron_mcore.estimate.forecast import Forecast, explaining_memory, forecast_words
 from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import initialize
@@ -44,8 +44,8 @@ def prepare(job: TrainingJob, runtime: Runtime) -> tuple[TrainingData, Forecast]
         data = chat_data(job)
     else:
         data = build_training_data(recipe.data, job.tokenizer, job.wanted, job.config, seed=recipe.seed)
-    world, teacher = measured_world(runtime), job.forecast.setting.teacher
-    expected = forecast_run(recipe, job.section, job.architecture, job.timetable, world, teacher, job.sides)
+    world = measured_world(runtime)
+    expected = job.forecast_on(world)
     runtime.print("\n".join(forecast_words(expected, world.memory)))
     return data, expected
 

@@ -180,7 +180,7 @@ def throughput(job: Job, step_seconds: float, tokens: dict[int, float]) -> dict[
         row |= {f"student {total}": row[total], f"teacher {total}": teacher, total: row[total] + teacher}
     peak = job.log.peak_tflops
     if peak is None and torch.cuda.is_available() and job.precision == "bf16":
-        peak = peak_tflops(torch.cuda.get_device_name())
+        peak = peak_tflops(torch.cuda.get_device_name(), "fp8" if job.train.fp8_format else "bf16")
     if peak:
         row["model FLOPs utilization (%)"] = 100 * row[total] / peak
     return row

@@ -21,7 +21,60 @@ class PhaseConfig:
 
 
 @section
-class TrainConfig:
+class NarrowConfig:
+    """Numbers narrower than bf16, by Transformer Engine (model/fp8.py, training/adam_state.py); Megatron's names.
+
+    Each of them may change when a run goes on, though it changes how results are rounded: what is saved has the same
+    types under all.
+    """
+
+    fp8_format: Optional[Annotated[str, OneOf("hybrid", "e4m3")]] = key(
+        None, "of the layers' products; hybrid: e4m3, and e5m2 for gradients; null: not in fp8", may_change=True
+    )
+    fp8_recipe: Annotated[str, OneOf("tensorwise", "delayed", "blockwise")] = key(
+        "tensorwise", "scales by a tensor's largest number, by those of steps before, or by blocks", may_change=True
+    )
+    first_last_layers_bf16: bool = key(False, "keep the first and last layers' products in bf16", may_change=True)
+    num_layers_at_start_in_bf16: int = key(1, "with first_last_layers_bf16", at_least=0, may_change=True)
+    num_layers_at_end_in_bf16: int = key(1, "with first_last_layers_bf16", at_least=0, may_change=True)
+    use_precision_aware_optimizer: bool = key(
+        False, "Transformer Engine's Adam, whose state may be narrower than fp32", may_change=True
+    )
+    main_params_dtype: Annotated[str, OneOf("fp32", "fp16")] = key("fp32", "of the main weights", may_change=True)
+    exp_avg_dtype: Annotated[str, OneOf("fp32", "bf16", "fp16", "fp8")] = key(
+        "fp32", "of Adam's running mean", may_change=True
+    )
+    exp_avg_sq_dtype: Annotated[str, OneOf("fp32", "bf16", "fp16", "fp8")] = key(
+        "fp32", "of Adam's running variance", may_change=True
+    )
+
+    def __post_init__(self) -> None:
+        counts = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        if self.fp8_format is None:
+            idle = dict.fromkeys(("fp8_recipe", "first_last_layers_bf16", *counts), "with fp8_format=null")
+            refuse_idle(self, idle, "leave it out, or set fp8_format=hybrid")
+        if not self.first_last_layers_bf16:
+            idle = dict.fromkeys(counts, "with first_last_layers_bf16=false")
+            refuse_idle(self, idle, "leave it out, or set first_last_layers_bf16=true")
+        elif self.fp8_recipe == "delayed":
+            rule = "does not go with fp8_recipe=delayed, whose scales are set for all layers at once"
+            raise InputError("first_last_layers_bf16", True, rule, "leave it out, or set fp8_recipe=tensorwise")
+        if not self.use_precision_aware_optimizer:
+            types = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+            idle = dict.fromkeys(types, "with use_precision_aware_optimizer=false, whose state is fp32")
+            refuse_idle(self, idle, "leave it out, or set use_precision_aware_optimizer=true")
+        if self.fp8_format and self.fp8_recipe != "delayed" and self.main_params_dtype == "fp32":
+            # megatron-core reads Adam's state there as it lies, without the scales that such types have beside it.
+            for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+                if (value := getattr(self, name)) in ("fp16", "fp8"):
+                    rule = (
+                        f"does not go with fp8_recipe={self.fp8_recipe}, under which a checkpoint would lack its scales"
+                    )
+                    raise InputError(name, value, rule, "set it to bf16, or fp8_recipe=delayed")
+
+
+@section
+class TrainConfig(NarrowConfig):
     """Next-token training: from scratch (`model.*`), or onward from a checkpoint (`train.load`)."""
 
     checkpoint: Optional[PathName] = key(None, "folder of the checkpoints; a run resumes from it", may_change=True)
@@ -95,6 +148,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.min_lr > self.lr:
             raise InputError("min_lr", self.min_lr, f"must lie between 0 and lr={self.lr}", "lower it, or raise lr")
         if self.lr_warmup_iters and self.lr_warmup_tokens:
@@ -150,7 +204,7 @@ class LogConfig:
     timing_log_level: int = key(
         0, "Megatron's: 0 large parts of a step, 1 collectives too, 2 every microbatch", at_least=0, at_most=2
     )
-    peak_tflops: Optional[float] = key(None, "of a device, for the MFU; null: by the device's name, in bf16", above=0)
+    peak_tflops: Optional[float] = key(None, "of a device, for the MFU; null: by the device's name", above=0)
     tensorboard: bool = key(True, "write TensorBoard's files")
     wandb: Annotated[str, OneOf("auto", "online", "offline", "disabled")] = key(
         "disabled", "online uploads; offline writes for `wandb sync`; auto: online when logged in, else offline"

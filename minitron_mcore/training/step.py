@@ -27,12 +27,15 @@ from minitron_mcore.runtime.groups import optimizer_instances
 from minitron_mcore.runtime.overlap import NOTHING, Overlap, adopt_head, finish_gathering, prepare, start_gathering
 from minitron_mcore.runtime.pace import timed
 from minitron_mcore.runtime.start import Runtime
+from minitron_mcore.training.adam_state import AdamState
 from minitron_mcore.training.budget import Shape, Timetable
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.learning_rate import warmup_tokens
 
 # Named in the recipe's section as in Megatron's OptimizerConfig.
 ADAM = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+# What Megatron calls the types of the optimizer's state; Transformer Engine keeps fp8 as bytes, beside a scale.
+STATE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
 Describe = Callable[[], None]
 
 
@@ -133,7 +136,9 @@ def build_optimizer(chunks: list[torch.nn.Module], train: TrainConfig, precision
     adam: dict[str, Any] = {name: getattr(train, name) for name in ADAM}
     types: dict[str, Any] = {"bf16": precision == "bf16", "params_dtype": DTYPES[precision]}
     gather = {"overlap_param_gather": cast(Any, chunks[0]).ddp_config.overlap_param_gather}
-    config = OptimizerConfig(optimizer="adam", use_distributed_optimizer=True, **types, **adam, **gather)
+    state = AdamState.of(train).megatron_fields(STATE_DTYPES)
+    state |= {"fp8_recipe": train.fp8_recipe if train.fp8_format else None}
+    config = OptimizerConfig(optimizer="adam", use_distributed_optimizer=True, **types, **adam, **gather, **state)
     optimizer: MegatronOptimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)  # type: ignore[arg-type]
     for part in getattr(optimizer, "chained_optimizers", (optimizer,)):
         if isinstance(part.optimizer, torch.optim.Adam):
@@ -210,7 +215,9 @@ def apply_gradients(optimizer: MegatronOptimizer, *, losses_finite: bool) -> flo
         for part in getattr(optimizer, "chained_optimizers", (optimizer,)):
             parameters = part.get_parameters()
             if parameters and part.config.clip_grad > 0:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+                apart = getattr(part.config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False)
+                norms = {"max_norm": part.config.clip_grad, "total_norm": grad_norm}
+                clip_grad_by_total_norm_fp32(parameters, **norms, use_decoupled_grad=apart)
         optimizer.step_with_ready_grads()
     return grad_norm
 

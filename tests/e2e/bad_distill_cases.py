@@ -27,6 +27,17 @@ DISTILL: list[Case] = [
         "teacher.parallel.num_distributed_optimizer_instances=2 has no effect on a teacher that lies by itself",
     ),
     ("distill", ["teacher.precision=fp8"], "teacher.precision=fp8 needs Transformer Engine and a CUDA device"),
+    (
+        "distill",
+        ["precision=bf16", "distill.fp8_format=hybrid"],
+        "distill.fp8_format=hybrid needs Transformer Engine and a CUDA device, which are not here: leave it out",
+    ),
+    (
+        "distill",
+        ["distill.use_precision_aware_optimizer=true"],
+        "distill.use_precision_aware_optimizer=true needs bf16 weights, and precision=fp32",
+    ),
+    ("distill", ["distill.exp_avg_dtype=bf16"], "distill.exp_avg_dtype=bf16 has no effect with use_precision_aware"),
     ("distill", ["distill.temperature=0"], "distill.temperature=0.0 must lie between 0.001 and 100"),
     ("distill", ["distill.temperature=1e4"], "distill.temperature=10000.0 must lie between 0.001 and 100"),
     ("distill", ["distill.adam_eps=0"], "distill.adam_eps=0.0 must be finite and at least 1e-30"),

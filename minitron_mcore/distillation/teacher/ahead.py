@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from minitron_mcore.distillation.teacher.placement import Placement, place
 from minitron_mcore.distillation.teacher.routes import Grid, Moves, assign, state_moves, token_moves
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import axis_sizes, local_shape, parameter_table
+from minitron_mcore.model.fp8 import Fp8
 from minitron_mcore.model.gpt import LanguageModel, build_model, layout_of
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.microbatch import Microbatch, TeacherPart
@@ -79,13 +81,14 @@ class Teacher:
         layout: ParallelConfig | None = None,
         placement: str = "resident",
         recompute: Recompute = KEEP_ALL,
+        fp8: Fp8 | None = None,
     ) -> Teacher:
         """Build the teacher beside a student under `parallel` and fill it from a checkpoint of any layout.
 
         layout: the teacher's own; None or an equal one: the student's.
         placement: resident, sharded or offloaded (placement.py).
         precision: fp32, bf16, or fp8, which needs Transformer Engine.
-        recompute: of the training passes of a teacher that is to be trained.
+        recompute, fp8: of the passes of a teacher that is to be trained, `fp8` beside bf16.
 
         Every rank calls, after `use_layout(parallel)`. Raises InputError where the checkpoint is of another
         architecture or damaged.
@@ -94,9 +97,8 @@ class Teacher:
         world_size = dist.get_world_size()
         groups = teacher_groups(layout, world_size) if layout != parallel else None
         bare = placement != "resident"
-        chunks = build_model(
-            architecture, layout, precision, trainable=False, groups=groups, bare_layers=bare, recompute=recompute
-        )
+        how: dict[str, Any] = {"bare_layers": bare, "recompute": recompute, "fp8": fp8}
+        chunks = build_model(architecture, layout, precision, trainable=False, groups=groups, **how)
         if groups is not None and chunks[-1].post_process:
             del chunks[-1].output_layer  # the loss takes the head in the student's shards
         placed = place(chunks, placement, groups.dp_cp if groups is not None else None)

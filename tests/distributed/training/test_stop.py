@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from minitron_mcore.checkpoint import folder as checkpoint_folder
-from minitron_mcore.checkpoint import store, writer
+from minitron_mcore.checkpoint import iteration, store
 from minitron_mcore.checkpoint.folder import TRACKER, latest_iteration
 from minitron_mcore.runtime.interrupt import SIGNALS
 from minitron_mcore.training import saving as saving_module
@@ -96,7 +96,7 @@ def crashed_on_rank(folder: str, moment: str) -> str:
 # In the order of a save: (module, function that is not reached, for this file alone, the newest iteration then).
 MOMENTS: dict[str, tuple[Any, str, str | None, int]] = {
     "before the weights are whole": (store._SaveOrTell, "save", None, CUT),
-    "before the folder has its name": (writer, "finish_iteration", None, CUT),
+    "before the folder has its name": (iteration, "finish_iteration", None, CUT),
     "before the tracker moves": (checkpoint_folder, "write_whole", TRACKER, CUT),
     "before it is described": (checkpoint_folder, "write_whole", "lineage.yaml", STEPS),
 }

@@ -10,9 +10,12 @@ import pytest
 from minitron_mcore.architecture import build_architecture
 from minitron_mcore.distillation.teacher.blocks import host_blocks, pinned_bytes
 from minitron_mcore.estimate.forecast import advice, bytes_text, forecast, stage_parts
-from minitron_mcore.estimate.model import Setting, passes_in_flight
+from minitron_mcore.estimate.model import Setting, activations, passes_in_flight
 from minitron_mcore.estimate.teacher import host_bytes
+from minitron_mcore.model.fp8 import Fp8
+from minitron_mcore.model.recompute import Recompute
 from minitron_mcore.runtime.config import ParallelConfig
+from minitron_mcore.training.adam_state import AdamState
 
 STUDENT = build_architecture(
     {
@@ -279,3 +282,57 @@ def test_the_table_adds_up() -> None:
 )
 def test_bytes_in_words(count: int, words: str) -> None:
     assert bytes_text(count) == words
+
+
+def test_a_student_in_fp8() -> None:
+    """By hand, in bytes for each token: copies of a byte in place of bf16 inputs, and one more of attention's output;
+    two copies of each matrix. The first and the last two of 8 layers are in bf16."""
+    alone: dict[str, Any] = {"teacher": None, "micro_batch_size": 2}
+    plain = stage_parts(setting(**alone), 0)
+    fp8 = Fp8(at_start=1, at_end=2)
+    found = stage_parts(setting(**alone, fp8=fp8), 0)
+    matrices = LAYER - 2 * 64
+    assert found["fp8 weights"] == 5 * 2 * matrices and "fp8 weights" not in plain
+    assert {name: found[name] for name in ("weights", "gradients", "optimizer state")} == {
+        name: plain[name] for name in ("weights", "gradients", "optimizer state")
+    }
+    # Two normed inputs of 64 and fc2's of 128 in a byte each, not two; attention's output of 64 once more in a byte.
+    saved = 2 * 64 + 128 - 64
+    assert _kept(alone, None) - _kept(alone, fp8) == 5 * 128 * saved
+    # One pipeline stage has 4 layers, of which the first is in bf16, the other the two last.
+    cut: dict[str, Any] = {"parallel": {"pipeline": 2}, "teacher": None}
+    copies = [stage_parts(setting(**cut, fp8=fp8), stage)["fp8 weights"] for stage in (0, 1)]
+    assert copies == [3 * 2 * matrices, 2 * 2 * matrices]
+    sharded = stage_parts(setting({"tensor": 2}, teacher=None, fp8=Fp8()), 0)["fp8 weights"]
+    assert sharded == 8 * matrices  # two copies of half of each
+
+
+def _kept(fields: dict[str, Any], fp8: Fp8 | None) -> int:
+    return activations(setting(**fields, fp8=fp8), 0)
+
+
+@pytest.mark.parametrize("how", ["uniform", "block"])
+def test_recomputed_layers_in_fp8(how: str) -> None:
+    """Layers that keep their input alone keep it in bf16; of the others fp8 saves what it saves."""
+    again = {"recompute": Recompute("full", how, 2), "teacher": None}
+    saved = _kept(again, None) - _kept(again, Fp8(at_end=1))
+    assert saved == (0 if how == "uniform" else 5 * 128 * (2 * 64 + 128 - 64))
+
+
+def test_a_narrow_optimizer() -> None:
+    """An fp32 main weight, and moments of a byte and of two; four ranks share them."""
+    count = 8 * LAYER + 2 * 1024 * 64 + 64
+    aware = AdamState(is_aware=True, exp_avg="fp8", exp_avg_sq="bf16")
+    assert stage_parts(setting(adam=aware), 0)["optimizer state"] == (4 + 1 + 2) * count
+    assert stage_parts(setting(adam=aware, data_parallel=4), 0)["optimizer state"] == 7 * -(-count // 4)
+
+
+def test_a_corrected_teacher_in_fp8() -> None:
+    """Its own section says of what type its training is."""
+    own: dict[str, Any] = {"teacher_fp8": Fp8(), "teacher_adam": AdamState(is_aware=True, exp_avg="bf16")}
+    plain, narrow = (
+        stage_parts(setting(teacher_trained=True, **changes), 0)["teacher's training"] for changes in ({}, own)
+    )
+    count = 16 * TEACHER_LAYER + 2 * 1024 * 128 + 128
+    assert plain == (4 + 12) * count
+    assert narrow == (4 + 10) * count + 16 * 2 * (TEACHER_LAYER - 2 * 128)

@@ -15,9 +15,11 @@ from minitron_mcore.estimate.model import Setting, local_parameters
 from minitron_mcore.estimate.operations import Pass
 from minitron_mcore.estimate.rates import gather
 from minitron_mcore.estimate.step_time import PARTS, _add_schedule, reference_pass, step_time
+from minitron_mcore.model.fp8 import Fp8
 from minitron_mcore.model.recompute import Recompute
 from minitron_mcore.runtime.config import ClusterConfig, ParallelConfig
 from minitron_mcore.runtime.devices import Machine, machine_of
+from minitron_mcore.training.adam_state import AdamState
 
 FIELDS: dict[str, Any] = {
     "num_layers": 32,
@@ -297,3 +299,38 @@ def test_what_the_machine_lacks_is_refused_where_it_counts() -> None:
         step_time(setting(data_parallel=16), alone)
     with pytest.raises(InputError, match=r"^cluster\.peak_tflops is not given"):
         step_time(setting(), Machine())
+
+
+def test_a_student_in_fp8_by_hand() -> None:
+    """Where nothing but operations takes time: the products of 30 of 32 layers at the fp8 peak, those of the first, the
+    last, attention and the head at bf16's; and the peak that a utilization is a share of."""
+    plain = step_time(setting(), IDEAL)
+    fp8 = step_time(setting(fp8=Fp8(at_start=1, at_end=1)), IDEAL)
+    weights = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
+    narrow = 3 * 2 * BATCH * LENGTH * weights * 30 / 8  # forward once, backward twice; of each of 8 GPUs
+    faster = narrow * (1 / PEAK - 1 / H100.peak("fp8"))
+    assert plain.total - fp8.total == pytest.approx(faster, rel=1e-9)
+    assert plain.parts["loss"] == fp8.parts["loss"] and plain.parts["teacher"] == fp8.parts["teacher"] == 0
+    assert (plain.peak, fp8.peak) == (PEAK, H100.peak("fp8"))
+    assert fp8.student_flops == plain.student_flops
+
+
+def test_casts_of_weights_and_a_narrow_state_by_hand() -> None:
+    """Beside what both do: of each number of a matrix 2 bytes read and 2 written a step; of Adam's state 12 - 7 bytes
+    read and written less, by each of 8 ranks of its share."""
+    bytes_a_second = H100.need("memory_bandwidth") * H100.memory_efficiency
+    plain, fp8 = (step_time(setting(fp8=fp8), H100).parts["optimizer"] for fp8 in (None, Fp8()))
+    matrices = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
+    assert fp8 - plain == pytest.approx(4 * matrices / bytes_a_second, rel=1e-9)
+    aware = AdamState(is_aware=True, exp_avg="bf16", exp_avg_sq="fp8")
+    narrow = step_time(setting(adam=aware), H100).parts["optimizer"]
+    share = local_parameters(LLAMA, ALONE, 0) / 8
+    assert plain - narrow == pytest.approx(2 * 5 * share / bytes_a_second, rel=1e-9)
+
+
+def test_recomputed_in_fp8_too() -> None:
+    full: dict[str, Any] = {"recompute": Recompute("full")}
+    plain, fp8 = (step_time(setting(fp8=fp8, **full), IDEAL).parts["recomputation"] for fp8 in (None, Fp8(at_end=8)))
+    weights = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
+    faster = 2 * BATCH * LENGTH * weights * 24 / 8 * (1 / PEAK - 1 / H100.peak("fp8"))
+    assert plain - fp8 == pytest.approx(faster, rel=1e-9)
