@@ -265,8 +265,8 @@ def layer_activations(setting: Setting, *, narrow: bool = False) -> int:
     whole = 2 * ((element + (1 if narrow else element)) * a.hidden_size + 4)
     gathered = gathered_keys(s)
     sharded = element * (3 * q + (0 if gathered else 3 * k)) + 4 * a.num_attention_heads
-    if a.qk_layernorm:
-        sharded += element * (q + k) + 4 * (a.num_attention_heads + a.num_query_groups)
+    if a.qk_layernorm:  # the keys before it: on the CPU a part of the fused projection's output, which is kept anyway
+        sharded += element * (q if s.on_cpu else q + k) + 4 * (a.num_attention_heads + a.num_query_groups)
     if narrow:
         sharded += q
     length = s.tokens // (s.micro_batch_size * s.sides)
