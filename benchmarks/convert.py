@@ -226,7 +226,8 @@ def memory_rows(job: str, peaks: list[float], empty: list[float], extra: float) 
 
 
 def measure(root: Path, shape: dict[str, Any], repeats: int, max_shard_bytes: int) -> dict[str, Any]:
-    from minitron_mcore.checkpoint.blocks import BLOCK, THREADS
+    from minitron_mcore.checkpoint.blocks import THREADS
+    from minitron_mcore.files import BLOCK
 
     source, checkpoint, pair, exported = (root / name for name in ("source", "checkpoint", "pair", "exported"))
     sizes = make_source(source, shape, max_shard_bytes)

@@ -19,12 +19,11 @@ import torch
 import xxhash
 
 from minitron_mcore.checkpoint.manifest import tensor_bytes
+from minitron_mcore.files import BLOCK, MOST_THREADS
 
-BLOCK = 1 << 20  # bytes, which stay in a core's own cache: up to twice as fast as larger ones
 # Larger writes have Linux look for as much memory in one piece. A virtual machine may have given such pieces back to
 # its host, and then a write takes five times as long (docs/log.md, 2026-11-30).
 WRITE = 1 << 17
-MOST_THREADS = 4
 THREADS = max(2, min(MOST_THREADS, os.cpu_count() or 1))  # two also on one core: one works while the other waits
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from math import prod
 
 from minitron_mcore.architecture import BYTES, Architecture
-from minitron_mcore.checkpoint.blocks import BLOCK, MOST_THREADS
 from minitron_mcore.distillation.config import CacheConfig, default_chunk_tokens
 from minitron_mcore.estimate.model import local_parameters
+from minitron_mcore.files import BLOCK, MOST_THREADS
 from minitron_mcore.importance.config import LOGIT_METRICS, TEXT_METRICS, ImportanceConfig, variant_names
 from minitron_mcore.layout import axis_sizes, local_shape, parameter_table, split_layers
 from minitron_mcore.runtime.config import ParallelConfig

@@ -28,11 +28,11 @@ def exchange_of(
     if not parallel.sequence:
         rule = "needs sequence parallelism, whose gathers and scatters it overlaps"
         raise InputError(key, True, rule, f"set parallel.sequence=true, or {remedy}")
-    if world.device == "cpu":
-        raise InputError(key, True, "needs Transformer Engine and a CUDA device, which are not here", remedy)
     if recipe.precision != "bf16":
         rule = f"needs Transformer Engine's layers, which are in bf16, and precision={recipe.precision}"
         raise InputError(key, True, rule, f"set precision=bf16, or {remedy}")
+    if world.device == "cpu":
+        raise InputError(key, True, "needs Transformer Engine and a CUDA device, which are not here", remedy)
     tokens = {start.shape.micro_batch_size * start.shape.sequence_length for start in timetable.starts}
     if train.phases:
         tokens.add(train.micro_batch_size * recipe.data.sequence_length)  # of a validation

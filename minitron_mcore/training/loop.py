@@ -110,7 +110,7 @@ def _iterate(
     timers.start()
     end = job.timetable.at(job.ends_at).tokens_before
     for step, batch in timers.batches(itertools.chain([first], steps)):
-        row = train_step(trained, job.objective, step.shape, batch, timers.timers)
+        row = train_step(trained, job.objective, step.shape, batch, timers.timers, lambda: stop.ask(saver.state))
         if job.teaching is not None:
             with timed(timers.timers, "optimizer", 0):
                 row |= job.teaching.step(step.shape.tokens)
@@ -136,7 +136,8 @@ def _iterate(
         if job.data.read_valid and (last or _is_due(progress.iteration, train.eval_interval)):
             progress.metrics = validate(trained.chunks, job)
             metrics.write(progress.iteration, progress.metrics, shown=progress.metrics, kind="validation")
-        asked_to_stop, writing = stop.exchange(saver.state)
+            stop.ask(saver.state)  # once more, since that took long
+        asked_to_stop, writing = stop.answer()
         saver.attend(writing)
         if last or asked_to_stop or _is_due(progress.iteration, job.save_interval):
             saver.save(progress, at_once=bool(last or asked_to_stop))

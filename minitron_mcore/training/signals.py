@@ -25,6 +25,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0  # of the first signal
+        self._answer = torch.zeros(1, dtype=torch.int64)
+        self._arrival: torch.cuda.Event | None = None  # of the answer, from a GPU
         self._process = os.getpid()
         self._previous = install(self._remember)
 
@@ -40,14 +42,26 @@ class StopRequest:
                 say_at_once(f"\n{name_of(number)}: this iteration will be finished and saved; Ctrl-C leaves at once")
 
     def on_any_rank(self) -> int:
-        """The signal that asked any rank to stop, 0 for none. Every rank calls, once per iteration."""
-        return self.exchange()[0]
+        """The signal that asked any rank to stop, 0 for none. Every rank calls."""
+        self.ask()
+        return self.answer()[0]
 
-    def exchange(self, *values: int) -> list[int]:
-        """`on_any_rank`, and beside it the largest on any rank of each of `values`, in the same message."""
-        numbers = torch.tensor([self.number, *values], device=torch.cuda.current_device())
+    def ask(self, *values: int) -> None:
+        """Begin to tell all ranks of a signal to this one, and of `values`. The host waits for nothing; all call."""
+        device = torch.device(torch.cuda.current_device())
+        numbers = torch.tensor([self.number, *values], pin_memory=device.type == "cuda").to(device, non_blocking=True)
         torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
-        return [int(number) for number in numbers.tolist()]
+        self._answer = numbers.to("cpu", non_blocking=True)
+        if device.type == "cuda":
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def answer(self) -> list[int]:
+        """Of what was asked last the largest on any rank: the signal, 0 for none, and of each of the values. Waits for
+        nothing where the host has waited for the device since."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._answer.tolist()
 
     def outliving_the_reader(self) -> contextlib.redirect_stdout[Any]:
         """Within the `with`, output that nobody reads is no failure, but a request to stop (SIGPIPE)."""

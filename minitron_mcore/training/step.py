@@ -187,17 +187,26 @@ def set_schedule(scheduler: OptimizerParamScheduler, consumed_tokens: int) -> No
 
 
 def train_step(
-    trained: Trained, objective: Objective, shape: Shape, batch: list[Microbatch], timers: Any = None
+    trained: Trained,
+    objective: Objective,
+    shape: Shape,
+    batch: list[Microbatch],
+    timers: Any = None,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """One iteration over a global batch of `shape`; mean losses over its counted tokens. Every rank calls.
     If a loss or the gradient norm is NaN or Inf, weights and optimizer stay as they are; the learning rate still moves
-    on, since it follows the tokens used. timers: Megatron's, or None."""
+    on, since it follows the tokens used.
+
+    timers: Megatron's, or None. between: called once the losses are known and before the host waits for the gradient
+    norm, so that what it begins on the device is done when the step returns."""
     chunks, optimizer, scheduler = trained
     trained.zero_gradients()
     with timed(timers, "objective", 0):
         means = objective.run(chunks, batch)
     means.pop("num_tokens")
     means = objective.reported(means)
+    between()
     means["learning-rate"] = optimizer.param_groups[0]["lr"]
     with timed(timers, "optimizer", 0):
         means["grad-norm"] = trained.apply_gradients(losses_finite=not not_finite(means))

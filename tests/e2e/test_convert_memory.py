@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from minitron_mcore.architecture import build_architecture
-from minitron_mcore.checkpoint.blocks import BLOCK, THREADS
+from minitron_mcore.checkpoint.blocks import THREADS
 from minitron_mcore.estimate.stages import export_bytes
+from minitron_mcore.files import BLOCK
 from tests.distributed.ranks import run_on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -177,9 +177,10 @@ def test_models_load_at_any_layout(root: Path, layout: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-bridge"])
 def test_logits_are_those_of_megatrons_model(root: Path, name: str) -> None:
-    """Scaled rotary frequencies, norms on the heads and all; 1e-5 of the largest: the same sums in another order."""
+    """Scaled rotary frequencies, norms on the heads and all; 2e-5 of the largest: the same sums in another order, and
+    norms and rotations that round elsewhere."""
     expected, found = run_on_ranks(logits_on_rank, 1, root, name)[0]
-    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 2e-5
 
 
 def test_pruned_in_place_and_exported(root: Path) -> None:

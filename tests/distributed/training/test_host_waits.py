@@ -1,9 +1,10 @@
 """How often a training step makes the host wait for the device: once, for the losses, besides Megatron's own wait for
-the gradient norm."""
+the gradient norm, under which the ranks tell each other of signals and saves."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ def waits_on_rank(parallel: dict[str, Any], world_size: int) -> list[str]:
     """Where a second step of a distillation with losses between inner states reads a number of the device, or sends
     objects."""
     from minitron_mcore.training.config import TrainConfig
+    from minitron_mcore.training.signals import StopRequest
     from minitron_mcore.training.step import Trained, train_step
 
     layout = start_layout(parallel, world_size)
@@ -26,6 +28,7 @@ def waits_on_rank(parallel: dict[str, Any], world_size: int) -> list[str]:
     models, objective = build(CASES["all-dynamic"], layout)
     trained = Trained.of(models, train, timetable)
     found: list[str] = []
+    stop = StopRequest()
 
     def noted(owner: Any, name: str) -> None:
         original = getattr(owner, name)
@@ -46,7 +49,9 @@ def waits_on_rank(parallel: dict[str, Any], world_size: int) -> list[str]:
                     noted(torch.Tensor, name)
                 for name in ("broadcast_object_list", "all_gather_object"):
                     noted(torch.distributed, name)
-            train_step(trained, objective, timetable.at(step).shape, batch)
+            train_step(trained, objective, timetable.at(step).shape, batch, None, partial(stop.ask, step))
+    assert stop.answer() == [0, 1]
+    stop.restore()
     return found
 
 
