@@ -51,11 +51,9 @@ def optimizer_state(optimizer: MegatronOptimizer, model_state: dict[str, Any], *
     `is_loading` leaves one `step` tensor shared by all parameters, which then counts once a parameter.
 
     A third, of whatever Adam: where gradients lie in several buckets, each is padded to a multiple of 128 and of the
-    ranks. The state is gathered without the padding and cut up as if it were there: of every parameter after the first
-    padding the state of others would be saved, fp32 weights included.
-
-    To save, every rank gives what it holds (optimizer_pieces.py) and Megatron gathers nothing: do not step before it is
-    written.
+    ranks, and Megatron, which gathers the state without the padding, cuts it up as if it were there. To load, the
+    padding counts as part of the buckets. To save, Megatron gathers nothing: every rank gives what it holds
+    (optimizer_pieces.py). Do not step before that is written.
     """
     with ExitStack() as stack:
         for part in _distributed_optimizers(optimizer):
