@@ -65,21 +65,24 @@ def _set_up(call: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     rank, world_size = call["rank"], call["world_size"]
+    host, port, number = call["store"]
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(call["master_port"]),
+        # As of torchrun: the ranks meet at a store that is there. A port to be opened might be taken meanwhile.
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT=str(number),
     )
     _reset_seeds()
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    host, port, name = call["store"]
     # Longer than the call may take: the tests' own time limit reports more than gloo's would.
     patience = datetime.timedelta(seconds=call["timeout"] + 60)
-    store = dist.PrefixStore(name, dist.TCPStore(host, port, is_master=False, timeout=patience))
+    store = dist.PrefixStore(f"call_{number}", dist.TCPStore(host, port, is_master=False, timeout=patience))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)

@@ -16,7 +16,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -179,12 +178,6 @@ class _Pool:
 _pools: dict[str, _Pool] = {}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _shortened(text: str, limit: int = 8000) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]}\n[...]\n{text[-limit // 2 :]}"
 
@@ -248,9 +241,9 @@ def run_on_ranks(
 
     `fn` is a function of a module that can be imported from the repository's root (a test module can). Arguments and
     results are pickled; tensors in a result come back detached, on the CPU. RANK, LOCAL_RANK, WORLD_SIZE,
-    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set; every call starts from the same seeds, and afterwards the
-    process group and megatron-core's global state are taken down. Asserts in `fn` are not rewritten by pytest: give
-    them a message, or return the numbers and compare them in the test.
+    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as torchrun sets them; every call starts from the same seeds,
+    and afterwards the process group and megatron-core's global state are taken down. Asserts in `fn` are not rewritten
+    by pytest: give them a message, or return the numbers and compare them in the test.
 
     Raises RankError with the traceback of the rank that failed first (ranks left waiting in a collective are killed
     and replaced at the next call), or, after `timeout` seconds, with the place where each unfinished rank stands.
@@ -270,8 +263,7 @@ def run_on_ranks(
     call = {
         "function": (fn.__module__, fn.__qualname__),
         "world_size": world_size,
-        "store": (pool.store.host, pool.store.port, f"call_{next(pool.calls)}"),
-        "master_port": _free_port(),
+        "store": (pool.store.host, pool.store.port, next(pool.calls)),
         "timeout": timeout,
     }
     arguments = pickle.dumps((args, kwargs))
