@@ -45,8 +45,8 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def free_port() -> str:
-    """One that is free, and that the system gives to nobody who asks for any: those begin at 32768."""
-    return str(next(port for port in random.sample(range(12000, 20000), 100) if is_free(port)))
+    """One that is free, and that the system gives to nobody who asks for any: those begin at 32768, or at 16000."""
+    return str(next(port for port in random.sample(range(10000, 16000), 100) if is_free(port)))
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> None:
