@@ -42,7 +42,8 @@ def training_phases(setting: Setting, stage: int, *, beside: int = 0, working: i
         found.append({"activations": others, "embedding's gradient": embedding_gradient(s)})
     if s.on_cpu:  # gradients are clipped parameter by parameter, gloo reduces a copy of them
         found.append({"optimizer's step": 4 * min(_largest_parameter(s, stage), shard)})
-        found.append({"reduced gradients": 4 * _largest_buffer(s, stage, count)})
+        if s.data_parallel * s.parallel.context > 1:
+            found.append({"reduced gradients": 4 * _largest_buffer(s, stage, count)})
     else:  # torch's Adam works on all weights at once
         found.append({"optimizer's step": 0 if s.adam.is_aware else 4 * shard})
     return found

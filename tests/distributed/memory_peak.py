@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,13 +165,52 @@ def peak_on_rank(case: Case, folder: str) -> tuple[int, int]:
 
 
 def most_allocated(profiler: Any, folder: str) -> int:
-    """Bytes that were allocated at most, above those that were when `profiler` began; its trace lies in `folder`."""
+    """Bytes that were allocated at most, above those that were when `profiler` began; its trace lies in `folder`.
+
+    Not counted is what a product takes for itself while it runs: a processor without bf16 arithmetic makes the product
+    in fp32 first, one that has it does not.
+    """
     trace = Path(folder) / f"rank{torch.distributed.get_rank()}.json"
     profiler.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    totals = [event["args"]["Total Allocated"] for event in events]
-    return max(totals) - totals[0]
+    events = json.loads(trace.read_text())["traceEvents"]
+    products = [event for event in events if event.get("name") in _PRODUCTS]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
+    begun = changes[0]["args"]["Total Allocated"]
+    return max(event["args"]["Total Allocated"] for event in _without(_scratch(changes, products), changes)) - begun
+
+
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
+def _scratch(changes: list[Any], products: list[Any]) -> list[tuple[float, float]]:
+    """When, from and to, a product had memory that it had let go of again by its end."""
+    ends = {(product["tid"], product["ts"]): product["ts"] + product["dur"] for product in products}
+    starts: dict[Any, list[float]] = {}
+    for tid, start in sorted(ends):
+        starts.setdefault(tid, []).append(start)
+    taken: dict[Any, tuple[float, Any]] = {}
+    found = []
+    for change in changes:
+        address = change["args"]["Addr"]
+        if change["args"]["Bytes"] > 0:
+            taken[address] = change["ts"], change["tid"]
+        elif address in taken:
+            begun, tid = taken.pop(address)
+            before = bisect_right(starts.get(tid, []), begun)
+            if before and change["ts"] <= ends[tid, starts[tid][before - 1]]:
+                found.append((begun, change["ts"]))
+    return found
+
+
+def _without(spans: list[tuple[float, float]], changes: list[Any]) -> Iterator[Any]:
+    """`changes` but those within one of `spans`, which do not overlap."""
+    spans = sorted(spans)
+    starts = [start for start, _ in spans]
+    for change in changes:
+        before = bisect_right(starts, change["ts"])
+        if not before or change["ts"] >= spans[before - 1][1]:
+            yield change
 
 
 def count_every_thread() -> None:

@@ -8,7 +8,6 @@ vectors and gloo's scratch are not counted. What a quicker case covers is slow.
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from minitron_mcore.estimate.stages import (
 )
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.runtime.config import ParallelConfig
-from tests.distributed.memory_peak import count_every_thread
+from tests.distributed.memory_peak import count_every_thread, most_allocated
 from tests.distributed.models import LAYOUTS, start_layout, tiny
 from tests.distributed.ranks import run_on_ranks
 
@@ -69,12 +68,7 @@ def peak(folder: str) -> Iterator[list[int]]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         torch.empty(1)  # the total before
         yield found
-    trace = Path(folder) / f"rank{torch.distributed.get_rank()}.json"
-    profiler.export_chrome_trace(str(trace))
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    totals = [event["args"]["Total Allocated"] for event in events]
-    found.append(max(totals) - totals[0])
+    found.append(most_allocated(profiler, folder))
 
 
 def peak_of_pass(case: Case, folder: str) -> tuple[int, int]:
@@ -104,9 +98,10 @@ def peak_of_pass(case: Case, folder: str) -> tuple[int, int]:
             given = ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(size, LENGTH), position_ids
             yield Microbatch(*given, samples=torch.arange(size), valid=torch.ones(size))
 
+    chunks = build_model(shape, layout, case.precision, trainable=False)
+    initialize(chunks, shape, seed=1)
+    weights = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     with peak(folder) as found:
-        chunks = build_model(shape, layout, case.precision, trainable=False)
-        initialize(chunks, shape, seed=1)
         if case.verb == "score":
             importance = ImportanceConfig(**case.section)
             score_model(chunks, batches(), shape, importance)
@@ -133,7 +128,7 @@ def peak_of_pass(case: Case, folder: str) -> tuple[int, int]:
             with evaluating(chunks):
                 for part in in_calls(batches(), interleaved=len(chunks) > 1):
                     visit_final_states(chunks, part, visit)
-    return parallel_state.get_pipeline_model_parallel_rank(), found[0]
+    return parallel_state.get_pipeline_model_parallel_rank(), weights + found[0]
 
 
 def slow(*values: Any, **named: Any) -> Any:
