@@ -2,6 +2,7 @@
 
     python benchmarks/kd_loss.py                             forward KL, TP 1 and 2, vocabulary 128256, fp32 on the CPU
     python benchmarks/kd_loss.py --tp 2 --vocabulary 128256 256000 --reverse
+    python benchmarks/kd_loss.py --tp 1 2 4 --memory         the memory of ours alone
 
 Three things are compared, each side in processes of its own where it matters, and ours always at one chunk size:
 
@@ -298,9 +299,14 @@ def compare(settings: dict[str, Any]) -> dict[str, Any]:
         for report in (False, True)
     }
     ours_of = {name: extra("ours", **changes) for name, changes in menu.items()}
+    told = f"TP {settings['tp']}, vocabulary {settings['vocabulary']}: extra bytes "
+    told += ", ".join(f"{name} {value}" for name, value in ours_of.items())
+    if settings["memory"]:
+        print(f"{told} (at most {LIMITS['extra bytes']})", flush=True)
+        extra_bytes = {"ours": max(ours_of.values()), "menu": ours_of}
+        return {"tp": settings["tp"], "vocabulary": settings["vocabulary"], "extra_bytes": extra_bytes}
     theirs_extra = extra("theirs")
-    told = f"TP {settings['tp']}, vocabulary {settings['vocabulary']}: extra bytes"
-    print(told, ", ".join(f"{name} {value}" for name, value in ours_of.items()), f"against {theirs_extra}", flush=True)
+    print(f"{told} against {theirs_extra}", flush=True)
     ranks = launch("time", settings)
     seconds: dict[str, dict[str, list[float]]] = {}
     for what in ("divergence", "whole"):
@@ -340,6 +346,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=6, help="interleaved (6)")
     parser.add_argument("--reverse", action="store_true", help="reverse KL in place of forward")
     parser.add_argument("--report", action="store_true", help="ours with teacher's loss and agreement besides")
+    parser.add_argument("--memory", action="store_true", help="only ours, and only its memory")
     parser.add_argument("--threads", type=int, default=0, help="of a process; 0: all processors over the ranks")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -354,7 +361,8 @@ def main() -> None:
             settings = vars(options) | {"tp": tp, "vocabulary": vocabulary, "threads": threads}
             settings.pop("worker")
             results.append(compare(settings))
-            show(results[-1])
+            if not options.memory:
+                show(results[-1])
     print(json.dumps({"benchmark": "kd_loss", **vars(options), "limits": LIMITS, "results": results}))
 
 

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                  one process (TP = 1), ratio to the plain loop
     python benchmarks/train_step.py --tensor 2       and on two ranks (TP = 2), which share the threads
     python benchmarks/train_step.py --data 2         and on two that share the batch, with overlap and without
+    python benchmarks/train_step.py --tensor 2 --hidden-size 768 --layers 2 --steps 2      of another width
 
 All sides: fp32, SDPA attention, AdamW, clipping at 1.0, the same weights, the same random ids, the same number of
 threads, one micro-batch an iteration on each rank. Overlapped, gradients are reduced in buckets of 400,000 parameters,
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 VOCABULARY = 4096
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "family": "llama",
     "num_layers": 6,
     "hidden_size": 192,
@@ -46,6 +47,15 @@ SHAPE = {
 BATCH, SEQUENCE = 8, 256
 BUCKET = 400_000
 Run = Callable[[int, int], tuple[float, float]]  # (number of the first step, how many) -> seconds, last loss
+
+
+def reshape(hidden: int, layers: int) -> None:
+    """Another width, with the same proportions and width of heads, and another depth."""
+    if hidden % SHAPE["hidden_size"]:
+        raise SystemExit(f"train_step: --hidden-size {hidden} must be a multiple of {SHAPE['hidden_size']}")
+    times = hidden // SHAPE["hidden_size"]
+    grows = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    SHAPE.update({"num_layers": layers} | {name: SHAPE[name] * times for name in grows})
 
 
 def ids(step: int) -> torch.Tensor:
@@ -246,8 +256,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--data", type=int, default=1)
+    parser.add_argument("--hidden-size", type=int, default=SHAPE["hidden_size"], help="a multiple of 192 (192)")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_layers"], help="(6)")
     parser.add_argument("--overlap", action="store_true", help=argparse.SUPPRESS)  # of `Ranks`
     options = parser.parse_args()
+    reshape(options.hidden_size, options.layers)
     if "WORLD_SIZE" in os.environ:
         rank_main(options)
         return
@@ -255,11 +268,12 @@ def main() -> None:
     ours = Ours(tensor=1)
     sides: dict[str, Run] = {"ours": partial(seconds_of, ours), "transformers": partial(seconds_of, Plain(ours))}
     started: list[Ranks] = []
+    shape = ["--hidden-size", str(options.hidden_size), "--layers", str(options.layers)]
     if options.tensor > 1:
-        started.append(Ranks(options.tensor, options.threads, "--tensor", str(options.tensor)))
+        started.append(Ranks(options.tensor, options.threads, "--tensor", str(options.tensor), *shape))
         sides = {f"tensor {options.tensor}": started[0].seconds, **sides}
     if options.data > 1:
-        started += [Ranks(options.data, options.threads, *words) for words in (["--overlap"], [])]
+        started += [Ranks(options.data, options.threads, *shape, *words) for words in (["--overlap"], [])]
         data = dict(zip((f"data {options.data}, overlapped", f"data {options.data}"), started[-2:], strict=True))
         sides = {**{name: ranks.seconds for name, ranks in data.items()}, **sides}
     result = {"benchmark": "train_step", **compare(sides, options.repeats, options.steps), "threads": options.threads}
@@ -269,7 +283,8 @@ def main() -> None:
         print(f"{name:18}{rate:8.0f} tokens/s")
     for name, ratio in result["ratios"].items():
         print(f"{name}: {ratio['medians']:.3f} (pairs: least, quartiles, most {ratio['pairs']})")
-    print(json.dumps({**result, "repeats": options.repeats, "steps": options.steps}))
+    of = {name: getattr(options, name) for name in ("hidden_size", "layers", "repeats", "steps")}
+    print(json.dumps({**result, **of}))
 
 
 if __name__ == "__main__":
