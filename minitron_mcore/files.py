@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 BLOCK = 1 << 20  # bytes, which stay in a core's own cache: up to twice as fast as larger ones
 MOST_THREADS = 4
 
-# Errors of a disk that took less than was written; any other is there from the beginning.
+# Errors of a disk that took less than was written, or that has gone; any other is there from the beginning.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+FULL |= {errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN, errno.ETIMEDOUT}
 
 
 @contextmanager
@@ -120,6 +121,20 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small file so that no reader ever sees half of it. One process calls."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def sync_small(folder: Path, but: tuple[str, ...]) -> None:
+    """Have the files of a folder on its disk, not only in memory, without those whose names end with one of `but`, and
+    the folder's list of names. Raises OSError."""
+    for path in (*(path for path in folder.iterdir() if path.is_file() and not path.name.endswith(but)), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):  # a file system that has no such call
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def copy_file(source: str | Path, target: str | Path) -> None:

@@ -8,6 +8,7 @@ DIR/lineage.yaml                          where it comes from: teacher, plan, da
 DIR/iter_0000100/                         weights (and optimizer), in Megatron's torch_dist form, with what other
                                           projects need to load them (way_back.py) and a copy of architecture.yaml
 DIR/latest_checkpointed_iteration.txt     written last, once the iteration is whole
+DIR/best -> iter_0000100                  the one with the lowest validation loss, where a training keeps it (kept.py)
 
 Other projects on megatron-core write only the last two; their own files in the iteration then describe the model
 (foreign.py). An iteration's folder may be named instead of DIR, such as one that was copied alone. Pure.
@@ -24,11 +25,12 @@ from typing import Any
 
 from minitron_mcore.architecture import Architecture, load_architecture, save_architecture
 from minitron_mcore.checkpoint.foreign import description_file, infer_architecture
-from minitron_mcore.checkpoint.manifest import MANIFEST, bytes_checksum
+from minitron_mcore.checkpoint.manifest import MANIFEST, WEIGHT_FILES, bytes_checksum
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import as_yaml, read_mapping, reading, refuse_closed, write_whole
+from minitron_mcore.files import as_yaml, read_mapping, reading, refuse_closed, sync_small, write_whole
 
 TRACKER = "latest_checkpointed_iteration.txt"
+BEST = "best"
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:
@@ -72,6 +74,57 @@ def latest_iteration(folder: Path) -> int | None:
         rule = f"names iteration {iteration}, but {iteration_folder(folder, iteration)} is not a finished checkpoint"
         raise InputError("", tracker, rule, "restore it, or write the number of a finished one into the file")
     return iteration
+
+
+def finished_iterations(folder: Path) -> list[int]:
+    """The finished iterations in `folder`, in their order: as far as the tracker says, where there is one that can be
+    read. Which of them are whole is not looked at."""
+    return [each for each in _counted(folder) if (iteration_folder(folder, each) / "metadata.json").is_file()]
+
+
+def unfinished_iterations(folder: Path) -> list[int]:
+    """Those that are being written to `folder`, or dropped, or that a process has left so."""
+    names = [path.name.rpartition("_")[2] for path in folder.glob(".unfinished_iter_*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def resumable_iterations(folder: Path) -> list[int]:
+    """Those from which a run in `folder` may go on, if they are whole, the newest first; that which the tracker names
+    is one, there or not. Raises InputError where there are none, and a tracker that cannot be read."""
+    newest = _tracked(folder)
+    found = {*_counted(folder)} | ({newest} if newest is not None else set())
+    if not found:
+        latest_iteration(folder)
+    return sorted(found, reverse=True)
+
+
+def resumed_iteration(folder: Path) -> int | None:
+    """The newest of `folder` from which a run may go on, as far as names tell; None where there is none. Raises
+    InputError where none of those that should be there is."""
+    candidates, finished = resumable_iterations(folder), finished_iterations(folder)
+    if candidates and not finished:
+        place = iteration_folder(folder, candidates[0])
+        rule = f"holds no checkpoint that is whole: {place / 'metadata.json'} is missing"
+        raise InputError("", folder, rule, "restore one, or name another folder to begin anew")
+    return finished[-1] if finished else None
+
+
+def mark_newest(folder: Path, iteration: int) -> None:
+    """Have the tracker name `iteration`. One rank calls."""
+    write_whole(folder / TRACKER, str(iteration))
+
+
+def _counted(folder: Path) -> list[int]:
+    names = [path.name.removeprefix("iter_") for path in folder.glob("iter_*")]
+    newest = _tracked(folder)
+    return sorted(int(name) for name in names if name.isdecimal() and (newest is None or int(name) <= newest))
+
+
+def _tracked(folder: Path) -> int | None:
+    """The number in the tracker; None where it has none, or is not there."""
+    tracker = folder / TRACKER
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
+    return int(text) if text.isdecimal() else None
 
 
 def find_checkpoint(folder: str | Path | None, key: str) -> tuple[Path, int]:
@@ -189,12 +242,17 @@ def tokenizer_folder(folder: Path) -> Path | None:
 
 
 def finish_iteration(folder: Path, temporary: Path, iteration: int) -> None:
-    """Publish a fully written iteration: rename it into place, then update the tracker. One rank calls."""
+    """Publish a fully written iteration: rename it into place, then update the tracker. One rank calls.
+
+    What the ranks wrote is on its disk by then (megatron-core syncs it), and so is the rest: another iteration may be
+    dropped for this one.
+    """
+    sync_small(temporary, but=WEIGHT_FILES)
     target = folder / _name(iteration)
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)
-    write_whole(folder / TRACKER, str(iteration))
+    mark_newest(folder, iteration)
 
 
 def identify_weights(folder: Path, iteration: int) -> dict[str, Any]:
@@ -206,8 +264,11 @@ def identify_weights(folder: Path, iteration: int) -> dict[str, Any]:
 
 def drop_iteration(folder: Path, iteration: int) -> None:
     """Delete an iteration that is not the newest; one that is half gone counts as unfinished. One rank calls."""
-    going = unfinished_folder(folder, iteration)
+    going, best = unfinished_folder(folder, iteration), folder / BEST
     shutil.rmtree(going, ignore_errors=True)
+    with suppress(OSError):  # nothing is to be left that leads nowhere
+        if os.readlink(best) == _name(iteration):
+            best.unlink()
     with suppress(OSError):  # it is in nobody's way
         os.replace(folder / _name(iteration), going)
     shutil.rmtree(going, ignore_errors=True)
@@ -215,6 +276,8 @@ def drop_iteration(folder: Path, iteration: int) -> None:
 
 def drop_every_iteration(folder: Path) -> None:
     """Delete all checkpoints in `folder`; what lies beside them stays. One rank calls."""
+    for iteration in _counted(folder)[:-1]:
+        drop_iteration(folder, iteration)
     (folder / TRACKER).unlink(missing_ok=True)
-    for iteration in folder.glob("iter_*"):
-        shutil.rmtree(iteration, ignore_errors=True)
+    for iteration in _counted(folder):
+        drop_iteration(folder, iteration)

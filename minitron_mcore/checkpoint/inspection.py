@@ -29,6 +29,7 @@ from minitron_mcore.checkpoint.folder import (
     said_by,
 )
 from minitron_mcore.checkpoint.hf_config import read_config
+from minitron_mcore.checkpoint.kept import best_iteration
 from minitron_mcore.checkpoint.manifest import type_name
 from minitron_mcore.checkpoint.reader import TensorReader
 from minitron_mcore.checkpoint.safetensors_folder import SafetensorsFolder
@@ -169,6 +170,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         **describe_architecture(architecture),
         "iterations": iterations,
         "newest_finished": newest,
+        "best": best_iteration(folder),
         "unfinished": leftovers,
         **stored,
         "saved_at": read_mapping(recipe).get("parallel") if recipe.is_file() else None,

@@ -26,6 +26,7 @@ from minitron_mcore.checkpoint.manifest import (
 from minitron_mcore.checkpoint.reader import TensorReader, load_piece
 from minitron_mcore.checkpoint.safetensors_file import SafetensorsFile
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import not_read
 from minitron_mcore.runtime.progress import SILENT, Progress
 
 Name = tuple[str, tuple[int, ...]]  # of a stored piece: its key, and where in the tensor it begins
@@ -37,8 +38,8 @@ class Verification:
     `num_bytes`, `faults`, `notes`, and `keys`, those of the tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """The small files and the files' sizes are compared here."""
+    def __init__(self, folder: Path, *, files: bool = True) -> None:
+        """files: the small files, and the sizes of all, are compared here."""
         self.folder, self.keys, self.num_bytes = folder, set[str](), 0
         self.faults: list[str] = []
         self.notes: list[str] = []
@@ -53,7 +54,7 @@ class Verification:
             note = f"{folder} has no {MANIFEST}: its tensors were read, but there was nothing to compare them with"
             self.notes.append(note)
         else:
-            self.faults += file_faults(folder, self.manifest)
+            self.faults += file_faults(folder, self.manifest) if files else []
             self.left.update(self.manifest.pieces)
 
     def failed(self, error: InputError) -> Verification:
@@ -103,17 +104,61 @@ def verify_checkpoint(folder: Path, progress: Progress = SILENT) -> Verification
     Raises InputError if there is no finished iteration.
     """
     path, iteration = find_checkpoint(folder, "path")
+    found = Verification(iteration_folder(path, iteration))
+    return _read_again(found, path, iteration, progress).finish()
+
+
+def damaged_files(iteration: Path) -> list[str]:
+    """What is missing, of another size, or, but for weights, changed in the folder of an iteration, one sentence each.
+    What it has no manifest for is not known."""
+    if not (iteration / "metadata.json").is_file():
+        missing = iteration / "metadata.json" if iteration.is_dir() else iteration
+        return [f"{missing} is missing"]
+    try:
+        return Verification(iteration).faults
+    except OSError as error:
+        return [str(not_read(str(iteration), error))]
+
+
+def damaged_pieces(iteration: Path, share: tuple[int, int], progress: Progress = SILENT) -> list[str]:
+    """What is damaged of the tensors in the folder of an iteration, whose files are as long as they should be, one
+    sentence each.
+
+    share: (number, of how many): of the files that as many ranks wrote, those that the rank of this number did.
+    """
+    found, (number, of) = Verification(iteration, files=False), share
+    try:
+        _read_again(found, iteration, 0, progress, lambda name: _writer(name) % of == number)
+    except OSError as error:
+        found.failed(not_read(str(iteration), error))
+    return found.finish().faults if of == 1 else found.faults
+
+
+def _writer(file: str) -> int:
+    """The rank in `__3_0.distcp`; 0 where none is said."""
+    rank = file.removeprefix("__").partition("_")[0]
+    return int(rank) if rank.isdecimal() else 0
+
+
+def _read_again(
+    found: Verification,
+    path: Path,
+    iteration: int,
+    progress: Progress,
+    is_mine: Callable[[str], bool] = lambda name: True,
+) -> Verification:
+    """Everything that is stored in the files of the iteration that are `is_mine`, by their names."""
     place = iteration_folder(path, iteration)
-    found = Verification(place)
     try:
         reader = TensorReader(path, iteration)
     except InputError as error:
         return found.failed(error)
     stored: dict[MetadataIndex, Any] = reader.metadata.storage_data
-    absent = {name for name in {info.relative_path for info in stored.values()} if not (place / name).is_file()}
+    rows = [row for row in stored.items() if is_mine(row[1].relative_path)]
+    absent = {name for name in {info.relative_path for _, info in rows} if not (place / name).is_file()}
     if found.manifest is None:
         found.faults += [f"{place / name} is missing, though .metadata names it" for name in sorted(absent)]
-    rows = sorted(stored.items(), key=lambda row: (row[1].relative_path, row[1].offset))
+    rows.sort(key=lambda row: (row[1].relative_path, row[1].offset))
     with progress(sum(info.length for _, info in rows), "B", "verify") as bar:
         for index, info in bar.over(rows, lambda row: row[1].length):
             file, name = place / info.relative_path, (index.fqn, tuple(index.offset or ()))
@@ -123,7 +168,7 @@ def verify_checkpoint(folder: Path, progress: Progress = SILENT) -> Verification
                 found.look(file, name, partial(load_piece, place, info))
             else:
                 found.look_at_object(file, index.fqn, info)
-    return found.finish()
+    return found
 
 
 def verify_hugging_face(folder: Path, progress: Progress = SILENT) -> Verification:

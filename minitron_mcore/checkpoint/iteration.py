@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import finish_iteration, unfinished_folder
+from minitron_mcore.checkpoint.kept import write_validation
 from minitron_mcore.checkpoint.manifest import StoredPiece, bytes_checksum, write_manifest
 from minitron_mcore.checkpoint.unpickle import read_metadata
 from minitron_mcore.checkpoint.versions import is_object, save_common
@@ -25,6 +26,7 @@ from minitron_mcore.runtime.start import Runtime
 
 # On a full disk torch.save may report only a broken archive, when the system's own error got lost.
 _ARCHIVE_BROKEN = ("inline_container.cc", "PyTorchStreamWriter failed", "iostream error")
+_GONE = "Parent directory"  # that "… does not exist", as torch.save puts it
 
 
 def write_iteration(
@@ -106,6 +108,8 @@ class UnfinishedIteration:
                 if self.architecture is not None:
                     self.common.update(common_part(self.architecture, self.iteration))
                     write_beside(self.temporary, self.architecture, stored[0].dtype if stored else "float32")
+                if metrics := self.common.get("progress", {}).get("metrics"):
+                    write_validation(self.temporary, metrics)
                 save_common(self.common, self.temporary)
                 save_config(CheckpointingConfig("torch_dist", 1), str(self.temporary))
                 pieces = (piece for rank in ranks for piece in rank)
@@ -154,4 +158,6 @@ def _told(error: BaseException, folder: Path, called: str, hint: str) -> BaseExc
             free = f"{shutil.disk_usage(nearest_folder(folder)).free / 1e6:,.1f} MB"
             rule = f"cannot be written: its archive broke off, as on a full disk, which has {free} free ({words[:200]})"
             return StorageError("", called, rule + hint)
+        if isinstance(cause, RuntimeError) and _GONE in words:
+            return StorageError("", called, f"cannot be written: it has gone ({words[:200]})")
     return error

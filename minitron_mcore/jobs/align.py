@@ -28,7 +28,7 @@ from minitron_mcore.alignment.config import (
     idle_with,
     in_tokens,
 )
-from minitron_mcore.checkpoint.folder import identify_weights, latest_iteration, read_lineage
+from minitron_mcore.checkpoint.folder import identify_weights, read_lineage, resumed_iteration
 from minitron_mcore.data.chat.config import ChatConfig
 from minitron_mcore.data.chat.prepared import Prepared
 from minitron_mcore.errors import InputError
@@ -80,8 +80,8 @@ class AlignJob(Job):
         Raises InputError."""
         this, later = self.rounds[number], self.rounds[number + 1 :]
         training = resolve_round(this, self.world, self.promises, prepared)
-        done, last = latest_iteration(this.folder), training.timetable.iterations
-        begun = next((each for each in later if latest_iteration(each.folder) is not None), None)
+        done, last = resumed_iteration(this.folder), training.timetable.iterations
+        begun = next((each for each in later if resumed_iteration(each.folder) is not None), None)
         if begun and done != last:
             rule = f"stands at iteration {done or 0} of {last}, but the round {begun.name} has begun from it already"
             remedy = f"give {this.key} the budget that it had, or name another align.checkpoint"
@@ -193,7 +193,7 @@ def timetable_of(config: AlignConfig, row_length: int, rows: int, units: int) ->
 def same_reference(this: Round, source: Model) -> tuple[Model, tuple[str, ...]]:
     """`source` at the iteration that a run in the round's folder began from, which is its reference, and what is to be
     said of that. Raises InputError where it is not there any more, or has changed."""
-    if source.iteration is None or latest_iteration(this.folder) is None:
+    if source.iteration is None or resumed_iteration(this.folder) is None:
         return source, ()
     before = read_lineage(this.folder).get("reference", {})
     began = read_so_far(before, source, "align.checkpoint", this.folder, "was aligned so far against", "reference")

@@ -19,8 +19,8 @@ from minitron_mcore.checkpoint.folder import (
     find_checkpoint,
     identify_weights,
     iteration_folder,
-    latest_iteration,
     read_lineage,
+    resumed_iteration,
 )
 from minitron_mcore.data.blend import as_number
 from minitron_mcore.distillation.cache.file import DESCRIPTION
@@ -190,7 +190,7 @@ def refuse_other_budget(
 ) -> None:
     """Raise InputError where a run in `folder`, of the recipe `stored`, cannot go on to the budget of `section`. Where
     that depends on how many samples there are, nothing is refused before they are prepared."""
-    iteration = latest_iteration(folder)
+    iteration = resumed_iteration(folder)
     if iteration is None or section not in stored:
         return
     train: TrainConfig = getattr(recipe, section)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import identify_weights, iteration_folder, latest_iteration, read_lineage
+from minitron_mcore.checkpoint.folder import identify_weights, iteration_folder, read_lineage, resumed_iteration
 from minitron_mcore.distillation.cache.serving import cache_folder
 from minitron_mcore.distillation.states.map import check_hidden_states
 from minitron_mcore.errors import InputError
@@ -143,7 +143,7 @@ def taught_so_far(student: str | None, teacher: Model) -> int:
     Raises InputError where that is not there any more, or has changed.
     """
     _, newest = teacher.place
-    if student is None or latest_iteration(Path(student)) is None:
+    if student is None or resumed_iteration(Path(student)) is None:
         return newest
     lineage = read_lineage(Path(student))
     before = lineage.get("teacher", {})
@@ -173,6 +173,10 @@ def check_teacher_keys(recipe: Recipe) -> None:
         "correct.phases": ([],),
         "correct.tp_comm_overlap": (False,),  # the buffers are the student's
         "correct.rampup_batch_size": (None,),
+        # Its checkpoints are those of the student's iterations.
+        "correct.keep_last": (None,),
+        "correct.keep_every": (None,),
+        "correct.keep_best": (None,),
     }
     for key, allowed in with_correction.items():
         if (value := inputs.value_at(recipe, key)) not in allowed:
@@ -195,7 +199,7 @@ def corrected_folder(recipe: Recipe, teacher_folder: Path) -> Path:
     # Its learning rate follows the budget of `distill`.
     sections = ("data", "teacher", "correct", "distill")
     refuse_other_run(folder, recipe, sections, key, "correct", keeps_budget=True)
-    stands_at = latest_iteration(student)
+    stands_at = resumed_iteration(student)
     was_corrected = "corrected" in read_lineage(student).get("teacher", {})
     if stands_at is not None and was_corrected and not iteration_folder(folder, stands_at).is_dir():
         rule = f"has no iteration {stands_at}, at which distill.checkpoint={student} stands"

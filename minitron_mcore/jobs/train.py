@@ -7,10 +7,10 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from minitron_mcore.architecture import Architecture, build_architecture
-from minitron_mcore.checkpoint.folder import check_architecture, latest_iteration
+from minitron_mcore.checkpoint.folder import check_architecture, resumed_iteration
 from minitron_mcore.data.described import describe_training
 from minitron_mcore.data.index import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
@@ -204,7 +204,7 @@ def resolve_training(
     inputs.check_model(architecture, recipe, world, section)
     check_recompute(train, architecture, recipe.parallel, section)
     refuse_other_run(folder, recipe, compared, key, section, chats=chats)
-    resumes = latest_iteration(folder) is not None
+    resumes = resumed_iteration(folder) is not None
     if resumes:
         check_architecture(folder, architecture)
     check_wandb(recipe.log, world.rank)
@@ -213,6 +213,8 @@ def resolve_training(
     check_learning_rate(train, timetable, section)
     teacher = teaching.model
     wanted = () if chats else wanted_samples(recipe, section, timetable, teaching.samples)
+    if chats and train.keep_best and chats.samples.preparation.valid is None and not recipe.chat.valid_fraction:
+        refuse_best(section, train, "chat.valid, or chat.valid_fraction,")
     read, said = (chats.samples.items, []) if chats else text_items(recipe, section, tokenizer, wanted, promises)
     reads: list[Model | Item] = [each for each in (source, teacher) if each]
     if teaching.cache:
@@ -247,13 +249,22 @@ def text_items(
     """The token files of the recipe's `data`, and what is to be said of them. Raises InputError."""
     data, notes = recipe.data, []
     described = describe_training(data, tokenizer, wanted, promises.prefixes)
-    if getattr(recipe, section).eval_iters and not described.has_validation:
+    train: TrainConfig = getattr(recipe, section)
+    if train.keep_best and not described.has_validation:
+        refuse_best(section, train, "data.valid, or a data.split that holds out enough of the text,")
+    if train.eval_iters and not described.has_validation:
         notes.append(
             f"there is no validation of the whole blend, because data.valid is not set and data.split={data.split} "
             f"holds out less than one sample of {data.sequence_length + 1} tokens: preprocess.valid_fraction can hold "
             f"out more, and {section}.eval_iters=0 says that none is wanted"
         )
     return inputs.data_items(described), notes
+
+
+def refuse_best(section: str, train: TrainConfig, given: str) -> NoReturn:
+    """Raise InputError where nothing is held out by which checkpoints could be compared."""
+    rule = "compares validation losses, but nothing is held out to validate on"
+    raise InputError(f"{section}.keep_best", train.keep_best, rule, f"give {given} or leave keep_best out")
 
 
 def wanted_samples(recipe: Recipe, section: str, timetable: Timetable, least: int) -> tuple[Wanted, ...]:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from minitron_mcore.checkpoint.folder import latest_iteration
+from minitron_mcore.checkpoint.folder import resumed_iteration
 from minitron_mcore.jobs.align import AlignJob
 from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.interrupt import exit_code
@@ -28,7 +28,7 @@ def run(job: AlignJob, runtime: Runtime) -> Progress:
         assert samples is not None
         training = all_or_none(partial(job.training, number, samples))
         if count > 1:
-            done = latest_iteration(training.folder) == training.timetable.iterations
+            done = resumed_iteration(training.folder) == training.timetable.iterations
             title = f"[{number + 1}/{count}] {job.rounds[number].name}"
             runtime.print(f"align: {title}{': done before' if done else ''}")
             if done:

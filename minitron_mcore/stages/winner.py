@@ -7,7 +7,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from minitron_mcore.checkpoint.folder import latest_iteration
+from minitron_mcore.checkpoint.folder import BEST, latest_iteration
 from minitron_mcore.files import copy_file, writing
 from minitron_mcore.jobs.distill import resolve as resolve_distill
 from minitron_mcore.jobs.prune import resolve as resolve_prune
@@ -78,6 +78,6 @@ def link_checkpoint(source: Path, target: Path, called: str) -> None:
         shutil.copy2(file, new)
 
     # A dashboard's own folder belongs to the candidate.
-    left_out = shutil.ignore_patterns(TRAINING_LOCK, "wandb", "wandb_run_id", ".unfinished*")
+    left_out = shutil.ignore_patterns(TRAINING_LOCK, "wandb", "wandb_run_id", ".unfinished*", BEST)
     with writing(called):
         shutil.copytree(source, target, copy_function=link_or_copy, ignore=left_out, dirs_exist_ok=True)

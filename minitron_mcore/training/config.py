@@ -113,6 +113,18 @@ class TrainConfig(NarrowConfig):
         at_least=0,
         may_change=True,
     )
+    keep_last: Optional[int] = key(
+        None, "newest checkpoints that stay; null: all with save_interval, else one", at_least=1, may_change=True
+    )
+    keep_every: Optional[int] = key(
+        None, "at the multiples of so many iterations a checkpoint is saved, and stays", at_least=1, may_change=True
+    )
+    keep_best: Optional[int] = key(
+        None,
+        "checkpoints with the lowest validation losses that stay; the link `best` beside them is the first",
+        at_least=1,
+        may_change=True,
+    )
     async_save: bool = key(
         False, "write checkpoints while training goes on; needs host memory for a copy of the state", may_change=True
     )
@@ -163,6 +175,13 @@ class TrainConfig(NarrowConfig):
                 raise InputError("overlap_param_gather", True, rule, "set overlap_grad_reduce=true, or leave both out")
             idle = {"ddp_bucket_size": "with overlap_grad_reduce=false, which reduces all gradients at once"}
             refuse_idle(self, idle, "leave it out, or set overlap_grad_reduce=true")
+        if self.keep_last is None and self.save_interval:
+            idle = {"keep_every": f"with save_interval={self.save_interval} and keep_last=null, where all stay"}
+            refuse_idle(self, idle, "give keep_last too, or leave it out")
+        if self.keep_best and not (self.eval_interval and self.eval_iters):
+            lacking = next(name for name in ("eval_interval", "eval_iters") if not getattr(self, name))
+            rule = f"compares validation losses, but with {lacking}=0 there are none on the way"
+            raise InputError("keep_best", self.keep_best, rule, f"set {lacking}, or leave keep_best out")
         if self.recompute_granularity != "full":
             given = self.recompute_granularity or "null"
             words = f"with recompute_granularity={given}, which recomputes no whole layer"

@@ -109,6 +109,11 @@ class Job:
         given = self.train.save_interval
         return min(-(-self.ends_at // PARTS), MOST_ITERATIONS) if given is None else given
 
+    @property
+    def save_intervals(self) -> tuple[int, int]:
+        """A checkpoint is due at the multiples of each; 0: of none."""
+        return self.save_interval, self.train.keep_every or 0
+
 
 def build_training_data(
     data: DataConfig, tokenizer: Tokenizer, wanted: Sequence[Wanted], train: TrainConfig, *, seed: int

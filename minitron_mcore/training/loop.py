@@ -10,7 +10,7 @@ import itertools
 
 import torch
 
-from minitron_mcore.checkpoint.folder import latest_iteration, read_lineage
+from minitron_mcore.checkpoint.folder import read_lineage
 from minitron_mcore.checkpoint.store import load_training_state
 from minitron_mcore.errors import DivergedError, InputError
 from minitron_mcore.evaluation.held_out import mean_loss
@@ -23,6 +23,7 @@ from minitron_mcore.runtime.progress import Bar
 from minitron_mcore.training.accounting import StepTimers, account, split_line
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
+from minitron_mcore.training.resuming import find_whole
 from minitron_mcore.training.saving import Saver
 from minitron_mcore.training.signals import StopRequest
 from minitron_mcore.training.start_check import check_teacher
@@ -30,7 +31,7 @@ from minitron_mcore.training.step import Trained, not_finite, set_schedule, trai
 
 
 def fit(job: Job) -> Progress:
-    """Train up to `job.ends_at`, from the newest checkpoint in the folder if there is one. Every rank calls.
+    """Train up to `job.ends_at`, from the newest whole checkpoint in the folder if there is one. Every rank calls.
 
     A training that stops there on its way to `job.iterations` has validated and saved, and going on from there gives
     the same bits as never to have stopped.
@@ -41,7 +42,8 @@ def fit(job: Job) -> Progress:
     runtime = job.runtime
     trained = Trained.of(job.chunks, job.train, job.timetable)
     progress = Progress()
-    if (newest := latest_iteration(job.folder)) is not None:
+    folders = [job.folder, *([job.teaching.folder] if job.teaching is not None else [])]
+    if (newest := find_whole(folders, runtime)) is not None:
         progress = Progress(**load_training_state(job.folder, newest, *trained))
         check_past(progress, job)
         warn_of_other_data(progress, job)
@@ -51,9 +53,9 @@ def fit(job: Job) -> Progress:
         if job.teaching is not None:
             job.teaching.resume(progress.iteration, progress.consumed_tokens)
         runtime.print(f"resumed {job.folder} at iteration {progress.iteration} of {job.iterations}")
+        runtime.on_main(lambda: describe_newest(job, progress))
     progress.data_order = job.data.order
     if progress.iteration >= job.ends_at:
-        runtime.on_main(lambda: describe_newest(job, progress))
         return progress
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -139,7 +141,7 @@ def _iterate(
             stop.ask(saver.state)  # once more, since that took long
         asked_to_stop, writing = stop.answer()
         saver.attend(writing)
-        if last or asked_to_stop or _is_due(progress.iteration, job.save_interval):
+        if last or asked_to_stop or any(_is_due(progress.iteration, each) for each in job.save_intervals):
             saver.save(progress, at_once=bool(last or asked_to_stop))
         if last or asked_to_stop:
             return asked_to_stop
@@ -148,7 +150,8 @@ def _iterate(
 
 
 def describe_newest(job: Job, progress: Progress) -> None:
-    """Write what lies beside the weights, if a run was killed after saving the weights and before writing this."""
+    """Write what lies beside the weights, if a run was killed after saving the weights and before writing this, or if
+    what it tells of was found to be damaged."""
     if read_lineage(job.folder).get("tokens") != progress.consumed_tokens:
         job.describe(progress)
 

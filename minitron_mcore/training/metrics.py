@@ -22,6 +22,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.files import whole_file, writing
 from minitron_mcore.runtime.pace import duration
 from minitron_mcore.training.config import LogConfig
+from minitron_mcore.training.patient_file import PatientFile
 
 
 class MetricsLog:
@@ -46,7 +47,7 @@ class MetricsLog:
                 print(f"{file}: deleted {cut} lines after iteration {iteration}, which are run again", flush=True)
             if self._dashboard is not None:
                 self._dashboard.take_over(file)
-            self._file = file.open("a", buffering=1)
+            self._file = PatientFile(file)
             if self.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -70,10 +71,13 @@ class MetricsLog:
             full = self.log.console == "full"
             line = train_line(iteration, self.iterations, shown, full=full) if kind == "train" else None
             print(line or validation_line(iteration, shown, full=full), flush=True)
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                self._tensorboard.add_scalar(name, value, iteration)
-            self._tensorboard.flush()  # a killed run resumes after these rows and never writes them again
+        try:
+            if self._tensorboard is not None:
+                for name, value in row.items():
+                    self._tensorboard.add_scalar(name, value, iteration)
+                self._tensorboard.flush()  # a killed run resumes after these rows and never writes them again
+        except OSError as error:
+            self._leave_tensorboard(error)
         if self._dashboard is not None:
             self._dashboard.write(iteration, row)
 
@@ -84,6 +88,11 @@ class MetricsLog:
         self._write_line(iteration, kind, facts)
         print(line, flush=True)
 
+    def _leave_tensorboard(self, error: OSError) -> None:
+        """Its writer does not recover from a disk that failed; what it lacks is in metrics.jsonl."""
+        self._tensorboard = None
+        print(f"WARNING: TensorBoard's files in {self.folder} cannot be written, and end here: {error}", flush=True)
+
     def _write_line(self, iteration: int, kind: str, facts: dict[str, Any]) -> None:
         record = {"iteration": iteration, "kind": kind, "time": round(time.time(), 3), **facts}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -92,8 +101,11 @@ class MetricsLog:
         """End the writers; Weights & Biases shows the run as `finished`, or as failed."""
         if self._file is not None:
             self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        try:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        except OSError as error:
+            self._leave_tensorboard(error)
         if self._dashboard is not None:
             self._dashboard.close(finished=finished)
 

@@ -11,13 +11,18 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minitron_mcore.checkpoint.folder import drop_iteration
+from minitron_mcore.checkpoint.kept import Kept, settle
 from minitron_mcore.checkpoint.store import SaveUnderWay
-from minitron_mcore.errors import StorageError
+from minitron_mcore.errors import InputError, StorageError
+from minitron_mcore.files import writing
 from minitron_mcore.runtime.agree import all_come
+from minitron_mcore.runtime.folder_lock import TRAINING_LOCK
+from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.step import Trained
 
@@ -30,6 +35,9 @@ class Saver:
     def __init__(self, job: Job, trained: Trained, interim: int | None = None) -> None:
         """interim: the newest iteration, if it is to make room for the next."""
         self.job, self.trained, self.interim = job, trained, interim
+        self.kept = kept_by(job.train)
+        self.folders = [job.folder] + ([job.teaching.folder] if job.teaching is not None else [])
+        self._known = {folder: folder.stat().st_ino for folder in map(Path, self.folders) if folder.is_dir()}
         self._under_way: list[SaveUnderWay] = []  # of one iteration: the teacher's, if it is trained, and the student's
         self._dropping: list[threading.Thread] = []
 
@@ -87,11 +95,25 @@ class Saver:
         for save in self._under_way:
             save.stop()
 
+    def _look_for_disk(self) -> None:
+        """Raise StorageError where a folder is not the one that there was at the start: a save would make it anew,
+        where the disk that it is on is not mounted any more, on the disk below. The first rank calls."""
+        for folder in map(Path, self.folders):
+            if folder not in self._known and not folder.exists():
+                continue  # the first save makes it
+            with writing(str(folder)):
+                number = folder.stat().st_ino
+                if self._known.setdefault(folder, number) != number and not (folder / TRAINING_LOCK).exists():
+                    rule = "is another folder than when the training began: is its disk not mounted any more?"
+                    raise StorageError("", folder, rule)
+
     def _save_now(self, progress: Progress) -> None:
+        self.job.runtime.on_main(self._look_for_disk)
         save(self.job, progress, self.trained)
-        self._replace(progress.iteration)
+        self._make_room(progress.iteration)
 
     def _begin(self, progress: Progress) -> None:
+        self.job.runtime.on_main(self._look_for_disk)
         job, said = self.job, replace(progress)  # which goes on while this one is written
         try:
             if job.teaching is not None:
@@ -118,7 +140,7 @@ class Saver:
             finally:
                 for left in under_way:
                     left.stop()
-            self._replace(iteration)
+            self._make_room(iteration)
 
         self._try(finish, iteration)
 
@@ -126,26 +148,44 @@ class Saver:
         """Do a save's `work`, which raises on every rank if it does on one."""
         try:
             work()
-        except StorageError as error:
+        except InputError as error:  # what can be wrong in a save is the disk, whatever it answers
             if raises or self.job.train.on_save_error == "stop":
-                raise
+                raise StorageError(error.key, error.value, error.rule, error.remedy) from error
             self.job.runtime.print(f"WARNING: no checkpoint of iteration {iteration}, and training goes on: {error}")
 
-    def _replace(self, iteration: int) -> None:
-        """Count `iteration` as the newest, and drop the one before if it was to make room."""
-        job = self.job
-        if job.train.save_interval is not None:
-            return
-        if self.interim is not None:
-            folders = [job.folder] + ([job.teaching.folder] if job.teaching is not None else [])
-            for folder in folders:
-                drop = partial(drop_iteration, folder, self.interim)
-                if not job.train.async_save:
-                    job.runtime.on_main(drop)
-                elif job.runtime.is_main:  # to unlink gigabytes takes as long as a step
-                    self._dropping.append(threading.Thread(target=drop, name="drop"))
-                    self._dropping[-1].start()
-        self.interim = iteration
+    def _make_room(self, iteration: int) -> None:
+        """Count `iteration` as the newest, and drop those that are not to stay beside it."""
+        job, interim, self.interim = self.job, self.interim, iteration
+        going = []
+        if self.kept is None:
+            if job.train.save_interval is not None or interim is None:
+                return
+            going = [(folder, interim) for folder in self.folders]
+        elif job.runtime.is_main:
+            try:
+                going = settle(self.folders, self.kept)
+            except OSError as error:  # what could not be looked at stays
+                job.runtime.print(f"WARNING: older checkpoints than iteration {iteration} stay for now: {error}")
+
+        def drop() -> None:
+            for folder, number in going:
+                drop_iteration(folder, number)
+
+        if not job.train.async_save:
+            job.runtime.on_main(drop)
+        elif job.runtime.is_main and going:  # to unlink gigabytes takes as long as a step
+            self._dropping = [thread for thread in self._dropping if thread.is_alive()]
+            self._dropping.append(threading.Thread(target=drop, name="drop"))
+            self._dropping[-1].start()
+
+
+def kept_by(train: TrainConfig) -> Kept | None:
+    """Which checkpoints stay by the keys; None where none of them is given: all with `save_interval`, and else what is
+    known of this process alone is replaced."""
+    if not (train.keep_last or train.keep_every or train.keep_best):
+        return None
+    last = train.keep_last or (1 if train.save_interval is None else None)
+    return Kept(last, train.keep_every, train.keep_best)
 
 
 def save(job: Job, progress: Progress, trained: Trained) -> None:

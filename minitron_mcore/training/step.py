@@ -16,7 +16,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from minitron_mcore.architecture import Architecture
-from minitron_mcore.checkpoint.folder import latest_iteration
+from minitron_mcore.checkpoint.folder import resumed_iteration
 from minitron_mcore.checkpoint.store import SaveUnderWay, save_state, training_state
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.states.projection import finalize_gradients
@@ -98,7 +98,12 @@ class Trained(NamedTuple):
 
         finish_gathering(self.chunks)
         state = training_state(*self, progress, is_loading=False)
-        is_first = runtime.on_main(lambda: latest_iteration(folder) is None)
+
+        def look() -> bool:
+            with writing(str(folder)):
+                return resumed_iteration(folder) is None
+
+        is_first = runtime.on_main(look)
         if is_first:
             runtime.on_main(tell)
         return state, lambda: None if is_first else runtime.on_main(tell)

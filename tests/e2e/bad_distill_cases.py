@@ -110,6 +110,7 @@ DISTILL: list[Case] = [
                 "correct.lr_warmup_iters=9",
                 "correct.lr_warmup_iters=9 must be less than the 1 iteration of distill.tokens",
             ),
+            ("correct.keep_last=2", "correct.keep_last=2 does not go with distill.correct_teacher=true"),
             ("correct.load=@/student", "correct.load=@/student does not go with distill.correct_teacher=true"),
             ("distill.checkpoint=@/new/corrected", "corrected is distill.checkpoint's own folder: name another"),
         )

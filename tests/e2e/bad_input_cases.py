@@ -180,6 +180,8 @@ for _verb in ("train", "distill"):
         (_verb, [f"{_verb}.lr_warmup_iters=1"], f"{_verb}.lr_warmup_iters=1 must be less than the 1 iteration"),
         (_verb, [f"{_verb}.adam_beta2=1"], f"{_verb}.adam_beta2=1.0 must be at least 0 and below 1"),
         (_verb, [f"{_verb}.save_interval=-1"], f"{_verb}.save_interval=-1 must be at least 0"),
+        (_verb, [f"{_verb}.keep_last=0"], f"{_verb}.keep_last=0 must be at least 1"),
+        (_verb, [f"{_verb}.keep_best=1"], f"{_verb}.keep_best=1 compares validation losses, but with eval_interval=0"),
         (_verb, [f"{_verb}.eval_iters=-1"], f"{_verb}.eval_iters=-1 must be at least 0"),
         (_verb, [f"{_verb}.loss_chunk_tokens=0"], f"{_verb}.loss_chunk_tokens=0 must be at least 1"),
         (

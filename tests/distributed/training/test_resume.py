@@ -25,10 +25,11 @@ def fit_on_rank(
     folder: str,
     precision: str = "fp32",
     save_interval: int | None = CUT,
+    validation: Any = None,
     **keys: Any,
 ) -> dict[str, Any]:
-    """`fit` in `folder`, resuming if it holds a checkpoint: the losses it logged and the final weights. keys: of the
-    section, beside."""
+    """`fit` in `folder`, resuming if it holds a checkpoint: the losses it logged and the final weights. validation:
+    what `read_valid` reads. keys: of the section, beside."""
     import json
 
     from minitron_mcore.checkpoint.folder import write_description
@@ -61,7 +62,7 @@ def fit_on_rank(
             train=train,
             log=LogConfig(interval=1, tensorboard=False, wandb="disabled"),
             runtime=start(),
-            data=TrainingData({}, read, {}, {}),
+            data=TrainingData({}, read, {} if validation is None else {"": validation}, {}),
             timetable=steady(train, STEPS),
             precision=precision,
             folder=target,
@@ -74,7 +75,8 @@ def fit_on_rank(
     )
     rows = [row for model in models for row in named_parameters(model)]
     lines = (target / "metrics.jsonl").read_text().splitlines() if start().is_main else []
-    history = {row["iteration"]: (row["lm loss"], row["grad-norm"]) for row in map(json.loads, lines)}
+    rows_of_training = (row for row in map(json.loads, lines) if row["kind"] == "train")
+    history = {row["iteration"]: (row["lm loss"], row["grad-norm"]) for row in rows_of_training}
     return {"history": history, "weights": gather_named(rows)}
 
 

@@ -24,7 +24,7 @@ class OneRank:
 def test_a_save_that_fails_is_not_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     done: list[str] = []
     newest: list[int] = []
-    monkeypatch.setattr(step, "latest_iteration", lambda folder: newest[-1] if newest else None)
+    monkeypatch.setattr(step, "resumed_iteration", lambda folder: newest[-1] if newest else None)
 
     def save(folder: Path, iteration: int, state: Any, runtime: Any, architecture: Any) -> None:
         if iteration == 3:
@@ -78,7 +78,7 @@ def saver_of(done: list[str], fails: set[str], monkeypatch: pytest.MonkeyPatch, 
         folder="student",
         architecture=None,
         train=TrainConfig(async_save=True, **keys),
-        runtime=SimpleNamespace(print=done.append, is_main=True),
+        runtime=SimpleNamespace(print=done.append, is_main=True, on_main=lambda work: work()),
     )
     trained: Any = SimpleNamespace(begin_save=lambda folder, state, *_: begin("student", state["iteration"]))
     return saving.Saver(job, trained)
@@ -108,6 +108,27 @@ def test_saves_in_the_background_are_finished_in_order(monkeypatch: pytest.Monke
     assert sorted(done) == sorted(expected)
     kept = [line for line in done if not line.startswith("dropped")]  # by a thread of its own
     assert kept == [line for line in expected if not line.startswith("dropped")]
+
+
+def test_a_teacher_in_training_keeps_what_its_student_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    saver = saver_of(done, set(), monkeypatch, keep_last=2, keep_every=10)
+    asked: list[Any] = []
+
+    def settle(folders: list[Any], kept: Any) -> list[tuple[Any, int]]:
+        asked.append((folders, kept.last, kept.every))
+        if len(asked) == 2:
+            raise OSError("the disk is away")
+        return [(folder, 2) for folder in folders]
+
+    monkeypatch.setattr(saving, "settle", settle)
+    for iteration in (4, 6):
+        saver.save(Progress(iteration=iteration), at_once=False)
+        saver.attend(SaveUnderWay.DONE)
+        saver.close()
+    assert asked == [(["student", "teacher"], 2, 10)] * 2
+    assert [line for line in done if "dropped" in line] == ["dropped student 2", "dropped teacher 2"]
+    assert "WARNING: older checkpoints than iteration 6 stay for now: the disk is away" in done
 
 
 @pytest.mark.parametrize("fails", ["teacher 4", "student 4"])
