@@ -73,6 +73,11 @@ class RunConfig:
     """What `run` makes."""
 
     students: dict[str, StudentConfig] = key({}, "by name; none: the one of student.*")
+    chain: bool = key(
+        False,
+        "cut each student but the first from the one before it, distilled, which then teaches it (arXiv 2407.14679, "
+        "table 11); false: all from the teacher",
+    )
     baselines: list[Annotated[str, OneOf("next_token", "random")]] = key(
         [],
         "what the first student is compared with, on the same tokens: next_token (pruned, trained without a teacher) "

@@ -6,6 +6,7 @@ output/teacher/                           trained to train.tokens (of a teacher 
 output/corrected/                         where correct.tokens is given: what is scored, pruned and taught from
 output/scores.safetensors                 one scoring pass for all students
 output/students/NAME/pruned, distilled    one for each of run.students (step-1 … beside them: jobs/iterate.py)
+output/students/NAME/scores.safetensors   under run.chain, of the student before it, which this one is cut from
 output/search/                            in place of them, where the recipe names none but a grid (jobs/search.py)
 output/baselines/next_token, random       of the first student's shape, on the same tokens
 output/hf/NAME                            every distilled student as a Hugging Face folder
@@ -151,14 +152,28 @@ def lay_generation(base: Recipe, road: Road) -> None:
 def lay_students(base: Recipe, teacher: Architecture, road: Road) -> tuple[str, Path]:
     """The students that the recipe names, cut and distilled; (name, pruned checkpoint) of the first."""
     students = base.run.students or {"student": base.student}
+    if base.run.chain and len(students) == 1:
+        rule = "cuts each student from the one before it, but the recipe has one student"
+        raise InputError("run.chain", True, rule, "name two or more as run.students, or leave it out")
+    if base.run.chain and base.distill.teacher:
+        rule = f"lets each student teach the next, but distill.teacher={base.distill.teacher} teaches them all"
+        raise InputError("run.chain", True, rule, "leave one of the two out")
+    before = None
     for name, student in students.items():
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise InputError("run.students", name, "is to be a folder's name", "use letters, digits, dot, - and _")
         check_steps(base, student, f"run.students.{name}" if base.run.students else "student")
         own = road.folder / "students" / name
+        if base.run.chain and before:
+            source = road.folder / "students" / before / "distilled"
+            told = {"teacher.checkpoint": str(source), "scores": str(own / "scores.safetensors"), "plan": None}
+            base = with_keys(base, told)
+            teacher = find_model(source, "teacher.checkpoint", road.promises).architecture
+            road.add(f"score-{name}", f"score {before}", "score", base)
         for step in parts_of(base, name, student, teacher, own):
             road.lay(step)
         lay_distillation(base, name, student, own / "pruned", own / "distilled", road)
+        before = name
     first = next(iter(students))
     return first, road.folder / "students" / first / "pruned"
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_align_recipes import RECIPES as ALIGNMENTS
+from tests.e2e.test_paper_recipes import RECIPES as COMPRESSIONS
 
 ROOT = Path(__file__).parents[2]
-RANKS = {"quickstart": 2, "ablate-quickstart": 2, "llama-3.1-8b-to-4b-width": 4}
+RANKS = {"quickstart": 2, "ablate-quickstart": 2}
 # What is said of each; None: nothing is refused.
 CONFIGS = {
     "quickstart": None,
     "ablate-quickstart": "teacher.checkpoint=@/runs/quickstart/teacher is not there: name the folder of a checkpoint",
-    "llama-3.1-8b-to-4b-width": "teacher.checkpoint=@/llama-3.1-8b is not there: name the folder of a checkpoint",
 }
 # How many candidates each lists, by what besides.
 SEARCHES: dict[str, tuple[int, list[str]]] = {
@@ -39,7 +39,7 @@ def overrides(name: str, folder: Path) -> list[str]:
 
 def test_every_recipe_is_tried() -> None:
     recipes = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
-    assert recipes == CONFIGS.keys() | SEARCHES.keys() | ALIGNMENTS.keys()
+    assert recipes == CONFIGS.keys() | SEARCHES.keys() | ALIGNMENTS.keys() | COMPRESSIONS.keys()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

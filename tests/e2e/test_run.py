@@ -184,15 +184,21 @@ def test_another_recipe_is_refused(road: dict[str, Any], tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_given_teacher_is_left_alone(road: dict[str, Any], tmp_path: Path) -> None:
-    """A run from somebody's teacher and data writes into its own folder, and nothing into theirs."""
+    """A run from somebody's teacher and data writes into its own folder, and nothing into theirs. A chain besides: its
+    second student is the first one, distilled, without the layers that are left out, and has learnt from it."""
     theirs, output, log = road["folder"] / "run", tmp_path / "run", tmp_path / "log"
     before = {path: path.stat().st_mtime_ns for path in theirs.rglob("*")}
     named = [f"teacher.checkpoint={theirs / 'teacher'}", f"tokenizer.model={theirs / 'tokenizer/tokenizer.model'}"]
     named += [
         f"data.{part}={theirs}/data/tokens{name}_text_document" for part, name in (("train", ""), ("valid", "_valid"))
     ]
-    process = start(road["recipe"], log, f"output={output}", "run.baselines=[]", *named)
+    process = start(road["recipe"], log, f"output={output}", "run.baselines=[]", "run.chain=true", *named)
     assert process.wait(timeout=200) == 0, log.read_text()
     ours = json.loads((output / "teacher" / "results.json").read_text())
     assert ours["lm loss"] == road["results"]["teacher"]["lm loss"]
     assert before == {path: path.stat().st_mtime_ns for path in theirs.rglob("*")}
+    first = output / "students" / "width" / "distilled"
+    shape = yaml.safe_load((output / "students/depth/pruned/architecture.yaml").read_text())
+    assert shape == {**yaml.safe_load((first / "architecture.yaml").read_text()), "num_layers": 2}
+    lineage = yaml.safe_load((output / "students/depth/distilled/lineage.yaml").read_text())
+    assert lineage["teacher"]["checkpoint"] == str(first)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from minitron_mcore.architecture import build_architecture, save_architecture
+from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.job import resolve
 from minitron_mcore.jobs.shape import find_shape
 from minitron_mcore.jobs.sketch import sketch_road
@@ -69,6 +70,40 @@ def test_pruning_in_steps(tmp_path: Path) -> None:
         ("evaluate student distilled", "4x64 "),
         ("export student", "4x64 "),
     ]
+
+
+def test_a_chain(tmp_path: Path) -> None:
+    """Each student is cut from the one before it, distilled, by scores of its own, and taught by it."""
+    asked = ["run.students={a: {num_layers: 6}, b: {num_layers: 4}, c: {num_layers: 2}}", "distill.tokens=4096"]
+    found = works(tmp_path, *asked, "run.chain=true")
+    assert [each for each in found if each[0].startswith(("score", "prune", "distil"))] == [
+        ("score the teacher", "8x128 "),
+        ("prune a", "6x128 8x128 "),
+        ("distil a", "6x128 8x128 "),
+        ("score a", "6x128 "),
+        ("prune b", "4x128 6x128 "),
+        ("distil b", "4x128 6x128 "),
+        ("score b", "4x128 "),
+        ("prune c", "2x128 4x128 "),
+        ("distil c", "2x128 4x128 "),
+    ]
+    apart = dict(works(tmp_path, *asked))
+    assert apart["distil c"] == "2x128 8x128 " and "score b" not in apart
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["student.num_layers=4"], r"run\.chain=true cuts .* but the recipe has one student: name two or more"),
+        (
+            ["run.students={a: {num_layers: 6}, b: {num_layers: 4}}", "distill.teacher=cache:targets"],
+            r"run\.chain=true lets .* but distill\.teacher=cache:targets teaches them all: leave one of the two out",
+        ),
+    ],
+)
+def test_a_chain_that_cannot_be(tmp_path: Path, words: list[str], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        works(tmp_path, *words, "distill.tokens=4096", "run.chain=true")
 
 
 def test_a_corrected_teacher_and_a_cache(tmp_path: Path) -> None:
