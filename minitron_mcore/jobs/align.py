@@ -139,7 +139,8 @@ def rounds_of(recipe: Recipe) -> Iterator[Round]:
         idle = idle_with(str(own.get("method", base["method"])))
         base |= {entry.name: entry.default for entry in dataclasses.fields(AlignConfig) if entry.name in idle}
         align = read(AlignConfig, merged(base, own), key, unknown_key)
-        yield Round(name, dataclasses.replace(recipe, name=f"{recipe.name}-{name}", align=align, chat=chat))
+        log = dataclasses.replace(recipe.log, wandb_group=recipe.log.wandb_group or recipe.name)
+        yield Round(name, dataclasses.replace(recipe, name=f"{recipe.name}-{name}", align=align, chat=chat, log=log))
         load = align.checkpoint
 
 

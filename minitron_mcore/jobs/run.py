@@ -107,6 +107,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> RunJo
 def lay_road(recipe: Recipe, road: Road) -> None:
     """All steps in order, with the recipe that each gets."""
     folder = road.folder
+    # All of its trainings have names of their own.
+    recipe = with_keys(recipe, {"log.wandb_group": recipe.log.wandb_group or recipe.name})
     base = with_data(recipe, road)
     teacher = recipe.teacher.checkpoint or str(folder / "teacher")
     scores = recipe.scores or str(folder / "scores.safetensors")

@@ -16,6 +16,7 @@ from minitron_mcore.data.index import Wanted
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.estimate.forecast import Forecast, forecast_run
+from minitron_mcore.files import as_yaml
 from minitron_mcore.jobs import inputs
 from minitron_mcore.jobs.chats import Chats
 from minitron_mcore.jobs.continuation import refuse_other_run, sources
@@ -24,14 +25,15 @@ from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises, absolut
 from minitron_mcore.jobs.narrow import check_narrow, check_teacher
 from minitron_mcore.model.fp8 import passes_of
 from minitron_mcore.model.recompute import check_recompute
-from minitron_mcore.recipe import Recipe
+from minitron_mcore.recipe import Recipe, to_yaml
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.user_buffers import Exchange
 from minitron_mcore.runtime.world import World
 from minitron_mcore.training.budget import Timetable, check_train, plan_timetable
 from minitron_mcore.training.config import TrainConfig
+from minitron_mcore.training.dashboard import check_wandb
 from minitron_mcore.training.learning_rate import check_learning_rate
-from minitron_mcore.training.metrics import check_wandb
+from minitron_mcore.training.prometheus import check_prometheus
 
 # What random weights need besides.
 NEW_MODEL = {
@@ -135,6 +137,14 @@ class TrainingJob(Job):
         """What the recipe reads, for lineage.yaml of every save: files are looked at once."""
         return sources(self.recipe)
 
+    @property
+    def documents(self) -> dict[str, str]:
+        """What dashboards keep: the resolved recipe, where the weights come from, and the plan they were cut by, where
+        one lies beside them."""
+        plan = self.source and self.source.folder / "plan.json"
+        cut_by = {"plan": plan.read_text(encoding="utf-8")} if plan and plan.is_file() else {}
+        return {"recipe": to_yaml(self.recipe), "lineage": as_yaml(self.lineage), **cut_by}
+
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> TrainingJob:
     """A training to `train.tokens`; the same command goes on where it was cut off. Raises InputError."""
@@ -208,6 +218,7 @@ def resolve_training(
     if resumes:
         check_architecture(folder, architecture)
     check_wandb(recipe.log, world.rank)
+    check_prometheus(recipe.log, world.rank)
     timetable = chats.timetable if chats else plan_timetable(train, recipe.data.sequence_length, section)
     check_train(train, recipe.parallel, world.size // recipe.parallel.replica_ranks, timetable, section)
     check_learning_rate(train, timetable, section)

@@ -205,6 +205,8 @@ def _trial(recipe: Recipe, candidate: Candidate, folder: Path) -> Trial:
     trial = Trial(candidate.name, candidate.architecture, folder / CANDIDATES / candidate.name, recipe)
     told = {
         "name": f"{recipe.name}-{candidate.name}",
+        "log.wandb_group": recipe.log.wandb_group or recipe.name,
+        "log.prometheus": None,  # they may run side by side
         "plan": str(trial.plan),
         "student": StudentConfig(**inputs.sizes_of(candidate.architecture), checkpoint=str(trial.folder)),
         "distill.checkpoint": str(trial.distilled),

@@ -33,7 +33,7 @@ from minitron_mcore.stages.distill import distil, find_teacher
 from minitron_mcore.stages.prune import lineage
 from minitron_mcore.stages.train import prepare
 from minitron_mcore.training.budget import Timetable
-from minitron_mcore.training.metrics import logged
+from minitron_mcore.training.metrics_file import logged
 
 
 class Lane:

@@ -72,9 +72,7 @@ def fit_model(
     memory: Forecast,
     until: int | None = None,
 ) -> Progress:
-    """Train `chunks` into `job.folder`, described at every save; every rank calls. until: the iteration to stop after;
-    None: the last."""
-    recipe = job.recipe
+    """Train `chunks` into `job.folder`; every rank calls. until: the iteration to stop after; None: the last."""
     teaching = objective.teacher if isinstance(objective.teacher, TrainedTeacher) else None
     folders = {f"{job.section}.checkpoint": job.folder} | ({"correct.checkpoint": teaching.folder} if teaching else {})
     with one_writer(folders), explaining_memory(memory, "while training"), user_buffers(job.exchange):
@@ -84,15 +82,17 @@ def fit_model(
                 architecture=job.architecture,
                 objective=objective,
                 train=job.config,
-                log=recipe.log,
+                log=job.recipe.log,
                 runtime=runtime,
                 timetable=job.timetable,
                 data=data,
-                precision=recipe.precision,
+                precision=job.recipe.precision,
                 folder=job.folder,
                 describe=lambda progress: describe(job, progress.consumed_tokens),
-                recipe=dataclasses.asdict(recipe),
-                name=recipe.name,
+                recipe=dataclasses.asdict(job.recipe),
+                name=job.recipe.name,
+                stage=job.section,
+                documents=job.documents,
                 teaching=teaching,
                 until=until,
             )

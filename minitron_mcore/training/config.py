@@ -229,3 +229,12 @@ class LogConfig:
         "disabled", "online uploads; offline writes for `wandb sync`; auto: online when logged in, else offline"
     )
     wandb_project: str = key("minitron", "the project on Weights & Biases")
+    wandb_group: Optional[str] = key(None, "the group of its runs; null: the recipe's name")
+    wandb_timeout: float = key(
+        30.0,
+        "seconds that a training waits for Weights & Biases, at its start and at its end, before it goes on",
+        above=0,
+    )
+    prometheus: Optional[PathName] = key(
+        None, "file ending in .prom of the newest numbers, for node_exporter; every log.interval; null: none"
+    )

@@ -91,6 +91,8 @@ class Job:
     describe: Callable[[Progress], None]  # writes what lies beside the weights; the first rank calls
     recipe: dict[str, Any]
     name: str
+    stage: str = "train"  # the section of the recipe that trains
+    documents: dict[str, str] = field(default_factory=dict)  # texts that dashboards keep beside the numbers, by kind
     teaching: TrainedTeacher | None = None  # the objective's teacher, if it is trained in the same job
     until: int | None = None  # the iteration to stop after, from which the same training may go on; None: the last
 

@@ -7,6 +7,7 @@ DistributedOptimizer step, learning-rate step, metrics, now and then validation 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 
@@ -60,7 +61,8 @@ def fit(job: Job) -> Progress:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
-    metrics = MetricsLog(job.folder, job.log, job.iterations, name=job.name, recipe=job.recipe)
+    about: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "stage": job.stage, "documents": job.documents}
+    metrics = MetricsLog(job.folder, job.log, job.iterations, **about)
     stop = StopRequest()
     # The newest checkpoint, if it is to make room for the next: also the one of an earlier stop.
     interim = progress.iteration if job.until is not None and progress.iteration else None

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: console, JSONL, TensorBoard, Weights & Biases; under Megatron's names.
+"""Where a run's numbers go: console, JSONL, TensorBoard, Weights & Biases, Prometheus; under Megatron's names.
 
 Only the first rank writes. A run folder has one `metrics.jsonl`, with one line per iteration; a run resumed from a
 checkpoint first cuts every log back to it, so that each iteration appears once. The console shows a line every
@@ -7,32 +7,45 @@ checkpoint first cuts every log back to it, so that each iteration appears once.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
-import os
-import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from minitron_mcore.errors import InputError
-from minitron_mcore.files import whole_file, writing
+from minitron_mcore.files import writing
 from minitron_mcore.runtime.pace import duration
 from minitron_mcore.training.config import LogConfig
+from minitron_mcore.training.dashboard import Dashboard
+from minitron_mcore.training.metrics_file import cut_back
 from minitron_mcore.training.patient_file import PatientFile
+from minitron_mcore.training.prometheus import PrometheusFile
 
 
 class MetricsLog:
     """Writes rows of numbers. Until `open`, which the first rank alone calls, every call does nothing."""
 
-    def __init__(self, folder: Path, log: LogConfig, iterations: int, *, name: str, recipe: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        log: LogConfig,
+        iterations: int,
+        *,
+        name: str,
+        recipe: dict[str, Any],
+        stage: str = "train",
+        documents: dict[str, str] | None = None,
+    ) -> None:
+        """stage: the section that trains. documents: what a dashboard keeps beside the numbers (`Dashboard`)."""
         self.folder, self.log, self.iterations, self.name, self.recipe = folder, log, iterations, name, recipe
+        self.stage, self.documents = stage, documents or {}
         self._file: Any = None
         self._tensorboard: Any = None
         self._dashboard: Dashboard | None = None
+        self._prometheus: PrometheusFile | None = None
+        self._iteration = 0
 
     def open(self, iteration: int) -> None:
         """Start every writer for a run that continues after `iteration`; rows of later ones are deleted, as they come
@@ -41,8 +54,8 @@ class MetricsLog:
         with writing(str(self.folder)):
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.log.wandb != "disabled":
-                self._dashboard = Dashboard(self.folder, self.log, self.name, self.recipe)
-                print(self._dashboard, flush=True)
+                about: dict[str, Any] = {"stage": self.stage, "documents": self.documents, "goes_on": iteration > 0}
+                self._dashboard = Dashboard(self.folder, self.log, self.name, self.recipe, **about)
             if cut := cut_back(file, iteration):
                 print(f"{file}: deleted {cut} lines after iteration {iteration}, which are run again", flush=True)
             if self._dashboard is not None:
@@ -53,6 +66,9 @@ class MetricsLog:
 
                 # Readers drop these steps from earlier files.
                 self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1)
+        if self.log.prometheus is not None:
+            labels = {"run": self.name, "stage": self.stage}
+            self._prometheus = PrometheusFile(Path(self.log.prometheus), labels, self.iterations)
 
     def write(
         self, iteration: int, row: dict[str, float], *, shown: dict[str, float] | None, kind: str = "train"
@@ -66,11 +82,14 @@ class MetricsLog:
         # JSON has no NaN and no infinity.
         numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._write_line(iteration, kind, numbers)
+        self._iteration = iteration
         if shown is not None:
             shown = once(shown)
             full = self.log.console == "full"
             line = train_line(iteration, self.iterations, shown, full=full) if kind == "train" else None
-            print(line or validation_line(iteration, shown, full=full), flush=True)
+            self._say(line or validation_line(iteration, shown, full=full))
+            if self._prometheus is not None:
+                self._prometheus.write(iteration, row)
         try:
             if self._tensorboard is not None:
                 for name, value in row.items():
@@ -86,7 +105,12 @@ class MetricsLog:
         if self._file is None:
             return
         self._write_line(iteration, kind, facts)
+        self._say(line)
+
+    def _say(self, line: str) -> None:
         print(line, flush=True)
+        if self._dashboard is not None:
+            self._dashboard.say(line)
 
     def _leave_tensorboard(self, error: OSError) -> None:
         """Its writer does not recover from a disk that failed; what it lacks is in metrics.jsonl."""
@@ -98,7 +122,7 @@ class MetricsLog:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def close(self, *, finished: bool = True) -> None:
-        """End the writers; Weights & Biases shows the run as `finished`, or as failed."""
+        """End the writers; Weights & Biases shows the run as `finished` or failed, with the lineage as it is now."""
         if self._file is not None:
             self._file.close()
         try:
@@ -107,108 +131,12 @@ class MetricsLog:
         except OSError as error:
             self._leave_tensorboard(error)
         if self._dashboard is not None:
-            self._dashboard.close(finished=finished)
-
-
-LOG_IN = "log in with `wandb login`, or set log.wandb=offline"
-
-
-def check_wandb(log: LogConfig, rank: int) -> None:
-    """Raise InputError where uploading is asked for without an API key; it is looked up on the first rank alone."""
-    if log.wandb == "online" and rank == 0 and not is_logged_in():
-        raise InputError("log.wandb", "online", "needs an API key", LOG_IN)
-
-
-def is_logged_in() -> bool:
-    """Whether there is a key; whether the server takes it is not asked."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
-    if "prompt" in inspect.signature(wandb.login).parameters:
-        return wandb.login(prompt=False, verify=False)
-    return bool(wandb.api.api_key)  # older versions; newer ones warn at every use
-
-
-class Dashboard:
-    """A run of Weights & Biases in `folder`/wandb; its id lies in `folder`/wandb_run_id. One process makes it.
-
-    One run a folder, resumed under its id when the training is. Offline, too, there is one folder below `wandb/`,
-    whatever was killed: a resumed run copies its earlier rows from metrics.jsonl, which was cut back to where it goes
-    on, into the new folder and deletes the old one. Online, repeated iterations keep their first numbers, as
-    Weights & Biases accepts each step once. Raises InputError where Weights & Biases refuses.
-    """
-
-    def __init__(self, folder: Path, log: LogConfig, name: str, recipe: dict[str, Any]) -> None:
-        import wandb
-
-        os.environ.setdefault("WANDB_SILENT", "true")
-        id_file = folder / "wandb_run_id"
-        self.id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
-        self.mode = log.wandb
-        if self.mode == "auto":
-            self.mode = "online" if is_logged_in() else "offline"
-        self.earlier = sorted((folder / "wandb").glob(f"offline-run-*-{self.id}"))
-        run: dict[str, Any] = {"project": log.wandb_project, "name": name, "id": self.id, "mode": self.mode}
-        try:
-            self.run = wandb.init(**run, dir=str(folder), config=recipe, resume="allow", reinit="create_new")
-        except wandb.errors.Error as error:
-            rule = f"is refused by Weights & Biases ({' '.join(str(error).split()).rstrip('.')})"
-            raise InputError("log.wandb", self.mode, rule, LOG_IN) from error
-        if not id_file.exists():
-            id_file.write_text(self.id)
-
-    def __str__(self) -> str:
-        place = self.run.url if self.mode == "online" else Path(self.run.dir).parent
-        return f"wandb: {self.mode}, run {self.id} -> {place}"
-
-    def take_over(self, history: Path) -> None:
-        """Bring what an earlier, killed process logged offline into this run: the rows of `history`, which has been cut
-        back. Nothing happens online, or where there are no such rows."""
-        earlier = [path for path in self.earlier if path != Path(self.run.dir).parent]
-        rows = logged(history) if self.mode == "offline" and earlier and history.is_file() else iter(())
-        is_whole = False
-        for iteration, moment, row in rows:
-            self.run.log({"_timestamp": moment, **row}, step=iteration)
-            is_whole = True
-        for path in earlier if is_whole else ():
-            shutil.rmtree(path, ignore_errors=True)
-
-    def write(self, iteration: int, row: dict[str, float]) -> None:
-        self.run.log(row, step=iteration)
-
-    def close(self, *, finished: bool) -> None:
-        """Weights & Biases shows the run as `finished`, or as failed."""
-        self.run.finish(exit_code=0 if finished else 1)
-
-
-def cut_back(file: Path, iteration: int) -> int:
-    """Delete from `file` the rows after `iteration`, and incomplete ones, as a killed process leaves its last row. The
-    file is whole at every moment. Returns how many lines were deleted. One process calls."""
-    if not file.is_file():
-        return 0
-    with file.open("rb") as stream:
-        cut = sum(not _stays(line, iteration) for line in stream)
-    if cut:
-        with whole_file(file) as partial, file.open("rb") as source, partial.open("wb") as target:
-            target.writelines(line for line in source if _stays(line, iteration))
-    return cut
-
-
-def _stays(line: bytes, iteration: int) -> bool:
-    try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return False
-    return isinstance(row, dict) and isinstance(row.get("iteration"), int) and row["iteration"] <= iteration
-
-
-def logged(file: Path) -> Iterator[tuple[int, float, dict[str, float]]]:
-    """(iteration, time, numbers) of every row that dashboards get; null, for what JSON cannot hold, becomes NaN."""
-    with file.open(encoding="utf-8") as stream:
-        for row in map(json.loads, stream):
-            iteration, moment, kind = row.pop("iteration"), row.pop("time"), row.pop("kind")
-            if kind in ("train", "validation"):
-                yield iteration, moment, {name: math.nan if value is None else value for name, value in row.items()}
+            told = {}
+            with suppress(OSError):  # before the first save, or on a disk that went away
+                told["lineage"] = (self.folder / "lineage.yaml").read_text(encoding="utf-8")
+            self._dashboard.close(finished=finished, documents=told)
+        if self._prometheus is not None:
+            self._prometheus.close(self._iteration)
 
 
 # Lines on the console: short enough to read, with Megatron's names. metrics.jsonl has everything, as has the console

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from minitron_mcore.training.charts import charted
 from tests.e2e.launchers import ROOT, environment, start_ranks
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -42,7 +43,7 @@ def write_recipe(folder: Path) -> Path:
             "prompts": ["def loads(", "import re\n"],
         },
         "generate": {"max_new_tokens": 8},
-        "log": {"interval": 5, "wandb": "disabled"},
+        "log": {"interval": 5, "wandb": "disabled", "peak_tflops": 1.0},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(sections, sort_keys=False))
@@ -93,6 +94,10 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+def names_in(metrics: Path) -> set[str]:
+    return {name for line in metrics.read_text().splitlines() for name in json.loads(line)}
+
+
 def read_logs(folder: Path) -> str:
     return "".join(path.read_text() for path in sorted(folder.glob("rank*.log")))
 
@@ -122,6 +127,12 @@ def test_closing_table(road: dict[str, Any]) -> None:
         assert f"{row['lm loss']:.4f}" in road["finished"].split("held-out LM loss")[1], name
     assert road["results"]["width distilled"]["lm loss"] < road["results"]["width pruned"]["lm loss"]
     assert road["results"]["width distilled"]["tokens"] == road["results"]["width random weights"]["tokens"] == 1280
+
+
+def test_the_charts_of_dashboards_are_of_what_trainings_log(road: dict[str, Any]) -> None:
+    """All of them; those of an alignment: test_align.py."""
+    files = [road["folder"] / "run" / name / "metrics.jsonl" for name in ("teacher", "students/width/distilled")]
+    assert charted("Losses", "Health", "Speed") <= set().union(*map(names_in, files))
 
 
 def test_ends_with_what_the_models_write(road: dict[str, Any]) -> None:

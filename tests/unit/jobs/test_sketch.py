@@ -53,6 +53,8 @@ def test_as_run_resolves_it(tmp_path: Path) -> None:
             assert each.model == job.architecture
             assert each.teacher == (job.teaching.model and job.teaching.model.architecture)
     assert trainings == 5
+    named = {each.step.recipe.name: each.step.recipe.log.wandb_group for each in found}
+    assert len(named) > 4 and {*named.values()} == {"quickstart"}, "each a run of its own, in one group"
 
 
 def test_pruning_in_steps(tmp_path: Path) -> None:

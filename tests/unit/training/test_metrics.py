@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import struct
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from minitron_mcore.errors import InputError
 from minitron_mcore.training.config import LogConfig
-from minitron_mcore.training.metrics import WIDTH, MetricsLog, check_wandb, train_line, validation_line
+from minitron_mcore.training.metrics import WIDTH, MetricsLog, train_line, validation_line
 
 ROWS: list[tuple[int, dict[str, float], str]] = [
     (10, {"consumed samples": 80, "lm loss": 2.5, "learning-rate": 1e-3, "grad-norm": 0.25}, "train"),
@@ -196,57 +192,6 @@ def test_what_is_not_cut_is_not_written_again(tmp_path: Path) -> None:
     before = (tmp_path / "metrics.jsonl").stat().st_ino
     log_rows(tmp_path, [], after=20)
     assert (tmp_path / "metrics.jsonl").stat().st_ino == before
-
-
-def test_wandb_offline_is_one_run_in_one_folder(tmp_path: Path) -> None:
-    """Killed after iteration 15, with a checkpoint of 10: the folder that is to be synced has each iteration once."""
-    log_rows(tmp_path, [*ROWS[:1], (15, {"lm loss": 9.0}, "train")], wandb="offline")
-    run_id = (tmp_path / "wandb_run_id").read_text()
-    time.sleep(1.1)  # wandb names a folder by the second
-    log_rows(tmp_path, ROWS[1:], after=10, wandb="offline")
-    assert (tmp_path / "wandb_run_id").read_text() == run_id
-    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    (file,) = folder.glob("*.wandb")
-    deadline = time.monotonic() + 20  # another process writes the file
-    while len(history(file)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert file.name == f"run-{run_id}.wandb"
-    assert history(file) == [{"_step": 10, **ROWS[0][1]}, {"_step": 20, **ROWS[1][1], **ROWS[2][1]}]
-
-
-def test_wandb_is_off_unless_it_is_asked_for() -> None:
-    assert LogConfig().wandb == "disabled"
-
-
-def history(path: Path) -> list[dict[str, float]]:
-    """The rows in a wandb run file: a header of 7 bytes, then records as in a LevelDB log, each a protobuf message."""
-    from wandb.proto import wandb_internal_pb2
-
-    content, rows, position = path.read_bytes(), [], 7
-    assert content.startswith(b":W&B") and len(content) < 1 << 15, "one block, so that no record is split"
-    while position < len(content):
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        assert kind == 1, "a whole record"
-        record = wandb_internal_pb2.Record.FromString(content[position + 7 : position + 7 + length])  # type: ignore[attr-defined]
-        position += 7 + length
-        if record.WhichOneof("record_type") == "history":
-            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            rows.append({key: value for key, value in items.items() if key == "_step" or not key.startswith("_")})
-    return rows
-
-
-def test_wandb_online_without_a_login_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with pytest.raises(InputError, match=r"log\.wandb=online is refused by Weights & Biases .*log\.wandb=offline"):
-        log_rows(tmp_path / "run", ROWS, wandb="online")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    assert not (tmp_path / "run" / "wandb_run_id").exists()
-    with pytest.raises(InputError, match=r"log\.wandb=online needs an API key: .*log\.wandb=offline"):
-        check_wandb(LogConfig(wandb="online"), 0)
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    check_wandb(LogConfig(wandb="online"), 0)
 
 
 def test_what_is_no_number_is_null(tmp_path: Path) -> None:
