@@ -27,4 +27,5 @@ else
 fi
 
 # After Ctrl-C or SIGTERM the ranks finish their step and write a checkpoint; torchrun's own patience is 30 seconds.
-exec python -m minitron_mcore.runtime.torchrun "${nodes[@]}" --shutdown-timeout "${MINITRON_GRACE_SECONDS:-600}" --nproc-per-node "$NPROC_PER_NODE" -m "${MINITRON_MODULE:-minitron_mcore}" "$@"
+export MINITRON_GRACE_SECONDS=${MINITRON_GRACE_SECONDS:-600}
+exec python -m minitron_mcore.runtime.torchrun "${nodes[@]}" --shutdown-timeout "$MINITRON_GRACE_SECONDS" --nproc-per-node "$NPROC_PER_NODE" -m "${MINITRON_MODULE:-minitron_mcore}" "$@"

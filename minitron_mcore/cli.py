@@ -1,8 +1,9 @@
 """`minitron VERB --config RECIPE.yaml [key=value …]`: parse, start this rank, run one stage, say what went wrong.
 
 Exit code 0: done. 2: wrong input, one sentence, no traceback; a file that is closed to this user too, whenever it is
-met. 1: a failure while running; one sentence where the memory or the disk is full. 130: Ctrl-C; 143: SIGTERM; 129:
-SIGHUP, as of a terminal that is closed. 141: nobody reads what is printed any more, as behind `| head`.
+met. 1: a failure while running; one sentence where the memory or the disk is full. 130: Ctrl-C; 143: SIGTERM; 138:
+SIGUSR1; 129: SIGHUP, as of a terminal that is closed. 141: nobody reads what is printed any more, as behind `| head`.
+200: stopped in good order by SIGTERM, SIGUSR1 or a limit, and not done yet: to be started again.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             left = "what was finished stays, and the same command goes on from there"
             say_at_once(f"\nminitron {options.verb}: stopped by {name_of(ending.number)}; {left}")
         print_no_more()
-        return exit_code(ending.number)
+        return ending.code
 
 
 def carry_out(options: argparse.Namespace, ending: Ending) -> int:

@@ -33,6 +33,7 @@ from minitron_mcore.model.gpt import LanguageModel
 from minitron_mcore.model.microbatch import Microbatch, on_this_context_rank
 from minitron_mcore.model.schedule import in_calls, visit_final_states
 from minitron_mcore.runtime.groups import context_group, data_place, tensor_group
+from minitron_mcore.runtime.interrupt import made_progress
 from minitron_mcore.runtime.start import Runtime
 
 BLOCK = 1024  # segments
@@ -155,6 +156,7 @@ def work_out_reference(
             values = segment_log_probs(chunks, prepared, numbers, settings, micro_batch_size=micro_batch_size)
             _refuse_not_finite(values, start)
             runtime.on_main(partial(_write_block, folder, said, start // block, values))
+            made_progress()
             bar.advance(_tokens(prepared, start, block))
     whole: numpy.ndarray = runtime.on_main(partial(_finish, folder, said))
     return whole

@@ -158,7 +158,8 @@ def _with_budget(recipe: Recipe, folder: Path) -> Recipe:
     together."""
     search, distill = recipe.search, recipe.distill
     scores = recipe.scores or str(folder / "scores.safetensors")
-    told: dict[str, Any] = {"scores": scores, "distill.load": None}
+    # A candidate that stopped by itself would leave those beside it waiting.
+    told: dict[str, Any] = {"scores": scores, "distill.load": None, "distill.exit_interval": None}
     if distill.correct_teacher:
         rule = "would give every candidate another teacher, and candidates are compared under one"
         remedy = "correct the teacher first (`minitron correct`), and search with that one"

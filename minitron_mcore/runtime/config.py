@@ -63,6 +63,9 @@ class ClusterConfig:
     )
     price: Optional[float] = key(None, "of a GPU for an hour, in any currency; null: no cost", at_least=0)
     power: Optional[float] = key(None, "watts of a GPU with its share of node and cooling", above=0)
+    grace_seconds: Optional[float] = key(
+        None, "from the signal that warns a job to its end; null: MINITRON_GRACE_SECONDS, where it is set", above=0
+    )
 
 
 def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel") -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -14,12 +15,14 @@ from torch.distributed import distributed_c10d as c10d
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime import agree, cpu_adapter
+from minitron_mcore.runtime.interrupt import began
 from minitron_mcore.runtime.progress import Bar, progress
 from minitron_mcore.runtime.world import (
     Memory,
     World,
     collective_timeout,
     engine_version,
+    grace_seconds,
     host_memory,
     own_interface,
     read_world,
@@ -35,7 +38,8 @@ class Runtime:
     local_rank: int
     device: torch.device
     local_size: int = 1  # ranks of this node
-    stop_signal: int = 0  # of a stop request that came in a training's last iteration
+    stop_signal: int = 0  # why to stop, from a training's last iteration: a signal, or interrupt.EXIT_DURATION
+    started: float = field(default_factory=time.monotonic)
     progress_style: str = "auto"  # how it is shown how far long work is (progress.py)
 
     @property
@@ -46,6 +50,11 @@ class Runtime:
         """Print on the first rank alone, at once."""
         if self.is_main:
             print(*words, flush=True)
+
+    def warn(self, words: str) -> None:
+        """Print a warning on the first rank; nothing where there are no words."""
+        if words:
+            self.print(f"WARNING: {words}")
 
     def progress(
         self, total: float | None, unit: str, title: str, *, done: float = 0, lines: bool = True
@@ -67,7 +76,7 @@ def start() -> Runtime:
 
     Every rank calls it once. Model-parallel groups come later, from `parallel.use_layout`, since stages may differ.
     """
-    world = read_world(os.environ)
+    started, world = began(), read_world(os.environ)
     local_rank = world.local_rank
     if torch.cuda.is_available():
         if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ:
@@ -80,6 +89,7 @@ def start() -> Runtime:
     else:
         cpu_adapter.install()
         device, backend = torch.device("cpu"), "gloo"
+    grace_seconds()  # it is looked at when steps are known, and refused now
     if not torch.distributed.is_initialized():
         # A single process meets nobody, so it needs no port, which another process might hold.
         meeting = {"store": HashStore()} if world.address is None else {"init_method": world.address}
@@ -89,7 +99,7 @@ def start() -> Runtime:
             )
     if world.size == 1:
         forget_groups_in_children()
-    return Runtime(world.rank, world.size, local_rank, device, world.local_size)
+    return Runtime(world.rank, world.size, local_rank, device, world.local_size, started=started)
 
 
 def stop() -> None:

@@ -2,19 +2,26 @@
 
 They have said themselves what is wrong. So this process ends with the first failed rank's exit code, and without
 torchrun's log, traceback and report; only of a rank that a signal ended, which could say nothing, is there a line. A
-Ctrl-C or SIGTERM, which torchrun hands on to its ranks, ends it with the shell's exit code for it.
+Ctrl-C, SIGTERM or SIGUSR1, which torchrun hands on to its ranks, ends it with the shell's exit code for it, or with
+that of its ranks where all were stopped in good order and are to be started again.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+from types import FrameType
+from typing import Any
 
+from torch.distributed.elastic.agent.server import local_elastic_agent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from minitron_mcore.runtime.interrupt import exit_code, name_of
+from minitron_mcore.runtime.interrupt import UNFINISHED, exit_code, name_of
+
+_contexts: list[Any] = []  # of torchrun's: the ranks that it has started, and those that it has started again
 
 
 def main() -> int:
@@ -22,10 +29,18 @@ def main() -> int:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    start_processes = local_elastic_agent.start_processes
+
+    def start_and_remember(*arguments: Any, **keywords: Any) -> Any:
+        _contexts.append(start_processes(*arguments, **keywords))
+        return _contexts[-1]
+
+    local_elastic_agent.start_processes = start_and_remember
+    signal.signal(signal.SIGUSR1, _hand_on)
     try:
         torchrun()
     except SignalException as error:
-        return exit_code(error.sigval)
+        return UNFINISHED if set(_codes()) == {UNFINISHED} else exit_code(error.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
@@ -33,6 +48,16 @@ def main() -> int:
         print(f"torchrun: rank {rank} was ended by {name_of(-failure.exitcode)}", file=sys.stderr)
         return exit_code(-failure.exitcode)
     return 0
+
+
+def _hand_on(number: int, frame: FrameType | None) -> None:
+    """What torchrun does of itself at SIGTERM, but not at SIGUSR1 (before 2.9 at no option)."""
+    raise SignalException("", signal.Signals(number))
+
+
+def _codes() -> list[int | None]:
+    """The exit codes of the ranks that were started last."""
+    return [handler.proc.returncode for handler in _contexts[-1].subprocess_handlers.values()] if _contexts else []
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from minitron_mcore.errors import InputError
 _FIRST_OWN_STEP = 0xFFFFFFF0
 _CGROUP = Path("/sys/fs/cgroup")
 TIMEOUT = "MINITRON_TIMEOUT_MINUTES"
+GRACE = "MINITRON_GRACE_SECONDS"
 _START = "start the ranks with torchrun or srun, or unset it for a single process"
 
 
@@ -157,6 +158,15 @@ def collective_timeout() -> timedelta:
     if not given.isdecimal() or int(given) < 1:
         raise InputError(TIMEOUT, given, "must be a whole number of minutes, 1 or more")
     return timedelta(minutes=int(given))
+
+
+def grace_seconds() -> float | None:
+    """How long after its first signal the launcher lets this process live; None where it does not say. Raises
+    InputError where it says no whole number of seconds."""
+    given = os.environ.get(GRACE)
+    if given and not given.isdecimal():
+        raise InputError(GRACE, given, "must be a whole number of seconds")
+    return float(given) if given else None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from minitron_mcore.checkpoint.folder import resumed_iteration
 from minitron_mcore.jobs.align import AlignJob
 from minitron_mcore.runtime.agree import all_or_none
-from minitron_mcore.runtime.interrupt import exit_code
+from minitron_mcore.runtime.interrupt import made_progress, stopped_code
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages.align_round import run_round
 from minitron_mcore.stages.chats import prepare_samples
@@ -34,8 +34,9 @@ def run(job: AlignJob, runtime: Runtime) -> Progress:
             if done:
                 continue
         progress = run_round(training, runtime)
+        made_progress()
         if runtime.stop_signal and number + 1 < count:
-            raise SystemExit(exit_code(runtime.stop_signal))
+            raise SystemExit(stopped_code(runtime.stop_signal))
         gc.collect()
         torch.cuda.empty_cache()
     return progress

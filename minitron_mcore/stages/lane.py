@@ -26,7 +26,7 @@ from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.pruning.apply import load_pruned
 from minitron_mcore.pruning.plan_file import PruningPlan, save_plan
 from minitron_mcore.runtime.agree import all_or_none
-from minitron_mcore.runtime.interrupt import exit_code, name_of
+from minitron_mcore.runtime.interrupt import made_progress, name_of, stopped_code
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.search.halving import Result, finite, read_result, write_result
 from minitron_mcore.stages.distill import distil, find_teacher
@@ -70,12 +70,13 @@ class Lane:
         result |= {"loss": loss, "curve": [*result["curve"], [tokens, loss]], "tokens": tokens, "rung": rung}
         result["validation"] = runtime.on_main(partial(validations, trial, job.timetable))
         runtime.on_main(partial(self._write, result, trial))
+        made_progress()
         del chunks
         gc.collect()
         torch.cuda.empty_cache()
         if runtime.stop_signal:
             runtime.print(f"{name_of(runtime.stop_signal)}: {trial.name} is done; the same command goes on after it")
-            raise SystemExit(exit_code(runtime.stop_signal))
+            raise SystemExit(stopped_code(runtime.stop_signal))
         return result
 
     def _begun(self, trial: Trial, plan: PruningPlan, loss: float | None) -> Result:

@@ -23,7 +23,7 @@ from minitron_mcore.recipe import to_yaml
 from minitron_mcore.report.closing_table import closing_table
 from minitron_mcore.report.journal import note, note_start
 from minitron_mcore.runtime.agree import all_or_none
-from minitron_mcore.runtime.interrupt import exit_code, name_of
+from minitron_mcore.runtime.interrupt import made_progress, name_of, stopped_code
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.stages import report
 from minitron_mcore.stages.act import act
@@ -98,10 +98,11 @@ def do(step: Step, number: str, job: RunJob, runtime: Runtime) -> Any:
     facts: dict[str, Any] = {"name": done.stem, "title": step.title, "seconds": round(seconds, 3), **forecast}
     runtime.on_main(lambda: note(job.folder, "step", **facts))
     runtime.on_main(lambda: _write(done, result))
+    made_progress()
     runtime.print(f"{number} {step.title}: {seconds:.1f} s")
     if runtime.stop_signal:
         runtime.print(f"{name_of(runtime.stop_signal)}: {step.title} is done; the same command goes on after it")
-        raise SystemExit(exit_code(runtime.stop_signal))
+        raise SystemExit(stopped_code(runtime.stop_signal))
     return result
 
 

@@ -51,6 +51,7 @@ class StepTimers:
 
     def __init__(self, log_level: int) -> None:
         self.log_level = log_level
+        self.last = 0.0  # seconds of the newest step
         self.timers = Timers(log_level, "max")
         self._clear()
 
@@ -85,7 +86,8 @@ class StepTimers:
 
     def add(self, row: dict[str, float], shape: Shape) -> None:
         """End a step that began at `start`; the next one begins."""
-        self.seconds += time.perf_counter() - self._started
+        self.last = time.perf_counter() - self._started
+        self.seconds += self.last
         self.steps += 1
         self._tokens[shape.sequence_length] += shape.tokens
         for name, seconds in self.take().items():

@@ -131,6 +131,15 @@ class TrainConfig(NarrowConfig):
     on_save_error: Annotated[str, OneOf("stop", "continue")] = key(
         "stop", "what to do if a checkpoint on the way cannot be written; the last one must be", may_change=True
     )
+    exit_interval: Optional[int] = key(
+        None,
+        "save and exit at the iterations that are multiples of it; the same command goes on",
+        at_least=1,
+        may_change=True,
+    )
+    exit_duration_in_mins: Optional[float] = key(
+        None, "save and exit at the end of the iteration in which the process is so old", above=0, may_change=True
+    )
     loss_chunk_tokens: Optional[int] = key(
         None, "tokens whose logits exist at a time; null: a 16th, at least 128", at_least=1, may_change=True
     )

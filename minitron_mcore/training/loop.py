@@ -7,6 +7,8 @@ DistributedOptimizer step, learning-rate step, metrics, now and then validation 
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from minitron_mcore.evaluation.held_out import mean_loss
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.runtime.agree import gathered
 from minitron_mcore.runtime.groups import data_group
-from minitron_mcore.runtime.interrupt import exit_code, name_of
+from minitron_mcore.runtime.interrupt import EXIT_INTERVAL, name_of, sparing, stopped_code
 from minitron_mcore.runtime.pace import Pace, timed
 from minitron_mcore.runtime.progress import Bar
+from minitron_mcore.runtime.world import grace_seconds
 from minitron_mcore.training.accounting import StepTimers, account, split_line
+from minitron_mcore.training.grace import Grace
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.metrics import MetricsLog
 from minitron_mcore.training.resuming import find_whole
@@ -37,8 +41,9 @@ def fit(job: Job) -> Progress:
     A training that stops there on its way to `job.iterations` has validated and saved, and going on from there gives
     the same bits as never to have stopped.
 
-    Ctrl-C or SIGTERM to any rank saves a checkpoint at the end of the iteration and raises SystemExit(130) or (143).
-    In the last iteration the run ends as usual: `runtime.stop_signal` then tells the caller.
+    A signal to any rank, `exit_interval` and `exit_duration_in_mins` save a checkpoint at the end of the iteration and
+    raise SystemExit (`stopped_code`). In the last iteration the run ends as usual: `runtime.stop_signal` then tells the
+    caller of a signal or of a time that is up.
     """
     runtime = job.runtime
     trained = Trained.of(job.chunks, job.train, job.timetable)
@@ -63,7 +68,8 @@ def fit(job: Job) -> Progress:
 
     about: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "stage": job.stage, "documents": job.documents}
     metrics = MetricsLog(job.folder, job.log, job.iterations, **about)
-    stop = StopRequest()
+    minutes = job.train.exit_duration_in_mins
+    stop = StopRequest(math.inf if minutes is None else runtime.started + 60 * minutes)
     # The newest checkpoint, if it is to make room for the next: also the one of an earlier stop.
     interim = progress.iteration if job.until is not None and progress.iteration else None
     saver = Saver(job, trained, interim)
@@ -72,7 +78,7 @@ def fit(job: Job) -> Progress:
         shown = runtime.progress(
             job.ends_at, "iterations", f"training {job.name}", done=progress.iteration, lines=False
         )
-        with stop.outliving_the_reader(), shown as bar:
+        with stop.outliving_the_reader(), sparing(lambda: saver.is_saving), shown as bar:
             # Asked once more: a signal may come while the last checkpoint is saved.
             runtime.stop_signal = _iterate(job, progress, trained, metrics, stop, bar, saver) or stop.on_any_rank()
             if runtime.stop_signal and progress.iteration < job.ends_at:
@@ -87,7 +93,7 @@ def fit(job: Job) -> Progress:
         stop.restore()
     if runtime.stop_signal and progress.iteration < job.ends_at:
         runtime.barrier()  # a launcher ends the ranks that are left once one has gone
-        raise SystemExit(exit_code(runtime.stop_signal))
+        raise SystemExit(stopped_code(runtime.stop_signal))
     return progress
 
 
@@ -100,10 +106,11 @@ def _iterate(
     bar: Bar,
     saver: Saver,
 ) -> int:
-    """From `progress`, which is updated, to `job.ends_at`, or to the one in which a signal asked to stop.
+    """From `progress`, which is updated, to `job.ends_at`, or to the one in which a signal or a limit asked to stop.
 
-    Returns that signal, or 0; the same on every rank."""
+    Returns that reason, or 0; the same on every rank."""
     train, runtime = job.train, job.runtime
+    grace = grace_of(job, progress)
     steps = job.data.read_train(job.timetable, progress.iteration)
     first = next(steps)
     check_teacher(job, first[1])
@@ -113,8 +120,13 @@ def _iterate(
     timers.attach(trained.chunks, trained.optimizer, job.objective)
     timers.start()
     end = job.timetable.at(job.ends_at).tokens_before
+    most_tokens = max(start.shape.tokens for start in job.timetable.starts)
+
+    def tell() -> None:
+        stop.ask(saver.state, round(1000 * timers.last))
+
     for step, batch in timers.batches(itertools.chain([first], steps)):
-        row = train_step(trained, job.objective, step.shape, batch, timers.timers, lambda: stop.ask(saver.state))
+        row = train_step(trained, job.objective, step.shape, batch, timers.timers, tell)
         if job.teaching is not None:
             with timed(timers.timers, "optimizer", 0):
                 row |= job.teaching.step(step.shape.tokens)
@@ -138,17 +150,28 @@ def _iterate(
         if times is not None and (job.log.console == "full" or job.log.timing_log_level):
             runtime.print(split_line(times))
         if job.data.read_valid and (last or _is_due(progress.iteration, train.eval_interval)):
+            began = time.monotonic()
             progress.metrics = validate(trained.chunks, job)
+            runtime.warn(grace.validation(time.monotonic() - began))
             metrics.write(progress.iteration, progress.metrics, shown=progress.metrics, kind="validation")
-            stop.ask(saver.state)  # once more, since that took long
-        asked_to_stop, writing = stop.answer()
+            tell()  # once more, since that took long
+        asked_to_stop, writing, slowest = stop.answer()
+        if not last and not asked_to_stop and _is_due(progress.iteration, train.exit_interval or 0):
+            asked_to_stop = EXIT_INTERVAL
+        runtime.warn(grace.step(slowest / 1000, most_tokens / step.shape.tokens))
         saver.attend(writing)
         if last or asked_to_stop or any(_is_due(progress.iteration, each) for each in job.save_intervals):
             saver.save(progress, at_once=bool(last or asked_to_stop))
         if last or asked_to_stop:
             return asked_to_stop
+        runtime.warn(grace.save(saver.seconds))
         timers.start()
     raise AssertionError("the steps ended before the last iteration")
+
+
+def grace_of(job: Job, progress: Progress) -> Grace:
+    given = job.recipe.get("cluster", {}).get("grace_seconds")
+    return Grace(grace_seconds() if given is None else given, given=given is not None, resumes=progress.iteration > 0)
 
 
 def describe_newest(job: Job, progress: Progress) -> None:

@@ -40,6 +40,14 @@ class Saver:
         self._known = {folder: folder.stat().st_ino for folder in map(Path, self.folders) if folder.is_dir()}
         self._under_way: list[SaveUnderWay] = []  # of one iteration: the teacher's, if it is trained, and the student's
         self._dropping: list[threading.Thread] = []
+        self._busy = False
+        self._begun = 0.0
+        self.seconds = 0.0  # that the newest save took
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether anything is being written; any thread may ask."""
+        return self._busy or bool(self._under_way)
 
     @property
     def state(self) -> int:
@@ -52,6 +60,7 @@ class Saver:
         at_once: it is whole on return, whatever `async_save` says, and a failure is raised, whatever `on_save_error`.
         """
         self.wait()
+        self._begun = time.monotonic()
         if at_once or not self.job.train.async_save:
             self._try(partial(self._save_now, progress), progress.iteration, raises=at_once)
         else:
@@ -146,12 +155,17 @@ class Saver:
 
     def _try(self, work: Callable[[], None], iteration: int, *, raises: bool = False) -> None:
         """Do a save's `work`, which raises on every rank if it does on one."""
+        self._busy = True
         try:
             work()
         except InputError as error:  # what can be wrong in a save is the disk, whatever it answers
             if raises or self.job.train.on_save_error == "stop":
                 raise StorageError(error.key, error.value, error.rule, error.remedy) from error
             self.job.runtime.print(f"WARNING: no checkpoint of iteration {iteration}, and training goes on: {error}")
+        finally:
+            self._busy = False
+        if not self._under_way:
+            self.seconds = time.monotonic() - self._begun
 
     def _make_room(self, iteration: int) -> None:
         """Count `iteration` as the newest, and drop those that are not to stay beside it."""

@@ -1,5 +1,6 @@
-"""Stopping a training in good order: Ctrl-C, SIGTERM (SLURM's warning before a time limit or a preemption) or SIGHUP
-saves a checkpoint first, as does a closed output pipe (`| tee`, ended by the same Ctrl-C)."""
+"""Stopping a training in good order: Ctrl-C, SIGTERM, SIGUSR1 (SLURM's warnings before a preemption or a time limit) or
+SIGHUP saves a checkpoint first. So does a closed output pipe (`| tee`, ended by the same Ctrl-C), or a time that is up.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -14,17 +16,29 @@ from typing import Any
 import torch
 
 from minitron_mcore.runtime.agree import is_main
-from minitron_mcore.runtime.interrupt import at_once, install, name_of, restore, say_at_once
+from minitron_mcore.runtime.interrupt import (
+    ECHO,
+    EXIT_DURATION,
+    at_once,
+    install,
+    is_saving,
+    name_of,
+    restore,
+    say_at_once,
+)
 
 
 class StopRequest:
     """Remembers a signal to any rank; `on_any_rank` tells all ranks at the same iteration.
 
-    A second signal, if either was Ctrl-C, goes to the previous handler at once.
+    A second signal (interrupt.py: at_once) goes to the previous handler at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends_at: float = float("inf")) -> None:
+        """ends_at: of time.monotonic, from which on every iteration is to be the last."""
         self.number = 0  # of the first signal
+        self._since = 0.0  # when it came
+        self._ends_at = ends_at
         self._answer = torch.zeros(1, dtype=torch.int64)
         self._arrival: torch.cuda.Event | None = None  # of the answer, from a GPU
         self._process = os.getpid()
@@ -33,23 +47,32 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a reader of data, just forked
-        if at_once(self.number, number):
+        later = time.monotonic() - self._since
+        if at_once(self.number, number, later):
             self.restore()
             signal.raise_signal(number)
         elif not self.number:
-            self.number = number
+            self.number, self._since = number, time.monotonic()
             if is_main():
-                say_at_once(f"\n{name_of(number)}: this iteration will be finished and saved; Ctrl-C leaves at once")
+                how = f"Ctrl-C, or another signal after {ECHO:.0f} s, leaves at once"
+                say_at_once(f"\n{name_of(number)}: this iteration will be finished and saved; {how}")
+        elif later > ECHO and is_saving() and is_main():
+            say_at_once(f"\n{name_of(number)}: leaves when the checkpoint is written; Ctrl-C leaves at once")
+
+    @property
+    def reason(self) -> int:
+        """Why this rank asks to stop: the first signal, or EXIT_DURATION where its time is up; 0: it does not."""
+        return self.number or (EXIT_DURATION if time.monotonic() >= self._ends_at else 0)
 
     def on_any_rank(self) -> int:
-        """The signal that asked any rank to stop, 0 for none. Every rank calls."""
+        """Why any rank asks to stop, 0 if none does. Every rank calls."""
         self.ask()
         return self.answer()[0]
 
     def ask(self, *values: int) -> None:
-        """Begin to tell all ranks of a signal to this one, and of `values`. The host waits for nothing; all call."""
+        """Begin to tell all ranks of this one's `reason`, and of `values`. The host waits for nothing; all call."""
         device = torch.device(torch.cuda.current_device())
-        numbers = torch.tensor([self.number, *values], pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        numbers = torch.tensor([self.reason, *values], pin_memory=device.type == "cuda").to(device, non_blocking=True)
         torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
         self._answer = numbers.to("cpu", non_blocking=True)
         if device.type == "cuda":
@@ -57,8 +80,8 @@ class StopRequest:
             self._arrival.record()
 
     def answer(self) -> list[int]:
-        """Of what was asked last the largest on any rank: the signal, 0 for none, and of each of the values. Waits for
-        nothing where the host has waited for the device since."""
+        """Of what was asked last the largest on any rank: the reason to stop, 0 for none, and of each of the values.
+        Waits for nothing where the host has waited for the device since."""
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._answer.tolist()

@@ -76,7 +76,8 @@ def interrupt(walk: Walk, log: Path, number: int, title: str, delay: float, sign
     if code == 0:
         return False
     if signal_name != "SIGKILL":
-        assert code == 128 + getattr(signal, signal_name), shown
+        # Of a training, SIGTERM asks to be started again.
+        assert code in (128 + getattr(signal, signal_name), *([200] if signal_name == "SIGTERM" else [])), shown
         assert "Traceback" not in shown and "same command goes on" in shown, shown
     return True
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FAKE_SRUN = """#!/usr/bin/env bash
 printf '%s\\0' "$@" > "$FAKE_SLURM/srun.arguments"
 printf '%s\\0' "$MASTER_ADDR" "$MASTER_PORT" > "$FAKE_SLURM/srun.master"
-[[ -z ${FAKE_SRUN_ONLY_RECORDS:-} ]] || exit 0
+[[ -z ${FAKE_SRUN_TELLS_SCRIPT:-} ]] || kill -TERM $PPID
+[[ -z ${FAKE_SRUN_ENDS_WITH:-} ]] || exit "$FAKE_SRUN_ENDS_WITH"
 while [[ $1 == --* ]]; do shift; done
 tasks=()
 for ((task = 0; task < SLURM_NTASKS; task++)); do
@@ -31,8 +32,12 @@ for task in "${tasks[@]}"; do wait "$task" || status=$?; done
 exit $status
 """
 FAKE_SCONTROL = """#!/usr/bin/env bash
-[[ "$*" == "show hostnames $SLURM_JOB_NODELIST" ]] || exit 3
-printf '127.0.0.1\\nnode-2\\n'
+case "$*" in
+  "show hostnames $SLURM_JOB_NODELIST") printf '127.0.0.1\\nnode-2\\n' ;;
+  "show job $SLURM_JOB_ID") printf '   PreemptEligibleTime=2026 PreemptTime=%s\\n' "${FAKE_PREEMPTED:-None}" ;;
+  "requeue $SLURM_JOB_ID") touch "$FAKE_SLURM/requeued"; exit "${FAKE_REQUEUE_ENDS_WITH:-0}" ;;
+  *) exit 3 ;;
+esac
 """
 
 

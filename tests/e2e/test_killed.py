@@ -112,7 +112,7 @@ def test_killed_and_terminated(recipe: Path, tmp_path: Path) -> None:
 
     # The same command goes on. Ctrl-C saves, and SIGTERM, as SLURM sends it before a time limit; readers get both.
     stopped_at = killed_at
-    for number, code, name in ((signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")):
+    for number, code, name in ((signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 200, "SIGTERM")):
         before, process = stopped_at, start(recipe, folder, log)
         wait_until(process, lambda: int(tracker.read_text()) > before)  # noqa: B023
         os.killpg(process.pid, number)

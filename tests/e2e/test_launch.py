@@ -116,7 +116,7 @@ def test_slurm(tmp_path: Path, nodes: int, tasks_per_node: int) -> None:
 def test_slurm_with_a_container(tmp_path: Path, mounts: str) -> None:
     image = "registry#team/minitron:1 0"
     container = {"CONTAINER_IMAGE": image, "CONTAINER_MOUNTS": mounts}
-    done = run_sbatch(tmp_path, ARGUMENTS, 2, 1, FAKE_SRUN_ONLY_RECORDS="1", **container)
+    done = run_sbatch(tmp_path, ARGUMENTS, 2, 1, FAKE_SRUN_ENDS_WITH="0", **container)
     assert done.returncode == 0, done.stderr
     assert recorded(tmp_path, "srun.arguments") == [
         "--kill-on-bad-exit=1",
@@ -130,12 +130,42 @@ def test_slurm_with_a_container(tmp_path: Path, mounts: str) -> None:
 def test_slurm_fails_when_a_task_fails(tmp_path: Path) -> None:
     done = run_sbatch(tmp_path, ARGUMENTS, 1, 2, MINITRON_MODULE="tests.e2e.no_such_module")
     assert done.returncode != 0
-    assert "no_such_module" in done.stderr
+    assert "no_such_module" in done.stderr and not (tmp_path / "requeued").exists()
+
+
+PREEMPTED = "2026-01-01T01:00:00"
+
+
+@pytest.mark.parametrize(
+    ("code", "variables", "requeued"),
+    [
+        (0, {}, False),
+        (200, {}, True),
+        (138, {}, False),  # a time limit before anything was finished, which the next start would meet again
+        (143, {}, False),  # what srun says where a rank has failed
+        (143, {"FAKE_PREEMPTED": PREEMPTED}, True),
+        (0, {"FAKE_PREEMPTED": PREEMPTED}, False),
+        (200, {"FAKE_SRUN_TELLS_SCRIPT": "1"}, False),  # scancel, which would not end a job that requeues itself
+        (143, {"FAKE_SRUN_TELLS_SCRIPT": "1", "FAKE_PREEMPTED": PREEMPTED}, False),
+        (200, {"FAKE_REQUEUE_ENDS_WITH": "1"}, True),
+    ],
+)
+def test_what_is_unfinished_is_requeued(tmp_path: Path, code: int, variables: dict[str, str], requeued: bool) -> None:
+    done = run_sbatch(tmp_path, ARGUMENTS, 2, 1, FAKE_SRUN_ENDS_WITH=str(code), **variables)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "requeued").exists() is requeued
+    said = f"minitron: stopped with exit code {code}, unfinished: the job is requeued\n"
+    assert done.stdout == (said if requeued else "")
+    assert done.stderr == (
+        "minitron: it was not requeued; the same sbatch command goes on\n"
+        if "FAKE_REQUEUE_ENDS_WITH" in variables
+        else ""
+    )
 
 
 def test_slurm_directives() -> None:
     """What makes a job outlive preemption: requeued, log appended to, tasks (not the shell, no `B:`) warned in time."""
     text = (ROOT / "launch" / "slurm.sbatch").read_text(encoding="utf-8")
     directives = set(re.findall(r"^#SBATCH (\S+)$", text, flags=re.MULTILINE))
-    assert {"--requeue", "--open-mode=append", "--signal=TERM@600", "--ntasks-per-node=8"} <= directives
+    assert {"--requeue", "--open-mode=append", "--signal=USR1@600", "--ntasks-per-node=8"} <= directives
     assert text.index("#SBATCH --signal") < text.index("set -euo pipefail"), "sbatch stops reading at the first command"

@@ -21,6 +21,7 @@ from minitron_mcore.model.schedule import visit_final_states
 from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.folder_lock import FolderLock
 from minitron_mcore.runtime.groups import data_group, on_last_stage, tensor_group
+from minitron_mcore.runtime.interrupt import made_progress
 from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.start import Runtime
 
@@ -60,6 +61,7 @@ def write_missing(
     with runtime.progress(sum(len(samples) for _, samples in missing) * length, "tokens", "cache") as bar:
         for turn in range(0, len(missing), replicas):
             all_or_none(partial(write, missing[turn + replica : turn + replica + 1]), InputError)
+            made_progress()
             bar.advance(sum(len(samples) for _, samples in missing[turn : turn + replicas]) * length)
     torch.distributed.all_reduce(written)
     runtime.print(

@@ -18,7 +18,7 @@ import torch
 from minitron_mcore.checkpoint import folder as checkpoint_folder
 from minitron_mcore.checkpoint import iteration, store
 from minitron_mcore.checkpoint.folder import TRACKER, latest_iteration
-from minitron_mcore.runtime.interrupt import SIGNALS
+from minitron_mcore.runtime.interrupt import EXIT_DURATION, SIGNALS
 from minitron_mcore.training import saving as saving_module
 from tests.distributed.models import LAYOUTS
 from tests.distributed.ranks import run_on_ranks
@@ -69,6 +69,42 @@ def terminated_after_the_last_save(parallel: dict[str, Any], world_size: int, fo
     return told[-1].stop_signal
 
 
+def limited_on_rank(
+    parallel: dict[str, Any], world_size: int, folder: str
+) -> dict[str, tuple[list[int], list[Any], list[int], dict[int, Any]]]:
+    """`fit` again and again until it ends, under each limit: the iterations at which it stopped, how each start ended,
+    what the caller was told, and all losses."""
+    found, save, told = {}, saving_module.save, list[Any]()
+
+    def saving(job: Any, progress: Any, trained: Any) -> None:
+        save(job, progress, trained)
+        told.append(job.runtime)
+
+    hurried = torch.distributed.get_rank() == world_size - 1 if world_size > 1 else True
+    # A duration that is up at once, on the last rank alone; an interval that the end is a multiple of.
+    limits: dict[str, dict[str, Any]] = {
+        "none": {},
+        "interval": {"exit_interval": 3},
+        "duration": {"exit_duration_in_mins": 1e-9 if hurried else 1e9},
+    }
+    saving_module.save = saving
+    try:
+        for name, keys in limits.items():
+            place, stops, endings, history = Path(folder, name), list[int](), list[Any](), {}
+            told.clear()
+            while not endings or endings[-1] != "finished":
+                try:
+                    history = fit_on_rank(parallel, world_size, str(place), save_interval=STEPS, **keys)["history"]
+                    endings.append("finished")
+                except SystemExit as leaving:
+                    endings.append(leaving.code)
+                stops.append(latest_iteration(place) or 0)
+            found[name] = (stops, endings, [runtime.stop_signal for runtime in told], history)
+    finally:
+        saving_module.save = save
+    return found
+
+
 class Crash(BaseException):
     """The process is gone: nothing catches it."""
 
@@ -105,7 +141,7 @@ LEFT = [[f".unfinished_iter_{STEPS:07d}"], [f".unfinished_iter_{STEPS:07d}"], [f
 
 # How signals differ is in tests/unit/runtime/test_interrupt.py.
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+    ("number", "code"), [(signal.SIGUSR1, 200), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
 def test_a_signal_to_one_rank_saves_and_stops_all(number: int, code: int, tmp_path: Path) -> None:
     world_size, parallel = LAYOUTS["TP2"]
@@ -118,6 +154,21 @@ def test_a_signal_to_one_rank_saves_and_stops_all(number: int, code: int, tmp_pa
     assert sorted(history) == list(range(1, STEPS + 1)) and resumed_history == history
     for name, value in weights.items():
         torch.testing.assert_close(resumed_weights[name], value, rtol=0, atol=0, msg=str(name))
+
+
+def test_limits_stop_all_ranks_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """Each start does an iteration at least, so that the work comes to its end. At the end a time that is up is told to
+    the caller, as `run` has further steps, and an interval is not."""
+    world_size, parallel = LAYOUTS["DP2"]
+    ranks = run_on_ranks(limited_on_rank, world_size, parallel, world_size, str(tmp_path))
+    for found in ranks:
+        none, interval, duration = (found[name][:3] for name in ("none", "interval", "duration"))
+        assert none == ([STEPS], ["finished"], [0])
+        assert interval[:2] == ([3, STEPS], [200, "finished"]) and interval[2][-1] == 0
+        assert duration[:2] == (list(range(1, STEPS + 1)), [200] * (STEPS - 1) + ["finished"])
+        assert duration[2] == [EXIT_DURATION] * STEPS
+    whole, *others = (ranks[0][name][3] for name in ("none", "interval", "duration"))
+    assert sorted(whole) == list(range(1, STEPS + 1)) and others == [whole, whole]
 
 
 def test_sigterm_in_the_last_iteration_comes_too_late(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_refused(overrides: list[str], words: str, root: Path) -> None:
 
 
 def test_what_is_resolved(root: Path) -> None:
-    trials = resolve(root, ["search.side_by_side=2", f"search.halving.rungs=[{BATCH + 1}]"])
+    trials = resolve(root, ["search.side_by_side=2", f"search.halving.rungs=[{BATCH + 1}]", "distill.exit_interval=3"])
     assert [trial.name for trial in trials.trials] == NAMES
     assert trials.stops == ((2, 2 * BATCH), (4, 4 * BATCH)) and trials.world.size == 2
     assert sorted(item.key for item in trials.reads) == ["data.train", "data.valid", "teacher.checkpoint"]
@@ -72,6 +72,7 @@ def test_what_is_resolved(root: Path) -> None:
     job = trials.training(trials.trials[1])
     assert job.architecture == tiny("llama", **SHAPES[1]) and job.timetable.iterations == 8 and not job.resumes
     assert job.folder == root / "search" / "candidates" / NAMES[1] / "distilled"
+    assert job.config.exit_interval is None, "a candidate that stops would leave the one beside it waiting"
     assert resolve(root, ["search.train=false", "search.tokens=0"]) is None
 
 

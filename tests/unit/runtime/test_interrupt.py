@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from minitron_mcore.data.dataset import FIELDS, batches_once
-from minitron_mcore.runtime.interrupt import SIGNALS, Ending, held_back
+from minitron_mcore.runtime import interrupt
+from minitron_mcore.runtime.interrupt import EXIT_DURATION, SIGNALS, Ending, at_once, held_back, sparing, stopped_code
 from minitron_mcore.training import signals
 from tests.e2e.launchers import ROOT, environment
 
@@ -49,7 +50,8 @@ def run(work: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "name"), [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM"), ("SIGHUP", 129, "SIGHUP")]
+    ("number", "code", "name"),
+    [("SIGINT", 130, "Ctrl-C"), ("SIGTERM", 143, "SIGTERM"), ("SIGHUP", 129, "SIGHUP"), ("SIGUSR1", 138, "SIGUSR1")],
 )
 def test_the_first_unwinds(number: str, code: int, name: str) -> None:
     done = run(f"send(signal.{number}, 0.1); time.sleep(30)")
@@ -71,6 +73,73 @@ def test_what_breaks_because_of_it_is_no_failure_of_its_own() -> None:
     )
     done = run(work)
     assert done.returncode == 130 and "Traceback" not in done.stderr and SENTENCE.format("Ctrl-C") in done.stderr
+
+
+def test_a_time_limit_after_progress_asks_for_another_start() -> None:
+    """A preemption does not: SLURM sees to it, and srun ends ranks by SIGTERM when one of them has failed."""
+    progress = "from minitron_mcore.runtime.interrupt import made_progress; made_progress()"
+    assert run(f"{progress}; signal.raise_signal(signal.SIGUSR1)").returncode == 200
+    assert run(f"{progress}; signal.raise_signal(signal.SIGTERM)").returncode == 143
+
+
+def test_what_a_stop_in_good_order_ends_with() -> None:
+    """By hand: the shell's code. Else one that no signal has, as srun gives the highest of its tasks' codes."""
+    by_hand = {signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGPIPE: 141}
+    assert {number: stopped_code(number) for number in by_hand} == by_hand
+    assert {stopped_code(number) for number in (signal.SIGTERM, signal.SIGUSR1, EXIT_DURATION)} == {200}
+    assert max(signal.valid_signals()) + 128 < 200
+
+
+SECOND = [
+    (0, signal.SIGTERM, 1e9, False, False),
+    (signal.SIGTERM, signal.SIGTERM, 4, False, False),  # an echo
+    (signal.SIGUSR1, signal.SIGTERM, 4, False, False),
+    (signal.SIGTERM, signal.SIGTERM, 6, False, True),
+    (signal.SIGUSR1, signal.SIGTERM, 300, False, True),
+    (signal.SIGUSR1, signal.SIGTERM, 300, True, False),  # a checkpoint is being written
+    (signal.SIGTERM, signal.SIGINT, 0, True, True),
+    (signal.SIGINT, signal.SIGTERM, 0, True, True),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "later", "saves", "leaves"), SECOND)
+def test_what_a_second_one_does(first: int, second: int, later: float, saves: bool, leaves: bool) -> None:
+    with sparing(lambda: False), sparing(lambda: saves):
+        assert at_once(first, second, later) is leaves
+    assert not interrupt.is_saving()
+
+
+def test_a_later_signal_is_no_echo() -> None:
+    """Whatever the main thread does; ECHO is shortened, not waited for."""
+    work = f"import minitron_mcore.runtime.interrupt as i; i.ECHO = -1; send(15, 0.2); send(10, 0.5); {DEAF}"
+    done = run(work)
+    assert done.returncode == 138 and done.stdout == "", done.stderr
+    assert done.stderr == "minitron: left at once; what was saved before is whole\n"
+
+
+def test_a_training_leaves_at_a_later_signal_but_not_while_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "ECHO", -1.0)
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    stop = signals.StopRequest()
+    try:
+        with sparing(lambda: True):
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.reason == signal.SIGUSR1 and not seen
+        signal.raise_signal(signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+    finally:
+        stop.restore()
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_time_that_is_up_asks_to_stop() -> None:
+    stop = signals.StopRequest(ends_at=0.0)
+    try:
+        assert stop.reason == EXIT_DURATION
+    finally:
+        stop.restore()
 
 
 @pytest.mark.parametrize("second", ["SIGINT", "SIGTERM"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -36,6 +37,28 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(
     monkeypatch.setattr(torchrun, "torchrun", fail)
     assert torchrun.main() == expected
     assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize(("codes", "expected"), [([200, 200], 200), ([200, 143], 138), ([200, -9], 138), ([], 138)])
+def test_ranks_that_all_stopped_in_good_order_are_to_be_started_again(
+    codes: list[int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a signal to torchrun itself, whose ranks end with `codes` before it is done with them."""
+    handlers = {rank: SimpleNamespace(proc=SimpleNamespace(returncode=code)) for rank, code in enumerate(codes)}
+    agent = torchrun.local_elastic_agent
+    monkeypatch.setattr(agent, "start_processes", lambda: SimpleNamespace(subprocess_handlers=handlers))
+    monkeypatch.setattr(torchrun, "_contexts", [])
+
+    def start_and_be_warned() -> None:
+        agent.start_processes()  # type: ignore[call-arg]
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(torchrun, "torchrun", start_and_be_warned)
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        assert torchrun.main() == expected
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_torchruns_own_report_ends_with_the_sentence(
