@@ -9,10 +9,11 @@ that of its ranks where all were stopped in good order and are to be started aga
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed.elastic.agent.server import local_elastic_agent
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -60,5 +61,13 @@ def _codes() -> list[int | None]:
     return [handler.proc.returncode for handler in _contexts[-1].subprocess_handlers.values()] if _contexts else []
 
 
+def leave(code: int) -> NoReturn:
+    """End this process as it stands. While the interpreter is taken down, a thread of the rendezvous may be inside C++,
+    whose end there aborts the process (seen after a Ctrl-C: exit code 134 in place of 130)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
