@@ -122,8 +122,10 @@ def _counted(folder: Path) -> list[int]:
 
 def _tracked(folder: Path) -> int | None:
     """The number in the tracker; None where it has none, or is not there."""
-    tracker = folder / TRACKER
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else ""
+    try:  # another process may delete it at any moment
+        text = (folder / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
     return int(text) if text.isdecimal() else None
 
 

@@ -163,7 +163,7 @@ def _prepare() -> None:
 
 
 def main() -> None:
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # a training has SIGUSR1
     connection = Connection(int(sys.argv[1]))
     messages: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_read_messages, args=(connection, messages), daemon=True).start()

@@ -213,7 +213,7 @@ def _collect(workers: list[_Worker], timeout: float) -> dict[int, dict[str, Any]
 def _where(workers: list[_Worker], ranks: list[int], offsets: list[int]) -> str:
     """Where the given ranks stand: every thread's Python stack."""
     for rank in ranks:
-        workers[rank].signal_all(signal.SIGUSR1)
+        workers[rank].signal_all(signal.SIGUSR2)
     time.sleep(DUMP_WAIT)
     return "\n".join(f"--- rank {rank} stands at:\n{workers[rank].written_since(offsets[rank])}" for rank in ranks)
 

@@ -261,13 +261,17 @@ TRAINING += [
     ),
     (
         "train",
-        ["train.checkpoint=@/checkpoints/torn_tracker"],
-        "instead of a number: write that of the newest finished iteration into it",
+        ["train.checkpoint=@/checkpoints/cut_off"],
+        "holds no checkpoint that is whole: @/checkpoints/cut_off/iter_0000001/metadata.json is missing",
     ),
-    ("train", ["train.checkpoint=@/checkpoints/cut_off"], "is not a finished checkpoint: restore it"),
 ]
 
 CHECKPOINTS: list[Case] = [
+    (
+        "score",
+        ["teacher.checkpoint=@/checkpoints/torn_tracker"],
+        "instead of a number: write that of the newest finished iteration into it",
+    ),
     ("score", ["teacher.checkpoint=@/none"], "teacher.checkpoint=@/none is not there"),
     ("score", ["scores=null"], "scores is not given"),
     ("score", ["scores=@/papers"], "scores=@/papers is a folder: name a file"),

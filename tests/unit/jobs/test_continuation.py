@@ -135,6 +135,7 @@ def test_which_keys_may_differ() -> None:
         *("recompute_granularity", "recompute_method", "recompute_num_layers", "max_skipped_iterations"),
         *("overlap_grad_reduce", "overlap_param_gather", "ddp_bucket_size", "tp_comm_overlap"),
         *("async_save", "on_save_error", "keep_last", "keep_every", "keep_best"),
+        *("exit_interval", "exit_duration_in_mins"),
         *("fp8_format", "fp8_recipe", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
         *("num_layers_at_end_in_bf16", "use_precision_aware_optimizer", "main_params_dtype"),
         *("exp_avg_dtype", "exp_avg_sq_dtype"),
