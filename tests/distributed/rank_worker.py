@@ -163,6 +163,7 @@ def _prepare() -> None:
 
 
 def main() -> None:
+    faulthandler.enable()  # a crash in C++ says where it was
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # a training has SIGUSR1
     connection = Connection(int(sys.argv[1]))
     messages: queue.Queue[dict[str, Any]] = queue.Queue()
