@@ -169,8 +169,8 @@ def corrected(setting: Setting) -> Setting:
     return replace(alone, fp8=s.teacher_fp8, adam=s.teacher_adam)
 
 
-def activations(setting: Setting, stage: int, ended: int = 0) -> int:
-    """What autograd keeps of the microbatches in flight on `stage` until their backward, but for `ended` passes.
+def activations(setting: Setting, stage: int) -> int:
+    """What autograd keeps of the microbatches in flight on `stage` until their backward.
 
     Beside what layers keep, a stage's output, which on CUDA is given up once it is sent; on the last stage the input of
     the final norm, and what that one keeps and gives.
@@ -179,9 +179,9 @@ def activations(setting: Setting, stage: int, ended: int = 0) -> int:
     boundary, parallel = boundary_bytes(s), s.parallel
     chunks = narrow_layers(s, stage)
     kept = sum(_kept(s, chunk) for chunk in chunks)
-    running = passes(s, stage) - ended
+    running = passes(s, stage)
     outputs = boundary * (running if s.on_cpu else min(running, 1))
-    if stage == parallel.pipeline - 1 and running:
+    if stage == parallel.pipeline - 1:
         shard = parallel.tensor if parallel.sequence else 1
         outputs += 2 * BYTES[s.precision] * s.tokens * s.student.hidden_size // shard - boundary
     return running * kept // len(chunks) + outputs

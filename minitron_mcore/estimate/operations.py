@@ -134,9 +134,8 @@ class Pass:
         return Seconds(traffic(self.machine, moved), all_reduce(self.machine, moved / 2, tensor))
 
     def embedding_backward(self) -> Seconds:
-        """A whole gradient is made and added to what is there."""
-        count = self.model.padded_vocab_size / self.parallel.tensor * self.model.hidden_size
-        return Seconds(traffic(self.machine, self.element * count) + self._sum_gradients(count))
+        """The tokens' rows are added to what is there."""
+        return Seconds(self._sum_gradients(self.tokens * self.model.hidden_size))
 
     def boundary(self) -> float:
         """Bytes of the hidden states that go from one pipeline stage to the next."""

@@ -15,7 +15,6 @@ from minitron_mcore.estimate.model import (
     gathered_keys,
     local_parameters,
     mlp_activations,
-    passes,
     recomputed_activations,
 )
 
@@ -35,11 +34,6 @@ def training_phases(setting: Setting, stage: int, *, beside: int = 0, working: i
     found = [waiting | {"layer at work": at_work, "recomputed layers": recomputed_activations(s, stage)}]
     if stage == s.parallel.pipeline - 1:
         found.append(waiting | {"loss": loss_buffers(s)})
-    if stage == 0:  # at the end of the first chunk's first backward, after one of every later chunk and stage
-        chunks = s.parallel.virtual_pipeline or 1
-        left = chunks * s.ahead - (chunks - 1) * s.parallel.pipeline - 1
-        others = activations(s, stage, ended=max(1, passes(s, stage) - left))
-        found.append({"activations": others, "embedding's gradient": embedding_gradient(s)})
     if s.on_cpu:  # gradients are clipped parameter by parameter, gloo reduces a copy of them
         found.append({"optimizer's step": 4 * min(_largest_parameter(s, stage), shard)})
         if s.data_parallel * s.parallel.context > 1:
@@ -79,13 +73,6 @@ def layer_at_work(setting: Setting) -> int:
     if gathered := gathered_keys(s):
         found.append(wide * hidden + 2 * gathered - mlp_activations(s))
     return max(found)
-
-
-def embedding_gradient(setting: Setting) -> int:
-    """The gradient of the embedding's output, and that of its weight, which lookups make whole."""
-    s, hidden = setting, setting.student.hidden_size
-    shard = s.student.padded_vocab_size // s.parallel.tensor
-    return hidden * (BYTES[s.precision] * s.tokens + weight_gradient(s) * shard)
 
 
 def loss_buffers(setting: Setting) -> int:

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from minitron_mcore.architecture import Architecture, RopeScaling
 from minitron_mcore.errors import InputError
 from minitron_mcore.layout import check_tensor_parallel, checkpoint_key, parameter_table, split_layers
+from minitron_mcore.model.embedding import Embedding
 from minitron_mcore.model.fp8 import OF_TEACHER, Fp8
 from minitron_mcore.model.recompute import KEEP_ALL, Recompute
 from minitron_mcore.model.specs import HAVE_TE, block_submodules, rotary_fields
@@ -203,6 +204,8 @@ def build_model(
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        if model.pre_process:
+            model.embedding.word_embeddings.__class__ = Embedding
         if architecture.rope_scaling is not None:
             rope = model.rotary_pos_emb
             rope.inv_freq = scale_frequencies(rope.inv_freq, architecture.rope_scaling)

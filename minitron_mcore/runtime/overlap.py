@@ -2,9 +2,9 @@
 
 Gradients are reduced by buckets while the backward pass of the last microbatch goes on, and weights are gathered from
 the step on, under whatever comes before the layer that needs them: the next batch, a teacher that runs ahead. Megatron
-does both, in hooks of the parameters and modules. What stands here tells it what it cannot know: that the output head's
-gradient is there without autograd having passed it, that the head is read outside of its module, that further
-microbatches follow in another call of the schedule.
+does both, in hooks of the parameters and modules. What stands here tells it what it cannot know: that gradients of
+the embedding and the output head are there without autograd having passed them, that the head is read outside of its
+module, that further microbatches follow in another call of the schedule.
 
 `chunks` below are a model's in Megatron's DDP; what is not overlapped, or in no DDP, is left alone.
 """
@@ -81,20 +81,26 @@ def _nothing_to_gather(force_sync: bool = False) -> None: ...
 def adopt_head(chunk: Any, head: torch.Tensor, before: torch.nn.Module) -> None:
     """Let the `head` of a wrapped chunk be overlapped like other weights, though the loss adds its gradient to
     `main_grad` and reads it outside of its module, once the module `before` has run."""
-    if chunk.ddp_config.overlap_grad_reduce:
-
-        def nothing_to_add(gradients: tuple[torch.Tensor | None, ...]) -> None:
-            # A tied head may get the embedding's gradient here, which is then added as it is. Without one, Megatron's
-            # hook wants to see some gradient, and not to add it: a view of one number takes no memory.
-            head.grad_added_to_main_grad = gradients[0] is None  # type: ignore[attr-defined]
-            if gradients[0] is None:
-                head.grad = head.new_zeros(()).expand_as(head)
-
-        node: Any = head.view_as(head).grad_fn
-        node.next_functions[0][0].register_prehook(nothing_to_add)
+    adopt_added(chunk, head)
     if chunk.ddp_config.overlap_param_gather:
         group = chunk.param_to_bucket_group[head]
         before.register_forward_pre_hook(lambda *_: group.finish_param_sync(skip_next_bucket_dispatch=True))
+
+
+def adopt_added(chunk: Any, weight: torch.Tensor) -> None:
+    """Let the reduction of `weight` of a wrapped chunk be overlapped, though its gradient may be added to `main_grad`
+    without autograd having passed it."""
+    if not (chunk.ddp_config.overlap_grad_reduce and weight.requires_grad):
+        return
+
+    def nothing_to_add(gradients: tuple[torch.Tensor | None, ...]) -> None:
+        # Megatron's hook wants to see some gradient, and not to add it: a view of one number takes no memory.
+        weight.grad_added_to_main_grad = gradients[0] is None  # type: ignore[attr-defined]
+        if gradients[0] is None:
+            weight.grad = weight.new_zeros(()).expand_as(weight)
+
+    node: Any = weight.view_as(weight).grad_fn
+    node.next_functions[0][0].register_prehook(nothing_to_add)
 
 
 @contextmanager

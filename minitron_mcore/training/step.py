@@ -24,7 +24,15 @@ from minitron_mcore.files import writing
 from minitron_mcore.model.gpt import DTYPES, LanguageModel
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.runtime.groups import optimizer_instances
-from minitron_mcore.runtime.overlap import NOTHING, Overlap, adopt_head, finish_gathering, prepare, start_gathering
+from minitron_mcore.runtime.overlap import (
+    NOTHING,
+    Overlap,
+    adopt_added,
+    adopt_head,
+    finish_gathering,
+    prepare,
+    start_gathering,
+)
 from minitron_mcore.runtime.pace import timed
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.training.adam_state import AdamState
@@ -130,6 +138,8 @@ def wrap_model(chunks: list[LanguageModel], overlap: Overlap = NOTHING) -> list[
     for index, chunk in enumerate(chunks):
         chunk.config.finalize_model_grads_func = finalize_gradients
         wrapped.append(DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0))
+        if chunk.pre_process:
+            adopt_added(wrapped[-1], chunk.embedding.word_embeddings.weight)
         if chunk.post_process and (overlap.grad_reduce or overlap.param_gather):
             adopt_head(wrapped[-1], chunk.head_weight(), chunk.decoder.final_layernorm)
     prepare(wrapped, chunks[0].config)

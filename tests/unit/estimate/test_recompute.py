@@ -49,7 +49,6 @@ def test_over_stages() -> None:
     assert saved(Recompute("full", "uniform", 2), parallel)[0] == (5 * 1 + 1) * BOUNDARY
     on_cpu = setting(parallel, recompute=Recompute("full"), on_cpu=True)
     assert activations(on_cpu, 0) == 5 * (2 + 1) * BOUNDARY
-    assert activations(on_cpu, 0, ended=1) == 4 * (2 + 1) * BOUNDARY
 
 
 def test_the_loss_comes_before_what_is_recomputed() -> None:
