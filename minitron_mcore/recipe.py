@@ -27,7 +27,7 @@ from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.reading import filled, load_text, override_value, put, read
 from minitron_mcore.report.config import ReportConfig
-from minitron_mcore.runtime.config import INSTANCES, ClusterConfig, ParallelConfig
+from minitron_mcore.runtime.config import INSTANCES, ClusterConfig, ParallelConfig, WatchConfig
 from minitron_mcore.search.config import AblateConfig, SearchConfig
 from minitron_mcore.training.config import CorrectConfig, LogConfig, TrainConfig
 
@@ -141,6 +141,7 @@ class Recipe:
     generate: GenerateConfig = key(GenerateConfig, "text that models write", may_change=True)
     run: RunConfig = key(RunConfig, "what `run` makes")
     log: LogConfig = key(LogConfig, "where metrics go")
+    watch: WatchConfig = key(WatchConfig, "ranks that hang", may_change=True)
     cluster: ClusterConfig = key(ClusterConfig, "the machine that is planned for", may_change=True)
     estimate: EstimateConfig = key(EstimateConfig, "what a run will cost", may_change=True)
     report: ReportConfig = key(ReportConfig, "the page of a run", may_change=True)

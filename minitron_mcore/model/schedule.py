@@ -23,6 +23,7 @@ from minitron_mcore.model.microbatch import Microbatch, uncounted
 from minitron_mcore.model.packing import Packed
 from minitron_mcore.runtime.groups import data_group, pipeline_group
 from minitron_mcore.runtime.overlap import gradients_held
+from minitron_mcore.runtime.pulse import PULSE
 from minitron_mcore.runtime.repairs import divide_gradients
 
 # (loss to train, number of counted tokens, sums to report), all summed over the microbatch's tokens.
@@ -144,6 +145,7 @@ def _call_schedule(
 
     def forward_step(iterator: Iterator[Microbatch], model: torch.nn.Module) -> Any:
         microbatch, chunk = next(iterator), unwrap(model)
+        PULSE.move()
         if begin is not None:
             begin(chunk, microbatch)
         params = None if microbatch.packed is None else sequence_params(microbatch.packed)

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.pulse import PULSE
 
 T = TypeVar("T")
+WAITS = "waiting for the first rank"
 
 
 def is_main() -> bool:
@@ -26,6 +28,7 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's picklable `value`, in the order of ranks; of `group`, or of the world."""
     if not dist.is_initialized():
         return [value]
+    PULSE.note("gather")
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group=group)
     return found
@@ -35,6 +38,7 @@ def broadcast(value: T) -> T:
     """The first rank's picklable `value`."""
     box = [value]
     if _has_peers():
+        PULSE.note("broadcast")
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -103,6 +107,7 @@ def raise_together(failure: Exception | None, group: dist.ProcessGroup | None = 
     """Raise on every rank, of `group` or of the world, where any of them passes an error."""
     if _has_peers(group):
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+        PULSE.note("agree")
         failed = torch.tensor(failure is not None, dtype=torch.int32, device=device)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
         if failed:
@@ -154,7 +159,9 @@ def _wait_for_main() -> None:
     if rank == 0:
         store.set(turn, "done")
     else:
+        PULSE.note(WAITS)
         wait_until(lambda: store.check([turn]))
+        PULSE.note("told by the first rank")
 
 
 def wait_until(there: Callable[[], bool], within: float | None = None) -> bool:

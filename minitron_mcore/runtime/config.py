@@ -68,6 +68,23 @@ class ClusterConfig:
     )
 
 
+@section
+class WatchConfig:
+    """Section `watch`: when ranks that go no further end the job (runtime/watchdog.py)."""
+
+    hang_minutes: float = key(
+        10.0, "in an iteration no rank goes any further for so long: the job ends; 0: nothing is watched", at_least=0
+    )
+    quiet_minutes: float = key(
+        60.0, "the same in what tells little on its way: starts, first iterations, saves, other verbs", at_least=0
+    )
+
+    def __post_init__(self) -> None:
+        if self.hang_minutes and self.quiet_minutes < self.hang_minutes:
+            rule = f"must be hang_minutes={self.hang_minutes:g} or more, as it is for what tells less on its way"
+            raise InputError("quiet_minutes", f"{self.quiet_minutes:g}", rule, "raise it, or lower hang_minutes")
+
+
 def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel") -> None:
     """Raise InputError, with the arithmetic, where `world_size` ranks cannot be laid out as the section `key` says."""
     ranks = parallel.replica_ranks

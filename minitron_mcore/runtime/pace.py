@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from minitron_mcore.runtime.pulse import PULSE
+
 
 class Pace:
     """Of the work of this process, in any unit: a training that is resumed counts from where it starts."""
@@ -39,8 +41,10 @@ def duration(seconds: float) -> str:
 def timed(timers: Any, name: str, log_level: int = 2) -> Iterator[None]:
     """Add the time spent in the `with` to the timer `name` of `timers` (megatron.core.timers.Timers; None: no timing).
 
-    Nothing is measured if `log_level` is above that of `timers`. On CUDA both ends wait for the device.
+    The pulse is told of it. Nothing is measured if `log_level` is above that of `timers`. On CUDA both ends wait for
+    the device.
     """
+    PULSE.note(name)
     if timers is None:
         yield
         return

@@ -31,6 +31,7 @@ from weakref import WeakSet
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.pace import Pace, duration
+from minitron_mcore.runtime.pulse import PULSE
 
 T = TypeVar("T")
 # A stage's `runtime.progress`, or `progress`, as the libraries take it.
@@ -86,6 +87,7 @@ class Bar:
     def reach(self, done: float) -> None:
         """`done` units of the total are done; the work never goes back, nor beyond its end."""
         self.done = max(self.done, done if self.total is None else min(done, self.total))
+        PULSE.move()
         self.show()
 
     def over(self, items: Iterable[T], units: Callable[[T], float] = lambda item: 1) -> Iterator[T]:

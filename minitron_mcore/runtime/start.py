@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import time
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
@@ -15,8 +16,11 @@ from torch.distributed import distributed_c10d as c10d
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime import agree, cpu_adapter
+from minitron_mcore.runtime.config import WatchConfig
 from minitron_mcore.runtime.interrupt import began
 from minitron_mcore.runtime.progress import Bar, progress
+from minitron_mcore.runtime.pulse import PULSE
+from minitron_mcore.runtime.watchdog import watched
 from minitron_mcore.runtime.world import (
     Memory,
     World,
@@ -63,9 +67,19 @@ class Runtime:
         style = self.progress_style if self.is_main else "none"
         return progress(total, unit, title, style=style, done=done, lines=lines)
 
+    def watched(self, watch: WatchConfig) -> AbstractContextManager[None]:
+        """Ranks that hang while the `with` lasts end the job; every rank calls (watchdog.py)."""
+        return watched(watch, self.rank, self.world_size, self.local_size)
+
     def barrier(self) -> None:
         if self.world_size > 1:
+            PULSE.note("barrier")
             torch.distributed.barrier()
+
+    def hosts(self) -> list[str]:
+        """The machine of each rank; every rank calls."""
+        own = socket.gethostname()
+        return agree.gathered(own) if self.world_size > 1 else [own]
 
     broadcast = staticmethod(agree.broadcast)
     on_main = staticmethod(agree.on_main)

@@ -1,9 +1,14 @@
-"""`python -m minitron_mcore.runtime.torchrun …` is `torchrun …`, but short about how its ranks ended.
+"""`python -m minitron_mcore.runtime.torchrun …` is `torchrun …`, but short about how its ranks ended, and it starts
+them again only where that helps.
 
 They have said themselves what is wrong. So this process ends with the first failed rank's exit code, and without
 torchrun's log, traceback and report; only of a rank that a signal ended, which could say nothing, is there a line. A
 Ctrl-C, SIGTERM or SIGUSR1, which torchrun hands on to its ranks, ends it with the shell's exit code for it, or with
 that of its ranks where all were stopped in good order and are to be started again.
+
+With `--max-restarts N` torchrun's agents start all ranks again, up to N times, when one has failed or has been given up
+(watchdog.py), and a training goes on from its newest checkpoint. What would fail again is not started again: a refusal
+(exit code 2), and ranks that a signal or a limit has stopped in good order.
 """
 
 from __future__ import annotations
@@ -16,13 +21,49 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from torch.distributed.elastic.agent.server import local_elastic_agent
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
+from torch.distributed.launcher import api
 from torch.distributed.run import main as torchrun
 
 from minitron_mcore.runtime.interrupt import UNFINISHED, exit_code, name_of
 
 _contexts: list[Any] = []  # of torchrun's: the ranks that it has started, and those that it has started again
+
+REFUSED = 2
+SIGNALS = range(129, 160)  # exit codes of ranks that a signal has stopped, as a shell has them
+
+
+class Agent(LocalElasticAgent):
+    """Of one node: torchrun's own, which knows what not to start again."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed() and self._remaining_restarts > 0:
+            rank, failure = ChildFailedError("", result.failures).get_first_failure()
+            if is_final(failure.exitcode):
+                self._remaining_restarts = 0
+            else:
+                most = worker_group.spec.max_restarts
+                turn = f"restart {most - self._remaining_restarts + 1} of {most}"
+                say(f"rank {rank} {ended(failure.exitcode)}; all ranks are started again ({turn})")
+        return result
+
+
+def is_final(code: int) -> bool:
+    """Whether ranks of which one ended with the exit code `code` would end so again, or are to stay ended."""
+    return code in (REFUSED, UNFINISHED) or code in SIGNALS
+
+
+def ended(code: int) -> str:
+    return f"was ended by {name_of(-code)}" if code < 0 else f"has ended with exit code {code}"
+
+
+def say(words: str) -> None:
+    print(f"torchrun: {words}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -38,6 +79,8 @@ def main() -> int:
 
     local_elastic_agent.start_processes = start_and_remember
     signal.signal(signal.SIGUSR1, _hand_on)
+    launcher: Any = api
+    launcher.LocalElasticAgent = Agent
     try:
         torchrun()
     except SignalException as error:
@@ -46,8 +89,11 @@ def main() -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
-        print(f"torchrun: rank {rank} was ended by {name_of(-failure.exitcode)}", file=sys.stderr)
+        say(f"rank {rank} {ended(failure.exitcode)}")
         return exit_code(-failure.exitcode)
+    except RendezvousClosedError:
+        say("the other nodes have given up")
+        return 1
     return 0
 
 

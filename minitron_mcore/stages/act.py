@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_mcore.jobs.job import Job, module_of
 from minitron_mcore.runtime.libraries import imported, write_to
 from minitron_mcore.runtime.progress import chosen
+from minitron_mcore.runtime.pulse import PULSE
 
 if TYPE_CHECKING:
     from minitron_mcore.runtime.start import Runtime
@@ -25,4 +27,6 @@ def act(verb: str, job: Job, runtime: Runtime | None) -> Any:
     for note in job.notes:
         words = f"{verb}: WARNING: {note}"
         print(words, flush=True) if runtime is None else runtime.print(words)
-    return imported(f"minitron_mcore.stages.{module_of(verb)}").run(job, runtime)
+    stage = imported(f"minitron_mcore.stages.{module_of(verb)}")
+    with PULSE.within(verb), nullcontext() if runtime is None else runtime.watched(job.recipe.watch):
+        return stage.run(job, runtime)

@@ -26,6 +26,7 @@ from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.model.gpt import unwrap
 from minitron_mcore.runtime.devices import peak_tflops
 from minitron_mcore.runtime.pace import timed
+from minitron_mcore.runtime.pulse import PULSE
 from minitron_mcore.training.budget import Shape
 from minitron_mcore.training.job import Job
 
@@ -33,6 +34,8 @@ T = TypeVar("T")
 
 # Not averaged over the steps of an interval, unlike every other number.
 NOT_AVERAGED = ("learning-rate", "grad-norm", "global batch size", "teacher learning-rate", "teacher grad-norm")
+# Megatron's timers of a microbatch's passes, of which the time of other stages and replicas is no part.
+OWN = ("forward-compute", "backward-compute")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,65 @@ class Spent:
     means: dict[str, float]  # of the losses, over the steps in which they were finite
     tokens: dict[int, float]  # sequence length -> tokens
     timers: dict[str, float]  # seconds
+    own: float = 0.0  # seconds of reading data and of this rank's own passes
+
+
+class TellingTimers(Timers):
+    """Megatron's, which tell the pulse what is begun or ended, whatever is measured, and add up the time of OWN."""
+
+    def __init__(self, log_level: int) -> None:
+        super().__init__(log_level, "max")
+        self.own = OwnTime()
+
+    def __call__(self, name: str, log_level: int | None = None) -> Any:
+        PULSE.note(name)
+        timer = super().__call__(name, log_level)
+        return self.own.over(timer) if name in OWN else timer
+
+
+class OwnTime:
+    """The time of this rank's own passes, in which it waits for no other pipeline stage or data-parallel rank. On CUDA
+    it is read off events of the device, for which the host does not wait before `take`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._timer: Any = None
+        self._began: Any = None
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def over(self, timer: Any) -> OwnTime:
+        """As `timer`, one of Megatron's, which is started and stopped along."""
+        self._timer = timer
+        return self
+
+    def start(self, barrier: bool = False) -> None:
+        self._timer.start(barrier=barrier)
+        self._began = self._now()
+
+    def stop(self, barrier: bool = False) -> None:
+        began, self._began = self._began, None
+        if isinstance(began, float):
+            self.seconds += time.perf_counter() - began
+        elif began is not None:
+            self._pairs.append((began, self._now()))
+        self._timer.stop(barrier=barrier)
+
+    def take(self) -> float:
+        """Seconds since the last call. On CUDA the device must have done its work, or the host waits for it."""
+        for first, last in self._pairs:
+            last.synchronize()
+            self.seconds += first.elapsed_time(last) / 1000
+        self._pairs = []
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    @staticmethod
+    def _now() -> Any:
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class StepTimers:
@@ -52,7 +114,7 @@ class StepTimers:
     def __init__(self, log_level: int) -> None:
         self.log_level = log_level
         self.last = 0.0  # seconds of the newest step
-        self.timers = Timers(log_level, "max")
+        self.timers = TellingTimers(log_level)
         self._clear()
 
     def attach(self, chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, objective: Objective) -> None:
@@ -76,12 +138,13 @@ class StepTimers:
         return {name: timer.elapsed(reset=True) for name, timer in self.timers._timers.items()}
 
     def _clear(self) -> None:
-        self.seconds, self.steps = 0.0, 0
+        self.seconds, self.steps, self.own = 0.0, 0, 0.0
         totals: list[dict[Any, float]] = [defaultdict(float) for _ in range(4)]
         self._sums, self._counts, self._tokens, self._timers = totals
 
     def start(self) -> None:
         self.take()
+        self.timers.own.take()
         self._started = time.perf_counter()
 
     def add(self, row: dict[str, float], shape: Shape) -> None:
@@ -89,6 +152,7 @@ class StepTimers:
         self.last = time.perf_counter() - self._started
         self.seconds += self.last
         self.steps += 1
+        self.own += self.timers.own.take()
         self._tokens[shape.sequence_length] += shape.tokens
         for name, seconds in self.take().items():
             self._timers[name] += seconds
@@ -102,7 +166,8 @@ class StepTimers:
         """What a step took; the interval starts afresh."""
         means = {name: value / self._counts[name] for name, value in self._sums.items()}
         tokens, timers = ({key: n / self.steps for key, n in sums.items()} for sums in (self._tokens, self._timers))
-        spent = Spent(self.seconds / self.steps, means, tokens, timers)
+        own = self.own / self.steps + timers.get("batch-generator", 0.0)
+        spent = Spent(self.seconds / self.steps, means, tokens, timers, own)
         self._clear()
         return spent
 
@@ -138,23 +203,26 @@ def split_line(row: dict[str, Any]) -> str:
     return " time of an iteration (ms, slowest rank; share of all) | " + " | ".join(cells) + " |"
 
 
-def account(job: Job, spent: Spent) -> tuple[dict[str, float], dict[str, float]]:
-    """(rates and memory, the time of each part and its share); every rank calls.
+def account(job: Job, spent: Spent) -> tuple[dict[str, float], dict[str, float], list[float]]:
+    """(rates and memory, the time of each part and its share, `spent.own` by rank); every rank calls.
 
     A time is the slowest rank's; a share is of the time of all ranks, so that the shares add up to 1.
     """
     parts = split(spent.timers, spent.seconds, job.log.timing_log_level)
-    values = [spent.seconds, peak_memory(), *parts.values()]
+    own = [0.0] * job.runtime.world_size
+    own[job.runtime.rank] = spent.own
+    values = [spent.seconds, peak_memory(), *parts.values(), *own]
     sums = torch.tensor(values, dtype=torch.float64, device=torch.cuda.current_device())
     slowest = sums.clone()
     torch.distributed.all_reduce(sums)
     torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
-    seconds, memory, *longest = slowest.tolist()
+    seconds, memory, *longest = slowest.tolist()[: 2 + len(parts)]
     whole, _, *totals = sums.tolist()
+    totals, own = totals[: len(parts)], totals[len(parts) :]
     times: dict[str, float] = {}
     for name, most, total in zip(parts, longest, totals, strict=True):
         times |= {f"{name}-time": 1000 * most, f"{name}-share": total / whole}
-    return {**throughput(job, seconds, spent.tokens), "peak memory (GiB)": memory / 2**30}, times
+    return {**throughput(job, seconds, spent.tokens), "peak memory (GiB)": memory / 2**30}, times, own
 
 
 def throughput(job: Job, step_seconds: float, tokens: dict[int, float]) -> dict[str, float]:

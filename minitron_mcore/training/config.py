@@ -232,6 +232,12 @@ class LogConfig:
     timing_log_level: int = key(
         0, "Megatron's: 0 large parts of a step, 1 collectives too, 2 every microbatch", at_least=0, at_most=2
     )
+    straggler_ratio: float = key(
+        1.5, "a line names the slowest rank if it takes so many times as long as others; 0: never", at_least=0
+    )
+    spike_deviations: float = key(
+        10.0, "a line tells of a loss or gradient norm so many deviations above those before; 0: never", at_least=0
+    )
     peak_tflops: Optional[float] = key(None, "of a device, for the MFU; null: by the device's name", above=0)
     tensorboard: bool = key(True, "write TensorBoard's files")
     wandb: Annotated[str, OneOf("auto", "online", "offline", "disabled")] = key(

@@ -19,10 +19,11 @@ from minitron_mcore.errors import DivergedError, InputError
 from minitron_mcore.evaluation.held_out import mean_loss
 from minitron_mcore.model.microbatch import Microbatch
 from minitron_mcore.runtime.agree import gathered
-from minitron_mcore.runtime.groups import data_group
+from minitron_mcore.runtime.groups import data_group, pipeline_group
 from minitron_mcore.runtime.interrupt import EXIT_INTERVAL, name_of, sparing, stopped_code
 from minitron_mcore.runtime.pace import Pace, timed
 from minitron_mcore.runtime.progress import Bar
+from minitron_mcore.runtime.pulse import PULSE
 from minitron_mcore.runtime.world import grace_seconds
 from minitron_mcore.training.accounting import StepTimers, account, split_line
 from minitron_mcore.training.grace import Grace
@@ -31,8 +32,12 @@ from minitron_mcore.training.metrics import MetricsLog
 from minitron_mcore.training.resuming import find_whole
 from minitron_mcore.training.saving import Saver
 from minitron_mcore.training.signals import StopRequest
+from minitron_mcore.training.spikes import Spikes, in_words
 from minitron_mcore.training.start_check import check_teacher
 from minitron_mcore.training.step import Trained, not_finite, set_schedule, train_step
+from minitron_mcore.training.stragglers import slowest
+
+NOTICED = 0.2  # seconds: what one rank takes longer for a tiny step is the machine's own noise
 
 
 def fit(job: Job) -> Progress:
@@ -78,7 +83,7 @@ def fit(job: Job) -> Progress:
         shown = runtime.progress(
             job.ends_at, "iterations", f"training {job.name}", done=progress.iteration, lines=False
         )
-        with stop.outliving_the_reader(), sparing(lambda: saver.is_saving), shown as bar:
+        with stop.outliving_the_reader(), sparing(lambda: saver.is_saving), shown as bar, PULSE.training():
             # Asked once more: a signal may come while the last checkpoint is saved.
             runtime.stop_signal = _iterate(job, progress, trained, metrics, stop, bar, saver) or stop.on_any_rank()
             if runtime.stop_signal and progress.iteration < job.ends_at:
@@ -111,10 +116,12 @@ def _iterate(
     Returns that reason, or 0; the same on every rank."""
     train, runtime = job.train, job.runtime
     grace = grace_of(job, progress)
+    PULSE.begin(progress.iteration + 1, steady=False)
     steps = job.data.read_train(job.timetable, progress.iteration)
     first = next(steps)
     check_teacher(job, first[1])
     runtime.on_main(lambda: metrics.open(progress.iteration))
+    spikes, hosts = spikes_so_far(job, metrics), runtime.hosts()
     timers = StepTimers(job.log.timing_log_level)
     pace = Pace(progress.consumed_tokens)  # validation and saving count too
     timers.attach(trained.chunks, trained.optimizer, job.objective)
@@ -138,33 +145,40 @@ def _iterate(
             progress.hidden_states_alpha = job.objective.states.alpha
         last = progress.iteration == job.ends_at
         row = {"consumed samples": progress.consumed_samples, **row}
-        shown = times = None
+        shown = times = facts = None
         if last or progress.iteration % job.log.interval == 0:
             spent = timers.report()
-            costs, times = account(job, spent)
+            costs, times, own = account(job, spent)
+            times |= told_of_stragglers(job, progress.iteration, own, hosts)
+            facts = {"times by rank (ms)": [round(1000 * each, 3) for each in own]}
             tokens = progress.consumed_tokens  # batch sizes may change, so iterations would not tell
             left = pace.left(tokens, end)
             shown = {**row, **costs, **spent.means, "tokens": tokens, "time left": left}
             row |= {**costs, **times}
-        metrics.write(progress.iteration, row, shown=shown)
+        if leaps := spikes.found(row):
+            metrics.event(progress.iteration, "spike", leaps, in_words(progress.iteration, leaps))
+        metrics.write(progress.iteration, row, shown=shown, facts=facts)
         if times is not None and (job.log.console == "full" or job.log.timing_log_level):
             runtime.print(split_line(times))
         if job.data.read_valid and (last or _is_due(progress.iteration, train.eval_interval)):
             began = time.monotonic()
-            progress.metrics = validate(trained.chunks, job)
+            with PULSE.quiet("validation"):
+                progress.metrics = validate(trained.chunks, job)
             runtime.warn(grace.validation(time.monotonic() - began))
             metrics.write(progress.iteration, progress.metrics, shown=progress.metrics, kind="validation")
             tell()  # once more, since that took long
-        asked_to_stop, writing, slowest = stop.answer()
+        asked_to_stop, writing, longest = stop.answer()
         if not last and not asked_to_stop and _is_due(progress.iteration, train.exit_interval or 0):
             asked_to_stop = EXIT_INTERVAL
-        runtime.warn(grace.step(slowest / 1000, most_tokens / step.shape.tokens))
-        saver.attend(writing)
-        if last or asked_to_stop or any(_is_due(progress.iteration, each) for each in job.save_intervals):
-            saver.save(progress, at_once=bool(last or asked_to_stop))
+        runtime.warn(grace.step(longest / 1000, most_tokens / step.shape.tokens))
+        with PULSE.quiet("checkpoint"):
+            saver.attend(writing)
+            if last or asked_to_stop or any(_is_due(progress.iteration, each) for each in job.save_intervals):
+                saver.save(progress, at_once=bool(last or asked_to_stop))
         if last or asked_to_stop:
             return asked_to_stop
         runtime.warn(grace.save(saver.seconds))
+        PULSE.begin(progress.iteration + 1, steady=True)
         timers.start()
     raise AssertionError("the steps ended before the last iteration")
 
@@ -172,6 +186,29 @@ def _iterate(
 def grace_of(job: Job, progress: Progress) -> Grace:
     given = job.recipe.get("cluster", {}).get("grace_seconds")
     return Grace(grace_seconds() if given is None else given, given=given is not None, resumes=progress.iteration > 0)
+
+
+def spikes_so_far(job: Job, metrics: MetricsLog) -> Spikes:
+    spikes = Spikes(job.log.spike_deviations)
+    if job.runtime.is_main:
+        spikes.read(metrics.file)
+    return spikes
+
+
+def told_of_stragglers(job: Job, iteration: int, own: list[float], hosts: list[str]) -> dict[str, float]:
+    """What is logged of the ranks' `own` seconds an iteration; where one is far slower than others, a line names it.
+    Every rank calls."""
+    found = slowest(own, pipeline_group().size())
+    if found is None:
+        return {}
+    limit = job.log.straggler_ratio
+    if limit and found.ratio >= limit and found.seconds >= NOTICED:
+        job.runtime.print(found.in_words(iteration, hosts[found.rank]))
+    return {
+        "slowest rank": found.rank,
+        "slowest rank time (ms)": 1000 * found.seconds,
+        "slowest rank ratio": found.ratio,
+    }
 
 
 def describe_newest(job: Job, progress: Progress) -> None:

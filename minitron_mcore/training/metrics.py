@@ -47,10 +47,14 @@ class MetricsLog:
         self._prometheus: PrometheusFile | None = None
         self._iteration = 0
 
+    @property
+    def file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
     def open(self, iteration: int) -> None:
         """Start every writer for a run that continues after `iteration`; rows of later ones are deleted, as they come
         again. Raises InputError where they cannot be written, or Weights & Biases refuses."""
-        file = self.folder / "metrics.jsonl"
+        file = self.file
         with writing(str(self.folder)):
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.log.wandb != "disabled":
@@ -71,9 +75,15 @@ class MetricsLog:
             self._prometheus = PrometheusFile(Path(self.log.prometheus), labels, self.iterations)
 
     def write(
-        self, iteration: int, row: dict[str, float], *, shown: dict[str, float] | None, kind: str = "train"
+        self,
+        iteration: int,
+        row: dict[str, float],
+        *,
+        shown: dict[str, float] | None,
+        kind: str = "train",
+        facts: dict[str, Any] | None = None,
     ) -> None:
-        """Write `row` to files and dashboards, and `shown`, if given, to the console.
+        """Write `row` to files and dashboards, `shown`, if given, to the console, and `facts` to metrics.jsonl alone.
 
         `kind`: train or validation; names of validation losses have a suffix of their own.
         """
@@ -81,7 +91,7 @@ class MetricsLog:
             return
         # JSON has no NaN and no infinity.
         numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._write_line(iteration, kind, numbers)
+        self._write_line(iteration, kind, {**numbers, **(facts or {})})
         self._iteration = iteration
         if shown is not None:
             shown = once(shown)

@@ -37,4 +37,5 @@ def logged(file: Path) -> Iterator[tuple[int, float, dict[str, float]]]:
         for row in map(json.loads, stream):
             iteration, moment, kind = row.pop("iteration"), row.pop("time"), row.pop("kind")
             if kind in ("train", "validation"):
-                yield iteration, moment, {name: math.nan if value is None else value for name, value in row.items()}
+                numbers = {name: value for name, value in row.items() if not isinstance(value, list)}
+                yield iteration, moment, {name: math.nan if value is None else value for name, value in numbers.items()}

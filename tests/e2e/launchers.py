@@ -75,17 +75,19 @@ def start_torchrun(arguments: list[str], **extra: str) -> subprocess.Popen[str]:
     )
 
 
-def start_ranks(arguments: list[str], folder: Path, world_size: int) -> list[warm.Process]:
-    """`python -m minitron_mcore ...` on each rank, as srun starts them; rank R writes into `folder`/rankR.log."""
+def start_ranks(
+    arguments: list[str], folder: Path, world_size: int, module: str = "minitron_mcore", **extra: str
+) -> list[warm.Process]:
+    """`python -m module ...` on each rank, as srun starts them; rank R writes into `folder`/rankR.log."""
     folder.mkdir()
     world = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         warm.start(
-            "minitron_mcore",
+            module,
             arguments,
             output=folder / f"rank{rank}.log",
-            env=environment(**world, RANK=str(rank), LOCAL_RANK=str(rank)),
+            env=environment(**world, **extra, RANK=str(rank), LOCAL_RANK=str(rank)),
         )
         for rank in range(world_size)
     ]

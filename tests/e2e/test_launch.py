@@ -64,6 +64,22 @@ def test_a_refusal_under_torchrun_is_one_sentence() -> None:
     assert said.count("\n") == 1 and said.startswith("minitron train: train.lr=-1"), said
 
 
+@pytest.mark.parametrize("how", ["killed", pytest.param("refused", marks=pytest.mark.slow)])
+def test_ranks_are_started_again(how: str, tmp_path: Path) -> None:
+    """After `kill -9` of one, not after a refusal. The agent is torchrun's own, and so are its processes."""
+    elastic = {"MAX_RESTARTS": "2", "NPROC_PER_NODE": "2", "MINITRON_MODULE": "tests.e2e.elastic_probe"}
+    process = start_torchrun([how], LAUNCH_PROBE_FOLDER=str(tmp_path), **elastic)
+    said = process.communicate(timeout=120)[0]
+    starts = {path.name: path.read_text().split() for path in tmp_path.glob("rank*")}
+    if how == "refused":
+        assert process.returncode == 2 and said == "", said
+        assert {start for each in starts.values() for start in each} == {"0"}
+    else:
+        assert process.returncode == 0, said
+        assert said == "torchrun: rank 1 was ended by SIGKILL; all ranks are started again (restart 1 of 2)\n"
+        assert starts == {"rank0": ["0", "1"], "rank1": ["0", "1"]}
+
+
 @pytest.mark.slow  # what a terminal shows is in tests/unit/runtime/test_progress.py; here, that torchrun hands it on
 def test_the_first_rank_alone_draws_on_the_terminal(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
@@ -97,6 +113,26 @@ def test_torchrun_starts_a_process_for_each_gpu(tmp_path: Path, listing: str, pr
         *("--standalone", "--shutdown-timeout", "600", "--nproc-per-node", processes),
         *("-m", "minitron_mcore", "run"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"NNODES": "2", "NODE_RANK": "1"}, "--nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 29500"),
+        (
+            {"NNODES": "2:3", "MAX_RESTARTS": "5"},
+            "--nnodes 2:3 --rdzv-backend c10d --rdzv-endpoint 10.0.0.1:29500 --rdzv-id minitron "
+            "--rdzv-conf last_call_timeout=30 --max-restarts 5",
+        ),
+        ({"MAX_RESTARTS": "5"}, "--standalone --max-restarts 5"),
+    ],
+)
+def test_torchrun_is_told_of_nodes_and_restarts(tmp_path: Path, given: dict[str, str], expected: str) -> None:
+    write_tool(tmp_path, "python", "#!/bin/sh\nprintf '%s ' \"$@\"\n")
+    env = environment(MASTER_ADDR="10.0.0.1", **given)
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    done = subprocess.run([ROOT / "launch" / "torchrun.sh", "run"], env=env, capture_output=True, text=True, check=True)
+    assert f"runtime.torchrun {expected} --shutdown-timeout 600 " in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ import json
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -59,6 +62,32 @@ def test_ranks_that_all_stopped_in_good_order_are_to_be_started_again(
         assert torchrun.main() == expected
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize(
+    ("codes", "left", "said"),
+    [
+        ({1: -9}, 3, "torchrun: rank 1 was ended by SIGKILL; all ranks are started again (restart 1 of 3)\n"),
+        ({0: 75}, 3, "torchrun: rank 0 has ended with exit code 75; all ranks are started again (restart 1 of 3)\n"),
+        ({0: 2}, 0, ""),
+        ({1: 143, 0: 1}, 0, ""),
+        ({}, 3, ""),
+    ],
+)
+def test_what_would_fail_again_is_not_started_again(
+    codes: dict[int, int], left: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`codes` in the order in which torchrun met them."""
+    failures = {rank: ProcessFailure(rank, 1, code, "") for rank, code in codes.items()}
+    state = WorkerState.FAILED if codes else WorkerState.HEALTHY
+    result = RunResult(state=state, return_values={}, failures=failures)
+    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda self, group: result)
+    agent = torchrun.Agent.__new__(torchrun.Agent)
+    agent._remaining_restarts = 3
+    group: Any = SimpleNamespace(spec=SimpleNamespace(max_restarts=3))
+    assert agent._monitor_workers(group) is result
+    assert agent._remaining_restarts == left
+    assert capsys.readouterr() == ("", said)
 
 
 def test_torchruns_own_report_ends_with_the_sentence(
