@@ -2,9 +2,9 @@
 
 Exit code 0: done. 2: wrong input, one sentence, no traceback; a file that is closed to this user too, whenever it is
 met. 1: a failure while running; one sentence where the memory or the disk is full. 75: ranks hang
-(runtime/watchdog.py). 130: Ctrl-C; 143: SIGTERM; 138: SIGUSR1; 129: SIGHUP, as of a terminal that is closed. 141:
-nobody reads what is printed any more, as behind `| head`. 200: stopped in good order by SIGTERM, SIGUSR1 or a limit,
-and not done yet: to be started again.
+(runtime/watchdog.py); 201: the same after a save. 130: Ctrl-C; 143: SIGTERM; 138: SIGUSR1; 129: SIGHUP, as of a
+terminal that is closed. 141: nobody reads what is printed any more, as behind `| head`. 200: stopped in good order by
+SIGTERM, SIGUSR1 or a limit, and not done yet: to be started again.
 """
 
 from __future__ import annotations

@@ -30,6 +30,9 @@ LIMITS = {EXIT_INTERVAL: "exit_interval", EXIT_DURATION: "exit_duration_in_mins"
 # The exit code of what was stopped in good order and is to be started again. srun gives the highest code of its tasks,
 # and 143 whenever one has failed, since it ends the others by SIGTERM. So it is above that of every signal.
 UNFINISHED = 200
+# Of ranks that hang (watchdog.py): EX_TEMPFAIL of sysexits.h where nothing was finished before, and else one that is
+# above every signal's too and asks for another start.
+HUNG, HUNG_LATER = 75, 201
 
 _endings: set[Ending] = set()  # at most one, while the command line runs a verb
 _saving: list[Callable[[], bool]] = []  # each tells whether a checkpoint is being written
@@ -106,9 +109,13 @@ def stopped_code(reason: int) -> int:
 
 def made_progress() -> None:
     """Have it known that something is finished for good: what SIGUSR1, the warning of a time limit, breaks off later is
-    worth starting again."""
+    worth starting again, and so is what hangs later."""
     for ending in _endings:
         ending.progress = True
+
+
+def hung_code() -> int:
+    return HUNG_LATER if any(ending.progress for ending in _endings) else HUNG
 
 
 def began() -> float:

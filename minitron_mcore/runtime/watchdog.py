@@ -28,11 +28,11 @@ import torch.distributed as dist
 
 from minitron_mcore.runtime.agree import WAITS
 from minitron_mcore.runtime.config import WatchConfig
+from minitron_mcore.runtime.interrupt import hung_code
 from minitron_mcore.runtime.notice import say_failure
 from minitron_mcore.runtime.pulse import PULSE, Pulse
 from minitron_mcore.tables import counted, table
 
-HUNG = 75  # exit code: EX_TEMPFAIL of sysexits.h, the same command goes on
 BEAT = 5.0  # seconds between two beats, or a tenth of the limit if that is less
 MERCY = 3.0  # seconds for the ranks to end themselves
 MOST_ROWS = 64  # of the table; of more ranks, those that go no further for the same reason share a row
@@ -301,7 +301,7 @@ class Watchdog:
         for beat in silent:
             if says or beat.host != verdict["host"]:
                 end_silent(beat, self._host, self.rank)
-        self.leave(HUNG)
+        self.leave(hung_code())
 
 
 def suspected(here: list[Heard]) -> list[Heard]:

@@ -22,6 +22,7 @@ from minitron_mcore.errors import InputError, StorageError
 from minitron_mcore.files import writing
 from minitron_mcore.runtime.agree import all_come
 from minitron_mcore.runtime.folder_lock import TRAINING_LOCK
+from minitron_mcore.runtime.interrupt import made_progress
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Job, Progress
 from minitron_mcore.training.step import Trained
@@ -169,6 +170,7 @@ class Saver:
 
     def _make_room(self, iteration: int) -> None:
         """Count `iteration` as the newest, and drop those that are not to stay beside it."""
+        made_progress()
         job, interim, self.interim = self.job, self.interim, iteration
         going = []
         if self.kept is None:

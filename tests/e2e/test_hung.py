@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minitron_mcore.runtime.watchdog import HUNG
+from minitron_mcore.runtime.interrupt import HUNG
 from tests.e2e.launchers import start_ranks
 
 LIMIT = 6.0  # seconds

@@ -177,6 +177,7 @@ PREEMPTED = "2026-01-01T01:00:00"
     [
         (0, {}, False),
         (200, {}, True),
+        (201, {}, True),
         (138, {}, False),  # a time limit before anything was finished, which the next start would meet again
         (143, {}, False),  # what srun says where a rank has failed
         (143, {"FAKE_PREEMPTED": PREEMPTED}, True),

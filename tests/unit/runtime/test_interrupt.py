@@ -14,7 +14,19 @@ import torch
 
 from minitron_mcore.data.dataset import FIELDS, batches_once
 from minitron_mcore.runtime import interrupt
-from minitron_mcore.runtime.interrupt import EXIT_DURATION, SIGNALS, Ending, at_once, held_back, sparing, stopped_code
+from minitron_mcore.runtime.interrupt import (
+    EXIT_DURATION,
+    HUNG,
+    HUNG_LATER,
+    SIGNALS,
+    Ending,
+    at_once,
+    held_back,
+    hung_code,
+    made_progress,
+    sparing,
+    stopped_code,
+)
 from minitron_mcore.training import signals
 from tests.e2e.launchers import ROOT, environment
 
@@ -80,6 +92,15 @@ def test_a_time_limit_after_progress_asks_for_another_start() -> None:
     progress = "from minitron_mcore.runtime.interrupt import made_progress; made_progress()"
     assert run(f"{progress}; signal.raise_signal(signal.SIGUSR1)").returncode == 200
     assert run(f"{progress}; signal.raise_signal(signal.SIGTERM)").returncode == 143
+
+
+def test_ranks_that_hang_after_progress_ask_for_another_start() -> None:
+    assert hung_code() == HUNG == 75
+    with Ending():
+        assert hung_code() == HUNG
+        made_progress()
+        assert hung_code() == HUNG_LATER
+    assert max(signal.valid_signals()) + 128 < HUNG_LATER, "of which srun gives the highest"
 
 
 def test_what_a_stop_in_good_order_ends_with() -> None:

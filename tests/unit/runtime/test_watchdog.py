@@ -15,9 +15,9 @@ import pytest
 from torch.distributed import HashStore
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.runtime import watchdog
 from minitron_mcore.runtime.agree import WAITS
 from minitron_mcore.runtime.config import WatchConfig
+from minitron_mcore.runtime.interrupt import HUNG
 from minitron_mcore.runtime.pace import timed
 from minitron_mcore.runtime.progress import SILENT
 from minitron_mcore.runtime.pulse import PULSE, Pulse
@@ -54,7 +54,7 @@ class Ranks:
                 self.pulses[rank].moved += seconds
             if rank not in self.stopped and rank not in self.left:
                 if dog._weigh(seconds) is not None:
-                    self.left[rank] = watchdog.HUNG
+                    self.left[rank] = HUNG
                 dog._tell(False)
                 dog.unanswered = 0.0
         for rank, dog in enumerate(self.dogs):
@@ -209,7 +209,7 @@ def test_a_store_that_does_not_answer(capsys: pytest.CaptureFixture[str]) -> Non
         dog = ranks.dogs[rank]
         dog.beat, dog._seen, dog.still, dog.unanswered = 0.001, ranks.pulses[rank].moved, STEP + 1, STEP
         dog._look()
-    assert ranks.left == {1: watchdog.HUNG, 2: watchdog.HUNG}
+    assert ranks.left == {1: HUNG, 2: HUNG}
     first, *rest = capsys.readouterr().err.split("minitron distill: rank ")[1:]
     assert first.startswith("1 on node-0 has not gone on for 601 s (iteration 41, batch-generator): the store of the")
     assert "; as it last said:\n" in first and "as it last said" not in rest[0]
