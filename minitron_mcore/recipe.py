@@ -27,7 +27,7 @@ from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
 from minitron_mcore.reading import filled, load_text, override_value, put, read
 from minitron_mcore.report.config import ReportConfig
-from minitron_mcore.runtime.config import INSTANCES, ClusterConfig, ParallelConfig, WatchConfig
+from minitron_mcore.runtime.config import INSTANCES, ClusterConfig, ParallelConfig, SubmitConfig, WatchConfig
 from minitron_mcore.search.config import AblateConfig, SearchConfig
 from minitron_mcore.training.config import CorrectConfig, LogConfig, TrainConfig
 
@@ -86,6 +86,11 @@ class RunConfig:
     prompts: list[str] = key(
         [], "what the teacher and the distilled students go on with at the end, as generate.* says", may_change=True
     )
+    only: Optional[str] = key(
+        None,
+        "one step, by its name in the folder `done`, whose input is there; null: all that are left, and the report",
+        may_change=True,
+    )
 
 
 @section
@@ -143,6 +148,7 @@ class Recipe:
     log: LogConfig = key(LogConfig, "where metrics go")
     watch: WatchConfig = key(WatchConfig, "ranks that hang", may_change=True)
     cluster: ClusterConfig = key(ClusterConfig, "the machine that is planned for", may_change=True)
+    submit: SubmitConfig = key(SubmitConfig, "a recipe as jobs of SLURM", may_change=True)
     estimate: EstimateConfig = key(EstimateConfig, "what a run will cost", may_change=True)
     report: ReportConfig = key(ReportConfig, "the page of a run", may_change=True)
 

@@ -173,9 +173,16 @@ VERBS = {
     ),
     "run": Verb(
         "everything above, from one recipe",
-        (*_ROAD, *_MODEL),
+        ("hf", *_ROAD, *_MODEL),
         "what the recipe names → the folder output",
         "torchrun --nproc-per-node 2 -m minitron_mcore run --config configs/quickstart.yaml",
+    ),
+    "submit": Verb(
+        "a recipe's steps as SLURM jobs that wait for each other, each of its own size; searches and ablations as "
+        "arrays ([docs/cluster.md](docs/cluster.md))",
+        ("submit", "hf", *_ROAD, "ablate", "align", "chat", *_MODEL),
+        "a recipe, and a template of a job → output/submit, and SLURM's queue",
+        "minitron submit --config recipe.yaml cluster.gpus=256 cluster.time=12:00:00",
     ),
 }
 

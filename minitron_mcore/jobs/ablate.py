@@ -24,6 +24,9 @@ from minitron_mcore.pruning.plan_file import PruningPlan
 from minitron_mcore.recipe import Recipe
 from minitron_mcore.runtime.world import World
 from minitron_mcore.search.ablation import Row, Setting, grid_of, read_rows, shapes_of
+from minitron_mcore.search.config import of_share
+
+PARTS = "parts"  # tables of shares, which jobs beside each other write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class AblateJob(ModelJob):
     """A row of the table `target` for each setting of `grid`, whose shapes are `shapes`.
 
     done: the rows that are there. made_with: fingerprint of what all rows share. scoring: the pass that serves every
-    setting that needs one.
+    setting that needs one. is_share: `grid` is that of ablate.share alone, and the table a part.
     """
 
     shapes: dict[str, Architecture]
@@ -39,6 +42,7 @@ class AblateJob(ModelJob):
     made_with: str
     done: dict[Setting, Row]
     scoring: ScoreJob | None
+    is_share: bool
 
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> AblateJob:
@@ -54,8 +58,12 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Ablat
     given = recipe.student.layers is not None
     grid = grid_of(recipe.ablate, teacher.architecture, shapes, recipe.seed, layers_given=given)
     importance = importance_of(recipe, grid, teacher.architecture, shapes)
-    path, made_with = folder / "ablation.csv", fingerprint(recipe, teacher)
-    done = {row.setting: row for row in read_rows(path, made_with)}
+    made_with, share, parts = fingerprint(recipe, teacher), recipe.ablate.share, folder / PARTS
+    path = folder / "ablation.csv"
+    done = {row.setting: row for file in (path, *sorted(parts.glob("*.csv"))) for row in read_rows(file, made_with)}
+    if share:
+        grid = list(of_share(grid, share))
+        path = parts / f"{share.replace('/', '-of-')}.csv"
     scoring = None
     if any(setting.method == "activation" and setting not in done for setting in grid):
         # A scores file of its own for every way of scoring.
@@ -76,6 +84,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Ablat
         made_with=made_with,
         done=done,
         scoring=scoring,
+        is_share=share is not None,
     )
 
 

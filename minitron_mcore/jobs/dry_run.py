@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from minitron_mcore.estimate.forecast import bytes_text, forecast_words, stage_parts
 from minitron_mcore.jobs.align import AlignJob
+from minitron_mcore.jobs.batch import SubmitJob
 from minitron_mcore.jobs.job import Job, Model
 from minitron_mcore.jobs.run import RunJob
 from minitron_mcore.jobs.search import SearchJob
@@ -32,6 +34,8 @@ def planned_world(cluster: ClusterConfig, started: World) -> World:
 
 def dry_run(verb: str, job: Job, world: World) -> str:
     """What the job would do, in words."""
+    if isinstance(job, SubmitJob):
+        return "\n".join([*_submit_lines(job), "dry run: nothing was written"])
     lines = [f"minitron {verb} on {counted(world.size, 'rank')}{layout_of(job.recipe, world)}"]
     if isinstance(job, RunJob):
         for number, (step, each) in enumerate(job.steps, start=1):
@@ -41,6 +45,22 @@ def dry_run(verb: str, job: Job, world: World) -> str:
     else:
         lines += _lines(job, world)
     return "\n".join([*lines, "dry run: nothing was written"])
+
+
+def _submit_lines(job: SubmitJob) -> Iterator[str]:
+    """Every job with what it would do, and the script that SLURM would get; <STAGE> is the id of another one."""
+    yield f"minitron submit: {counted(len(job.stages), 'job')} by {job.template.place}"
+    yield from (f"{title}: done before" for title in job.skipped)
+    for number, stage in enumerate(job.stages, start=1):
+        array = f", an array of {counted(stage.array, 'task')}" if stage.array else ""
+        after = f", after {' and '.join(stage.after)}" if stage.after else ""
+        yield f"[{number}/{len(job.stages)}] {stage.title}: {stage.size} for {stage.size.time}{array}{after}"
+        if stage.job and stage.job is not (job.stages[number - 2].job if number > 1 else None):
+            yield from (f"  {line}" for line in _lines(stage.job, stage.size.world))
+        words = stage.sbatch(job.place, {name: f"<{name}>" for name in stage.after})
+        yield f"  {shlex.join(words)}"
+        yield from (f"  | {line}" for line in stage.script(job.place, job.template).splitlines())
+    yield from (f"WARNING: {note}" for note in job.notes)
 
 
 def layout_of(recipe: Recipe, world: World) -> str:

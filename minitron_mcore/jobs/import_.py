@@ -25,13 +25,13 @@ class ImportJob(Job):
     made: Model
 
 
-def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> ImportJob:
-    """`hf` -> the new folder `checkpoint`. Raises InputError."""
+def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING, *, replaces: bool = False) -> ImportJob:
+    """`hf` -> the new folder `checkpoint`; one that is there is replaced where `replaces`. Raises InputError."""
     require(recipe, {"hf": "the Hugging Face folder to read", "checkpoint": "the folder to write to"})
     check_layout(recipe.parallel, world.size)
     source = find_hugging_face(str(recipe.hf))
     target = output_folder(recipe.checkpoint, "checkpoint")
-    if target.exists():
+    if target.exists() and not replaces:
         raise InputError("checkpoint", target, "exists", "name a folder that does not, or move that one away")
     refuse_adapter(source)
     architecture = read_config(source, recipe.model.make_vocab_size_divisible_by)

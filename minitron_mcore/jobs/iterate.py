@@ -129,9 +129,14 @@ class Step:
     recipe: Recipe
     options: Mapping[str, Any] = field(default_factory=dict)  # of the verb's `resolve`
 
+    @property
+    def word(self) -> str:
+        """The name as run.only and cluster.stages have it."""
+        return self.name.replace(" ", "-")
+
     def mark(self, folder: Path) -> Path:
         """The file that says that it is done, and what it gave."""
-        return folder / "done" / f"{self.name.replace(' ', '-')}.json"
+        return folder / "done" / f"{self.word}.json"
 
     def outcome(self, folder: Path) -> Any:
         """What it gave; None where it is not done."""

@@ -2,7 +2,8 @@
 
 output/tokenizer/tokenizer.model          (unless the recipe names one)
 output/data/tokens_text_document.*        (unless the recipe names data)
-output/teacher/                           trained to train.tokens (of a teacher that the recipe names: results.json)
+output/teacher/                           imported from hf, else trained to train.tokens (of a teacher that the recipe
+                                          names: results.json)
 output/corrected/                         where correct.tokens is given: what is scored, pruned and taught from
 output/scores.safetensors                 one scoring pass for all students
 output/students/NAME/pruned, distilled    one for each of run.students (step-1 … beside them: jobs/iterate.py)
@@ -27,6 +28,7 @@ from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, tokenizer_folder
+from minitron_mcore.data.tokenizer_files import has_tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.jobs.inputs import find_model, output_folder, refuse_context, require
@@ -40,41 +42,56 @@ from minitron_mcore.runtime.world import World
 from minitron_mcore.search.space import has_grid
 
 SECTIONS = (
-    *("input", "tokenizer", "preprocess", "data", "model", "teacher", "student", "importance"),
-    *("prune", "search", "train", "correct", "distill", "evaluate", "run"),
+    *("input", "hf", "tokenizer", "preprocess", "data", "model", "teacher", "student"),
+    *("importance", "prune", "search", "train", "correct", "distill", "evaluate", "run"),
 )
 EVALUATE = "evaluate "
+RECIPE, RESULTS = "recipe.yaml", "results.json"
 ESTIMATE = "estimate.json"  # what may lie in the folder before the run
 BASELINE_TITLES = {"next_token": "next-token loss", "random": "random weights"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunJob(Job):
-    """`steps` in order, into `folder`, each with what it will do; None: it is done."""
+    """`steps` in order, into `folder`, each with what it will do; None: it is done. With run.only that one alone."""
 
     folder: Path
     world: World
     steps: tuple[tuple[Step, Job | None], ...]
 
 
+class Reached(Exception):  # noqa: N818  # nothing is wrong
+    """The one step that is asked for has been laid."""
+
+
 @dataclass
 class Road:
-    """Steps are resolved as they are laid, each with what those before it promise."""
+    """Steps are resolved as they are laid, each with what those before it promise. With `only`, a step's word, that one
+    alone is: what it needs is there, while others may be under way elsewhere; then Reached is raised."""
 
     folder: Path
     world: World
     promises: Promises
+    only: str | None = None
     steps: list[tuple[Step, Job | None]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     finished: dict[str, str] = field(default_factory=dict)  # what to show of, by the name in the closing table
+    looked_at: list[str] = field(default_factory=list)  # checkpoints whose shapes say what later steps are
+
+    def shape_of(self, folder: Path | str, key: str) -> Architecture:
+        """Of a checkpoint that is there or promised."""
+        self.looked_at.append(str(folder))
+        return find_model(folder, key, self.promises).architecture
 
     def lay(self, step: Step) -> Job | None:
         """The step's job; None where it is done."""
-        job = None
-        if not step.mark(self.folder).is_file():
+        job, is_wanted = None, self.only in (None, step.word)
+        if is_wanted and not step.mark(self.folder).is_file():
             job = step.resolve(self.world, self.promises)
             self.promises = self.promises.after(job)
         self.steps.append((step, job))
+        if self.only == step.word:
+            raise Reached
         return job
 
     def add(self, name: str, title: str, verb: str, recipe: Recipe, **options: Any) -> Job | None:
@@ -87,21 +104,41 @@ class Road:
 
 def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> RunJob:
     """Every step of the recipe; the same command goes on where it was cut off. Raises InputError."""
+    folder = run_folder(recipe)
+    if recipe.run.only is None:
+        check_layout(recipe.parallel, world.size)
+    road = Road(folder, world, promises, only=recipe.run.only)
+    try:
+        lay_road(with_keys(recipe, {"run.only": None}), road)
+    except Reached:
+        road.steps = road.steps[-1:]
+    else:
+        if road.only is not None:
+            names = ", ".join(step.word for step, _ in road.steps)
+            raise InputError("run.only", road.only, "is no step of this run", f"its steps are {names}")
+    makes = tuple(made for _, job in road.steps if job for made in job.makes)
+    return RunJob(
+        recipe, makes=makes, notes=notes_of(recipe, road), folder=folder, world=world, steps=tuple(road.steps)
+    )
+
+
+def notes_of(recipe: Recipe, road: Road) -> tuple[str, ...]:
+    """What is to be said of the recipe and its steps."""
+    idle = has_grid(recipe.search) and not searches(recipe)
+    return (*road.notes, *(["search.* has no effect, because the recipe names its students"] if idle else []))
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """The folder of the run. Raises InputError where none is named, or another run, or anything else, is in it."""
     require(recipe, {"output": "the folder of the run"})
     folder = output_folder(recipe.output, "output")
-    check_layout(recipe.parallel, world.size)
     if recipe.importance.method == "activation":
         refuse_context(recipe, "run")
     refuse_other_run(folder, recipe, SECTIONS, "output")
     others = [path for path in folder.iterdir() if path.name != ESTIMATE] if folder.is_dir() else []
-    if others and not (folder / "recipe.yaml").is_file():
+    if others and not (folder / RECIPE).is_file():
         raise InputError("output", folder, "holds something other than a run", "name another folder")
-    road = Road(folder, world, promises)
-    lay_road(recipe, road)
-    makes = tuple(made for _, job in road.steps if job for made in job.makes)
-    if has_grid(recipe.search) and not searches(recipe):
-        road.notes.append("search.* has no effect, because the recipe names its students")
-    return RunJob(recipe, makes=makes, notes=tuple(road.notes), folder=folder, world=world, steps=tuple(road.steps))
+    return folder
 
 
 def lay_road(recipe: Recipe, road: Road) -> None:
@@ -113,10 +150,12 @@ def lay_road(recipe: Recipe, road: Road) -> None:
     teacher = recipe.teacher.checkpoint or str(folder / "teacher")
     scores = recipe.scores or str(folder / "scores.safetensors")
     base = with_keys(base, {"teacher.checkpoint": teacher, "scores": scores})
-    if not recipe.teacher.checkpoint:
+    if recipe.hf and not recipe.teacher.checkpoint:
+        road.add("import", "import the teacher", "import", with_keys(base, {"checkpoint": teacher}), replaces=True)
+    elif not recipe.teacher.checkpoint:
         told = {"name": f"{recipe.name}-teacher", "train.checkpoint": teacher}
         road.add("train-teacher", "train the teacher", "train", with_keys(base, told))
-    shape = find_model(teacher, "teacher.checkpoint", road.promises).architecture
+    shape = road.shape_of(teacher, "teacher.checkpoint")
     # Nothing is written into the folder of a teacher that the recipe names.
     results = folder / "teacher" / "results.json" if recipe.teacher.checkpoint else None
     road.evaluate("teacher", base, teacher, results)
@@ -134,7 +173,7 @@ def lay_road(recipe: Recipe, road: Road) -> None:
         first, pruned = lay_students(base, shape, road)
     for baseline in recipe.run.baselines:
         target, title = folder / "baselines" / baseline, f"{first} {BASELINE_TITLES[baseline]}"
-        small = find_model(pruned, "student.checkpoint", road.promises).architecture
+        small = road.shape_of(pruned, "student.checkpoint")
         road.add(f"baseline-{baseline}", title, "train", with_baseline(base, baseline, small, pruned, target))
         road.evaluate(title, base, target)
     if recipe.run.prompts:
@@ -170,7 +209,7 @@ def lay_students(base: Recipe, teacher: Architecture, road: Road) -> tuple[str, 
             source = road.folder / "students" / before / "distilled"
             told = {"teacher.checkpoint": str(source), "scores": str(own / "scores.safetensors"), "plan": None}
             base = with_keys(base, told)
-            teacher = find_model(source, "teacher.checkpoint", road.promises).architecture
+            teacher = road.shape_of(source, "teacher.checkpoint")
             road.add(f"score-{name}", f"score {before}", "score", base)
         for step in parts_of(base, name, student, teacher, own):
             road.lay(step)
@@ -243,12 +282,17 @@ def with_data(recipe: Recipe, road: Road) -> Recipe:
 
     Raises InputError where a teacher or tokens are given and their tokenizer is not.
     """
+    if recipe.hf and not recipe.teacher.checkpoint and not recipe.tokenizer.model and has_tokenizer(Path(recipe.hf)):
+        recipe = with_keys(recipe, {"tokenizer.model": recipe.hf})
     if not recipe.tokenizer.model:
         if recipe.teacher.checkpoint:
             given = find_checkpoint(recipe.teacher.checkpoint, "teacher.checkpoint")[0]
             beside = tokenizer_folder(given)
             remedy = "name it as tokenizer.model" + (f", as in tokenizer.model={beside}" if beside else "")
             raise InputError("teacher.checkpoint", given, "was trained with a tokenizer", remedy)
+        if recipe.hf:
+            remedy = "name the one that the model was trained with as tokenizer.model"
+            raise InputError("hf", recipe.hf, "holds no tokenizer", remedy)
         if recipe.data.train is not None:
             remedy = "name the tokenizer's tokenizer.model too"
             raise InputError("data.train", recipe.data.train, "holds token ids", remedy)

@@ -34,7 +34,8 @@ from minitron_mcore.recipe import Recipe, with_keys
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.world import World
 from minitron_mcore.search.candidates import Candidate
-from minitron_mcore.search.halving import RESULT, read_result
+from minitron_mcore.search.config import SearchConfig, of_share
+from minitron_mcore.search.halving import RESULT, loss_at, read_result, survivors
 from minitron_mcore.tables import counted
 from minitron_mcore.training.budget import Timetable
 
@@ -74,6 +75,8 @@ class Trials:
     largest: the candidate's training that needs most memory.
     stops: (iteration, tokens) after which candidates are compared; the last one ends the search.
     made_with: fingerprint of what all results share.
+    stop: number of the one stop that `trials` are to reach, a share of the candidates that are left for it; None: all
+    candidates go from stop to stop, and the best one is found.
     """
 
     recipe: Recipe
@@ -88,6 +91,7 @@ class Trials:
     reads: tuple[Model | Item, ...]
     makes: tuple[Model | Item, ...]
     notes: tuple[str, ...]
+    stop: int | None = None
 
     @property
     def side_by_side(self) -> int:
@@ -129,8 +133,11 @@ def resolve_trials(
     part = held_out_part(recipe.data, recipe.evaluate.samples, promises.prefixes)
     held_out = inputs.data_items(describe(recipe.data, [part], teacher.tokenizer, promises.prefixes))
     read = [*scoring.reads, *jobs[0].reads, *held_out]
+    everyone = len(trials)
+    if search.stop is not None:
+        trials = share_left(trials, search, stops)
     winner = Item(
-        "output", str(folder / "winner"), f"the best of {counted(len(trials), 'candidate')}, pruned and distilled"
+        "output", str(folder / "winner"), f"the best of {counted(everyone, 'candidate')}, pruned and distilled"
     )
     return Trials(
         recipe,
@@ -144,9 +151,40 @@ def resolve_trials(
         made_with=made_with,
         # Each once; not the pruned students, which are nowhere to be read.
         reads=tuple({_place(item): item for item in reversed(read) if item.key != "student.checkpoint"}.values()),
-        makes=(*scoring.makes, winner),
+        makes=scoring.makes if search.stop else (*scoring.makes, winner),
         notes=tuple(dict.fromkeys(note for job in jobs for note in job.notes)),
+        stop=search.stop,
     )
+
+
+def left_at(trials: Sequence[Trial], stop: int, stops: Sequence[tuple[int, int]], keep: float) -> list[Trial] | Trial:
+    """The trials that go on to the stop with this number, as those before have left them in files; or one that has not
+    been at one of these yet."""
+    alive = list(trials)
+    for _, tokens in stops[: stop - 1]:
+        losses = {}
+        for trial in alive:
+            result = read_result(trial.result)
+            if result is None or not (result["diverged"] or result["tokens"] >= tokens):
+                return trial
+            losses[trial.name] = loss_at(result, tokens)
+        kept = survivors(losses, keep)
+        alive = [trial for trial in alive if trial.name in kept]
+    return alive
+
+
+def share_left(trials: tuple[Trial, ...], search: SearchConfig, stops: Sequence[tuple[int, int]]) -> tuple[Trial, ...]:
+    """Those of search.share that go on to search.stop. Raises InputError where that is no stop, or the one before has
+    not been reached."""
+    assert search.stop is not None
+    if search.stop > len(stops):
+        rule = f"is beyond the last stop, {len(stops)}"
+        raise InputError("search.stop", search.stop, rule, "search.halving.rungs and search.tokens are the stops")
+    left = left_at(trials, search.stop, stops, search.halving.keep)
+    if isinstance(left, Trial):
+        rule = f"needs all candidates at the stop before, where {left.name} has not been"
+        raise InputError("search.stop", search.stop, rule, f"train to search.stop={search.stop - 1} first")
+    return tuple(of_share(left, search.share) if search.share else left)
 
 
 def _place(item: Model | Item) -> tuple[str, str]:

@@ -1,9 +1,10 @@
 """Recipe section of a layout over ranks, and what a layout can be."""
 
-from typing import Optional
+import re
+from typing import Annotated, Optional
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.keys import key, section
+from minitron_mcore.keys import OneOf, PathName, key, section
 
 INSTANCES = "num_distributed_optimizer_instances"  # Megatron's
 
@@ -38,10 +39,59 @@ class ParallelConfig:
         return self.tensor * self.pipeline * self.context
 
 
+_TIME = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
+
+
+def seconds_of(time: str, key_name: str = "time") -> int:
+    """Of a time as SLURM writes it, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS. Raises InputError."""
+    match = _TIME.fullmatch(time)
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0)
+    if total := ((24 * days + hours) * 60 + minutes) * 60 + seconds:
+        return total
+    raise InputError(key_name, time, "must be HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, as 04:00:00")
+
+
+@section
+class StageConfig:
+    """What a job of `submit` asks SLURM for."""
+
+    nodes: Optional[int] = key(
+        None,
+        "null: of a training cluster.gpus, of all else the fewest that hold one copy of the model",
+        at_least=1,
+    )
+    gpus_per_node: Optional[int] = key(
+        None, "tasks of a node, one for each GPU; null: cluster.gpus_per_node", at_least=1
+    )
+    time: Optional[str] = key(None, "null: what `estimate` says and some more, at most cluster.time")
+    tasks: Optional[int] = key(
+        None,
+        "jobs of the array that share the candidates of `search` or the settings of `ablate`; null: one for each "
+        "candidate (or search.side_by_side), eight for settings",
+        at_least=1,
+    )
+
+    def __post_init__(self) -> None:
+        if self.time is not None:
+            seconds_of(self.time)
+
+
+@section
+class SubmitConfig:
+    """What `submit` hands to SLURM."""
+
+    verb: Annotated[str, OneOf("run", "search", "ablate", "align", "cache", "distill", "train")] = key(
+        "run", "what becomes jobs: the steps of `run`, the array of `search` or `ablate`, one job of the others"
+    )
+    force: bool = key(
+        False, "cancel the jobs of this folder that are still queued or running, and submit anew; asks no queue"
+    )
+
+
 @section
 class ClusterConfig:
-    """Section `cluster`: the machine that a dry run, `estimate` and `search` plan for, where the ranks are not those
-    that were started. What is null follows from `device`."""
+    """Section `cluster`: the machine that a dry run, `estimate`, `search` and `submit` plan for, where the ranks are
+    not those that were started. What is null follows from `device`."""
 
     gpus: Optional[int] = key(None, "ranks, one for each GPU; null: those that were started", at_least=1)
     gpus_per_node: int = key(8, "ranks of a node", at_least=1)
@@ -66,6 +116,17 @@ class ClusterConfig:
     grace_seconds: Optional[float] = key(
         None, "from the signal that warns a job to its end; null: MINITRON_GRACE_SECONDS, where it is set", above=0
     )
+    template: Optional[PathName] = key(None, "of a job of `submit`, see docs/cluster.md; null: launch/pipeline.sbatch")
+    time: str = key(
+        "04:00:00", "that a job of `submit` asks for at most; one that takes longer is requeued and goes on"
+    )
+    stages: dict[str, StageConfig] = key(
+        {},
+        "size and time of jobs of `submit`, by the name of a step or by its verb, as cluster.stages.distill.nodes=32",
+    )
+
+    def __post_init__(self) -> None:
+        seconds_of(self.time)
 
 
 @section

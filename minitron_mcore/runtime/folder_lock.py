@@ -20,6 +20,7 @@ from minitron_mcore.files import writing
 from minitron_mcore.runtime.agree import on_main
 
 TRAINING_LOCK = "training.lock"
+ANOTHER = "wait for it, or stop it, or name another folder"
 # What a file system answers that has no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _held: dict[tuple[int, int], int] = {}  # (device, inode) of a locked file -> the process that locked it
@@ -29,11 +30,17 @@ _held: dict[tuple[int, int], int] = {}  # (device, inode) of a locked file -> th
 def one_writer(folders: dict[str, Path]) -> Iterator[None]:
     """Within the `with` no other training writes into the `folders`, by the recipe's key; every rank calls. Raises
     InputError where one does already."""
-    remedy = "wait for it, or stop it, or name another folder"
     locks = [
-        FolderLock(folder / TRAINING_LOCK, InputError(key, folder, "is being written by another run", remedy))
+        FolderLock(folder / TRAINING_LOCK, InputError(key, folder, "is being written by another run", ANOTHER))
         for key, folder in folders.items()
     ]
+    with held(*locks):
+        yield
+
+
+@contextmanager
+def held(*locks: FolderLock) -> Iterator[None]:
+    """Within the `with` this run has the `locks`; every rank calls. Raises their refusals, on all ranks."""
 
     def take() -> None:
         for lock in locks:

@@ -24,10 +24,17 @@ def warn(warning: str) -> None:
     say(f"WARNING: {warning}")
 
 
+# Where it is set, torchrun will report nothing of its own (runtime/torchrun.py).
+SHORT = "MINITRON_SHORT_REPORT"
+FOLLOWS = "minitron: what torchrun reports now says no more than the line above (launch/torchrun.sh leaves it out)"
+
+
 def say_failure(sentence: str) -> None:
     """How a rank that fails says so: print `sentence`; torchrun, whose report of some forty lines comes after it, is to
-    show it as the root cause."""
+    show it as the root cause, and is announced."""
     print(sentence, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), encoding="utf-8")
+        if not os.environ.get(SHORT):
+            print(FOLLOWS, file=sys.stderr, flush=True)

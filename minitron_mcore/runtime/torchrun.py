@@ -30,6 +30,7 @@ from torch.distributed.launcher import api
 from torch.distributed.run import main as torchrun
 
 from minitron_mcore.runtime.interrupt import UNFINISHED, exit_code, name_of
+from minitron_mcore.runtime.notice import SHORT
 
 _contexts: list[Any] = []  # of torchrun's: the ranks that it has started, and those that it has started again
 
@@ -68,6 +69,7 @@ def say(words: str) -> None:
 
 def main() -> int:
     """torchrun with this process's arguments; returns the exit code."""
+    os.environ[SHORT] = "1"
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -14,6 +14,22 @@ from minitron_mcore.keys import OneOf, key, section
 from minitron_mcore.pruning.config import RESIDUAL_MATRICES, HeadResidual, LayerChoice
 from minitron_mcore.reading import whole_number
 
+_SHARE = re.compile(r"(\d+)/(\d+)")
+
+
+def share_of(share: str, key_name: str = "share") -> tuple[int, int]:
+    """(first, count) of a share FIRST/COUNT: every COUNT-th entry of a list from FIRST on. Raises InputError."""
+    match = _SHARE.fullmatch(share)
+    if not match or int(match[1]) >= int(match[2]):
+        raise InputError(key_name, share, "must be NUMBER/COUNT, numbers from 0 on, as 0/8 to 7/8")
+    return int(match[1]), int(match[2])
+
+
+def of_share(entries: Sequence[Any], share: str) -> Sequence[Any]:
+    """The `entries` that the share is."""
+    first, count = share_of(share)
+    return entries[first::count]
+
 
 @section
 class AblateConfig:
@@ -34,8 +50,13 @@ class AblateConfig:
         False, "beside the student's whole shape, each of its smaller axes alone: depth, hidden, ffn, attention"
     )
     random_seeds: int = key(1, "how often method random is drawn, from `seed` on", at_least=1)
+    share: Optional[str] = key(
+        None, "NUMBER/COUNT: only that share of the students, without the closing table; `submit` sets it"
+    )
 
     def __post_init__(self) -> None:
+        if self.share:
+            share_of(self.share)
         for place, value in enumerate(self.residual_matrices):
             if not {*value.split("+")} <= {*RESIDUAL_MATRICES}:
                 rule = f"must be names of {', '.join(RESIDUAL_MATRICES)}, joined by +"
@@ -136,9 +157,21 @@ class SearchConfig:
         at_least=1,
         may_change=True,
     )
+    stop: Optional[int] = key(
+        None,
+        "train the candidates that are left to this rung, from 1 on (the last is search.tokens), and rank nothing; "
+        "`submit` sets it",
+        at_least=1,
+        may_change=True,
+    )
+    share: Optional[str] = key(
+        None, "NUMBER/COUNT: of those, only that share; goes with stop, and `submit` sets it", may_change=True
+    )
 
     def __post_init__(self) -> None:
         self.axes()
+        if self.share and share_of(self.share) and self.stop is None:
+            raise InputError("share", self.share, "has no effect without stop", "give both, or leave it out")
         if self.ffn_ratio and self.ffn_hidden_size:
             rule = f"and ffn_hidden_size={shown(self.ffn_hidden_size)} are both given"
             raise InputError("ffn_ratio", self.ffn_ratio, rule, "leave one of them out")

@@ -1,6 +1,7 @@
 """`ablate`: a grid of importance settings; each prunes the teacher in memory and is evaluated, untrained.
 
 output/ablation.csv                  a line for each student; the same command computes none of them again
+output/parts/NUMBER-of-COUNT.csv     the same of ablate.share, and what was there before
 output/ablation.png                  the same, as bars
 output/scores-DIGEST.safetensors     one scoring pass for all settings (by a fingerprint of what was scored)
 """
@@ -56,6 +57,9 @@ def run(job: AblateJob, runtime: Runtime) -> list[Row]:
             del student
             runtime.on_main(writing(called)(partial(write_rows, list(done.values()), path, job.made_with)))
             runtime.print(f"ablate: [{number}/{len(left)}] {found['lm loss']:.4f}  {setting.label}")
+    runtime.on_main(writing(called)(partial(write_rows, list(done.values()), path, job.made_with)))  # of shares, too
+    if job.is_share:
+        return [done[setting] for setting in job.grid]
     # Rows of earlier, larger grids stay in the file; shown are those of this one.
     rows = [done[setting] for setting in job.grid]
     picture = path.with_suffix(".png")

@@ -12,22 +12,21 @@ from typing import Any
 
 import torch
 
-from minitron_mcore.files import as_yaml, first_line, write_whole
-from minitron_mcore.jobs.continuation import SOURCES, sources
+from minitron_mcore.errors import InputError
+from minitron_mcore.files import write_whole
 from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.job import NOTHING
-from minitron_mcore.jobs.report import PAGE, ReportJob
-from minitron_mcore.jobs.run import EVALUATE, RunJob, resolve
+from minitron_mcore.jobs.run import EVALUATE, RESULTS, RunJob, resolve
 from minitron_mcore.jobs.train import TrainingJob
-from minitron_mcore.recipe import to_yaml
 from minitron_mcore.report.closing_table import closing_table
-from minitron_mcore.report.journal import note, note_start
+from minitron_mcore.report.journal import note
 from minitron_mcore.runtime.agree import all_or_none
+from minitron_mcore.runtime.folder_lock import ANOTHER, FolderLock, held
 from minitron_mcore.runtime.interrupt import made_progress, name_of, stopped_code
 from minitron_mcore.runtime.start import Runtime
-from minitron_mcore.stages import report
 from minitron_mcore.stages.act import act
 from minitron_mcore.stages.generate import side_by_side
+from minitron_mcore.stages.run_folder import begin, tell
 from minitron_mcore.training.job import Progress
 
 # What these steps make was only promised: the others are looked at once more when it is there.
@@ -48,10 +47,12 @@ def run(job: RunJob, runtime: Runtime) -> dict[str, Any]:
             runtime.print(f"{place} {step.title}: done before")
             continue
         results[step.name] = do(step, place, job, runtime)
-        if step.verb in LOOK_AGAIN:
+        if step.verb in LOOK_AGAIN and number < len(job.steps):
             job = all_or_none(partial(resolve, job.recipe, job.world))
+    if job.recipe.run.only:
+        return results
     losses = {name.removeprefix(EVALUATE): value for name, value in results.items() if name.startswith(EVALUATE)}
-    runtime.on_main(lambda: _write(folder / "results.json", losses))
+    runtime.on_main(lambda: _write(folder / RESULTS, losses))
     runtime.print(f"\n{closing_table(losses)}")
     for step, _ in job.steps:
         if step.verb == "generate":
@@ -61,44 +62,25 @@ def run(job: RunJob, runtime: Runtime) -> dict[str, Any]:
     return losses
 
 
-def begin(job: RunJob) -> None:
-    """Make the run's folder, with the recipe in it. The first rank calls."""
-    (job.folder / "done").mkdir(parents=True, exist_ok=True)
-    write_whole(job.folder / "recipe.yaml", to_yaml(job.recipe))
-    write_whole(job.folder / SOURCES, as_yaml(sources(job.recipe)))
-    note_start(job.folder, job.world.size, job.world.device)
-
-
-def tell(job: RunJob) -> None:
-    """Write the page of the run, and say where. What goes wrong with it is told, and fails nothing. The first rank
-    calls."""
-    steps = tuple((step.mark(job.folder).stem, step.title) for step, _ in job.steps)
-    target = Path(job.recipe.report.output or job.folder / PAGE)
-    try:
-        report.write(ReportJob(job.recipe, folder=job.folder, target=target, steps=steps))
-    except Exception as error:
-        print(f"WARNING: no report was written: {first_line(error)}", flush=True)
-    else:
-        print(f"report: {target}", flush=True)
-
-
 def do(step: Step, number: str, job: RunJob, runtime: Runtime) -> Any:
     """Carry a step out, and mark it as done with what it gave."""
     done = step.mark(job.folder)
     runtime.print(f"\n{number} {step.title}")
     started = time.perf_counter()
-    # Once more, now that all it needs is there.
-    told = all_or_none(lambda: step.resolve(job.world, NOTHING))
-    result = _plain(act(step.verb, told, runtime))
-    gc.collect()
-    torch.cuda.empty_cache()
-    runtime.barrier()
-    seconds = time.perf_counter() - started
-    forecast = {"forecast": told.forecast.parts} if isinstance(told, TrainingJob) else {}
-    facts: dict[str, Any] = {"name": done.stem, "title": step.title, "seconds": round(seconds, 3), **forecast}
-    runtime.on_main(lambda: note(job.folder, "step", **facts))
-    runtime.on_main(lambda: _write(done, result))
-    made_progress()
+    refusal = InputError("output", job.folder, f"is being worked on by another run, at {step.word}", ANOTHER)
+    with held(FolderLock(done.with_suffix(".lock"), refusal)):
+        # Once more, now that all it needs is there.
+        told = all_or_none(lambda: step.resolve(job.world, NOTHING))
+        result = _plain(act(step.verb, told, runtime))
+        gc.collect()
+        torch.cuda.empty_cache()
+        runtime.barrier()
+        seconds = time.perf_counter() - started
+        forecast = {"forecast": told.forecast.parts} if isinstance(told, TrainingJob) else {}
+        facts: dict[str, Any] = {"name": done.stem, "title": step.title, "seconds": round(seconds, 3), **forecast}
+        runtime.on_main(lambda: note(job.folder, "step", **facts))
+        runtime.on_main(lambda: _write(done, result))
+        made_progress()
     runtime.print(f"{number} {step.title}: {seconds:.1f} s")
     if runtime.stop_signal:
         runtime.print(f"{name_of(runtime.stop_signal)}: {step.title} is done; the same command goes on after it")

@@ -22,6 +22,7 @@ from minitron_mcore.search.figures import write_costs, write_curves
 from minitron_mcore.search.halving import RESULT, Result, read_result
 from minitron_mcore.search.ranking import Ranking, ranked, summary
 from minitron_mcore.search.ranking import table as ranking_table
+from minitron_mcore.tables import counted
 
 if TYPE_CHECKING:
     from minitron_mcore.runtime.start import Runtime
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 def run(job: SearchJob, runtime: Runtime | None) -> dict[str, Any]:
     """List the candidates, and rank them where the recipe says so; every rank calls, of a list the first process alone.
 
-    Returns the name of the best candidate, None where none was trained, and Spearman's correlation of the ranks. Raises
+    Returns the name of the best candidate, None where none was ranked, and Spearman's correlation of the ranks. Raises
     DivergedError, when all is written, where no candidate could be trained to its end.
     """
     if runtime is None:
@@ -41,6 +42,10 @@ def run(job: SearchJob, runtime: Runtime | None) -> dict[str, Any]:
     from minitron_mcore.stages import trials
 
     assert job.trials is not None
+    if job.trials.stop is not None:  # others are at work on the rest
+        reached = trials.run(job.trials, runtime)
+        runtime.print(f"search: {counted(len(reached), 'candidate')} at stop {job.trials.stop} -> {job.target}")
+        return {"winner": None, "correlation": None}
 
     def begin() -> None:
         list_candidates(job)

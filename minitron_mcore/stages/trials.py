@@ -6,11 +6,11 @@ training resumes from its own checkpoints. Source: arXiv 2407.14679, section 2.3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from minitron_mcore.checkpoint.folder import drop_every_iteration
 from minitron_mcore.importance.scores import Scores, load_scores
-from minitron_mcore.jobs.trials import Trials
+from minitron_mcore.jobs.trials import Trial, Trials
 from minitron_mcore.runtime.named_lines import named_lines
 from minitron_mcore.runtime.start import Runtime
 from minitron_mcore.runtime.subsets import Subset, apart
@@ -21,8 +21,14 @@ from minitron_mcore.stages.winner import crown
 
 
 def run(trials: Trials, runtime: Runtime) -> list[Result]:
-    """Every candidate's result, the best one first; every rank calls, and gets all of them."""
+    """Every candidate's result, the best one first; every rank calls, and gets all of them. With search.stop: of those
+    that were to reach it, in their order."""
     scores = load_scores(score.run(trials.scoring, runtime))
+    if trials.stop is not None:
+        with apart(runtime, trials.side_by_side) as subset:
+            lane = Lane(trials, scores, subset.runtime)
+            mine = list(advanced(lane, trials.trials, trials.stop, subset))
+            return [result for part in subset.gathered(mine) for result in part]
     with apart(runtime, trials.side_by_side) as subset:
         ranked = best_first(tried(trials, scores, subset))
     if ranked[0]["loss"] is not None:
@@ -36,16 +42,12 @@ def tried(trials: Trials, scores: Scores, subset: Subset) -> list[Result]:
     lane, search = Lane(trials, scores, subset.runtime), trials.recipe.search
     results: dict[str, Result] = {}
     alive, last = trials.trials, len(trials.stops)
-    for rung, (iteration, tokens) in enumerate(trials.stops, start=1):
+    for rung, (_, tokens) in enumerate(trials.stops, start=1):
         goes_on = kept_of(len(alive), search.halving.keep) if rung < last else 0
         mine: list[Result] = []
-        with subset.runtime.progress(len(alive), "candidates", f"search: stop {rung} of {last}") as bar:
-            for number in subset.numbers(len(alive)):
-                with named_lines(alive[number].name if subset.count > 1 else None):
-                    mine.append(lane.train(alive[number], rung, iteration, tokens))
-                subset.runtime.print(f"search: [{number + 1}/{len(alive)}] {in_words(mine[-1])}")
-                bar.reach(number + 1)
-                drop(trials, beyond(mine, search.keep_checkpoints, goes_on), subset)
+        for result in advanced(lane, alive, rung, subset):
+            mine.append(result)
+            drop(trials, beyond(mine, search.keep_checkpoints, goes_on), subset)
         reached = {result["name"]: result for part in subset.gathered(mine) for result in part}
         results |= {trial.name: reached[trial.name] for trial in alive}
         # Of the same tokens, those that go on are the first ones.
@@ -53,6 +55,18 @@ def tried(trials: Trials, scores: Scores, subset: Subset) -> list[Result]:
         kept = survivors({trial.name: loss_at(results[trial.name], tokens) for trial in alive}, search.halving.keep)
         alive = tuple(trial for trial in alive if trial.name in kept)
     return [*results.values()]
+
+
+def advanced(lane: Lane, alive: Sequence[Trial], rung: int, subset: Subset) -> Iterator[Result]:
+    """Those of `alive` that this subset takes, each brought to the stop `rung`; every rank of every subset calls."""
+    (iteration, tokens), last = lane.trials.stops[rung - 1], len(lane.trials.stops)
+    with subset.runtime.progress(len(alive), "candidates", f"search: stop {rung} of {last}") as bar:
+        for number in subset.numbers(len(alive)):
+            with named_lines(alive[number].name if subset.count > 1 else None):
+                result = lane.train(alive[number], rung, iteration, tokens)
+            subset.runtime.print(f"search: [{number + 1}/{len(alive)}] {in_words(result)}")
+            bar.reach(number + 1)
+            yield result
 
 
 def beyond(results: Sequence[Result], stay: int | None, go_on: int) -> list[Result]:

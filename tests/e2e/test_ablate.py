@@ -129,6 +129,17 @@ def test_finished_rows_are_not_made_again(root: Path, shown: str) -> None:
     assert "7 done before" in again and "score:" not in again
 
 
+def test_shares_are_gathered(root: Path, shown: str) -> None:
+    """Jobs that each evaluate a share write a table of their own; the one after them computes nothing."""
+    shares = [commanded(root, "ablate", *GRID, "output=@/shares", f"ablate.share={number}/2") for number in (1, 0)]
+    all_run_well(shares)
+    assert not (root / "shares" / "ablation.csv").exists()
+    said = run_well(*commanded(root, "ablate", *GRID, "output=@/shares"))
+    assert "6 done before" in said and "[1/" not in said
+    whole, gathered = (rows_of(root / name / "ablation.csv") for name in ("one", "shares"))
+    assert sorted(map(str, gathered)) == sorted(map(str, whole))
+
+
 def test_bad_input_is_named_and_nothing_is_written(root: Path, shown: str) -> None:
     commands = [commanded(root, "ablate", "output=@/new", *overrides) for overrides, _ in REFUSED]
     for (overrides, words), result in zip(REFUSED, run_on_ranks(all_typed, 1, commands, root)[0], strict=True):

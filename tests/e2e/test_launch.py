@@ -6,11 +6,13 @@ import os
 import pty
 import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minitron_mcore.runtime.notice import FOLLOWS
 from tests.e2e.launchers import (
     ROOT,
     environment,
@@ -78,6 +80,18 @@ def test_ranks_are_started_again(how: str, tmp_path: Path) -> None:
         assert process.returncode == 0, said
         assert said == "torchrun: rank 1 was ended by SIGKILL; all ranks are started again (restart 1 of 2)\n"
         assert starts == {"rank0": ["0", "1"], "rank1": ["0", "1"]}
+
+
+@pytest.mark.slow
+def test_bare_torchrun_says_what_its_report_is() -> None:
+    """The sentence comes first, then a line that says whose lines follow; they end with the sentence again."""
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "minitron_mcore", "train", "train.lr=-1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if "OMP_NUM_THREADS" not in line and set(line) - {"*"}]
+    place = next(number for number, line in enumerate(lines) if line.startswith("minitron train: train.lr=-1"))
+    assert lines[place + 1] == FOLLOWS and done.returncode == 1
+    assert not [line for line in lines[:place] if "Traceback" in line or "Error" in line]
+    assert lines[place] in "\n".join(lines[place + 2 :])
 
 
 @pytest.mark.slow  # what a terminal shows is in tests/unit/runtime/test_progress.py; here, that torchrun hands it on
@@ -161,6 +175,27 @@ def test_slurm_with_a_container(tmp_path: Path, mounts: str) -> None:
         f"--container-workdir={ROOT}",
         *("python", "-m", "minitron_mcore", *ARGUMENTS),
     ]
+
+
+@pytest.mark.parametrize("listing", ["GPU 0: A (UUID: x)\n", ""])
+def test_docker(tmp_path: Path, listing: str) -> None:
+    """The stand-in for docker shows what it was asked for: arguments as they are, and no secret among them."""
+    write_tool(tmp_path, "nvidia-smi", f"#!/bin/sh\nprintf '%s' '{listing}'\n")
+    write_tool(tmp_path, "docker", "#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    given = {"DOCKER_MOUNTS": "/data /a b:/b:ro", "WANDB_API_KEY": "a secret", "MINITRON_IMAGE": "team/minitron:1"}
+    env = environment(**given)
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    script = [str(ROOT / "launch" / "docker.sh"), *ARGUMENTS]
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split("\0")[:-1]
+    place = words.index("--entrypoint")
+    assert words[place:] == ["--entrypoint", "/opt/minitron/launch/torchrun.sh", "team/minitron:1", *ARGUMENTS]
+    volumes = [after for word, after in pairwise(words) if word == "--volume"]
+    assert volumes == [f"{tmp_path}:{tmp_path}", "/data:/data", "/a:/a", "b:/b:ro"]
+    assert words[:2] == ["run", "--rm"] and f"{os.getuid()}:{os.getgid()}" in words and "none" in words
+    assert ("--gpus" in words) == bool(listing) and "--tty" not in words
+    assert "WANDB_API_KEY" in words and "secret" not in done.stdout
 
 
 def test_slurm_fails_when_a_task_fails(tmp_path: Path) -> None:

@@ -1,23 +1,28 @@
 """launch/slurm.sbatch on a SLURM cluster (slurm_cluster.py): a distillation over two nodes, ended by whatever ends jobs
-there, is started again and ends with the losses of one that nothing disturbs."""
+there, is started again and ends with the losses of one that nothing disturbs. And the jobs of `submit`, one after
+another, give what `run` does."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
+from tests.distributed.search.searching import COMMON
 from tests.e2e.launchers import ROOT, start_ranks
-from tests.e2e.slurm_cluster import Cluster, lacking, running
-from tests.e2e.verbs import all_run_well
+from tests.e2e.slurm_cluster import PATIENCE, Cluster, lacking, running
+from tests.e2e.verbs import all_run_well, run_well
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 STEPS, INTERVAL = 200, 20  # of the distillation: some 5 s; between two checkpoints
 # Two nodes of one GPU each, as launch/README.md has it where there are not eight.
 SIZE = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
@@ -157,3 +162,46 @@ def test_cancelled_then_a_node_is_lost(cluster: Cluster, recipe: Path, undisturb
     assert cluster.job(run.number)["Restarts"] == "1"
     assert f"resumed {folder} at iteration {saved} of {STEPS}" in run.log()
     assert f"resumed {folder} at iteration {reached - reached % INTERVAL} of {STEPS}" in run.log()
+
+
+def test_submitted_from_import_to_export(cluster: Cluster, recipe: Path) -> None:
+    """Each job begins once what it reads is there, also where the one that makes it has stopped on its way and was
+    queued again: the distillation, on two nodes."""
+    root = recipe.parent
+    all_run_well([["export", f"checkpoint={root}/teacher", f"hf={root}/hf", f"tokenizer.model={root}/tokenizer.model"]])
+    kept = [text.replace("@", str(root)) for text in COMMON if not text.startswith(("teacher", "tokenizer", "search"))]
+    words = [*kept, f"hf={root}/hf", "run.students.thin={ffn_hidden_size: 64, num_layers: 3}"]
+    ours, theirs = root / "submitted", root / "by run"
+    size = ["cluster.gpus_per_node=1", "cluster.stages.distill.nodes=2"]
+    cut_off = "distill.exit_interval=5"
+    command = ["python", "-m", "minitron_mcore", "submit", *words, *size, cut_off, f"output={ours}"]
+    said = cluster.ask(*command)
+    jobs = json.loads((ours / "submit" / "jobs.json").read_text(encoding="utf-8"))
+    assert list(jobs) == [
+        *("import", "evaluate-teacher", "score", "prune-thin", "evaluate-thin-pruned", "distill-thin"),
+        *("evaluate-thin-distilled", "export-thin", "report"),
+    ], said
+    refused = cluster.ask("bash", "-c", f"{shlex.join(command)} 2>&1", check=False)
+    assert re.fullmatch(rf"minitron submit: output={ours} has [1-9] jobs in the queue: .*", refused), refused
+
+    def logs() -> str:
+        paths = sorted((ours / "submit").glob("*.log"))
+        return "\n".join(f"== {path.name}\n{path.read_text(encoding='utf-8')[-3000:]}" for path in paths)
+
+    def state() -> str:
+        return cluster.job(jobs["report"])["JobState"]
+
+    cluster.wait("the last job has ended", lambda: state() not in ("PENDING", "RUNNING", "COMPLETING"), 3 * PATIENCE)
+    assert state() == "COMPLETED", logs()
+    log = (ours / "submit" / f"distill-thin-{jobs['distill-thin']}.log").read_text(encoding="utf-8")
+    assert log.count("the job is requeued") == 1 and "resumed" in log and "at iteration 5 of 8" in log, log
+
+    run_well("run", *words, f"output={theirs}")
+    found, expected = (json.loads((each / "results.json").read_text(encoding="utf-8")) for each in (ours, theirs))
+    assert found.keys() == expected.keys() and len(found) == 3
+    for name, losses_there in expected.items():
+        # Two ranks add in another order than one.
+        assert found[name]["lm loss"] == pytest.approx(losses_there["lm loss"], abs=1e-4), name
+    written, known = (load_file(each / "hf" / "thin" / "model.safetensors") for each in (ours, theirs))
+    assert written.keys() == known.keys()
+    assert max((written[name] - known[name]).abs().max() for name in known) < 1e-3  # weights of some 0.1

@@ -134,7 +134,10 @@ def test_license_is_apache_2() -> None:
     assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 
 
-SCRIPTS = ".ci/run .ci/python.sh .ci/venv.sh .ci/matrix.sh launch/torchrun.sh launch/slurm.sbatch launch/smoke.sh"
+SCRIPTS = """
+    .ci/run .ci/python.sh .ci/venv.sh .ci/matrix.sh
+    launch/torchrun.sh launch/slurm.sbatch launch/docker.sh launch/pipeline.sbatch launch/smoke.sh
+"""
 
 
 @pytest.mark.parametrize("name", SCRIPTS.split())

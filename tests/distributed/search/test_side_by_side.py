@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from minitron_mcore.errors import InputError
+from minitron_mcore.runtime.world import World
 from tests.distributed.ranks import run_on_ranks
-from tests.distributed.search.searching import BATCH, SHAPES, rows_of, search_on_rank
+from tests.distributed.search.searching import BATCH, NAMES, SHAPES, rows_of, search_on_rank, trials_of
 
 # name -> (ranks, keys): the last one is two candidates at a time, each on two ranks.
 LAYOUTS = {
@@ -76,6 +78,35 @@ def test_halving(root: Path, alone: list[dict[str, Any]]) -> None:
         there = [place.name for place in ours.glob("iter_*")]
         assert there == ([f"iter_{done:07d}"] if result is results[0] else []), "of the best alone"
         assert rows_of(ours) == rows_of(theirs)[:done]
+
+
+def test_halving_by_shares(root: Path, alone: list[dict[str, Any]]) -> None:
+    """Jobs that each take a share of one stop, in any order, and one that finds all there and ranks: as one search."""
+
+    def share(*overrides: str) -> list[dict[str, Any]]:
+        return run_on_ranks(search_on_rank, 1, root, root / "shares", [*HALVED, *overrides])[0][0]
+
+    (second,) = share("search.stop=1", "search.share=1/2")
+    with pytest.raises(InputError) as early:
+        trials_of(root, root / "shares", [*HALVED, "search.stop=2"], World(), SHAPES)
+    assert str(early.value) == (
+        f"search.stop=2 needs all candidates at the stop before, where {NAMES[0]} has not been: train to search.stop=1 "
+        "first"
+    )
+    first = share("search.stop=1", "search.share=0/2")
+    assert [second["name"], *(each["name"] for each in first)] == [NAMES[1], NAMES[0], NAMES[2]]
+    assert not (root / "shares" / "winner").exists()
+    two_on = [*share("search.stop=2", "search.share=0/2"), *share("search.stop=2", "search.share=1/2")]
+    ranked, whole = share(), by_name(alone)
+    assert {each["name"] for each in ranked[:2]} == {each["name"] for each in two_on}
+    assert [each["tokens"] for each in ranked] == [4 * BATCH, 4 * BATCH, 2 * BATCH]
+    assert all(each["loss"] == whole[each["name"]]["loss"] for each in ranked[:2])
+    assert (root / "shares" / "winner" / "plan.json").is_file()
+    for words, said in (("search.stop=3", "is beyond the last stop, 2"), ("search.share=0/2", "has no effect without")):
+        with pytest.raises(InputError, match=said):
+            trials_of(root, root / "shares", [*HALVED, words], World(), SHAPES)
+    with pytest.raises(InputError, match=r"search.share=2/2 must be NUMBER/COUNT, numbers from 0 on"):
+        trials_of(root, root / "shares", ["search.stop=1", "search.share=2/2"], World(), SHAPES)
 
 
 @pytest.mark.slow  # test_halving drops, too
