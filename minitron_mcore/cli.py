@@ -123,10 +123,11 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
     that `ending` met is the reason."""
     recipe: Any = None
     try:
-        from minitron_mcore.recipe import load_recipe
+        from minitron_mcore.recipe import load_recipe, refuse_code
 
         overrides, taken = keys_of(options)
         recipe = load_recipe(options.config, overrides, **taken)
+        refuse_code(recipe, options.config, overrides)
         from minitron_mcore.checkpoint.stated import stating
         from minitron_mcore.jobs.job import resolve, stated_by
         from minitron_mcore.runtime.world import on_this_machine

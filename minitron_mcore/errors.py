@@ -32,7 +32,7 @@ def in_words(error: InputError) -> str:
     """The one sentence a user sees: `key=value rule: remedy`."""
     subject = error.key if error.value is None else f"{error.key}={shown(error.value)}".removeprefix("=")
     sentence = f"{subject} {error.rule}".strip()
-    return f"{sentence}: {error.remedy}" if error.remedy else sentence
+    return printable(f"{sentence}: {error.remedy}" if error.remedy else sentence)
 
 
 def shown(value: object) -> str:
@@ -44,6 +44,11 @@ def shown(value: object) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {shown(entry)}" for name, entry in value.items()) + "}"
     return "null" if value is None else str(value)
+
+
+def printable(text: str) -> str:
+    """Without what would break a sentence, or is a terminal's command, as a stranger's file may have it."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 class StorageError(InputError):

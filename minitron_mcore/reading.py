@@ -31,6 +31,9 @@ _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 # At the start of a path, of one of a blend in one string, and of a cache's folder.
 _HOME = re.compile(r"(?:(?<=^)|(?<=\s)|(?<=^cache:))~[^\s/]*")
+# Names of variables that are not for a path, which logs and saved recipes show: WANDB_API_KEY, HF_TOKEN, https_proxy.
+_SECRET = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|JWT|PAT|PROXY)$", re.IGNORECASE)
+MOST_NODES = 100_000  # of a recipe, aliases spelled out
 # `${python_stdlib:}` is real text that is on every machine: the Python standard library's own source.
 STANDARD_LIBRARY = "python_stdlib:"
 
@@ -68,7 +71,7 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<
 def load_text(text: str) -> Any:
     """Nested dictionaries, lists and texts. Raises ValueError, in one line, for what is not YAML."""
     try:
-        return _unshared(Loader(text).get_single_data())
+        return _unshared(Loader(text).get_single_data(), [MOST_NODES])
     except RecursionError as error:
         raise ValueError("it refers to itself") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -78,11 +81,15 @@ def load_text(text: str) -> Any:
         raise ValueError(said) from error
 
 
-def _unshared(node: Any) -> Any:
-    """A copy in which what an alias repeats is no longer one object."""
+def _unshared(node: Any, left: list[int]) -> Any:
+    """A copy in which what an alias repeats is no longer one object. `left`: how many it may have; a few lines of
+    aliases can be more than any memory holds. Raises ValueError."""
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError(f"its aliases stand for more than {MOST_NODES:,} values")
     if isinstance(node, dict):
-        return {name: _unshared(value) for name, value in node.items()}
-    return [_unshared(value) for value in node] if isinstance(node, list) else node
+        return {name: _unshared(value, left) for name, value in node.items()}
+    return [_unshared(value, left) for value in node] if isinstance(node, list) else node
 
 
 def override_value(text: str) -> Any:
@@ -247,10 +254,13 @@ def _count_help(options: tuple[Any, ...], given: Any) -> str:
 
 
 def expanded(text: str, path: str) -> str:
-    """A path without `~` and variables. Raises InputError for a variable that is not set."""
+    """A path without `~` and variables. Raises InputError for a variable that is not set, or may be a secret."""
 
     def value_of(match: re.Match[str]) -> str:
         name = match[1] or match[2]
+        if _SECRET.search(name):
+            rule = f"names {name}, which may be a secret, and what a path is stands in logs and saved recipes"
+            raise InputError(path, text, rule, "write the path out, or set another variable")
         if name not in os.environ:
             rule = f"names {name}, which is neither a key of the recipe nor an environment variable"
             raise InputError(path, text, rule, "set the variable, or write the path out")

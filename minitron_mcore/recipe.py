@@ -21,7 +21,7 @@ from minitron_mcore.evaluation.config import EvaluateConfig
 from minitron_mcore.files import as_yaml
 from minitron_mcore.importance.config import ImportanceConfig
 from minitron_mcore.inference.config import GenerateConfig
-from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, key, section, section_of
+from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, flat, key, section, section_of
 from minitron_mcore.megatron_names import SECTIONS, named_here
 from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
@@ -41,6 +41,8 @@ ALLOWANCES = {
     "unconverted_tokenizer": "export: a SentencePiece model that transformers would not cut so; it goes along as it is",
     "long_sequences": "sequences longer than the model's max_position_embeddings",
 }
+# What has a stranger's code run, or names some. A recipe may be a stranger's: the command itself is to say these.
+RUNS_CODE = ("trust", "evaluate.task_folder", "bench.converter", "bench.python")
 # numpy's and torch's generators take seeds up to here.
 MOST_SEED = 2**63 - 1
 
@@ -119,7 +121,9 @@ class Recipe:
     json: bool = key(False, "inspect: print JSON, not a table")
     verify: bool = key(False, "inspect: check every tensor's checksum; import: compare logits with transformers")
     trust: bool = key(
-        False, "read checkpoints whose pickles hold more than tensors and plain values: they may run code"
+        False,
+        "on the command line alone: whoever wrote the checkpoints and the recipe may have code run, by pickles that "
+        "hold more than tensors and plain values, and by keys that name programs",
     )
     allow: list[Annotated[str, OneOf(*ALLOWANCES)]] = key([], "refusals to go past; their messages name the word")
     max_shard_size: str = key("5GB", "export: largest weight file, as 500MB or 5GB")
@@ -169,6 +173,25 @@ def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Re
             raise InputError(path, text, f"cannot be read: {error}") from error
         put(tree, path, value, _default)
     return dataclasses.replace(recipe_of(tree), **taken)
+
+
+def refuse_code(recipe: Recipe, config: Optional[str], overrides: list[str]) -> None:
+    """Raise InputError where the file `config` has code run, or names some, and not the command itself: the file may
+    be a stranger's."""
+    if config is None:
+        return
+    command: dict[str, Any] = {}
+    for path, _, text in (override.partition("=") for override in overrides):
+        if any(each == path or each.startswith(f"{path}.") or path.startswith(f"{each}.") for each in RUNS_CODE):
+            put(command, path, override_value(text), _default)
+    said = flat(command)
+    if recipe.trust and "trust" in said:
+        return
+    remedy = f"if you trust whoever wrote {config}, write it, or trust=true, behind the command"
+    for path, value in flat(dataclasses.asdict(recipe)).items():
+        is_of = any(path == each or path.startswith(f"{each}.") for each in RUNS_CODE)
+        if is_of and value not in (None, False) and path not in said:
+            raise InputError(path, value, "may have a stranger's code run, which a file cannot ask for", remedy)
 
 
 def recipe_of(tree: dict[str, Any]) -> Recipe:

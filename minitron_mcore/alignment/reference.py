@@ -249,10 +249,11 @@ def _save(path: Path, values: numpy.ndarray) -> None:
 def _load(path: Path, length: int) -> numpy.ndarray | None:
     """float64 [length]; None where the file holds something else, or is not there."""
     try:
-        values: numpy.ndarray = numpy.load(path)
+        values: Any = numpy.load(path)
     except (OSError, ValueError, EOFError):
         return None
-    return values if values.shape == (length,) and values.dtype == numpy.float64 else None
+    is_array = isinstance(values, numpy.ndarray)  # not a .npz under another name
+    return values if is_array and values.shape == (length,) and values.dtype == numpy.float64 else None
 
 
 def _checksum(values: numpy.ndarray) -> str:

@@ -59,7 +59,10 @@ class Transformers:
         transformers.utils.logging.set_verbosity_error()
         torch.set_num_threads(threads)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        # A folder is data: it can name neither code nor a kernel of the hub's, nor hold weights as pickles.
+        how = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": None}
+        automatic = transformers.AutoModelForCausalLM
+        model: Any = automatic.from_pretrained(path, dtype=dtype, use_safetensors=True, **how)
         model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
         self.model = model.to(device).eval()
         self.version = transformers.__version__

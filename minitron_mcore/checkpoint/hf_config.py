@@ -10,7 +10,7 @@ from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
 from minitron_mcore.families.find import find_family
 from minitron_mcore.families.table import fields_of
-from minitron_mcore.runtime.libraries import imported
+from minitron_mcore.runtime.libraries import AS_DATA, imported
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -52,7 +52,7 @@ def read_config(source: Path, make_vocab_size_divisible_by: int = 128) -> Archit
     # Late: transformers takes seconds to import, and a wrong folder is refused before.
     transformers = imported("transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True).to_dict()
+        config = transformers.AutoConfig.from_pretrained(source, **AS_DATA).to_dict()
     except Exception as error:
         raise InputError("", path, f"is refused by transformers: {' '.join(str(error).split())}") from error
     divisor = {"make_vocab_size_divisible_by": make_vocab_size_divisible_by}

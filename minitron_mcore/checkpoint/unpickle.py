@@ -18,11 +18,12 @@ from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy
 
 from minitron_mcore.checkpoint import versions
+from minitron_mcore.checkpoint.seal import Seal
 from minitron_mcore.checkpoint.stated import said_by_user
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import not_read
@@ -67,10 +68,19 @@ def enum_member(kind: Any, name: Any) -> Enum | versions.Unknown:
     raise _RefusedError("builtins.getattr")
 
 
+def number_type(*given: Any) -> numpy.dtype[Any]:
+    """A type of numbers, of which arrays hold no addresses of objects: those that a file makes up would be followed."""
+    found = numpy.dtype(*given)
+    if found.kind not in "biufc":
+        raise _RefusedError(f"numpy.dtype({found.str!r})")
+    return found
+
+
 # What the common part holds, Megatron-LM's parsed arguments among it, beside what torch itself admits.
 # Python up to 3.11.3 pickles a signal (`exit_signal`) as the name signal.SIGTERM, later ones as signal.Signals(15).
 COMMON_CLASSES: list[Any] = [
-    *(argparse.Namespace, SimpleNamespace, io.BytesIO, numpy.ndarray, numpy.dtype, numpy.dtypes.UInt32DType),
+    *(argparse.Namespace, SimpleNamespace, io.BytesIO, numpy.ndarray, numpy.dtypes.UInt32DType),
+    (number_type, "numpy.dtype"),
     signal.Signals,
     *((member, f"signal.{member.name}") for member in signal.Signals),
     (enum_member, "builtins.getattr"),
@@ -84,7 +94,22 @@ def refuse(path: Path | versions.CommonPart, asked: str) -> InputError:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__(stream)
+        self._seal = Seal()
+
+    def load(self) -> Any:
+        try:
+            loaded = super().load()
+        finally:
+            if changed := self._seal.restore():
+                raise _RefusedError(f"a change of {changed}")
+        return loaded
+
     def find_class(self, module: str, name: str) -> Any:
+        return self._seal.put(self._admitted(module, name))
+
+    def _admitted(self, module: str, name: str) -> Any:
         import torch
 
         module, name = OF_MEGATRON.get((module, name), (module, name))

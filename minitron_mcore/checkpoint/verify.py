@@ -17,7 +17,7 @@ from minitron_mcore.model.microbatch import Microbatch, on_this_context_rank
 from minitron_mcore.model.schedule import final_hidden_states
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import context_group, context_part, tensor_group
-from minitron_mcore.runtime.libraries import imported
+from minitron_mcore.runtime.libraries import MODEL_AS_DATA, imported
 from minitron_mcore.runtime.start import Runtime
 
 # The same products, summed in another order, differ by about 1e-6 of the largest logit after a few layers, and by about
@@ -71,9 +71,8 @@ def _reference_logits(source: Path, ids: torch.Tensor) -> torch.Tensor:
     """[microbatch, b, s, V], fp32, on the host, from `ids` [microbatch, b, s]."""
     transformers = imported("transformers")
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, local_files_only=True
-        ).eval()
+        automatic = transformers.AutoModelForCausalLM
+        model = automatic.from_pretrained(source, dtype=torch.float32, **MODEL_AS_DATA).eval()
     except Exception as error:  # transformers raises whatever it met
         rule = f"cannot be loaded by transformers: {' '.join(str(error).split())}"
         raise InputError("hf", source, rule) from error

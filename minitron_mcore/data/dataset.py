@@ -188,13 +188,16 @@ def _build(data: DataConfig, tokenizer: Tokenizer, part: Part, seed: int, cache:
 
 
 def _prepare_cache(folder: str) -> None:
-    """Make the cache folder, and drop indices that a killed run left half-written: Megatron would trust them."""
+    """Make the cache folder, and drop indices that a killed run left half-written, and what else is no array: Megatron
+    would trust them, and unpickle what is no array."""
     try:
         os.makedirs(folder, exist_ok=True)
         for path in glob.glob(os.path.join(glob.escape(folder), "*.npy")):
             try:
-                numpy.load(path, mmap_mode="r")
+                is_array = isinstance(numpy.load(path, mmap_mode="r"), numpy.ndarray)
             except (ValueError, EOFError):
+                is_array = False
+            if not is_array:
                 os.remove(path)
     except OSError as error:
         rule = f"has no folder for the indices: {folder} cannot be made ({error.strerror})"

@@ -12,7 +12,7 @@ from typing import Any
 from minitron_mcore.data.tokenizer import SENTENCEPIECE, Tokenizer
 from minitron_mcore.data.tokenizer_files import MODEL, TEMPLATE_FILES, files_of
 from minitron_mcore.data.tokenizer_json import save_for_transformers
-from minitron_mcore.runtime.libraries import imported
+from minitron_mcore.runtime.libraries import AS_DATA, imported
 
 
 def transformers_tokenizer(tokenizer: Tokenizer, config: Mapping[str, Any] | None = None) -> Any:
@@ -47,4 +47,4 @@ def templating(tokenizer: Tokenizer) -> Any:
 def _loaded(folder: str) -> Any:
     # Not given, it asks at the terminal whether a folder's own code may run.
     automatic = imported("transformers").AutoTokenizer
-    return automatic.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return automatic.from_pretrained(folder, **AS_DATA)

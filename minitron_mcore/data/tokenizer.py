@@ -33,7 +33,7 @@ from minitron_mcore.data.tokenizer_files import (
 )
 from minitron_mcore.errors import InputError
 from minitron_mcore.files import copy_file, first_line
-from minitron_mcore.runtime.libraries import imported
+from minitron_mcore.runtime.libraries import AS_DATA, imported
 
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE = "HuggingFaceTokenizer"
@@ -256,7 +256,7 @@ def _load_hugging_face(folder: str) -> Tokenizer:
     transformers = imported("transformers")
     try:
         # Not given, it asks at the terminal whether a folder's own code may run.
-        model = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = transformers.AutoTokenizer.from_pretrained(folder, **AS_DATA)
     except Exception as error:  # transformers raises whatever the files broke in
         files = changed_by(os.path.join(folder, MODEL)) if os.path.isfile(os.path.join(folder, MODEL)) else ()
         beside = f"{' and '.join(files)} beside {MODEL} cannot be applied: " if files else ""

@@ -11,6 +11,7 @@ from minitron_mcore.data.dataset import Dataset, batches_once
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.held_out import perplexity
 from minitron_mcore.files import first_line
+from minitron_mcore.runtime.libraries import MODEL_AS_DATA
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -23,7 +24,7 @@ def load_hugging_face(folder: Path, precision: str, device: torch.device) -> Any
     shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision], local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision], **MODEL_AS_DATA)
     except Exception as error:  # transformers raises whatever the files broke in
         rule = f"cannot be loaded by transformers ({first_line(error)})"
         raise InputError("", folder, rule, "mend it, or name another") from error

@@ -30,6 +30,10 @@ SWITCHES = {
 }
 MOST = 1000  # texts that are kept in memory
 _CONSOLE = logging.StreamHandler
+# How transformers reads a folder as data: none of its own code is run, and nobody is asked at the terminal for leave.
+AS_DATA: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+# A config.json may name a kernel of the hub's, which would be fetched and run; and weights may be pickles.
+MODEL_AS_DATA: dict[str, Any] = {**AS_DATA, "attn_implementation": None, "use_safetensors": True}
 
 
 class _Aside(logging.Handler):

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -71,7 +72,9 @@ class Dashboard:
         self.folder, self.timeout = folder, log.wandb_timeout
         self.rows = self.taken = 0
         id_file = folder / "wandb_run_id"
-        self.id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
+        said = id_file.read_text(encoding="utf-8", errors="replace") if id_file.is_file() else ""
+        # It becomes part of the names of folders, which are deleted once their rows are in a new one.
+        self.id = said if re.fullmatch(r"[\w-]{1,128}", said, re.ASCII) else uuid.uuid4().hex[:8]
         self.mode = log.wandb
         if self.mode == "auto":
             self.mode = "online" if is_logged_in() else "offline"
@@ -90,7 +93,7 @@ class Dashboard:
         if (refused := answer.get("refused")) and not goes_on:
             self._end()
             raise InputError("log.wandb", self.mode, f"is refused by Weights & Biases ({refused})", LOG_IN)
-        if not id_file.exists():
+        if said != self.id:
             id_file.write_text(self.id)
         self._announced = False
         if "ready" in answer:

@@ -13,6 +13,8 @@ from minitron_mcore import __version__
 from minitron_mcore.checkpoint.folder import identify_weights
 from minitron_mcore.checkpoint.manifest import MANIFEST
 
+FORMAT = "JSON"  # of an answer; before, it was a pickle, which is not read
+
 
 def answers_file(
     folder: Path, name: str, model: Path, iteration: int | None, tokenizer: str | None, precision: str
@@ -20,7 +22,7 @@ def answers_file(
     """The file in `folder` for the weights in `model`: of a checkpoint's iteration, or of a Hugging Face folder (None);
     with the fingerprint of the tokenizer, and the precision."""
     told = json.dumps(
-        [str(model.resolve()), iteration, weights_of(model, iteration), tokenizer, precision, __version__]
+        [str(model.resolve()), iteration, weights_of(model, iteration), tokenizer, precision, __version__, FORMAT]
     )
     return folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.db"
 

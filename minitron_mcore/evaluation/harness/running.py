@@ -18,6 +18,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import configure_pad_token
 from lm_eval.utils import handle_non_serializable
+from sqlitedict import SqliteDict
 
 from minitron_mcore import __version__
 from minitron_mcore.data.templating import transformers_tokenizer
@@ -29,6 +30,24 @@ from minitron_mcore.evaluation.harness.requests import Server
 from minitron_mcore.files import first_line, write_whole
 
 BOOTSTRAP_ITERATIONS = 1_000  # for standard errors of scores that are no means
+
+
+class Answers(CachingLM):
+    """The harness's own way of keeping answers in the file `path`, but as JSON: its own are pickles, which run what a
+    stranger's file says. Raises ValueError, where one is read, for a file that holds them otherwise."""
+
+    def __init__(self, model: LM, path: Path) -> None:
+        super().__init__(model, str(path))
+        self.dbdict: SqliteDict
+        self.dbdict.close()
+        self.dbdict = SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=_answer)
+        model.set_cache_hook(self.get_cache_hook())
+
+
+def _answer(text: str | bytes) -> Any:
+    """A log-likelihood comes with whether its tokens are the likeliest."""
+    value = json.loads(text)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def run_tasks(
@@ -45,7 +64,7 @@ def run_tasks(
         numpy.random.seed(DEFAULT_OTHER_SEED)
         for task in tasks["tasks"].values():
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # anew: every model sees the same examples
-        cached = CachingLM(model, str(answers))
+        cached = Answers(model, answers)
         try:
             limited = int(limit) if limit is not None and limit >= 1 else limit
             results = evaluate(

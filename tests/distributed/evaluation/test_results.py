@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,49 @@ def test_work_on_one_of_several_models_has_its_name(told: list[tuple[int, str, l
     titles = [{*titles} - {"export", "import"} for _, _, titles, _, _ in told[1:]]
     alone, named = {"evaluate"}, {"evaluate: one", "evaluate: two"}
     assert titles == [alone, alone, alone, named, {"generate"}, {"generate: one", "generate: two"}]
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.makedirs, (str(self.marker),)
+
+
+def answers_on_rank(folder: Path) -> list[Any]:
+    """What is read of answers as the harness keeps them by itself, a stranger's; and of our own, closed before."""
+    from sqlitedict import SqliteDict
+
+    from minitron_mcore.evaluation.harness.running import Answers
+
+    class Model:
+        def set_cache_hook(self, hook: Any) -> None:
+            self.hook = hook
+
+    with SqliteDict(str(folder / "theirs.db"), autocommit=True) as theirs:
+        theirs["question"] = Evil(folder / "marker")
+    kept: Any = Answers(Model(), folder / "theirs.db")  # type: ignore[arg-type]
+    try:
+        found = [kept.dbdict["question"]]
+    except ValueError as error:
+        found = [type(error).__name__]
+    kept.dbdict.close()
+    values = {"likelihood": (-0.1, True), "rolling": -1e300 / 3, "text": 'a "b"\n'}
+    for _ in range(2):
+        kept = Answers(Model(), folder / "ours.db")  # type: ignore[arg-type]
+        found.append({name: kept.dbdict[name] for name in kept.dbdict})
+        for name, value in values.items():
+            kept.lm.hook.dbdict[name] = value
+        kept.dbdict.close()
+    return [*found[:2], found[2] == values]
+
+
+def test_answers_are_no_pickles(told: Any, tmp_path: Path) -> None:
+    assert run_on_ranks(answers_on_rank, 1, tmp_path) == [["UnicodeDecodeError", {}, True]]
+    assert not (tmp_path / "marker").exists()
 
 
 def scored_on_rank(root: str, files: list[str]) -> list[tuple[float, list[float]]]:

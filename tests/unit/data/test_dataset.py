@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -270,6 +272,31 @@ def test_indices_cut_off_by_a_kill_are_built_again(config, tokenizer):
         for size in (0, len(content) // 2):
             path.write_bytes(content[:size])
             assert rows(build(config, tokenizer)[0]) == expected
+
+
+class Evil:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.makedirs, (str(self.marker),)
+
+
+def test_an_index_that_is_a_pickle_is_not_loaded(config, tokenizer, tmp_path):
+    """Megatron would: whatever is no array is unpickled."""
+    expected = rows(build(config, tokenizer)[0])
+    cached = [path for path in Path(config.cache_path).rglob("*.npy")]
+    (tmp_path / "objects.npz").touch()
+    numpy.save(tmp_path / "objects.npy", numpy.array([Evil(tmp_path / "marker")]), allow_pickle=True)
+    numpy.savez(tmp_path / "objects.npz", numpy.array([Evil(tmp_path / "marker")]))
+    evil = [path.read_bytes() for path in sorted(tmp_path.glob("objects.*"))]
+    for content in (*evil, pickle.dumps(Evil(tmp_path / "marker"))):
+        for path in cached:
+            path.write_bytes(content)
+        assert rows(build(config, tokenizer)[0]) == expected
+    assert not (tmp_path / "marker").exists()
 
 
 def test_calibration_set(config, prefixes, tokenizer):

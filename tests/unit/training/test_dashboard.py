@@ -211,6 +211,18 @@ def test_wandb_offline_is_one_run_in_one_folder(tmp_path: Path) -> None:
     assert history(file) == [{"_step": 10, **ROWS[0][1]}, {"_step": 20, **ROWS[1][1], **ROWS[2][1]}]
 
 
+@pytest.mark.parametrize("said", ["", "x/../../../precious", "..", "a b"])
+def test_a_runs_id_is_a_name_and_no_path(tmp_path: Path, fake: Any, said: str) -> None:
+    """A stranger's folder may say anything; its earlier runs' folders are deleted once their rows are in a new one."""
+    run, precious = tmp_path / "run", tmp_path / "precious"
+    train(run)
+    (run / "wandb_run_id").write_text(said)
+    (run / "wandb" / "offline-run-1-x").mkdir(parents=True)
+    precious.mkdir()
+    train(run, rows=2)
+    assert precious.is_dir() and (run / "wandb_run_id").read_text() != said
+
+
 def test_wandb_is_off_unless_it_is_asked_for() -> None:
     assert LogConfig().wandb == "disabled"
 
