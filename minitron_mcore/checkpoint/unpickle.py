@@ -14,7 +14,8 @@ import io
 import pickle
 import re
 import signal
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +168,23 @@ def is_tensor(entry: Any) -> bool:
     return all(len(offsets) == len(sizes) == len(entry.size) for offsets, sizes in axes)
 
 
+@contextmanager
+def admitting(entries: Sequence[Any]) -> Iterator[None]:
+    """Have torch admit `entries` and megatron-core's own classes alone, beside what it admits by itself. megatron-core
+    adds numpy.dtype, for arrays of anything, and of two entries of a name either may count."""
+    import torch
+
+    before = torch.serialization.get_safe_globals()
+    of_megatron = [each for each in before if getattr(each, "__module__", "").startswith("megatron.")]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*entries, *of_megatron])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]:
     """The common part of the iteration in the folder `place`: what is stored beside the sharded tensors. No collective.
 
@@ -180,10 +198,7 @@ def read_common(place: Path, metadata: Metadata | None = None) -> dict[str, Any]
         raise InputError("", place / versions.COMMON_FILE, f"is missing: {place} is not a whole torch_dist checkpoint")
     asked: list[str] = []  # classes that torch does not admit
     try:
-        # When it ends, the context removes all that it was given, even what had been admitted before.
-        admitted = torch.serialization.get_safe_globals()
-        ours = [entry for entry in COMMON_CLASSES if entry not in admitted]
-        with torch.serialization.safe_globals(ours), part.open() as stream:
+        with admitting(COMMON_CLASSES), part.open() as stream:
             how: dict[str, Any] = {"weights_only": False, "pickle_module": versions.ANY_VERSION}
             if not said_by_user().trust:
                 how = {"weights_only": True}

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def test_the_recipes_key_is_what_trusts(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As typed; the process group, which this needs none of, is left out."""
-    runtime = argparse.Namespace(on_main=lambda work: work(), print=print)
+    runtime = argparse.Namespace(on_main=lambda work: work(), print=print, watched=lambda watch: nullcontext())
     monkeypatch.setattr("minitron_mcore.runtime.start.start", lambda: runtime)
     monkeypatch.setattr("minitron_mcore.runtime.start.stop", lambda: None)
     put_evil(folder, ".metadata", tmp_path / "marker")
