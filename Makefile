@@ -72,7 +72,7 @@ gpu-check: $(if $(PYTHON),,venv)  ## what only a GPU can show, in 8 minutes; a d
 
 lock: venv  ## bring constraints.txt up to date with pyproject.toml, for Python 3.10 to 3.13
 	@$(BIN)/pip install --quiet uv
-	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-annotate --no-python-downloads --upgrade \
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --extra resiliency --universal --python-version 3.10 --no-annotate --no-python-downloads --upgrade \
 		--custom-compile-command "make lock" --output-file constraints.txt
 
 clean:  ## everything that was built, but no run folder

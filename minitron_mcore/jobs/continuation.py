@@ -101,6 +101,19 @@ def sources(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+def identity_of(recipe: Recipe, sections: tuple[str, ...], read: dict[str, Any]) -> str:
+    """A checksum of what `refuse_other_run` compares of a recipe, of its budget, and of the files that it reads, as
+    `sources` gives them."""
+    entries, said = {entry.name: entry for entry in dataclasses.fields(Recipe)}, []
+    for section in (*sections, "seed", "precision"):
+        here = getattr(recipe, section)
+        there = dataclasses.asdict(here) if section_of(entries[section].type) else here
+        for entry, path, value, _ in sorted(_values(entries[section], there, here), key=lambda each: each[1]):
+            if not entry.metadata["may_change"] and path not in read:
+                said.append((path, _settled(entry, value)))
+    return xxhash.xxh3_128_hexdigest(repr((said, sorted(read.items()))).encode())
+
+
 def mark_of(place: str) -> str | None:
     """What tells the checkpoint, the data or the file at a path from another, wherever it lies; None: nothing there."""
     if os.path.isfile(place + ".idx") and os.path.isfile(place + ".bin"):

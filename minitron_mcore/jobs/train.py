@@ -19,9 +19,10 @@ from minitron_mcore.estimate.forecast import Forecast, forecast_run
 from minitron_mcore.files import as_yaml
 from minitron_mcore.jobs import inputs
 from minitron_mcore.jobs.chats import Chats
-from minitron_mcore.jobs.continuation import refuse_other_run, sources
+from minitron_mcore.jobs.continuation import identity_of, refuse_other_run, sources
 from minitron_mcore.jobs.exchange import exchange_of
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises, absolute
+from minitron_mcore.jobs.local_checkpoints import check_local
 from minitron_mcore.jobs.narrow import check_narrow, check_teacher
 from minitron_mcore.model.fp8 import passes_of
 from minitron_mcore.model.recompute import check_recompute
@@ -84,6 +85,7 @@ class TrainingJob(Job):
     wanted: the sample sets to build.
     lineage: what lineage.yaml says of where the weights come from.
     teaching: of `distill`.
+    compared: the sections in which a run that goes on must agree with the one in `folder`.
     chats: what is read in place of data.train.
     exchange: what tensor-parallel ranks exchange states through during products; None: nothing is asked for.
     """
@@ -99,6 +101,7 @@ class TrainingJob(Job):
     resumes: bool
     lineage: dict[str, Any]
     teaching: Teaching
+    compared: tuple[str, ...] = ()
     chats: Chats | None = None
     exchange: Exchange | None = None
 
@@ -136,6 +139,10 @@ class TrainingJob(Job):
     def sources(self) -> dict[str, Any]:
         """What the recipe reads, for lineage.yaml of every save: files are looked at once."""
         return sources(self.recipe)
+
+    def identity(self) -> str:
+        """A checksum of what decides what the run computes, its budget included, and of the files it reads."""
+        return identity_of(self.recipe, self.compared, self.sources)
 
     @property
     def documents(self) -> dict[str, str]:
@@ -217,6 +224,7 @@ def resolve_training(
     resumes = resumed_iteration(folder) is not None
     if resumes:
         check_architecture(folder, architecture)
+    check_local(train, folder, section, world)
     check_wandb(recipe.log, world.rank)
     check_prometheus(recipe.log, world.rank)
     timetable = chats.timetable if chats else plan_timetable(train, recipe.data.sequence_length, section)
@@ -247,6 +255,7 @@ def resolve_training(
         resumes=resumes,
         lineage=lineage,
         teaching=teaching,
+        compared=compared,
         chats=chats,
         exchange=exchange_of(recipe, section, architecture, world, timetable),
     )

@@ -24,6 +24,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.jobs import inputs
 from minitron_mcore.jobs.distill import resolve as resolve_distill
 from minitron_mcore.jobs.job import NOTHING, Item, Model, Promises, absolute
+from minitron_mcore.jobs.local_checkpoints import NO_LOCAL
 from minitron_mcore.jobs.plan import plan_from_scores
 from minitron_mcore.jobs.score import NO_MATTER, ScoreJob
 from minitron_mcore.jobs.score import resolve as resolve_score
@@ -198,6 +199,7 @@ def _with_budget(recipe: Recipe, folder: Path) -> Recipe:
     scores = recipe.scores or str(folder / "scores.safetensors")
     # A candidate that stopped by itself would leave those beside it waiting.
     told: dict[str, Any] = {"scores": scores, "distill.load": None, "distill.exit_interval": None}
+    told |= {f"distill.{name}": value for name, value in NO_LOCAL.items()}
     if distill.correct_teacher:
         rule = "would give every candidate another teacher, and candidates are compared under one"
         remedy = "correct the teacher first (`minitron correct`), and search with that one"

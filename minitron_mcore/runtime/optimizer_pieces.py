@@ -64,6 +64,38 @@ def own_pieces(part: Any, model_state: Any, *_: Any) -> dict[int, list[ShardedTe
     return state
 
 
+def held_tensors(part: Any, prefix: str) -> dict[int, dict[str, ShardedTensor]]:
+    """What this rank holds of the state of the DistributedOptimizer `part`, each tensor whole under a name of its own,
+    so that no other rank has a share of it: for a checkpoint that only the same layout loads.
+
+    prefix: of the names; it must be of this rank and part alone.
+    """
+    return {
+        number: {key: _whole(f"{prefix}.{number}.{key}", held[key].detach()) for key in STATES if key in held}
+        for number, held in enumerate(map(part._get_main_param_and_optimizer_states, held_parameters(part)))
+    }
+
+
+def set_held(part: Any, held: dict[int, dict[str, torch.Tensor]]) -> None:
+    """Copy what `held_tensors` gave into the state of `part`."""
+    parameters = held_parameters(part)
+    assert len(parameters) == len(held), (len(parameters), len(held))
+    with torch.no_grad():
+        for number, parameter in enumerate(parameters):
+            part._set_main_param_and_optimizer_states(parameter, held[number])
+
+
+def held_parameters(part: Any) -> list[torch.nn.Parameter]:
+    """The parameters of which this rank has a range."""
+    maps = [found["param_map"] for ranges in part.gbuf_ranges for buckets in ranges.values() for found in buckets]
+    return [parameter for found in maps for parameter in found]
+
+
+def _whole(key: str, tensor: torch.Tensor) -> ShardedTensor:
+    shape = tuple(tensor.shape)
+    return ShardedTensor(key, tensor, tensor.dtype, shape, shape, tuple(0 for _ in shape), None, (0, 0, 0))
+
+
 def _pieces(base: Any, key: str, flat: torch.Tensor, start: int, instance: int) -> list[ShardedTensor]:
     """Of the parameter that `base` describes, the elements from `start` on, which are `flat`."""
     pieces = []

@@ -27,7 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from minitron_mcore.runtime.optimizer_pieces import own_pieces
+from minitron_mcore.runtime.optimizer_pieces import held_tensors, own_pieces, set_held
 
 _ON_ITS_STREAM = object()  # in a handle's place: what waits is the stream
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -93,6 +93,43 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
         for part in inner:
             del part._set_main_param_and_optimizer_states
     separate_steps(optimizer)
+
+
+def held_state(optimizer: MegatronOptimizer, prefix: str) -> dict[int, dict[str, Any]]:
+    """What this rank holds of the optimizer, for a checkpoint that only the same layout loads. No other rank is asked.
+    prefix: of the tensors' names, of this rank alone."""
+    state = {}
+    for number, part in enumerate(_distributed_optimizers(optimizer)):
+        _fill_empty_adam_state(part.optimizer)
+        if not part.optimizer.state:  # another Adam's, to load into
+            part.load_state_dict(part.state_dict())
+        state[number] = {"groups": part.state_dict(), "held": held_tensors(part, f"{prefix}.{number}")}
+    return state
+
+
+def load_held_state(optimizer: MegatronOptimizer, state: dict[int, dict[str, Any]]) -> None:
+    """Resume from what `held_state` gave, in place."""
+    for number, part in enumerate(_distributed_optimizers(optimizer)):
+        saved = state[number]
+        part.load_state_dict(saved["groups"])
+        part._set_main_param_and_optimizer_states = _with_step(part, part._set_main_param_and_optimizer_states)
+        try:
+            set_held(part, saved["held"])
+        finally:
+            del part._set_main_param_and_optimizer_states
+    separate_steps(optimizer)
+
+
+def held_shapes(optimizer: MegatronOptimizer) -> list[Any]:
+    """How this rank's part of the optimizer lies: the shapes of what it holds, and the types of the state."""
+    found: list[Any] = []
+    for part in _distributed_optimizers(optimizer):
+        maps = [each for ranges in part.gbuf_ranges for buckets in ranges.values() for each in buckets]
+        ranges = [len(place["gbuf_world"]) for each in maps for place in each["param_map"].values()]
+        config = part.config
+        types = [config.main_params_dtype, config.exp_avg_dtype, config.exp_avg_sq_dtype]
+        found.append([ranges, [str(each) for each in types], type(part.optimizer).__name__])
+    return found
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:

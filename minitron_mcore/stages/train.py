@@ -94,6 +94,7 @@ def fit_model(
                 stage=job.section,
                 documents=job.documents,
                 teaching=teaching,
+                identity=job.identity,
                 until=until,
             )
         )
@@ -103,7 +104,7 @@ def describe(job: TrainingJob, tokens: int) -> None:
     """Write what lies beside the weights in `job.folder`, trained on `tokens` tokens; one rank calls."""
     samples = job.chats and job.chats.samples
 
-    def save_tokenizer(folder: str) -> None:
+    def save(folder: str) -> None:
         assert job.tokenizer is not None
         job.tokenizer.save(folder)
         if samples and samples.preparation.template:
@@ -112,8 +113,7 @@ def describe(job: TrainingJob, tokens: int) -> None:
     assert job.tokenizer is not None
     facts = {**job.lineage, "tokens": tokens, "tokenizer": job.tokenizer.fingerprint, "sources": job.sources}
     facts |= {"samples": samples.prepared.digest} if samples and samples.prepared else {}
-    recipe = to_yaml(job.recipe)
-    write_description(job.folder, job.architecture, lineage=facts, recipe=recipe, save_tokenizer=save_tokenizer)
+    write_description(job.folder, job.architecture, lineage=facts, recipe=to_yaml(job.recipe), save_tokenizer=save)
     if job.source is not None:
         carry_companions(job.source.folder, job.folder)
     stop_at(job.folder, samples.ends_with if samples else None, bos=job.tokenizer.bos, eos=job.tokenizer.eod)

@@ -131,6 +131,22 @@ class TrainConfig(NarrowConfig):
     on_save_error: Annotated[str, OneOf("stop", "continue")] = key(
         "stop", "what to do if a checkpoint on the way cannot be written; the last one must be", may_change=True
     )
+    non_persistent_save_interval: Optional[int] = key(
+        None,
+        "iterations between local checkpoints; null: none; needs nvidia-resiliency-ext",
+        at_least=1,
+        may_change=True,
+    )
+    non_persistent_local_ckpt_dir: Optional[PathName] = key(
+        None, "folder of local checkpoints, in a node's memory or scratch, the same path on each", may_change=True
+    )
+    replication: bool = key(False, "copy each rank's local checkpoint to other ranks too", may_change=True)
+    replication_jump: Optional[int] = key(
+        None, "ranks that hold a copy lie so far apart; null: the ranks of a node", at_least=1, may_change=True
+    )
+    replication_factor: int = key(
+        2, "ranks that hold each local checkpoint, its own included", at_least=2, may_change=True
+    )
     exit_interval: Optional[int] = key(
         None,
         "save and exit at the iterations that are multiples of it; the same command goes on",
@@ -191,6 +207,7 @@ class TrainConfig(NarrowConfig):
             lacking = next(name for name in ("eval_interval", "eval_iters") if not getattr(self, name))
             rule = f"compares validation losses, but with {lacking}=0 there are none on the way"
             raise InputError("keep_best", self.keep_best, rule, f"set {lacking}, or leave keep_best out")
+        self._check_local()
         if self.recompute_granularity != "full":
             given = self.recompute_granularity or "null"
             words = f"with recompute_granularity={given}, which recomputes no whole layer"
@@ -203,6 +220,21 @@ class TrainConfig(NarrowConfig):
             if phase.tokens is None:
                 remedy = "only the last phase may leave it out, for what is left"
                 raise InputError(f"phases[{number}].tokens", None, "is missing", remedy)
+
+    def _check_local(self) -> None:
+        """Raise InputError where the keys of local checkpoints do not go together."""
+        interval, folder = "non_persistent_save_interval", "non_persistent_local_ckpt_dir"
+        for given, lacking in ((interval, folder), (folder, interval)):
+            if getattr(self, given) is not None and getattr(self, lacking) is None:
+                raise InputError(
+                    given, getattr(self, given), f"needs {lacking}", f"give {lacking} too, or leave it out"
+                )
+        if self.replication and self.non_persistent_save_interval is None:
+            rule = f"copies local checkpoints, of which there are none with {interval}=null"
+            raise InputError("replication", True, rule, f"give {interval} too, or leave it out")
+        if not self.replication:
+            idle = dict.fromkeys(("replication_jump", "replication_factor"), "with replication=false")
+            refuse_idle(self, idle, "leave it out, or set replication=true")
 
 
 @section

@@ -94,6 +94,7 @@ class Job:
     stage: str = "train"  # the section of the recipe that trains
     documents: dict[str, str] = field(default_factory=dict)  # texts that dashboards keep beside the numbers, by kind
     teaching: TrainedTeacher | None = None  # the objective's teacher, if it is trained in the same job
+    identity: Callable[[], str] = lambda: ""  # what tells this run's recipe and data from another's; one rank calls
     until: int | None = None  # the iteration to stop after, from which the same training may go on; None: the last
 
     @property

@@ -28,6 +28,7 @@ from minitron_mcore.runtime.world import grace_seconds
 from minitron_mcore.training.accounting import StepTimers, account, split_line
 from minitron_mcore.training.grace import Grace
 from minitron_mcore.training.job import Job, Progress
+from minitron_mcore.training.local_checkpoints import LocalCheckpoints
 from minitron_mcore.training.metrics import MetricsLog
 from minitron_mcore.training.resuming import find_whole
 from minitron_mcore.training.saving import Saver
@@ -52,21 +53,12 @@ def fit(job: Job) -> Progress:
     """
     runtime = job.runtime
     trained = Trained.of(job.chunks, job.train, job.timetable)
-    progress = Progress()
-    folders = [job.folder, *([job.teaching.folder] if job.teaching is not None else [])]
-    if (newest := find_whole(folders, runtime)) is not None:
-        progress = Progress(**load_training_state(job.folder, newest, *trained))
-        check_past(progress, job)
-        warn_of_other_data(progress, job)
-        set_schedule(trained.scheduler, progress.consumed_tokens)
-        if job.objective.states is not None:
-            job.objective.states.resume(progress.hidden_states_alpha)
-        if job.teaching is not None:
-            job.teaching.resume(progress.iteration, progress.consumed_tokens)
-        runtime.print(f"resumed {job.folder} at iteration {progress.iteration} of {job.iterations}")
-        runtime.on_main(lambda: describe_newest(job, progress))
+    local = LocalCheckpoints.of(job, trained)
+    progress, newest = resumed(job, trained, local)
     progress.data_order = job.data.order
     if progress.iteration >= job.ends_at:
+        if local is not None:
+            local.forget()
         return progress
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -76,8 +68,8 @@ def fit(job: Job) -> Progress:
     minutes = job.train.exit_duration_in_mins
     stop = StopRequest(math.inf if minutes is None else runtime.started + 60 * minutes)
     # The newest checkpoint, if it is to make room for the next: also the one of an earlier stop.
-    interim = progress.iteration if job.until is not None and progress.iteration else None
-    saver = Saver(job, trained, interim)
+    interim = newest if job.until is not None and newest else None
+    saver = Saver(job, trained, interim, newest=newest, local=local)
     try:
         # In a log the lines of the training itself have rate and time left.
         shown = runtime.progress(
@@ -90,6 +82,8 @@ def fit(job: Job) -> Progress:
                 saved = f"{name_of(runtime.stop_signal)}: saved {job.folder} at iteration {progress.iteration}"
                 runtime.print(f"{saved} of {job.iterations}; the same command goes on")
         saver.close()
+        if local is not None:
+            local.forget()  # the newest persistent one has all
     except BaseException as error:
         saver.leave(in_order=isinstance(error, Exception))
         raise
@@ -173,6 +167,7 @@ def _iterate(
         runtime.warn(grace.step(longest / 1000, most_tokens / step.shape.tokens))
         with PULSE.quiet("checkpoint"):
             saver.attend(writing)
+            saver.save_local(progress, ends=bool(last or asked_to_stop))
             if last or asked_to_stop or any(_is_due(progress.iteration, each) for each in job.save_intervals):
                 saver.save(progress, at_once=bool(last or asked_to_stop))
         if last or asked_to_stop:
@@ -181,6 +176,33 @@ def _iterate(
         PULSE.begin(progress.iteration + 1, steady=True)
         timers.start()
     raise AssertionError("the steps ended before the last iteration")
+
+
+def resumed(job: Job, trained: Trained, local: LocalCheckpoints | None) -> tuple[Progress, int]:
+    """(where the run goes on, its newest whole checkpoint on the persistent path, 0 for none), with the weights and the
+    optimizer's state of there: of that checkpoint, or of a newer local one. Every rank calls."""
+    runtime, teaching = job.runtime, job.teaching
+    newest = find_whole([job.folder, *([teaching.folder] if teaching is not None else [])], runtime)
+    if local is not None and (progress := local.resume(newest or 0)) is not None:
+        place = f"the local checkpoint of {job.folder}"
+    elif newest is not None:
+        progress, place = Progress(**load_training_state(job.folder, newest, *trained)), str(job.folder)
+    else:
+        return Progress(), 0
+    is_local = progress.iteration != newest
+    check_past(progress, job)
+    warn_of_other_data(progress, job)
+    set_schedule(trained.scheduler, progress.consumed_tokens)
+    if job.objective.states is not None:
+        job.objective.states.resume(progress.hidden_states_alpha)
+    if teaching is not None and is_local:
+        set_schedule(teaching.trained.scheduler, progress.consumed_tokens)
+    elif teaching is not None:
+        teaching.resume(progress.iteration, progress.consumed_tokens)
+    runtime.print(f"resumed {place} at iteration {progress.iteration} of {job.iterations}")
+    if not is_local:
+        runtime.on_main(lambda: describe_newest(job, progress))
+    return progress, newest or 0
 
 
 def grace_of(job: Job, progress: Progress) -> Grace:

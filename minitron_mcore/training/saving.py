@@ -25,6 +25,7 @@ from minitron_mcore.runtime.folder_lock import TRAINING_LOCK
 from minitron_mcore.runtime.interrupt import made_progress
 from minitron_mcore.training.config import TrainConfig
 from minitron_mcore.training.job import Job, Progress
+from minitron_mcore.training.local_checkpoints import LocalCheckpoints
 from minitron_mcore.training.step import Trained
 
 PATIENCE = 10.0  # seconds that a rank which failed waits for the others, before what they write together is lost
@@ -33,9 +34,18 @@ PATIENCE = 10.0  # seconds that a rank which failed waits for the others, before
 class Saver:
     """The checkpoints of a job. Every rank makes one, and calls each method at the same iteration."""
 
-    def __init__(self, job: Job, trained: Trained, interim: int | None = None) -> None:
-        """interim: the newest iteration, if it is to make room for the next."""
-        self.job, self.trained, self.interim = job, trained, interim
+    def __init__(
+        self,
+        job: Job,
+        trained: Trained,
+        interim: int | None = None,
+        *,
+        newest: int = 0,
+        local: LocalCheckpoints | None = None,
+    ) -> None:
+        """interim: the newest iteration, if it is to make room for the next. newest: the newest, 0 for none. local:
+        what is kept in nodes besides."""
+        self.job, self.trained, self.interim, self.newest, self.local = job, trained, interim, newest, local
         self.kept = kept_by(job.train)
         self.folders = [job.folder] + ([job.teaching.folder] if job.teaching is not None else [])
         self._known = {folder: folder.stat().st_ino for folder in map(Path, self.folders) if folder.is_dir()}
@@ -66,6 +76,13 @@ class Saver:
             self._try(partial(self._save_now, progress), progress.iteration, raises=at_once)
         else:
             self._try(partial(self._begin, progress), progress.iteration)
+
+    def save_local(self, progress: Progress, *, ends: bool) -> None:
+        """A local checkpoint of the iteration that `progress` has reached, if one is due.
+
+        ends: the run does, with a checkpoint that is as new."""
+        if self.local is not None and not ends and self.local.is_due(progress.iteration):
+            self.local.save(progress, self.newest)
 
     def attend(self, state: int) -> None:
         """Finish what is being written, if it can be without waiting. state: the largest of all ranks' `state`."""
@@ -171,7 +188,7 @@ class Saver:
     def _make_room(self, iteration: int) -> None:
         """Count `iteration` as the newest, and drop those that are not to stay beside it."""
         made_progress()
-        job, interim, self.interim = self.job, self.interim, iteration
+        job, interim, self.interim, self.newest = self.job, self.interim, iteration, iteration
         going = []
         if self.kept is None:
             if job.train.save_interval is not None or interim is None:

@@ -56,7 +56,7 @@ def test_metadata(package: Message, distribution: Path) -> None:
     assert package["Name"] == "minitron-mcore"
     assert package["Version"] == minitron_mcore.__version__
     assert SpecifierSet(package["Requires-Python"]) == SpecifierSet(">=3.10,<3.14")
-    assert set(package.get_all("Provides-Extra", [])) == {"gpu", "parquet", "eval", "dev"}
+    assert set(package.get_all("Provides-Extra", [])) == {"gpu", "parquet", "eval", "resiliency", "dev"}
     lines = {
         extra: {line.split(";")[0] for line in package.get_all("Requires-Dist", []) if f'"{extra}"' in line}
         for extra in ("parquet", "dev")

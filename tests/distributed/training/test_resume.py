@@ -26,10 +26,13 @@ def fit_on_rank(
     precision: str = "fp32",
     save_interval: int | None = CUT,
     validation: Any = None,
+    identity: str = "",
+    until: int | None = None,
     **keys: Any,
 ) -> dict[str, Any]:
     """`fit` in `folder`, resuming if it holds a checkpoint: the losses it logged and the final weights. validation:
-    what `read_valid` reads. keys: of the section, beside."""
+    what `read_valid` reads. identity: of its recipe. until: the iteration to stop after. keys: of the section,
+    beside."""
     import json
 
     from minitron_mcore.checkpoint.folder import write_description
@@ -71,6 +74,8 @@ def fit_on_rank(
             ),
             recipe={},
             name="resume",
+            identity=lambda: identity,
+            until=until,
         )
     )
     rows = [row for model in models for row in named_parameters(model)]

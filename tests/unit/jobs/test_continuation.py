@@ -135,6 +135,8 @@ def test_which_keys_may_differ() -> None:
         *("recompute_granularity", "recompute_method", "recompute_num_layers", "max_skipped_iterations"),
         *("overlap_grad_reduce", "overlap_param_gather", "ddp_bucket_size", "tp_comm_overlap"),
         *("async_save", "on_save_error", "keep_last", "keep_every", "keep_best"),
+        *("non_persistent_save_interval", "non_persistent_local_ckpt_dir"),
+        *("replication", "replication_jump", "replication_factor"),
         *("exit_interval", "exit_duration_in_mins"),
         *("fp8_format", "fp8_recipe", "first_last_layers_bf16", "num_layers_at_start_in_bf16"),
         *("num_layers_at_end_in_bf16", "use_precision_aware_optimizer", "main_params_dtype"),
@@ -145,7 +147,7 @@ def test_which_keys_may_differ() -> None:
     expected |= {"teacher.parallel", "teacher.placement", "data.cache_path", "data.num_workers", "student.checkpoint"}
     expected |= {f"{section}.micro_batch_size" for section in ("importance", "evaluate", "cache")}
     expected |= {"search.side_by_side", "search.keep_checkpoints", "align.reference", "chat.cache_path", "chat.workers"}
-    expected |= {"evaluate.answers", "report.output", "run.prompts"}
+    expected |= {"evaluate.answers", "report.output", "run.prompts", "run.only", "search.stop", "search.share"}
     assert keys(lambda entry: entry.metadata["may_change"]) == expected
     budget = {f"{section}.{name}" for section in trained for name in ("tokens", "phases", "lr_wsd_decay_tokens")}
     assert keys(lambda entry: entry.metadata["budget"]) == budget | {"align.samples", "align.epochs"}
