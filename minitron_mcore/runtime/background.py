@@ -22,8 +22,9 @@ import torch
 
 from minitron_mcore.runtime.interrupt import outlive_signals
 
-T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread that forked it ends
+
+T = TypeVar("T")
 
 
 class Background(Generic[T]):
@@ -73,9 +74,8 @@ class Background(Generic[T]):
 
 
 def _work(work: Callable[[], Any], results: Connection, parent: int) -> None:
-    end_with = partial(_end_with, os.getpid())
-    _end_with(parent)
-    os.register_at_fork(after_in_child=end_with)  # what `work` itself forks
+    end_with(parent)
+    os.register_at_fork(after_in_child=partial(end_with, os.getpid()))  # what `work` itself forks
     outlive_signals(0)
     signal.signal(signal.SIGCHLD, _child_ended)
     gc.disable()  # it would give back memory of the parent's GPU
@@ -99,7 +99,7 @@ def _child_ended(number: int, frame: object) -> None:
             raise ChildProcessError(_ended(process.exitcode))
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Have this process end with its parent."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -28,7 +28,8 @@ ECHO = 5.0  # seconds in which a signal may arrive again by another way
 EXIT_INTERVAL, EXIT_DURATION = 101, 102
 LIMITS = {EXIT_INTERVAL: "exit_interval", EXIT_DURATION: "exit_duration_in_mins"}
 # The exit code of what was stopped in good order and is to be started again. srun gives the highest code of its tasks,
-# and 143 whenever one has failed, since it ends the others by SIGTERM. So it is above that of every signal.
+# but 143 once one has died of the SIGTERM by which it ends the others. So it is above that of every signal, and who
+# leaves with it ignores SIGTERM.
 UNFINISHED = 200
 # Of ranks that hang (watchdog.py): EX_TEMPFAIL of sysexits.h where nothing was finished before, and else one that is
 # above every signal's too and asks for another start.
@@ -156,6 +157,10 @@ class Ending:
         if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
             self._left_with = error.code
             self.number = self.number or error.code - 128
+        if self._left_with:
+            # srun ends the other tasks by SIGTERM as soon as one has left, and Python's handlers are gone before the
+            # process is.
+            self._ignore()
         if self.number:
             return  # until the process exits, a repeated signal must do no harm, and Ctrl-C must still work
         restore(self._handlers)
@@ -163,6 +168,10 @@ class Ending:
             _endings.discard(self)
             signal.set_wakeup_fd(self._pipe_before)
             self.leave_pipe()
+
+    def _ignore(self) -> None:
+        for number in self._handlers.keys() - {signal.SIGINT}:
+            signal.signal(number, signal.SIG_IGN)
 
     def leave_pipe(self) -> None:
         if self._pipe >= 0:

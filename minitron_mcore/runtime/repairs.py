@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import os
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
+from minitron_mcore.runtime.background import end_with
 from minitron_mcore.runtime.optimizer_pieces import held_tensors, own_pieces, set_held
 
 _ON_ITS_STREAM = object()  # in a handle's place: what waits is the stream
@@ -176,12 +178,17 @@ def write_errors() -> Iterator[list[Exception]]:
     """Within the `with`, the list collects the errors met while a save of this process wrote its data.
 
     From 0.17 on the save itself reports only an error's type, as text, so a full disk cannot be recognised.
+
+    A process that writes a part ends with this one: left behind, as by `kill -9`, it waits for ever for its result to
+    be taken, and keeps this rank's connections open, so that the other ranks do not see that it is gone.
     """
     writer = filesystem_async.FileSystemWriterAsync
-    original, met = writer.write_preloaded_data, []
+    original, met, parent = writer.write_preloaded_data, [], os.getpid()
 
     @functools.wraps(original)
     def remembering(*arguments: Any, **named: Any) -> Any:
+        if os.getpid() != parent:
+            end_with(parent)
         output = original(*arguments, **named)
         if isinstance(output, tuple) and isinstance(output[1], Exception):
             met.append(output[1])

@@ -139,7 +139,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     rows = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
     keys = [(row["iteration"], row["kind"]) for row in rows]
     assert len(set(keys)) == len(keys), keys
-    timed = ("time", "-share", "(ms)", "per second", "per GPU", "memory", "utilization")
+    timed = ("time", "-share", "(ms)", "per second", "per GPU", "memory", "utilization", "slowest rank")
     return [{name: value for name, value in row.items() if not any(word in name for word in timed)} for row in rows]
 
 

@@ -48,7 +48,7 @@ def recipe_of(root: Path, output: str, words: list[str]) -> list[str]:
 
 def carry_out(line: str, number: int, folder: Path) -> None:
     """One line of the queue, as SLURM would: each task of an array with its number, each rank a process."""
-    script = Path(line.split()[-1])
+    script = Path(line.rpartition(".log ")[2])  # names may have blanks
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script.read_text(), re.MULTILINE))
     tasks = re.search(r"--array=0-(\d+)", line)
     for task in range(int(tasks[1]) + 1 if tasks else 1):
