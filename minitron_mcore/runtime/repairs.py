@@ -143,12 +143,13 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
 
 
 def save_without_helper() -> None:
-    """Before the first synchronous `dist_checkpointing.save`: its results pass through a queue of this process.
+    """Before a synchronous `dist_checkpointing.save`: its results pass through a queue of this process, a new one each
+    time, since a save that failed leaves its results there.
 
     megatron-core's own queue is in a helper process, which takes seconds to start, holds 200 MB for the rank's life and
     outlives a rank that is killed. Only an asynchronous save needs another process.
     """
-    if filesystem_async._results_queue is None:
+    if isinstance(filesystem_async._results_queue, queue.SimpleQueue | None):
         filesystem_async._results_queue = queue.SimpleQueue()
 
 

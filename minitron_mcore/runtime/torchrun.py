@@ -39,7 +39,17 @@ SIGNALS = range(129, 160)  # exit codes of ranks that a signal has stopped, as a
 
 
 class Agent(LocalElasticAgent):
-    """Of one node: torchrun's own, which knows what not to start again."""
+    """Of one node: torchrun's own, which knows what not to start again, and has ranks meet in a new store each time.
+
+    Otherwise they find in the store what those before them have left: the addresses of ranks that are gone.
+    """
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        handler: Any = worker_group.spec.rdzv_handler
+        for name in ("_shared_tcp_store_server", "_bootstrap_store_info"):
+            if hasattr(handler, name):
+                setattr(handler, name, None)  # made anew on the first node, and told to the others
+        super()._rendezvous(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)

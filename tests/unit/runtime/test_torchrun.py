@@ -13,6 +13,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 from minitron_mcore.runtime import torchrun
 from minitron_mcore.runtime.notice import say_failure
@@ -100,3 +101,19 @@ def test_torchruns_own_report_ends_with_the_sentence(
     assert json.loads(file.read_text())["message"] == ProcessFailure(0, 1, 2, str(file)).message
     report = ChildFailedError("minitron", {0: ProcessFailure(0, 1, 2, str(file))}).format_msg()
     assert report.splitlines()[-2].endswith("train.lr=-1 must be at least 0")
+
+
+def test_ranks_meet_in_a_new_store_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a quick rank finds the address of one that is gone, and fails to connect (tests/e2e/test_elastic.py)."""
+    handler = DynamicRendezvousHandler.__new__(DynamicRendezvousHandler)
+    before: Any = "of before"
+    handler._shared_tcp_store_server = handler._bootstrap_store_info = before
+    seen = []
+    monkeypatch.setattr(
+        LocalElasticAgent,
+        "_rendezvous",
+        lambda self, group: seen.append((handler._shared_tcp_store_server, handler._bootstrap_store_info)),
+    )
+    group = SimpleNamespace(spec=SimpleNamespace(rdzv_handler=handler))
+    torchrun.Agent._rendezvous(torchrun.Agent.__new__(torchrun.Agent), group)  # type: ignore[arg-type]
+    assert seen == [(None, None)]
