@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from minitron_mcore.checkpoint.store import model_state
+from minitron_mcore.checkpoint.store import load_models, model_state
 from minitron_mcore.model.gpt import unwrap
 from minitron_mcore.runtime.agree import gathered
 from minitron_mcore.runtime.groups import context_group, data_group, optimizer_instances, pipeline_group, tensor_group
@@ -78,10 +78,7 @@ class LocalState:
         loaded = saved.to_state_dict(self._state(), **how)
         for name, (chunks, optimizer, scheduler) in self.models.items():
             own = loaded[name]
-            for key, chunk in zip(model_state(chunks), chunks, strict=True):
-                missing, unexpected = unwrap(chunk).load_state_dict(own[key], strict=False)
-                missing = [each for each in missing if not each.endswith("_extra_state")]
-                assert not missing and not unexpected, (missing, unexpected)
+            load_models(chunks, own)
             load_held_state(optimizer, own["optimizer"])
             scheduler.load_state_dict(own["opt_param_scheduler"])
         progress: dict[str, Any] = loaded["progress"]

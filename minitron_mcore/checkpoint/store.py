@@ -327,13 +327,18 @@ def load_training_state(
     """Resume in place from a checkpoint saved at any layout; returns its `progress`. All ranks call."""
     state = training_state(chunks, optimizer, scheduler, {}, is_loading=True)
     loaded = load_state(folder, iteration, state)
+    load_models(chunks, loaded)
+    load_optimizer_state(optimizer, loaded["optimizer"])
+    scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    return loaded["progress"]
+
+
+def load_models(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    """Every weight of this rank's chunks, in place, by the names of `model_state`."""
     for name, chunk in zip(model_state(chunks), chunks, strict=True):
         missing, unexpected = unwrap(chunk).load_state_dict(loaded[name], strict=False)
         missing = [key for key in missing if not key.endswith("_extra_state")]
         assert not missing and not unexpected, (missing, unexpected)
-    load_optimizer_state(optimizer, loaded["optimizer"])
-    scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    return loaded["progress"]
 
 
 def as_chunks(models: list[LanguageModel]) -> list[torch.nn.Module]:
