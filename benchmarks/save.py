@@ -5,7 +5,8 @@
     python benchmarks/save.py --repeats 7 --folder /scratch/x      on another disk; on a GPU where there is one
 
 Each repeat saves the same state twice: while training waits, and then in the background under steps of training.
-Stalled is the time within the calls that begin and finish the second, of the first rank. How much longer its steps take
+Stalled is the time within the calls that begin and finish the second, of the first rank; all ranks come to these at the
+same time, since who waits there for a slower rank waits less in its next step. How much longer its steps take
 than steps without a save is said beside it, since the writer shares the processor's cores and copies what training
 changes. The manifests must be equal. Medians over the repeats; ends with one JSON line.
 """
@@ -107,6 +108,7 @@ class Training:
     def save_under_steps(self) -> tuple[float, float, float, list[float]]:
         """Seconds of the call that begins a save, of the one that finishes it, from one to the other, and of the steps
         that were done meanwhile."""
+        torch.distributed.barrier()
         begun = time.perf_counter()
         under_way = self.trained.begin_save(*self._arguments("goes on"))
         beginning = time.perf_counter() - begun
@@ -114,6 +116,7 @@ class Training:
         while self._on_any_rank(under_way.state) == under_way.WRITING:
             steps.append(self.step())
         between = time.perf_counter() - begun
+        torch.distributed.barrier()
         return beginning, seconds(under_way.finish), between, steps
 
 

@@ -196,6 +196,8 @@ def _checked_index(prefix: str, key: str, tokenizer: Optional[Tokenizer]) -> Ind
     index, fault = read_index(prefix), ""
     if index is None or not index.is_whole:  # Megatron's reader would fail in ways that depend on where it was cut
         fault = "has an .idx that is cut off or not Megatron's"
+    elif not index.is_consistent:
+        fault = "has a damaged .idx: its sequences do not follow one another"
     elif not (size := os.path.getsize(prefix + ".bin")):
         fault = "has an empty .bin"
     elif size != (expected := int(index.lengths().sum(dtype=numpy.int64)) * index.dtype.itemsize):

@@ -59,6 +59,23 @@ class Index:
         return os.path.getsize(self.prefix + ".idx") >= HEADER.size + 12 * self.sequences + 8 * self.ends
 
     @property
+    def is_consistent(self) -> bool:
+        """Whether each sequence begins where the one before ends, and the documents are all of them, in order. The
+        index must be whole."""
+        if not self.sequences:
+            return True
+        path, lengths, begins = self.prefix + ".idx", self.lengths(), 0
+        offsets = numpy.memmap(path, numpy.int64, "r", HEADER.size + 4 * self.sequences, (self.sequences,))
+        ends = numpy.memmap(path, numpy.int64, "r", HEADER.size + 12 * self.sequences, (self.ends,))
+        for start in range(0, self.sequences, SCAN_TOKENS):
+            block = slice(start, start + SCAN_TOKENS)
+            after = begins + numpy.cumsum(lengths[block], dtype=numpy.int64) * self.dtype.itemsize
+            if offsets[start] != begins or not numpy.array_equal(offsets[block][1:], after[:-1]):
+                return False
+            begins = int(after[-1])
+        return bool(self.ends and not ends[0] and ends[-1] == self.sequences and numpy.all(ends[1:] >= ends[:-1]))
+
+    @property
     def stored_tokens(self) -> int:
         """By the size of the .bin."""
         return os.path.getsize(self.prefix + ".bin") // self.dtype.itemsize

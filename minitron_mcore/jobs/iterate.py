@@ -21,6 +21,7 @@ from typing import Any
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import first_line
 from minitron_mcore.importance.config import TASK_METRICS, ImportanceConfig
 from minitron_mcore.jobs.inputs import asked_shape, sizes_of
 from minitron_mcore.jobs.job import Job, Promises, resolve
@@ -139,9 +140,15 @@ class Step:
         return folder / "done" / f"{self.word}.json"
 
     def outcome(self, folder: Path) -> Any:
-        """What it gave; None where it is not done."""
+        """What it gave; None where it is not done. Raises InputError where its mark is damaged."""
         done = self.mark(folder)
-        return json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None
+        if not done.is_file():
+            return None
+        try:
+            return json.loads(done.read_text(encoding="utf-8"))
+        except ValueError as error:
+            rule = f"does not say what the step gave ({first_line(error)})"
+            raise InputError("output", done, rule, "delete it: the step is done again") from error
 
     def resolve(self, world: World, promises: Promises) -> Job:
         return resolve(self.verb, self.recipe, world, promises, **self.options)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import kind_of
+from minitron_mcore.files import first_line, kind_of
 from minitron_mcore.jobs.inputs import output_folder, require
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Promises
 from minitron_mcore.jobs.shape import find_shape
@@ -90,7 +90,13 @@ def check_list(folder: Path, teacher: Architecture) -> None:
     """Raise InputError where candidates were tried in `folder` below another teacher, whose list would be lost."""
     path = folder / JSON
     if path.is_file() and any((folder / "candidates").glob(f"*/{RESULT}")):
-        stored = json.loads(path.read_text(encoding="utf-8")).get("teacher")
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))["teacher"]
+        except (ValueError, TypeError, KeyError) as error:
+            rule = f"is not the list that a search writes ({first_line(error)})"
+            raise InputError(
+                "output", path, rule, "delete it: it is written anew from what the candidates gave"
+            ) from error
         if stored != json.loads(json.dumps(teacher.to_dict())):
             raise InputError("output", folder, "holds a search below another teacher", "name another folder")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,8 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.pulse import PULSE
 
 T = TypeVar("T")
-WAITS = "waiting for the first rank"
+WAITS, ENDS = "waiting for the first rank", "done, waiting for the others"
+LEAVING = 5.0  # seconds for the others to have seen that all are done, before the first rank goes
 
 
 def is_main() -> bool:
@@ -129,6 +131,23 @@ def all_come(within: float | None = None) -> bool:
     turn = f"minitron/come/{store.add(f'minitron/comings/{dist.get_rank()}', 1)}"
     store.add(turn, 1)
     return wait_until(lambda: store.add(turn, 0) == dist.get_world_size(), within)
+
+
+def end_together() -> None:
+    """Wait until every rank has done its work, so that one which hangs at the very end is seen by the others; the first
+    rank, which may hold the store, leaves last."""
+    if not _has_peers():
+        return
+    store, rank, others = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size() - 1
+    PULSE.note(ENDS)
+    turn = store.add(f"minitron/ends/{rank}", 1)
+    left = f"minitron/left/{turn}"
+    with suppress(dist.DistError):  # the first rank has gone: all were done
+        all_come()
+        if rank:
+            store.add(left, 1)
+        else:
+            wait_until(lambda: store.add(left, 0) == others, LEAVING)
 
 
 def _tried(work: Callable[[], T], caught: type[Exception] = Exception) -> tuple[Any, Exception | None]:

@@ -99,9 +99,12 @@ class FolderLock:
         """Give it back and delete the file, and the folder too if it was made for the lock and is empty."""
         if self._stream is None:
             return
-        _held.pop(_identity(self.file), None)
-        self.file.unlink(missing_ok=True)
-        self._stream.close()
+        locked = os.fstat(self._stream.fileno())
+        _held.pop((locked.st_dev, locked.st_ino), None)
+        with suppress(OSError):  # of a disk that is gone or read-only: a file that nobody has open locks nothing
+            self.file.unlink()
+        with suppress(OSError):
+            self._stream.close()
         self._stream, self.is_sure = None, False
         if self._made_folder:
             with suppress(OSError):

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from minitron_mcore.runtime.agree import WAITS
+from minitron_mcore.runtime.agree import ENDS, WAITS, end_together
 from minitron_mcore.runtime.config import WatchConfig
 from minitron_mcore.runtime.interrupt import hung_code
 from minitron_mcore.runtime.notice import say_failure
@@ -77,7 +77,8 @@ class Heard:
 
 @contextmanager
 def watched(watch: WatchConfig, rank: int, size: int, local_size: int = 1) -> Iterator[None]:
-    """Within the `with`, which every rank enters, the ranks are watched; within another one nothing is added."""
+    """Within the `with`, which every rank enters, the ranks are watched; within another one nothing is added. Who is
+    done waits for the others: a rank that hangs after its last collective would have nobody left to see it."""
     if size == 1 or not watch.hang_minutes or Watchdog.running:
         yield
         return
@@ -86,6 +87,7 @@ def watched(watch: WatchConfig, rank: int, size: int, local_size: int = 1) -> It
     own.start()
     try:
         yield
+        end_together()
     finally:
         own.stop()
         Watchdog.running = False
@@ -306,10 +308,10 @@ class Watchdog:
 
 def suspected(here: list[Heard]) -> list[Heard]:
     """The ranks that the others wait for, as far as can be told: those that say nothing any more; else those in the
-    earliest iteration that do not wait for the first rank; of them the one that stood still first."""
+    earliest iteration that do not wait for others; of them the one that stood still first."""
     if silent := [each for each in here if each.is_silent]:
         return silent
-    here = [each for each in here if each.beat.doing != WAITS] or here
+    here = [each for each in here if each.beat.doing not in (WAITS, ENDS)] or here
     earliest = min((each.beat.iteration or 0 for each in here), default=0)
     behind = [each for each in here if (each.beat.iteration or 0) == earliest]
     return [min(behind, key=lambda each: each.beat.since)] if behind else []

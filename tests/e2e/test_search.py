@@ -132,6 +132,18 @@ def test_another_teachers_list_is_not_written_over_it(root: Path, shown: str) ->
     assert (root / "new" / "candidates.json").read_text() == before
 
 
+def test_a_list_that_is_cut_off_is_refused(root: Path, shown: str) -> None:
+    file = root / "new" / "candidates.json"
+    before = file.read_text()
+    file.write_text(before[:40])
+    try:
+        code, said = minitron(*commanded(root, *SHORT, "search.train=false"))
+        assert code == 2 and f"output={file} is not the list that a search writes (" in said, said
+        assert "Traceback" not in said and file.read_text() == before[:40]
+    finally:
+        file.write_text(before)
+
+
 def test_candidates_that_could_not_be_exported_are_told_beforehand(root: Path) -> None:
     """Six heads do not divide 40 channels; transformers refuses that of Llama, whatever the head dimension."""
     odd = ["search.hidden_size=[40]", "search.num_layers=[3]", "search.ffn_hidden_size=[64]"]

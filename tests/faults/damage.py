@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,10 @@ from tests.faults.outcome import LEFT_OVER, files_of
 
 # Pictures and pages, and what only tells of a run.
 NEVER = re.compile(r"\.png$|report\.html$|libraries\.log$|README\.md$|\.lock$|/wandb/")
+MAKE_EXT4 = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "mkfs.ext4"
 LOGS = re.compile(r"(metrics|journal)\.jsonl$")
+# What nobody could tell from what it may have been: texts, tokens, tokenizers, settings. What it is read for differs.
+SOURCES = re.compile(r"\.(bin|jsonl|model|yaml|json|py|txt)$")
 
 
 def copy_linked(source: Path, target: Path) -> None:
@@ -96,18 +98,6 @@ class Disk:
     def grow(self, size: int) -> None:
         _mount("-o", f"remount,size={size}", self.folder)
 
-    def forbid(self) -> bool:
-        """Read-only; that waits for a moment in which no file is open to be written."""
-        deadline = time.monotonic() + 5
-        while subprocess.run(["mount", "-o", "remount,ro", str(self.folder)], capture_output=True).returncode:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.002)
-        return True
-
-    def allow(self) -> None:
-        _mount("-o", "remount,rw", self.folder)
-
     def lose(self) -> bool:
         subprocess.run(["umount", "-l", str(self.folder)], check=True)
         return True
@@ -120,18 +110,52 @@ class Disk:
 
     def close(self) -> None:
         for place in (self.folder, self.copy):
-            with suppress(OSError):
-                subprocess.run(["umount", "-l", str(place)], capture_output=True)
+            _unmount(place)
+
+
+class Image:
+    """A file system in a file, at `folder`, which turns read-only as after an error of its disk: whatever is open, a
+    lock or a log, is too. Root alone makes one, where there are loop devices."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.file = folder, folder.with_name(f"{folder.name}.ext4")
+        folder.mkdir(parents=True)
+        with self.file.open("wb") as stream:
+            stream.truncate(size)
+        subprocess.run([MAKE_EXT4, "-q", "-O", "^has_journal", self.file], check=True, capture_output=True)
+        self.allow()
+
+    def forbid(self) -> bool:
+        _mount("-o", "remount,abort", self.folder)
+        return True
+
+    def allow(self) -> None:
+        """Once nothing holds it any more: a file system that has failed is mounted anew."""
+        _unmount(self.folder)
+        # Every write is on the disk at once: what is tried is a disk that takes no more, not one that loses any.
+        _mount("-o", "loop,sync,errors=remount-ro", self.file, self.folder)
+
+    def close(self) -> None:
+        _unmount(self.folder)
 
 
 def _mount(*words: object) -> None:
     subprocess.run(["mount", *map(str, words)], check=True, capture_output=True)
 
 
-def can_mount(folder: Path) -> bool:
-    """Whether this user may."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], capture_output=True).returncode:
-        return False
-    subprocess.run(["umount", str(folder)], check=True)
-    return True
+def _unmount(place: Path) -> None:
+    with suppress(OSError):
+        subprocess.run(["umount", "-l", str(place)], capture_output=True)
+
+
+def cannot(folder: Path) -> tuple[str, ...]:
+    """The kinds of faults of disks that this user and machine cannot do, tried in `folder`."""
+    kinds: tuple[tuple[type[Disk] | type[Image], tuple[str, ...]], ...]
+    kinds = ((Disk, ("full", "lost")), (Image, ("read-only",)))
+    missing: tuple[str, ...] = ()
+    for kind, names in kinds:
+        try:
+            kind(folder / names[0], 1 << 20).close()
+        except (OSError, subprocess.CalledProcessError):
+            missing += names
+    return missing

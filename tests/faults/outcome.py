@@ -17,19 +17,21 @@ from minitron_mcore.checkpoint.manifest import MANIFEST
 TIMED = re.compile(
     r"time|seconds|\(ms\)|per second|per GPU|slowest rank|memory|utilization|-share|weights$|throughput|elapsed"
 )
+GIVEN = re.compile(r"^(watch|on_save_error|wandb\w*)$")  # keys of a recipe that a fault asks for
 NAMED = re.compile(r"\b\d+-\d+-[0-9a-f]{32}\b|(?<=weights: )[0-9a-f]{32}\b")  # the files of a checkpoint, in a lineage
-LEFT_OVER = re.compile(r"\.unfinished|\.tmp$|\.old$|\.partial$|\.lock$|\.new$")
-# Logs of what was done when, pictures and pages, and indices that are made where they are missing.
+LEFT_OVER = re.compile(r"\.unfinished|\.tmp$|\.old$|\.partial$|\.new$")
+# Logs of what was done when, pictures, pages, locks, and indices that are made where they are missing.
 NOT_COMPARED = re.compile(
-    r"(^|/)(journal\.jsonl|report\.html|libraries\.log|sources\.yaml|wandb_run_id|[^/]*\.png)$|^index/|/cache/|/wandb/"
+    r"(^|/)(journal\.jsonl|report\.html|libraries\.log|sources\.yaml|wandb_run_id|[^/]*\.(png|lock))$"
+    r"|^index/|/cache/|/wandb/"
 )
 PASSING = re.compile(r"/block-\d+\.npy$")  # gone once the pass that it is of is done
 IN_ITERATION = re.compile(r"(^|/)iter_(\d+)/")
 
 
-def outcome(folder: Path, inputs: Path) -> dict[str, Any]:
+def outcome(folder: Path, *inputs: Path) -> dict[str, Any]:
     """By file, relative to `folder`: of a checkpoint its newest iteration, by the checksums of its tensors. It does not
-    depend on where the two folders lie."""
+    depend on where the folder and those of the inputs lie."""
     found: dict[str, Any] = {}
     for name in files_of(folder):
         if NOT_COMPARED.search(name):
@@ -39,7 +41,7 @@ def outcome(folder: Path, inputs: Path) -> dict[str, Any]:
             if name.endswith(f"/{MANIFEST}") and newest(checkpoint) == int(inside[2]):
                 found[name] = json.loads((folder / name).read_text())["tensors"]
             continue
-        found[name] = content(folder / name, {str(folder): "<out>", str(inputs): "<inputs>"})
+        found[name] = content(folder / name, {str(folder): "<out>", **{str(each): "<inputs>" for each in inputs}})
     return found
 
 
@@ -72,7 +74,11 @@ def content(path: Path, places: dict[str, str]) -> Any:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_times(each) for key, each in value.items() if not TIMED.search(str(key))}
+        return {
+            key: without_times(each)
+            for key, each in value.items()
+            if not TIMED.search(str(key)) and not GIVEN.search(str(key))
+        }
     if isinstance(value, list):
         return [without_times(each) for each in value]
     return value

@@ -23,7 +23,6 @@ class Kind:
     what: str
     ways: tuple[str, ...] = ("",)
     victims: bool = False
-    needs_root: bool = False
     fits: Callable[[Stage], bool] = lambda stage: True
 
 
@@ -40,9 +39,9 @@ KINDS = {
     "cut": Kind(14, "a file is cut off", DAMAGED, fits=lambda stage: bool(stage.reads or stage.trains)),
     "flip": Kind(14, "a bit of a file turns over", DAMAGED, fits=lambda stage: bool(stage.reads or stage.trains)),
     "remove": Kind(14, "a file is removed", DAMAGED, fits=lambda stage: bool(stage.reads or stage.trains)),
-    "full": Kind(12, "the disk is full", ("stop", "continue"), needs_root=True, fits=_named(*MOVING)),
-    "read-only": Kind(8, "the disk is read-only", ("stop", "continue"), needs_root=True, fits=_named(*MOVING)),
-    "lost": Kind(6, "the disk is not mounted any more", ("stop",), needs_root=True, fits=_named(*MOVING)),
+    "full": Kind(12, "the disk is full", ("stop", "continue"), fits=_named(*MOVING)),
+    "read-only": Kind(8, "the disk is read-only", ("stop", "continue"), fits=_named(*MOVING)),
+    "lost": Kind(6, "the disk is not mounted any more", ("stop",), fits=_named(*MOVING)),
     "clock": Kind(12, "the clock jumps", ("-10 years", "-1 hour", "+1 hour", "+10 years"), victims=True),
     "wandb": Kind(4, "wandb", ("refuses", "is silent", "is killed"), fits=_named("train", "distill")),
     "data": Kind(
@@ -77,11 +76,11 @@ class Fault:
 
 
 def plan(
-    seed: int, count: int, *, kinds: Iterable[str] = (), stages: Iterable[str] = (), is_root: bool = True
+    seed: int, count: int, *, kinds: Iterable[str] = (), stages: Iterable[str] = (), but: Sequence[str] = ()
 ) -> tuple[list[Fault], list[str]]:
-    """(the faults, the kinds that only root can do, which are left out). `kinds`, `stages`: these alone; none: all."""
+    """(the faults, the kinds that are left out, of those named in `but`). `kinds`, `stages`: these alone; none: all."""
     asked = {name: KINDS[name] for name in kinds or KINDS}
-    left_out = [name for name, kind in asked.items() if kind.needs_root and not is_root]
+    left_out = [name for name in asked if name in but]
     asked = {name: kind for name, kind in asked.items() if name not in left_out}
     wanted = [STAGES[name] for name in stages or STAGES]
     fitting = {name: [stage for stage in wanted if kind.fits(stage)] for name, kind in asked.items()}
@@ -126,7 +125,8 @@ def shuffled(values: Sequence, draw: random.Random) -> list:
 @dataclass
 class Result:
     """What became of a fault. seconds: from it to the end of the disturbed start; steps: of training that were done
-    again; again: how often the command was started once more."""
+    again; again: how often the command was started once more; taken: a source was taken as it was then, which nobody
+    could tell from what it may have been, or its change was told, and the end is another one."""
 
     fault: Fault
     happened: str = ""
@@ -136,10 +136,11 @@ class Result:
     is_missed: bool = False
     problems: list[str] = field(default_factory=list)
     equal: bool = False
+    taken: bool = False
 
     @property
     def end(self) -> str:
-        return "missed" if self.is_missed else "; ".join(self.problems) or "equal"
+        return "missed" if self.is_missed else "; ".join(self.problems) or ("taken" if self.taken else "equal")
 
 
 def row(result: Result) -> list[str]:
@@ -151,7 +152,18 @@ def row(result: Result) -> list[str]:
 
 def summary(results: Sequence[Result]) -> str:
     """A row for each kind, and one for all."""
-    header = ["fault", "done", "missed", "started again", "steps lost", "most", "slowest end (s)", "equal", "bad"]
+    header = [
+        "fault",
+        "done",
+        "missed",
+        "started again",
+        "steps lost",
+        "most",
+        "slowest end (s)",
+        "equal",
+        "taken",
+        "bad",
+    ]
     rows = []
     for name in [*KINDS, "all"]:
         found = [each for each in results if name in ("all", each.fault.kind)]
@@ -164,7 +176,9 @@ def summary(results: Sequence[Result]) -> str:
                 name if name == "all" else KINDS[name].what,
                 *(str(number) for number in (len(met), len(found) - len(met), sum(each.again > 0 for each in met))),
                 *(str(sum(steps)), str(max(steps, default=0)), f"{max((each.seconds for each in met), default=0):.1f}"),
-                *(str(sum(each.equal for each in met)), str(sum(bool(each.problems) for each in met))),
+                str(sum(each.equal for each in met)),
+                str(sum(each.taken and not each.problems for each in met)),
+                str(sum(bool(each.problems) for each in met)),
             ]
         )
     return table(rows, header, left=(0,))

@@ -8,10 +8,11 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tests.faults import damage as damaging
-from tests.faults.outcome import differences, finished, outcome
+from tests.faults.outcome import differences, finished
 from tests.faults.plan import Fault, Result
 from tests.faults.stages import TOKENS, Stage
 from tests.faults.starts import Ending, Script, Start, members
@@ -25,6 +26,7 @@ WATCH = ("watch.hang_minutes=0.1", "watch.quiet_minutes=0.25")
 STATED = 100.0
 SHIFTS = {"-10 years": -3.2e8, "-1 hour": -3600.0, "+1 hour": 3600.0, "+10 years": 3.2e8}
 ROOM = 1 << 28
+D = TypeVar("D", damaging.Disk, damaging.Image)
 
 
 def killed(campaign: Campaign, fault: Fault, place: Place, result: Result) -> None:
@@ -94,12 +96,13 @@ def damaged(campaign: Campaign, fault: Fault, place: Place, result: Result) -> N
     if ending.hung:
         result.problems.append(f"hangs: {ending.forced}")
     if ending.ended_well:
-        but = [name] if damaging.LOGS.search(name) else []
-        campaign.compare(place, result, but)
+        result.taken = bool(fault.kind != "remove" and damaging.SOURCES.search(name)) and campaign.differ(place) != []
+        if not result.taken:
+            campaign.compare(place, result, [name] if damaging.LOGS.search(name) else [])
         return
     if ending.codes[0] not in (1, 2) or "Traceback" in start.shown():
         result.problems.append(f"{name}: ended with {ending.codes}: {words}")
-    elif path.name not in start.shown() and path.parent.name not in start.shown():
+    elif not any(str(each) in start.shown() for each in (path, *path.parents) if folder in each.parents):
         result.problems.append(f"{name} is not named: {words}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -108,8 +111,8 @@ def damaged(campaign: Campaign, fault: Fault, place: Place, result: Result) -> N
 
 
 @contextmanager
-def on_disk(place: Place, size: int) -> Iterator[damaging.Disk]:
-    disk = damaging.Disk(place.root / "disk", size)
+def on_disk(place: Place, size: int, kind: type[D]) -> Iterator[D]:
+    disk = kind(place.root / "disk", size)
     place.folder = place.root / "disk" / "out"
     place.folder.mkdir()
     try:
@@ -125,7 +128,7 @@ def sections_that_save(stage: Stage, way: str) -> list[str]:
 
 def filled(campaign: Campaign, fault: Fault, place: Place, result: Result) -> None:
     whole, keys = campaign.whole[fault.stage], sections_that_save(place.stage, fault.way)
-    with on_disk(place, int(fault.moment * whole.size)) as disk:
+    with on_disk(place, int(fault.moment * whole.size), damaging.Disk) as disk:
         start = place.start(*keys)
         ending = campaign.disturb(place, start, [(0.0, lambda: True)], result)
         if ending.ended_well and "cannot be written" not in start.shown():
@@ -138,7 +141,7 @@ def filled(campaign: Campaign, fault: Fault, place: Place, result: Result) -> No
 
 def forbidden(campaign: Campaign, fault: Fault, place: Place, result: Result) -> None:
     keys = sections_that_save(place.stage, fault.way)
-    with on_disk(place, ROOM) as disk:
+    with on_disk(place, ROOM, damaging.Image) as disk:
         start = place.start(*keys)
         ending = campaign.disturb(place, start, [(campaign.seconds(fault), disk.forbid)], result)
         if result.is_missed:
@@ -149,7 +152,7 @@ def forbidden(campaign: Campaign, fault: Fault, place: Place, result: Result) ->
 
 
 def unmounted(campaign: Campaign, fault: Fault, place: Place, result: Result) -> None:
-    with on_disk(place, ROOM) as disk:
+    with on_disk(place, ROOM, damaging.Disk) as disk:
         start = place.start()
         before: dict[str, Any] = {}
 
@@ -168,7 +171,7 @@ def unmounted(campaign: Campaign, fault: Fault, place: Place, result: Result) ->
         if below := disk.bring_back():
             result.problems.append(f"wrote below what is not mounted any more: {below[0]}")
         result.problems += campaign.lost(place, before)
-        if ending.ended_well and differences(outcome(place.folder, place.inputs), campaign.whole[fault.stage].outcome):
+        if ending.ended_well and campaign.differ(place):
             result.problems.append("ended well, and has not written all")
         campaign.go_on(place, result)
 
@@ -229,16 +232,29 @@ def with_other_data(campaign: Campaign, fault: Fault, place: Place, result: Resu
     ending = campaign.disturb(place, start, [(campaign.seconds(fault), change)], result)
     if result.is_missed:
         return
+    changed = path.read_bytes() if path.exists() else b""
     path.write_bytes(held[0])
     if not ending.ended_well:
         result.happened += f": {start.told()}"
         campaign.go_on(place, result)
-        return
-    differ = differences(outcome(place.folder, place.inputs), campaign.whole[fault.stage].outcome)
-    if differ and path.name.removesuffix(".bin") in start.shown():
-        result.happened += ", told"
-        return
-    campaign.compare(place, result)
+    elif not campaign.differ(place):
+        campaign.compare(place, result)
+    elif path.name.removesuffix(".bin") in start.shown():
+        result.happened, result.taken = f"{result.happened}, told", True
+    else:
+        result.taken = _is_of_other_data(campaign, place, path, changed)
+        if not result.taken:
+            campaign.compare(place, result)
+
+
+def _is_of_other_data(campaign: Campaign, place: Place, path: Path, changed: bytes) -> bool:
+    """Whether the stage, which has ended well, had read only what the file holds now."""
+    found, folder, place.folder = place.outcome(), place.folder, place.root / "other"
+    path.write_bytes(changed)
+    place.folder.mkdir()
+    ended_well = place.start().finish(campaign.limit).ended_well
+    other, place.folder = place.outcome(), folder
+    return ended_well and not differences(found, other)
 
 
 HOW: dict[str, Callable[[Campaign, Fault, Place, Result], None]] = {

@@ -31,7 +31,7 @@ def test_a_plan_has_every_kind_in_every_stage_that_it_fits() -> None:
 
 
 def test_a_part_of_a_plan() -> None:
-    faults, left_out = plan(3, 7, kinds=["hang", "kill", "full"], stages=["distill", "export"], is_root=False)
+    faults, left_out = plan(3, 7, kinds=["hang", "kill", "full"], stages=["distill", "export"], but=["full", "lost"])
     assert left_out == ["full"] and len(faults) == 7
     assert {(fault.kind, fault.stage) for fault in faults} == {
         *(("hang", "distill"), ("kill", "distill"), ("kill", "export"))
@@ -51,8 +51,8 @@ def test_the_table() -> None:
     assert row(results[1])[2:] == ["cut (input)", "2", "0.2", "-", "ends otherwise: hf/config.json"]
     assert row(results[2])[-1] == "missed"
     lines = [line.split() for line in summary(results).splitlines()]
-    assert lines[1] == ["kill", "-9", "1", "1", "1", "3", "3", "0.4", "1", "0"]
-    assert lines[3] == ["all", "2", "1", "2", "3", "3", "0.4", "1", "1"]
+    assert lines[1] == ["kill", "-9", "1", "1", "1", "3", "3", "0.4", "1", "0", "0"]
+    assert lines[3] == ["all", "2", "1", "2", "3", "3", "0.4", "1", "0", "1"]
 
 
 def _write(folder: Path, **files: str) -> Path:

@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from minitron_mcore.data.blend import parse_blend, parse_split
 from minitron_mcore.data.described import describe, describe_calibration, describe_training, split_part
-from minitron_mcore.data.index import TOKEN_TYPES, read_index
+from minitron_mcore.data.index import HEADER, TOKEN_TYPES, read_index
 from minitron_mcore.errors import InputError
 from tests.unit.data.test_dataset import build, build_calibration, documents_of, wanted
 from tests.unit.text_data import JSON_PACKAGE, small_data, small_tokenizer
@@ -136,6 +136,20 @@ def test_refuses_cut_off_files(config, tokenizer, tmp_path, ending, words):
         Path(prefix + ending).write_bytes(content[:size])
         with pytest.raises(InputError, match=rf"data\.train=.*({words}|an empty .bin).*: preprocess the text again"):
             build(config, tokenizer)
+
+
+@pytest.mark.parametrize("place", ["offset", "end"])
+def test_refuses_an_index_that_does_not_fit_itself(config, tokenizer, tmp_path, place):
+    """A bit that turned over: Megatron would read another text, or stop at an assertion."""
+    config.train = prefix = small_data(tmp_path / "data", tokenizer, package=JSON_PACKAGE)
+    file = Path(prefix + ".idx")
+    content, index = bytearray(file.read_bytes()), read_index(prefix)
+    assert index is not None and index.is_consistent
+    sequences = index.sequences
+    content[HEADER.size + 4 * sequences + 8 * (1 if place == "offset" else sequences + 1)] ^= 2
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"data\.train=.* has a damaged \.idx: .*: preprocess the text again"):
+        build(config, tokenizer)
 
 
 def test_blends_and_splits_as_written():

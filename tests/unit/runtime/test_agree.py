@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from minitron_mcore.errors import InputError, StorageError
-from minitron_mcore.runtime.agree import all_or_none, broadcast, gathered, is_main, on_main
+from minitron_mcore.runtime.agree import all_or_none, broadcast, end_together, gathered, is_main, on_main
 from tests.distributed.ranks import run_on_ranks
 
 KINDS = {"InputError": InputError, "StorageError": StorageError}
@@ -72,3 +73,20 @@ def test_a_single_process_needs_no_group() -> None:
     for call in (on_main, all_or_none):
         with pytest.raises(KeyError, match="lost"):
             call(lambda: {"": 0}["lost"])
+
+
+def end_on_rank() -> tuple[float, float]:
+    """When this rank was done, and when it left."""
+    if torch.distributed.get_rank() == 1:
+        time.sleep(0.7)
+    done = time.monotonic()
+    end_together()
+    return done, time.monotonic()
+
+
+def test_no_rank_leaves_before_all_are_done() -> None:
+    """One system's clock is the same for its processes. Twice: each time they meet anew."""
+    for _ in range(2):
+        found = run_on_ranks(end_on_rank, 2)
+        assert min(left for _, left in found) >= max(done for done, _ in found)
+        assert max(left for _, left in found) < max(done for done, _ in found) + 4, "not by the time that is up"

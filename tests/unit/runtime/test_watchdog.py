@@ -15,7 +15,7 @@ import pytest
 from torch.distributed import HashStore
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.runtime.agree import WAITS
+from minitron_mcore.runtime.agree import ENDS, WAITS
 from minitron_mcore.runtime.config import WatchConfig
 from minitron_mcore.runtime.interrupt import HUNG
 from minitron_mcore.runtime.pace import timed
@@ -104,6 +104,16 @@ def test_a_rank_that_works_keeps_those_that_wait_for_it() -> None:
     for _ in range(50):
         ranks.pass_by(80)
     assert all(dog.verdict is not None and dog.verdict["ranks"] == [0] for dog in ranks.dogs)
+
+
+def test_a_rank_that_hangs_when_the_others_are_done() -> None:
+    ranks = Ranks(4)
+    for rank, pulse in enumerate(ranks.pulses):
+        pulse.steady = False
+        pulse.note("after training" if rank == 2 else ENDS)
+    for _ in range(60):
+        ranks.pass_by(80)
+    assert all(dog.verdict is not None and dog.verdict["ranks"] == [2] for dog in ranks.dogs)
 
 
 def test_what_is_quiet_may_last_longer(capsys: pytest.CaptureFixture[str]) -> None:
