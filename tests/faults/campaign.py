@@ -27,12 +27,20 @@ AGAIN = 3  # starts until it must have ended well
 
 @dataclass
 class Whole:
-    """A stage that nothing disturbs: what it leaves, bytes, seconds, iterations of training."""
+    """A stage that nothing disturbs: what it leaves, bytes, iterations of training, and the seconds after its start in
+    which it is at work: from halfway to its first word to its last one."""
 
     outcome: dict[str, Any]
     size: int
-    seconds: float
     steps: int
+    begins: float = 0.0
+    ends: float = 0.0
+
+    def see(self, ending: Ending) -> None:
+        """Of one of its runs; the earlier limits stay, since no two last alike."""
+        first, last = ending.spoke
+        self.begins = min(self.begins or first, first / 2)
+        self.ends = min(self.ends or last, last)
 
 
 @dataclass
@@ -80,7 +88,8 @@ class Campaign:
             folder = self.inputs / name
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             steps = len(ITERATION.findall(start.shown()))
-            self.whole[name] = Whole(outcome(folder, self.inputs), size, ending.since, steps)
+            self.whole[name] = Whole(outcome(folder, self.inputs), size, steps)
+            self.whole[name].see(ending)
         with ThreadPoolExecutor(lanes) as pool:
             for name, differ in zip(stages, pool.map(self._once_more, stages), strict=True):
                 if differ:
@@ -89,7 +98,7 @@ class Campaign:
     def _once_more(self, name: str) -> list[str]:
         place = self._place(self.root / f"again-{name}", STAGES[name])
         ending = place.start().finish(10 * self.limit)
-        self.whole[name].seconds = ending.since
+        self.whole[name].see(ending)
         found = place.outcome()
         shutil.rmtree(place.root)
         return differences(found, self.whole[name].outcome) if ending.ended_well else [str(ending.codes)]
@@ -117,7 +126,8 @@ class Campaign:
         return result
 
     def seconds(self, fault: Fault) -> float:
-        return fault.moment * self.whole[fault.stage].seconds
+        whole = self.whole[fault.stage]
+        return whole.begins + fault.moment * (whole.ends - whole.begins)
 
     def disturb(self, place: Place, start: Start, script: Script, result: Result, limit: float | None = None) -> Ending:
         """To the end of the start, in which the script happens; what was finished before must stay."""

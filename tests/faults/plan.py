@@ -56,7 +56,7 @@ WHOLE = sum(kind.share for kind in KINDS.values())
 
 @dataclass(frozen=True)
 class Fault:
-    """moment: when, as a share of the time that the stage takes undisturbed. victim: a rank, or ALL."""
+    """moment: when, as a share of the time in which the stage is at work undisturbed. victim: a rank, or ALL."""
 
     number: int
     kind: str

@@ -23,7 +23,8 @@ _starting = threading.Lock()  # the server of warm processes talks to one at a t
 @dataclass
 class Ending:
     """How a start ended. since: seconds from the first event of the script to the end; met: whether each met the run;
-    forced: ranks that did not end by themselves; hung: the time was up; left: processes that the ranks left behind."""
+    forced: ranks that did not end by themselves; hung: the time was up; left: processes that the ranks left behind;
+    spoke: seconds after the start when the first rank said its first and its last word."""
 
     codes: list[int]
     since: float
@@ -31,6 +32,7 @@ class Ending:
     forced: list[int] = field(default_factory=list)
     hung: bool = False
     left: int = 0
+    spoke: tuple[float, float] = (0.0, 0.0)
 
     @property
     def ended_well(self) -> bool:
@@ -69,7 +71,7 @@ class Start:
     def finish(self, limit: float, script: Script | None = None) -> Ending:
         """To the end, at most `limit` seconds after the last event of the script. A rank that fails ends the others."""
         script, met, first, told, forced, hung = [*(script or [])], [], None, None, set[int](), False
-        last = time.monotonic()
+        last, said, spoke = time.monotonic(), 0, [0.0, 0.0]
         while any(each.poll() is None for each in self.processes):
             now = time.monotonic()
             if script and now - self.began >= script[0][0]:
@@ -84,12 +86,14 @@ class Start:
                 forced = {rank for rank, each in enumerate(self.processes) if each.poll() is None}
                 self.signal(signal.SIGKILL, -1)
                 [each.wait(MERCY) for each in self.processes]
+            if (size := self.logs[0].stat().st_size) > said:
+                said, spoke = size, [spoke[0] or now - self.began, now - self.began]
             time.sleep(0.004)
         ended = time.monotonic()
         left = self._left_behind()
         codes = [each.wait(0) for each in self.processes]
         met += [False] * len(script)
-        return Ending(codes, ended - (first or self.began), met, sorted(forced), hung, left)
+        return Ending(codes, ended - (first or self.began), met, sorted(forced), hung, left, (spoke[0], spoke[1]))
 
     def _left_behind(self) -> int:
         """Of what the ranks have started, how many processes do not end by themselves; they are ended."""

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,6 +68,9 @@ def hung(campaign: Campaign, fault: Fault, place: Place, result: Result) -> None
     start = place.start(*WATCH)
     script: Script = [(campaign.seconds(fault), lambda: start.signal(signal.SIGSTOP, fault.victim))]
     ending = campaign.disturb(place, start, script, result, limit=STATED)
+    others = [code for rank, code in enumerate(ending.codes) if rank != fault.victim]
+    if ending.hung and not any(others) and not campaign.differ(place):
+        result.is_missed, result.problems = True, []  # it was about to end: the others leave when all is done
     if result.is_missed:
         return
     campaign.end(place, result, ending, *WATCH)
@@ -76,7 +80,7 @@ def damaged(campaign: Campaign, fault: Fault, place: Place, result: Result) -> N
     draw = random.Random(fault.seed)
     if fault.way == "own":
         start = place.start()
-        when = max(0.35, fault.moment) * campaign.whole[fault.stage].seconds
+        when = campaign.seconds(replace(fault, moment=max(0.35, fault.moment)))
         start.finish(campaign.limit, [(when, lambda: start.signal(signal.SIGKILL, -1))])
         folder, path = place.folder, damaging.choose(place.folder, ["."], draw)
     else:
@@ -96,7 +100,9 @@ def damaged(campaign: Campaign, fault: Fault, place: Place, result: Result) -> N
     if ending.hung:
         result.problems.append(f"hangs: {ending.forced}")
     if ending.ended_well:
-        result.taken = bool(fault.kind != "remove" and damaging.SOURCES.search(name)) and campaign.differ(place) != []
+        differ = campaign.differ(place)
+        is_source = (damaging.TOLD if fault.kind == "remove" else damaging.SOURCES).search(name)
+        result.taken = bool(differ and (is_source or differ == [name]))  # the second: it is not read any more
         if not result.taken:
             campaign.compare(place, result, [name] if damaging.LOGS.search(name) else [])
         return
@@ -173,7 +179,7 @@ def unmounted(campaign: Campaign, fault: Fault, place: Place, result: Result) ->
         result.problems += campaign.lost(place, before)
         if ending.ended_well and campaign.differ(place):
             result.problems.append("ended well, and has not written all")
-        campaign.go_on(place, result)
+        campaign.end(place, result, ending)
 
 
 def refuse_traceback(ending: Ending, start: Start, result: Result) -> None:
