@@ -24,7 +24,7 @@ from minitron_mcore.checkpoint.folder import TRACKER, beside, read_lineage
 from minitron_mcore.checkpoint.hf_config import INDEX, SINGLE
 from minitron_mcore.checkpoint.manifest import ALGORITHM, MANIFEST
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import copy_file, write_whole
+from minitron_mcore.files import copy_file, reading, write_whole
 
 FOLDER = "hugging_face"
 MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -47,6 +47,20 @@ def refuse_adapter(source: Path) -> None:
             rule = f"holds {name}, an adapter whose weights are not merged into the model's"
             way = "merge it first (PEFT: merge_and_unload, then save_pretrained), or move its files away to import the "
             raise InputError("hf", source, rule, f"{way}model without it")
+
+
+def refuse_torn(source: Path) -> None:
+    """Raise InputError where a settings file beside the weights and their config is no JSON, as where a download broke
+    off: it would be carried into every export."""
+    for path in sorted(source.glob("*.json")):
+        if path.name in (INDEX, "config.json") or not path.is_file() or path.stat().st_size > LARGEST:
+            continue
+        with reading(f"hf={path}"):
+            content = path.read_bytes()
+        try:
+            json.loads(content)
+        except ValueError as error:
+            raise InputError("hf", path, f"is not JSON ({error})", "load that file again, or move it away") from error
 
 
 def keep_companions(source: Path, checkpoint: Path) -> list[str]:

@@ -24,6 +24,7 @@ from minitron_mcore.data.blend import check_prefixes, surplus
 from minitron_mcore.data.config import DataConfig
 from minitron_mcore.data.described import Described, Part, check_num_samples, describe
 from minitron_mcore.data.index import cache_folder, digest_of
+from minitron_mcore.data.opened import note_opened
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.runtime.agree import all_or_none, on_main
@@ -65,6 +66,7 @@ def build_datasets(
     # Every rank sees that the files are there; the first looks thoroughly, since that reads whole indices.
     all_or_none(lambda: check_prefixes([part.blend for part in parts]))
     described, cache = on_main(check)
+    note_opened(described.sources)
     return [None if part.tokens is None else _build(data, tokenizer, part, seed, cache) for part in described.parts]
 
 
@@ -195,7 +197,9 @@ def _prepare_cache(folder: str) -> None:
         for path in glob.glob(os.path.join(glob.escape(folder), "*.npy")):
             try:
                 is_array = isinstance(numpy.load(path, mmap_mode="r"), numpy.ndarray)
-            except (ValueError, EOFError):
+            except OSError:
+                raise
+            except Exception:  # of a header that is no Python any more, too
                 is_array = False
             if not is_array:
                 os.remove(path)

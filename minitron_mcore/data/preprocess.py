@@ -34,6 +34,7 @@ from minitron_mcore.data.records import Record, Replacements, read_records, text
 from minitron_mcore.data.text_file import TEXT, TextFile
 from minitron_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from minitron_mcore.errors import InputError
+from minitron_mcore.files import writing
 from minitron_mcore.runtime.interrupt import held_back
 from minitron_mcore.runtime.pace import Pace
 from minitron_mcore.runtime.progress import Progress, progress
@@ -88,12 +89,14 @@ def preprocess(
     work = functools.partial(
         encode, kind=tokenizer.type, path=tokenizer.path, keys=tuple(keys), append_eod=config.append_eod
     )
-    writers = [TokenWriter(name, tokenizer, config.append_eod) for name in names + held_out_names]
+    writers: list[TokenWriter] = []
     pace, documents_done = Pace(), 0
     replacements = Replacements()
     cut: dict[str, int] = {}
     tasks = _tasks(files, keys, config.document_bytes, cut)
     try:
+        with writing(f"preprocess.output_prefix={config.output_prefix}"):
+            writers += [TokenWriter(name, tokenizer, config.append_eod) for name in names + held_out_names]
         with progress(sum(file.size for file in files), "B", "preprocess") as bar:
             parts = in_order(tasks, work, config.workers or len(os.sched_getaffinity(0)))
             for encoded, held_out in assign(parts, fraction=config.valid_fraction, seed=seed, report=report):

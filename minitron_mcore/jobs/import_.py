@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_mcore.checkpoint.companions import refuse_adapter
+from minitron_mcore.checkpoint.companions import refuse_adapter, refuse_torn
 from minitron_mcore.checkpoint.hf_config import find_hugging_face, read_config
 from minitron_mcore.data.tokenizer import cut_otherwise, load_tokenizer
 from minitron_mcore.data.tokenizer_files import has_tokenizer
@@ -34,6 +34,7 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING, *, repla
     if target.exists() and not replaces:
         raise InputError("checkpoint", target, "exists", "name a folder that does not, or move that one away")
     refuse_adapter(source)
+    refuse_torn(source)
     architecture = read_config(source, recipe.model.make_vocab_size_divisible_by)
     check_model(architecture, recipe, world, reads_text=False)
     # Reading tensors' types takes torch; a folder whose config is refused need not wait for it.

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minitron_mcore.data.opened import written_over
 from minitron_mcore.jobs.job import Job, module_of
 from minitron_mcore.runtime.libraries import imported, write_to
 from minitron_mcore.runtime.progress import chosen
@@ -29,4 +30,7 @@ def act(verb: str, job: Job, runtime: Runtime | None) -> Any:
         print(words, flush=True) if runtime is None else runtime.print(words)
     stage = imported(f"minitron_mcore.stages.{module_of(verb)}")
     with PULSE.within(verb), nullcontext() if runtime is None else runtime.watched(job.recipe.watch):
-        return stage.run(job, runtime)
+        result = stage.run(job, runtime)
+    if words := written_over():
+        print(f"{verb}: WARNING: {words}", flush=True) if runtime is None else runtime.warn(words)
+    return result

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from minitron_mcore.checkpoint.folder import drop_iteration
 from minitron_mcore.checkpoint.kept import Kept, settle
 from minitron_mcore.checkpoint.store import SaveUnderWay
+from minitron_mcore.data.opened import written_over
 from minitron_mcore.errors import InputError, StorageError
 from minitron_mcore.files import writing
 from minitron_mcore.runtime.agree import all_come
@@ -71,6 +72,7 @@ class Saver:
         at_once: it is whole on return, whatever `async_save` says, and a failure is raised, whatever `on_save_error`.
         """
         self.wait()
+        self.job.runtime.warn(written_over())
         self._begun = time.monotonic()
         if at_once or not self.job.train.async_save:
             self._try(partial(self._save_now, progress), progress.iteration, raises=at_once)

@@ -17,7 +17,8 @@ from minitron_mcore.checkpoint.manifest import MANIFEST
 TIMED = re.compile(
     r"time|seconds|\(ms\)|per second|per GPU|slowest rank|memory|utilization|-share|weights$|throughput|elapsed"
 )
-GIVEN = re.compile(r"^(watch|on_save_error|wandb\w*)$")  # keys of a recipe that a fault asks for
+# Keys of a recipe that a fault asks for, and what is a fingerprint of paths.
+GIVEN = re.compile(r"^(watch|on_save_error|wandb\w*|made_with)$")
 NAMED = re.compile(r"\b\d+-\d+-[0-9a-f]{32}\b|(?<=weights: )[0-9a-f]{32}\b")  # the files of a checkpoint, in a lineage
 LEFT_OVER = re.compile(r"\.unfinished|\.tmp$|\.old$|\.partial$|\.new$")
 # Logs of what was done when, pictures, pages, locks, and indices that are made where they are missing.
@@ -64,12 +65,13 @@ def content(path: Path, places: dict[str, str]) -> Any:
         text = text.replace(place, name)
     text = NAMED.sub("<files>", text)
     if path.suffix == ".jsonl":
-        return [without_times(json.loads(line)) for line in text.splitlines()]
+        return [without_times(json.loads(line)) if line.endswith("}") else line for line in text.splitlines()]
     if path.name == MANIFEST:
         return json.loads(text).get("tensors")
-    if path.suffix in (".json", ".yaml"):
-        return without_times(yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text))
-    return text
+    try:
+        return without_times(yaml.safe_load(text)) if path.suffix in (".json", ".yaml") else text
+    except yaml.YAMLError:  # the copy of what was damaged
+        return text
 
 
 def without_times(value: Any) -> Any:

@@ -17,6 +17,7 @@ from minitron_mcore.checkpoint.companions import (
     keep_companions,
     paths_below,
     refuse_adapter,
+    refuse_torn,
     source_card,
     stop_at,
     token_ids,
@@ -273,3 +274,14 @@ def test_generation_ends_where_answers_do(tmp_path: Path, files: dict[str, str],
         assert exported["temperature"] == 0.6
     else:
         assert exported["bos_token_id"] == (4 if files else 1)
+
+
+def test_a_torn_settings_file_is_refused(tmp_path: Path) -> None:
+    """It would be in every export, where transformers could not read it."""
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"eos_token_id": 2}')
+    (tmp_path / "notes.txt").write_text("{")
+    refuse_torn(tmp_path)
+    file.write_text('{"eos_tok')
+    with refuses("hf", file, "is not JSON (", "load that file again, or move it away"):
+        refuse_torn(tmp_path)
