@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import os
 import re
 import select
@@ -191,15 +192,15 @@ def print_no_more() -> None:
 
 
 def explained(error: OSError, recipe: Any) -> InputError | None:
-    """What is said of a system's error that nobody below has put into words: of a closed file or a full disk, else
-    None. `recipe` names the key where one of its paths leads there; None where it is not read yet."""
+    """What is said of a system's error that nobody below has put into words: of a closed file, or of a disk that is
+    full or read-only, else None. `recipe` names the key where one of its paths leads there; None: it is not read."""
     from minitron_mcore.files import FULL, not_read, not_written
     from minitron_mcore.keys import flat
 
     path = str(error.filename or "")
     texts = flat(dataclasses.asdict(recipe)) if recipe else {}
     called = next((f"{key}={value}" for key, value in texts.items() if is_below(path, value)), path)
-    if error.errno in FULL:
+    if error.errno in FULL or error.errno == errno.EROFS:
         return not_written(called or "a file", error, "; make room, and run the command again")
     return not_read(called, error) if isinstance(error, PermissionError) else None
 

@@ -331,7 +331,9 @@ class TokenWriter:
             os.replace(self.prefix + ending + ".tmp", self.prefix + ending)
 
     def discard(self) -> None:
-        self.builder.data_file.close()
+        """As far as the disk lets itself be written: what is raised is why this is called."""
+        with contextlib.suppress(OSError):
+            self.builder.data_file.close()
         for ending in (".json.tmp", ".bin.tmp", ".idx.tmp"):
-            if os.path.exists(self.prefix + ending):
+            with contextlib.suppress(OSError):
                 os.remove(self.prefix + ending)

@@ -87,8 +87,9 @@ def refuse_other_run(
         refuse_other_budget(folder, recipe, stored, stage, chats)
 
 
-def sources(recipe: Recipe) -> dict[str, Any]:
-    """By key, what identifies the data and checkpoints that the recipe reads, wherever they lie."""
+def sources(recipe: Recipe, made: Path | None = None) -> dict[str, Any]:
+    """By key, what identifies the data and checkpoints that the recipe reads, wherever they lie. made: the folder that
+    is written, which a step of `run` may name as what later ones read."""
     found = {}
     for section in dataclasses.fields(Recipe):
         value = getattr(recipe, section.name)
@@ -96,6 +97,8 @@ def sources(recipe: Recipe) -> dict[str, Any]:
             path = f"{section.name}.{entry.name}"
             if _names_files(entry) and not entry.metadata["may_change"]:
                 _, places = _places(path, getattr(value, entry.name))
+                if made is not None and os.path.realpath(made) in places:
+                    continue
                 if (held := [mark_of(place) for place in places]) and None not in held:
                     found[path] = held
     return found

@@ -138,7 +138,7 @@ class TrainingJob(Job):
     @cached_property
     def sources(self) -> dict[str, Any]:
         """What the recipe reads, for lineage.yaml of every save: files are looked at once."""
-        return sources(self.recipe)
+        return sources(self.recipe, self.folder)
 
     def identity(self) -> str:
         """A checksum of what decides what the run computes, its budget included, and of the files it reads."""

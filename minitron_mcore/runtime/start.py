@@ -20,7 +20,7 @@ from minitron_mcore.runtime.config import WatchConfig
 from minitron_mcore.runtime.interrupt import began
 from minitron_mcore.runtime.progress import Bar, progress
 from minitron_mcore.runtime.pulse import PULSE
-from minitron_mcore.runtime.watchdog import watched
+from minitron_mcore.runtime.watchdog import met_in_time, watched
 from minitron_mcore.runtime.world import (
     Memory,
     World,
@@ -107,7 +107,7 @@ def start() -> Runtime:
     if not torch.distributed.is_initialized():
         # A single process meets nobody, so it needs no port, which another process might hold.
         meeting = {"store": HashStore()} if world.address is None else {"init_method": world.address}
-        with own_interface(world.size):
+        with own_interface(world.size), met_in_time(world.rank):
             torch.distributed.init_process_group(
                 backend, rank=world.rank, world_size=world.size, timeout=collective_timeout(), **meeting
             )

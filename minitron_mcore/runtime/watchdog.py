@@ -31,6 +31,7 @@ from minitron_mcore.runtime.config import WatchConfig
 from minitron_mcore.runtime.interrupt import hung_code
 from minitron_mcore.runtime.notice import say_failure
 from minitron_mcore.runtime.pulse import PULSE, Pulse
+from minitron_mcore.runtime.world import TIMEOUT, collective_timeout
 from minitron_mcore.tables import counted, table
 
 BEAT = 5.0  # seconds between two beats, or a tenth of the limit if that is less
@@ -82,7 +83,8 @@ def watched(watch: WatchConfig, rank: int, size: int, local_size: int = 1) -> It
     if size == 1 or not watch.hang_minutes or Watchdog.running:
         yield
         return
-    own = Watchdog(watch, rank, size, local_size, _connection())
+    with met_in_time(rank):
+        own = Watchdog(watch, rank, size, local_size, _connection())
     Watchdog.running = True
     own.start()
     try:
@@ -91,6 +93,27 @@ def watched(watch: WatchConfig, rank: int, size: int, local_size: int = 1) -> It
     finally:
         own.stop()
         Watchdog.running = False
+
+
+@contextmanager
+def met_in_time(rank: int) -> Iterator[None]:
+    """Within, a rank meets the others; this process ends where that takes three times as long as a collective may. Of a
+    first rank that is stopped just then, torch awaits the answer for ever."""
+    limit = 3 * collective_timeout()
+
+    def leave() -> None:
+        minutes = limit.total_seconds() / 60
+        words = f"rank {rank} on {socket.gethostname()} has not met the others for {minutes:.0f} minutes"
+        say_failure(f"minitron: {words} (3 x {TIMEOUT}): the first rank is stopped, or the network is")
+        os._exit(hung_code())
+
+    timer = threading.Timer(limit.total_seconds(), leave)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _connection() -> dist.Store:

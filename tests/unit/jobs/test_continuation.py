@@ -158,3 +158,12 @@ def test_what_is_stored_is_compared_first(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("data: {sequence_length: 17}\n")
     with pytest.raises(InputError, match=r"data\.sequence_length is 17 there and 16 here"):
         refuse_other_run(tmp_path, load_recipe(None, ["data.train=x", "data.sequence_length=16"]), ("data",), "output")
+
+
+def test_what_a_run_makes_is_none_of_its_sources(tmp_path: Path) -> None:
+    """A step of `run` names its own folder as the teacher of later steps; it is there only once the step goes on."""
+    for name in ("teacher", "tokenizer"):
+        (tmp_path / name).write_text(name)
+    recipe = load_recipe(None, [f"teacher.checkpoint={tmp_path}/teacher", f"tokenizer.model={tmp_path}/tokenizer"])
+    assert set(sources(recipe)) == {"teacher.checkpoint", "tokenizer.model"}
+    assert set(sources(recipe, tmp_path / "teacher")) == {"tokenizer.model"}

@@ -226,6 +226,26 @@ def test_a_store_that_does_not_answer(capsys: pytest.CaptureFixture[str]) -> Non
     assert "rank 1 stands at:" in first and "test_a_store_that_does_not_answer" in first
 
 
+def test_a_rank_that_does_not_meet_the_others_gives_up() -> None:
+    """Of a first rank that is stopped torch awaits the answer for ever."""
+    code = """
+import time
+from datetime import timedelta
+from minitron_mcore.runtime import watchdog
+watchdog.collective_timeout = lambda: timedelta(seconds=0.1)
+with watchdog.met_in_time(3):
+    pass
+time.sleep(0.5)
+print("met", flush=True)
+with watchdog.met_in_time(3):
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 75 and done.stdout == "met\n", done
+    assert "minitron: rank 3 on " in done.stderr
+    assert "has not met the others for 0 minutes (3 x MINITRON_TIMEOUT_MINUTES): the first rank" in done.stderr
+
+
 def test_less_time_for_what_is_quiet_is_refused() -> None:
     WatchConfig(hang_minutes=0, quiet_minutes=0)
     with pytest.raises(InputError, match="quiet_minutes=5 must be hang_minutes=10 or more"):
