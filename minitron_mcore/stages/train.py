@@ -40,12 +40,12 @@ def prepare(job: TrainingJob, runtime: Runtime) -> tuple[TrainingData, Forecast]
     recipe = job.recipe
     assert job.tokenizer is not None
     lay_out(recipe.parallel, recipe.seed, runtime.world_size)
+    runtime.on_main(lambda: job.sources)  # for the lineage, as they are now
     if job.chats:
         data = chat_data(job)
     else:
         data = build_training_data(recipe.data, job.tokenizer, job.wanted, job.config, seed=recipe.seed)
-    world = measured_world(runtime)
-    expected = job.forecast_on(world)
+    expected = job.forecast_on(world := measured_world(runtime))
     runtime.print("\n".join(forecast_words(expected, world.memory)))
     return data, expected
 

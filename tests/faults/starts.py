@@ -117,10 +117,23 @@ class Start:
 
 def members(sessions: set[int]) -> list[int]:
     """The processes of the sessions that still run."""
+    return [pid for pid, _, session in running() if session in sessions]
+
+
+def descendants(pids: set[int]) -> list[int]:
+    """The processes that these, or those, have started, whatever their session."""
+    found, parents = set(pids), {pid: parent for pid, parent, _ in running()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found - pids)
+
+
+def running() -> list[tuple[int, int, int]]:
+    """(process, its parent, its session) of all."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
-            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-            if int(session) in sessions and state != "Z":
-                found.append(int(path.parent.name))
+            state, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if state != "Z":
+                found.append((int(path.parent.name), int(parent), int(session)))
     return found
