@@ -78,7 +78,12 @@ def saver_of(done: list[str], fails: set[str], monkeypatch: pytest.MonkeyPatch, 
         folder="student",
         architecture=None,
         train=TrainConfig(async_save=True, **keys),
-        runtime=SimpleNamespace(print=done.append, is_main=True, on_main=lambda work: work()),
+        runtime=SimpleNamespace(
+            print=done.append,
+            warn=lambda words: words and done.append(words),
+            is_main=True,
+            on_main=lambda work: work(),
+        ),
     )
     trained: Any = SimpleNamespace(begin_save=lambda folder, state, *_: begin("student", state["iteration"]))
     return saving.Saver(job, trained)
