@@ -80,7 +80,7 @@ def saver_of(done: list[str], fails: set[str], monkeypatch: pytest.MonkeyPatch, 
         train=TrainConfig(async_save=True, **keys),
         runtime=SimpleNamespace(
             print=done.append,
-            warn=lambda words: words and done.append(words),
+            warn=lambda words: done.extend([words] if words else []),
             is_main=True,
             on_main=lambda work: work(),
         ),
