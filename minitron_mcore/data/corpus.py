@@ -70,19 +70,26 @@ def prefixes_of(config: PreprocessConfig) -> tuple[list[str], list[str]]:
 
 def _texts(config: TokenizerConfig | PreprocessConfig, key: str) -> Texts:
     notes: list[str] = []
-    paths = find_files(config.input, config.extensions, key, config.exclude, notes.append)
+    section = "tokenizer" if isinstance(config, TokenizerConfig) else "preprocess"
+    paths = find_files(config.input, config.extensions, key, config.exclude, notes.append, f"{section}.extensions")
     return Texts(key, tuple(inspect_files(paths, notes.append)), tuple(notes))
 
 
 def find_files(
-    inputs: Sources, extensions: Iterable[str], key: str, exclude: Iterable[str], report: Callable[[str], None]
+    inputs: Sources,
+    extensions: Iterable[str],
+    key: str,
+    exclude: Iterable[str],
+    report: Callable[[str], None],
+    asked: str = "",
 ) -> list[str]:
     """The files that `inputs` names, each once, in an order that depends on names alone.
 
     Folders are read to the bottom, except those whose name is in `exclude`, for files with one of `extensions`, in
     capitals too and with a compression's ending behind it; links are followed. Files and globs are taken as they are.
-    `report` gets a line on what is left out: links that lead nowhere, pipes and the like. Raises InputError, naming
-    `key`, for a path that is missing or is not a file, for a folder that is closed, and where no file is left.
+    `asked`: the key of the extensions, where there is one. `report` gets a line on what is left out: links that lead
+    nowhere, pipes and the like. Raises InputError, naming `key`, for a path that is missing or is not a file, for a
+    folder that is closed, and where no file is left.
     """
     paths = [inputs] if isinstance(inputs, str) else list(inputs or ())
     if not paths or not all(paths):
@@ -110,8 +117,7 @@ def find_files(
         report(f"{key}: {path}{more} left out: it {reason}")
     if not files:
         rule = f"holds no file ending in {', '.join(endings)}"
-        other = f", or set {key.removesuffix('input')}extensions" if key.endswith("input") else ""
-        raise InputError(key, inputs, rule, f"name others{other}")
+        raise InputError(key, inputs, rule, f"name others, or set {asked}" if asked else "name others")
     return _each_once(files)
 
 

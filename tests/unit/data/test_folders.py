@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minitron_mcore.data.corpus import find_files
+from minitron_mcore.data.config import PreprocessConfig
+from minitron_mcore.data.corpus import find_files, texts_to_encode
 from minitron_mcore.errors import InputError
 from tests.unit.text_data import silent
 
@@ -112,3 +113,10 @@ def test_what_is_no_file_is_left_out_and_named(tmp_path):
     for path in ("in/b.txt", "in/zero.txt"):
         with pytest.raises(InputError, match=f"input=.*{path} is a pipe, a socket or a device, not a file: write"):
             found(tmp_path, str(tmp_path / path))
+
+
+def test_a_folder_without_such_files_names_the_key_of_the_endings(tmp_path):
+    write(tmp_path, "in/a.py")
+    config = PreprocessConfig(input=str(tmp_path / "in"), output_prefix=str(tmp_path / "tokens"))
+    with pytest.raises(InputError, match=r"^input=.*: name others, or set preprocess\.extensions$"):
+        texts_to_encode(config, "input")
