@@ -27,12 +27,12 @@ COMPATIBLE = re.compile(
     r"Apache|MIT|(?:\dB|B)SD|ISC\b|PSF|Python Software Foundation|CNRI-Python|Zlib|CC0|BSL-1\.0|Unlicense|DFSG approved"
     r"|MPL|Mozilla|LGPL|Lesser General Public"
 )
-# Not of every machine: of a GPU's, of another system's or of another Python. NVIDIA's come with PyTorch's CUDA build,
+# Not of every machine: of an extra, of a GPU's, of another system's or of another Python. NVIDIA's come with PyTorch's CUDA build,
 # and their licence lets them be used and handed on with it; none is part of this project, nor of its CPU image.
 ELSEWHERE = {
-    **dict.fromkeys(("async-timeout",), "Apache-2.0"),
+    **dict.fromkeys(("async-timeout", "nvidia-resiliency-ext"), "Apache-2.0"),
     **dict.fromkeys(("exceptiongroup", "tomli", "triton"), "MIT"),
-    **dict.fromkeys(("httpx2-jsfetch",), "BSD-3-Clause"),
+    **dict.fromkeys(("httpx2-jsfetch", "pynvml"), "BSD-3-Clause"),
     **dict.fromkeys(("cuda-bindings", "cuda-pathfinder", "cuda-toolkit"), "NVIDIA"),
 }
 OF_CUDA = re.compile(r"nvidia-(?:cu[\w-]+|nccl-cu\d+|nvjitlink|nvshmem-cu\d+|nvtx)")
