@@ -90,7 +90,7 @@ def test_jobs_do_what_run_does(case: str, root: Path, tmp_path: Path, monkeypatc
     assert ours.keys() == theirs.keys() and len(ours) > 2
     for name, losses in theirs.items():
         # A distillation on two ranks adds in another order; a perplexity of thousands has the error of its loss.
-        assert without_clock(ours[name]) == pytest.approx(without_clock(losses), abs=1e-4, rel=1e-4), name
+        assert without_clock(ours[name]) == pytest.approx(without_clock(losses), abs=1e-4, rel=1e-5), name
     student = "winner" if case == "a search" else "thin"
     assert (root / output / "hf" / student / "config.json").is_file() and (root / output / "report.html").is_file()
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

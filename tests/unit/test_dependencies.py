@@ -27,8 +27,9 @@ COMPATIBLE = re.compile(
     r"Apache|MIT|(?:\dB|B)SD|ISC\b|PSF|Python Software Foundation|CNRI-Python|Zlib|CC0|BSL-1\.0|Unlicense|DFSG approved"
     r"|MPL|Mozilla|LGPL|Lesser General Public"
 )
-# Not of every machine: of an extra, of a GPU's, of another system's or of another Python. NVIDIA's come with PyTorch's CUDA build,
-# and their licence lets them be used and handed on with it; none is part of this project, nor of its CPU image.
+# Not of every machine: of an extra, of a GPU's, of another system's or of another Python. NVIDIA's come with PyTorch's
+# CUDA build, and their licence lets them be used and handed on with it; none is part of this project, nor of its CPU
+# image.
 ELSEWHERE = {
     **dict.fromkeys(("async-timeout", "nvidia-resiliency-ext"), "Apache-2.0"),
     **dict.fromkeys(("exceptiongroup", "tomli", "triton"), "MIT"),
