@@ -31,6 +31,6 @@ def act(verb: str, job: Job, runtime: Runtime | None) -> Any:
     stage = imported(f"minitron_mcore.stages.{module_of(verb)}")
     with PULSE.within(verb), nullcontext() if runtime is None else runtime.watched(job.recipe.watch):
         result = stage.run(job, runtime)
-    if words := written_over():
-        print(f"{verb}: WARNING: {words}", flush=True) if runtime is None else runtime.warn(words)
+    if runtime is not None:
+        runtime.warn(written_over())
     return result

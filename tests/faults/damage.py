@@ -17,9 +17,9 @@ from tests.faults.outcome import LEFT_OVER, files_of
 NEVER = re.compile(r"\.png$|report\.html$|libraries\.log$|README\.md$|\.lock$|/wandb/")
 MAKE_EXT4 = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "mkfs.ext4"
 LOGS = re.compile(r"(metrics|journal)\.jsonl$")
-# What nobody could tell from what it may have been: texts, tokens, tokenizers, settings. What it is read for differs.
 # What comes after has it where it is there.
 TOLD = re.compile(r"(lineage|recipe)\.yaml$|metrics\.jsonl$|/tokenizer\.json$")
+# What nobody could tell from what it may have been: texts, tokens, tokenizers, settings. What it is read for differs.
 SOURCES = re.compile(r"\.(bin|jsonl|model|yaml|json|py|txt)$")
 
 

@@ -247,7 +247,7 @@ def with_other_data(campaign: Campaign, fault: Fault, place: Place, result: Resu
         campaign.go_on(place, result)
     elif not campaign.differ(place):
         campaign.compare(place, result)
-    elif path.name.removesuffix(".bin") in start.shown():
+    elif f"{path.name} was written over" in start.shown():
         result.happened, result.taken = f"{result.happened}, told", True
     else:
         result.taken = _is_of_other_data(campaign, place, path, changed)
