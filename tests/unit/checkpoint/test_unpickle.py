@@ -176,7 +176,9 @@ def test_the_recipes_key_is_what_trusts(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As typed; the process group, which this needs none of, is left out."""
-    runtime = argparse.Namespace(on_main=lambda work: work(), print=print, watched=lambda watch: nullcontext())
+    runtime = argparse.Namespace(
+        on_main=lambda work: work(), print=print, warn=lambda words: None, watched=lambda watch: nullcontext()
+    )
     monkeypatch.setattr("minitron_mcore.runtime.start.start", lambda: runtime)
     monkeypatch.setattr("minitron_mcore.runtime.start.stop", lambda: None)
     put_evil(folder, ".metadata", tmp_path / "marker")
