@@ -123,11 +123,13 @@ def put(tree: dict[str, Any], path: str, value: Any, default: Callable[[str], An
 
 
 def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on `under`, section by section."""
-    return under | {
-        name: merged(under[name], value) if isinstance(value, dict) and isinstance(under.get(name), dict) else value
-        for name, value in over.items()
-    }
+    """`over` on `under`, section by section; an empty one, {}, takes the place of what is there."""
+
+    def laid(name: str, value: Any) -> Any:
+        is_merged = bool(value) and isinstance(value, dict) and isinstance(under.get(name), dict)
+        return merged(under[name], value) if is_merged else value
+
+    return under | {name: laid(name, value) for name, value in over.items()}
 
 
 def filled(tree: dict[str, Any], default: Callable[[str], Any]) -> dict[str, Any]:

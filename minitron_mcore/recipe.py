@@ -25,8 +25,9 @@ from minitron_mcore.keys import NO_KEY, OneOf, PathName, Sources, flat, key, sec
 from minitron_mcore.megatron_names import SECTIONS, named_here
 from minitron_mcore.model.config import ModelConfig
 from minitron_mcore.pruning.config import PruneConfig, StudentConfig
-from minitron_mcore.reading import filled, load_text, override_value, put, read
+from minitron_mcore.reading import NULLS, Plain, expanded, filled, load_text, merged, override_value, put, read
 from minitron_mcore.report.config import ReportConfig
+from minitron_mcore.reproduction.config import ReproduceConfig
 from minitron_mcore.runtime.config import INSTANCES, ClusterConfig, ParallelConfig, SubmitConfig, WatchConfig
 from minitron_mcore.search.config import AblateConfig, SearchConfig
 from minitron_mcore.training.config import CorrectConfig, LogConfig, TrainConfig
@@ -100,6 +101,11 @@ class Recipe:
     """Everything a user can say. Verbs read the sections they need."""
 
     name: str = key("run", "what the run is called on dashboards")
+    base: Optional[PathName] = key(
+        None,
+        "another recipe, whose keys this one changes; in a file, a path from its folder. A saved recipe names none",
+        may_change=True,
+    )
     output: Optional[PathName] = key(
         None, "folder of the run: metrics, resolved recipe, and every stage's files under `run`"
     )
@@ -155,14 +161,16 @@ class Recipe:
     submit: SubmitConfig = key(SubmitConfig, "a recipe as jobs of SLURM", may_change=True)
     estimate: EstimateConfig = key(EstimateConfig, "what a run will cost", may_change=True)
     report: ReportConfig = key(ReportConfig, "the page of a run", may_change=True)
+    reproduce: ReproduceConfig = key(ReproduceConfig, "a claim of a paper, tried", may_change=True)
 
 
 def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Recipe:
-    """Defaults < the YAML file `config` < `key=value` overrides < `taken`, values that are no text to be read.
+    """Defaults < the `base` of the YAML file `config` < that file < `key=value` overrides < `taken`, values that are no
+    text to be read.
 
     Raises InputError naming the key.
     """
-    tree = {} if config is None else _read_yaml(config)
+    values: list[tuple[str, Any]] = []
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path.strip(".[]"):
@@ -171,8 +179,35 @@ def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Re
             value = override_value(text)
         except ValueError as error:
             raise InputError(path, text, f"cannot be read: {error}") from error
-        put(tree, path, value, _default)
+        values.append((path, value))
+    tree = _on_base({} if config is None else _read_yaml(config), config, dict(values).get("base"))
+    for path, value in values:
+        if path != "base":
+            put(tree, path, value, _default)
     return dataclasses.replace(recipe_of(tree), **taken)
+
+
+def _on_base(
+    tree: dict[str, Any], config: Optional[str], said: Any = None, below: tuple[Path, ...] = ()
+) -> dict[str, Any]:
+    """`tree`, read from the file `config`, on top of the recipe that it names as `base`, or that the command does
+    (`said`), and that one's own. below: the files that led here. Raises InputError."""
+    named = tree.pop("base", None)
+    base = named if said is None else said
+    if base is None or (isinstance(base, Plain) and base in NULLS):
+        return tree
+    if not isinstance(base, str):
+        raise InputError("base", base, "must be the path of a recipe")
+    path = Path(expanded(base, "base"))
+    if said is None and config is not None:
+        path = Path(config).parent / path
+    below = (*below, Path(config).resolve()) if config else below
+    if not path.is_file():
+        where = "" if str(path) == base else f": {path}"
+        raise InputError("base", base, f"is not a file{where}", "name a recipe in YAML")
+    if path.resolve() in below:
+        raise InputError("base", base, "leads back to a recipe that builds on it", "leave one of them out")
+    return merged(_on_base(_read_yaml(str(path)), str(path), below=below), tree)
 
 
 def refuse_code(recipe: Recipe, config: Optional[str], overrides: list[str]) -> None:

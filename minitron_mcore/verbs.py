@@ -177,6 +177,13 @@ VERBS = {
         "what the recipe names → the folder output",
         "torchrun --nproc-per-node 2 -m minitron_mcore run --config configs/quickstart.yaml",
     ),
+    "reproduce": Verb(
+        "a claim of a paper, tried: arms distilled with several seeds, their differences with intervals, and a verdict "
+        "([docs/reproduction.md](docs/reproduction.md); the papers' in `configs/reproduce/`)",
+        ("reproduce", "base", "hf", *_ROAD, *_MODEL),
+        "text, or data.train and a teacher → output/NAME/reproduction.json and its plot, output/reproduction.md",
+        "torchrun --nproc-per-node 2 -m minitron_mcore reproduce --config configs/reproduce/losses.yaml",
+    ),
     "submit": Verb(
         "a recipe's steps as SLURM jobs that wait for each other, each of its own size; searches and ablations as "
         "arrays ([docs/cluster.md](docs/cluster.md))",

@@ -9,6 +9,7 @@ from minitron_mcore.estimate.forecast import bytes_text, forecast_words, stage_p
 from minitron_mcore.jobs.align import AlignJob
 from minitron_mcore.jobs.batch import SubmitJob
 from minitron_mcore.jobs.job import Job, Model
+from minitron_mcore.jobs.reproduce import ReproduceJob
 from minitron_mcore.jobs.run import RunJob
 from minitron_mcore.jobs.search import SearchJob
 from minitron_mcore.jobs.train import TrainingJob
@@ -37,14 +38,27 @@ def dry_run(verb: str, job: Job, world: World) -> str:
     if isinstance(job, SubmitJob):
         return "\n".join([*_submit_lines(job), "dry run: nothing was written"])
     lines = [f"minitron {verb} on {counted(world.size, 'rank')}{layout_of(job.recipe, world)}"]
-    if isinstance(job, RunJob):
-        for number, (step, each) in enumerate(job.steps, start=1):
-            lines.append(f"[{number}/{len(job.steps)}] {step.title}{'' if each else ': done before'}")
-            lines += [f"  {line}" for line in _lines(each, world)] if each else []
+    if isinstance(job, ReproduceJob):
+        for run in job.shared:
+            lines += _step_lines(run, "", world)
+        for number, arm in enumerate(job.arms, start=1):
+            words = f"{number}/{len(job.arms)} {arm.name}, seed {arm.seed}: "
+            # With the next seeds the same is done as with the first.
+            steps = _step_lines(arm.run, words, world)
+            lines += steps if arm.seed == job.arms[0].seed else (line for line in steps if line.startswith("["))
+        lines.append(f"makes  {job.target}: differences of the arms, and the verdict")
+    elif isinstance(job, RunJob):
+        lines += _step_lines(job, "", world)
         lines += [f"WARNING: {note}" for note in job.notes]
     else:
         lines += _lines(job, world)
     return "\n".join([*lines, "dry run: nothing was written"])
+
+
+def _step_lines(job: RunJob, place: str, world: World) -> Iterator[str]:
+    for number, (step, each) in enumerate(job.steps, start=1):
+        yield f"[{place}{number}/{len(job.steps)}] {step.title}{'' if each else ': done before'}"
+        yield from (f"  {line}" for line in (_lines(each, world) if each else ()))
 
 
 def _submit_lines(job: SubmitJob) -> Iterator[str]:

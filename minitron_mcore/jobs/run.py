@@ -73,6 +73,7 @@ class Road:
     world: World
     promises: Promises
     only: str | None = None
+    leaves_out: tuple[str, ...] = ()  # verbs whose steps are none of it
     steps: list[tuple[Step, Job | None]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     finished: dict[str, str] = field(default_factory=dict)  # what to show of, by the name in the closing table
@@ -84,7 +85,9 @@ class Road:
         return find_model(folder, key, self.promises).architecture
 
     def lay(self, step: Step) -> Job | None:
-        """The step's job; None where it is done."""
+        """The step's job; None where it is done, or left out."""
+        if step.verb in self.leaves_out:
+            return None
         job, is_wanted = None, self.only in (None, step.word)
         if is_wanted and not step.mark(self.folder).is_file():
             job = step.resolve(self.world, self.promises)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,35 @@ def install() -> None:
     _wrap_tensor_methods()
     _replace_cuda_functions()
     _replace_rng_state()
+    _take_one_worker()
+
+
+def _take_one_worker() -> None:
+    """Give each of gloo's process groups one worker thread in place of two.
+
+    Two that are at gathers of `_coalescing_manager` at the same time, as overlapped gathers of weights are, write over
+    the heap (torch 2.13, seen by test_gloo.py of tests/distributed/runtime: a crash within a minute). With one worker,
+    collectives of a group follow each other in the order that all ranks start them in.
+    """
+    if not torch.distributed.is_gloo_available():
+        return
+    gloo: Any = torch.distributed.ProcessGroupGloo
+    make = gloo.__init__
+
+    @functools.wraps(make)
+    def with_one_worker(self: Any, store: Any, rank: int, size: int, *given: Any, **named: Any) -> None:
+        how = given[0] if given else named.get("options", named.get("timeout"))
+        options = how if isinstance(how, gloo._Options) else gloo._Options()
+        if options is not how:
+            names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+            devices = [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
+            options._devices = devices
+            if how is not None:
+                options._timeout = how
+        options._threads = 1
+        make(self, store, rank, size, options)
+
+    gloo.__init__ = with_one_worker
 
 
 def _is_cuda(device: Any) -> bool:

@@ -136,9 +136,14 @@ class Saver:
                     rule = "is another folder than when the training began: is its disk not mounted any more?"
                     raise StorageError("", folder, rule)
 
+    def _describe(self, progress: Progress) -> None:
+        """Write what lies beside the weights, which would make the folder anew, too. The first rank calls."""
+        self._look_for_disk()
+        self.job.describe(progress)
+
     def _save_now(self, progress: Progress) -> None:
         self.job.runtime.on_main(self._look_for_disk)
-        save(self.job, progress, self.trained)
+        save(self.job, progress, self.trained, partial(self._describe, progress))
         self._make_room(progress.iteration)
 
     def _begin(self, progress: Progress) -> None:
@@ -148,9 +153,8 @@ class Saver:
             if job.teaching is not None:
                 self._under_way.append(job.teaching.begin_save(said.iteration, said.consumed_tokens, job.runtime))
             state = vars(said).copy()
-            begun = self.trained.begin_save(
-                job.folder, state, job.runtime, job.architecture, lambda: job.describe(said)
-            )
+            describe = partial(self._describe, said)
+            begun = self.trained.begin_save(job.folder, state, job.runtime, job.architecture, describe)
             self._under_way.append(begun)
         except (Exception, CheckpointException):
             self._stop()
@@ -223,8 +227,8 @@ def kept_by(train: TrainConfig) -> Kept | None:
     return Kept(last, train.keep_every, train.keep_best)
 
 
-def save(job: Job, progress: Progress, trained: Trained) -> None:
-    """A checkpoint of the iteration that `progress` has reached; every rank calls."""
+def save(job: Job, progress: Progress, trained: Trained, describe: Callable[[], None]) -> None:
+    """A checkpoint of the iteration that `progress` has reached; every rank calls. describe: step.py."""
     if job.teaching is not None:
         job.teaching.save(progress.iteration, progress.consumed_tokens, job.runtime)
-    trained.save(job.folder, vars(progress).copy(), job.runtime, job.architecture, lambda: job.describe(progress))
+    trained.save(job.folder, vars(progress).copy(), job.runtime, job.architecture, describe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,9 @@ def outcome(folder: Path, *inputs: Path) -> dict[str, Any]:
 
 
 def files_of(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Also while others are at work there: what goes in the meantime is left out."""
+    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return sorted(str(path.relative_to(folder)) for path in found if path.is_file())
 
 
 def content(path: Path, places: dict[str, str]) -> Any:

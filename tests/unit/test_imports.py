@@ -26,7 +26,7 @@ FLOORS = [
     {"training"},
     {"recipe"},
     {"estimate"},
-    {"api", "search", "report"},
+    {"api", "search", "report", "reproduction"},
     {"jobs"},
     {"stages"},
     {"verbs"},

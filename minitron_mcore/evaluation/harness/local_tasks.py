@@ -8,22 +8,19 @@ wrong continuations come from other documents. A context ends before a blank, wi
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
-
-import numpy
+from collections.abc import Sequence
+from typing import Any
 
 from minitron_mcore.data.config import EXTENSIONS
 from minitron_mcore.data.corpus import find_files
 from minitron_mcore.data.described import Part
-from minitron_mcore.data.index import read_index
+from minitron_mcore.data.documents import draw, draw_documents
 from minitron_mcore.data.records import Replacements, read_records, texts_of
 from minitron_mcore.data.text_file import TextFile, inspect_files
 from minitron_mcore.data.tokenizer import Tokenizer
 from minitron_mcore.errors import InputError
 from minitron_mcore.evaluation.harness.names import CONTINUATION, KEY, PERPLEXITY
 
-T = TypeVar("T")
 CHOICES = 4
 QUESTIONS = 500
 CONTEXT, CONTINUED = (40, 400), (20, 80)  # characters, at least and at most
@@ -149,32 +146,13 @@ def documents_of_files(sources: Any, seed: int) -> list[str]:
         for record in read_records(file, ["text"])
         for text in texts_of(record, file.form, file.path, ["text"], replaced)
     )
-    return _drawn(found, seed)
-
-
-def _drawn(found: Iterable[T], seed: int) -> list[T]:
-    """READ_DOCUMENTS of them, or all where there are fewer, in their order; one pass, without keeping them all."""
-    draw, kept = random.Random(seed), {}
-    for number, each in enumerate(found):
-        place = number if number < READ_DOCUMENTS else draw.randrange(number + 1)
-        if place < READ_DOCUMENTS:
-            kept[place] = number, each
-    return [each for _, each in sorted(kept.values(), key=lambda pair: pair[0])]
+    return draw(found, READ_DOCUMENTS, seed)
 
 
 def documents_of_tokens(part: Part, tokenizer: Tokenizer, seed: int) -> list[str]:
     """Documents of token files, the share of them that `part` says, as text; at most READ_DOCUMENTS, drawn of all."""
-    places = []
-    for prefix in part.blend.prefixes:
-        index = read_index(prefix)
-        assert index is not None, "checked when the job was resolved"
-        lengths = index.lengths().astype(numpy.int64)
-        first, last = (round(bound * len(lengths)) for bound in part.share)
-        starts = numpy.cumsum(lengths) - lengths
-        tokens = numpy.memmap(prefix + ".bin", index.dtype, "r")
-        places += [(tokens, int(starts[each]), int(lengths[each])) for each in range(first, last)]
     texts = []
-    for tokens, start, length in _drawn(places, seed):
-        ids = tokens[start : start + length].tolist()
+    for tokens in draw_documents(part, READ_DOCUMENTS, seed):
+        ids = tokens.tolist()
         texts.append(tokenizer.detokenize(ids[:-1] if ids and ids[-1] == tokenizer.eod else ids))
     return texts

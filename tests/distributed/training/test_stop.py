@@ -55,8 +55,8 @@ def terminated_after_the_last_save(parallel: dict[str, Any], world_size: int, fo
     """`fit` whose last rank gets SIGTERM just before it returns: what its caller is told."""
     told: list[Any] = []
 
-    def saving(job: Any, progress: Any, trained: Any) -> None:
-        save(job, progress, trained)
+    def saving(job: Any, progress: Any, trained: Any, describe: Any) -> None:
+        save(job, progress, trained, describe)
         told.append(job.runtime)
         if progress.iteration == STEPS and torch.distributed.get_rank() == world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -76,8 +76,8 @@ def limited_on_rank(
     what the caller was told, and all losses."""
     found, save, told = {}, saving_module.save, list[Any]()
 
-    def saving(job: Any, progress: Any, trained: Any) -> None:
-        save(job, progress, trained)
+    def saving(job: Any, progress: Any, trained: Any, describe: Any) -> None:
+        save(job, progress, trained, describe)
         told.append(job.runtime)
 
     hurried = torch.distributed.get_rank() == world_size - 1 if world_size > 1 else True

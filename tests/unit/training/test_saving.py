@@ -71,7 +71,7 @@ def saver_of(done: list[str], fails: set[str], monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(
         saving, "drop_iteration", lambda folder, iteration: done.append(f"dropped {folder} {iteration}")
     )
-    monkeypatch.setattr(saving, "save", lambda job, progress, trained: done.append(f"saved {progress.iteration}"))
+    monkeypatch.setattr(saving, "save", lambda job, progress, *_: done.append(f"saved {progress.iteration}"))
     teaching = SimpleNamespace(folder="teacher", begin_save=lambda iteration, *_: begin("teacher", iteration))
     job: Any = SimpleNamespace(
         teaching=teaching,
