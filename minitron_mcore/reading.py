@@ -113,8 +113,7 @@ def put(tree: dict[str, Any], path: str, value: Any, default: Callable[[str], An
         there = node[step] if isinstance(step, int) else node.get(step)
         walked = f"{walked}[{step}]" if isinstance(step, int) else f"{walked}.{step}".lstrip(".")
         if place == len(steps) - 1:
-            is_merged = bool(value) and isinstance(value, dict) and isinstance(there, dict)
-            node[step] = merged(there, value) if is_merged else value
+            node[step] = laid(there, value)
         elif isinstance(steps[place + 1], int):
             node[step] = copy.deepcopy(default(walked)) if there is None else there
         elif not isinstance(there, dict):
@@ -123,13 +122,14 @@ def put(tree: dict[str, Any], path: str, value: Any, default: Callable[[str], An
 
 
 def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on `under`, section by section; an empty one, {}, takes the place of what is there."""
+    """`over` on `under`, section by section."""
+    return under | {name: laid(under.get(name), value) for name, value in over.items()}
 
-    def laid(name: str, value: Any) -> Any:
-        is_merged = bool(value) and isinstance(value, dict) and isinstance(under.get(name), dict)
-        return merged(under[name], value) if is_merged else value
 
-    return under | {name: laid(name, value) for name, value in over.items()}
+def laid(there: Any, value: Any) -> Any:
+    """`value` over what is there: two sections are merged; an empty one, {}, takes the other's place."""
+    is_merged = bool(value) and isinstance(value, dict) and isinstance(there, dict)
+    return merged(there, value) if is_merged else value
 
 
 def filled(tree: dict[str, Any], default: Callable[[str], Any]) -> dict[str, Any]:

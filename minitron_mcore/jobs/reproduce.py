@@ -23,7 +23,7 @@ from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.jobs.inputs import output_folder, recipe_tokenizer, require
 from minitron_mcore.jobs.iterate import Step
 from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises, absolute
-from minitron_mcore.jobs.run import ESTIMATE, RECIPE, SECTIONS, Road, RunJob, lay_road, with_data
+from minitron_mcore.jobs.run import SECTIONS, Road, RunJob, lay_road, refuse_others, with_data
 from minitron_mcore.reading import load_text, put
 from minitron_mcore.recipe import Recipe, recipe_of, to_yaml, with_keys
 from minitron_mcore.reproduction.config import NAME, NAMES, ArmConfig, ReproduceConfig
@@ -107,9 +107,7 @@ def _folder(recipe: Recipe) -> Path:
         raise InputError("name", recipe.name, "is to be a folder's name in output, beside what claims share", NAMES)
     folder = output_folder(recipe.output, "output")
     refuse_other_run(folder, common(recipe), SHARED, "output")
-    others = [path for path in folder.iterdir() if path.name != ESTIMATE] if folder.is_dir() else []
-    if others and not (folder / RECIPE).is_file():
-        raise InputError("output", folder, "holds something other than reproduced claims", "name another folder")
+    refuse_others(folder, "reproduced claims")
     return folder
 
 
@@ -192,5 +190,4 @@ def _place(item: Model | Item) -> Path:
 
 
 def _run_job(recipe: Recipe, road: Road, folder: Path) -> RunJob:
-    makes = tuple(made for _, job in road.steps if job for made in job.makes)
-    return RunJob(recipe, makes=makes, folder=folder, world=road.world, steps=tuple(road.steps))
+    return RunJob(recipe, makes=road.makes, folder=folder, world=road.world, steps=tuple(road.steps))

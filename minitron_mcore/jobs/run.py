@@ -33,7 +33,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.jobs.inputs import find_model, output_folder, refuse_context, require
 from minitron_mcore.jobs.iterate import Step, check_steps, parts_of, with_baseline
-from minitron_mcore.jobs.job import NOTHING, Job, Model, Promises, absolute
+from minitron_mcore.jobs.job import NOTHING, Item, Job, Model, Promises, absolute
 from minitron_mcore.jobs.search import SearchJob, not_exported, winner_folders
 from minitron_mcore.pruning.config import StudentConfig
 from minitron_mcore.recipe import Recipe, with_keys
@@ -79,6 +79,11 @@ class Road:
     finished: dict[str, str] = field(default_factory=dict)  # what to show of, by the name in the closing table
     looked_at: list[str] = field(default_factory=list)  # checkpoints whose shapes say what later steps are
 
+    @property
+    def makes(self) -> tuple[Model | Item, ...]:
+        """What all of the steps that are left make."""
+        return tuple(made for _, job in self.steps if job for made in job.makes)
+
     def shape_of(self, folder: Path | str, key: str) -> Architecture:
         """Of a checkpoint that is there or promised."""
         self.looked_at.append(str(folder))
@@ -119,9 +124,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> RunJo
         if road.only is not None:
             names = ", ".join(step.word for step, _ in road.steps)
             raise InputError("run.only", road.only, "is no step of this run", f"its steps are {names}")
-    makes = tuple(made for _, job in road.steps if job for made in job.makes)
     return RunJob(
-        recipe, makes=makes, notes=notes_of(recipe, road), folder=folder, world=world, steps=tuple(road.steps)
+        recipe, makes=road.makes, notes=notes_of(recipe, road), folder=folder, world=world, steps=tuple(road.steps)
     )
 
 
@@ -138,10 +142,15 @@ def run_folder(recipe: Recipe) -> Path:
     if recipe.importance.method == "activation":
         refuse_context(recipe, "run")
     refuse_other_run(folder, recipe, SECTIONS, "output")
+    refuse_others(folder, "a run")
+    return folder
+
+
+def refuse_others(folder: Path, what: str) -> None:
+    """Raise InputError where `folder` holds anything but `what`, which has a recipe."""
     others = [path for path in folder.iterdir() if path.name != ESTIMATE] if folder.is_dir() else []
     if others and not (folder / RECIPE).is_file():
-        raise InputError("output", folder, "holds something other than a run", "name another folder")
-    return folder
+        raise InputError("output", folder, f"holds something other than {what}", "name another folder")
 
 
 def lay_road(recipe: Recipe, road: Road) -> None:
