@@ -88,6 +88,11 @@ class RunConfig:
         "what the first student is compared with, on the same tokens: next_token (pruned, trained without a teacher) "
         "and random (the same shape from random weights)",
     )
+    cache: bool = key(
+        False,
+        "let the teacher run once, over what the students will read, and distil them from its targets, which cache.* "
+        "describes",
+    )
     prompts: list[str] = key(
         [], "what the teacher and the distilled students go on with at the end, as generate.* says", may_change=True
     )

@@ -87,6 +87,9 @@ class DistillConfig(TrainConfig):
     check_teacher: bool = key(
         True, "check the teacher by a microbatch before the first step: weights, loss, loss to itself", may_change=True
     )
+    random_weights: bool = key(
+        False, "begin with random weights of the student's shape, as a baseline (arXiv 2407.14679, table 1)"
+    )
     correct_teacher: bool = key(False, "train the teacher on this data in the same job (arXiv 2408.11796, section 4)")
     hidden_states: HiddenStatesConfig = key(HiddenStatesConfig, "losses between inner states")
 

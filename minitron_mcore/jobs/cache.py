@@ -70,17 +70,31 @@ def check_top_k(cache: CacheConfig, architecture: Architecture) -> None:
         raise InputError("cache.top_k", cache.top_k, rule, "lower it, or set 0 to keep all")
 
 
-def settings_of(recipe: Recipe, teacher: Model, tokenizer: Tokenizer, num_samples: int) -> dict[str, Any]:
-    """Everything that decides what the targets are, and which samples they are of."""
-    cache, (folder, iteration), vocab_size = recipe.cache, teacher.place, teacher.architecture.vocab_size
+def targets_of(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
+    """How targets follow from logits."""
+    cache = recipe.cache
     drawn = {"draws": cache.draws, "proposal_temperature": cache.proposal_temperature}
-    architecture = teacher.architecture.to_dict()
-    said = {
-        # How targets follow from logits.
+    return {
         "method": cache.method,
         "temperature": recipe.distill.temperature if cache.temperature is None else cache.temperature,
         "vocab_size": vocab_size,
         **(drawn if cache.method == "sampled" else {"top_k": cache.top_k or vocab_size}),
+    }
+
+
+def check_promised(recipe: Recipe, vocab_size: int) -> int:
+    """How many samples an earlier job of the same recipe will have asked for. Raises InputError where its targets could
+    not serve the loss."""
+    check_served(targets_of(recipe, vocab_size), recipe.distill, f"{KEY}={recipe.distill.teacher}")
+    return recipe.cache.num_samples or samples_needed(recipe)
+
+
+def settings_of(recipe: Recipe, teacher: Model, tokenizer: Tokenizer, num_samples: int) -> dict[str, Any]:
+    """Everything that decides what the targets are, and which samples they are of."""
+    cache, (folder, iteration), vocab_size = recipe.cache, teacher.place, teacher.architecture.vocab_size
+    architecture = teacher.architecture.to_dict()
+    said = {
+        **targets_of(recipe, vocab_size),
         "dtype": cache.dtype,
         "num_samples": num_samples,
         "shard_samples": cache.shard_samples,

@@ -15,7 +15,7 @@ from minitron_mcore.distillation.cache.serving import cache_folder
 from minitron_mcore.distillation.states.map import check_hidden_states
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs import inputs
-from minitron_mcore.jobs.cache import check_cache_serves, lineage_of
+from minitron_mcore.jobs.cache import check_cache_serves, check_promised, lineage_of
 from minitron_mcore.jobs.chats import Chats, samples_of
 from minitron_mcore.jobs.continuation import read_so_far, refuse_other_run
 from minitron_mcore.jobs.job import NOTHING, Model, Promises, absolute
@@ -49,9 +49,13 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Train
     compared: tuple[str, ...] = ("data", "distill")
     if cache is not None:
         tokenizer = inputs.model_tokenizer(recipe, student, promises)
-        settings = check_cache_serves(recipe, cache, tokenizer, shape)
-        asked = {"cache": str(cache), **lineage_of(settings)}
-        teaching = Teaching(tokenizer, asked, cache=cache, samples=settings["num_samples"])
+        asked: dict[str, Any] = {"cache": str(cache)}
+        if absolute(cache) in promises.items:
+            samples = check_promised(recipe, shape.vocab_size)
+        else:
+            settings = check_cache_serves(recipe, cache, tokenizer, shape)
+            asked, samples = {**asked, **lineage_of(settings)}, settings["num_samples"]
+        teaching = Teaching(tokenizer, asked, cache=cache, samples=samples)
     else:
         teaching = model_teaching(recipe, world, promises, student)
         compared = (*compared, "teacher", *(["correct"] if teaching.corrected else []))
@@ -59,6 +63,8 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> Train
         rule = f"is more than the student's vocab_size={shape.vocab_size}"
         raise InputError("distill.top_k", distill.top_k, rule, "lower it")
     origin = {"checkpoint": str(student.folder), **student.lineage}
+    if distill.random_weights:
+        origin = {"random_weights": True, "shape_of": str(student.folder)}
     lineage = {"stage": "distill", "student": origin, "teacher": teaching.lineage}
     chats = None
     if reads_chats:

@@ -5,6 +5,7 @@ output/data/tokens_text_document.*        (unless the recipe names data)
 output/teacher/                           imported from hf, else trained to train.tokens (of a teacher that the recipe
                                           names: results.json)
 output/corrected/                         where correct.tokens is given: what is scored, pruned and taught from
+output/targets/                           under run.cache: what the teacher says to every sample
 output/scores.safetensors                 one scoring pass for all students
 output/students/NAME/pruned, distilled    one for each of run.students (step-1 … beside them: jobs/iterate.py)
 output/students/NAME/scores.safetensors   under run.chain, of the student before it, which this one is cut from
@@ -29,6 +30,7 @@ from typing import Any
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import find_checkpoint, tokenizer_folder
 from minitron_mcore.data.tokenizer_files import has_tokenizer
+from minitron_mcore.distillation.config import CACHE
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.continuation import refuse_other_run
 from minitron_mcore.jobs.inputs import find_model, output_folder, refuse_context, require
@@ -43,7 +45,7 @@ from minitron_mcore.search.space import has_grid
 
 SECTIONS = (
     *("input", "hf", "tokenizer", "preprocess", "data", "model", "teacher", "student"),
-    *("importance", "prune", "search", "train", "correct", "distill", "evaluate", "run"),
+    *("importance", "prune", "search", "train", "correct", "cache", "distill", "evaluate", "run"),
 )
 EVALUATE = "evaluate "
 RECIPE, RESULTS = "recipe.yaml", "results.json"
@@ -178,6 +180,8 @@ def lay_road(recipe: Recipe, road: Road) -> None:
         road.add("correct-teacher", "correct the teacher", "correct", with_keys(base, told))
         road.evaluate("corrected teacher", base, corrected)
         base = with_keys(base, {"teacher.checkpoint": corrected})
+    if recipe.run.cache:
+        base = lay_cache(base, road)
     road.add("score", "score the teacher", "score", base)
     if searches(recipe):
         first, pruned = lay_search(base, road)
@@ -190,6 +194,23 @@ def lay_road(recipe: Recipe, road: Road) -> None:
         road.evaluate(title, base, target)
     if recipe.run.prompts:
         lay_generation(base, road)
+
+
+def lay_cache(base: Recipe, road: Road) -> Recipe:
+    """The teacher's targets, written once; the recipe by which every student learns from them. Raises InputError for
+    keys that do not go with it."""
+    rules = {
+        "run.chain": (base.run.chain, "lets each student teach the next"),
+        "search": (searches(base), "distils its candidates beside the teacher"),
+        "distill.teacher": (base.distill.teacher, "names targets that are there"),
+    }
+    for key, (value, rule) in rules.items():
+        if value:
+            shown = value if isinstance(value, bool | str) else None
+            raise InputError(key, shown, f"{rule}, and run.cache=true makes its own", "leave one of the two out")
+    targets = str(road.folder / "targets")
+    road.add("cache", "cache the teacher's targets", "cache", with_keys(base, {"cache.folder": targets}))
+    return with_keys(base, {"distill.teacher": f"{CACHE}{targets}"})
 
 
 def lay_generation(base: Recipe, road: Road) -> None:

@@ -115,6 +115,11 @@ class TrainingJob(Job):
         return {**passes_of(self.config), "tp_comm_overlap": self.config.tp_comm_overlap}
 
     @property
+    def draws_weights(self) -> bool:
+        """Whether the first weights are random."""
+        return self.source is None or (self.section == "distill" and self.recipe.distill.random_weights)
+
+    @property
     def sides(self) -> int:
         """Sequences that a row of pairs is; 0: no pairs are read."""
         return self.chats.samples.sides if self.chats else 0

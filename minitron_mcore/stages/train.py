@@ -56,10 +56,10 @@ def load_or_initialize(job: TrainingJob) -> list[LanguageModel]:
     chunks = build_model(architecture, recipe.parallel, recipe.precision, **job.passes)
     if job.resumes:
         return chunks
-    if job.source is not None:
-        load_weights(*job.source.place, as_chunks(chunks), architecture)
-    else:
+    if job.source is None or job.draws_weights:
         initialize(chunks, architecture, recipe.seed)
+    else:
+        load_weights(*job.source.place, as_chunks(chunks), architecture)
     return chunks
 
 
@@ -114,6 +114,6 @@ def describe(job: TrainingJob, tokens: int) -> None:
     facts = {**job.lineage, "tokens": tokens, "tokenizer": job.tokenizer.fingerprint, "sources": job.sources}
     facts |= {"samples": samples.prepared.digest} if samples and samples.prepared else {}
     write_description(job.folder, job.architecture, lineage=facts, recipe=to_yaml(job.recipe), save_tokenizer=save)
-    if job.source is not None:
+    if job.source is not None and not job.draws_weights:
         carry_companions(job.source.folder, job.folder)
     stop_at(job.folder, samples.ends_with if samples else None, bos=job.tokenizer.bos, eos=job.tokenizer.eod)

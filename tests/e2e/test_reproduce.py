@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import yaml
 
 from minitron_mcore.data.index import read_index
 from tests.distributed.ranks import run_on_ranks
 from tests.e2e.verbs import all_typed, run_well
 
 KL, SCRATCH = "{keys: {distill.kd_weight: 1}, paper: 2.1}", "{model: random, paper: 3.9}"
+TAUGHT = "{keys: {distill.random_weights: true, run.cache: true, cache.draws: 4}}"
 COMMON = [
     "output=@/claims",
     "name=tiny",
@@ -35,7 +37,7 @@ COMMON = [
     "evaluate.micro_batch_size=2",
     "log.wandb=disabled",
     "log.tensorboard=false",
-    f"reproduce.arms={{kl: {KL}, scratch: {SCRATCH}}}",
+    f"reproduce.arms={{kl: {KL}, scratch: {SCRATCH}, taught: {TAUGHT}}}",
     "reproduce.orders=[kl < scratch]",
     "reproduce.seeds=[1,2]",
     "reproduce.document_tokens=50",
@@ -49,7 +51,7 @@ REFUSED = [
     (["reproduce.orders=[]"], "reproduce.orders is not given: name what the claim says of the arms"),
     (
         ["reproduce.orders=[kl < klm]"],
-        "reproduce.orders[0]=kl < klm names klm, which is no arm: its arms are kl, scratch",
+        "reproduce.orders[0]=kl < klm names klm, which is no arm: its arms are kl, scratch, taught",
     ),
     (["reproduce.arms.kl.keys={distil.tokens: 1}"], "reproduce.arms.kl.keys.distil is not a key of a recipe"),
     (
@@ -121,9 +123,24 @@ def test_losses_are_those_of_transformers(root: Path, shown: str, tmp_path: Path
 
 
 def test_only_what_the_measured_model_needs_is_done(root: Path, shown: str) -> None:
-    done = {arm: root / "claims" / "tiny" / arm / "seed-1" / "done" for arm in MODELS}
+    done = {arm: root / "claims" / "tiny" / arm / "seed-1" / "done" for arm in (*MODELS, "taught")}
     assert {path.stem for path in done["kl"].glob("*.json")} == {"score", "prune-student", "distill-student"}
     assert {path.stem for path in done["scratch"].glob("*.json")} == {"baseline-random"}
+    steps = {"cache", "score", "prune-student", "distill-student"}
+    assert {path.stem for path in done["taught"].glob("*.json")} == steps
+
+
+def test_random_weights_are_taught_by_stored_targets(root: Path, shown: str) -> None:
+    """The first step has the loss of the baseline, whose weights and batch it shares; the next one is another's."""
+    losses = []
+    for folder in ("taught/seed-1/students/student/distilled", "scratch/seed-1/baselines/random"):
+        rows = (root / "claims" / "tiny" / folder / "metrics.jsonl").read_text().splitlines()
+        losses.append([row["lm loss"] for row in map(json.loads, rows) if row["kind"] == "train"][:2])
+    (first, second), (same, other) = losses
+    assert first == pytest.approx(same, rel=1e-6) and abs(second - other) > 1e-5
+    lineage = yaml.safe_load((root / "claims/tiny/taught/seed-1/students/student/distilled/lineage.yaml").read_text())
+    assert lineage["student"]["random_weights"] is True
+    assert lineage["teacher"]["cache"].endswith("taught/seed-1/targets") and lineage["teacher"]["draws"] == 4
 
 
 def test_it_goes_on_and_is_the_same_at_another_layout(root: Path, shown: str) -> None:

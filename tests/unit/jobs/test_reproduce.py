@@ -24,8 +24,10 @@ STEPS = {
     ("iterative", "two-steps"): [
         *("score", "prune-student-step-1", "score-student-step-2", "prune-student", "distill-student"),
     ],
+    ("targets", "sampled"): ["cache", *DISTILLED],
+    ("targets", "likeliest"): ["cache", *DISTILLED],
     ("shapes", "before-depth"): ["score", "prune-student"],
-    ("shapes", "after-random"): ["baseline-random"],
+    ("shapes", "after-random"): DISTILLED,
 }
 
 
@@ -33,8 +35,9 @@ def recipe_of(name: str, folder: Path, *more: str) -> Recipe:
     return load_recipe(str(FOLDER / f"{name}.yaml"), [f"output={folder}/new", *more])
 
 
-def test_all_eight_are_there() -> None:
-    assert len(CLAIMS) == 8 and sorted(recipe_of(name, Path()).name for name in CLAIMS) == CLAIMS
+def test_all_are_there() -> None:
+    """The papers' eight, and a newer one."""
+    assert len(CLAIMS) == 9 and sorted(recipe_of(name, Path()).name for name in CLAIMS) == CLAIMS
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -67,6 +70,13 @@ def test_each_arm_does_what_its_model_needs(name: str, tmp_path: Path) -> None:
         of_seed = f"{tmp_path}/new/teachers/{teacher}-seed-{arm.seed}"
         assert arm.name in ("corrected", "chain", "two-steps", "four-steps", "progressive") or teachers <= {of_seed}
     assert not (tmp_path / "new").exists()
+
+
+def test_targets_that_would_not_serve(tmp_path: Path) -> None:
+    """Before anything is made: what is drawn serves one divergence."""
+    rule = f"needs more of the teacher than distill.teacher=cache:{tmp_path}/new/targets/sampled/seed-1/targets holds"
+    with refuses("distill.logit_loss", "reverse_kl", rule, "choose of these, or leave distill.teacher out"):
+        resolve(recipe_of("targets", tmp_path, "reproduce.seeds=[1]", "distill.logit_loss=reverse_kl"), World())
 
 
 def test_five_students_of_one_size(tmp_path: Path) -> None:

@@ -108,6 +108,31 @@ def test_a_chain_that_cannot_be(tmp_path: Path, words: list[str], told: str) -> 
         works(tmp_path, *words, "distill.tokens=4096", "run.chain=true")
 
 
+def test_a_run_that_makes_its_own_cache(tmp_path: Path) -> None:
+    asked = ["student.num_layers=4", "distill.tokens=4096", "run.cache=true"]
+    found = works(tmp_path, *asked)
+    assert found[1:3] == [("cache the teacher's targets", "8x128 "), ("score the teacher", "8x128 ")]
+    assert dict(found)["distil student"] == "4x128 "
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["run.chain=true"],
+            r"run\.chain=true lets each student teach the next, and run\.cache=true makes its own: leave",
+        ),
+        (
+            ["distill.teacher=cache:targets"],
+            r"distill\.teacher=cache:targets names targets that are there, and run\.cache",
+        ),
+    ],
+)
+def test_a_cache_that_does_not_serve(tmp_path: Path, words: list[str], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        works(tmp_path, *words, "student.num_layers=4", "distill.tokens=4096", "run.cache=true")
+
+
 def test_a_corrected_teacher_and_a_cache(tmp_path: Path) -> None:
     """A cache teaches in the teacher's place: no model runs beside the student."""
     asked = ["student.num_layers=4", "correct.tokens=4096", "distill.tokens=4096", "distill.teacher=cache:targets"]
