@@ -168,7 +168,9 @@ def _find(path: Path, key: str) -> tuple[Path, int]:
 
 
 def is_hugging_face(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or any(folder.glob("*.safetensors"))
+    """Also one whose config is missing, but not a run's, where scores are such a file."""
+    weights = (path for path in folder.glob("*.safetensors") if not path.stem.startswith("scores"))
+    return (folder / "config.json").is_file() or any(weights)
 
 
 def checkpoints_within(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from minitron_mcore.architecture import Architecture, build_architecture
 from minitron_mcore.errors import InputError
@@ -157,9 +157,9 @@ def random_scores(architecture: Architecture, seed: int, settings: dict[str, Any
     return Scores(architecture=architecture, settings=said, **arrays)
 
 
-def save_scores(scores: Scores, path: Path) -> None:
-    """Write `path` (safetensors, global indices); whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_scores(scores: Scores, path: str | Path) -> None:
+    """Write `path` (safetensors, global indices); whole or not at all. One process calls."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "format": "minitron_scores",
         "architecture": json.dumps(scores.architecture.to_dict()),
@@ -167,7 +167,7 @@ def save_scores(scores: Scores, path: Path) -> None:
     }
     arrays = {name: numpy.ascontiguousarray(values) for name, values in scores.arrays()}
     with whole_file(path) as partial:
-        save_file(arrays, str(partial), metadata=metadata)
+        partial.write_bytes(save(arrays, metadata=metadata))  # a file of the library's own is closed to others
 
 
 def load_scores(path: str | Path | None) -> Scores:

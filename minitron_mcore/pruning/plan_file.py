@@ -227,10 +227,10 @@ def check_residual(teacher: Architecture, student: Architecture, rule: str, matr
         raise InputError("prune.head_residual", rule, why, "keep more heads, or set prune.head_residual=none")
 
 
-def save_plan(plan: PruningPlan, path: Path) -> None:
+def save_plan(plan: PruningPlan, path: str | Path) -> None:
     """Write `path`, whole or not at all. One rank calls."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, plan.to_json())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(path), plan.to_json())
 
 
 def load_plan(path: str | Path, teacher: Architecture | None = None) -> PruningPlan:
