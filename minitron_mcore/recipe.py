@@ -108,9 +108,10 @@ class Recipe:
     """Everything a user can say. Verbs read the sections they need."""
 
     name: str = key("run", "what the run is called on dashboards")
-    base: Optional[PathName] = key(
+    base: Union[PathName, list[PathName], None] = key(
         None,
-        "another recipe, whose keys this one changes; in a file, a path from its folder. A saved recipe names none",
+        "another recipe, whose keys this one changes, or several, each on top of the one before; in a file, paths from "
+        "its folder. A saved recipe names none",
         may_change=True,
     )
     output: Optional[PathName] = key(
@@ -206,24 +207,34 @@ def _said(overrides: Overrides) -> list[tuple[str, Any]]:
 def _on_base(
     tree: dict[str, Any], config: Optional[str], said: Any = None, below: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
-    """`tree`, read from the file `config`, on top of the recipe that it names as `base`, or that the command does
-    (`said`), and that one's own. below: the files that led here. Raises InputError."""
+    """`tree`, read from the file `config`, on top of the recipes that it names as `base`, or that the command does
+    (`said`), each on top of the one named before it, and of its own. below: the files that led here. Raises
+    InputError."""
     named = tree.pop("base", None)
     base = named if said is None else said
     if base is None or (isinstance(base, Plain) and base in NULLS):
         return tree
-    if not isinstance(base, str):
-        raise InputError("base", base, "must be the path of a recipe")
-    path = Path(expanded(base, "base"))
-    if said is None and config is not None:
-        path = Path(config).parent / path
     below = (*below, Path(config).resolve()) if config else below
+    ground: dict[str, Any] = {}
+    for each in base if isinstance(base, list) else [base]:
+        path = _base_file(each, None if said is not None else config, below)
+        ground = merged(ground, _on_base(_read_yaml(str(path)), str(path), below=below))
+    return merged(ground, tree)
+
+
+def _base_file(base: Any, config: Optional[str], below: tuple[Path, ...]) -> Path:
+    """The file that `base` names, from the folder of the file `config` where that one does. Raises InputError."""
+    if not isinstance(base, str):
+        raise InputError("base", base, "must be the path of a recipe, or a list of them")
+    path = Path(expanded(base, "base"))
+    if config is not None:
+        path = Path(config).parent / path
     if not path.is_file():
         where = "" if str(path) == base else f": {path}"
         raise InputError("base", base, f"is not a file{where}", "name a recipe in YAML")
     if path.resolve() in below:
         raise InputError("base", base, "leads back to a recipe that builds on it", "leave one of them out")
-    return merged(_on_base(_read_yaml(str(path)), str(path), below=below), tree)
+    return path
 
 
 def refuse_code(recipe: Recipe, config: Optional[str], overrides: Overrides) -> None:

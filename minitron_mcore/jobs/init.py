@@ -59,7 +59,9 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> InitJ
 
 def listed(configs: Path) -> Iterator[tuple[str, str]]:
     """(name, first sentence of its head) of every recipe."""
-    for file in sorted(configs.glob("*.yaml")) + sorted(configs.glob("*/*.yaml")):
+    for file in [path for depth in ("*", "*/*", "*/*/*") for path in sorted(configs.glob(f"{depth}.yaml"))]:
+        if file.name == "architecture.yaml":  # a model's
+            continue
         lines = file.read_text(encoding="utf-8").splitlines()
         head = " ".join(line.removeprefix("#").strip() for line in lines[: _paragraph(lines)])
         yield str(file.relative_to(configs).with_suffix("")), re.split(r"(?<=[.?:;]) ", head)[0].rstrip(":;")
@@ -73,8 +75,9 @@ def _paragraph(lines: list[str]) -> int:
 def named_by(file: Path, configs: Path) -> Iterator[Path]:
     """What else of `configs` the recipe `file` needs: its base, and files and folders that it names."""
     text = file.read_text(encoding="utf-8")
-    if file.suffix == ".yaml" and (base := (load_text(text) or {}).get("base")):
-        yield (file.parent / base).resolve()
+    base = (load_text(text) or {}).get("base") if file.suffix == ".yaml" else None
+    for each in base if isinstance(base, list) else filter(None, [base]):
+        yield (file.parent / each).resolve()
     for name in dict.fromkeys(_NAMED.findall(text)):
         place = configs / name
         if place.is_file():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -109,6 +111,21 @@ def in_words(result: Result) -> str:
         f"{result['name']}: {result['verdict']}",
     ]
     return "\n".join(lines)
+
+
+def read_results(files: Iterable[Path]) -> tuple[list[Result], list[str]]:
+    """(the results that can be read and shown, the files that cannot)."""
+    results: list[Result] = []
+    damaged: list[str] = []
+    for file in files:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            page([found])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            damaged.append(str(file))
+        else:
+            results.append(found)
+    return results, damaged
 
 
 def page(results: Sequence[Result]) -> str:

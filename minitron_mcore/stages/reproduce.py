@@ -18,7 +18,7 @@ from minitron_mcore.jobs.reproduce import PLOT, RESULT, SUMMARY, Arm, ReproduceJ
 from minitron_mcore.jobs.run import RunJob
 from minitron_mcore.reproduction.figure import write_plot
 from minitron_mcore.reproduction.measured import Measured, read_measured, write_measured
-from minitron_mcore.reproduction.result import Result, in_words, page, result_of
+from minitron_mcore.reproduction.result import Result, in_words, page, read_results, result_of
 from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.parallel import lay_out
 from minitron_mcore.runtime.start import Runtime
@@ -42,7 +42,7 @@ def run(job: ReproduceJob, runtime: Runtime) -> Result:
         runtime.print(f"[{place}held-out loss {measured.loss:.4f}]")
         found.setdefault(arm.name, []).append(measured)
     result = result_of(job.recipe.name, job.recipe.reproduce, found)
-    runtime.on_main(partial(write, job, result))
+    runtime.warn(runtime.on_main(partial(write, job, result)))
     runtime.print(f"\n{in_words(result)}\n\nreproduce: -> {job.target / RESULT}, {PLOT}, {job.folder / SUMMARY}")
     return result
 
@@ -78,10 +78,14 @@ def measure(arm: Arm, job: ReproduceJob, runtime: Runtime) -> Measured:
     return measured
 
 
-def write(job: ReproduceJob, result: Result) -> None:
-    """The result of this claim, and the page of all in the folder. One process calls."""
+def write(job: ReproduceJob, result: Result) -> str:
+    """The result of this claim, and the page of all in the folder, but for those whose result cannot be read, which is
+    returned in words. One process calls."""
     with writing(f"output={job.folder}"):
         write_whole(job.target / RESULT, json.dumps(result, indent=2) + "\n")
         write_plot(result, job.target / PLOT)
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(job.folder.glob(f"*/{RESULT}"))]
+        results, damaged = read_results(sorted(job.folder.glob(f"*/{RESULT}")))
         write_whole(job.folder / SUMMARY, page(results))
+    if not damaged:
+        return ""
+    return f"{job.folder / SUMMARY} lacks {', '.join(damaged)}, which cannot be read: try the claim once more"

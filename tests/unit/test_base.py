@@ -33,6 +33,16 @@ def test_each_changes_the_one_below(recipes: Path, monkeypatch: pytest.MonkeyPat
     assert load_recipe("../top.yaml", ["base=null"]).train.tokens == 0
 
 
+def test_each_of_several_is_on_top_of_the_one_before(recipes: Path) -> None:
+    (recipes / "more.yaml").write_text("seed: 9\ntrain: {tokens: 3M}\n")
+    (recipes / "top.yaml").write_text("base: [below/floor.yaml, more.yaml]\nname: top\n")
+    found = load_recipe(str(recipes / "top.yaml"), [])
+    assert (found.name, found.seed, found.student.num_layers) == ("top", 9, 2)
+    assert (found.train.lr, found.train.tokens) == (1e-3, 3_000_000)
+    typed = load_recipe(None, [f"base=[{recipes}/more.yaml, {recipes}/below/floor.yaml]"])
+    assert (typed.name, typed.seed, typed.train.tokens) == ("floor", 1, 2_000_000)
+
+
 def test_an_empty_section_takes_the_place_of_the_one_below(recipes: Path) -> None:
     (recipes / "top.yaml").write_text("base: below/floor.yaml\nstudent: {}\n")
     assert load_recipe(str(recipes / "top.yaml"), []).student.num_layers is None
@@ -43,8 +53,8 @@ def test_what_cannot_be_a_base(recipes: Path) -> None:
     top.write_text("base: none.yaml\n")
     with refuses("base", "none.yaml", f"is not a file: {recipes}/none.yaml", "name a recipe in YAML"):
         load_recipe(str(top), [])
-    top.write_text("base: [a, b]\n")
-    with refuses("base", ["a", "b"], "must be the path of a recipe"):
+    top.write_text("base: [[a, b]]\n")
+    with refuses("base", ["a", "b"], "must be the path of a recipe, or a list of them"):
         load_recipe(str(top), [])
     top.write_text("base: below/floor.yaml\n")
     (recipes / "below" / "ground.yaml").write_text("base: ../top.yaml\n")

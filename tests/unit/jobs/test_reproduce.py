@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from minitron_mcore.jobs.reproduce import changed, resolve
+from minitron_mcore.architecture import Architecture
+from minitron_mcore.jobs.job import Model
+from minitron_mcore.jobs.reproduce import ReproduceJob, changed, resolve
+from minitron_mcore.jobs.train import TrainingJob
 from minitron_mcore.recipe import Recipe, load_recipe
 from minitron_mcore.reproduction.config import parse_orders
 from minitron_mcore.runtime.world import World
@@ -14,6 +17,7 @@ from tests.refusals import refuses
 
 FOLDER = Path(__file__).parents[3] / "configs" / "reproduce"
 CLAIMS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "cpu")
+SCALES = ["", "gpu/"]
 DISTILLED = ["score", "prune-student", "distill-student"]
 # Of arms that do more, or less, than to score, prune and distil: the steps.
 STEPS = {
@@ -36,13 +40,15 @@ def recipe_of(name: str, folder: Path, *more: str) -> Recipe:
 
 
 def test_all_are_there() -> None:
-    """The papers' eight, and a newer one."""
+    """The papers' eight, and a newer one, at either scale."""
+    assert sorted(path.stem for path in (FOLDER / "gpu").glob("*.yaml") if path.stem != "scale") == CLAIMS
     assert len(CLAIMS) == 9 and sorted(recipe_of(name, Path()).name for name in CLAIMS) == CLAIMS
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", CLAIMS)
-def test_the_papers_values_are_what_it_claims(name: str, tmp_path: Path) -> None:
-    config = recipe_of(name, tmp_path).reproduce
+def test_the_papers_values_are_what_it_claims(name: str, scale: str, tmp_path: Path) -> None:
+    config = recipe_of(scale + name, tmp_path).reproduce
     values = {arm: each.paper for arm, each in config.arms.items()}
     assert config.claim and "arXiv" in str(config.source)
     for order in parse_orders(config.orders, [*config.arms]):
@@ -51,12 +57,13 @@ def test_the_papers_values_are_what_it_claims(name: str, tmp_path: Path) -> None
             assert left < right if order.relation == "<" else abs(left - right) < config.margin, order
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", CLAIMS)
-def test_each_arm_does_what_its_model_needs(name: str, tmp_path: Path) -> None:
+def test_each_arm_does_what_its_model_needs(name: str, scale: str, tmp_path: Path) -> None:
     seeds = [1, 7] if name == "correction" else [7]
-    job = resolve(recipe_of(name, tmp_path, f"reproduce.seeds={seeds}"), World())
+    job = resolve(recipe_of(scale + name, tmp_path, f"reproduce.seeds={seeds}"), World())
     shared = [[step.word for step, _ in run.steps] for run in job.shared]
-    teacher = "deep-teacher" if name == "half-depth" else "teacher"
+    teacher = "deep-teacher" if name == "half-depth" and not scale else "teacher"
     assert shared[0] == ["tokenizer", "preprocess", *(f"train-{teacher}-seed-{seed}" for seed in seeds)]
     assert shared[1:] == ([["preprocess"]] if name == "correction" else [])
     assert [*dict.fromkeys(arm.seed for arm in job.arms)] == seeds
@@ -79,18 +86,33 @@ def test_targets_that_would_not_serve(tmp_path: Path) -> None:
         resolve(recipe_of("targets", tmp_path, "reproduce.seeds=[1]", "distill.logit_loss=reverse_kl"), World())
 
 
-def test_five_students_of_one_size(tmp_path: Path) -> None:
-    """The shapes of table 1 are comparable as they have as many parameters, within one percent of each other."""
-    job = resolve(recipe_of("shapes", tmp_path, "reproduce.seeds=[1]"), World())
-    counts = {
-        arm.name: made.architecture.num_parameters
+def architectures(job: ReproduceJob, verbs: tuple[str, ...]) -> dict[str, Architecture]:
+    """Of what each arm's last step of `verbs` makes."""
+    return {
+        arm.name: made.architecture
         for arm in job.arms
         for step, each in arm.run.steps
-        if each and step.verb in ("prune", "train")
+        if each and step.verb in verbs
         for made in each.makes
-        if hasattr(made, "architecture")
+        if isinstance(made, Model)
     }
-    assert len(counts) == 9 and max(counts.values()) < 1.01 * 1.573e6 and min(counts.values()) > 0.99 * 1.573e6
+
+
+@pytest.mark.parametrize(("scale", "size"), [("", 1.573e6), ("gpu/", 50.34e6)])
+def test_five_students_of_one_size(scale: str, size: float, tmp_path: Path) -> None:
+    """The shapes of table 1 are comparable as they have as many parameters, within one percent of each other."""
+    job = resolve(recipe_of(f"{scale}shapes", tmp_path, "reproduce.seeds=[1]"), World())
+    counts = {name: each.num_parameters for name, each in architectures(job, ("prune", "train")).items()}
+    assert len(counts) == 9 and all(abs(count / size - 1) < 0.01 for count in counts.values()), counts
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_half_the_depth_is_all_that_is_cut(scale: str, tmp_path: Path) -> None:
+    job = resolve(recipe_of(f"{scale}half-depth", tmp_path, "reproduce.seeds=[1]"), World())
+    (teacher,) = (each.architecture for step, each in job.shared[0].steps if isinstance(each, TrainingJob))
+    for name, student in architectures(job, ("prune",)).items():
+        width = (student.hidden_size, student.ffn_hidden_size) == (teacher.hidden_size, teacher.ffn_hidden_size)
+        assert (width, student.num_layers) == ((False, 12) if name.startswith("width") else (True, 6)), name
 
 
 def test_a_change_is_read_as_on_the_command_line(tmp_path: Path) -> None:

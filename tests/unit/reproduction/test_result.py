@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from minitron_mcore.reproduction.config import ArmConfig, Order, ReproduceConfig, parse_orders
 from minitron_mcore.reproduction.figure import figure_of
 from minitron_mcore.reproduction.measured import Measured, read_measured, write_measured
-from minitron_mcore.reproduction.result import in_words, page, result_of
+from minitron_mcore.reproduction.result import in_words, page, read_results, result_of
 from tests.refusals import refuses
 
 ARMS = {"kl": ArmConfig(paper=2.107), "both": ArmConfig(paper=2.117), "mse": ArmConfig()}
@@ -76,6 +77,15 @@ def test_the_tables(result: dict[str, Any], tmp_path: Path) -> None:
     left, right = figure.axes
     assert left.get_yticklabels()[0].get_text() == "both"  # the highest loss below
     assert [text.get_text() for text in right.get_yticklabels()] == ["kl < mse", "kl < both"]
+
+
+def test_a_damaged_result_is_left_out_of_the_page(result: dict[str, Any], tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.json" for name in ("whole", "cut", "other", "list")]
+    text = json.dumps(result)
+    for file, held in zip(files, (text, text[:100], '{"name": "x"}', "[]"), strict=True):
+        file.write_text(held)
+    results, damaged = read_results(files)
+    assert results == [json.loads(text)] and damaged == [str(file) for file in files[1:]]
 
 
 def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
