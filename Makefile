@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test coverage test-slow test-matrix lint format bench bench-check gpu-check lock clean
+.PHONY: help venv demo docs docs-links test coverage test-slow test-matrix lint format bench bench-check gpu-check lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -28,6 +28,13 @@ $(INSTALLED): pyproject.toml constraints.txt .ci/venv.sh
 
 demo: venv  ## the whole road on two ranks: teacher, pruning, distillation, evaluation, export (ARGS: key=value ...)
 	@PATH=$(abspath $(BIN)):$$PATH NPROC_PER_NODE=2 launch/torchrun.sh run --config configs/quickstart.yaml $(ARGS)
+
+docs: venv  ## the documentation site, in build/docs; warnings are errors (ARGS: for sphinx-build)
+	@PYTHONPATH=$(CURDIR) $(BIN)/python -m sphinx -b html -n -W --keep-going -q $(ARGS) docs build/docs
+	@echo "make docs: build/docs/index.html"
+
+docs-links: venv  ## whether the site's links to elsewhere still lead there; needs a network
+	@PYTHONPATH=$(CURDIR) MINITRON_DOCS_NOTEBOOKS=off $(BIN)/python -m sphinx -b linkcheck -q docs build/docs-links
 
 lint: venv  ## ruff, its formatter, and mypy
 	@$(BIN)/ruff check .
