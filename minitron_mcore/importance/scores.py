@@ -157,8 +157,9 @@ def random_scores(architecture: Architecture, seed: int, settings: dict[str, Any
     return Scores(architecture=architecture, settings=said, **arrays)
 
 
-def save_scores(scores: Scores, path: Path) -> None:
+def save_scores(scores: Scores, path: str | Path) -> None:
     """Write `path` (safetensors, global indices); whole or not at all."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "format": "minitron_scores",

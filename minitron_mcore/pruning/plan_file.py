@@ -227,8 +227,9 @@ def check_residual(teacher: Architecture, student: Architecture, rule: str, matr
         raise InputError("prune.head_residual", rule, why, "keep more heads, or set prune.head_residual=none")
 
 
-def save_plan(plan: PruningPlan, path: Path) -> None:
+def save_plan(plan: PruningPlan, path: str | Path) -> None:
     """Write `path`, whole or not at all. One rank calls."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, plan.to_json())
 
