@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo docs docs-links test coverage test-slow test-matrix lint format bench bench-check gpu-check lock clean
+.PHONY: help venv demo docs docs-links test coverage test-slow test-matrix lint format bench bench-check gpu-check dist lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -76,6 +76,9 @@ bench-check: venv  ## whether the benchmarks' ratios still hold (ARGS="--only kd
 # With PYTHON=… by that interpreter as it is, so that a machine without a network needs no virtual environment.
 gpu-check: $(if $(PYTHON),,venv)  ## what only a GPU can show, in 8 minutes; a dry run without one (PYTHON=python3.12: without make venv)
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(PYTHON),$(BIN)/python) benchmarks/gpu/check.py $(ARGS)
+
+dist: venv  ## the sdist and the wheel, in dist/
+	@$(BIN)/python -m build --outdir dist .
 
 lock: venv  ## bring constraints.txt up to date with pyproject.toml, for Python 3.10 to 3.13
 	@$(BIN)/pip install --quiet uv

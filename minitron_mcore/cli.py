@@ -18,7 +18,6 @@ import re
 import select
 import signal
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -26,10 +25,12 @@ from typing import Any, NoReturn
 from minitron_mcore import __version__
 from minitron_mcore.errors import DivergedError, InputError, MemoryExhaustedError
 from minitron_mcore.runtime.interrupt import Ending, exit_code, name_of, say_at_once
-from minitron_mcore.runtime.libraries import set_aside
 from minitron_mcore.runtime.notice import say_failure
 from minitron_mcore.runtime.world import read_world
-from minitron_mcore.verbs import VERBS, help_of
+from minitron_mcore.verbs import VERBS, help_of, listed
+
+# Verbs whose one bare word is the key `path`.
+BARE = ("inspect", "report", "init")
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,12 +49,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    verbs = "\n".join(f"  {name:<12}{textwrap.shorten(verb.in_words, 100)}" for name, verb in VERBS.items())
     parser = Parser(
         prog="minitron",
         description="Prune and distil large language models on sharded Megatron checkpoints.",
-        epilog=f"verbs:\n{verbs}\n\nminitron VERB --help shows the verb's keys. Start several ranks with torchrun or "
-        "srun: torchrun --nproc-per-node 8 -m minitron_mcore VERB …",
+        epilog=f"{listed()}\n\nminitron VERB --help shows the verb's keys. Start several ranks with torchrun or srun: "
+        "torchrun --nproc-per-node 8 -m minitron_mcore VERB …",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -92,13 +92,17 @@ def keys_of(options: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
         remedy = "leave it out, or write a key as key=value"
         raise InputError("", f"--{next(iter(taken))}", "is a flag of inspect alone", remedy)
     bare = [word for word in options.overrides if "=" not in word]
-    if len(bare) != 1 or options.verb not in ("inspect", "report"):
+    if len(bare) != 1 or options.verb not in BARE:
         return options.overrides, taken
     return [word for word in options.overrides if word != bare[0]], {**taken, "path": bare[0]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
+    if "_ARGCOMPLETE" in os.environ:
+        from minitron_mcore.shell import complete
+
+        complete(build_parser())
     options = parse(sys.argv[1:] if arguments is None else arguments)
     with Ending() as ending:
         try:
@@ -124,36 +128,19 @@ def carry_out(options: argparse.Namespace, ending: Ending) -> int:
     that `ending` met is the reason."""
     recipe: Any = None
     try:
+        from minitron_mcore import commands
         from minitron_mcore.recipe import load_recipe, refuse_code
 
         overrides, taken = keys_of(options)
         recipe = load_recipe(options.config, overrides, **taken)
         refuse_code(recipe, options.config, overrides)
-        from minitron_mcore.checkpoint.stated import stating
-        from minitron_mcore.jobs.job import resolve, stated_by
-        from minitron_mcore.runtime.world import on_this_machine
-
-        with set_aside(recipe.log.libraries, rank_told() == 0), stating(stated_by(recipe)):
-            world = on_this_machine(read_world(os.environ))
-            if options.dry_run:
-                from minitron_mcore.jobs.dry_run import dry_run, planned_world
-
-                world = planned_world(recipe.cluster, world)
-                shown = dry_run(options.verb, resolve(options.verb, recipe, world), world)
-                if world.rank == 0:
-                    print(shown, flush=True)
-                return 0
-            job = resolve(options.verb, recipe, world)
-            from minitron_mcore.stages.act import act
-
-            if not job.needs_ranks:
-                if world.rank == 0:
-                    act(options.verb, job, None)
-                return 0
-            from minitron_mcore.runtime.start import start, stop
-
-            act(options.verb, job, start())
-        stop()
+        if options.dry_run:
+            shown = commands.foresee(options.verb, recipe)
+            if rank_told() == 0:
+                print(shown, flush=True)
+            return 0
+        commands.carry_out(options.verb, recipe)
+        commands.leave()
     except (InputError, OSError) as error:
         if ending.number:
             raise

@@ -31,6 +31,12 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 FULL |= {errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN, errno.ETIMEDOUT}
 
 
+def shipped(name: str) -> Path:
+    """Where `configs` or `launch` is: beside the package in a checkout, inside it once it is installed."""
+    package = Path(__file__).resolve().parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
 @contextmanager
 def writing(what: str) -> Iterator[None]:
     """An OSError within becomes one sentence that names `what`: a StorageError where the disk is full or broken, an

@@ -6,9 +6,9 @@ keys' types (reading.py). Every error names the key's full path, what was given,
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, Union
 
 from minitron_mcore.alignment.config import AlignConfig
 from minitron_mcore.bench.config import BenchConfig
@@ -44,6 +44,8 @@ ALLOWANCES = {
 }
 # What has a stranger's code run, or names some. A recipe may be a stranger's: the command itself is to say these.
 RUNS_CODE = ("trust", "evaluate.task_folder", "bench.converter", "bench.python")
+# What is said over a file: the texts key=value, or values by their keys.
+Overrides = Union[list[str], Mapping[str, Any]]
 # numpy's and torch's generators take seeds up to here.
 MOST_SEED = 2**63 - 1
 
@@ -123,7 +125,9 @@ class Recipe:
     results: Optional[PathName] = key(None, "evaluate: file to write; null: results.json beside the checkpoint")
     scores: Optional[PathName] = key(None, "score writes it, plan and prune read it")
     plan: Optional[PathName] = key(None, "plan writes it, prune reads it")
-    path: Optional[PathName] = key(None, "inspect: the folder or file to describe; report: the folder")
+    path: Optional[PathName] = key(
+        None, "inspect: the folder or file to describe; report: the folder; init: the recipe's name"
+    )
     json: bool = key(False, "inspect: print JSON, not a table")
     verify: bool = key(False, "inspect: check every tensor's checksum; import: compare logits with transformers")
     trust: bool = key(
@@ -164,12 +168,23 @@ class Recipe:
     reproduce: ReproduceConfig = key(ReproduceConfig, "a claim of a paper, tried", may_change=True)
 
 
-def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Recipe:
-    """Defaults < the `base` of the YAML file `config` < that file < `key=value` overrides < `taken`, values that are no
-    text to be read.
+def load_recipe(config: Optional[str], overrides: Overrides, **taken: Any) -> Recipe:
+    """Defaults < the `base` of the YAML file `config` < that file < `overrides` < `taken`, values that are not read.
 
     Raises InputError naming the key.
     """
+    values = _said(overrides)
+    tree = _on_base({} if config is None else _read_yaml(config), config, dict(values).get("base"))
+    for path, value in values:
+        if path != "base":
+            put(tree, path, value, _default)
+    return dataclasses.replace(recipe_of(tree), **taken)
+
+
+def _said(overrides: Overrides) -> list[tuple[str, Any]]:
+    """(path, value) of each. Raises InputError for what is no key=value."""
+    if isinstance(overrides, Mapping):
+        return [*overrides.items()]
     values: list[tuple[str, Any]] = []
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -180,11 +195,7 @@ def load_recipe(config: Optional[str], overrides: list[str], **taken: Any) -> Re
         except ValueError as error:
             raise InputError(path, text, f"cannot be read: {error}") from error
         values.append((path, value))
-    tree = _on_base({} if config is None else _read_yaml(config), config, dict(values).get("base"))
-    for path, value in values:
-        if path != "base":
-            put(tree, path, value, _default)
-    return dataclasses.replace(recipe_of(tree), **taken)
+    return values
 
 
 def _on_base(
@@ -210,15 +221,15 @@ def _on_base(
     return merged(_on_base(_read_yaml(str(path)), str(path), below=below), tree)
 
 
-def refuse_code(recipe: Recipe, config: Optional[str], overrides: list[str]) -> None:
+def refuse_code(recipe: Recipe, config: Optional[str], overrides: Overrides) -> None:
     """Raise InputError where the file `config` has code run, or names some, and not the command itself: the file may
     be a stranger's."""
     if config is None:
         return
     command: dict[str, Any] = {}
-    for path, _, text in (override.partition("=") for override in overrides):
+    for path, value in _said(overrides):
         if any(each == path or each.startswith(f"{path}.") or path.startswith(f"{each}.") for each in RUNS_CODE):
-            put(command, path, override_value(text), _default)
+            put(command, path, value, _default)
     said = flat(command)
     if recipe.trust and "trust" in said:
         return

@@ -37,6 +37,12 @@ _ROAD = (
 )
 
 VERBS = {
+    "init": Verb(
+        "a recipe of the project, with what starts it, copied into your folder; without a name, the list of them",
+        ("path", "output"),
+        "PATH, a recipe's name → configs/ and launch/ in output, which is the current folder where it is left out",
+        "minitron init quickstart",
+    ),
     "tokenizer": Verb(
         "train a SentencePiece model on text files",
         ("input", "seed", "tokenizer"),
@@ -192,6 +198,30 @@ VERBS = {
         "minitron submit --config recipe.yaml cluster.gpus=256 cluster.time=12:00:00",
     ),
 }
+
+
+# As `minitron --help` lists them: by what one is at.
+GROUPS = {
+    "start": ("init", "run", "submit"),
+    "text to tokens": ("tokenizer", "preprocess"),
+    "the teacher": ("import", "train", "correct"),
+    "prune": ("score", "plan", "prune", "ablate", "search"),
+    "distil and align": ("cache", "distill", "align"),
+    "measure": ("evaluate", "generate", "bench", "inspect", "report"),
+    "hand on": ("export",),
+    "ask beforehand": ("estimate", "reproduce"),
+}
+
+
+def listed(width: int = 118) -> str:
+    """Every verb in its group, with its summary and an example."""
+    lines = []
+    for group, names in GROUPS.items():
+        lines.append(f"{group}:")
+        for name in names:
+            lines.append(f"  {name:<11} {textwrap.shorten(VERBS[name].in_words, width - 14, placeholder=' …')}")
+            lines.append(f"{'':<14}$ {VERBS[name].example}")
+    return "\n".join(lines)
 
 
 def help_of(name: str, width: int = 110) -> str:

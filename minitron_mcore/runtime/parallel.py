@@ -38,11 +38,16 @@ def layout_stands() -> bool:
     return parallel_state.model_parallel_is_initialized()
 
 
+def is_laid_out(parallel: ParallelConfig) -> bool:
+    """Whether the groups that stand are those of `parallel`, instances of the optimizer included."""
+    return layout_stands() and repr(_current) == repr(parallel)
+
+
 def use_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Make Megatron's process groups for `parallel`; all ranks call. Nothing happens if they stand already."""
     global _current
     check_layout(parallel, world_size)
-    if layout_stands() and repr(_current) == repr(parallel):  # instances of the optimizer included
+    if is_laid_out(parallel):
         return
     release_layout()
     with own_interface(world_size):

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_mcore.errors import InputError
-from minitron_mcore.files import first_line, reading
+from minitron_mcore.files import first_line, reading, shipped
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+LAUNCH = shipped("launch")
 NEEDED = ("name", "nodes", "ntasks_per_node", "time", "command")
 FIELDS = (*NEEDED, "gpus_per_node", "launcher")
 # ${NAME} is the shell's; {{word}} stands for {word}.

@@ -118,9 +118,9 @@ def start() -> Runtime:
 
 def stop() -> None:
     """Leave the process group; safe to call twice."""
-    from minitron_mcore.runtime.parallel import release_layout
-
     if torch.distributed.is_initialized():
+        from minitron_mcore.runtime.parallel import release_layout
+
         release_layout()
         torch.distributed.destroy_process_group()
 

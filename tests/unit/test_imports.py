@@ -26,11 +26,13 @@ FLOORS = [
     {"training"},
     {"recipe"},
     {"estimate"},
-    {"api", "search", "report", "reproduction"},
+    {"search", "report", "reproduction"},
     {"jobs"},
     {"stages"},
     {"verbs"},
-    {"cli"},
+    {"commands", "shell"},
+    {"in_memory"},
+    {"api", "cli"},
     {"__main__"},
 ]
 FORBIDDEN_IN_PURE = ("megatron", "torch.distributed")

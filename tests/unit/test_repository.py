@@ -2,10 +2,12 @@
 
 import ast
 import configparser
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from email.message import Message
 from email.parser import Parser
 from importlib import metadata
@@ -27,17 +29,31 @@ MAX_STAGE_LINES = 119
 
 
 @pytest.fixture(scope="module")
-def distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `.dist-info` folder that pip would build, made in a copy so that nothing is left in the tree."""
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a wheel holds, unpacked; it is built in a copy so that nothing is left in the tree."""
     copy = tmp_path_factory.mktemp("build")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, copy)
-    shutil.copytree(ROOT / "minitron_mcore", copy / "minitron_mcore", ignore=shutil.ignore_patterns("__pycache__"))
-    code = "from setuptools import build_meta; print(build_meta.prepare_metadata_for_build_wheel('out'))"
+    for name in ("minitron_mcore", "configs", "launch"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('out'), build_meta.build_sdist('out'))"
     (copy / "out").mkdir()
     done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return copy / "out" / done.stdout.split()[-1]
+    wheel, sdist = done.stdout.split()[-2:]
+    unpacked = tmp_path_factory.mktemp("installed")
+    code = "import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extractall(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, copy / "out" / wheel, unpacked], check=True)
+    with tarfile.open(copy / "out" / sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert {"configs/quickstart.yaml", "launch/slurm.sbatch", "setup.py", "minitron_mcore/py.typed"} <= {*names}
+    return unpacked
+
+
+@pytest.fixture(scope="module")
+def distribution(installed: Path) -> Path:
+    (folder,) = installed.glob("*.dist-info")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +81,28 @@ def test_metadata(package: Message, distribution: Path) -> None:
     scripts = configparser.ConfigParser()
     scripts.read(distribution / "entry_points.txt")
     assert scripts["console_scripts"]["minitron"] == "minitron_mcore.cli:main"
+
+
+def files_below(place: Path, name: str) -> set[Path]:
+    found = (path.relative_to(place) for path in (place / name).rglob("*") if path.is_file())
+    return {path for path in found if "__pycache__" not in path.parts}
+
+
+def test_a_wheel_works_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    """Its recipes and launch scripts are the repository's; `init` copies from them, and `submit` finds its template."""
+    for name in ("configs", "launch"):
+        inside, here = (files_below(place, name) for place in (installed / "minitron_mcore", ROOT))
+        assert inside == here
+    code = (
+        "import sys; from minitron_mcore import cli, files; from minitron_mcore.runtime.slurm import read_template; "
+        "assert files.shipped('launch').parent.name == 'minitron_mcore'; read_template(None); sys.exit(cli.main())"
+    )
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", code, "init", "reproduce/losses"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("configs/reproduce/losses.yaml", "configs/reproduce/cpu.yaml", "launch/torchrun.sh"):
+        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
 
 
 def test_every_requirement_is_bounded_on_both_sides(package: Message) -> None:

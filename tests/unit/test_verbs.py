@@ -15,7 +15,7 @@ from minitron_mcore.errors import InputError
 from minitron_mcore.jobs.job import module_of
 from minitron_mcore.megatron_names import NAMES, named_here
 from minitron_mcore.recipe import entries, load_recipe
-from minitron_mcore.verbs import VERBS, help_of, keys_of
+from minitron_mcore.verbs import GROUPS, VERBS, help_of, keys_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of README.md's table: verb, summary, main keys.
@@ -37,7 +37,7 @@ def test_help_shows_keys_that_there_are(verb: str) -> None:
     for path in own:
         assert re.search(rf"^  {re.escape(path)}=", shown, re.MULTILINE)
     (main,) = (words for name, _, words in ROWS if name == verb)
-    for word in re.findall("`(.*?)`", main) if verb not in ("inspect", "report") else ():
+    for word in re.findall("`(.*?)`", main) if verb not in cli.BARE else ():
         key = word.partition("=")[0].removesuffix(".*")
         assert any(path == key or path.startswith(f"{key}.") for path in own)
     load_recipe(None, re.findall(r"^  (\S+=\S+)  \(", shown, re.MULTILINE))
@@ -48,6 +48,10 @@ def test_help_shows_keys_that_there_are(verb: str) -> None:
     assert {path for path in paths if path.rpartition(".")[0] not in own} <= {*own}, "or an entry of a dictionary"
 
 
+def test_every_verb_is_in_one_group() -> None:
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(VERBS)
+
+
 def test_every_key_says_what_it_means() -> None:
     assert all(entry.metadata["description"] for _, entry in entries())
 
@@ -55,7 +59,7 @@ def test_every_key_says_what_it_means() -> None:
 def test_help_is_quick() -> None:
     """Nothing heavy is imported, nor for a wrong key."""
     heavy = "'torch', 'numpy', 'megatron', 'transformers', 'wandb', 'omegaconf'"
-    for words, code in ((["score", "--help"], 0), (["train", "sede=5"], 2)):
+    for words, code in ((["--help"], 0), (["score", "--help"], 0), (["train", "sede=5"], 2)):
         program = (
             f"import sys; from minitron_mcore.cli import main\ntry: code = main({words})\nexcept SystemExit as error: "
             f"code = error.code\nprint(code, [name for name in ({heavy}) if name in sys.modules])"
