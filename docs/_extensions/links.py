@@ -11,6 +11,7 @@ from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.util.nodes import clean_astext
 
 from minitron_mcore.recipe import entries
 from minitron_mcore.verbs import VERBS
@@ -32,8 +33,7 @@ def inline(text: str) -> Iterator[nodes.Node]:
             yield nodes.Text(text[end : found.start()])
         code, *pages = found.groups()
         if code is None:
-            name = next(each for each in pages if each)
-            yield to(name, "", nodes.Text(f"docs/{name}.md"))
+            yield to_page(next(each for each in pages if each))
         else:
             yield nodes.literal(code, code)
         end = found.end()
@@ -52,6 +52,13 @@ def paragraph(*parts: str | nodes.Node, classes: tuple[str, ...] = ()) -> nodes.
 def to(docname: str, anchor: str, *shown: nodes.Node) -> nodes.reference:
     link = nodes.reference("", "", internal=True, refuri=f"{SITE}{docname}#{anchor}")
     link += list(shown)
+    return link
+
+
+def to_page(name: str) -> nodes.reference:
+    """To docs/NAME.md; it shows that page's title."""
+    link = to(name, "")
+    link["titled"] = True
     return link
 
 
@@ -88,6 +95,8 @@ def resolve(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     for link in doctree.findall(nodes.reference):
         if (uri := link.get("refuri", "")).startswith(SITE):
             page, _, anchor = uri.removeprefix(SITE).partition("#")
+            if link.get("titled"):
+                link += nodes.Text(clean_astext(app.env.titles[page]))
             relative = app.builder.get_relative_uri(docname, page) if page != docname else ""
             link["refuri"] = f"{relative}#{anchor}" if anchor else relative
 

@@ -153,8 +153,10 @@ class RecipeReference(SphinxDirective):
             return
         like = next((each.name for each in dataclasses.fields(Recipe) if section_of(each.type) is kind), None)
         if like is not None:
-            yield paragraph("Its keys are those of ", to_key(like), ".")
-            self.anchors |= {f"{below}{each.name}": path for each in dataclasses.fields(kind)}
+            said = paragraph("Its keys are those of ", to_key(like), ".")
+            said["ids"] = [f"{below}{each.name}" for each in dataclasses.fields(kind)]
+            self.anchors |= {name: name for name in said["ids"]}
+            yield said
             return
         yield paragraph("Each has the keys" if step else "Its keys:")
         for each in dataclasses.fields(kind):

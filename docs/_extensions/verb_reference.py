@@ -10,7 +10,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from _extensions.links import note_anchors, paragraph, to, to_key
+from _extensions.links import note_anchors, paragraph, to_key, to_page
 from minitron_mcore import verbs
 from minitron_mcore.cli import build_parser
 from minitron_mcore.keys import section_of
@@ -34,7 +34,7 @@ class VerbReference(SphinxDirective):
         rows = [("Reads", [paragraph(reads)]), ("Writes", [paragraph(writes)])]
         rows.append(("Keys", [paragraph(*self._keys(verb))]))
         if pages := re.findall(r"\]\(docs/([\w/-]+)\.md\)", verb.summary):
-            rows.append(("More", [paragraph(*(to(page, "", nodes.Text(f"docs/{page}.md")) for page in pages))]))
+            rows.append(("More", [paragraph(*map(to_page, pages))]))
         fields = nodes.field_list()
         for label, body in rows:
             fields += nodes.field("", nodes.field_name(label, label), nodes.field_body("", *body))

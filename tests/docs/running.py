@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,8 @@ def made_by(verb: Verb, folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def aside(folder: Path, name: str | None) -> Iterator[None]:
-    """Without the file or folder `name` and what begins so, as a command finds it that makes them."""
+    """Without the file or folder `name` and what begins so, as a command finds it that makes them; afterwards what was
+    there stands there again."""
     path = folder / (name or "nothing")
     moved = [each for each in (path, *path.parent.glob(f"{path.name}_*")) if each.exists()] if name else []
     for each in moved:
@@ -127,4 +129,8 @@ def aside(folder: Path, name: str | None) -> Iterator[None]:
         yield
     finally:
         for each in moved:
+            if each.is_dir():
+                shutil.rmtree(each)
+            else:
+                each.unlink(missing_ok=True)
             each.with_name(f".{each.name}").rename(each)

@@ -175,3 +175,60 @@ def write_hugging_face(folder: Path, words: Path) -> None:
     tensors = {name: random.normal(0, 0.05, shape).astype(numpy.float32) for name, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(words / "tokenizer.model", folder)
+
+
+# For runs in earnest: where each name's files are in a finished run of SMALL, the folder `runs/quickstart`.
+SMALL_PARTS = {
+    **dict.fromkeys(("teacher", "checkpoints/llama-3.1-8b"), "teacher"),
+    **dict.fromkeys(("student", "pruned", "OUT/winner/pruned"), "students/width/pruned"),
+    **dict.fromkeys(("distilled", "distilled/best"), "students/width/distilled"),
+    **dict.fromkeys(HUGGING_FACE, "hf/width"),
+    **dict.fromkeys(TOKENIZERS[:2], "tokenizer/tokenizer.model"),
+    "scores.safetensors": "scores.safetensors",
+    "plan.json": "students/width/pruned/plan.json",
+}
+STEPS = {"global_batch_size": 4, "micro_batch_size": 4, "save_interval": 0}
+SMALL: dict[str, Any] = {
+    "output": "runs/quickstart",
+    "input": ["${python_stdlib:}/json"],
+    "tokenizer": {"vocab_size": 400, "extensions": [".py"]},
+    "preprocess": {"extensions": [".py"], "valid_fraction": 0.3, "workers": 1},
+    "data": {"sequence_length": 32, "num_workers": 0},
+    "model": {"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 96, "num_attention_heads": 6}
+    | {"num_query_groups": 2, "kv_channels": 8, "max_position_embeddings": 256},
+    "importance": {"num_samples": 4, "micro_batch_size": 4},
+    "train": {"tokens": 1024, **STEPS},
+    "distill": {"tokens": 512, **STEPS},
+    "evaluate": {"samples": 4, "micro_batch_size": 4},
+    "run": {"students": {name: {"hidden_size": 36, "ffn_hidden_size": 64} for name in ("width", "depth")}},
+    "log": {"wandb": "disabled", "tensorboard": False},
+}
+SMALL_RECIPE = {
+    **RECIPE,
+    **{"precision": "fp32", "parallel": {}, "importance": SMALL["importance"], "evaluate": SMALL["evaluate"]},
+    **{
+        "model": SMALL["model"],
+        "data": RECIPE["data"] | SMALL["data"],
+        "log": SMALL["log"],
+        "cache": {"num_samples": 128},
+    },
+    **{name: {"tokens": 512, "checkpoint": f"out/{name}", **STEPS} for name in ("train", "correct", "distill")},
+}
+
+
+def lay_out_small(folder: Path, words: Path) -> None:
+    """For runs in earnest, in a folder where SMALL has been run."""
+    run = folder / "runs" / "quickstart"
+    write_small(folder, words)
+    for name, part in SMALL_PARTS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if (run / part).is_dir():
+            shutil.copytree(run / part, folder / name, dirs_exist_ok=True)
+        else:
+            shutil.copy(run / part, folder / name)
+    for name in TOKENS:
+        prefix = folder / f"{name}_text_document"
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        if "work/" not in name and not prefix.with_suffix(".bin").exists():
+            for ending in (".bin", ".idx", ".json"):
+                shutil.copy(run / "data" / f"tokens_text_document{ending}", prefix.with_suffix(ending))

@@ -148,7 +148,7 @@ def public_names() -> set[str]:
 def test_keys_and_verbs_in_text_are_links(site: Path) -> None:
     made = (site / "distillation.html").read_text(encoding="utf-8")
     assert 'href="reference/recipe.html#distill.temperature"' in made
-    assert 'href="reference/verbs.html#cache"' in made
+    assert 'href="reference/verbs.html#distill"' in made
 
 
 @pytest.fixture
