@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo reproduce test coverage test-slow test-matrix lint format bench bench-check gpu-check dist lock clean
+.PHONY: help venv demo reproduce docs docs-links test coverage test-slow test-matrix lint format bench bench-check gpu-check dist lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -32,6 +32,13 @@ demo: venv  ## the whole road on two ranks: teacher, pruning, distillation, eval
 reproduce: venv  ## the papers' claims, one after another, on two ranks: under three hours on two cores (ARGS: key=value ...)
 	@set -e; for claim in $(filter-out %/cpu.yaml,$(wildcard configs/reproduce/*.yaml)); do echo "== $$claim"; \
 		PATH=$(abspath $(BIN)):$$PATH NPROC_PER_NODE=2 launch/torchrun.sh reproduce --config $$claim $(ARGS); done
+
+docs: venv  ## the documentation site, in build/docs; warnings are errors (ARGS: for sphinx-build)
+	@PYTHONPATH=$(CURDIR) $(BIN)/python -m sphinx -b html -n -W --keep-going -q $(ARGS) docs build/docs
+	@echo "make docs: build/docs/index.html"
+
+docs-links: venv  ## whether the site's links to elsewhere still lead there; needs a network
+	@PYTHONPATH=$(CURDIR) MINITRON_DOCS_NOTEBOOKS=off $(BIN)/python -m sphinx -b linkcheck -q docs build/docs-links
 
 lint: venv  ## ruff, its formatter, and mypy
 	@$(BIN)/ruff check .

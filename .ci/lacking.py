@@ -15,6 +15,8 @@ else:
     import tomli as tomllib
 
 NOT_NEEDED = {"coverage", "ruff", "mypy", "types-PyYAML", "pre-commit"}
+# The site is built, and looked at, in the other environment alone.
+NOT_NEEDED |= {"sphinx", "myst-parser", "myst-nb", "furo", "latex2mathml", "nbclient", "nbformat"}
 
 
 def lacking(lines: list[str]) -> list[str]:

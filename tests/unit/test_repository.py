@@ -22,7 +22,9 @@ from packaging.utils import canonicalize_name
 from minitron_mcore.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted(path for folder in ("minitron_mcore", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path for folder in ("minitron_mcore", "tests", "benchmarks", "docs") for path in (ROOT / folder).rglob("*.py")
+)
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_STAGE_LINES = 119
@@ -72,12 +74,12 @@ def test_metadata(package: Message, distribution: Path) -> None:
     assert package["Name"] == "minitron-mcore"
     assert package["Version"] == minitron_mcore.__version__
     assert SpecifierSet(package["Requires-Python"]) == SpecifierSet(">=3.10,<3.14")
-    assert set(package.get_all("Provides-Extra", [])) == {"gpu", "parquet", "eval", "resiliency", "dev"}
+    assert set(package.get_all("Provides-Extra", [])) == {"gpu", "parquet", "eval", "docs", "resiliency", "dev"}
     lines = {
         extra: {line.split(";")[0] for line in package.get_all("Requires-Dist", []) if f'"{extra}"' in line}
-        for extra in ("parquet", "dev")
+        for extra in ("parquet", "docs", "dev")
     }
-    assert lines["parquet"] < lines["dev"]
+    assert lines["parquet"] | lines["docs"] < lines["dev"]
     scripts = configparser.ConfigParser()
     scripts.read(distribution / "entry_points.txt")
     assert scripts["console_scripts"]["minitron"] == "minitron_mcore.cli:main"
@@ -158,7 +160,8 @@ def test_nothing_is_left_unfinished() -> None:
 EXPECTED = """
     .ci/run .github/workflows/ci.yml .pre-commit-config.yaml CHANGELOG.md CITATION.cff CONTRIBUTING.md Dockerfile
     LICENSE Makefile README.md SECURITY.md constraints.txt
-    configs/quickstart.yaml docs/index.md docs/log.md launch/README.md launch/slurm.sbatch launch/torchrun.sh
+    configs/quickstart.yaml docs/conf.py docs/index.md docs/log.md
+    launch/README.md launch/slurm.sbatch launch/torchrun.sh
 """
 
 
@@ -197,6 +200,8 @@ def dry_run(target: str) -> str:
 def test_make_targets_do_their_own_set_up() -> None:
     for target in (
         "demo",
+        "docs",
+        "docs-links",
         "test",
         "coverage",
         "test-slow",
@@ -240,6 +245,7 @@ def test_the_hosted_workflow_runs_what_developers_run() -> None:
     runs = {name: [step["run"] for step in job["steps"] if "run" in step] for name, job in workflow["jobs"].items()}
     assert runs["lint"] == ["make PYTHON=python lint"] and runs["test"] == ["make PYTHON=python test"]
     assert runs["matrix"][-1] == ".ci/matrix.sh quick"
+    assert runs["docs"] == ["make PYTHON=python docs"]
 
 
 def test_the_citation_names_this_version_and_both_papers() -> None:
