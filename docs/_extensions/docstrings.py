@@ -8,6 +8,8 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
+from _extensions.links import PAGE_OF
+
 _PAGE = re.compile(r"\bdocs/([\w/-]+)\.md\b")
 _LIST = re.compile(r"(?:[-*]|\d+\.) ")
 _ENTRY = re.compile(r"(\w+)(?: \([^)]*\))?: ")
@@ -68,8 +70,12 @@ def _in_line(text: str) -> str:
             made += ("\\ " if made[-1:].isalnum() else "") + f"``{part.strip()}``"
             made += "\\ " if parts[number + 1][:1].isalnum() else ""
         else:
-            made += _PAGE.sub(r":doc:`docs/\1.md </\1>`", re.sub(r"([*|\\]|_(?!\w))", r"\\\1", part))
+            made += _PAGE.sub(_to_page, re.sub(r"([*|\\]|_(?!\w))", r"\\\1", part))
     return made
+
+
+def _to_page(found: re.Match[str]) -> str:
+    return f":doc:`{found[0]} </{PAGE_OF.get(found[0], found[1])}>`"
 
 
 def process(app: Sphinx, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:

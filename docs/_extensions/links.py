@@ -13,11 +13,13 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.nodes import clean_astext
 
+from _extensions.repository import PAGES
 from minitron_mcore.recipe import entries
 from minitron_mcore.verbs import VERBS
 
 RECIPE, VERB_PAGE = "reference/recipe", "reference/verbs"
 SITE = "site:"
+PAGE_OF = {file: name for name, file in PAGES.items()}
 KEYS = {path for path, _ in entries()}
 _PIECE = re.compile(r"`([^`]+)`|\[[^]]*\]\(docs/([\w/-]+)\.md(?:#[\w-]+)?\)|\bdocs/([\w/-]+)\.md\b")
 # `train.lr`, `train.lr=1e-4`, `distill.hidden_states.*`; a word without a dot may be anything.
@@ -57,7 +59,7 @@ def to(docname: str, anchor: str, *shown: nodes.Node) -> nodes.reference:
 
 def to_page(name: str) -> nodes.reference:
     """To docs/NAME.md; it shows that page's title."""
-    link = to(name, "")
+    link = to(PAGE_OF.get(f"docs/{name}.md", name), "")
     link["titled"] = True
     return link
 

@@ -27,6 +27,8 @@ PAGES = {
     "project/changelog": "CHANGELOG.md",
     "project/security": "SECURITY.md",
     "project/benchmarks": "benchmarks/README.md",
+    # search.html is the page on which Sphinx searches the site.
+    "search-shapes": "docs/search.md",
 }
 SCHEME = "repository:"
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
@@ -53,9 +55,11 @@ def _led(found: re.Match[str], folder: str, is_outside: bool) -> str:
     if ":" in target or target.startswith("/"):
         return found[0]
     path = posixpath.normpath(posixpath.join(folder, target))
+    if path in _DOCNAMES:
+        return f"/{_DOCNAMES[path]}.md{anchor}"
     if path.startswith("docs/"):
         return f"/{path.removeprefix('docs/')}{anchor}" if is_outside else found[0]
-    return f"/{_DOCNAMES[path]}.md{anchor}" if path in _DOCNAMES else f"{SCHEME}{path}{anchor}"
+    return f"{SCHEME}{path}{anchor}"
 
 
 def links_in(doctree: nodes.Node) -> Iterator[nodes.reference]:

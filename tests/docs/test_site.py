@@ -104,7 +104,9 @@ def test_every_page_is_reached_from_the_table_of_contents(site: Path) -> None:
         path.relative_to(DOCS).with_suffix(".html") for kind in ("md", "ipynb") for path in DOCS.rglob(f"*.{kind}")
     }
     shown = {Path(link.partition("#")[0]) for link in page(site / "index.html").navigation}
-    assert sources - shown == {Path("index.html")}
+    # search.html is the site's own; search-shapes.html is docs/search.md.
+    assert sources - shown == {Path("index.html"), Path("search.html")}
+    assert "The papers’ grids" in (site / "search-shapes.html").read_text(encoding="utf-8")
 
 
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
