@@ -46,7 +46,7 @@ CHATS = {"ultrachat": chats, "instructions": chats, "ultrafeedback": pairs, "pre
 TOKENIZERS = ("t.model", "tokenizer.model", "work/tokenizer.model")
 QUESTIONS = {"winogrande.jsonl": {"context": "prune1", "choices": [" distil1", " score1"], "answer": 0}}
 PROMPTS = {"prompts.jsonl": {"prompt": "prune1 distil1"}}
-HUGGING_FACE = ("Llama-3.1-8B", "hf/student", "models/Llama-3.1-8B")
+HUGGING_FACE = ("Llama-3.1-8B", "hf/student", "models/Llama-3.1-8B", "models/my-llama")
 # What `--config recipe.yaml` says, where a document's command says no more; and what it says for a verb besides.
 RECIPE: dict[str, Any] = {
     "teacher": {"checkpoint": "teacher"},
