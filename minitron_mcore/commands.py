@@ -8,9 +8,10 @@
 
 The first argument is a recipe's file, or none. The others are a recipe's keys, sections as dictionaries, values as in
 YAML or as Python's own; they count as a command's do, over the file. Under a launcher every rank calls with the same
-arguments, and every rank gets the result. What is printed and written is what the verb prints and writes, and the same
-call goes on where it was cut off. Wrong input raises `InputError`, in one sentence; a training that is stopped by a
-signal or by a limit of its own raises SystemExit, as the command's exit code says. docs/api.md has examples.
+arguments, and every rank gets the result, but of verbs that need no ranks, as `report`, the first rank alone. What is
+printed and written is what the verb prints and writes, and the same call goes on where it was cut off. Wrong input
+raises `InputError`, in one sentence; a training that is stopped by a signal or by a limit of its own raises
+SystemExit, as the command's exit code says. docs/api.md has examples.
 
 `perform` does every verb; the functions below, those of the road.
 """

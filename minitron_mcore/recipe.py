@@ -6,7 +6,7 @@ keys' types (reading.py). Every error names the key's full path, what was given,
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional, Union
 
@@ -180,7 +180,8 @@ def load_recipe(config: Optional[str], overrides: Overrides, **taken: Any) -> Re
     Raises InputError naming the key.
     """
     values = _said(overrides)
-    tree = _on_base({} if config is None else _read_yaml(config), config, dict(values).get("base"))
+    said = [value for path, value in values if path == "base"][-1:]
+    tree = _on_base({} if config is None else _read_yaml(config), config, said)
     for path, value in values:
         if path != "base":
             put(tree, path, value, _default)
@@ -205,19 +206,19 @@ def _said(overrides: Overrides) -> list[tuple[str, Any]]:
 
 
 def _on_base(
-    tree: dict[str, Any], config: Optional[str], said: Any = None, below: tuple[Path, ...] = ()
+    tree: dict[str, Any], config: Optional[str], said: Sequence[Any] = (), below: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
     """`tree`, read from the file `config`, on top of the recipes that it names as `base`, or that the command does
-    (`said`), each on top of the one named before it, and of its own. below: the files that led here. Raises
-    InputError."""
+    (`said`, one value if it does), each on top of the one named before it, and of its own. below: the files that led
+    here. Raises InputError."""
     named = tree.pop("base", None)
-    base = named if said is None else said
+    base = said[0] if said else named
     if base is None or (isinstance(base, Plain) and base in NULLS):
         return tree
     below = (*below, Path(config).resolve()) if config else below
     ground: dict[str, Any] = {}
     for each in base if isinstance(base, list) else [base]:
-        path = _base_file(each, None if said is not None else config, below)
+        path = _base_file(each, None if said else config, below)
         ground = merged(ground, _on_base(_read_yaml(str(path)), str(path), below=below))
     return merged(ground, tree)
 

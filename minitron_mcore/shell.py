@@ -24,9 +24,9 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
     # Behind an option, argparse takes no more words key=value; what is finished of options says nothing of them.
     line = os.environ.get("COMP_LINE", "")
-    behind = len(line) - int(os.environ.get("COMP_POINT", len(line)))
-    os.environ["COMP_LINE"] = line = _OPTIONS.sub("", line)
-    os.environ["COMP_POINT"] = str(len(line) - behind)
+    point = int(os.environ.get("COMP_POINT", len(line)))
+    os.environ["COMP_LINE"] = before = _OPTIONS.sub("", line[:point])
+    os.environ["COMP_POINT"] = str(len(before))
     for action in parser._actions:
         if action.dest == "overrides":
             action.completer = words  # type: ignore[attr-defined]

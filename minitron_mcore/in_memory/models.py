@@ -25,7 +25,7 @@ from minitron_mcore.checkpoint.folder import (
 from minitron_mcore.checkpoint.store import as_chunks, load_model, model_state, save_state
 from minitron_mcore.errors import InputError
 from minitron_mcore.in_memory.process import started
-from minitron_mcore.model.gpt import DTYPES, LanguageModel, build_model
+from minitron_mcore.model.gpt import DTYPES, LanguageModel, build_model, layout_of
 from minitron_mcore.model.initialize import initialize
 from minitron_mcore.runtime.agree import all_or_none
 from minitron_mcore.runtime.start import Runtime
@@ -46,6 +46,15 @@ class Model:
     source: Path | None = None
     lineage: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+
+
+def check_layout(model: Model) -> None:
+    """Raise InputError for what is no model of this module, or one that was made at another layout."""
+    if not isinstance(model, Model):
+        raise InputError("model", type(model).__name__, "is no model", "give what load, build or import_hf returned")
+    there, here = layout_of(model.chunks[0].config), started()[1]
+    if there != here:
+        raise InputError("model", None, f"was made at {there}, and the layout is {here}", "load or build it again")
 
 
 def _check_precision(precision: str) -> None:
@@ -97,6 +106,9 @@ def export(model: Model, hf: str | Path, **keys: Any) -> Path:
     target = Path(hf).resolve()
     if not all_or_none(target.parent.is_dir):
         raise InputError("hf", hf, "lies in no folder", f"make {target.parent} first")
+    if not all_or_none(lambda: not target.exists()):
+        raise InputError("hf", hf, "exists already", "name another folder")
+    commands.recipe(hf=target, parallel=_layout(), **keys)  # what is wrong with them is said before anything is written
     with _scratch(target, runtime) as scratch:
         save(model, scratch / "checkpoint")
         folder = commands.export(checkpoint=scratch / "checkpoint", hf=target, parallel=_layout(), **keys)
@@ -110,7 +122,8 @@ def _scratch(beside: Path, runtime: Runtime) -> Iterator[Path]:
     try:
         yield made
     finally:
-        runtime.on_main(lambda: shutil.rmtree(made, ignore_errors=True))
+        if runtime.is_main:  # alone: a rank that has failed does not wait for the others
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def _layout() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from minitron_mcore.importance.score import measure as measure_model
 from minitron_mcore.importance.score import score_model
 from minitron_mcore.importance.scores import Scores, random_scores, tolerance_of
 from minitron_mcore.in_memory.batches import microbatches_of
-from minitron_mcore.in_memory.models import Model
+from minitron_mcore.in_memory.models import Model, check_layout
 from minitron_mcore.in_memory.process import standing_layout
 from minitron_mcore.keys import section_at
 from minitron_mcore.model.initialize import named_parameters
@@ -96,6 +96,7 @@ def plan(
 
 def prune(model: Model, plan: PruningPlan, *, trainable: bool = False) -> Model:
     """The student in memory, beside the teacher, which stays as it is: the same bits as `minitron prune` writes."""
+    check_layout(model)
     check_same_model(plan.teacher, model.architecture, "plan")
     chunks = prune_chunks(as_chunks(model.chunks), plan, trainable=trainable)
     lineage = {"stage": "prune", "teacher": model.lineage, "plan": {"fingerprint": plan.fingerprint}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,19 +18,21 @@ from minitron_mcore.distillation.teacher.ahead import Teacher
 from minitron_mcore.errors import DivergedError, InputError
 from minitron_mcore.evaluation.held_out import mean_loss
 from minitron_mcore.in_memory.batches import cut, microbatches_of
-from minitron_mcore.in_memory.models import Model
+from minitron_mcore.in_memory.models import Model, check_layout
 from minitron_mcore.in_memory.process import started
 from minitron_mcore.keys import section_at
 from minitron_mcore.model.fp8 import passes_of
 from minitron_mcore.model.gpt import LanguageModel, build_model
 from minitron_mcore.model.initialize import named_parameters
 from minitron_mcore.model.microbatch import Microbatch
+from minitron_mcore.model.recompute import check_recompute
 from minitron_mcore.model.schedule import in_calls
 from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.runtime.groups import data_group
 from minitron_mcore.runtime.overlap import finish_gathering
 from minitron_mcore.training.budget import plan_timetable
 from minitron_mcore.training.config import TrainConfig
+from minitron_mcore.training.learning_rate import check_learning_rate
 from minitron_mcore.training.step import Trained, not_finite, train_step
 
 # Keys of the sections `train` and `distill` that mean something without files and a token budget.
@@ -61,6 +63,7 @@ def train(model: Model, batches: Iterable[torch.Tensor], **keys: Any) -> Model:
     model, frozen, with the means of each step in `history`. Steps whose loss or gradient is NaN or Inf are skipped.
     Raises InputError, and DivergedError for `max_skipped_iterations` (5) such steps in a row.
     """
+    check_layout(model)
     config = _section(TrainConfig, STEP, keys)
     objective = Objective(LossSettings(model.architecture.vocab_size, chunk_tokens=config.loss_chunk_tokens))
     lineage = {"stage": "train", "load": model.lineage}
@@ -74,8 +77,11 @@ def distill(student: Model, teacher: Model, batches: Iterable[torch.Tensor], **k
     Otherwise as `train`; `history` has "lm loss", "logits distillation loss" and what else metrics.jsonl has of a step.
     Every rank calls. Raises InputError also for models of different vocabularies. Source: arXiv 2407.14679, section 3.
     """
+    check_layout(student)
     of_states = keys.pop("hidden_states", {})
-    states = of_states if isinstance(of_states, HiddenStatesConfig) else HiddenStatesConfig(**of_states)
+    if not isinstance(of_states, Mapping):
+        raise InputError("hidden_states", of_states, "must be a dictionary", 'write it as {"sites": ["block_output"]}')
+    states = section_at("hidden_states", HiddenStatesConfig, of_states)
     config = _section(DistillConfig, DISTILL, {**keys, "hidden_states": states})
     taught = _taught(student, teacher, LossSettings.of(config, student.architecture.vocab_size))
     taught.window = config.teacher_window
@@ -91,6 +97,7 @@ def evaluate(
     With a `teacher` also "logits distillation loss", "teacher lm loss" and "top-1 agreement"; keys: those of a recipe's
     section `distill` that say what the loss is: LOSS. The same on every rank; every rank calls. Raises InputError.
     """
+    check_layout(model)
     vocabulary = model.architecture.vocab_size
     objective = Objective(LossSettings(vocabulary))
     if teacher is not None:
@@ -116,7 +123,8 @@ def _section(kind: type[Section], allowed: Sequence[str], keys: dict[str, Any]) 
 
 
 def _taught(student: Model, teacher: Model, settings: LossSettings) -> Objective:
-    """Raises InputError where the two have different vocabularies."""
+    """Raises InputError where the two have different vocabularies, or one of them another layout."""
+    check_layout(teacher)
     ours, theirs = student.architecture.vocab_size, teacher.architecture.vocab_size
     if ours != theirs:
         rule = f"has vocab_size={theirs}, and the student {ours}"
@@ -136,7 +144,10 @@ def _fit(
     _, layout = started()
     whole = microbatches_of(model, batches)
     config = _sized(config, whole, micro_batch_size, layout)
-    timetable = plan_timetable(config, whole[0].tokens.shape[1], "train")
+    section = "distill" if isinstance(config, DistillConfig) else "train"
+    timetable = plan_timetable(config, whole[0].tokens.shape[1], section)
+    check_learning_rate(config, timetable, section)
+    check_recompute(config, model.architecture, layout, section)
     chunks = build_model(model.architecture, layout, model.precision, **passes_of(config))
     _copy(model.chunks, chunks)
     with _states(config, chunks, objective, model, layout):
@@ -152,8 +163,8 @@ def _fit(
         finish_gathering(trained.chunks)
     frozen = build_model(model.architecture, layout, model.precision, trainable=False)
     _copy(chunks, frozen)
-    tokens = config.tokens + model.lineage.get("tokens", 0)
-    return Model(frozen, model.architecture, model.precision, model.source, {**lineage, "tokens": tokens}, history)
+    told = {**lineage, "tokens": config.tokens}
+    return Model(frozen, model.architecture, model.precision, model.source, told, history)
 
 
 def _sized(config: Section, whole: list[Microbatch], micro_batch_size: int | None, layout: ParallelConfig) -> Section:
@@ -165,6 +176,10 @@ def _sized(config: Section, whole: list[Microbatch], micro_batch_size: int | Non
     if layout.virtual_pipeline and rows // size % layout.pipeline:
         rule = f"makes {rows // size} microbatches of a batch, and the interleaved schedule takes multiples of pipeline"
         raise InputError("micro_batch_size", size, f"{rule}={layout.pipeline}", "choose another, or other batches")
+    window = config.teacher_window if isinstance(config, DistillConfig) else 0
+    if layout.virtual_pipeline and window % layout.pipeline:
+        rule = f"is no multiple of pipeline={layout.pipeline}, of which the interleaved schedule takes microbatches"
+        raise InputError("teacher_window", window, rule, "choose another, or 0")
     sizes: Any = {"global_batch_size": rows * replicas, "micro_batch_size": size}
     sizes["tokens"] = len(whole) * rows * replicas * length
     return dataclasses.replace(config, **sizes)

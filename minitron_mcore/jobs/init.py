@@ -37,10 +37,9 @@ def resolve(recipe: Recipe, world: World, promises: Promises = NOTHING) -> InitJ
     configs = shipped("configs")
     if not recipe.path:
         return InitJob(recipe, recipes=tuple(listed(configs)))
-    name = recipe.path.removeprefix("configs/").removesuffix(".yaml")
-    if not (configs / f"{name}.yaml").is_file():
-        names = ", ".join(each for each, _ in listed(configs))
-        raise InputError("path", recipe.path, "is not a recipe of the project", f"choose one of {names}")
+    name = recipe.path.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
+    if name not in (names := [each for each, _ in listed(configs)]):
+        raise InputError("path", recipe.path, "is not a recipe of the project", f"choose one of {', '.join(names)}")
     target = output_folder(recipe.output or ".", "output")
     found = [configs / f"{name}.yaml"]
     for file in found:  # grows as it goes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from minitron_mcore.files import writing
+from minitron_mcore.files import whole_file, writing
 from minitron_mcore.jobs.init import InitJob
 from minitron_mcore.tables import counted, table
 
@@ -20,7 +20,8 @@ def run(job: InitJob, runtime: None) -> list[Path]:
         with writing(f"output={job.recipe.output or '.'}"):
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source, target)
+                with whole_file(target) as partial:
+                    shutil.copy(source, partial)
     first = job.files[0][1]
     print(f"init: {first}, and {counted(len(job.files) - 1, 'file')} that go with it", flush=True)
     return [target for _, target in job.files]
