@@ -4,6 +4,7 @@ from typing import Annotated, Any, Optional
 
 from minitron_mcore.errors import InputError
 from minitron_mcore.keys import OneOf, PathName, key, refuse_idle, section
+from minitron_mcore.runtime.config import ParallelConfig
 from minitron_mcore.training.config import TrainConfig
 
 # Divergences of two distributions; the other losses compare logits.
@@ -111,6 +112,14 @@ class DistillConfig(TrainConfig):
         if self.hidden_states.sites and self.teacher is not None:
             rule = f"needs a teacher that runs, but distill.teacher={self.teacher} holds only its output"
             raise InputError("hidden_states.sites", self.hidden_states.sites, rule, "leave one of the two out")
+
+
+def check_window(window: int, parallel: ParallelConfig, key: str) -> None:
+    """Raise InputError, naming `key`, where the schedule cannot take the teacher's windows of so many microbatches."""
+    if parallel.virtual_pipeline and window % parallel.pipeline:
+        multiples = f"of which the interleaved schedule takes multiples of {parallel.pipeline}"
+        rule = f"must be 0, for the whole global batch, or a number of microbatches, {multiples}"
+        raise InputError(key, window, rule)
 
 
 @section

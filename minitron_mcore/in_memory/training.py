@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from minitron_mcore.checkpoint.store import as_chunks
-from minitron_mcore.distillation.config import DistillConfig, HiddenStatesConfig
+from minitron_mcore.distillation.config import DistillConfig, HiddenStatesConfig, check_window
 from minitron_mcore.distillation.logits.settings import LossSettings
 from minitron_mcore.distillation.objective import Objective
 from minitron_mcore.distillation.states.loss import StateLosses
@@ -176,10 +176,8 @@ def _sized(config: Section, whole: list[Microbatch], micro_batch_size: int | Non
     if layout.virtual_pipeline and rows // size % layout.pipeline:
         rule = f"makes {rows // size} microbatches of a batch, and the interleaved schedule takes multiples of pipeline"
         raise InputError("micro_batch_size", size, f"{rule}={layout.pipeline}", "choose another, or other batches")
-    window = config.teacher_window if isinstance(config, DistillConfig) else 0
-    if layout.virtual_pipeline and window % layout.pipeline:
-        rule = f"is no multiple of pipeline={layout.pipeline}, of which the interleaved schedule takes microbatches"
-        raise InputError("teacher_window", window, rule, "choose another, or 0")
+    if isinstance(config, DistillConfig):
+        check_window(config.teacher_window, layout, "teacher_window")
     sizes: Any = {"global_batch_size": rows * replicas, "micro_batch_size": size}
     sizes["tokens"] = len(whole) * rows * replicas * length
     return dataclasses.replace(config, **sizes)

@@ -12,6 +12,7 @@ from typing import Any
 from minitron_mcore.architecture import Architecture
 from minitron_mcore.checkpoint.folder import identify_weights, iteration_folder, read_lineage, resumed_iteration
 from minitron_mcore.distillation.cache.serving import cache_folder
+from minitron_mcore.distillation.config import check_window
 from minitron_mcore.distillation.states.map import check_hidden_states
 from minitron_mcore.errors import InputError
 from minitron_mcore.jobs import inputs
@@ -160,11 +161,8 @@ def taught_so_far(student: str | None, teacher: Model) -> int:
 
 def check_teacher_keys(recipe: Recipe) -> None:
     """Raise InputError for keys about the teacher that do not go together."""
-    window, parallel, distill = recipe.distill.teacher_window, recipe.parallel, recipe.distill
-    if parallel.virtual_pipeline and window % parallel.pipeline:
-        multiples = f"of which the interleaved schedule takes multiples of {parallel.pipeline}"
-        rule = f"must be 0, for the whole global batch, or a number of microbatches, {multiples}"
-        raise InputError("distill.teacher_window", window, rule)
+    parallel, distill = recipe.parallel, recipe.distill
+    check_window(distill.teacher_window, parallel, "distill.teacher_window")
     if not distill.correct_teacher:
         return
     # Key -> the values that go with it.

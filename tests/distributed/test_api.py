@@ -177,6 +177,13 @@ def said_of(tries: dict[str, Any]) -> dict[str, str]:
     return said
 
 
+def check_said(said: dict[str, str], expected: dict[str, str]) -> None:
+    """Each in one line that holds the expected words."""
+    assert said.keys() == expected.keys()
+    for name, words in expected.items():
+        assert words in said[name] and "\n" not in said[name], said[name]
+
+
 def test_what_cannot_be_is_said_in_a_sentence(tmp_path: Path) -> None:
     said = run_on_ranks(refusals, 1, tmp_path)[0]
     expected = {
@@ -194,6 +201,4 @@ def test_what_cannot_be_is_said_in_a_sentence(tmp_path: Path) -> None:
         "folder": "is not there",
         "taken": "exists already: name another folder",
     }
-    assert said.keys() == expected.keys()
-    for name, words in expected.items():
-        assert words in said[name] and "\n" not in said[name], said[name]
+    check_said(said, expected)
